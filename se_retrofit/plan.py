@@ -1,0 +1,92 @@
+"""What a retrofit does, as data: the sites where SE goes and the blocks that are left out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Plan", "Site", "Skipped"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where SE goes.
+
+    Attributes:
+        path: where the SE module will be in the model, e.g. ``layer1.0.se_attention``.
+        block: path of the block that it recalibrates, e.g. ``layer1.0``.
+        kind: what the block is: ``"residual"``, ``"inverted"``, ``"dense"``, ``"multi-branch"``, ``"rep-sum"`` or
+            ``"chain"``.
+        after: the node of the block's graph whose value it scales, e.g. ``bn3``.
+        channels: number of channels of that value.
+        hidden: width of the excitation's bottleneck.
+        parameters: how many parameters the SE module has.
+        channel_dim: which dim of the value holds the channels, counted from the end.
+    """
+
+    path: str
+    block: str
+    kind: str
+    after: str
+    channels: int
+    hidden: int
+    parameters: int
+    channel_dim: int
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A block that gets no SE, and why."""
+
+    block: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``add_se`` would do: ``sites``, ``skipped``, and the ``options`` that it was made with."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that the retrofit adds."""
+        return sum(site.parameters for site in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, fit for JSON."""
+        return {
+            "sites": [asdict(site) for site in self.sites],
+            "skipped": [asdict(skip) for skip in self.skipped],
+            "options": dict(self.options),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """The plan that ``to_dict`` wrote."""
+        return cls(
+            tuple(Site(**site) for site in data["sites"]),
+            tuple(Skipped(**skip) for skip in data["skipped"]),
+            dict(data["options"]),
+        )
+
+    def __str__(self) -> str:
+        header = ("block", "kind", "after", "channels", "hidden", "parameters")
+        rows = [
+            (site.block or "(model)", site.kind, site.after, f"{site.channels:,}", f"{site.hidden:,}", f"{site.parameters:,}")
+            for site in self.sites
+        ]
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+        def line(row: tuple[str, ...]) -> str:
+            cells = [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            return "  ".join(cells).rstrip()
+
+        lines = [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]
+        lines.append(f"{len(self.sites)} SE modules, {self.parameters:,} parameters")
+        if self.skipped:
+            lines.append("left as they are:")
+            lines += [f"  {skip.block or '(model)'}: {skip.reason}" for skip in self.skipped]
+        return "\n".join(lines)
