@@ -65,10 +65,10 @@ def compare(
 
 
 def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> Comparison:
-    """Compare ``model`` with a copy of it whose SE modules have random gates: the counter-check to an identity.
+    """Compare the network with itself under random gates: the counter-check to an identity.
 
-    Where an SE module takes no part in the computation, inserting it changes nothing either; here such a network
-    shows up as equal.
+    Where SE takes no part in the computation, inserting it changes nothing either; here such a network shows up as
+    equal. Both are copies with vectors drawn anew, lest a branch that is zero as yet hide its SE.
 
     Args:
         model: a retrofitted network.
@@ -82,14 +82,25 @@ def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> C
         >>> se_matters(SEAttention(8, gate="identity"), (torch.randn(1, 8, 4, 4),)).equal
         False
     """
+    model = copy.deepcopy(model)
+    redraw_vectors(model, seed)
     scrambled = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in scrambled.modules():
-            if isinstance(module, SEAttention):
-                for weight in module.fc.parameters():
-                    weight.copy_(torch.randn(weight.shape, generator=generator))
+    for module in scrambled.modules():
+        if isinstance(module, SEAttention):
+            module.fc = _FixedGates(2 * torch.rand(module.channel, generator=generator))
     return compare(model, scrambled, inputs, seed=seed)
+
+
+class _FixedGates(nn.Sequential):
+    """Stands for the excitation: the same gates whatever comes in (random weights could leave them at 1)."""
+
+    def __init__(self, gates: Tensor) -> None:
+        super().__init__()
+        self.gates = gates
+
+    def forward(self, squeezed: Tensor) -> Tensor:
+        return self.gates.to(squeezed).expand_as(squeezed)
 
 
 def redraw_vectors(model: nn.Module, seed: int = 0) -> None:

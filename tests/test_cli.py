@@ -161,7 +161,10 @@ def test_piped_output_has_no_colours_and_unbroken_lines() -> None:
     process = run_process("convert", SMALL)
     assert process.returncode == 0, process.stderr
     assert "\x1b" not in process.stdout
-    assert "check on two photographs (china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:\n" in process.stdout
+    assert (
+        "check on two photographs (china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:\n"
+        in process.stdout
+    )
 
 
 def test_version_is_printed() -> None:

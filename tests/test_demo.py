@@ -40,7 +40,9 @@ def test_it_says_what_was_inserted_and_that_nothing_else_changed(output: str) ->
 
 
 def test_it_prints_accuracies_before_and_after(output: str) -> None:
-    rows = dict(re.findall(r"^(trained network|retrofitted, not yet fine-tuned|fine-tuned \w+ SE) .* (\S+)%$", output, re.M))
+    rows = dict(
+        re.findall(r"^(trained network|retrofitted, not yet fine-tuned|fine-tuned \w+ SE) .* (\S+)%$", output, re.M)
+    )
     assert len(rows) == 4
     assert rows["trained network"] == rows["retrofitted, not yet fine-tuned"]
     # two epochs are enough for digits to be far better than chance

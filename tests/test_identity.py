@@ -95,6 +95,12 @@ def test_se_that_takes_no_part_is_found_out(images: tuple[Tensor]) -> None:
     assert all(torch.equal(before[key], value) for key, value in working.state_dict().items())
 
 
+def test_se_counts_even_where_its_branch_is_zero_as_yet(images: tuple[Tensor]) -> None:
+    net = network().append(SEAttention(8, gate="identity"))
+    nn.init.zeros_(net[1].weight)
+    assert not se_matters(net, images).equal
+
+
 def test_redrawing_leaves_no_norm_at_its_defaults() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4))
     nn.init.zeros_(net[1].weight)

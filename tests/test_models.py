@@ -96,7 +96,9 @@ def test_checkpoints_as_people_save_them_load(tmp_path: Path, wrapper: str | Non
     state = {prefix + key: value for key, value in source.state_dict().items()}
     torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "c.pth")
     load_checkpoint(target, tmp_path / "c.pth")
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 def test_safetensors_load(tmp_path: Path) -> None:

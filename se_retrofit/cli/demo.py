@@ -52,7 +52,7 @@ def demo(
                  f"{len(digits.val_images)} others to validate on.")  # fmt: skip
     with progress(console, "training", epochs) as on_epoch:
         train(model, digits, epochs=epochs, lr=5e-3, seed=seed, on_epoch=on_epoch)
-    before = right(model, digits)
+    results = {"trained network": (parameters(model), right(model, digits))}
 
     heading(console, f"2. model = add_se(model, reduction={reduction})")
     plan = plan_se(model, reduction)
@@ -68,33 +68,28 @@ def demo(
             )
         say(console, f"Yes, in {mode} mode: torch.equal on all {comparison.values:,} outputs "
                      f"for the {len(digits.val_images)} validation images.")  # fmt: skip
+    results["retrofitted, not yet fine-tuned"] = parameters(retrofitted), right(retrofitted, digits)
     low, high = gate_range(retrofitted, digits.val_images)
     say(console, f"Gates: from {low} to {high}.")
 
     heading(console, "4. Fine-tuning, with SE and, for comparison, without")
     # the same further training for both: else whatever more epochs bring would look like SE's merit
-    plain = copy.deepcopy(model)
-    networks = {"with SE": retrofitted, "without SE": plain}
+    networks = {"with SE": retrofitted, "without SE": copy.deepcopy(model)}
     for name, network in networks.items():
         with progress(console, name, epochs) as on_epoch:
             train(network, digits, epochs=epochs, lr=1e-3, seed=seed + 1, on_epoch=on_epoch)
+        results[f"fine-tuned {name}"] = parameters(network), right(network, digits)
     low, high = gate_range(retrofitted, digits.val_images)
     say(console, f"Gates: from {low:.2f} to {high:.2f}.")
 
     heading(console, "5. Result")
-    after = {name: right(network, digits) for name, network in networks.items()}
     table = Table("", box=None, pad_edge=False)
     for column in ("parameters", "right", "accuracy"):
         table.add_column(column, justify="right")
-    for name, network, hits in (
-        ("trained network", model, before),
-        ("retrofitted, not yet fine-tuned", add_se(model, reduction), before),
-        ("retrofitted and fine-tuned", retrofitted, after["with SE"]),
-        ("fine-tuned without SE", plain, after["without SE"]),
-    ):
-        table.add_row(name, f"{parameters(network):,}", f"{int(hits.sum())}/{len(hits)}", f"{hits.float().mean():.2%}")
+    for name, (size, hits) in results.items():
+        table.add_row(name, f"{size:,}", f"{int(hits.sum())}/{len(hits)}", f"{hits.float().mean():.2%}")
     console.print(table)
-    say(console, verdict(after["with SE"], after["without SE"]))
+    say(console, verdict(results["fine-tuned with SE"][1], results["fine-tuned without SE"][1]))
     say(console, f"\n{time.perf_counter() - started:.0f} seconds. Next: se-retrofit convert resnet50")
 
 
