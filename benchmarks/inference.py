@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--train", action="store_true", help="forward and backward in train mode, not forward alone")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the autocast")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the autocast"
+    )
     arguments = parser.parse_args()
     device = arguments.device
     dtype = getattr(torch, arguments.dtype)
@@ -112,7 +114,9 @@ def main() -> None:
             for name in models:
                 images = f"{batch / statistics.median(seconds[name]):,.1f}"
                 against = [ratio(seconds[name], seconds[base]) if name != base else "1" for base in (PLAIN, NATIVE)]
-                rows.append([f"{layout}, batch {batch}, {name}", milliseconds(seconds[name]), images, *against, memory[name]])
+                rows.append(
+                    [f"{layout}, batch {batch}, {name}", milliseconds(seconds[name]), images, *against, memory[name]]
+                )
     header = ("", "ms", "images/s", "/ plain", "/ native SE", "peak MiB above the weights")
     print(table(header, rows))
 

@@ -1,6 +1,6 @@
 """A retrofitted network saves, loads and exports as any other.
 
-    python examples/retrofit_and_export.py
+python examples/retrofit_and_export.py
 """
 
 import copy
@@ -26,7 +26,12 @@ print("state dict:", torch.equal(wanted, again(images)))
 
 # the original's checkpoint fits too: only SE's keys are missing
 missing = retrofitted.load_state_dict(model.state_dict(), strict=False).missing_keys
-print("missing from the original's checkpoint:", len(missing), "keys, all of SE:", all("se_attention" in k for k in missing))
+print(
+    "missing from the original's checkpoint:",
+    len(missing),
+    "keys, all of SE:",
+    all("se_attention" in k for k in missing),
+)
 
 # the whole network, as pickle
 torch.save(retrofitted, folder / "model.pth")

@@ -1,6 +1,6 @@
 """Retrofit a timm network, train a step with a higher learning rate for SE, and take SE out again.
 
-    python examples/retrofit_timm.py
+python examples/retrofit_timm.py
 """
 
 import timm

@@ -1,6 +1,6 @@
 """Choose where SE goes and how wide it is: the paper's ablations, counted on ResNet-50.
 
-    python examples/retrofit_where.py
+python examples/retrofit_where.py
 """
 
 import torchvision

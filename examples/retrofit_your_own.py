@@ -1,6 +1,6 @@
 """Retrofit networks of your own: one whose input shape its first convolution tells, and one that needs an example.
 
-    python examples/retrofit_your_own.py
+python examples/retrofit_your_own.py
 """
 
 import torch
