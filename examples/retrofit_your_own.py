@@ -6,7 +6,7 @@ python examples/retrofit_your_own.py
 import torch
 from torch import Tensor, nn
 
-from se_retrofit import add_se, has_se
+from se_retrofit import add_se, has_se, plan_of
 
 
 class Residual1d(nn.Module):
@@ -55,4 +55,4 @@ print("retrofitted:", [f"blocks.{i}" for i, block in enumerate(model.blocks) if 
 
 # a network of one input needs no example: its first convolution says what it takes
 images = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
-print(add_se(images))
+print(plan_of(add_se(images)))

@@ -23,14 +23,16 @@ from se_retrofit.cli.app import app
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?P<comment><!--[^>]*-->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
-# written on the line above a fence whose code can't run in a test; say why after it
+# written on the line above a fence: the code in it can't run in a test, and why
 NOT_RUN = "<!-- not run:"
+# written on the line above a fence: it holds what the Python above it prints
+OUTPUT = "<!-- output -->"
 
 
-def fences(page: Path, *languages: str) -> list[str]:
-    """The code of a page's fenced blocks in one of the languages, without those that are marked as not run."""
+def fences(page: Path, *languages: str) -> list[re.Match[str]]:
+    """A page's fenced blocks in one of the languages, without those that are marked as not run."""
     found = FENCE.finditer(page.read_text())
-    return [f["code"] for f in found if f["language"] in languages and not (f["comment"] or "").startswith(NOT_RUN)]
+    return [f for f in found if f["language"] in languages and not (f["comment"] or "").startswith(NOT_RUN)]
 
 
 def modules() -> list[ModuleType]:
@@ -64,15 +66,24 @@ def test_what_the_package_exports_is_documented_with_an_example(name: str) -> No
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_in_the_pages_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_in_the_pages_runs_and_prints_what_they_show(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    # one page, one namespace: later blocks go on from earlier ones. Offline, a network has random weights.
-    code = "\n".join(fences(page, "python")).replace("pretrained=True", "pretrained=False")
-    exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
+    namespace: dict[str, object] = {"__name__": "__main__"}  # one for the page: later blocks go on from earlier ones
+    for fence in fences(page, "python", "text"):
+        if fence["language"] == "python":
+            capsys.readouterr()
+            # offline, a network has random weights
+            code = fence["code"].replace("pretrained=True", "pretrained=False")
+            exec(compile(code, str(page), "exec"), namespace)
+        elif (fence["comment"] or "").startswith(OUTPUT):
+            assert capsys.readouterr().out.strip() == fence["code"].strip()
 
 
 def commands_in(page: Path) -> list[str]:
-    lines = "\n".join(fences(page, "sh", "bash", "console")).replace("\\\n", " ").splitlines()
+    code = "\n".join(fence["code"] for fence in fences(page, "sh", "bash", "console"))
+    lines = code.replace("\\\n", " ").splitlines()
     calls = (line.removeprefix("$ ").partition("  #")[0].strip() for line in lines)
     parts = (part.strip() for line in calls for part in line.split("&&"))
     return [p for p in parts if re.match(r"(python3? -m se_retrofit|se-retrofit)\b", p)]

@@ -15,7 +15,7 @@ from ..identity import compare, redraw_vectors, se_matters
 from ..models import Base, load_checkpoint
 from ..photographs import prepared_for
 from ..plan import Plan
-from ..retrofit import add_se, plan_se
+from ..retrofit import add_se, plan_of
 from .app import app, say
 
 HELP = """
@@ -66,8 +66,8 @@ def convert(
         load_checkpoint(original, checkpoint)
     inputs = prepared_for(original, base)
 
-    plan = plan_se(original, **options)
     retrofitted = add_se(original, **options)
+    plan = plan_of(retrofitted)
     say(console, f"{base}: {type(original).__name__}")
     say(console, plan)
     say(console, added(original, plan))

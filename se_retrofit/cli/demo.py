@@ -18,7 +18,7 @@ from ..attention import SEAttention
 from ..demo import Digits, SmallResNet, load_digits, predict, train
 from ..errors import RetrofitError
 from ..identity import compare
-from ..retrofit import add_se, plan_se
+from ..retrofit import add_se, plan_of
 from .app import app, say
 
 HELP = """
@@ -55,9 +55,8 @@ def demo(
     results = {"trained network": (parameters(model), right(model, digits))}
 
     heading(console, f"2. model = add_se(model, reduction={reduction})")
-    plan = plan_se(model, reduction)
     retrofitted = add_se(model, reduction)
-    say(console, plan)
+    say(console, plan_of(retrofitted))
 
     heading(console, "3. Still the same function?")
     for mode in ("eval", "train"):
