@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import se_retrofit.cli.convert as command
-from se_retrofit import RetrofitError, add_se
+from se_retrofit import RetrofitError, SEAttention, add_se
 from se_retrofit.cli.app import app
 from se_retrofit.models import Base
 
@@ -55,7 +55,14 @@ def test_convert_finds_out_that_a_network_is_not_the_same(monkeypatch: pytest.Mo
 
 
 def test_convert_finds_out_that_se_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "add_se", lambda model, **options: model)
+    def idle(model: nn.Module, **options: object) -> nn.Module:
+        retrofitted = add_se(model, **options)  # type: ignore[arg-type]
+        for module in retrofitted.modules():
+            if isinstance(module, SEAttention):
+                module.register_forward_hook(lambda se, args, output: args[0])
+        return retrofitted
+
+    monkeypatch.setattr(command, "add_se", idle)
     result = run("convert", SMALL)
     assert result.exit_code == 1
     assert "SE takes no part" in result.output

@@ -1,4 +1,4 @@
-"""Collects the commands, and turns the user's mistakes into one line instead of a traceback."""
+"""What all commands share: the application they register with, and one line instead of a traceback for mistakes."""
 
 from __future__ import annotations
 
@@ -46,8 +46,6 @@ def say(console: Console, text: Any = "") -> None:
 
 def main() -> None:
     """Entry point of ``se-retrofit`` and ``python -m se_retrofit``."""
-    from . import convert, demo  # noqa: F401  (each registers its command)
-
     try:
         app()
     except RetrofitError as error:
