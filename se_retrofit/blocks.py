@@ -108,6 +108,17 @@ def _next_after(op: Op, through: tuple[str, ...]) -> Op | None:
     return user
 
 
+def _gated_after(op: Op) -> bool:
+    """Whether a channel gate follows a value at once, or behind its norm and activation."""
+    while True:
+        users = [u for u in op.users if u.role != "param"]
+        if any(is_gate(u) for u in users) and all(is_gate(u) or u.pooled for u in users):
+            return True
+        if len(users) != 1 or users[0].role not in ("norm", "pass", "affine", "act") or len(users[0].data) != 1:
+            return False
+        op = users[0]
+
+
 def _joins_channels(op: Op) -> bool:
     """Whether a cat runs along the channels."""
     if op.role != "cat" or not isinstance(op.value, Tensor) or op.channels is None or len(op.data) < 2:
@@ -127,9 +138,9 @@ def _escapes(network: Network, reading: Reading, sources: Iterable[Op], cut: set
     return any(output in reached for output in reading.outputs)
 
 
-def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 1) -> Op | None:
-    """Where a bypass begins: follow ``op`` back, through at most one projection (a convolution or a pool), to something
-    in ``ancestors`` or to an input of the module. None if it is no bypass."""
+def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 2) -> Op | None:
+    """Where a bypass begins: follow ``op`` back, through a linear projection at most (pools, and one or two convolutions:
+    a depthwise-separable pair), to something in ``ancestors`` or to an input of the module. None if it is no bypass."""
     given = set(reading.inputs)
     convs = acts = 0
     while not (op.bit & ancestors or op in given):
@@ -170,41 +181,61 @@ def _residual(network: Network, reading: Reading, add: Op) -> _Block | None:
     return None
 
 
-def _dense(network: Network, reading: Reading, cat: Op) -> list[_Block]:
-    """A cat of (part of) the input and new features that is what the module returns: a block for each of the new."""
+def _dense(network: Network, reading: Reading, cat: Op) -> _Block | None:
+    """A cat of (part of) the input and new features that is what the module returns."""
     if not _joins_channels(cat):
-        return []
+        return None
     for output in reading.outputs:
         while output is not cat:
             if output.role not in (*_TRANSPARENT, "act") or len(output.data) != 1 or not reading.holds(output):
-                return []
+                return None
             output = output.data[0]
     if not reading.outputs:
-        return []
+        return None
     # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
     added = {o: other for o in cat.data if (other := _added_to_bypass(o, reading)) is not None}
     new, bypassed = [], False
     for operand in cat.data:
         if operand in added:
             new.append(added[operand])
-        elif _bypass_source(operand, reading, 0, projections=1 if added else 0) is not None:
+        elif _bypass_source(operand, reading, 0, projections=2 if added else 0) is not None:
             bypassed = True
         else:
             new.append(operand)
     if not bypassed or not new:
-        return []
-    if len(new) > 1 and not any(a.bit & b.ancestors for a in new for b in new):  # pieces of one value
-        common = _common_source(network, reading, new)
+        return None
+    if len(new) > 1:
+        if any(a.bit & b.ancestors for a in new for b in new):
+            return None  # they feed each other: see _dense_layers
+        common = _common_source(network, reading, new)  # they are pieces of one value
         if common is None or common.channels is None:
-            return []
+            return None
         new = [common]
-    blocks = []
-    earlier = 0
+    region = (new[0].ancestors | new[0].bit) & reading.mask
+    ops = list(network.select(region))
+    if not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
+        return None
+    return _Block("dense", reading, region, cat, new[0])
+
+
+def _dense_layers(network: Network, reading: Reading, cat: Op) -> list[_Block]:
+    """A cat of one value and of what several layers made of it, each of which read all that came before it (Huang et
+    al., arXiv:1608.06993). Where each reads the one before it alone, it is one block of several branches instead."""
+    if not _joins_channels(cat) or len(cat.data) < 3:
+        return []
+    first, *new = cat.data
+    seen = first.bit
+    outside = first.ancestors | first.bit
+    blocks: list[_Block] = []
     for operand in new:
-        region = (operand.ancestors | operand.bit) & reading.mask & ~earlier
-        earlier |= region
-        if _has_spatial_conv(network.select(region)):
-            blocks.append(_Block("dense", reading, region, cat, operand, layered=len(new) > 1))
+        region = (operand.ancestors | operand.bit) & reading.mask & ~outside
+        ops = list(network.select(region))
+        reads_all = any(op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops)
+        if (blocks and not reads_all) or not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
+            return []
+        blocks.append(_Block("dense", reading, region, cat, operand, layered=True))
+        seen |= operand.bit
+        outside |= region
     return blocks
 
 
@@ -320,36 +351,28 @@ def _common_source(network: Network, reading: Reading, ops: Iterable[Op]) -> Op 
     return common_ops[-1] if common_ops else None
 
 
-def _multi_branch(network: Network, reading: Reading, cat: Op) -> tuple[_Block, Op] | None:
-    """A channel cat of branches that all come from one value; the block, and the value that SE recalibrates."""
+def _multi_branch(network: Network, reading: Reading, cat: Op) -> _Block | None:
+    """A channel cat of branches that come from one value; SE goes behind it, or behind the conv that fuses it."""
     if not _joins_channels(cat):
         return None
     source = _common_source(network, reading, cat.data)
     if _escapes(network, reading, [source] if source is not None else reading.inputs, {cat}):
         return None
-    region = cat.ancestors & reading.mask
-    if source is not None:
-        region &= ~(source.ancestors | source.bit)
-    ops = list(network.select(region))
+    outside = (source.ancestors | source.bit) if source is not None else 0
+    ops = list(network.select(cat.ancestors & reading.mask & ~outside))
     if not _has_spatial_conv(ops) or any(op.role == "resize" or (op.conv and op.conv.transposed) for op in ops):
         return None
-    outside = (source.ancestors | source.bit) if source is not None else 0
-    computed = [o for o in cat.data if any(p.conv is not None for p in network.select((o.ancestors | o.bit) & reading.mask & ~outside))]
-    if len(computed) < 2:
+    convolved = [o for o in cat.data if any(p.conv is not None for p in network.select((o.ancestors | o.bit) & reading.mask & ~outside))]
+    bypasses = [o for o in cat.data if o not in convolved and not (o.role == "pool" and reading.holds(o) and not o.bit & outside)]
+    end = _fusing_end(reading, cat, ops)
+    if len(convolved) < 2 or (bypasses and end is None):
         return None
-    fused = _fusing_end(network, reading, cat, ops)
-    if fused is None and len(computed) < len(cat.data) and any(
-        o not in computed and o.role not in ("pool",) for o in cat.data
-    ):
-        return None  # some of it bypassed the block
-    end = fused or cat
-    region |= cat.bit | ((end.ancestors | end.bit) & reading.mask & ~cat.ancestors)
-    if source is not None:
-        region &= ~(source.ancestors | source.bit)
-    return _Block("multi-branch", reading, region, cat, end), end
+    end = end or cat
+    region = (end.ancestors | end.bit) & reading.mask & ~outside
+    return _Block("multi-branch", reading, region, cat, end)
 
 
-def _fusing_end(network: Network, reading: Reading, cat: Op, branches: list[Op]) -> Op | None:
+def _fusing_end(reading: Reading, cat: Op, branches: list[Op]) -> Op | None:
     """Behind a cat: the last value of the pointwise conv that fuses it, with its norm and activation."""
     op, conv = cat, None
     while True:
@@ -361,7 +384,7 @@ def _fusing_end(network: Network, reading: Reading, cat: Op, branches: list[Op])
         elif user.role not in ("norm", "act", "pass", "affine"):
             break
         op = user
-    if conv is None or not _same_family(conv, branches):
+    if conv is None or (reading.parent is None and not _same_family(conv, branches)):
         return None
     while op.role in ("pass", "affine") and op is not conv and len(op.data) == 1:
         op = op.data[0]
@@ -385,9 +408,6 @@ def _rep_sum(network: Network, reading: Reading, add: Op) -> _Block | None:
     following = _next_after(add, ("pass",))
     if following is not None and following.role == "add":
         return None  # not the last of the sum
-    following = _next_after(add, ("pass", "norm", "affine"))
-    if following is None or following.role != "act":
-        return None
     leaves, stack = [], list(add.data)
     while stack:
         op = stack.pop()
@@ -406,6 +426,8 @@ def _rep_sum(network: Network, reading: Reading, add: Op) -> _Block | None:
     ops = list(network.select(region))
     if not _has_spatial_conv(ops) or _has_nonlinearity(ops) or any(op.role in ("resize", "cat") for op in ops):
         return None
+    if sum(leaf.bit & region != 0 for leaf in leaves) < 2 or (source is None and len(reading.inputs) != 1):
+        return None  # a lone conv beside its input encodes positions; values of two origins are no branches
     return _Block("rep-sum", reading, region, add, add)
 
 
@@ -459,7 +481,8 @@ def _name(network: Network, block: _Block) -> str:
     if _is_sequential(outer) or outer.call.path == "":
         held = [op for op in network.select(outer.mask) if op.spatial_conv]
         if any(not op.bit & block.region for op in held):
-            return (_common_prefix(paths) if block.kind == "residual" else "") or (paths[0] if paths else outer.call.path)
+            prefix = _common_prefix(paths)
+            return prefix if prefix != outer.call.path else (paths or [prefix])[0]
     while outer.parent is not None and not _is_sequential(outer.parent) and outer.parent.call.path:
         if any(op.conv is not None and not outer.holds(op) for op in network.select(outer.parent.mask)):
             break
@@ -495,13 +518,17 @@ class _Surveyor:
         for reading in reversed(network.readings):
             own = [op for op in network.ops[reading.start : reading.end] if op.call is reading.call and op.role in ("add", "cat")]
             before = self.found
+            for op in reversed(own):  # the last cat of a dense block is the one of all its layers
+                for block in _dense_layers(network, reading, op):
+                    if not block.region & self.sited:
+                        self.place(block, self.dense_place(block))
             for op in own:
                 block = _residual(network, reading, op)
                 if block is not None and not block.region & self.sited:
                     self.residual(block)
-                for block in _dense(network, reading, op):
-                    if not block.region & self.sited:
-                        self.place(block, self.dense_place(block))
+                block = _dense(network, reading, op)
+                if block is not None and not block.region & self.sited:
+                    self.place(block, (reading, block.branch))
             if self.found == before and len(own) > 1:
                 dual = _dual_path(network, reading, own)
                 if dual is not None and not dual.region & self.sited:
@@ -589,12 +616,19 @@ class _Surveyor:
             for op in reversed(own):
                 if op.bit & taken:
                     continue
-                found = _multi_branch(network, reading, op)
-                block = found[0] if found is not None else _rep_sum(network, reading, op)
+                block = self.joined(reading, op) or _rep_sum(network, reading, op)
                 if block is None or block.region & taken:
                     continue
                 taken |= block.region
-                self.place(block, (reading, block.branch) if self.placement == "auto" else None)
+                self.place(block, (block.reading, block.branch) if self.placement == "auto" else None)
+
+    def joined(self, reading: Reading, cat: Op) -> _Block | None:
+        """A multi-branch block; the conv that fuses its branches may stand further out than the cat."""
+        block = _multi_branch(self.network, reading, cat)
+        while block is None and reading.parent is not None and reading.outputs == [cat]:
+            reading = reading.parent
+            block = _multi_branch(self.network, reading, cat)
+        return block
 
     def other_blocks(self) -> bool:
         """Whether there are residual adds of another sort (of attention or MLP blocks): then a chain is but a stem."""
@@ -608,10 +642,6 @@ class _Surveyor:
             reading = self.network.innermost([conv, act])
             if reading is None:
                 continue
-            if any(is_gate(user) for user in act.users):
-                self.leave(_module_path(conv) or reading.call.path, HAS_ATTENTION)
-                self.survey.attended += 1
-                continue
             region = (act.ancestors | act.bit) & ~conv.ancestors
             block = _Block("chain", reading, region, act, act)
             self.place(block, (reading, act) if self.placement == "auto" else None)
@@ -620,8 +650,7 @@ class _Surveyor:
         """Record a spot for a block, or why there is none."""
         self.found |= block.region | block.join.bit
         name = _name(self.network, block)
-        gates = [op for op in self.network.select(block.region) if is_gate(op)]
-        if gates:
+        if any(is_gate(op) for op in self.network.select(block.region)) or (where is not None and _gated_after(where[1])):
             self.sited |= block.region
             self.survey.attended += 1
             self.leave(name, HAS_ATTENTION)
