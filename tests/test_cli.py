@@ -13,9 +13,10 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import se_retrofit.cli.convert as command
-from se_retrofit import RetrofitError, SEAttention, add_se
+from se_retrofit import RetrofitError, SEAttention, add_se, plan_of
 from se_retrofit.cli.app import app
 from se_retrofit.models import Base
+from se_retrofit.saving import load_retrofitted
 
 # the smallest residual network in timm, made for tests: 160x160 images
 SMALL = "timm/test_resnet"
@@ -100,6 +101,15 @@ def test_the_output_file_loads_into_a_network_retrofitted_alike(tmp_path: Path) 
     load_model(loaded, str(file))
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(original.eval()(x), loaded.eval()(x))
+
+
+def test_the_output_folder_loads_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "se"
+    result = run("convert", SMALL, "--num-classes", "5", "--reduction", "4", "--output", str(folder))
+    assert result.exit_code == 0, result.output
+    loaded = load_retrofitted(folder)
+    assert [site.hidden for site in plan_of(loaded).sites] == [8, 12, 48, 24]
+    assert loaded(torch.randn(2, 3, 64, 64)).shape == (2, 5)
 
 
 @pytest.mark.parametrize(
