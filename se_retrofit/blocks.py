@@ -572,18 +572,19 @@ class _Surveyor:
 
     def spatial_place(self, block: _Block) -> tuple[Reading | None, Op]:
         """Inside the branch: after its spatial conv's norm and activation."""
-        convs = [op for op in self.network.select(block.region) if (op.conv is not None or _pointwise(op)) and not op.pooled]
-        if _pointwise(convs[-1]):
-            return self.edge(convs[-1].data[0], convs[-1])
-        for conv in reversed([op for op in convs if op.spatial_conv]):
-            following = _next_after(conv, ("norm", "pass", "affine"))
-            if following is not None and following.role == "act" and following.bit & block.region:
-                return self.edge(conv, following, value=following)
+        for conv in reversed([op for op in self.network.select(block.region) if op.spatial_conv]):
+            op, acted = conv, False
+            user = _only_user(op)
+            while user is not None and user.bit & block.region and user.role in ("norm", "act", "pass", "affine", "cat", "shape"):
+                op, acted = user, acted or user.role == "act"
+                user = _only_user(op)
+            if user is not None and (acted or _pointwise(user)):
+                return self.edge(op, user)
         return block.reading, self.branch_end(block)
 
-    def edge(self, a: Op, b: Op, value: Op | None = None) -> tuple[Reading | None, Op]:
+    def edge(self, value: Op, taker: Op) -> tuple[Reading | None, Op]:
         """The module in whose own graph a value goes from one operation to another."""
-        return self.network.innermost([a, b]), value or a
+        return self.network.innermost([value, taker]), value
 
     def dense_place(self, block: _Block) -> tuple[Reading | None, Op]:
         """A dense layer that is a module of its own gets its SE itself."""
@@ -620,7 +621,8 @@ class _Surveyor:
                 if block is None or block.region & taken:
                     continue
                 taken |= block.region
-                self.place(block, (block.reading, block.branch) if self.placement == "auto" else None)
+                where = self.outside_of_sum(block) if block.kind == "rep-sum" else (block.reading, block.branch)
+                self.place(block, where if self.placement == "auto" else None)
 
     def joined(self, reading: Reading, cat: Op) -> _Block | None:
         """A multi-branch block; the conv that fuses its branches may stand further out than the cat."""
@@ -629,6 +631,17 @@ class _Surveyor:
             reading = reading.parent
             block = _multi_branch(self.network, reading, cat)
         return block
+
+    def outside_of_sum(self, block: _Block) -> tuple[Reading | None, Op]:
+        """Behind the sum of a re-parameterisable block and its norm. Where that is all that a module does, the module is
+        one conv in disguise and may be replaced by that conv: SE goes outside of it."""
+        reading, op = block.reading, block.branch
+        user = _only_user(op)
+        while user is not None and reading.holds(user) and user.role in ("norm", "pass", "affine") and len(user.data) == 1:
+            op, user = user, _only_user(user)
+        while reading.outputs == [op] and reading.parent is not None:
+            reading = reading.parent
+        return reading, op if reading is not block.reading else block.branch
 
     def other_blocks(self) -> bool:
         """Whether there are residual adds of another sort (of attention or MLP blocks): then a chain is but a stem."""
