@@ -511,11 +511,19 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str])
     for name, tensor in tensors.items():
         shared = owners[tensor.untyped_storage().data_ptr()] > 1
         ready[name] = tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.detach().contiguous()
+    save_tensors(ready, path, meta)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = None) -> None:
+    """``safetensors.torch.save_file`` with the system's errors as such, and the permissions that the user's files have."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
-        save_file(ready, path, metadata=meta)
+        save_file(tensors, path, metadata=meta)
     except SafetensorError as error:
-        # safetensors wraps the system's errors, a full disk among them
+        # it wraps the system's errors, a full disk among them
         raise OSError(str(error)) from error
+    path.chmod(mode)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

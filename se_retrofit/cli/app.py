@@ -20,7 +20,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of ``se-retrofit`` and ``python -m se_retrofit``."""
-    from . import convert, demo  # noqa: F401  (each registers its command)
+    from . import compare, convert, demo, finetune  # noqa: F401  (each registers its command)
 
     try:
         app()

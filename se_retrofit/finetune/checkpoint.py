@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..atomic import replaced_directory, settled
 from ..errors import RetrofitError
 from ..models import Base
-from ..saving import RECIPE, WEIGHTS, check_fields, load_strictly, read_json, read_recipe, read_weights, write_network
+from ..saving import RECIPE, WEIGHTS, check_fields, load_strictly, read_json, read_recipe, read_weights, save_tensors, write_network
 
 __all__ = ["LAST", "Progress", "has_checkpoint", "load_training", "save_training", "write_best"]
 
@@ -85,10 +83,7 @@ def save_training(
     state = {"format": FORMAT, "progress": asdict(progress), "config": config, "world": world, "parts": tree}
     with replaced_directory(output / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
         write_network(model, fresh, base=base, state=weights)
-        try:
-            save_file(tensors, fresh / TENSORS)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        save_tensors(tensors, fresh / TENSORS)
         (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import signal
@@ -44,6 +43,7 @@ from .parts import (
     se_modules,
     set_drop_path,
     set_modes,
+    trained_parts,
 )
 from .randomness import EPOCH, UPDATE, kept_randomness, seed_all
 
@@ -128,6 +128,8 @@ def finetune(
     """
     config = FinetuneConfig() if config is None else config
     output = _checked(model, config, output_dir, resume)
+    if config.early_stop is not None and val_data is None:
+        raise RetrofitError("early_stop needs validation data")
     with contextlib.ExitStack() as stack:
         wanted = stack.enter_context(as_found(model))
         stack.enter_context(kept_randomness())
@@ -361,8 +363,6 @@ def finetune(
                 if improved:
                     progress.best, progress.best_epoch = row["val_accuracy"], epoch + 1
                 progress.stale = 0 if improved else progress.stale + 1
-            if schedule is not None:
-                schedule.step(epoch + 1, row.get("val_accuracy"))
             progress.epoch, progress.step = epoch + 1, 0
             progress.loss = progress.correct = progress.seen = 0.0
             if progress.epoch == config.epochs:
@@ -580,7 +580,7 @@ def _checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | N
         ) from error
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     _schedule(probe, config, 1)
-    choose_trainable_checked(model, config)
+    trained_parts(model, config.train)
     if output_dir is None:
         if resume:
             raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
@@ -593,13 +593,6 @@ def _checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | N
     except OSError as error:
         raise RetrofitError(f"{output} can't be made: {error.strerror or error}") from error
     return output
-
-
-def choose_trainable_checked(model: nn.Module, config: FinetuneConfig) -> None:
-    """Raise, before anything is changed, where there is nothing of the kind that ``config.train`` names."""
-    from .parts import _trained_parts
-
-    _trained_parts(model, config.train)
 
 
 def _part(config: FinetuneConfig, epoch: int) -> str:
@@ -629,7 +622,7 @@ def _schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_
             warmup_lr=config.lr / 100, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
             **config.schedule_options,
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise RetrofitError(
             f"schedule {config.schedule!r} can't be made with {config.schedule_options}: {error}"
         ) from error
@@ -718,7 +711,3 @@ def _summarise(log: Log, result: FinetuneResult) -> None:
         log.note(f"stopped early, after epoch {result.history[-1]['epoch']}")
     if result.directory is not None:
         log.note(f"result: {result.directory} (load_retrofitted), curves and metrics beside it")
-
-
-def config_fields() -> list[str]:
-    return [f.name for f in dataclasses.fields(FinetuneConfig)]

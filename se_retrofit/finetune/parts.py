@@ -15,7 +15,7 @@ from torchvision.ops import StochasticDepth
 from ..attention import SEAttention
 from ..errors import RetrofitError
 
-__all__ = ["as_found", "choose_trainable", "head_of", "new_head", "param_groups", "set_drop_path", "set_modes"]
+__all__ = ["as_found", "choose_trainable", "head_of", "new_head", "param_groups", "set_drop_path", "set_modes", "trained_parts"]
 
 TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # of torchvision's GoogLeNet and Inception
@@ -113,12 +113,17 @@ def choose_trainable(model: nn.Module, train: str, given: dict[str, bool]) -> No
     Raises:
         RetrofitError: there is nothing of that kind in the network.
     """
-    chosen = {id(p) for part in _trained_parts(model, train) for p in part.parameters()}
+    chosen = {id(p) for part in trained_parts(model, train) for p in part.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(given.get(name, True) if train == "all" else id(parameter) in chosen)
 
 
-def _trained_parts(model: nn.Module, train: str) -> list[nn.Module]:
+def trained_parts(model: nn.Module, train: str) -> list[nn.Module]:
+    """The modules that ``train`` names.
+
+    Raises:
+        RetrofitError: there is nothing of that kind in the network.
+    """
     if train == "all":
         return [model]
     modules, heads = se_modules(model), head_of(model)
@@ -139,7 +144,7 @@ def set_modes(model: nn.Module, train: str, freeze_bn: bool) -> None:
     that they stay bit for bit; ``freeze_bn`` does it to the norms everywhere.
     """
     model.train()
-    trained = {id(m) for part in _trained_parts(model, train) for m in part.modules()}
+    trained = {id(m) for part in trained_parts(model, train) for m in part.modules()}
     for module in model.modules():
         frozen = id(module) not in trained and any(True for _ in module.buffers(recurse=False))
         if frozen or (freeze_bn and keeps_statistics(module)):
