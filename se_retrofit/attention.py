@@ -126,13 +126,19 @@ class SEAttention(nn.Module):
         Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer, zero for
         the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA).
         """
-        for layer in (self.fc[0], self.fc[2]):
-            if self.gate == "sigmoid":
-                init.normal_(layer.weight, std=0.001)
-            elif layer is self.fc[0]:
-                init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            else:
-                init.zeros_(layer.weight)
+        first, last = self.fc[0], self.fc[2]
+        if self.gate == "sigmoid":
+            init.normal_(first.weight, std=0.001)
+            init.normal_(last.weight, std=0.001)
+        else:
+            init.kaiming_normal_(first.weight, nonlinearity="relu")
+            # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all
+            # of them. Units in pairs of opposite sign: of each pair, one is alive for any input.
+            with torch.no_grad():
+                pairs = self.hidden // 2
+                first.weight[pairs : 2 * pairs] = -first.weight[:pairs]
+            init.zeros_(last.weight)
+        for layer in (first, last):
             if layer.bias is not None:
                 init.zeros_(layer.bias)
 

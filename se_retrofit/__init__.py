@@ -1,0 +1,27 @@
+"""Retrofit Squeeze-and-Excitation into existing convolutional networks, without changing anything else about them.
+
+>>> import timm
+>>> from se_retrofit import add_se
+>>> model = add_se(timm.create_model("resnet18"), reduction=8)
+"""
+
+from .attention import SEAttention
+from .errors import RetrofitError
+from .plan import Plan, Site, Skipped
+from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InsertSE",
+    "Plan",
+    "RetrofitError",
+    "SEAttention",
+    "Site",
+    "Skipped",
+    "add_se",
+    "has_se",
+    "plan_of",
+    "plan_se",
+    "remove_se",
+]

@@ -1,0 +1,373 @@
+"""Three verbs that belong together, ``add_se``, ``remove_se``, ``has_se``; and ``plan_se``, which tells what the first
+would do."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from .attention import SEAttention, check_options, hidden_width
+from .blocks import PLACEMENTS, survey
+from .errors import RetrofitError
+from .insertion import Edit, RetrofittedBlock, apply_edit, edits_for, is_retrofitted, strip
+from .plan import Plan, Site, Skipped
+from .reading import read
+from .rehearsal import rehearse, untouched_randomness
+
+__all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
+
+M = TypeVar("M", bound=nn.Module)
+Patterns = str | Iterable[str] | None
+
+
+def add_se(
+    model: M,
+    reduction: int = 8,
+    *,
+    placement: str = "auto",
+    gate: str = "identity",
+    bias: bool = False,
+    min_hidden: int = 4,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> M:
+    """Put Squeeze-and-Excitation into each convolutional block of a network, where the SE paper puts it.
+
+    The result is of the same class, has the same methods, parameters and checkpoint keys (plus those of the SE modules),
+    and, with the default gate, gives the same outputs bit for bit until it is trained.
+
+    Args:
+        model: a network of torchvision, timm or your own. It is left as it is unless ``inplace``.
+        reduction: the excitation's bottleneck has ``channels // reduction`` units (the paper's r).
+        placement: ``"auto"``, or for residual units one of the paper's others: ``"standard"``, ``"pre"``, ``"post"``,
+            ``"identity"``, ``"3x3"`` (section 6.4, figure 5).
+        gate: ``"identity"``, ``2 * sigmoid`` that starts at exactly 1; or ``"sigmoid"``, the paper's, which starts at
+            about 1/2 and so is for training from scratch and for loading the weights of a native SE network.
+        bias: whether the excitation's layers have biases.
+        min_hidden: the bottleneck has at least so many units.
+        include, exclude: patterns of block paths (``"layer4.*"``), one or several; only matching blocks, all but these.
+        example_inputs: a tensor or a tuple of positional inputs; only their shapes and dtypes are read. Without it the
+            model's config and then usual sizes are tried.
+        inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
+
+    Returns:
+        The retrofitted network: a deep copy, or ``model`` itself if ``inplace``.
+
+    Raises:
+        RetrofitError: nothing can be retrofitted, or an option makes no sense; the model is as it was.
+        TypeError: an argument is of the wrong type; the model is as it was.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se
+        >>> model = add_se(timm.create_model("resnet18"), reduction=16)
+        >>> model.layer1[0].se_attention
+        SEAttention(
+          64, hidden=4, gate=identity, channel_dim=-3
+          (fc): Sequential(
+            (0): Linear(in_features=64, out_features=4, bias=False)
+            (1): ReLU(inplace=True)
+            (2): Linear(in_features=4, out_features=64, bias=False)
+            (3): TwiceSigmoid()
+          )
+        )
+    """
+    plan, edits = _prepare(
+        model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs
+    )
+    target = model if inplace else _copy(model)
+    ses = _build(target, plan)
+    done = 0
+    try:
+        for edit in edits:
+            apply_edit(target, edit, [ses[edit.se_path(name)] for name in edit.names], placement)
+            done += 1
+    except Exception:
+        strip(target)
+        raise
+    return target
+
+
+def plan_se(
+    model: nn.Module,
+    reduction: int = 8,
+    *,
+    placement: str = "auto",
+    gate: str = "identity",
+    bias: bool = False,
+    min_hidden: int = 4,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    example_inputs: Any = None,
+) -> Plan:
+    """What ``add_se`` would do with the same arguments, without doing it.
+
+    Args, raises: as ``add_se``.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import plan_se
+        >>> plan = plan_se(timm.create_model("resnet18"))
+        >>> len(plan.sites), plan.sites[0].path, plan.sites[0].after
+        (8, 'layer1.0.se_attention', 'bn2')
+    """
+    return _prepare(model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs)[0]
+
+
+def remove_se(model: M, *, inplace: bool = False) -> M:
+    """Undo ``add_se``: the original structure, class by class and key by key. What the SE modules learned is lost.
+
+    Args:
+        model: a retrofitted network.
+        inplace: change the given model instead of a copy.
+
+    Raises:
+        RetrofitError: there is no retrofitted SE in the model, or something else derived classes from its blocks since.
+    """
+    _check_module(model)
+    if not has_se(model):
+        raise RetrofitError(f"{type(model).__name__} has no SE that add_se put in, so there is nothing to remove")
+    for path, module in model.named_modules():
+        if isinstance(module, RetrofittedBlock) and "se_base" not in vars(type(module)):
+            raise RetrofitError(
+                f"the class of block {path} was changed after the retrofit, to {type(module).__name__} (by "
+                "torch.nn.utils.parametrize or FSDP, say); undo that first, then call remove_se"
+            )
+    target = model if inplace else _copy(model)
+    strip(target)
+    return target
+
+
+def has_se(model: nn.Module) -> bool:
+    """Whether ``add_se`` has put SE into this model (a network's own, native SE does not count)."""
+    return any(map(is_retrofitted, model.modules()))
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan by which a model was retrofitted.
+
+    Raises:
+        RetrofitError: it was not.
+    """
+    ses = [(path, module) for path, module in model.named_modules() if is_retrofitted(module)]
+    if not ses:
+        raise RetrofitError(f"{type(model).__name__} has no SE that add_se put in")
+    plan: Plan = ses[0][1].plan  # type: ignore[assignment]
+    return replace(plan, sites=tuple(replace(module.site, path=path) for path, module in ses))  # type: ignore[arg-type]
+
+
+class InsertSE(PassBase):
+    """``add_se`` as a torch.fx pass: puts SE into the graph of one GraphModule, in place.
+
+    Args: as ``add_se``, but for ``inplace``.
+
+    Example:
+        >>> import torch, torchvision
+        >>> from torch.fx.passes.infra.pass_manager import PassManager
+        >>> from se_retrofit import InsertSE
+        >>> traced = torch.fx.symbolic_trace(torchvision.models.resnet18())
+        >>> result = PassManager(passes=[InsertSE(reduction=16)])(traced)
+        >>> result.modified, sum(node.name.endswith("se_attention") for node in result.graph_module.graph.nodes)
+        (True, 8)
+    """
+
+    def __init__(self, reduction: int = 8, **options: Any) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.options = options
+
+    def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
+        if not isinstance(graph_module, torch.fx.GraphModule):
+            raise TypeError(f"InsertSE takes a GraphModule, got {type(graph_module).__name__}; for other modules call add_se")
+        return PassResult(add_se(graph_module, self.reduction, **self.options, inplace=True), True)
+
+
+# Behind them ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_module(model: Any) -> None:
+    if isinstance(model, type):
+        raise TypeError(f"expected a model, got the class {model.__name__}; make an instance of it: {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_model(model: Any) -> None:
+    _check_module(model)
+    name = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise RetrofitError(f"the model is wrapped in {name}: retrofit model.module, then wrap the result")
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) if "torch._dynamo" in _loaded() else False:
+        raise RetrofitError("the model was compiled by torch.compile: retrofit the model itself (model._orig_mod), then compile the result")
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise RetrofitError(f"the model is scripted or traced by torch.jit ({name}): retrofit the Python model, then script it")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise RetrofitError("a part of the model is scripted or traced by torch.jit: retrofit the Python model, then script it")
+    if any("FSDP" in type(m).__name__ for m in model.modules()):
+        raise RetrofitError("the model is sharded by FSDP: retrofit it first, then shard it")
+    if has_se(model):
+        raise RetrofitError("the model has been retrofitted already: undo with remove_se(model) first, to retrofit it in another way")
+
+
+def _loaded() -> Any:
+    import sys
+
+    return sys.modules
+
+
+def _check_arguments(reduction: Any, placement: Any, gate: Any, bias: Any, min_hidden: Any) -> None:
+    check_options(reduction, gate, bias, min_hidden)
+    if not isinstance(placement, str):
+        raise TypeError(f"placement must be a string, got {placement!r}")
+    if placement not in PLACEMENTS:
+        raise RetrofitError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
+
+
+def _patterns(name: str, patterns: Patterns) -> list[str]:
+    if patterns is None:
+        return []
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name} must be a pattern of block paths or a list of them, got {pattern!r}")
+    return patterns
+
+
+def _prepare(
+    model: nn.Module, reduction: int, placement: str, gate: str, bias: bool, min_hidden: int,
+    include: Patterns, exclude: Patterns, example_inputs: Any,
+) -> tuple[Plan, list[Edit]]:  # fmt: skip
+    """Find out all that is to be done; touch nothing."""
+    _check_model(model)
+    _check_arguments(reduction, placement, gate, bias, min_hidden)
+    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
+    rehearsal = rehearse(model, example_inputs)
+    with untouched_randomness():
+        found = survey(read(rehearsal), placement)
+        spots, skipped = found.spots, dict(found.skipped)
+        if not spots:
+            raise RetrofitError(_why_nothing(model, found.attended, skipped, placement))
+        blocks = [spot.block for spot in spots]
+        for pattern in included + excluded:
+            if not fnmatch.filter(blocks, pattern):
+                raise RetrofitError(
+                    f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
+                    f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
+                )
+        for spot in list(spots):
+            if included and not any(fnmatch.fnmatchcase(spot.block, p) for p in included):
+                skipped[spot.block] = "not included"
+                spots.remove(spot)
+            elif any(fnmatch.fnmatchcase(spot.block, p) for p in excluded):
+                skipped[spot.block] = "excluded"
+                spots.remove(spot)
+        if not spots:
+            raise RetrofitError("include and exclude together leave no block to retrofit")
+        edits, failed = edits_for(rehearsal, spots)
+    skipped.update(failed)
+    if not edits:
+        raise RetrofitError(_why_nothing(model, 0, skipped, placement))
+    if rehearsal.broke_off is not None:
+        skipped.update(_not_reached(rehearsal.ghost, rehearsal, rehearsal.broke_off))
+    options = {
+        "reduction": reduction, "placement": placement, "gate": gate, "bias": bias, "min_hidden": min_hidden,
+        "include": included or None, "exclude": excluded or None,
+    }  # fmt: skip
+    order = {id(spot): index for index, spot in enumerate(spots)}
+    located = [(order[id(spot)], edit.se_path(name), spot) for edit in edits for spot, name in zip(edit.spots, edit.names, strict=True)]
+    sites = []
+    for _, path, spot in sorted(located, key=lambda item: item[0]):
+        hidden = hidden_width(spot.channels, reduction, min_hidden)
+        parameters = 2 * spot.channels * hidden + (hidden + spot.channels if bias else 0)
+        assert spot.op.channel_dim is not None
+        sites.append(Site(path, spot.block, spot.kind, _after(spot), spot.channels, hidden, parameters, spot.op.channel_dim))
+    dtypes = {path: spot.dtype for _, path, spot in located}
+    for edit in edits:
+        for name, spot in zip(edit.names, edit.spots, strict=True):
+            spot.block = edit.se_path(name)  # noqa: B909
+    plan = Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in skipped.items()), options)
+    object.__setattr__(plan, "_dtypes", dtypes)
+    return plan, edits
+
+
+def _after(spot: Any) -> str:
+    """The node that SE follows, by its module's path in the block where it is one."""
+    return str(spot.node.target) if spot.node.op == "call_module" else str(spot.node.name)
+
+
+def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str], placement: str) -> str:
+    name = type(model).__name__
+    if attended:
+        return f"{name} has channel attention already, in all of its convolutional blocks ({attended}), so there is nothing to retrofit"
+    if skipped:
+        block, reason = next(iter(skipped.items()))
+        return f"{name} has no block that can be retrofitted ({len(skipped)} left out; {block or 'the model'}: {reason})"
+    return (
+        f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
+        "and no plain chain of convolutions, so there is nothing to retrofit"
+    )
+
+
+def _not_reached(ghost: nn.Module, rehearsal: Any, reason: str) -> dict[str, str]:
+    """The outermost modules with spatial convolutions that the rehearsal did not get to."""
+    reached = {id(call.module) for call in rehearsal.root.walk()}
+    missed: dict[str, str] = {}
+    for path, module in ghost.named_modules():
+        if id(module) in reached or any(path.startswith(f"{other}.") for other in missed):
+            continue
+        convs = [m for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd) and max(m.kernel_size) > 1]
+        if convs and not any(id(m) in reached for m in module.modules()):
+            missed[path] = f"not reached: the rehearsal broke off before it ({reason})"
+    return missed
+
+
+def _copy(model: M) -> M:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RetrofitError(
+            f"the model ({type(model).__name__}) can't be copied: copy.deepcopy raised {type(error).__name__}: {error}. "
+            "Retrofit it in place: add_se(model, ..., inplace=True)"
+        ) from error
+
+
+def _build(model: nn.Module, plan: Plan) -> dict[str, SEAttention]:
+    """The SE modules, by path; the global random state is left as it is."""
+    options, built = plan.options, {}
+    dtypes = plan.__dict__.pop("_dtypes")
+    fallback = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]):
+        for site in plan.sites:
+            block = _nearest(model, site)
+            device = next((p.device for p in block.parameters()), fallback)
+            se = SEAttention(
+                site.channels, options["reduction"], gate=options["gate"], bias=options["bias"], min_hidden=options["min_hidden"],
+                channel_dim=site.channel_dim, dtype=dtypes[site.path], device="meta" if device.type == "meta" else "cpu",
+            )  # fmt: skip
+            se.to(device).train(block.training)
+            se.site, se.plan = site, plan  # type: ignore[assignment]
+            built[site.path] = se
+    return built
+
+
+def _nearest(model: nn.Module, site: Site) -> nn.Module:
+    """The module around a site that has parameters, from the inside out."""
+    path = site.path
+    while path:
+        path = path.rpartition(".")[0]
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if next(module.parameters(), None) is not None:
+            return module
+    return model
