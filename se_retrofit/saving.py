@@ -23,11 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .atomic import replaced_directory, replaced_file, settled
-from .attention import SEAttention
 from .errors import RetrofitError
 from .models import Base
 from .plan import Plan, Site
-from .retrofit import add_se, plan_of
+from .retrofit import add_se, has_se, plan_of
 
 __all__ = ["load_retrofitted", "load_se", "save_retrofitted", "save_se"]
 
@@ -78,7 +77,7 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | No
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
-    if not _has_se(model):
+    if not has_se(model):
         raise RetrofitError(
             f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "
             "add_se returns the retrofitted network: model = add_se(model)"
@@ -88,13 +87,16 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | No
     return Path(directory)
 
 
-def load_retrofitted(directory: str | Path, *, base: nn.Module | Base | None = None) -> nn.Module:
+def load_retrofitted(
+    directory: str | Path, *, base: nn.Module | Base | None = None, example_inputs: Any = None
+) -> nn.Module:
     """Build the network that ``save_retrofitted`` saved: the base, the same surgery, the weights.
 
     Args:
         directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
         base: the bare network, for folders whose recipe names none. It is copied, not changed; its weights don't
             matter, all of them are replaced.
+        example_inputs: for ``add_se``, where the network was retrofitted with them.
 
     Returns:
         The network, on the CPU (or where ``base`` is), in eval mode.
@@ -122,7 +124,8 @@ def load_retrofitted(directory: str | Path, *, base: nn.Module | Base | None = N
         state[alias] = state[kept]
     model = _bare(recipe, base, folder)
     if recipe["plan"] is not None:
-        model = _retrofit_again(model, _decoded(recipe["add_se"]), recipe["plan"]["sites"], str(folder), inplace=True)
+        options = _options(recipe["add_se"], example_inputs)
+        model = _retrofit_again(model, options, recipe["plan"]["sites"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     return model.eval()
 
@@ -153,23 +156,26 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
-    if not _has_se(model):
+    if not has_se(model):
         raise RetrofitError(f"this {type(model).__name__} has no SE modules to save; retrofit it first: add_se(model)")
     plan = plan_of(model)
     state = {k: v for k, v in tensors_of(model).items() if _belongs_to(k, plan.sites)}
     stored, tied = untied(state)
-    header = {"format": FORMAT, "add_se": _encoded(plan.options), "sites": plan.to_dict()["sites"], "tied": tied}
+    header = {"format": FORMAT, "add_se": dict(plan.options), "sites": plan.to_dict()["sites"], "tied": tied}
     with replaced_file(Path(file)) as fresh:
         _write_tensors(stored, fresh, {"se_retrofit": json.dumps(header)})
     return Path(file)
 
 
-def load_se(model: nn.Module, file: str | Path, *, inplace: bool = False) -> nn.Module:
+def load_se(
+    model: nn.Module, file: str | Path, *, example_inputs: Any = None, inplace: bool = False
+) -> nn.Module:
     """Put saved SE modules on a network: on a bare one by the same surgery, on a retrofitted one in place of its own.
 
     Args:
         model: the base network that the SE modules were trained on, bare or retrofitted with the same options.
         file: what ``save_se`` wrote.
+        example_inputs: for ``add_se``, where the network was retrofitted with them.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
@@ -187,17 +193,18 @@ def load_se(model: nn.Module, file: str | Path, *, inplace: bool = False) -> nn.
     header = _read_se_header(file)
     for alias, kept in header["tied"].items():
         state[alias] = state[kept]
-    if _has_se(model):
+    if has_se(model):
         _check_plan(plan_of(model).sites, header["sites"], str(file))
         own = {k: v for k, v in tensors_of(model).items() if _belongs_to(k, plan_of(model).sites)}
         _check_keys(own, state, str(file))
         result = model if inplace else copy.deepcopy(model)
     else:
         # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
-        retrofitted = _retrofit_again(model, _decoded(header["add_se"]), header["sites"], str(file), inplace=False)
+        options = _options(header["add_se"], example_inputs)
+        retrofitted = _retrofit_again(model, options, header["sites"], str(file), inplace=False)
         own = {k: v for k, v in tensors_of(retrofitted).items() if _belongs_to(k, plan_of(retrofitted).sites)}
         _check_keys(own, state, str(file))
-        result = add_se(model, **_decoded(header["add_se"]), inplace=True) if inplace else retrofitted
+        result = add_se(model, **options, inplace=True) if inplace else retrofitted
     _retype(result, state)
     result.load_state_dict(state, strict=False)
     return result
@@ -218,14 +225,10 @@ def write_network(
     ``state`` is the state dict, where the model's own is spread over processes.
     """
     state = tensors_of(model) if state is None else state
-    plan = plan_of(model) if _has_se(model) else None
+    plan = plan_of(model) if has_se(model) else None
     sites = plan.sites if plan else ()
     if base is not None:
-        if not isinstance(base, Base):
-            raise TypeError(f"base must be a Base, such as Base.of('timm/resnet18'), got {base!r}")
-        problem = _difference(base, model, state, sites)
-        if problem:
-            raise RetrofitError(f"base={base!r} does not build the network that is to be saved: {problem}")
+        check_base(model, base, state)
         note = ""
     else:
         base, note = base_of(model, state, sites)
@@ -234,7 +237,7 @@ def write_network(
         "format": FORMAT,
         "base": None if base is None else {"library": base.library, "name": base.name, "kwargs": base.kwargs},
         "base_note": note,
-        "add_se": None if plan is None else _encoded(plan.options),
+        "add_se": None if plan is None else dict(plan.options),
         "plan": None if plan is None else {k: v for k, v in plan.to_dict().items() if k != "options"},
         "tied": tied,
         "versions": {name: _version(name) for name in ("se-retrofit", "torch", "torchvision", "timm")},
@@ -302,7 +305,7 @@ def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, 
 
 
 def _read_se_header(file: Path) -> dict[str, Any]:
-    with safe_open(file, "pt") as handle:  # type: ignore[no-untyped-call]
+    with safe_open(file, "pt") as handle:
         text = (handle.metadata() or {}).get("se_retrofit")
     if text is None:
         raise RetrofitError(f"{file} holds no SE modules by save_se; a whole network is loaded by load_retrofitted")
@@ -321,32 +324,8 @@ def _version(distribution: str) -> str:
         return "unknown"  # run from a checkout that is not installed
 
 
-# Options as JSON. Of example inputs only shapes and dtypes matter, so that is what is kept.
-
-
-def _encoded(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {"tensor": {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}}
-    if isinstance(value, dict):
-        return {k: _encoded(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return {"tuple": [_encoded(v) for v in value]}
-    if isinstance(value, list):
-        return [_encoded(v) for v in value]
-    return value
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, dict) and value.keys() == {"tensor"}:
-        dtype = getattr(torch, value["tensor"]["dtype"])
-        return torch.empty(value["tensor"]["shape"], dtype=dtype, device="meta")
-    if isinstance(value, dict) and value.keys() == {"tuple"}:
-        return tuple(_decoded(v) for v in value["tuple"])
-    if isinstance(value, dict):
-        return {k: _decoded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_decoded(v) for v in value]
-    return value
+def _options(saved: dict[str, Any], example_inputs: Any) -> dict[str, Any]:
+    return saved if example_inputs is None else {**saved, "example_inputs": example_inputs}
 
 
 # The base network
@@ -362,10 +341,10 @@ def base_of(
     """
     state = tensors_of(model) if state is None else state
     if sites is None:
-        sites = plan_of(model).sites if _has_se(model) else ()
+        sites = plan_of(model).sites if has_se(model) else ()
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else None
-    if not name:
+    if not name or not isinstance(config, dict):
         return None, f"{type(model).__module__}.{type(model).__qualname__} does not tell the name that it was built by"
     if config.get("tag"):  # the tag brings the mean, std and size that the weights were trained with
         name = f"{name}.{config['tag']}"
@@ -381,6 +360,16 @@ def base_of(
     if problem:
         return None, f"timm's {name} with {kwargs} is another network than the one that was saved: {problem}"
     return base, ""
+
+
+def check_base(model: nn.Module, base: Base, state: dict[str, Tensor] | None = None) -> None:
+    """Raise unless ``base`` builds ``model`` without its SE."""
+    if not isinstance(base, Base):
+        raise TypeError(f"base must be a Base, such as Base.of('timm/resnet18'), got {base!r}")
+    sites = plan_of(model).sites if has_se(model) else ()
+    problem = _difference(base, model, tensors_of(model) if state is None else state, sites)
+    if problem:
+        raise RetrofitError(f"base={base!r} does not build the network that is to be saved: {problem}")
 
 
 def _difference(base: Base, model: nn.Module, state: dict[str, Tensor], sites: tuple[Site, ...]) -> str:
@@ -560,10 +549,6 @@ def _retype(model: nn.Module, state: dict[str, Tensor]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in state and state[name].dtype != tensor.dtype:
             tensor.data = tensor.data.to(state[name].dtype)
-
-
-def _has_se(model: nn.Module) -> bool:
-    return any(isinstance(module, SEAttention) for module in model.modules())
 
 
 def _belongs_to(key: str, sites: tuple[Site, ...]) -> bool:

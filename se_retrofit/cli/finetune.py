@@ -93,8 +93,9 @@ def finetune_command(
     torch.manual_seed(recipe.seed)
     network = build()
     if not plain:
-        options = {"reduction": reduction, "placement": placement, "include": include, "exclude": exclude}
-        network = add_se(network, **options, inplace=True)
+        network = add_se(
+            network, reduction, placement=placement, include=include, exclude=exclude, inplace=True
+        )
     try:
         finetune(
             network,

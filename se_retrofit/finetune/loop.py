@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from ..models import Base
+from ..saving import check_base
 from . import checkpoint as disk
 from .checkpoint import Progress
 from .config import FinetuneConfig
@@ -43,6 +44,7 @@ from .parts import (
     se_modules,
     set_drop_path,
     set_modes,
+    structure_of,
     trained_parts,
 )
 from .randomness import EPOCH, UPDATE, kept_randomness, seed_all
@@ -156,6 +158,8 @@ def finetune(
 
         # Network
 
+        undo = stack.enter_context(contextlib.ExitStack())  # whatever is found wrong from here on to the first step
+        undo.callback(structure_of(model))
         seed_all(config.seed, EPOCH)
         classes = head_size(model)
         if config.num_classes is not None and config.num_classes != classes:
@@ -163,9 +167,12 @@ def finetune(
             wanted.update({name: True for name, _ in model.named_parameters() if name not in wanted})
         if config.drop_path is not None:
             set_drop_path(model, config.drop_path)
-        progress, saved = Progress(), {}
+        progress = Progress()
+        saved: dict[str, Any] = {}
         if resume and output is not None and disk.has_checkpoint(output):
             progress, saved = disk.load_training(output, model, config.to_dict(), world=world, free=FREE_FIELDS)
+        if base is not None:
+            check_base(model, base)  # rather now than when the first epoch is to be saved
         channels_last = device.type == "cuda" if config.channels_last is None else config.channels_last
         layout = torch.channels_last if channels_last else torch.preserve_format
         if not sharded:
@@ -251,6 +258,7 @@ def finetune(
             disk.check_space(output, model, config)
             config.to_yaml(output / "config.yaml")
             log.resume(progress.updates)
+        undo.pop_all()
         _introduce(log, model, config, accelerator, len(train), progress)
         trackers = _start_trackers(accelerator, config)
 
@@ -506,7 +514,7 @@ def _look(
     pending: list[Tensor], signaled: int | None, due: bool, accelerator: Accelerator
 ) -> tuple[list[tuple[float, float, float]], int, bool]:
     """The sums of the last updates over all processes, and what all agree on: a signal to stop, a checkpoint to write."""
-    told = {None: 0.0, signal.SIGTERM: 1.0}.get(signaled, 1024.0)
+    told = 0.0 if signaled is None else 1.0 if signaled == signal.SIGTERM else 1024.0
     flags = torch.tensor([told, float(due and accelerator.is_main_process), 0.0], device=accelerator.device)
     *sums, (told, wanted, _) = accelerator.reduce(torch.stack([*pending, flags]), "sum").tolist()
     stop = signal.SIGINT if told >= 1024 else signal.SIGTERM if told else 0
@@ -576,10 +584,10 @@ def _checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | N
         get_optimizer_class(config.optimizer, bind_defaults=False)
     except ValueError as error:
         raise RetrofitError(
-            f"timm knows no optimizer {config.optimizer!r}; there are {', '.join(list_optimizers())}"
+            f"timm knows no optimizer {config.optimizer!r}; there are {', '.join(map(str, list_optimizers()))}"
         ) from error
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
-    _schedule(probe, config, 1)
+    _schedule(probe, config, 1000)
     trained_parts(model, config.train)
     if output_dir is None:
         if resume:
@@ -616,9 +624,10 @@ def _optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool
 
 
 def _schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
+    warmup: Any = config.warmup * config.epochs  # timm says int, and takes fractions
     try:
         schedule, _ = create_scheduler_v2(
-            optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=config.warmup * config.epochs,
+            optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
             warmup_lr=config.lr / 100, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
             **config.schedule_options,
         )  # fmt: skip

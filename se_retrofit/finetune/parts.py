@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ def head_of(model: nn.Module) -> list[nn.Module]:
     """The layers that compute the classes, auxiliary classifiers included; empty where the network has none that is
     known: timm's ``get_classifier``, or the last Linear or Conv of torchvision's ``fc``, ``classifier``, ``heads`` or
     ``head``."""
-    if callable(getattr(model, "get_classifier", None)):
-        found = model.get_classifier()
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        found = get_classifier()
         heads = list(found) if isinstance(found, (tuple, list)) else [found]
         return [head for head in heads if isinstance(head, nn.Module) and any(True for _ in head.parameters())]
     return [model.get_submodule(path) for path in _head_paths(model)]
@@ -51,9 +52,10 @@ def new_head(model: nn.Module, num_classes: int) -> None:
         >>> model(torch.randn(1, 3, 64, 64)).shape
         torch.Size([1, 10])
     """
-    if callable(getattr(model, "reset_classifier", None)):
+    reset_classifier = getattr(model, "reset_classifier", None)
+    if callable(reset_classifier):
         like = next(model.parameters())
-        model.reset_classifier(num_classes)
+        reset_classifier(num_classes)
         model.to(device=like.device)
         return
     paths = _head_paths(model)
@@ -167,7 +169,8 @@ def param_groups(
     """
     se = {id(p) for module in se_modules(model) for p in module.parameters()}
     head = {id(p) for module in head_of(model) for p in module.parameters()}
-    exempt = set(model.no_weight_decay()) if callable(getattr(model, "no_weight_decay", None)) else set()
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    exempt = set(no_weight_decay()) if callable(no_weight_decay) else set()
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -219,6 +222,22 @@ def as_found(model: nn.Module) -> Iterator[dict[str, bool]]:
             module.training = mode
         for layer, rate in rates:
             setattr(layer, _rate_name(layer), rate)
+
+
+def structure_of(model: nn.Module) -> Callable[[], None]:
+    """A function that gives the network the structure back that it has now (not the tensors' values)."""
+    fields = ("_modules", "_parameters", "_buffers")
+    now = [(module, dict(vars(module)), [dict(getattr(module, f)) for f in fields]) for module in model.modules()]
+
+    def restore() -> None:
+        for module, own, registered in now:
+            vars(module).clear()
+            vars(module).update(own)
+            for name, content in zip(fields, registered, strict=True):
+                getattr(module, name).clear()
+                getattr(module, name).update(content)
+
+    return restore
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:
