@@ -65,7 +65,8 @@ def stream(
     A DataLoader is taken as it is.
 
     Raises:
-        RetrofitError: there is no image in it, or it doesn't know its length.
+        RetrofitError: there is no image in it, it doesn't know its length, or it is iterable and there are several
+            processes.
         TypeError: it is neither a Dataset nor a DataLoader.
     """
     if isinstance(data, DataLoader):
@@ -77,6 +78,10 @@ def stream(
         )
     workers = default_workers(data, world) if workers is None else workers
     if isinstance(data, IterableDataset):
+        if world > 1:
+            raise RetrofitError(
+                f"{name} is iterable, and several processes can't share it evenly; give a data set with indices"
+            )
         items = Transformed(data, transform)
         loader: DataLoader[Any] = DataLoader(
             items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=ignore_ctrl_c

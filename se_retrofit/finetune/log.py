@@ -34,7 +34,7 @@ COLUMNS = {
 
 
 class Log:
-    """Prints and writes for the main process; of the others only notes are heard.
+    """Prints and writes for the main process; of the others only warnings are heard.
 
     In a terminal it draws a progress bar under the table; elsewhere it prints a line now and then.
     """
@@ -63,8 +63,12 @@ class Log:
             self.bar.stop()
 
     def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """What only this process knows."""
         if self.rank == 0:
-            self.console.print(text, markup=False)
+            self.note(text)
         else:
             print(f"process {self.rank}: {text}", file=sys.stderr)
 

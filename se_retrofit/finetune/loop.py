@@ -473,7 +473,7 @@ def _on_device(batch: Batch, device: torch.device, layout: torch.memory_format) 
 
 def _tell(batch: Batch, log: Log) -> None:
     for complaint in batch.complaints:
-        log.note(f"skipped an image that can't be read: {complaint}")
+        log.warn(f"skipped an image that can't be read: {complaint}")
 
 
 def _check_targets(batch: Batch, logits: Tensor) -> None:
