@@ -9,6 +9,7 @@ from .attention import SEAttention
 from .errors import RetrofitError
 from .plan import Plan, Site, Skipped
 from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
+from .saving import load_retrofitted, load_se, save_retrofitted, save_se
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,11 @@ __all__ = [
     "Skipped",
     "add_se",
     "has_se",
+    "load_retrofitted",
+    "load_se",
     "plan_of",
     "plan_se",
     "remove_se",
+    "save_retrofitted",
+    "save_se",
 ]
