@@ -20,7 +20,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of ``se-retrofit`` and ``python -m se_retrofit``."""
-    from . import convert, demo  # noqa: F401  (each registers its command)
+    from . import convert, demo, zoo  # noqa: F401  (each registers its command)
 
     try:
         app()
