@@ -80,11 +80,15 @@ def is_gate(op: Op) -> bool:
     if op.role != "mul" or len(op.data) != 2:
         return False
     a, b = op.data
-    return (a.pooled and a.excited and not b.pooled) or (b.pooled and b.excited and not a.pooled)
+    if a.pooled == b.pooled:
+        return False
+    gate, scaled = (a, b) if a.pooled else (b, a)
+    return gate.excited and scaled.channels != 1
 
 
 def _has_nonlinearity(ops: Iterable[Op]) -> bool:
-    return any(op.role == "act" or (op.role == "mul" and len(op.data) == 2) for op in ops)
+    """Self-attention counts as one."""
+    return any(op.role in ("act", "other") or (op.role == "mul" and len(op.data) == 2) for op in ops)
 
 
 def _has_spatial_conv(ops: Iterable[Op]) -> bool:
@@ -379,8 +383,8 @@ def _fusing_end(reading: Reading, cat: Op, branches: list[Op]) -> Op | None:
         user = _only_user(op)
         if user is None or not reading.holds(user) or len(user.data) != 1:
             break
-        if user.conv is not None and not user.conv.spatial and conv is None:
-            conv = user
+        if user.conv is not None and not user.conv.spatial:
+            conv = conv or user
         elif user.role not in ("norm", "act", "pass", "affine"):
             break
         op = user
@@ -431,11 +435,29 @@ def _rep_sum(network: Network, reading: Reading, add: Op) -> _Block | None:
     return _Block("rep-sum", reading, region, add, add)
 
 
+def _covers_its_input(conv: Op) -> bool:
+    """Whether a conv leaves nothing of space: a fully-connected layer, written as a convolution."""
+    before = conv.data[0].value
+    assert conv.conv is not None
+    dims = len(conv.conv.kernel)
+    return not conv.conv.transposed and all(s == 1 for s in conv.value.shape[-dims:]) and before.shape[-dims:] == conv.conv.kernel
+
+
+def _is_prediction(network: Network, projection: Op) -> bool:
+    """Whether a projection is what a head predicts: no layer of any kind comes behind it."""
+    return not any(
+        op.ancestors & projection.bit and op.role in ("conv", "linear", "norm", "act", "add")
+        for op in network.ops[projection.index + 1 :]
+    )
+
+
 def _chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
     """Each conv with the non-linearity that closes its unit; a depthwise-separable pair is one unit."""
     outputs = {op for reading in network.readings if reading.parent is None for op in reading.outputs}
     for conv in network.ops:
         if not conv.spatial_conv:
+            continue
+        if _covers_its_input(conv):
             continue
         following = _next_after(conv, ("norm", "pass", "affine", "pool"))
         if conv.conv is not None and conv.conv.depthwise:
@@ -483,7 +505,7 @@ def _name(network: Network, block: _Block) -> str:
         if any(not op.bit & block.region for op in held):
             prefix = _common_prefix(paths)
             return prefix if prefix != outer.call.path else (paths or [prefix])[0]
-    while outer.parent is not None and not _is_sequential(outer.parent) and outer.parent.call.path:
+    while _is_sequential(outer) and outer.parent is not None and outer.parent.call.path:
         if any(op.conv is not None and not outer.holds(op) for op in network.select(outer.parent.mask)):
             break
         outer = outer.parent
@@ -504,13 +526,18 @@ class _Surveyor:
         self.survey = Survey()
         self.found = 0  # the bits of all blocks with a bypass and all inverted ones, whether they get SE or not
         self.sited = 0  # the bits of the values behind which SE goes, and of blocks that have attention
+        self.covered = 0  # the bits of the blocks that get SE
+        self.unplaced: dict[str, tuple[str, int]] = {}  # blocks for which there is no place; one around them may have one
 
     def run(self) -> Survey:
         self.blocks_with_bypass()
         self.inverted_without_bypass()
         self.joined_branches()
-        if not self.survey.spots and not self.survey.attended and not self.survey.skipped and not self.other_blocks():
+        if not self.survey.spots and not self.survey.attended and not self.unplaced:
             self.chains()
+        for name, (reason, region) in self.unplaced.items():
+            if not region & self.covered:
+                self.leave(name, reason)
         return self.survey
 
     def blocks_with_bypass(self) -> None:
@@ -528,7 +555,7 @@ class _Surveyor:
                     self.residual(block)
                 block = _dense(network, reading, op)
                 if block is not None and not block.region & self.sited:
-                    self.place(block, (reading, block.branch))
+                    self.place(block, (reading, self.branch_end(block)))
             if self.found == before and len(own) > 1:
                 dual = _dual_path(network, reading, own)
                 if dual is not None and not dual.region & self.sited:
@@ -563,9 +590,13 @@ class _Surveyor:
 
     def branch_end(self, block: _Block) -> Op:
         """The branch's last value before stochastic depth and layer scale."""
-        op = block.branch
-        while op.role in ("pass", "affine") and len(op.data) == 1 and _only_user(op.data[0]) is op:
-            if block.reading.node_of(op.data[0]) is None:
+        return self.before(block.branch, block.reading, ("pass", "affine"))
+
+    @staticmethod
+    def before(op: Op, reading: Reading | None, roles: tuple[str, ...]) -> Op:
+        """Follow a value back through operations of these roles that stand in the module's own graph."""
+        while op.role in roles and len(op.data) == 1 and _only_user(op.data[0]) is op:
+            if reading is None or reading.node_of(op.data[0]) is None:
                 break
             op = op.data[0]
         return op
@@ -584,7 +615,8 @@ class _Surveyor:
 
     def edge(self, value: Op, taker: Op) -> tuple[Reading | None, Op]:
         """The module in whose own graph a value goes from one operation to another."""
-        return self.network.innermost([value, taker]), value
+        reading = self.network.innermost([value, taker])
+        return reading, self.before(value, reading, ("pass",))
 
     def dense_place(self, block: _Block) -> tuple[Reading | None, Op]:
         """A dense layer that is a module of its own gets its SE itself."""
@@ -593,7 +625,7 @@ class _Surveyor:
             child = block.reading.children[node]
             if child.node_of(block.branch) is not None:
                 block.reading = child
-        return block.reading, block.branch
+        return block.reading, self.branch_end(block)
 
     def inverted_without_bypass(self) -> None:
         for conv in list(self.network.ops):
@@ -604,6 +636,8 @@ class _Surveyor:
                 continue
             reading = self.network.innermost([conv, core.projection])
             if reading is None or not _projects(core.projection) or core.projection.bit & self.found:
+                continue
+            if _is_prediction(self.network, core.projection):
                 continue
             region = (core.projection.ancestors | core.projection.bit) & ~conv.ancestors
             block = _Block("inverted", reading, region, core.projection, core.projection)
@@ -643,13 +677,6 @@ class _Surveyor:
             reading = reading.parent
         return reading, op if reading is not block.reading else block.branch
 
-    def other_blocks(self) -> bool:
-        """Whether there are residual adds of another sort (of attention or MLP blocks): then a chain is but a stem."""
-        return any(
-            op.role == "add" and len(op.data) == 2 and (op.data[0].bit & op.data[1].ancestors or op.data[1].bit & op.data[0].ancestors)
-            for op in self.network.ops
-        )
-
     def chains(self) -> None:
         for conv, act in _chain_units(self.network):
             reading = self.network.innermost([conv, act])
@@ -672,21 +699,34 @@ class _Surveyor:
             self.leave(name, f"placement {self.placement!r} is for residual units, this block is of kind {block.kind}")
             return
         reading, op = where
-        self.sited |= op.bit
         node = None
         if reading is not None:
-            node = reading.node_of(op)
-            if node is None:
-                node = next((n for n, structure in reading.ops.items() if structure is op), None)
+            reading, node = self.locate(reading, op)
+        problem = None
         if reading is None or node is None:
-            self.leave(name, "the value that SE should recalibrate does not appear in the graph of any of its modules")
+            problem = "the value that SE should recalibrate does not appear in the graph of any of its modules"
         elif op.channels is None:
-            self.leave(name, f"which dim of {node.name} holds the channels can't be told")
+            problem = f"which dim of {node.name} holds the channels can't be told"
         elif op.channels < 2:
-            self.leave(name, f"{node.name} has one channel only")
-        else:
-            chosen = None if users is None else frozenset(u for u in users if u is not None)
-            self.survey.spots.append(Spot(name, block.kind, reading, node, op, chosen))
+            problem = f"{node.name} has one channel only"
+        if problem is not None or reading is None or node is None:
+            self.unplaced[name] = (problem or "", block.region)
+            return
+        self.sited |= op.bit
+        self.covered |= block.region
+        chosen = None if users is None else frozenset(u for u in users if u is not None)
+        self.survey.spots.append(Spot(name, block.kind, reading, node, op, chosen))
+
+    def locate(self, reading: Reading, op: Op) -> tuple[Reading, fx.Node | None]:
+        """The node that is a value: in this module's own graph, or in that of the module inside in which it appears."""
+        node = reading.node_of(op)
+        if node is None:
+            node = next((n for n, structure in reading.ops.items() if structure is op), None)
+        if node is None and reading.holds(op):
+            inner = next((child for child in reading.children.values() if child.holds(op)), None)
+            if inner is not None:
+                return self.locate(inner, op)
+        return reading, node
 
     def leave(self, block: str, reason: str) -> None:
         self.survey.skipped.setdefault(block, reason)
@@ -696,9 +736,10 @@ def survey(network: Network, placement: str = "auto") -> Survey:
     """Find the convolutional blocks of a network and where SE goes in each."""
     result = _Surveyor(network, placement).run()
     result.spots.sort(key=lambda spot: spot.op.index)
-    sited = {id(spot.reading.call.module) for spot in result.spots}
+    known = [spot.block for spot in result.spots] + list(result.skipped)
     for call, reason in network.failures.items():
-        if id(call.module) not in sited and _own_spatial_conv(call):
+        inside = any(call.path == block or call.path.startswith(f"{block}.") for block in known)
+        if not inside and _own_spatial_conv(call):
             result.skipped.setdefault(call.path, reason)
     return result
 

@@ -167,15 +167,15 @@ def _assemble(signature: str, ways: list[_Way], imports: dict[str, Any], where: 
     body: list[str] = []
     if len(ways) == 1:
         for condition, name in ways[0].conditions:
-            imports["expect"] = expect
-            body.append(f"expect({condition}, True, {f'the argument {name} of {where}'!r})")
+            imports["_expect"] = expect
+            body.append(f"_expect({condition}, True, {f'the argument {name} of {where}'!r})")
         body += ways[0].lines()
     else:
         for way in ways:
             test = " and ".join(condition for condition, _ in way.conditions) or "True"
             body += [f"if {test}:", *(f"    {line}" for line in way.lines())]
-        imports["expect"] = expect
-        body.append(f"expect('a way of calling that was not rehearsed', 'one that was', {where!r})")
+        imports["_expect"] = expect
+        body.append(f"_expect('a way of calling that was not rehearsed', 'one that was', {where!r})")
     header = sorted({_import_line(name, value) for name, value in imports.items()})
     return "\n".join([*header, "", "", f"def forward({signature}):", *(f"    {line}" for line in body), ""])
 
