@@ -44,6 +44,7 @@ class Edit:
     how: _Strategy
     names: list[str] = field(default_factory=list)
     spots: list[Spot] = field(default_factory=list)
+    overwrites: list[bool] = field(default_factory=list)  # whether SE may scale its input in place
     source: str = ""  # of the derived class's forward
 
     def se_path(self, name: str) -> str:
@@ -481,7 +482,7 @@ def _edit(rehearsal: Rehearsal, how: _Strategy, group: list[_Target], name: str)
         if [(s.channels, s.op.channel_dim) for s in others] != [(s.channels, s.op.channel_dim) for s in spots]:
             raise TraceFailure("it is called several times, with other channels each time")
     names = [name if i == 0 else f"{name}_{i + 1}" for i in range(len(spots))]
-    edit = Edit(first.path, how, names, spots)
+    edit = Edit(first.path, how, names, spots, [spot.overwritten for spot in spots])
     if how == "graph":
         edit.names = _graph_names(module, spots, name)
     elif how == "wrap":
