@@ -60,10 +60,10 @@ class BlockGraph:
             return {"iadd": "+=", "add": "+", "mul": "*", "imul": "*=", "sub": "-", "truediv": "/"}.get(name, name)
         return str(node.target) if node.op == "call_method" else node.op
 
-    def label(self, node: fx.Node) -> str:
+    def label(self, node: fx.Node, prefix: str = "") -> str:
         """A node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
         if node.op == "call_module":
-            return f"{node.target} ({self.kind(node)})"
+            return f"{join(prefix, str(node.target))} ({self.kind(node)})"
         if node.op == "placeholder":
             return f"input {node.name}"
         if node.op == "get_attr":
@@ -86,13 +86,11 @@ class BlockPair:
     after: BlockGraph | None = None
     failure: str | None = None
     calls: int = 1
+    whole: BlockGraph | None = None  # the graph after of which the block is a part
 
     def se_node(self, site: Site) -> fx.Node | None:
         """The node of the graph after that calls a site's SE module."""
-        if self.after is None:
-            return None
-        targets = {join(self.after.scope, str(node.target)): node for node in self.after.ses}
-        return targets.get(site.path)
+        return _call_to(self.after, site.path)
 
     def se_after(self, site: Site) -> str:
         """What a site's SE follows, in few words."""
@@ -105,10 +103,11 @@ class BlockPair:
 
     def se_before(self, site: Site) -> str:
         """What takes the value that a site's SE has scaled, in few words."""
-        node = self.se_node(site)
-        if node is None or self.after is None:
+        graph, prefix = (self.after, "") if self.whole is None else (self.whole, self.whole.scope)
+        node = _call_to(graph, site.path)
+        if node is None or graph is None:
             return ""
-        return ", ".join(dict.fromkeys(self.after.label(user) for user in node.users))
+        return ", ".join(dict.fromkeys(graph.label(user, prefix) for user in node.users))
 
     def signature(self) -> tuple[Any, ...]:
         """Equal for blocks that differ in nothing but names and numbers of channels."""
@@ -137,6 +136,12 @@ class Inspection:
 def join(*parts: str) -> str:
     """A module path from parts, any of which may be empty."""
     return ".".join(part for part in parts if part)
+
+
+def _call_to(block: BlockGraph | None, path: str) -> fx.Node | None:
+    if block is None:
+        return None
+    return next((node for node in block.ses if join(block.scope, str(node.target)) == path), None)
 
 
 def _relative(path: str, block: str) -> str:
@@ -256,6 +261,7 @@ class _Tracing:
             pair.failure = str(failure)
             return
         if scope != pair.path:
+            pair.whole = pair.after
             pair.before, pair.after = _slices(pair, pair.before, pair.after)
 
     def scope(self, pair: BlockPair) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -50,6 +51,7 @@ def print_graph(model: nn.Module, block: str | None = None, *, example_inputs: A
 class _Tree:
     def __init__(self, inspection: Inspection) -> None:
         self.after = {site.path: pair.se_after(site) for pair in inspection.blocks for site in pair.sites}
+        self.blocks = [pair.path for pair in inspection.blocks]
         self.printed: dict[Any, str] = {}
         self.keys: dict[tuple[int, bool], Any] = {}
 
@@ -65,15 +67,19 @@ class _Tree:
     def ses(self, module: nn.Module) -> list[SEAttention]:
         return [m for m in module.modules() if isinstance(m, SEAttention)]
 
-    def folds(self, module: nn.Module) -> bool:
-        """Whether a module is large enough to be worth a reference to one printed before."""
-        inner = {id(m) for se in self.ses(module) for m in se.modules() if m is not se}
-        size = sum(id(m) not in inner for m in module.modules())
-        return size >= (3 if self.ses(module) else 6)
+    def folds(self, module: nn.Module, path: str) -> bool:
+        """Whether a module may be left to a reference to one printed before: a block may, but no part of a block that
+        says where SE is, nor a stage, which holds little more than its blocks."""
+        ses = len(self.ses(module))
+        if not ses:
+            return sum(1 for _ in module.modules()) >= 6
+        if ses > 1 and isinstance(module, nn.Sequential):
+            return False
+        return path != "" and any(block == path or block.startswith(f"{path}.") for block in self.blocks)
 
-    def reference(self, module: nn.Module) -> str | None:
+    def reference(self, module: nn.Module, path: str) -> str | None:
         """Where a module like this one was printed, in words."""
-        if not self.folds(module):
+        if not self.folds(module, path):
             return None
         if (same := self.printed.get(self.key(module, True))) is not None:
             return f"as {same}"
@@ -90,19 +96,26 @@ class _Tree:
                 after = self.after.get(child_path)
                 yield pad + name, describe(child) + (f", after {after}" if after else ""), True
                 continue
-            reference = self.reference(child)
+            reference = self.reference(child, child_path)
             if reference is None:
                 self.printed.setdefault(self.key(child, True), child_path)
                 self.printed.setdefault(self.key(child, False), child_path)
                 yield pad + name, describe(child), False
                 yield from self.lines(child, child_path, indent + 1)
                 continue
-            last, ses = name, [describe(se) for se in self.ses(child)]
-            while children and self.reference(children[0][1]) == reference and [describe(se) for se in self.ses(children[0][1])] == ses:
+            last, ses = name, self.sizes(child)
+            while children:
+                following, twin = children[0]
+                if self.reference(twin, join(path, following)) != reference or self.sizes(twin) != ses:
+                    break
                 last = children.pop(0)[0]
             names = name if last == name else f"{name}-{last}" if last.isdigit() else f"{name} .. {last}"
-            words = [class_name(child), reference, *(f"with {se}" for se in ses)]
-            yield pad + names, ", ".join(words), bool(ses)
+            yield pad + names, ", ".join([class_name(child), reference, *ses]), bool(ses)
+
+    def sizes(self, module: nn.Module) -> list[str]:
+        """The SE modules in a module, in words."""
+        counts = Counter(describe(se) for se in self.ses(module))
+        return [f"with {number} x {words}" if number > 1 else f"with {words}" for words, number in counts.items()]
 
 
 def tree_lines(inspection: Inspection) -> list[Line]:
