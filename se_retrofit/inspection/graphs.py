@@ -47,6 +47,11 @@ class BlockGraph:
         """The nodes that call an inserted SE module."""
         return [node for node, module in self.modules.items() if isinstance(module, SEAttention)]
 
+    @property
+    def items(self) -> set[fx.Node]:
+        """The nodes that take one feature map out of a list of them that the block is given (as DenseNet's layers are)."""
+        return {n for n in self.graph.nodes if self.kind(n) == "getitem" and n.args[0] in self.graph.find_nodes(op="placeholder")}
+
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
         return _shape(self.values.get(node))
@@ -126,10 +131,15 @@ class Inspection:
     blocks: list[BlockPair] = field(default_factory=list)
 
     def distinct(self) -> list[list[BlockPair]]:
-        """The blocks in groups of the same structure."""
+        """The blocks in groups of the same structure, the one that shows it best first: of dense layers, the first that
+        is given several feature maps."""
         groups: dict[tuple[Any, ...], list[BlockPair]] = {}
         for block in self.blocks:
             groups.setdefault(block.signature(), []).append(block)
+        for group in groups.values():
+            best = max(group, key=lambda pair: min(len(pair.after.items), 2) if pair.after else 0)
+            group.remove(best)
+            group.insert(0, best)
         return list(groups.values())
 
 
@@ -382,7 +392,7 @@ def _slice(whole: BlockGraph, nodes: list[fx.Node]) -> BlockGraph:
     for node in nodes:
         for source in node.all_input_nodes:
             if source not in copies and source not in nodes:
-                copies[source] = part.graph.placeholder(_name(whole, source))
+                copies[source] = part.graph.placeholder("x" if not copies else f"x_{len(copies)}")
                 part.values[copies[source]] = whole.values.get(source)
     for node in nodes:
         arguments = (map_aggregate(a, lambda n: copies[n] if isinstance(n, fx.Node) else n) for a in (node.args, node.kwargs))
@@ -407,7 +417,7 @@ def _name(whole: BlockGraph, node: fx.Node) -> str:
 
 def _structure(block: BlockGraph) -> tuple[Any, ...]:
     # how many feature maps a list holds makes no other block of a dense layer
-    items = {n for n in block.graph.nodes if block.kind(n) == "getitem" and n.args[0].op == "placeholder"}
+    items = block.items
     order = {node: i for i, node in enumerate(n for n in block.graph.nodes if n not in items)}
     order.update({item: order[item.args[0]] for item in items})
     rows = []
