@@ -7,6 +7,7 @@
 
 from .attention import SEAttention
 from .errors import RetrofitError
+from .inspection import draw, excitations, print_graph, report
 from .plan import Plan, Site, Skipped
 from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
 
@@ -20,8 +21,12 @@ __all__ = [
     "Site",
     "Skipped",
     "add_se",
+    "draw",
+    "excitations",
     "has_se",
     "plan_of",
     "plan_se",
+    "print_graph",
     "remove_se",
+    "report",
 ]

@@ -89,7 +89,7 @@ def check_target(path: str | Path) -> Path:
 
 
 def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]], title: bool = True) -> graphviz.Digraph:
-    """The drawing of the first block of each group, before and after."""
+    """The drawing of the first block of each group, before and after; without ``title``, nothing says which they are."""
     drawing = graphviz.Digraph("retrofit")
     drawing.attr(fontname=_FONT, fontsize="13", rankdir="TB", nodesep="0.25", ranksep="0.3", labelloc="t", bgcolor="white")
     if title:
@@ -101,7 +101,10 @@ def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]], title:
     for number, group in enumerate(groups):
         pair = group[0]
         with drawing.subgraph(name=f"cluster_{number}") as cluster:
-            cluster.attr(label=graphviz.escape(_caption(group)), style="rounded", color="#cbd5e1", fontsize="13", margin="14")
+            if title:
+                cluster.attr(label=graphviz.escape(_caption(group)), style="rounded", color="#cbd5e1", fontsize="13", margin="14")
+            else:
+                cluster.attr(peripheries="0")
             # Graphviz sets unconnected clusters from right to left
             for word, block in (("after", pair.after), ("before", pair.before)):
                 with cluster.subgraph(name=f"cluster_{number}_{word}") as side:

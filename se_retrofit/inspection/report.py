@@ -106,8 +106,8 @@ class Report:
         before, layers = self.multiply_adds_before, self.multiply_adds_after
         after = layers + self.squeeze_scale
         lines += [
-            ("multiply-adds", f"{human(before)} -> {human(after)} (+{_percent(after - before, before)}) for one {self.inputs} input"),
-            ("  of layers alone", f"{human(before)} -> {human(layers)} (+{_percent(layers - before, before)})"),
+            ("multiply-adds", f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input"),
+            ("  of layers alone", f"{human(before)} -> {human(layers)} (+{percent(layers - before, before)})"),
         ]
         return lines
 
@@ -128,7 +128,7 @@ class Report:
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
         def line(row: list[str]) -> str:
-            cells = [c.rjust(w) if i >= _FIRST_NUMBER else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [c.rjust(w) if i >= FIRST_NUMBER else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
             return "  ".join(cells).rstrip()
 
         lines = [f"{self.model} with Squeeze-and-Excitation", "", line(header), "  ".join("-" * w for w in widths), *map(line, rows), ""]
@@ -142,7 +142,7 @@ class Report:
         table = Table(title=f"{self.model} with Squeeze-and-Excitation", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for i, name in enumerate(header):
             table.add_column(
-                name, justify="right" if i >= _FIRST_NUMBER else "left", style=_STYLES.get(name), overflow="fold", no_wrap=name == "block"
+                name, justify="right" if i >= FIRST_NUMBER else "left", style=_STYLES.get(name), overflow="fold", no_wrap=name == "block"
             )
         previous = None
         for row, data in zip(rows, self.rows, strict=True):
@@ -160,16 +160,17 @@ class Report:
                 yield Text.assemble(f"  {skip.block or '(model)'}: ", (skip.reason, "dim"))
 
 
-_FIRST_NUMBER = 6
+FIRST_NUMBER = 6
 _STYLES = {"SE after": "dark_orange", "block": "bold"}
 
 
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
+    """A share, in percent."""
     return f"{100 * part / whole:.2f}%" if whole else "0%"
 
 
 def _change(before: int, after: int) -> str:
-    return f"{before:,} -> {after:,} (+{after - before:,}, +{_percent(after - before, before)})"
+    return f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})"
 
 
 def report(model: nn.Module, example_inputs: Any = None) -> Report:
