@@ -48,6 +48,20 @@ class Spot:
     def dtype(self) -> torch.dtype:
         return self.op.value.dtype  # type: ignore[no-any-return]
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether the network itself overwrites the value next (``out += identity``): then SE may do so, too."""
+        users = list(self.node.users)
+        if self.users is not None or len(users) != 1 or users[0].args[:1] != (self.node,):
+            return False
+        user = users[0]
+        if user.op == "call_module":
+            return getattr(self.reading.call.module.get_submodule(str(user.target)), "inplace", False) is True
+        if user.op == "call_method":
+            return str(user.target).endswith("_") and not str(user.target).endswith("__")
+        name = getattr(user.target, "__name__", "")
+        return name in ("iadd", "isub", "imul", "itruediv") or user.kwargs.get("inplace") is True or name.endswith("_")
+
 
 @dataclass(eq=False)
 class Survey:
@@ -150,7 +164,7 @@ def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 
     while not (op.bit & ancestors or op in given):
         if not reading.holds(op) or len(op.data) != 1:
             return None
-        if op.conv is not None:
+        if op.conv is not None or _pointwise(op):
             convs += 1
         elif op.role == "act" and convs:
             acts += 1  # the projection of a pre-activated input
@@ -548,18 +562,18 @@ class _Surveyor:
             for op in reversed(own):  # the last cat of a dense block is the one of all its layers
                 for block in _dense_layers(network, reading, op):
                     if not block.region & self.sited:
-                        self.place(block, self.dense_place(block))
+                        self.place(block, self.dense_place(block) if self.placement == "auto" else None)
             for op in own:
                 block = _residual(network, reading, op)
                 if block is not None and not block.region & self.sited:
                     self.residual(block)
                 block = _dense(network, reading, op)
                 if block is not None and not block.region & self.sited:
-                    self.place(block, (reading, self.branch_end(block)))
+                    self.place(block, (reading, self.branch_end(block)) if self.placement == "auto" else None)
             if self.found == before and len(own) > 1:
                 dual = _dual_path(network, reading, own)
                 if dual is not None and not dual.region & self.sited:
-                    self.place(dual, (dual.reading, dual.branch))
+                    self.place(dual, (dual.reading, dual.branch) if self.placement == "auto" else None)
 
     def residual(self, block: _Block) -> None:
         core = _inverted_core(self.network, block)

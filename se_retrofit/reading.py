@@ -306,6 +306,8 @@ class _Reader:
             op.ancestors |= source.ancestors | source.bit
             source.users.append(op)
         op.channel_dim = _channel_dim(op)
+        if op.conv is not None and inputs:
+            _tell_channels(inputs[0], op)
         _follow_pooling(op)
         self.network.ops.append(op)
         return op
@@ -458,6 +460,15 @@ def _is_global(op: Op) -> bool:
         size = getattr(module, "output_size", None)
         return size is not None and all(s == 1 for s in (size if isinstance(size, tuple) else (size,)))
     return False
+
+
+def _tell_channels(op: Op, conv: Op) -> None:
+    """What a conv takes has its channels where the conv has them, and so have the values that it is made of in place."""
+    while op.channel_dim is None and isinstance(op.value, Tensor) and op.value.dim() == conv.value.dim():
+        op.channel_dim = conv.channel_dim
+        if op.role not in ("norm", "act", "pass", "affine") or len(op.data) != 1:
+            break
+        op = op.data[0]
 
 
 def _channel_dim(op: Op) -> int | None:

@@ -335,15 +335,21 @@ def _copy(model: M) -> M:
 def _build(model: nn.Module, plan: Plan, edits: list[Edit]) -> dict[str, SEAttention]:
     """The SE modules, by path; the global random state is left as it is."""
     options, built = plan.options, {}
-    dtypes = {edit.se_path(name): spot.dtype for edit in edits for name, spot in zip(edit.names, edit.spots, strict=True)}
+    details = {
+        edit.se_path(name): (spot.dtype, overwrites)
+        for edit in edits
+        for name, spot, overwrites in zip(edit.names, edit.spots, edit.overwrites, strict=True)
+    }
     fallback = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         for site in plan.sites:
             block = _nearest(model, site)
             device = next((p.device for p in block.parameters()), fallback)
+            dtype, overwrites = details[site.path]
             se = SEAttention(
-                site.channels, options["reduction"], gate=options["gate"], bias=options["bias"], min_hidden=options["min_hidden"],
-                channel_dim=site.channel_dim, dtype=dtypes[site.path], device="meta" if device.type == "meta" else "cpu",
+                site.channels, options["reduction"], gate=options["gate"], bias=options["bias"],
+                min_hidden=options["min_hidden"], channel_dim=site.channel_dim, inplace=overwrites,
+                dtype=dtype, device="meta" if device.type == "meta" else "cpu",
             )  # fmt: skip
             se.to(device).train(block.training)
             se.site, se.plan = site, plan  # type: ignore[assignment]
