@@ -34,19 +34,22 @@ class TwiceSigmoid(nn.Module):
 def squeeze(x: Tensor, channel_dim: int) -> Tensor:
     """Mean over all spatial dims: ``(N, C, *spatial) -> (N, C)``, wherever ``channel_dim`` says that C is."""
     channel = channel_dim % x.dim()
-    if channel_dim < -1 or channel_dim == 1:
-        spatial = list(range(channel + 1, x.dim()))
-    else:
-        spatial = [d for d in range(1, x.dim()) if d != channel]
-    return x.mean(spatial) if spatial else x
+    first = channel + 1 if channel_dim < -1 else 1
+    spatial: list[int] = []
+    for dim in range(first, x.dim()):
+        if dim != channel:
+            spatial.append(dim)  # noqa: PERF401  (TorchScript knows no comprehension with a condition)
+    return x.mean(spatial) if len(spatial) > 0 else x
 
 
 def scale(x: Tensor, gate: Tensor, channel_dim: int) -> Tensor:
     """Multiply each channel of ``x`` by its gate, broadcast over the spatial dims."""
-    after = x.dim() - 1 - channel_dim % x.dim()
-    before = x.dim() - after - gate.dim()
-    shape = gate.shape[:-1] + (1,) * before + gate.shape[-1:] + (1,) * after
-    return x * gate.reshape(shape).to(x.dtype)
+    channel = channel_dim % x.dim()
+    first = channel + 1 if channel_dim < -1 else 1
+    for dim in range(first, x.dim()):
+        if dim != channel:
+            gate = gate.unsqueeze(dim)
+    return x * gate.to(x.dtype)
 
 
 torch.fx.wrap("squeeze")

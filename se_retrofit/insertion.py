@@ -16,7 +16,7 @@ import linecache
 import types
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -167,15 +167,15 @@ def _assemble(signature: str, ways: list[_Way], imports: dict[str, Any], where: 
     body: list[str] = []
     if len(ways) == 1:
         for condition, name in ways[0].conditions:
-            imports["expect"] = expect
-            body.append(f"expect({condition}, True, {f'the argument {name} of {where}'!r})")
+            imports["_expect"] = expect
+            body.append(f"_expect({condition}, True, {f'the argument {name} of {where}'!r})")
         body += ways[0].lines()
     else:
         for way in ways:
             test = " and ".join(condition for condition, _ in way.conditions) or "True"
             body += [f"if {test}:", *(f"    {line}" for line in way.lines())]
-        imports["expect"] = expect
-        body.append(f"expect('a way of calling that was not rehearsed', 'one that was', {where!r})")
+        imports["_expect"] = expect
+        body.append(f"_expect('a way of calling that was not rehearsed', 'one that was', {where!r})")
     header = sorted({_import_line(name, value) for name, value in imports.items()})
     return "\n".join([*header, "", "", f"def forward({signature}):", *(f"    {line}" for line in body), ""])
 
@@ -413,8 +413,11 @@ def _target(spot: Spot, calls: Counter[int]) -> _Target:
     returned = reading.block.output is spot.node and len(spot.node.users) == 1
     if _is_sequential(module):
         return _Target(reading.call, "append", spot) if returned else _inside(child, spot, reading, calls)
-    if returned and spot.users is None:
+    if returned and spot.users is None and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return _Target(reading.call, "wrap", spot)
+    if returned and spot.users is None and reading.parent is not None:  # a container iterates over its children: not in it
+        around = next(node for node, inner in reading.parent.children.items() if inner is reading)
+        return _target(replace(spot, reading=reading.parent, node=around), calls)
     if spot.kind == "chain" and child is not None and calls[id(child.module)] == calls[id(module)]:
         return _Target(child, "append" if _is_sequential(child.module) else "wrap", spot)
     return _Target(reading.call, "rewrite", spot)
@@ -499,7 +502,10 @@ def _graph_names(module: nn.Module, spots: list[Spot], name: str) -> list[str]:
     names: list[str] = []
     modules = dict(module.named_modules())
     for spot in spots:
-        prefix = f"{spot.block}." if spot.block in modules and spot.block else ""
+        holder = spot.block
+        if not isinstance(modules.get(holder, module), nn.Module) or next(modules.get(holder, module).children(), None) is None:
+            holder = holder.rpartition(".")[0]  # the unit of a chain is called by its conv
+        prefix = f"{holder}." if holder in modules and holder else ""
         candidate, number = prefix + name, 1
         while candidate in names or candidate in modules:
             number += 1
