@@ -15,7 +15,7 @@ from se_retrofit import RetrofitError, has_se, load_retrofitted
 from se_retrofit.cli.app import app
 from se_retrofit.finetune import FinetuneConfig, evaluate, load_data
 
-SMALL = ["--image-size", "16", "--batch-size", "64", "--lr", "1e-3", "--cpu"]
+SMALL = ["--image-size", "16", "--batch-size", "128", "--lr", "1e-3", "--cpu"]
 
 
 def run(*arguments: str) -> str:
@@ -26,7 +26,7 @@ def run(*arguments: str) -> str:
 
 def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    said = run("finetune", "resnet18", "--data", "digits", "--epochs", "3", *SMALL, "--output", str(output))
+    said = run("finetune", "resnet18", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(output))
     assert "8 SE modules" in said
     assert "best validation accuracy" in said
     model = load_retrofitted(output / "best")
@@ -36,7 +36,7 @@ def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path)
     assert f"best validation accuracy {accuracy:.2%}" in said
     assert FinetuneConfig.from_yaml(output / "config.yaml").num_classes == 10
     assert "resumed" in run(
-        "finetune", "resnet18", "--data", "digits", "--epochs", "3", *SMALL, "--output", str(output), "--resume"
+        "finetune", "resnet18", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(output), "--resume"
     )
 
 
@@ -71,7 +71,7 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path) -> None:
-    code = "import sys; from se_retrofit.cli import finetune; from se_retrofit.cli.app import app; app()"
+    code = "from se_retrofit.cli import compare, finetune; from se_retrofit.cli.app import app; app()"
     arguments = ["finetune", "resnet10t", "--data", "digits", "--epochs", "2", *SMALL, "--output", str(tmp_path)]
     arguments += ["--set", "log_every=1"]
     process = subprocess.Popen(
