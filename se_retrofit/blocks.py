@@ -48,6 +48,20 @@ class Spot:
     def dtype(self) -> torch.dtype:
         return self.op.value.dtype  # type: ignore[no-any-return]
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether the network itself overwrites the value next (``out += identity``): then SE may do so, too."""
+        users = list(self.node.users)
+        if self.users is not None or len(users) != 1 or users[0].args[:1] != (self.node,):
+            return False
+        user = users[0]
+        if user.op == "call_module":
+            return getattr(self.reading.call.module.get_submodule(str(user.target)), "inplace", False) is True
+        if user.op == "call_method":
+            return str(user.target).endswith("_") and not str(user.target).endswith("__")
+        name = getattr(user.target, "__name__", "")
+        return name in ("iadd", "isub", "imul", "itruediv") or user.kwargs.get("inplace") is True or name.endswith("_")
+
 
 @dataclass(eq=False)
 class Survey:
@@ -80,11 +94,15 @@ def is_gate(op: Op) -> bool:
     if op.role != "mul" or len(op.data) != 2:
         return False
     a, b = op.data
-    return (a.pooled and a.excited and not b.pooled) or (b.pooled and b.excited and not a.pooled)
+    if a.pooled == b.pooled:
+        return False
+    gate, scaled = (a, b) if a.pooled else (b, a)
+    return gate.excited and scaled.channels != 1
 
 
 def _has_nonlinearity(ops: Iterable[Op]) -> bool:
-    return any(op.role == "act" or (op.role == "mul" and len(op.data) == 2) for op in ops)
+    """Self-attention counts as one."""
+    return any(op.role in ("act", "other") or (op.role == "mul" and len(op.data) == 2) for op in ops)
 
 
 def _has_spatial_conv(ops: Iterable[Op]) -> bool:
@@ -108,6 +126,17 @@ def _next_after(op: Op, through: tuple[str, ...]) -> Op | None:
     return user
 
 
+def _gated_after(op: Op) -> bool:
+    """Whether a channel gate follows a value at once, or behind its norm and activation."""
+    while True:
+        users = [u for u in op.users if u.role != "param"]
+        if any(is_gate(u) for u in users) and all(is_gate(u) or u.pooled for u in users):
+            return True
+        if len(users) != 1 or users[0].role not in ("norm", "pass", "affine", "act") or len(users[0].data) != 1:
+            return False
+        op = users[0]
+
+
 def _joins_channels(op: Op) -> bool:
     """Whether a cat runs along the channels."""
     if op.role != "cat" or not isinstance(op.value, Tensor) or op.channels is None or len(op.data) < 2:
@@ -127,15 +156,15 @@ def _escapes(network: Network, reading: Reading, sources: Iterable[Op], cut: set
     return any(output in reached for output in reading.outputs)
 
 
-def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 1) -> Op | None:
-    """Where a bypass begins: follow ``op`` back, through at most one projection (a convolution or a pool), to something
-    in ``ancestors`` or to an input of the module. None if it is no bypass."""
+def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 2) -> Op | None:
+    """Where a bypass begins: follow ``op`` back, through a linear projection at most (pools, and one or two convolutions:
+    a depthwise-separable pair), to something in ``ancestors`` or to an input of the module. None if it is no bypass."""
     given = set(reading.inputs)
     convs = acts = 0
     while not (op.bit & ancestors or op in given):
         if not reading.holds(op) or len(op.data) != 1:
             return None
-        if op.conv is not None:
+        if op.conv is not None or _pointwise(op):
             convs += 1
         elif op.role == "act" and convs:
             acts += 1  # the projection of a pre-activated input
@@ -170,41 +199,61 @@ def _residual(network: Network, reading: Reading, add: Op) -> _Block | None:
     return None
 
 
-def _dense(network: Network, reading: Reading, cat: Op) -> list[_Block]:
-    """A cat of (part of) the input and new features that is what the module returns: a block for each of the new."""
+def _dense(network: Network, reading: Reading, cat: Op) -> _Block | None:
+    """A cat of (part of) the input and new features that is what the module returns."""
     if not _joins_channels(cat):
-        return []
+        return None
     for output in reading.outputs:
         while output is not cat:
             if output.role not in (*_TRANSPARENT, "act") or len(output.data) != 1 or not reading.holds(output):
-                return []
+                return None
             output = output.data[0]
     if not reading.outputs:
-        return []
+        return None
     # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
     added = {o: other for o in cat.data if (other := _added_to_bypass(o, reading)) is not None}
     new, bypassed = [], False
     for operand in cat.data:
         if operand in added:
             new.append(added[operand])
-        elif _bypass_source(operand, reading, 0, projections=1 if added else 0) is not None:
+        elif _bypass_source(operand, reading, 0, projections=2 if added else 0) is not None:
             bypassed = True
         else:
             new.append(operand)
     if not bypassed or not new:
-        return []
-    if len(new) > 1 and not any(a.bit & b.ancestors for a in new for b in new):  # pieces of one value
-        common = _common_source(network, reading, new)
+        return None
+    if len(new) > 1:
+        if any(a.bit & b.ancestors for a in new for b in new):
+            return None  # they feed each other: see _dense_layers
+        common = _common_source(network, reading, new)  # they are pieces of one value
         if common is None or common.channels is None:
-            return []
+            return None
         new = [common]
-    blocks = []
-    earlier = 0
+    region = (new[0].ancestors | new[0].bit) & reading.mask
+    ops = list(network.select(region))
+    if not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
+        return None
+    return _Block("dense", reading, region, cat, new[0])
+
+
+def _dense_layers(network: Network, reading: Reading, cat: Op) -> list[_Block]:
+    """A cat of one value and of what several layers made of it, each of which read all that came before it (Huang et
+    al., arXiv:1608.06993). Where each reads the one before it alone, it is one block of several branches instead."""
+    if not _joins_channels(cat) or len(cat.data) < 3:
+        return []
+    first, *new = cat.data
+    seen = first.bit
+    outside = first.ancestors | first.bit
+    blocks: list[_Block] = []
     for operand in new:
-        region = (operand.ancestors | operand.bit) & reading.mask & ~earlier
-        earlier |= region
-        if _has_spatial_conv(network.select(region)):
-            blocks.append(_Block("dense", reading, region, cat, operand, layered=len(new) > 1))
+        region = (operand.ancestors | operand.bit) & reading.mask & ~outside
+        ops = list(network.select(region))
+        reads_all = any(op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops)
+        if (blocks and not reads_all) or not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
+            return []
+        blocks.append(_Block("dense", reading, region, cat, operand, layered=True))
+        seen |= operand.bit
+        outside |= region
     return blocks
 
 
@@ -320,48 +369,40 @@ def _common_source(network: Network, reading: Reading, ops: Iterable[Op]) -> Op 
     return common_ops[-1] if common_ops else None
 
 
-def _multi_branch(network: Network, reading: Reading, cat: Op) -> tuple[_Block, Op] | None:
-    """A channel cat of branches that all come from one value; the block, and the value that SE recalibrates."""
+def _multi_branch(network: Network, reading: Reading, cat: Op) -> _Block | None:
+    """A channel cat of branches that come from one value; SE goes behind it, or behind the conv that fuses it."""
     if not _joins_channels(cat):
         return None
     source = _common_source(network, reading, cat.data)
     if _escapes(network, reading, [source] if source is not None else reading.inputs, {cat}):
         return None
-    region = cat.ancestors & reading.mask
-    if source is not None:
-        region &= ~(source.ancestors | source.bit)
-    ops = list(network.select(region))
+    outside = (source.ancestors | source.bit) if source is not None else 0
+    ops = list(network.select(cat.ancestors & reading.mask & ~outside))
     if not _has_spatial_conv(ops) or any(op.role == "resize" or (op.conv and op.conv.transposed) for op in ops):
         return None
-    outside = (source.ancestors | source.bit) if source is not None else 0
-    computed = [o for o in cat.data if any(p.conv is not None for p in network.select((o.ancestors | o.bit) & reading.mask & ~outside))]
-    if len(computed) < 2:
+    convolved = [o for o in cat.data if any(p.conv is not None for p in network.select((o.ancestors | o.bit) & reading.mask & ~outside))]
+    bypasses = [o for o in cat.data if o not in convolved and not (o.role == "pool" and reading.holds(o) and not o.bit & outside)]
+    end = _fusing_end(reading, cat, ops)
+    if len(convolved) < 2 or (bypasses and end is None):
         return None
-    fused = _fusing_end(network, reading, cat, ops)
-    if fused is None and len(computed) < len(cat.data) and any(
-        o not in computed and o.role not in ("pool",) for o in cat.data
-    ):
-        return None  # some of it bypassed the block
-    end = fused or cat
-    region |= cat.bit | ((end.ancestors | end.bit) & reading.mask & ~cat.ancestors)
-    if source is not None:
-        region &= ~(source.ancestors | source.bit)
-    return _Block("multi-branch", reading, region, cat, end), end
+    end = end or cat
+    region = (end.ancestors | end.bit) & reading.mask & ~outside
+    return _Block("multi-branch", reading, region, cat, end)
 
 
-def _fusing_end(network: Network, reading: Reading, cat: Op, branches: list[Op]) -> Op | None:
+def _fusing_end(reading: Reading, cat: Op, branches: list[Op]) -> Op | None:
     """Behind a cat: the last value of the pointwise conv that fuses it, with its norm and activation."""
     op, conv = cat, None
     while True:
         user = _only_user(op)
         if user is None or not reading.holds(user) or len(user.data) != 1:
             break
-        if user.conv is not None and not user.conv.spatial and conv is None:
-            conv = user
+        if user.conv is not None and not user.conv.spatial:
+            conv = conv or user
         elif user.role not in ("norm", "act", "pass", "affine"):
             break
         op = user
-    if conv is None or not _same_family(conv, branches):
+    if conv is None or (reading.parent is None and not _same_family(conv, branches)):
         return None
     while op.role in ("pass", "affine") and op is not conv and len(op.data) == 1:
         op = op.data[0]
@@ -385,9 +426,6 @@ def _rep_sum(network: Network, reading: Reading, add: Op) -> _Block | None:
     following = _next_after(add, ("pass",))
     if following is not None and following.role == "add":
         return None  # not the last of the sum
-    following = _next_after(add, ("pass", "norm", "affine"))
-    if following is None or following.role != "act":
-        return None
     leaves, stack = [], list(add.data)
     while stack:
         op = stack.pop()
@@ -406,7 +444,25 @@ def _rep_sum(network: Network, reading: Reading, add: Op) -> _Block | None:
     ops = list(network.select(region))
     if not _has_spatial_conv(ops) or _has_nonlinearity(ops) or any(op.role in ("resize", "cat") for op in ops):
         return None
+    if sum(leaf.bit & region != 0 for leaf in leaves) < 2 or (source is None and len(reading.inputs) != 1):
+        return None  # a lone conv beside its input encodes positions; values of two origins are no branches
     return _Block("rep-sum", reading, region, add, add)
+
+
+def _covers_its_input(conv: Op) -> bool:
+    """Whether a conv leaves nothing of space: a fully-connected layer, written as a convolution."""
+    before = conv.data[0].value
+    assert conv.conv is not None
+    dims = len(conv.conv.kernel)
+    return not conv.conv.transposed and all(s == 1 for s in conv.value.shape[-dims:]) and before.shape[-dims:] == conv.conv.kernel
+
+
+def _is_prediction(network: Network, projection: Op) -> bool:
+    """Whether a projection is what a head predicts: no layer of any kind comes behind it."""
+    return not any(
+        op.ancestors & projection.bit and op.role in ("conv", "linear", "norm", "act", "add")
+        for op in network.ops[projection.index + 1 :]
+    )
 
 
 def _chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
@@ -414,6 +470,8 @@ def _chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
     outputs = {op for reading in network.readings if reading.parent is None for op in reading.outputs}
     for conv in network.ops:
         if not conv.spatial_conv:
+            continue
+        if _covers_its_input(conv):
             continue
         following = _next_after(conv, ("norm", "pass", "affine", "pool"))
         if conv.conv is not None and conv.conv.depthwise:
@@ -459,8 +517,9 @@ def _name(network: Network, block: _Block) -> str:
     if _is_sequential(outer) or outer.call.path == "":
         held = [op for op in network.select(outer.mask) if op.spatial_conv]
         if any(not op.bit & block.region for op in held):
-            return (_common_prefix(paths) if block.kind == "residual" else "") or (paths[0] if paths else outer.call.path)
-    while outer.parent is not None and not _is_sequential(outer.parent) and outer.parent.call.path:
+            prefix = _common_prefix(paths)
+            return prefix if prefix != outer.call.path else (paths or [prefix])[0]
+    while _is_sequential(outer) and outer.parent is not None and outer.parent.call.path:
         if any(op.conv is not None and not outer.holds(op) for op in network.select(outer.parent.mask)):
             break
         outer = outer.parent
@@ -481,13 +540,18 @@ class _Surveyor:
         self.survey = Survey()
         self.found = 0  # the bits of all blocks with a bypass and all inverted ones, whether they get SE or not
         self.sited = 0  # the bits of the values behind which SE goes, and of blocks that have attention
+        self.covered = 0  # the bits of the blocks that get SE
+        self.unplaced: dict[str, tuple[str, int]] = {}  # blocks for which there is no place; one around them may have one
 
     def run(self) -> Survey:
         self.blocks_with_bypass()
         self.inverted_without_bypass()
         self.joined_branches()
-        if not self.survey.spots and not self.survey.attended and not self.survey.skipped and not self.other_blocks():
+        if not self.survey.spots and not self.survey.attended and not self.unplaced:
             self.chains()
+        for name, (reason, region) in self.unplaced.items():
+            if not region & self.covered:
+                self.leave(name, reason)
         return self.survey
 
     def blocks_with_bypass(self) -> None:
@@ -495,17 +559,21 @@ class _Surveyor:
         for reading in reversed(network.readings):
             own = [op for op in network.ops[reading.start : reading.end] if op.call is reading.call and op.role in ("add", "cat")]
             before = self.found
+            for op in reversed(own):  # the last cat of a dense block is the one of all its layers
+                for block in _dense_layers(network, reading, op):
+                    if not block.region & self.sited:
+                        self.place(block, self.dense_place(block) if self.placement == "auto" else None)
             for op in own:
                 block = _residual(network, reading, op)
                 if block is not None and not block.region & self.sited:
                     self.residual(block)
-                for block in _dense(network, reading, op):
-                    if not block.region & self.sited:
-                        self.place(block, self.dense_place(block))
+                block = _dense(network, reading, op)
+                if block is not None and not block.region & self.sited:
+                    self.place(block, (reading, self.branch_end(block)) if self.placement == "auto" else None)
             if self.found == before and len(own) > 1:
                 dual = _dual_path(network, reading, own)
                 if dual is not None and not dual.region & self.sited:
-                    self.place(dual, (dual.reading, dual.branch))
+                    self.place(dual, (dual.reading, dual.branch) if self.placement == "auto" else None)
 
     def residual(self, block: _Block) -> None:
         core = _inverted_core(self.network, block)
@@ -536,27 +604,33 @@ class _Surveyor:
 
     def branch_end(self, block: _Block) -> Op:
         """The branch's last value before stochastic depth and layer scale."""
-        op = block.branch
-        while op.role in ("pass", "affine") and len(op.data) == 1 and _only_user(op.data[0]) is op:
-            if block.reading.node_of(op.data[0]) is None:
+        return self.before(block.branch, block.reading, ("pass", "affine"))
+
+    @staticmethod
+    def before(op: Op, reading: Reading | None, roles: tuple[str, ...]) -> Op:
+        """Follow a value back through operations of these roles that stand in the module's own graph."""
+        while op.role in roles and len(op.data) == 1 and _only_user(op.data[0]) is op:
+            if reading is None or reading.node_of(op.data[0]) is None:
                 break
             op = op.data[0]
         return op
 
     def spatial_place(self, block: _Block) -> tuple[Reading | None, Op]:
         """Inside the branch: after its spatial conv's norm and activation."""
-        convs = [op for op in self.network.select(block.region) if (op.conv is not None or _pointwise(op)) and not op.pooled]
-        if _pointwise(convs[-1]):
-            return self.edge(convs[-1].data[0], convs[-1])
-        for conv in reversed([op for op in convs if op.spatial_conv]):
-            following = _next_after(conv, ("norm", "pass", "affine"))
-            if following is not None and following.role == "act" and following.bit & block.region:
-                return self.edge(conv, following, value=following)
+        for conv in reversed([op for op in self.network.select(block.region) if op.spatial_conv]):
+            op, acted = conv, False
+            user = _only_user(op)
+            while user is not None and user.bit & block.region and user.role in ("norm", "act", "pass", "affine", "cat", "shape"):
+                op, acted = user, acted or user.role == "act"
+                user = _only_user(op)
+            if user is not None and (acted or _pointwise(user)):
+                return self.edge(op, user)
         return block.reading, self.branch_end(block)
 
-    def edge(self, a: Op, b: Op, value: Op | None = None) -> tuple[Reading | None, Op]:
+    def edge(self, value: Op, taker: Op) -> tuple[Reading | None, Op]:
         """The module in whose own graph a value goes from one operation to another."""
-        return self.network.innermost([a, b]), value or a
+        reading = self.network.innermost([value, taker])
+        return reading, self.before(value, reading, ("pass",))
 
     def dense_place(self, block: _Block) -> tuple[Reading | None, Op]:
         """A dense layer that is a module of its own gets its SE itself."""
@@ -565,7 +639,7 @@ class _Surveyor:
             child = block.reading.children[node]
             if child.node_of(block.branch) is not None:
                 block.reading = child
-        return block.reading, block.branch
+        return block.reading, self.branch_end(block)
 
     def inverted_without_bypass(self) -> None:
         for conv in list(self.network.ops):
@@ -576,6 +650,8 @@ class _Surveyor:
                 continue
             reading = self.network.innermost([conv, core.projection])
             if reading is None or not _projects(core.projection) or core.projection.bit & self.found:
+                continue
+            if _is_prediction(self.network, core.projection):
                 continue
             region = (core.projection.ancestors | core.projection.bit) & ~conv.ancestors
             block = _Block("inverted", reading, region, core.projection, core.projection)
@@ -589,28 +665,36 @@ class _Surveyor:
             for op in reversed(own):
                 if op.bit & taken:
                     continue
-                found = _multi_branch(network, reading, op)
-                block = found[0] if found is not None else _rep_sum(network, reading, op)
+                block = self.joined(reading, op) or _rep_sum(network, reading, op)
                 if block is None or block.region & taken:
                     continue
                 taken |= block.region
-                self.place(block, (reading, block.branch) if self.placement == "auto" else None)
+                where = self.outside_of_sum(block) if block.kind == "rep-sum" else (block.reading, block.branch)
+                self.place(block, where if self.placement == "auto" else None)
 
-    def other_blocks(self) -> bool:
-        """Whether there are residual adds of another sort (of attention or MLP blocks): then a chain is but a stem."""
-        return any(
-            op.role == "add" and len(op.data) == 2 and (op.data[0].bit & op.data[1].ancestors or op.data[1].bit & op.data[0].ancestors)
-            for op in self.network.ops
-        )
+    def joined(self, reading: Reading, cat: Op) -> _Block | None:
+        """A multi-branch block; the conv that fuses its branches may stand further out than the cat."""
+        block = _multi_branch(self.network, reading, cat)
+        while block is None and reading.parent is not None and reading.outputs == [cat]:
+            reading = reading.parent
+            block = _multi_branch(self.network, reading, cat)
+        return block
+
+    def outside_of_sum(self, block: _Block) -> tuple[Reading | None, Op]:
+        """Behind the sum of a re-parameterisable block and its norm. Where that is all that a module does, the module is
+        one conv in disguise and may be replaced by that conv: SE goes outside of it."""
+        reading, op = block.reading, block.branch
+        user = _only_user(op)
+        while user is not None and reading.holds(user) and user.role in ("norm", "pass", "affine") and len(user.data) == 1:
+            op, user = user, _only_user(user)
+        while reading.outputs == [op] and reading.parent is not None:
+            reading = reading.parent
+        return reading, op if reading is not block.reading else block.branch
 
     def chains(self) -> None:
         for conv, act in _chain_units(self.network):
             reading = self.network.innermost([conv, act])
             if reading is None:
-                continue
-            if any(is_gate(user) for user in act.users):
-                self.leave(_module_path(conv) or reading.call.path, HAS_ATTENTION)
-                self.survey.attended += 1
                 continue
             region = (act.ancestors | act.bit) & ~conv.ancestors
             block = _Block("chain", reading, region, act, act)
@@ -620,8 +704,7 @@ class _Surveyor:
         """Record a spot for a block, or why there is none."""
         self.found |= block.region | block.join.bit
         name = _name(self.network, block)
-        gates = [op for op in self.network.select(block.region) if is_gate(op)]
-        if gates:
+        if any(is_gate(op) for op in self.network.select(block.region)) or (where is not None and _gated_after(where[1])):
             self.sited |= block.region
             self.survey.attended += 1
             self.leave(name, HAS_ATTENTION)
@@ -630,21 +713,34 @@ class _Surveyor:
             self.leave(name, f"placement {self.placement!r} is for residual units, this block is of kind {block.kind}")
             return
         reading, op = where
-        self.sited |= op.bit
         node = None
         if reading is not None:
-            node = reading.node_of(op)
-            if node is None:
-                node = next((n for n, structure in reading.ops.items() if structure is op), None)
+            reading, node = self.locate(reading, op)
+        problem = None
         if reading is None or node is None:
-            self.leave(name, "the value that SE should recalibrate does not appear in the graph of any of its modules")
+            problem = "the value that SE should recalibrate does not appear in the graph of any of its modules"
         elif op.channels is None:
-            self.leave(name, f"which dim of {node.name} holds the channels can't be told")
+            problem = f"which dim of {node.name} holds the channels can't be told"
         elif op.channels < 2:
-            self.leave(name, f"{node.name} has one channel only")
-        else:
-            chosen = None if users is None else frozenset(u for u in users if u is not None)
-            self.survey.spots.append(Spot(name, block.kind, reading, node, op, chosen))
+            problem = f"{node.name} has one channel only"
+        if problem is not None or reading is None or node is None:
+            self.unplaced[name] = (problem or "", block.region)
+            return
+        self.sited |= op.bit
+        self.covered |= block.region
+        chosen = None if users is None else frozenset(u for u in users if u is not None)
+        self.survey.spots.append(Spot(name, block.kind, reading, node, op, chosen))
+
+    def locate(self, reading: Reading, op: Op) -> tuple[Reading, fx.Node | None]:
+        """The node that is a value: in this module's own graph, or in that of the module inside in which it appears."""
+        node = reading.node_of(op)
+        if node is None:
+            node = next((n for n, structure in reading.ops.items() if structure is op), None)
+        if node is None and reading.holds(op):
+            inner = next((child for child in reading.children.values() if child.holds(op)), None)
+            if inner is not None:
+                return self.locate(inner, op)
+        return reading, node
 
     def leave(self, block: str, reason: str) -> None:
         self.survey.skipped.setdefault(block, reason)
@@ -654,9 +750,10 @@ def survey(network: Network, placement: str = "auto") -> Survey:
     """Find the convolutional blocks of a network and where SE goes in each."""
     result = _Surveyor(network, placement).run()
     result.spots.sort(key=lambda spot: spot.op.index)
-    sited = {id(spot.reading.call.module) for spot in result.spots}
+    known = [spot.block for spot in result.spots] + list(result.skipped)
     for call, reason in network.failures.items():
-        if id(call.module) not in sited and _own_spatial_conv(call):
+        inside = any(call.path == block or call.path.startswith(f"{block}.") for block in known)
+        if not inside and _own_spatial_conv(call):
             result.skipped.setdefault(call.path, reason)
     return result
 

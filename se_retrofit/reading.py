@@ -196,7 +196,7 @@ _FUNCTION_ROLES: dict[str, str] = {
     name: role
     for role, names in {
         "conv": "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
-        "linear": "linear matmul bmm mm einsum addmm baddbmm scaled_dot_product_attention",
+        "linear": "linear matmul bmm mm einsum addmm baddbmm",
         "norm": "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize",
         "act": "relu relu_ relu6 gelu silu silu_ hardswish hardswish_ hardsigmoid hardsigmoid_ sigmoid sigmoid_ tanh tanh_ "
         "leaky_relu leaky_relu_ elu elu_ selu celu prelu rrelu softplus mish hardtanh hardtanh_ clamp clamp_ softmax "
@@ -306,6 +306,8 @@ class _Reader:
             op.ancestors |= source.ancestors | source.bit
             source.users.append(op)
         op.channel_dim = _channel_dim(op)
+        if op.conv is not None and inputs:
+            _tell_channels(inputs[0], op)
         _follow_pooling(op)
         self.network.ops.append(op)
         return op
@@ -381,7 +383,8 @@ class _Reader:
             return args[0][args[1]]
         if name in ("add", "iadd") and isinstance(args[0], list) and isinstance(args[1], list):
             return args[0] + args[1]
-        inputs = tuple(ops_in([args, kwargs]))
+        # x.expand_as(y) and the like take nothing but a shape or a type of y
+        inputs = tuple(ops_in(args[:1] if name.endswith("_as") else [args, kwargs]))
         role = _FUNCTION_ROLES.get(name, "other")
         conv = _conv_of_function(name, node, args, kwargs) if role == "conv" else None
         if role == "conv" and conv is None:
@@ -429,10 +432,12 @@ def _follow_pooling(op: Op) -> None:
         op.pooled = True
         op.excited = any(i.excited for i in data) or op.role in ("conv", "linear", "act", "other")
     elif op.role not in ("conv", "part", "cat", "add", "mul") and extent < widest:
-        # one spatial dim at least is gone
+        # one spatial dim at least is gone; or, where the pool is written as a product (GlobalContext), all of them
         before = next(i for i in data if _extent(i) == widest)
-        if op.role == "pool" or (op.role in ("linear", "other") and extent <= 1):
+        if op.role == "pool":
             op.pooled = any(s == 1 for s in _spatial(op)) or len(_spatial(op)) < len(_spatial(before))
+        elif extent == 1 and op.role in ("linear", "other", "shape"):
+            op.pooled = op.role != "shape" or bool(_spatial(op))
     if op.role == "pool" and _is_global(op):
         op.pooled = True
 
@@ -455,6 +460,15 @@ def _is_global(op: Op) -> bool:
         size = getattr(module, "output_size", None)
         return size is not None and all(s == 1 for s in (size if isinstance(size, tuple) else (size,)))
     return False
+
+
+def _tell_channels(op: Op, conv: Op) -> None:
+    """What a conv takes has its channels where the conv has them, and so have the values that it is made of in place."""
+    while op.channel_dim is None and isinstance(op.value, Tensor) and op.value.dim() == conv.value.dim():
+        op.channel_dim = conv.channel_dim
+        if op.role not in ("norm", "act", "pass", "affine") or len(op.data) != 1:
+            break
+        op = op.data[0]
 
 
 def _channel_dim(op: Op) -> int | None:

@@ -85,12 +85,10 @@ def add_se(
         model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs
     )
     target = model if inplace else _copy(model)
-    ses = _build(target, plan)
-    done = 0
+    ses = _build(target, plan, edits)
     try:
         for edit in edits:
             apply_edit(target, edit, [ses[edit.se_path(name)] for name in edit.names], placement)
-            done += 1
     except Exception:
         strip(target)
         raise
@@ -290,13 +288,7 @@ def _prepare(
         parameters = 2 * spot.channels * hidden + (hidden + spot.channels if bias else 0)
         assert spot.op.channel_dim is not None
         sites.append(Site(path, spot.block, spot.kind, _after(spot), spot.channels, hidden, parameters, spot.op.channel_dim))
-    dtypes = {path: spot.dtype for _, path, spot in located}
-    for edit in edits:
-        for name, spot in zip(edit.names, edit.spots, strict=True):
-            spot.block = edit.se_path(name)  # noqa: B909
-    plan = Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in skipped.items()), options)
-    object.__setattr__(plan, "_dtypes", dtypes)
-    return plan, edits
+    return Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in skipped.items()), options), edits
 
 
 def _after(spot: Any) -> str:
@@ -340,18 +332,24 @@ def _copy(model: M) -> M:
         ) from error
 
 
-def _build(model: nn.Module, plan: Plan) -> dict[str, SEAttention]:
+def _build(model: nn.Module, plan: Plan, edits: list[Edit]) -> dict[str, SEAttention]:
     """The SE modules, by path; the global random state is left as it is."""
     options, built = plan.options, {}
-    dtypes = plan.__dict__.pop("_dtypes")
+    details = {
+        edit.se_path(name): (spot.dtype, overwrites)
+        for edit in edits
+        for name, spot, overwrites in zip(edit.names, edit.spots, edit.overwrites, strict=True)
+    }
     fallback = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         for site in plan.sites:
             block = _nearest(model, site)
             device = next((p.device for p in block.parameters()), fallback)
+            dtype, overwrites = details[site.path]
             se = SEAttention(
-                site.channels, options["reduction"], gate=options["gate"], bias=options["bias"], min_hidden=options["min_hidden"],
-                channel_dim=site.channel_dim, dtype=dtypes[site.path], device="meta" if device.type == "meta" else "cpu",
+                site.channels, options["reduction"], gate=options["gate"], bias=options["bias"],
+                min_hidden=options["min_hidden"], channel_dim=site.channel_dim, inplace=overwrites,
+                dtype=dtype, device="meta" if device.type == "meta" else "cpu",
             )  # fmt: skip
             se.to(device).train(block.training)
             se.site, se.plan = site, plan  # type: ignore[assignment]

@@ -55,11 +55,11 @@ UNKNOWN = _Unknown()
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a traced forward: a tensor, a list or tuple of tensors, or a concrete value."""
+    """One parameter of a traced forward: a tensor, a size, a list or tuple of them, or a concrete value."""
 
     name: str
-    kind: str  # "tensor", "sequence" or "concrete"
-    value: Any  # how many tensors a sequence holds; the concrete value
+    kind: str  # "tensor", "size", "sequence" or "concrete"
+    value: Any  # how many items a sequence holds; the concrete value
 
 
 @dataclass(eq=False)
@@ -334,7 +334,10 @@ class BlockTracer(fx.Tracer):
         if issubclass(type(a), BlockProxy):
             return a.node
         if isinstance(a, Tensor):
-            raise TraceFailure("its forward uses a tensor that is neither an input nor a registered parameter or buffer")
+            self.flaw("its forward uses a tensor that is neither an input nor a registered parameter or buffer")
+            node = self.graph.get_attr("unregistered_tensor")
+            self.values[node] = a
+            return node
         if type(a) is torch.Size:
             a = tuple(a)
         try:
@@ -414,9 +417,15 @@ class BlockTracer(fx.Tracer):
         if isinstance(value, Tensor):
             self.parameters.append(Parameter(name, "tensor", None))
             return proxy
-        if isinstance(value, (list, tuple)) and value and all(isinstance(v, Tensor) for v in value):
+        if isinstance(value, int) and not isinstance(value, bool):  # a size, likely: it stays symbolic
+            self.parameters.append(Parameter(name, "size", None))
+            return proxy
+        if isinstance(value, (list, tuple)) and value and all(_is_symbolic(v) for v in value):
             self.parameters.append(Parameter(name, "sequence", len(value)))
-            return type(value)([self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(value))])
+            kind = list if isinstance(value, list) else tuple
+            return kind(
+                self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(value))
+            )
         if _is_plain(value):
             self.parameters.append(Parameter(name, "concrete", value))
             return value
@@ -443,6 +452,10 @@ class BlockTracer(fx.Tracer):
         self.graph.output(self.create_arg(output))
         self.values[next(iter(reversed(self.graph.nodes)))] = None
         return Block(self.call, self.graph, self.values, self.calls, self.parameters, self.flaws)
+
+
+def _is_symbolic(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _is_plain(value: Any) -> bool:
