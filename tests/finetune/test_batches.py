@@ -36,7 +36,9 @@ class Numbers(Dataset[tuple[torch.Tensor, int]]):
 
 
 def of(data: Any, **options: Any) -> Stream:
-    return stream(data, **{"name": "data", "train": True, "batch_size": 4, "transform": None, "seed": 1, "workers": 0, **options})
+    return stream(
+        data, **{"name": "data", "train": True, "batch_size": 4, "transform": None, "seed": 1, "workers": 0, **options}
+    )
 
 
 def images(batches: Any) -> torch.Tensor:
@@ -57,7 +59,9 @@ def test_batches_from_the_middle_on_are_those_of_the_whole_epoch(workers: int) -
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_holds_for_a_loader_of_the_callers_own(workers: int) -> None:
     def loader() -> Stream:
-        return of(DataLoader(Numbers(32), 4, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(4)))
+        return of(
+            DataLoader(Numbers(32), 4, shuffle=True, num_workers=workers, generator=torch.Generator().manual_seed(4))
+        )
 
     whole = list(loader().batches(3))
     again = loader()
@@ -107,7 +111,7 @@ def test_iterable_data_works() -> None:
 
     assert [len(b.images) for b in of(Count()).batches(0)] == [4, 4]
     assert [len(b.images) for b in of(Count(), train=False).batches(0, start=1)] == [4, 1]
-    with pytest.raises(RetrofitError, match="several processes"):
+    with pytest.raises(RetrofitError, match=r"several processes"):
         of(Count(), world=2)
 
 
@@ -116,11 +120,11 @@ def test_data_without_a_length_or_of_another_type_is_refused() -> None:
         def __iter__(self) -> Any:
             return iter([])
 
-    with pytest.raises(RetrofitError, match="doesn't know its length"):
+    with pytest.raises(RetrofitError, match=r"doesn't know its length"):
         of(Endless())
-    with pytest.raises(RetrofitError, match="0 images"):
+    with pytest.raises(RetrofitError, match=r"0 images"):
         of(TensorDataset(torch.zeros(0, 3)))
-    with pytest.raises(TypeError, match="must be a Dataset"):
+    with pytest.raises(TypeError, match=r"must be a Dataset"):
         of(7)
 
 
@@ -172,7 +176,11 @@ def test_a_corrupt_image_is_an_error_that_names_it(folder: Path, config: Config,
     data = load_data(folder)
     with pytest.raises(RetrofitError, match=rf'{part}_data can\'t be read: {path}: .*bad_images="skip"'):
         finetune(
-            small_network(), data.train, data.val, config=config(batch_size=8, image_size=32, workers=workers), quiet=True
+            small_network(),
+            data.train,
+            data.val,
+            config=config(batch_size=8, image_size=32, workers=workers),
+            quiet=True,
         )
 
 
@@ -206,7 +214,9 @@ def test_many_unreadable_images_in_a_row_are_an_error_in_any_case(config: Config
         def __getitem__(self, index: int) -> Any:
             raise OSError("the network drive is gone")
 
-    with pytest.raises(RetrofitError, match=r"10 images of data in a row can't be read; first item 0: OSError: the network drive"):
+    with pytest.raises(
+        RetrofitError, match=r"10 images of data in a row can't be read; first item 0: OSError: the network drive"
+    ):
         evaluate(small_network(), Gone(), config=config(bad_images="skip"))
 
 
@@ -245,7 +255,7 @@ def test_data_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
         load_data("torch/cifar10", root=tmp_path / "none")
     (folder / "val" / "green").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "val" / "green" / "0.png")
-    with pytest.raises(RetrofitError, match="only one of them has green"):
+    with pytest.raises(RetrofitError, match=r"only one of them has green"):
         load_data(folder)
 
 
@@ -284,7 +294,9 @@ def test_transforms_come_from_the_networks_own_config(config: Config) -> None:
     model = timm.create_model("resnet10t")
     assert transforms_for(model, config(), train=False)(picture).shape == (3, 176, 176)
     assert transforms_for(model, config(image_size=64), train=False)(picture).shape == (3, 64, 64)
-    gray = timm.create_model("resnet10t", pretrained_cfg_overlay={"input_size": (1, 32, 32), "mean": (0.25,), "std": (0.5,)})
+    gray = timm.create_model(
+        "resnet10t", pretrained_cfg_overlay={"input_size": (1, 32, 32), "mean": (0.25,), "std": (0.5,)}
+    )
     assert torch.allclose(transforms_for(gray, config(), train=False)(picture), torch.full((1, 32, 32), 1.5))
     tv = nn.Identity()
     wide = transforms_for(tv, config(), train=False, base=Base.of("torchvision/efficientnet_b3"))(picture)

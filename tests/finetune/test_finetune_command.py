@@ -44,7 +44,8 @@ def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None
     (tmp_path / "recipe.yaml").write_text("epochs: 7\nlabel_smoothing: 0.0\nclip_grad: null\n")
     output = tmp_path / "run"
     run(
-        "finetune", "torchvision/squeezenet1_1", "--data", "digits", "--config", str(tmp_path / "recipe.yaml"), "--epochs", "1",
+        "finetune", "torchvision/squeezenet1_1", "--data", "digits", "--config", str(tmp_path / "recipe.yaml"),
+        "--epochs", "1",
         "--set", "optimizer=sgd", "--set", "optimizer_options={nesterov: true}", "--train", "se+head", *SMALL,
         "--image-size", "32", "--output", str(output), "--reduction", "4",
     )  # fmt: skip
@@ -90,7 +91,17 @@ def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path
 
 
 def test_compare_prints_and_writes(tmp_path: Path) -> None:
-    said = run("compare", "resnet10t", "--data", "digits", "--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path))
-    for piece in ("without SE", "with SE", "seed 0, accuracy %", "seed 1, accuracy %", "ms a step", "parameters", "interval"):
+    said = run(
+        "compare", "resnet10t", "--data", "digits", "--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path)
+    )
+    for piece in (
+        "without SE",
+        "with SE",
+        "seed 0, accuracy %",
+        "seed 1, accuracy %",
+        "ms a step",
+        "parameters",
+        "interval",
+    ):
         assert piece in said
     assert (tmp_path / "comparison.json").exists()
