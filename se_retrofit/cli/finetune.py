@@ -90,7 +90,8 @@ def finetune_command(
 
     named = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "train": train, "image_size": image_size,
-        "precision": precision, "workers": workers, "seed": seed, "early_stop": early_stop, "cpu": cpu, "compile": compile_,
+        "precision": precision, "workers": workers, "seed": seed, "early_stop": early_stop, "cpu": cpu,
+        "compile": compile_,
     }  # fmt: skip
     recipe = read_config(config, named, set_)
     parts, recipe = open_data(data, data_root, download, recipe)

@@ -107,7 +107,7 @@ class Log:
         if self.bar is not None:
             where = f"epoch {epoch}/{self.epochs}"
             self.bar.update(self.task, completed=entry["update"], description=where, figures=figures)
-        elif time.monotonic() - self.shown > PLAIN_SECONDS:
+        elif time.monotonic() - self.shown > PLAIN_SECONDS and done < self.updates:
             self.shown = time.monotonic()
             self.console.print(f"epoch {epoch}/{self.epochs}  update {done}/{self.updates}  {figures}", markup=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import make_cifar10, make_folder
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -133,17 +134,7 @@ def test_data_without_a_length_or_of_another_type_is_refused() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An image folder of two classes, red and blue, in the layout of ImageNet."""
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 12), ("val", 5)):
-        for name, channel in (("blue", 2), ("red", 0)):
-            place = tmp_path / "pictures" / part / name
-            place.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(0, 60, (40, 50, 3), dtype=np.uint8)
-                pixels[:, :, channel] += 180
-                Image.fromarray(pixels).save(place / f"{number}.{'png' if number % 2 else 'jpg'}")
-    return tmp_path / "pictures"
+    return make_folder(tmp_path / "pictures")
 
 
 def small_network(num_classes: int = 2) -> nn.Module:
@@ -269,19 +260,6 @@ def test_a_data_set_of_torchvision_is_read_by_timms_name(
     assert (len(data.train), len(data.val), data.num_classes) == (50, 10, 10)
     result = finetune(small_network(10), data.train, data.val, config=config(epochs=1, image_size=32), quiet=True)
     assert len(result.history) == 2
-
-
-def make_cifar10(root: Path) -> None:
-    import pickle
-
-    place = root / "cifar-10-batches-py"
-    place.mkdir()
-    generator = np.random.default_rng(0)
-    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        entry = {"data": generator.integers(0, 255, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
-        (place / name).write_bytes(pickle.dumps(entry))
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (place / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
 
 
 # Transforms
