@@ -172,7 +172,7 @@ class Network:
         return found
 
 
-# Roles ----------------------------------------------------------------------------------------------------------------
+# Roles ------------------------------------------------------------------
 
 _ACTIVATIONS = tuple(
     cls
@@ -264,7 +264,7 @@ def _conv_of_function(name: str, node: fx.Node, args: Structure, kwargs: Structu
     return Conv(shape[2:], max(1, inputs // shape[1]), inputs, shape[0], False)
 
 
-# The flat graph -------------------------------------------------------------------------------------------------------
+# The flat graph ------------------------------------------------------------------
 
 
 class _Reader:

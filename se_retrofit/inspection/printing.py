@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from ..attention import SEAttention
-from ..insertion import RetrofittedBlock
+from ..derived import RetrofittedBlock
 from .graphs import BlockPair, Inspection, class_name, code_of, describe, find_block, inspect_model, is_se_line, join, tidy
 from .lines import Line, aligned, show
 

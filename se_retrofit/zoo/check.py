@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..insertion import is_retrofitted
+from ..removal import is_retrofitted
 from ..plan import Plan
 from ..rehearsal import Rehearsal, rehearse
 from ..retrofit import add_se, plan_of, remove_se
