@@ -141,6 +141,8 @@ class SEAttention(nn.Module):
         the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA).
         """
         first, last = self.fc[0], self.fc[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         if self.gate == "sigmoid":
             init.normal_(first.weight, std=0.001)
             init.normal_(last.weight, std=0.001)

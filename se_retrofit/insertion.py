@@ -27,9 +27,18 @@ from .blocks import Spot, survey
 from .errors import RetrofitError
 from .reading import Reading, read
 from .rehearsal import Call, Ghosts, Rehearsal, base_class, rehearse_call
-from .tracing import Block, Parameter, TraceFailure, expect, trace
+from .tracing import Block, Parameter, TraceFailure, expect, stars, trace
 
-__all__ = ["Edit", "RetrofittedBlock", "apply_edit", "derive_class", "edits_for", "insert_node", "is_retrofitted", "strip"]
+__all__ = [
+    "Edit",
+    "RetrofittedBlock",
+    "apply_edit",
+    "derive_class",
+    "edits_for",
+    "insert_node",
+    "is_retrofitted",
+    "strip",
+]
 
 SE_NAME = "se_attention"
 
@@ -82,7 +91,11 @@ def counterpart(node: fx.Node, graph: fx.Graph, other: fx.Graph) -> fx.Node | No
             break
         occurrence += key(n) == key(node)
     found = [n for n in other.nodes if key(n) == key(node)]
-    return found[occurrence] if occurrence < len(found) and len(found) == sum(key(n) == key(node) for n in graph.nodes) else None
+    return (
+        found[occurrence]
+        if occurrence < len(found) and len(found) == sum(key(n) == key(node) for n in graph.nodes)
+        else None
+    )
 
 
 # Source code --------------------------------------------------------------------------------------------------------------
@@ -122,7 +135,7 @@ def _signature(module: nn.Module) -> str:
         if p.kind is p.KEYWORD_ONLY and not star:
             parts.append("*")
             star = True
-        prefix = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        prefix = stars(p)
         star = star or prefix == "*"
         if p.default is p.empty:
             parts.append(prefix + p.name)
@@ -157,7 +170,7 @@ def _passed_on(module: nn.Module) -> str:
     """The arguments with which a forward passes its call on, as source."""
     arguments = []
     for p in inspect.signature(module.forward).parameters.values():
-        prefix = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        prefix = stars(p)
         arguments.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{prefix}{p.name}")
     return ", ".join(arguments)
 
@@ -217,12 +230,16 @@ def _only_looks(node: fx.Node) -> bool:
         return True
     if node.op == "call_method":
         return node.target in ("size", "dim", "ndimension", "numel", "is_contiguous", "is_floating_point")
-    return node.target in (getattr, len, bool) or getattr(node.target, "__module__", "") == "_operator" and not str(
-        getattr(node.target, "__name__", "")
-    ).startswith(("i", "set"))
+    return (
+        node.target in (getattr, len, bool)
+        or getattr(node.target, "__module__", "") == "_operator"
+        and not str(getattr(node.target, "__name__", "")).startswith(("i", "set"))
+    )
 
 
-def _rewritten(ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spots: dict[Call, list[Spot]], names: list[str]) -> str:
+def _rewritten(
+    ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spots: dict[Call, list[Spot]], names: list[str]
+) -> str:
     """The source of a module's forward with SE in it.
 
     Raises:
@@ -245,7 +262,10 @@ def _rewritten(ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spo
         same = _body(block.graph)[0] == _body(training.graph)[0]
         nodes = dict(zip(block.graph.nodes, training.graph.nodes, strict=True)) if same else {}
         for spot, name in zip(spots[call], names, strict=True):
-            def twin(node: fx.Node, block: Block = block, training: Block = training, nodes: dict[fx.Node, fx.Node] = nodes) -> fx.Node:
+
+            def twin(
+                node: fx.Node, block: Block = block, training: Block = training, nodes: dict[fx.Node, fx.Node] = nodes
+            ) -> fx.Node:
                 found = nodes.get(node) or counterpart(node, block.graph, training.graph)
                 if found is None:
                     raise TraceFailure(f"{node.name} has no counterpart in its forward in training mode")
@@ -259,7 +279,9 @@ def _rewritten(ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spo
         evaluation = _early_decisions(block.graph, evaluation, module)
         train = _early_decisions(training.graph, train, module)
         for name, value in {**needs, **train_needs}.items():
-            if name not in ("inf", "nan", "NoneType", "device", "fx_pytree", "pytree") or any(name in line for line in [*evaluation, *train]):
+            if name not in ("inf", "nan", "NoneType", "device", "fx_pytree", "pytree") or any(
+                name in line for line in [*evaluation, *train]
+            ):
                 if imports.setdefault(name, value) is not value:
                     raise TraceFailure(f"generated code would need two things by the name {name}")
         ways[conditions] = _Way(conditions, tuple(evaluation), tuple(train))
@@ -328,10 +350,12 @@ class RetrofittedBlock:
 
 
 _ABSENT = object()
-_derived: dict[tuple[Any, ...], type] = {}
+_derived: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
-def derive_class(base: type[nn.Module], source: str, names: tuple[str, ...], how: _Strategy, kind: str, placement: str) -> type:
+def derive_class(
+    base: type[nn.Module], source: str, names: tuple[str, ...], how: _Strategy, kind: str, placement: str
+) -> type[nn.Module]:
     """The class derived from ``base`` whose forward is ``source``; the same for the same arguments."""
     key = (base, source, names, how, kind, placement)
     if key not in _derived:
@@ -348,7 +372,7 @@ def derive_class(base: type[nn.Module], source: str, names: tuple[str, ...], how
     return _derived[key]
 
 
-def _subclass(base: type[nn.Module], members: dict[str, Any], key: tuple[Any, ...]) -> type:
+def _subclass(base: type[nn.Module], members: dict[str, Any], key: tuple[Any, ...]) -> type[nn.Module]:
     _, source, names, how, kind, placement = key
     namespace = {
         **members,
@@ -361,12 +385,14 @@ def _subclass(base: type[nn.Module], members: dict[str, Any], key: tuple[Any, ..
         "se_kind": kind,
         "se_placement": placement,
     }
-    return type(base)(f"SE{base.__name__}", (RetrofittedBlock, base), namespace)
+    metaclass: Any = type(base)
+    derived: type[nn.Module] = metaclass(f"SE{base.__name__}", (RetrofittedBlock, base), namespace)
+    return derived
 
 
 def _revive(*recipe: Any) -> nn.Module:
     cls = derive_class(*recipe)
-    return cls.__new__(cls)  # type: ignore[no-any-return]
+    return cls.__new__(cls)
 
 
 # A block that is changed after its retrofit ------------------------------------------------------------------------------------
@@ -399,8 +425,12 @@ def _take(block: Any, source: str) -> None:
 _sources: dict[tuple[Any, ...], str] = {}  # by class and way of calling it
 
 
-@torch.compiler.disable
 def _go_another_way(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        raise RetrofitError(
+            f"a {type(block).se_base.__name__} is called in a way in which it was not called before: run the model once on "
+            "such an input, then compile it"
+        )
     if block.__dict__.get("_se_on_another_way"):
         raise RetrofitError(
             f"a {type(block).se_base.__name__} decides in its forward by something that only a real run shows (a device, say), "
@@ -443,7 +473,11 @@ def _source_of_changed(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         )
     try:
         return _rewritten(
-            rehearsal.ghosts, [rehearsal.root], {rehearsal.root: reading.block}, {rehearsal.root: spots}, list(cls.se_names)
+            rehearsal.ghosts,
+            [rehearsal.root],
+            {rehearsal.root: reading.block},
+            {rehearsal.root: spots},
+            list(cls.se_names),
         )
     except TraceFailure as failure:
         raise RetrofitError(f"a {cls.se_base.__name__} was changed after its retrofit, and now {failure}") from failure
@@ -461,7 +495,7 @@ def _fused_sum(reading: Reading) -> list[Spot]:
 
 
 def _is_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and base_class(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and getattr(base_class(module), "forward", None) is nn.Sequential.forward
 
 
 @dataclass(eq=False)
@@ -489,7 +523,9 @@ def _target(spot: Spot, calls: Counter[int]) -> _Target:
         return _Target(reading.call, "append", spot) if returned else _inside(child, spot, reading, calls)
     if returned and spot.users is None and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return _Target(reading.call, "wrap", spot)
-    if returned and spot.users is None and reading.parent is not None:  # a container iterates over its children: not in it
+    if (
+        returned and spot.users is None and reading.parent is not None
+    ):  # a container iterates over its children: not in it
         around = next(node for node, inner in reading.parent.children.items() if inner is reading)
         return _target(replace(spot, reading=reading.parent, node=around), calls)
     if spot.kind == "chain" and child is not None and calls[id(child.module)] == calls[id(module)]:
@@ -577,7 +613,10 @@ def _graph_names(module: nn.Module, spots: list[Spot], name: str) -> list[str]:
     modules = dict(module.named_modules())
     for spot in spots:
         holder = spot.block
-        if not isinstance(modules.get(holder, module), nn.Module) or next(modules.get(holder, module).children(), None) is None:
+        if (
+            not isinstance(modules.get(holder, module), nn.Module)
+            or next(modules.get(holder, module).children(), None) is None
+        ):
             holder = holder.rpartition(".")[0]  # the unit of a chain is called by its conv
         prefix = f"{holder}." if holder in modules and holder else ""
         candidate, number = prefix + name, 1
@@ -606,8 +645,8 @@ def apply_edit(model: nn.Module, edit: Edit, ses: list[SEAttention], placement: 
 
 def graphs_of(module: nn.Module) -> list[fx.Graph]:
     """The graphs of a GraphModule; one that keeps a graph for each mode (torchvision's) has several."""
-    graphs = [module.graph, *(v for v in vars(module).values() if isinstance(v, fx.Graph))]
-    return list({id(g): g for g in graphs}.values())  # type: ignore[misc]
+    graphs = [g for g in (module.graph, *vars(module).values()) if isinstance(g, fx.Graph)]
+    return list({id(g): g for g in graphs}.values())
 
 
 def _edit_graphs(module: nn.Module, edit: Edit, ses: list[SEAttention]) -> None:
