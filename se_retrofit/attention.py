@@ -34,22 +34,29 @@ class TwiceSigmoid(nn.Module):
 def squeeze(x: Tensor, channel_dim: int) -> Tensor:
     """Mean over all spatial dims: ``(N, C, *spatial) -> (N, C)``, wherever ``channel_dim`` says that C is."""
     channel = channel_dim % x.dim()
-    first = channel + 1 if channel_dim < -1 else 1
+    if channel == x.dim() - 1:
+        return x.flatten(1, -2).mean(1) if channel > 1 else x
+    if channel_dim < -1 or channel == 1:
+        return x.flatten(channel + 1).mean(-1)  # a view in both memory formats, and quicker to reduce than several dims
     spatial: list[int] = []
-    for dim in range(first, x.dim()):
+    for dim in range(1, x.dim()):
         if dim != channel:
             spatial.append(dim)  # noqa: PERF401  (TorchScript knows no comprehension with a condition)
-    return x.mean(spatial) if len(spatial) > 0 else x
+    return x.mean(spatial)
 
 
-def scale(x: Tensor, gate: Tensor, channel_dim: int) -> Tensor:
-    """Multiply each channel of ``x`` by its gate, broadcast over the spatial dims."""
+def scale(x: Tensor, gate: Tensor, channel_dim: int, inplace: bool = False) -> Tensor:
+    """Multiply each channel of ``x`` by its gate, broadcast over the spatial dims; where ``inplace`` and no gradient is
+    needed, in ``x`` itself."""
     channel = channel_dim % x.dim()
     first = channel + 1 if channel_dim < -1 else 1
     for dim in range(first, x.dim()):
         if dim != channel:
             gate = gate.unsqueeze(dim)
-    return x * gate.to(x.dtype)
+    gate = gate.to(x.dtype)
+    if inplace and not (torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad)):
+        return x.mul_(gate)
+    return x * gate
 
 
 torch.fx.wrap("squeeze")
@@ -72,6 +79,8 @@ class SEAttention(nn.Module):
         channel_dim: which dim of the input holds the channels: 1 for ``(N, C, *spatial)``, -1 for
             ``(N, *spatial, C)``. Below -1 it counts from the end, and all dims behind it are spatial: -3 takes
             ``(N, C, H, W)`` and ``(C, H, W)`` alike.
+        inplace: where no gradient is needed, scale the input itself instead of a copy, which is several times faster on
+            a CPU. For an input that nothing else uses.
         device, dtype: of the parameters, as in every torch module.
 
     Shape:
@@ -100,6 +109,7 @@ class SEAttention(nn.Module):
         bias: bool = False,
         min_hidden: int = 1,
         channel_dim: int = 1,
+        inplace: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -114,6 +124,7 @@ class SEAttention(nn.Module):
         self.reduction = reduction
         self.gate = gate
         self.channel_dim = channel_dim
+        self.inplace = inplace
         self.hidden = hidden_width(channel, reduction, min_hidden)
         self.fc = nn.Sequential(
             nn.Linear(channel, self.hidden, bias=bias, device=device, dtype=dtype),
@@ -130,6 +141,8 @@ class SEAttention(nn.Module):
         the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA).
         """
         first, last = self.fc[0], self.fc[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         if self.gate == "sigmoid":
             init.normal_(first.weight, std=0.001)
             init.normal_(last.weight, std=0.001)
@@ -152,7 +165,8 @@ class SEAttention(nn.Module):
         return self.fc(squeeze(x, self.channel_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return scale(x, self.excite(x), self.channel_dim)
+        # a trace by torch.jit holds for both grad modes
+        return scale(x, self.excite(x), self.channel_dim, self.inplace and not torch.jit.is_tracing())
 
     def extra_repr(self) -> str:
         dim = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"

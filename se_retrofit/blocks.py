@@ -46,7 +46,21 @@ class Spot:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.op.value.dtype  # type: ignore[no-any-return]
+        return self.op.value.dtype
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the network itself overwrites the value next (``out += identity``): then SE may do so, too."""
+        users = list(self.node.users)
+        if self.users is not None or len(users) != 1 or users[0].args[:1] != (self.node,):
+            return False
+        user = users[0]
+        if user.op == "call_module":
+            return getattr(self.reading.call.module.get_submodule(str(user.target)), "inplace", False) is True
+        if user.op == "call_method":
+            return str(user.target).endswith("_") and not str(user.target).endswith("__")
+        name = getattr(user.target, "__name__", "")
+        return name in ("iadd", "isub", "imul", "itruediv") or user.kwargs.get("inplace") is True or name.endswith("_")
 
 
 @dataclass(eq=False)
@@ -150,7 +164,7 @@ def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 
     while not (op.bit & ancestors or op in given):
         if not reading.holds(op) or len(op.data) != 1:
             return None
-        if op.conv is not None:
+        if op.conv is not None or _pointwise(op):
             convs += 1
         elif op.role == "act" and convs:
             acts += 1  # the projection of a pre-activated input
@@ -234,7 +248,9 @@ def _dense_layers(network: Network, reading: Reading, cat: Op) -> list[_Block]:
     for operand in new:
         region = (operand.ancestors | operand.bit) & reading.mask & ~outside
         ops = list(network.select(region))
-        reads_all = any(op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops)
+        reads_all = any(
+            op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops
+        )
         if (blocks and not reads_all) or not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
             return []
         blocks.append(_Block("dense", reading, region, cat, operand, layered=True))
@@ -339,7 +355,11 @@ def _inverted_core(network: Network, block: _Block) -> _Core | None:
     projection, core = cores.popitem()
     if not projection.bit & block.region or not _projects(projection):
         return None
-    later = [op for op in ops if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.pooled]
+    later = [
+        op
+        for op in ops
+        if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.pooled
+    ]
     return None if later else core
 
 
@@ -366,8 +386,16 @@ def _multi_branch(network: Network, reading: Reading, cat: Op) -> _Block | None:
     ops = list(network.select(cat.ancestors & reading.mask & ~outside))
     if not _has_spatial_conv(ops) or any(op.role == "resize" or (op.conv and op.conv.transposed) for op in ops):
         return None
-    convolved = [o for o in cat.data if any(p.conv is not None for p in network.select((o.ancestors | o.bit) & reading.mask & ~outside))]
-    bypasses = [o for o in cat.data if o not in convolved and not (o.role == "pool" and reading.holds(o) and not o.bit & outside)]
+    convolved = [
+        o
+        for o in cat.data
+        if any(p.conv is not None for p in network.select((o.ancestors | o.bit) & reading.mask & ~outside))
+    ]
+    bypasses = [
+        o
+        for o in cat.data
+        if o not in convolved and not (o.role == "pool" and reading.holds(o) and not o.bit & outside)
+    ]
     end = _fusing_end(reading, cat, ops)
     if len(convolved) < 2 or (bypasses and end is None):
         return None
@@ -440,7 +468,11 @@ def _covers_its_input(conv: Op) -> bool:
     before = conv.data[0].value
     assert conv.conv is not None
     dims = len(conv.conv.kernel)
-    return not conv.conv.transposed and all(s == 1 for s in conv.value.shape[-dims:]) and before.shape[-dims:] == conv.conv.kernel
+    return (
+        not conv.conv.transposed
+        and all(s == 1 for s in conv.value.shape[-dims:])
+        and before.shape[-dims:] == conv.conv.kernel
+    )
 
 
 def _is_prediction(network: Network, projection: Op) -> bool:
@@ -527,7 +559,9 @@ class _Surveyor:
         self.found = 0  # the bits of all blocks with a bypass and all inverted ones, whether they get SE or not
         self.sited = 0  # the bits of the values behind which SE goes, and of blocks that have attention
         self.covered = 0  # the bits of the blocks that get SE
-        self.unplaced: dict[str, tuple[str, int]] = {}  # blocks for which there is no place; one around them may have one
+        self.unplaced: dict[
+            str, tuple[str, int]
+        ] = {}  # blocks for which there is no place; one around them may have one
 
     def run(self) -> Survey:
         self.blocks_with_bypass()
@@ -543,23 +577,26 @@ class _Surveyor:
     def blocks_with_bypass(self) -> None:
         network = self.network
         for reading in reversed(network.readings):
-            own = [op for op in network.ops[reading.start : reading.end] if op.call is reading.call and op.role in ("add", "cat")]
+            own = [
+                op
+                for op in network.ops[reading.start : reading.end]
+                if op.call is reading.call and op.role in ("add", "cat")
+            ]
             before = self.found
             for op in reversed(own):  # the last cat of a dense block is the one of all its layers
                 for block in _dense_layers(network, reading, op):
                     if not block.region & self.sited:
-                        self.place(block, self.dense_place(block))
+                        self.place(block, self.dense_place(block) if self.placement == "auto" else None)
             for op in own:
-                block = _residual(network, reading, op)
-                if block is not None and not block.region & self.sited:
-                    self.residual(block)
-                block = _dense(network, reading, op)
-                if block is not None and not block.region & self.sited:
-                    self.place(block, (reading, self.branch_end(block)))
+                residual, dense = _residual(network, reading, op), _dense(network, reading, op)
+                if residual is not None and not residual.region & self.sited:
+                    self.residual(residual)
+                if dense is not None and not dense.region & self.sited:
+                    self.place(dense, (reading, self.branch_end(dense)) if self.placement == "auto" else None)
             if self.found == before and len(own) > 1:
                 dual = _dual_path(network, reading, own)
                 if dual is not None and not dual.region & self.sited:
-                    self.place(dual, (dual.reading, dual.branch))
+                    self.place(dual, (dual.reading, dual.branch) if self.placement == "auto" else None)
 
     def residual(self, block: _Block) -> None:
         core = _inverted_core(self.network, block)
@@ -583,7 +620,11 @@ class _Surveyor:
             if not source.bit & block.branch.ancestors:  # branch and skip are two inputs
                 source = next((i for i in block.reading.inputs if i.bit & block.branch.ancestors), source)
             around = {block.reading.node_around(op) for op in self.network.select(block.region)}
-            skip_side = self.network.select(0 if block.skip is None else (block.skip.ancestors | block.skip.bit) & block.reading.mask & ~block.region)
+            skip_side = self.network.select(
+                0
+                if block.skip is None
+                else (block.skip.ancestors | block.skip.bit) & block.reading.mask & ~block.region
+            )
             self.place(block, (block.reading, source), around - {block.reading.node_around(op) for op in skip_side})
         else:
             self.place(block, self.spatial_place(block))
@@ -606,7 +647,11 @@ class _Surveyor:
         for conv in reversed([op for op in self.network.select(block.region) if op.spatial_conv]):
             op, acted = conv, False
             user = _only_user(op)
-            while user is not None and user.bit & block.region and user.role in ("norm", "act", "pass", "affine", "cat", "shape"):
+            while (
+                user is not None
+                and user.bit & block.region
+                and user.role in ("norm", "act", "pass", "affine", "cat", "shape")
+            ):
                 op, acted = user, acted or user.role == "act"
                 user = _only_user(op)
             if user is not None and (acted or _pointwise(user)):
@@ -671,7 +716,9 @@ class _Surveyor:
         one conv in disguise and may be replaced by that conv: SE goes outside of it."""
         reading, op = block.reading, block.branch
         user = _only_user(op)
-        while user is not None and reading.holds(user) and user.role in ("norm", "pass", "affine") and len(user.data) == 1:
+        while (
+            user is not None and reading.holds(user) and user.role in ("norm", "pass", "affine") and len(user.data) == 1
+        ):
             op, user = user, _only_user(user)
         while reading.outputs == [op] and reading.parent is not None:
             reading = reading.parent
@@ -686,11 +733,15 @@ class _Surveyor:
             block = _Block("chain", reading, region, act, act)
             self.place(block, (reading, act) if self.placement == "auto" else None)
 
-    def place(self, block: _Block, where: tuple[Reading | None, Op] | None, users: set[fx.Node | None] | None = None) -> None:
+    def place(
+        self, block: _Block, where: tuple[Reading | None, Op] | None, users: set[fx.Node | None] | None = None
+    ) -> None:
         """Record a spot for a block, or why there is none."""
         self.found |= block.region | block.join.bit
         name = _name(self.network, block)
-        if any(is_gate(op) for op in self.network.select(block.region)) or (where is not None and _gated_after(where[1])):
+        if any(is_gate(op) for op in self.network.select(block.region)) or (
+            where is not None and _gated_after(where[1])
+        ):
             self.sited |= block.region
             self.survey.attended += 1
             self.leave(name, HAS_ATTENTION)
@@ -747,5 +798,6 @@ def survey(network: Network, placement: str = "auto") -> Survey:
 def _own_spatial_conv(call: Call) -> bool:
     """Whether a module that can't be traced calls a spatial convolution itself."""
     return any(
-        isinstance(child.module, torch.nn.modules.conv._ConvNd) and max(child.module.kernel_size) > 1 for child in call.children
+        isinstance(child.module, torch.nn.modules.conv._ConvNd) and max(child.module.kernel_size) > 1
+        for child in call.children
     )

@@ -27,9 +27,18 @@ from .blocks import Spot, survey
 from .errors import RetrofitError
 from .reading import Reading, read
 from .rehearsal import Call, Ghosts, Rehearsal, base_class, rehearse_call
-from .tracing import Block, Parameter, TraceFailure, expect, trace
+from .tracing import Block, Parameter, TraceFailure, expect, stars, trace
 
-__all__ = ["Edit", "RetrofittedBlock", "apply_edit", "derive_class", "edits_for", "insert_node", "is_retrofitted", "strip"]
+__all__ = [
+    "Edit",
+    "RetrofittedBlock",
+    "apply_edit",
+    "derive_class",
+    "edits_for",
+    "insert_node",
+    "is_retrofitted",
+    "strip",
+]
 
 SE_NAME = "se_attention"
 
@@ -44,6 +53,7 @@ class Edit:
     how: _Strategy
     names: list[str] = field(default_factory=list)
     spots: list[Spot] = field(default_factory=list)
+    overwrites: list[bool] = field(default_factory=list)  # whether SE may scale its input in place
     source: str = ""  # of the derived class's forward
 
     def se_path(self, name: str) -> str:
@@ -81,7 +91,11 @@ def counterpart(node: fx.Node, graph: fx.Graph, other: fx.Graph) -> fx.Node | No
             break
         occurrence += key(n) == key(node)
     found = [n for n in other.nodes if key(n) == key(node)]
-    return found[occurrence] if occurrence < len(found) and len(found) == sum(key(n) == key(node) for n in graph.nodes) else None
+    return (
+        found[occurrence]
+        if occurrence < len(found) and len(found) == sum(key(n) == key(node) for n in graph.nodes)
+        else None
+    )
 
 
 # Source code --------------------------------------------------------------------------------------------------------------
@@ -121,7 +135,7 @@ def _signature(module: nn.Module) -> str:
         if p.kind is p.KEYWORD_ONLY and not star:
             parts.append("*")
             star = True
-        prefix = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
+        prefix = stars(p)
         star = star or prefix == "*"
         if p.default is p.empty:
             parts.append(prefix + p.name)
@@ -134,25 +148,38 @@ def _signature(module: nn.Module) -> str:
     return ", ".join(parts)
 
 
-def _conditions(parameters: list[Parameter], module: nn.Module) -> list[tuple[str, str]]:
-    """What must hold for a call to be like the one that was traced: expressions, and what to call them."""
+def _conditions(parameters: list[Parameter], module: nn.Module) -> list[str]:
+    """What must hold for a call to be like the one that was traced, as expressions."""
     defaults = {p.name: p.default for p in inspect.signature(module.forward).parameters.values()}
     conditions = []
     for p in parameters:
         if p.kind == "sequence":
-            conditions.append((f"len({p.name}) == {p.value}", p.name))
-        elif p.kind == "tensor" and defaults.get(p.name) is None:
-            conditions.append((f"{p.name} is not None", p.name))
+            conditions.append(f"isinstance({p.name}, (list, tuple)) and len({p.name}) == {p.value}")
+        elif p.kind == "tensor":
+            if defaults.get(p.name) is None:
+                conditions.append(f"{p.name} is not None")
+            elif not isinstance(defaults[p.name], type):
+                conditions.append(f"isinstance({p.name}, torch.Tensor)")
         elif p.kind == "concrete":
-            conditions.append((f"{p.name} is {p.value}" if p.value is None or isinstance(p.value, bool) else f"{p.name} == {p.value!r}", p.name))
+            identity = p.value is None or isinstance(p.value, bool)
+            conditions.append(f"{p.name} is {p.value}" if identity else f"{p.name} == {p.value!r}")
     return conditions
+
+
+def _passed_on(module: nn.Module) -> str:
+    """The arguments with which a forward passes its call on, as source."""
+    arguments = []
+    for p in inspect.signature(module.forward).parameters.values():
+        prefix = stars(p)
+        arguments.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{prefix}{p.name}")
+    return ", ".join(arguments)
 
 
 @dataclass(frozen=True)
 class _Way:
     """The code for one way of calling a forward."""
 
-    conditions: tuple[tuple[str, str], ...]
+    conditions: tuple[str, ...]
     evaluation: tuple[str, ...]
     training: tuple[str, ...]
 
@@ -162,32 +189,64 @@ class _Way:
         return ["if self.training:", *(f"    {line}" for line in self.training), *self.evaluation]
 
 
-def _assemble(signature: str, ways: list[_Way], imports: dict[str, Any], where: str) -> str:
+def _assemble(module: nn.Module, ways: list[_Way], imports: dict[str, Any]) -> str:
     """The source of a forward that takes each call the way that was traced for its like."""
     body: list[str] = []
+    other = f"return self.se_another_way({_passed_on(module)})"
     if len(ways) == 1:
-        for condition, name in ways[0].conditions:
-            imports["_expect"] = expect
-            body.append(f"_expect({condition}, True, {f'the argument {name} of {where}'!r})")
+        if ways[0].conditions:
+            body += [f"if not ({' and '.join(ways[0].conditions)}):", f"    {other}"]
         body += ways[0].lines()
     else:
         for way in ways:
-            test = " and ".join(condition for condition, _ in way.conditions) or "True"
-            body += [f"if {test}:", *(f"    {line}" for line in way.lines())]
-        imports["_expect"] = expect
-        body.append(f"_expect('a way of calling that was not rehearsed', 'one that was', {where!r})")
+            body += [f"if {' and '.join(way.conditions) or 'True'}:", *(f"    {line}" for line in way.lines())]
+        body.append(other)
     header = sorted({_import_line(name, value) for name, value in imports.items()})
-    return "\n".join([*header, "", "", f"def forward({signature}):", *(f"    {line}" for line in body), ""])
+    return "\n".join([*header, "", "", f"def forward({_signature(module)}):", *(f"    {line}" for line in body), ""])
 
 
-def _rewritten(ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spots: dict[Call, list[Spot]], names: list[str]) -> str:
+def _early_decisions(graph: fx.Graph, lines: list[str], module: nn.Module) -> list[str]:
+    """Where nothing has been computed yet, a call that decides otherwise than the traced one can still go another way."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    lines = list(lines)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is expect:
+            index = next(i for i, line in enumerate(lines) if line.startswith(f"{node.name} = "))
+            if any(f"{p} = " in line.replace(f"_{p} = ", "") for p in parameters for line in lines[:index]):
+                break  # an argument has been let go
+            decision, expected, _ = node.args
+            lines[index : index + 1] = [
+                f"if {decision} != {expected!r}:",
+                f"    return self.se_another_way({_passed_on(module)})",
+            ]
+        elif node.op not in ("placeholder", "call_function", "call_method") or not _only_looks(node):
+            break
+    return lines
+
+
+def _only_looks(node: fx.Node) -> bool:
+    """Whether a node leaves all as it is and costs nothing: it reads a shape or computes with numbers."""
+    if node.op == "placeholder":
+        return True
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "ndimension", "numel", "is_contiguous", "is_floating_point")
+    return (
+        node.target in (getattr, len, bool)
+        or getattr(node.target, "__module__", "") == "_operator"
+        and not str(getattr(node.target, "__name__", "")).startswith(("i", "set"))
+    )
+
+
+def _rewritten(
+    ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spots: dict[Call, list[Spot]], names: list[str]
+) -> str:
     """The source of a module's forward with SE in it.
 
     Raises:
         TraceFailure: the forward can't be expressed as code that does the same.
     """
     module = calls[0].module
-    ways: dict[tuple[tuple[str, str], ...], _Way] = {}
+    ways: dict[tuple[str, ...], _Way] = {}
     imports: dict[str, Any] = {}
     for call in calls:
         block = blocks[call]
@@ -203,7 +262,10 @@ def _rewritten(ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spo
         same = _body(block.graph)[0] == _body(training.graph)[0]
         nodes = dict(zip(block.graph.nodes, training.graph.nodes, strict=True)) if same else {}
         for spot, name in zip(spots[call], names, strict=True):
-            def twin(node: fx.Node, block: Block = block, training: Block = training, nodes: dict[fx.Node, fx.Node] = nodes) -> fx.Node:
+
+            def twin(
+                node: fx.Node, block: Block = block, training: Block = training, nodes: dict[fx.Node, fx.Node] = nodes
+            ) -> fx.Node:
                 found = nodes.get(node) or counterpart(node, block.graph, training.graph)
                 if found is None:
                     raise TraceFailure(f"{node.name} has no counterpart in its forward in training mode")
@@ -214,8 +276,12 @@ def _rewritten(ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spo
             insert_node(block.graph, spot.node, name, spot.users)
             insert_node(training.graph, node, name, users)
         (evaluation, needs), (train, train_needs) = _body(block.graph), _body(training.graph)
+        evaluation = _early_decisions(block.graph, evaluation, module)
+        train = _early_decisions(training.graph, train, module)
         for name, value in {**needs, **train_needs}.items():
-            if name not in ("inf", "nan", "NoneType", "device", "fx_pytree", "pytree") or any(name in line for line in [*evaluation, *train]):
+            if name not in ("inf", "nan", "NoneType", "device", "fx_pytree", "pytree") or any(
+                name in line for line in [*evaluation, *train]
+            ):
                 if imports.setdefault(name, value) is not value:
                     raise TraceFailure(f"generated code would need two things by the name {name}")
         ways[conditions] = _Way(conditions, tuple(evaluation), tuple(train))
@@ -225,17 +291,12 @@ def _rewritten(ghosts: Ghosts, calls: list[Call], blocks: dict[Call, Block], spo
 
             imports[name] = getattr(math, name)
     imports = {name: value for name, value in imports.items() if name not in ("inf", "nan")}
-    return _assemble(_signature(module), list(ways.values()), imports, f"block {calls[0].path or '(model)'}")
+    return _assemble(module, list(ways.values()), imports)
 
 
 def _wrapped(module: nn.Module, name: str) -> str:
     """The source of a forward that passes what the module returns through SE."""
-    signature = _signature(module)
-    arguments = []
-    for p in inspect.signature(module.forward).parameters.values():
-        prefix = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
-        arguments.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{prefix}{p.name}")
-    return f"def forward({signature}):\n    return self.{name}(Base.forward({', '.join(['self', *arguments])}))\n"
+    return f"def forward({_signature(module)}):\n    return self.{name}(Base.forward(self, {_passed_on(module)}))\n"
 
 
 # Derived classes ------------------------------------------------------------------------------------------------------------
@@ -272,6 +333,10 @@ class RetrofittedBlock:
         if self.se_how == "rewrite" and name not in self.se_names:
             _mark_changed(self)
 
+    def se_another_way(self, *args: Any, **kwargs: Any) -> Any:
+        """A call whose like was not traced yet: trace it, and go its way."""
+        return _go_another_way(self, args, kwargs)
+
     def _decides(self, name: str, value: Any) -> bool:
         """Whether the forward may go another way once ``name`` is ``value``: the code was generated for what it was."""
         if name == "training" or name.startswith("_") or name in self.se_names:
@@ -285,10 +350,12 @@ class RetrofittedBlock:
 
 
 _ABSENT = object()
-_derived: dict[tuple[Any, ...], type] = {}
+_derived: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
-def derive_class(base: type[nn.Module], source: str, names: tuple[str, ...], how: _Strategy, kind: str, placement: str) -> type:
+def derive_class(
+    base: type[nn.Module], source: str, names: tuple[str, ...], how: _Strategy, kind: str, placement: str
+) -> type[nn.Module]:
     """The class derived from ``base`` whose forward is ``source``; the same for the same arguments."""
     key = (base, source, names, how, kind, placement)
     if key not in _derived:
@@ -305,7 +372,7 @@ def derive_class(base: type[nn.Module], source: str, names: tuple[str, ...], how
     return _derived[key]
 
 
-def _subclass(base: type[nn.Module], members: dict[str, Any], key: tuple[Any, ...]) -> type:
+def _subclass(base: type[nn.Module], members: dict[str, Any], key: tuple[Any, ...]) -> type[nn.Module]:
     _, source, names, how, kind, placement = key
     namespace = {
         **members,
@@ -318,12 +385,14 @@ def _subclass(base: type[nn.Module], members: dict[str, Any], key: tuple[Any, ..
         "se_kind": kind,
         "se_placement": placement,
     }
-    return type(base)(f"SE{base.__name__}", (RetrofittedBlock, base), namespace)
+    metaclass: Any = type(base)
+    derived: type[nn.Module] = metaclass(f"SE{base.__name__}", (RetrofittedBlock, base), namespace)
+    return derived
 
 
 def _revive(*recipe: Any) -> nn.Module:
     cls = derive_class(*recipe)
-    return cls.__new__(cls)  # type: ignore[no-any-return]
+    return cls.__new__(cls)
 
 
 # A block that is changed after its retrofit ------------------------------------------------------------------------------------
@@ -342,14 +411,49 @@ def _mark_changed(block: RetrofittedBlock) -> None:
 
 
 def _read_anew(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a block one of whose attributes has changed since its code was generated: generate it anew."""
-    cls = type(self)
-    self.__dict__.pop("_compiled_call_impl", None)
-    source = _source_of_changed(self, args, kwargs)
-    object.__setattr__(
-        self, "__class__", derive_class(cls.se_base, source, cls.se_names, "rewrite", cls.se_kind, cls.se_placement)
-    )
+    """The forward of a block one of whose attributes has changed since its code was generated."""
+    _take(self, _source_of_changed(self, args, kwargs))
     return self.forward(*args, **kwargs)
+
+
+def _take(block: Any, source: str) -> None:
+    cls = type(block)
+    derived = derive_class(cls.se_base, source, cls.se_names, "rewrite", cls.se_kind, cls.se_placement)
+    object.__setattr__(block, "__class__", derived)
+
+
+_sources: dict[tuple[Any, ...], str] = {}  # by class and way of calling it
+
+
+def _go_another_way(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        raise RetrofitError(
+            f"a {type(block).se_base.__name__} is called in a way in which it was not called before: run the model once on "
+            "such an input, then compile it"
+        )
+    if block.__dict__.get("_se_on_another_way"):
+        raise RetrofitError(
+            f"a {type(block).se_base.__name__} decides in its forward by something that only a real run shows (a device, say), "
+            "so its retrofitted forward can't follow it. Undo with remove_se, and leave the block out with exclude"
+        )
+    key = (type(block), block.training, *_likeness(args), *_likeness(sorted(kwargs.items())))
+    if key not in _sources:
+        _sources[key] = _source_of_changed(block, args, kwargs)
+    _take(block, _sources[key])
+    block.__dict__["_se_on_another_way"] = True
+    try:
+        return block.forward(*args, **kwargs)
+    finally:
+        del block.__dict__["_se_on_another_way"]
+
+
+def _likeness(value: Any) -> tuple[Any, ...]:
+    """What of a call's arguments its way can depend on."""
+    if isinstance(value, torch.Tensor):
+        return ("tensor", tuple(value.shape), value.dtype)
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(_likeness, value))
+    return (repr(value),)
 
 
 def _source_of_changed(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -369,7 +473,11 @@ def _source_of_changed(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         )
     try:
         return _rewritten(
-            rehearsal.ghosts, [rehearsal.root], {rehearsal.root: reading.block}, {rehearsal.root: spots}, list(cls.se_names)
+            rehearsal.ghosts,
+            [rehearsal.root],
+            {rehearsal.root: reading.block},
+            {rehearsal.root: spots},
+            list(cls.se_names),
         )
     except TraceFailure as failure:
         raise RetrofitError(f"a {cls.se_base.__name__} was changed after its retrofit, and now {failure}") from failure
@@ -387,7 +495,7 @@ def _fused_sum(reading: Reading) -> list[Spot]:
 
 
 def _is_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and base_class(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and getattr(base_class(module), "forward", None) is nn.Sequential.forward
 
 
 @dataclass(eq=False)
@@ -415,7 +523,9 @@ def _target(spot: Spot, calls: Counter[int]) -> _Target:
         return _Target(reading.call, "append", spot) if returned else _inside(child, spot, reading, calls)
     if returned and spot.users is None and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return _Target(reading.call, "wrap", spot)
-    if returned and spot.users is None and reading.parent is not None:  # a container iterates over its children: not in it
+    if (
+        returned and spot.users is None and reading.parent is not None
+    ):  # a container iterates over its children: not in it
         around = next(node for node, inner in reading.parent.children.items() if inner is reading)
         return _target(replace(spot, reading=reading.parent, node=around), calls)
     if spot.kind == "chain" and child is not None and calls[id(child.module)] == calls[id(module)]:
@@ -481,7 +591,7 @@ def _edit(rehearsal: Rehearsal, how: _Strategy, group: list[_Target], name: str)
         if [(s.channels, s.op.channel_dim) for s in others] != [(s.channels, s.op.channel_dim) for s in spots]:
             raise TraceFailure("it is called several times, with other channels each time")
     names = [name if i == 0 else f"{name}_{i + 1}" for i in range(len(spots))]
-    edit = Edit(first.path, how, names, spots)
+    edit = Edit(first.path, how, names, spots, [spot.overwritten for spot in spots])
     if how == "graph":
         edit.names = _graph_names(module, spots, name)
     elif how == "wrap":
@@ -503,7 +613,10 @@ def _graph_names(module: nn.Module, spots: list[Spot], name: str) -> list[str]:
     modules = dict(module.named_modules())
     for spot in spots:
         holder = spot.block
-        if not isinstance(modules.get(holder, module), nn.Module) or next(modules.get(holder, module).children(), None) is None:
+        if (
+            not isinstance(modules.get(holder, module), nn.Module)
+            or next(modules.get(holder, module).children(), None) is None
+        ):
             holder = holder.rpartition(".")[0]  # the unit of a chain is called by its conv
         prefix = f"{holder}." if holder in modules and holder else ""
         candidate, number = prefix + name, 1
@@ -532,8 +645,8 @@ def apply_edit(model: nn.Module, edit: Edit, ses: list[SEAttention], placement: 
 
 def graphs_of(module: nn.Module) -> list[fx.Graph]:
     """The graphs of a GraphModule; one that keeps a graph for each mode (torchvision's) has several."""
-    graphs = [module.graph, *(v for v in vars(module).values() if isinstance(v, fx.Graph))]
-    return list({id(g): g for g in graphs}.values())  # type: ignore[misc]
+    graphs = [g for g in (module.graph, *vars(module).values()) if isinstance(g, fx.Graph)]
+    return list({id(g): g for g in graphs}.values())
 
 
 def _edit_graphs(module: nn.Module, edit: Edit, ses: list[SEAttention]) -> None:

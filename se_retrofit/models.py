@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,18 @@ from .errors import RetrofitError
 __all__ = ["Base", "load_checkpoint"]
 
 LIBRARIES = ("timm", "torchvision")
+# timm's own prefixes, which it resolves itself; what follows them holds slashes of its own
+TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
 
 
 @dataclass(frozen=True)
 class Base:
     """Where a network comes from: a library, a name in it, and the arguments it is built with.
+
+    Attributes:
+        library: ``"timm"`` or ``"torchvision"``.
+        name: the model's name in that library.
+        kwargs: what the library's builder gets besides the name.
 
     Example:
         >>> from se_retrofit.models import Base
@@ -36,73 +45,116 @@ class Base:
 
     @classmethod
     def of(cls, name: str, **kwargs: Any) -> Base:
-        """Read ``name``: a library and a model with a slash between, or a model alone, looked for in timm, then
-        in torchvision.
+        """Read a name such as ``resnet50``, ``timm/resnet50``, ``resnet50.a1_in1k`` or ``torchvision/resnet50``.
+
+        Args:
+            name: a library and a model with a slash between, or a model alone, looked for in timm, then in
+                torchvision.
+            kwargs: for the library's builder, e.g. ``num_classes=10``.
 
         Raises:
             RetrofitError: neither library has a model of that name; the message lists close names.
+
+        Example:
+            >>> from se_retrofit.models import Base
+            >>> str(Base.of("resnet50")), str(Base.of("googlenet"))
+            ('timm/resnet50', 'torchvision/googlenet')
         """
+        if not isinstance(name, str):
+            raise TypeError(f"a model's name must be a string, got {name!r} of type {type(name).__name__}")
+        if name.split(":")[0] in TIMM_SCHEMES:
+            return cls("timm", name, kwargs)
         library, _, model = name.rpartition("/")
-        libraries = (library,) if library else LIBRARIES
         if library and library not in LIBRARIES:
-            # timm's own prefixes (hf-hub:owner/name, local-dir:path) hold slashes
-            if name.split(":")[0] in ("hf-hub", "hf_hub", "local-dir"):
-                return cls("timm", name, kwargs)
             raise RetrofitError(f"no library {library!r} in {name!r}; give timm/NAME or torchvision/NAME")
+        libraries = (library,) if library else LIBRARIES
         for candidate in libraries:
-            if _knows(candidate, model):
-                return cls(candidate, model, kwargs)
-        names = [n for lib in libraries for n in _names(lib)]
-        close = difflib.get_close_matches(model, names, n=3)
+            known = _known(candidate, model)
+            if known is not None:
+                return cls(candidate, known, kwargs)
+        close = _close_names(model, libraries)
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise RetrofitError(f"no model {model!r} in {' or '.join(libraries)}{hint}")
 
+    def __str__(self) -> str:
+        return f"{self.library}/{self.name}"
+
     def build(self, pretrained: bool = False) -> nn.Module:
-        """The network, with random weights or, where ``pretrained``, the library's own (downloaded by it)."""
-        if self.library == "timm":
-            return timm.create_model(self.name, pretrained=pretrained, **self.kwargs)
-        kwargs = dict(self.kwargs)
-        if pretrained:
-            kwargs["weights"] = "DEFAULT"
-        else:
-            kwargs.setdefault("weights", None)
-            # the detection and segmentation builders fetch a pretrained backbone unless told otherwise
-            if "backbone" in _signature(self.name):
-                kwargs.setdefault("weights_backbone", None)
-        return torchvision.models.get_model(self.name, **kwargs)
+        """The network, with random weights or, where ``pretrained``, the library's own (downloaded by it).
+
+        Raises:
+            RetrofitError: the library can't build it so: an argument it doesn't take, no pretrained weights of that
+                name, no way to download them. The message holds the library's own.
+        """
+        try:
+            with warnings.catch_warnings():
+                # torchvision's GoogLeNet and Inception announce another initialisation for some later version
+                warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
+                return self._timm(pretrained) if self.library == "timm" else self._torchvision(pretrained)
+        except Exception as error:  # what a download can raise depends on the library's HTTP client
+            weights = "with pretrained weights" if pretrained else "with random weights"
+            given = f" and {self.kwargs}" if self.kwargs else ""
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RetrofitError(f"{self.library} can't build {self.name!r} {weights}{given}: {reason}") from error
+
+    def _timm(self, pretrained: bool) -> nn.Module:
+        return timm.create_model(self.name, pretrained=pretrained, **self.kwargs)
+
+    def _torchvision(self, pretrained: bool) -> nn.Module:
+        kwargs: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
+        builder = torchvision.models.get_model_builder(self.name)
+        # the detection and segmentation builders fetch a pretrained backbone unless told otherwise
+        if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
+            kwargs["weights_backbone"] = None
+        return builder(**{**kwargs, **self.kwargs})
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint of the bare network, ``.safetensors`` or a state dict by ``torch.save``, strictly.
+    """Load a checkpoint of the bare network into it, strictly.
+
+    Reads ``.safetensors`` and what ``torch.save`` wrote (without unpickling code): a state dict, or a dict that holds
+    one as ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, in this order. Prefixes left by
+    DistributedDataParallel and torch.compile are dropped.
+
+    Args:
+        model: the network; changed only if everything fits.
+        path: the file.
 
     Raises:
-        RetrofitError: there is no such file, it can't be read, or its keys don't fit; the model is unchanged.
+        RetrofitError: there is no such file, it can't be read, or its keys or shapes don't fit; the model is
+            unchanged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from se_retrofit.models import load_checkpoint
+        >>> file = Path(tempfile.mkdtemp()) / "weights.pth"
+        >>> torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, file)
+        >>> load_checkpoint(torch.nn.Linear(2, 2), file)
+        >>> load_checkpoint(torch.nn.Linear(2, 2, bias=False), file)
+        Traceback (most recent call last):
+            ...
+        se_retrofit.errors.RetrofitError: weights.pth does not fit Linear: unexpected: bias
     """
     path = Path(path)
     if not path.is_file():
         raise RetrofitError(f"no checkpoint file {path}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise RetrofitError(f"{path} can't be read as a checkpoint: {error}") from error
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # torch, pickle, zipfile and safetensors raise a dozen types among them
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise RetrofitError(f"{path} can't be read as a checkpoint: {reason}") from error
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise RetrofitError(f"{path} holds no state dict (a mapping of names to tensors)")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    problems = [f"{what}: {_few(keys)}" for what, keys in
-                (("missing", missing), ("unexpected", unexpected), ("other shapes", reshaped)) if keys]
-    if problems:
-        raise RetrofitError(f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}")
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "other shapes": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_few(keys)}" for what, keys in problems.items() if keys)
+        raise RetrofitError(f"{path.name} does not fit {type(model).__name__}: {listed}")
     model.load_state_dict(state)
 
 
@@ -114,13 +166,13 @@ def _names(library: str) -> list[str]:
     return timm.list_models() if library == "timm" else torchvision.models.list_models()
 
 
-def _knows(library: str, name: str) -> bool:
+def _known(library: str, name: str) -> str | None:
+    """The library's own spelling of a name, None where it has no such model."""
     if library == "timm":
-        return bool(timm.is_model(name))
-    return name.lower() in torchvision.models.list_models()
+        return next((spelling for spelling in (name, name.lower()) if timm.is_model(spelling)), None)
+    return name.lower() if name.lower() in torchvision.models.list_models() else None
 
 
-def _signature(name: str) -> str:
-    import inspect
-
-    return str(inspect.signature(torchvision.models.get_model_builder(name)))
+def _close_names(name: str, libraries: tuple[str, ...]) -> list[str]:
+    names = dict.fromkeys(known for library in libraries for known in _names(library))
+    return difflib.get_close_matches(name.lower(), names, n=3)

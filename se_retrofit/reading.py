@@ -177,7 +177,9 @@ class Network:
 _ACTIVATIONS = tuple(
     cls
     for cls in vars(nn.modules.activation).values()
-    if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == nn.modules.activation.__name__
+    if isinstance(cls, type)
+    and issubclass(cls, nn.Module)
+    and cls.__module__ == nn.modules.activation.__name__
     and cls is not nn.MultiheadAttention
 )
 _MODULE_ROLES: tuple[tuple[tuple[type, ...], str], ...] = (
@@ -186,7 +188,14 @@ _MODULE_ROLES: tuple[tuple[tuple[type, ...], str], ...] = (
     ((nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm), "norm"),
     (_ACTIVATIONS, "act"),
     ((nn.Identity, nn.modules.dropout._DropoutNd), "pass"),
-    (tuple(c for n, c in vars(nn.modules.pooling).items() if isinstance(c, type) and "Pool" in n and issubclass(c, nn.Module)), "pool"),
+    (
+        tuple(
+            c
+            for n, c in vars(nn.modules.pooling).items()
+            if isinstance(c, type) and "Pool" in n and issubclass(c, nn.Module)
+        ),
+        "pool",
+    ),
     ((nn.Upsample, nn.PixelShuffle), "resize"),
     ((nn.Flatten, nn.Unflatten, nn.PixelUnshuffle, nn.ChannelShuffle), "shape"),
     (tuple(c for n, c in vars(nn.modules.padding).items() if isinstance(c, type) and "Pad" in n), "pad"),
@@ -306,6 +315,8 @@ class _Reader:
             op.ancestors |= source.ancestors | source.bit
             source.users.append(op)
         op.channel_dim = _channel_dim(op)
+        if op.conv is not None and inputs:
+            _tell_channels(inputs[0], op)
         _follow_pooling(op)
         self.network.ops.append(op)
         return op
@@ -342,7 +353,9 @@ class _Reader:
         reading.end = len(self.network.ops)
         return result
 
-    def read_module(self, reading: Reading, node: fx.Node, args: list[Structure], kwargs: dict[str, Structure]) -> Structure:
+    def read_module(
+        self, reading: Reading, node: fx.Node, args: list[Structure], kwargs: dict[str, Structure]
+    ) -> Structure:
         call, block = reading.call, reading.block
         module = call.module.get_submodule(str(node.target))
         inputs = tuple(ops_in([args, kwargs]))
@@ -365,8 +378,14 @@ class _Reader:
         conv = _conv_of_module(module) if role == "conv" else None
         return self.structured(role, inputs, value, call, node, conv)
 
-    def structured(self, role: str, inputs: tuple[Op, ...], value: Any, call: Call, node: fx.Node, conv: Conv | None = None) -> Structure:
-        if isinstance(value, (list, tuple)) and type(value) is not torch.Size and any(isinstance(v, Tensor) for v in value):
+    def structured(
+        self, role: str, inputs: tuple[Op, ...], value: Any, call: Call, node: fx.Node, conv: Conv | None = None
+    ) -> Structure:
+        if (
+            isinstance(value, (list, tuple))
+            and type(value) is not torch.Size
+            and any(isinstance(v, Tensor) for v in value)
+        ):
             return [self.structured(role, inputs, v, call, node, conv) for v in value]
         if isinstance(value, dict):
             return {k: self.structured(role, inputs, v, call, node, conv) for k, v in value.items()}
@@ -374,7 +393,9 @@ class _Reader:
             return value
         return self.add(role, inputs, value, call, node, conv)
 
-    def read_function(self, reading: Reading, node: fx.Node, args: list[Structure], kwargs: dict[str, Structure]) -> Structure:
+    def read_function(
+        self, reading: Reading, node: fx.Node, args: list[Structure], kwargs: dict[str, Structure]
+    ) -> Structure:
         name = _function_name(node)
         value = reading.block.values.get(node)
         if name == "getitem" and not isinstance(args[0], Op) and isinstance(args[0], (list, tuple, dict)):
@@ -460,6 +481,15 @@ def _is_global(op: Op) -> bool:
     return False
 
 
+def _tell_channels(op: Op, conv: Op) -> None:
+    """What a conv takes has its channels where the conv has them, and so have the values that it is made of in place."""
+    while op.channel_dim is None and isinstance(op.value, Tensor) and op.value.dim() == conv.value.dim():
+        op.channel_dim = conv.channel_dim
+        if op.role not in ("norm", "act", "pass", "affine") or len(op.data) != 1:
+            break
+        op = op.data[0]
+
+
 def _channel_dim(op: Op) -> int | None:
     """Which dim holds the channels of an operation's value."""
     value = op.value
@@ -494,10 +524,14 @@ def _channel_dim_after(op: Op, name: str, before: Tensor, position: int) -> int 
     value, node = op.value, op.node
     after = value.dim()
     if node is None or node.op == "call_module":
-        return position - after if after <= before.dim() and position < after - 0 and value.shape[position] == before.shape[position] else None
-    arguments = list(node.args[1:])
+        return (
+            position - after
+            if after <= before.dim() and position < after - 0 and value.shape[position] == before.shape[position]
+            else None
+        )
+    arguments: list[Any] = list(node.args[1:])
     if name == "permute":
-        dims = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else arguments
+        dims: Any = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else arguments
         dims = dims or node.kwargs.get("dims", ())
         if all(isinstance(d, int) for d in dims) and len(dims) == after:
             return [d % after for d in dims].index(position) - after

@@ -1,11 +1,14 @@
-"""Collects the commands, and turns the user's mistakes into one line instead of a traceback."""
+"""What all commands share: the application they register with, and one line instead of a traceback for mistakes."""
 
 from __future__ import annotations
 
 import sys
+from importlib import metadata
+from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..errors import RetrofitError
 
@@ -15,15 +18,36 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        typer.echo(f"se-retrofit {installed_version()}")
+        raise typer.Exit
+
+
+def installed_version() -> str:
+    try:
+        return metadata.version("se-retrofit")
+    except metadata.PackageNotFoundError:  # run from its source folder
+        return "(not installed)"
+
+
+def say(console: Console, text: Any = "") -> None:
+    """Print text as it stands: no markup, no colours by guess, no line breaks at the width of a pipe."""
+    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Entry point of ``se-retrofit`` and ``python -m se_retrofit``."""
-    from . import convert, demo  # noqa: F401  (each registers its command)
-
     try:
         app()
     except RetrofitError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

@@ -1,0 +1,113 @@
+"""Files and folders that are there whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from .errors import RetrofitError
+
+__all__ = ["replaced_directory", "replaced_file", "settled", "sync"]
+
+
+@contextlib.contextmanager
+def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
+    """Fill a fresh folder beside ``path``, which takes its place when the body is through.
+
+    Two renames can't be one step: between them ``path`` is missing, and ``settled`` finds the folder that was there.
+
+    Args:
+        path: the folder to make or to replace.
+        ours: the file names that a folder of this kind may hold.
+
+    Raises:
+        RetrofitError: ``path`` holds files of other names (replacing it would delete them), or can't be written. What
+            was at ``path`` is still there.
+    """
+    fresh, aside = _fresh(path), _aside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_dir():
+            raise RetrofitError(f"{path} is a file; give the path of a folder")
+        if aside.exists() and not path.exists():
+            aside.rename(path)
+        foreign = sorted(f.name for f in path.iterdir() if f.name not in ours) if path.exists() else []
+        if foreign:
+            raise RetrofitError(
+                f"{path} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; give a new folder"
+            )
+        _remove(fresh)
+        fresh.mkdir()
+        yield fresh
+        for file in fresh.iterdir():
+            sync(file)
+        sync(fresh)
+        _remove(aside)
+        if path.exists():
+            path.rename(aside)
+        fresh.rename(path)
+        _remove(aside)
+        sync(path.parent)
+    except OSError as error:
+        _remove(fresh)
+        if aside.exists() and not path.exists():
+            aside.rename(path)
+        kept = "; what was there before is untouched" if path.exists() else ""
+        raise RetrofitError(f"{path} can't be written: {error.strerror or error}{kept}") from error
+    except BaseException:
+        _remove(fresh)
+        raise
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Write to a fresh file beside ``path``, which takes its place when the body is through.
+
+    Raises:
+        RetrofitError: the file can't be written. What was at ``path`` is still there.
+    """
+    # The suffix stays: writers that go by it (matplotlib) must see it.
+    fresh = path.with_name(f".{path.stem}.new{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        sync(fresh)
+        os.replace(fresh, path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise RetrofitError(f"{path} can't be written: {error.strerror or error}") from error
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def settled(path: Path) -> Path:
+    """The folder to read: ``path``, or the one before it, where a kill came between the two renames."""
+    return _aside(path) if _aside(path).is_dir() and not path.exists() else path
+
+
+def sync(path: Path) -> None:
+    """Have the file or folder on the disk before going on."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _fresh(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,89 @@
+"""``se-retrofit compare MODEL --data ...``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .finetune import (
+    BatchSize,
+    Checkpoint,
+    Compile,
+    ConfigFile,
+    Cpu,
+    Data,
+    Download,
+    Epochs,
+    Exclude,
+    ImageSize,
+    Include,
+    LearningRate,
+    ModelArgs,
+    ModelName,
+    Output,
+    Placement,
+    Precision,
+    Pretrained,
+    Reduction,
+    Root,
+    Seed,
+    Set,
+    Workers,
+    default_name,
+    network_builder,
+    open_data,
+    read_config,
+)
+
+@app.command("compare")
+def compare_command(
+    model: ModelName,
+    data: Data,
+    seeds: Annotated[int, typer.Option(help="runs of each of the two networks")] = 3,
+    output: Output = None,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+    arg: ModelArgs = None,
+    reduction: Reduction = 8,
+    placement: Placement = "auto",
+    include: Include = None,
+    exclude: Exclude = None,
+    data_root: Root = Path("data"),
+    download: Download = False,
+    config: ConfigFile = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    image_size: ImageSize = None,
+    precision: Precision = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    cpu: Cpu = None,
+    compile_: Compile = None,
+    set_: Set = None,
+) -> None:
+    """Does SE pay? Fine-tune a network with and without it, by the same recipe, and compare them seed by seed.
+
+    Started again, it goes on where it was.
+    """
+    from ..finetune import compare
+
+    named = {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "image_size": image_size, "precision": precision,
+        "workers": workers, "seed": seed, "cpu": cpu, "compile": compile_,
+    }  # fmt: skip
+    recipe = read_config(config, named, set_)
+    parts, recipe = open_data(data, data_root, download, recipe)
+    build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
+    folder = output or Path("runs") / f"compare-{default_name(model, data)}"
+    options = {"reduction": reduction, "placement": placement, "include": include, "exclude": exclude}
+    try:
+        comparison = compare(
+            build, parts.train, parts.val, config=recipe, seeds=seeds, se_options=options, output_dir=folder, base=base
+        )
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+    print(f"\n{comparison}\n\nwritten to {folder / 'comparison.json'}")

@@ -1,0 +1,185 @@
+"""``se-retrofit finetune MODEL --data ...``"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import RetrofitError
+from .app import app
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..finetune import FinetuneConfig, NamedData
+    from ..models import Base
+
+ModelName = Annotated[str, typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME")]
+Data = Annotated[str, typer.Option(help="digits, a folder with train/ and val/, or a name of timm's: torch/cifar10, hfds/...")]
+Root = Annotated[Path, typer.Option(help="where timm's data sets are kept")]
+Download = Annotated[bool, typer.Option("--download", help="fetch timm's data set where it is not there")]
+Output = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="start from the library's own weights")]
+Checkpoint = Annotated[Path | None, typer.Option(help="start from a checkpoint of the bare network")]
+ModelArgs = Annotated[list[str] | None, typer.Option("--arg", help="NAME=VALUE for the network's constructor; repeat it for more")]
+Reduction = Annotated[int, typer.Option(help="of the SE modules")]
+Placement = Annotated[str, typer.Option(help="auto, standard, pre, post, identity or 3x3")]
+Include = Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'")]
+Exclude = Annotated[list[str] | None, typer.Option(help="not these blocks")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="the recipe as YAML; the options below go before it")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, any field; repeat it for more")]
+Epochs = Annotated[int | None, typer.Option(help="passes over the data")]
+BatchSize = Annotated[int | None, typer.Option(help="images a step and process")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="peak learning rate")]
+ImageSize = Annotated[int | None, typer.Option(help="height and width of the images, if not the network's own")]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")]
+Workers = Annotated[int | None, typer.Option(help="processes that load data")]
+Seed = Annotated[int | None, typer.Option(help="of everything random")]
+Cpu = Annotated[bool | None, typer.Option("--cpu", help="stay on the CPU")]
+Compile = Annotated[bool | None, typer.Option("--compile", help="train through torch.compile")]
+
+
+@app.command("finetune")
+def finetune_command(
+    model: ModelName,
+    data: Data,
+    output: Output = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output folder")] = False,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+    arg: ModelArgs = None,
+    plain: Annotated[bool, typer.Option("--plain", help="without SE, for comparison")] = False,
+    reduction: Reduction = 8,
+    placement: Placement = "auto",
+    include: Include = None,
+    exclude: Exclude = None,
+    data_root: Root = Path("data"),
+    download: Download = False,
+    config: ConfigFile = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    train: Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")] = None,
+    image_size: ImageSize = None,
+    precision: Precision = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    early_stop: Annotated[int | None, typer.Option(help="stop after so many epochs without a better accuracy")] = None,
+    cpu: Cpu = None,
+    compile_: Compile = None,
+    set_: Set = None,
+) -> None:
+    """Retrofit a network and fine-tune it.
+
+    Under torchrun or accelerate launch the same command runs on several GPUs or machines. The result, in OUTPUT/best, is
+    loaded by load_retrofitted.
+    """
+    import torch
+
+    from ..finetune import finetune
+    from ..retrofit import add_se
+
+    named = {
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "train": train, "image_size": image_size, "precision": precision,
+        "workers": workers, "seed": seed, "early_stop": early_stop, "cpu": cpu, "compile": compile_,
+    }  # fmt: skip
+    recipe = read_config(config, named, set_)
+    parts, recipe = open_data(data, data_root, download, recipe)
+    build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
+    # A seeded start, so that a run that is resumed, and each of many processes, has the same
+    torch.manual_seed(recipe.seed)
+    network = build()
+    if not plain:
+        network = add_se(
+            network, reduction, placement=placement, include=include, exclude=exclude, inplace=True
+        )
+    try:
+        finetune(
+            network,
+            parts.train,
+            parts.val,
+            config=recipe,
+            output_dir=output or Path("runs") / default_name(model, data),
+            resume=resume,
+            base=base,
+        )
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+
+
+# What finetune and compare share
+
+
+def read_config(file: Path | None, named: dict[str, Any], settings: list[str] | None) -> FinetuneConfig:
+    """The recipe: from the file, then ``--set``, then the options that have names of their own."""
+    from ..finetune import FinetuneConfig
+
+    fields = FinetuneConfig.from_yaml(file).to_dict() if file is not None else {}
+    fields.update(read_settings(settings, "--set"))
+    fields.update({name: value for name, value in named.items() if value is not None})
+    try:
+        return FinetuneConfig.from_dict(fields)
+    except TypeError as error:
+        raise RetrofitError(str(error)) from error
+
+
+def read_settings(settings: list[str] | None, option: str) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs; values are read as YAML."""
+    import yaml
+
+    read = {}
+    for setting in settings or []:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise RetrofitError(f"{option} takes NAME=VALUE, got {setting!r}")
+        try:
+            read[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RetrofitError(f"{option} {setting!r}: the value can't be read: {error}") from error
+    return read
+
+
+def open_data(data: str, root: Path, download: bool, recipe: FinetuneConfig) -> tuple[NamedData, FinetuneConfig]:
+    """The data, and the recipe with its number of classes."""
+    from ..finetune import load_data
+
+    parts = load_data(data, root=root, download=download, image_size=recipe.image_size)
+    if recipe.num_classes is None:
+        if parts.num_classes is None:
+            raise RetrofitError(f"{data} does not tell its number of classes: --set num_classes=...")
+        recipe = recipe.replace(num_classes=parts.num_classes)
+    return parts, recipe
+
+
+def network_builder(
+    name: str, pretrained: bool, checkpoint: Path | None, arg: list[str] | None, recipe: FinetuneConfig
+) -> tuple[Callable[[], nn.Module], Base]:
+    """A function that builds the bare network, and the base that the saved recipe names."""
+    from ..models import Base, load_checkpoint
+
+    if pretrained and checkpoint is not None:
+        raise RetrofitError("--pretrained and --checkpoint exclude each other")
+    kwargs = read_settings(arg, "--arg")
+    base = Base.of(name, **kwargs)
+    if recipe.drop_path is not None and base.library == "timm":
+        kwargs["drop_path_rate"] = recipe.drop_path  # layers of stochastic depth must be there to have a rate
+
+    def build() -> nn.Module:
+        built = Base(base.library, base.name, kwargs)
+        try:
+            network = built.build(pretrained=pretrained)
+        except Exception as error:  # the libraries and the network raise of every kind
+            raise RetrofitError(f"{name} can't be built: {error}") from error
+        if checkpoint is not None:
+            load_checkpoint(network, checkpoint)
+        return network
+
+    return build, Base(base.library, base.name, {**base.kwargs, "num_classes": recipe.num_classes})
+
+
+def default_name(model: str, data: str) -> str:
+    """A folder's name for a run."""
+    return f"{model}-{Path(data).name}".replace("/", "-").replace(":", "-")

@@ -1,0 +1,25 @@
+"""Fine-tune retrofitted networks: ``finetune(model, train_data, val_data, config=FinetuneConfig(...))``.
+
+Read ``loop.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
+``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
+``parts.py`` what trains, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
+a person sees, ``compare.py`` the question whether SE pays.
+"""
+
+from .compare import Comparison, compare
+from .config import FinetuneConfig
+from .datasets import NamedData, load_data
+from .loop import FinetuneResult, evaluate, finetune
+from .parts import new_head
+
+__all__ = [
+    "Comparison",
+    "FinetuneConfig",
+    "FinetuneResult",
+    "NamedData",
+    "compare",
+    "evaluate",
+    "finetune",
+    "load_data",
+    "new_head",
+]

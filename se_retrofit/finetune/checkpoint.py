@@ -1,0 +1,216 @@
+"""What a run keeps on disk, so that it can go on after a kill at any moment.
+
+``last/`` is a folder like ``save_retrofitted`` writes, with two files more: ``training.safetensors`` (the tensors of
+optimizer, average and the rest) and ``training.json`` (all else, with the tensors' names in their places). It is
+replaced whole or not at all. Random generators are not in it: see ``randomness.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..atomic import replaced_directory, settled
+from ..errors import RetrofitError
+from ..models import Base
+from ..saving import RECIPE, WEIGHTS, check_fields, load_strictly, read_json, read_recipe, read_weights, save_tensors, write_network
+
+__all__ = ["LAST", "Progress", "has_checkpoint", "load_training", "save_training", "write_best"]
+
+LAST, BEST = "last", "best"
+TENSORS, STATE = "training.safetensors", "training.json"
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        epoch: the epoch that is under way, from 0.
+        step: updates done in it.
+        updates: updates done in all.
+        loss, correct, seen: sums over the epoch so far, over all processes.
+        history: a row for each finished epoch; row 0 is the evaluation before training.
+        best: the best validation accuracy, and in which epoch (from 1).
+        stale: epochs in a row that did not bring a better one.
+        finished: why the run is over: ``"epochs"`` or ``"early stop"``; None while it is not.
+        step_seconds: the median time of an update.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    updates: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+    seen: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
+    best_epoch: int | None = None
+    stale: int = 0
+    finished: str | None = None
+    step_seconds: float | None = None
+
+
+def has_checkpoint(output: Path) -> bool:
+    """Whether a run in this folder has something to go on from."""
+    return (settled(output / LAST) / STATE).is_file()
+
+
+def save_training(
+    output: Path,
+    model: nn.Module,
+    progress: Progress,
+    config: dict[str, Any],
+    parts: dict[str, Any],
+    *,
+    world: int,
+    base: Base | None,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write ``last/``: the network, how far the run has come, and the state dicts in ``parts``.
+
+    Raises:
+        RetrofitError: it can't be written; the checkpoint before it is untouched.
+    """
+    tree, tensors = split(parts)
+    state = {"format": FORMAT, "progress": asdict(progress), "config": config, "world": world, "parts": tree}
+    with replaced_directory(output / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
+        write_network(model, fresh, base=base, state=weights)
+        save_tensors(tensors, fresh / TENSORS)
+        (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def write_best(output: Path, model: nn.Module, *, base: Base | None, weights: dict[str, Tensor] | None = None) -> None:
+    """Write ``best/``, the network that is the run's result."""
+    with replaced_directory(output / BEST, (WEIGHTS, RECIPE)) as fresh:
+        write_network(model, fresh, base=base, state=weights)
+
+
+def load_training(
+    output: Path, model: nn.Module, config: dict[str, Any], *, world: int, free: set[str]
+) -> tuple[Progress, dict[str, Any]]:
+    """Read ``last/``: its weights go into ``model``, the rest is returned.
+
+    Args:
+        output: the folder of the run.
+        model: the network that the run started with.
+        config: of the run that goes on; the saved one must agree but for the fields in ``free``.
+        world: number of processes.
+        free: names of config fields that may have changed.
+
+    Raises:
+        RetrofitError: the checkpoint is broken, or of another network, config or number of processes. The model is
+            unchanged.
+    """
+    folder = settled(output / LAST)
+    state = read_json(folder / STATE)
+    shape: dict[str, tuple[type, ...]] = {
+        "format": (int,), "progress": (dict,), "config": (dict,), "world": (int,), "parts": (dict,),
+    }  # fmt: skip
+    check_fields(state, shape, folder / STATE, FORMAT)
+    names = {f.name for f in fields(Progress)}
+    if state["progress"].keys() != names:
+        raise RetrofitError(f"{folder / STATE}: progress must hold {', '.join(sorted(names))}")
+    changed = [k for k in config if k not in free and state["config"].get(k) != config[k]]
+    if changed:
+        what = "; ".join(f"{k}: {state['config'].get(k)!r} then, {config[k]!r} now" for k in changed)
+        raise RetrofitError(f"{output} holds a run with another config ({what}); resume with the same, or give a new folder")
+    if state["world"] != world:
+        raise RetrofitError(f"{output} holds a run of {state['world']} processes, and these are {world}; start as many")
+    recipe = read_recipe(folder)
+    weights = read_weights(folder / WEIGHTS)
+    weights.update({alias: weights[kept] for alias, kept in recipe["tied"].items() if kept in weights})
+    parts = join(state["parts"], read_weights(folder / TENSORS))
+    load_strictly(model, weights, str(folder / WEIGHTS))
+    return Progress(**state["progress"]), parts
+
+
+def load_best(output: Path) -> dict[str, Tensor]:
+    """The weights in ``best/``."""
+    folder = settled(output / BEST)
+    weights = read_weights(folder / WEIGHTS)
+    weights.update({alias: weights[kept] for alias, kept in read_recipe(folder)["tied"].items()})
+    return weights
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict``, with each state laid out in memory like its parameter (channels last)."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, entries in state["state"].items():
+        for name, value in entries.items():
+            like = parameters[number]
+            if isinstance(value, Tensor) and value.shape == like.shape and value.dim() > 1:
+                entries[name] = torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)
+    optimizer.load_state_dict(state)
+
+
+def check_space(output: Path, model: nn.Module, config: Any) -> None:
+    """Raise before training, rather than after the first epoch, where the disk has no room for the checkpoints."""
+    weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
+    # last: weights, about two of them for the optimizer, one for the average; best: one; each twice while it is replaced
+    need = weights * (2 * (3 + (config.ema_decay is not None)) + 2)
+    free = shutil.disk_usage(output).free
+    if free < need:
+        raise RetrofitError(
+            f"{output} has {free / 2**20:,.0f} MiB left, and the checkpoints of this run need about {need / 2**20:,.0f}; "
+            "make room or give another folder"
+        )
+
+
+# State dicts (nested dicts, lists, tuples, numbers, tensors) as JSON plus tensors
+
+
+def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A nest of state dicts as plain data fit for JSON, and its tensors by name. ``join`` puts it together again.
+
+    Raises:
+        TypeError: something in it is neither data nor a tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def walk(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return {"tensor": name}
+        if isinstance(value, dict):
+            return {"dict": [[key, walk(entry, f"{name}.{key}")] for key, entry in value.items()]}
+        if isinstance(value, (list, tuple)):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [walk(entry, f"{name}.{i}") for i, entry in enumerate(value)]}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(f"{name} is a {type(value).__name__}, which can't be stored without pickle")
+
+    return {key: walk(value, key) for key, value in tree.items()}, tensors
+
+
+def join(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """What ``split`` took apart.
+
+    Raises:
+        RetrofitError: a tensor is missing, or something unknown stands in the tree.
+    """
+
+    def walk(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        (kind, content), *more = value.items()
+        if more or kind not in ("tensor", "dict", "list", "tuple"):
+            raise RetrofitError(f"the checkpoint holds something unknown: {sorted(value)[:3]}")
+        if kind == "tensor":
+            if content not in tensors:
+                raise RetrofitError(f"the checkpoint has lost the tensor {content}")
+            return tensors[content]
+        if kind == "dict":
+            return {key: walk(entry) for key, entry in content}
+        entries = [walk(entry) for entry in content]
+        return tuple(entries) if kind == "tuple" else entries
+
+    return {key: walk(value) for key, value in tree.items()}

@@ -1,0 +1,254 @@
+"""The recipe of a fine-tune, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RetrofitError
+
+__all__ = ["FinetuneConfig"]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """All that decides how a network is fine-tuned. ``docs/finetuning.md`` gives the reason of each default.
+
+    Args:
+        epochs: passes over the training data.
+        batch_size: images a step and process.
+        accumulate: batches whose gradients are added up before the weights change.
+        optimizer: any name that timm's optimizer factory knows.
+        lr: learning rate at its peak.
+        se_lr_scale: multiplies ``lr`` for the SE modules.
+        head_lr_scale: multiplies ``lr`` for the classifier.
+        weight_decay: for weights; norms and biases get none.
+        momentum: of optimizers that have one.
+        optimizer_options: further arguments of the optimizer.
+        clip_grad: the gradient's norm is clipped to this; None for no clipping.
+        schedule: any name that timm's scheduler factory knows.
+        warmup: part of the run in which the learning rate rises from a hundredth of ``lr``.
+        min_lr: where the schedule ends.
+        schedule_options: further arguments of timm's ``create_scheduler_v2``.
+        train: what is trained: ``"all"``, ``"se"`` or ``"se+head"``.
+        unfreeze_epoch: the first epoch (counted from 1) in which all is trained, whatever ``train`` says.
+        freeze_bn: leave the running statistics of the norms as they are.
+        num_classes: give the network a new head for so many classes, where it has another number; None keeps the head.
+        label_smoothing: in [0, 1).
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of cutmix; 0 for none.
+        drop_path: highest rate of stochastic depth, rising linearly over the blocks; None leaves the network's own.
+        image_size: height and width of the images; None for the model's own.
+        crop_scale: smallest part of an image's area that a random crop shows.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of timm's colour jitter.
+        auto_augment: a policy of timm's, such as ``"rand-m9-mstd0.5"``.
+        random_erasing: probability that a rectangle is erased.
+        bad_images: what to do with an image that can't be read: ``"error"`` or ``"skip"`` (it is named either way).
+        ema_decay: keep an exponential moving average of the weights, evaluate it and return it; None for none.
+        precision: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: on CUDA bf16 where the GPU has it, else fp16;
+            fp32 elsewhere.
+        tf32: let float32 products on CUDA use TF32.
+        channels_last: memory format NHWC; None for: on CUDA.
+        compile: train through ``torch.compile``.
+        cpu: stay on the CPU.
+        workers: processes that load data; None for as many as the CPU has cores, at most 8, and none for tensors that
+            are in memory already.
+        seed: of everything random.
+        early_stop: stop when so many epochs in a row brought no better validation accuracy; None for never.
+        checkpoint_minutes: at least so often is a checkpoint written within an epoch; 0 for at every log line.
+        log_every: updates between two looks at the loss (each look waits for the GPU).
+        trackers: of Accelerate's, such as ``("tensorboard", "wandb")``.
+
+    Raises:
+        RetrofitError: a value is out of range.
+        TypeError: a value is of the wrong type.
+
+    Example:
+        >>> from se_retrofit.finetune import FinetuneConfig
+        >>> config = FinetuneConfig(epochs=5, train="se+head", unfreeze_epoch=3)
+        >>> FinetuneConfig.from_yaml(config.to_yaml()) == config
+        True
+    """
+
+    epochs: int = 20
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 2e-4
+    se_lr_scale: float = 5.0
+    head_lr_scale: float = 5.0
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
+    clip_grad: float | None = 1.0
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    min_lr: float = 0.0
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    train: str = "all"
+    unfreeze_epoch: int | None = None
+    freeze_bn: bool = False
+    num_classes: int | None = None
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    drop_path: float | None = None
+    image_size: int | None = None
+    crop_scale: float = 0.35
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    bad_images: str = "error"
+    ema_decay: float | None = None
+    precision: str = "auto"
+    tf32: bool = True
+    channels_last: bool | None = None
+    compile: bool = False
+    cpu: bool = False
+    workers: int | None = None
+    seed: int = 0
+    early_stop: int | None = None
+    checkpoint_minutes: float = 10.0
+    log_every: int = 10
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, str(f.type), getattr(self, f.name)))
+        for name, (holds, expected) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise RetrofitError(f"{name} must be {expected}, got {value!r}")
+        if self.unfreeze_epoch is not None and self.train == "all":
+            raise RetrofitError(f'unfreeze_epoch={self.unfreeze_epoch} needs train="se" or "se+head": "all" freezes nothing')
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise RetrofitError(f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}")
+
+    def replace(self, **changes: Any) -> FinetuneConfig:
+        """A config like this one, but for ``changes``."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data, fit for YAML and JSON."""
+        return {**dataclasses.asdict(self), "trackers": list(self.trackers)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> FinetuneConfig:
+        """The recipe from plain data; what is not given has its default.
+
+        Raises:
+            RetrofitError: a field is unknown (the message names close ones) or out of range.
+            TypeError: a value is of the wrong type.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in data:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=2)
+                hint = f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(known)}"
+                raise RetrofitError(f"a fine-tune's config has no field {name!r}{hint}")
+        return cls(**data)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The recipe as YAML, written to ``path`` too where one is given."""
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> FinetuneConfig:
+        """The recipe from a YAML file (a ``Path``, or a string in one line) or from YAML text.
+
+        Raises:
+            RetrofitError: the file is missing, is no YAML, or holds unknown fields or bad values.
+        """
+        is_path = isinstance(source, Path) or ("\n" not in source and ":" not in source[2:])
+        try:
+            text = Path(source).read_text(encoding="utf-8") if is_path else str(source)
+            data = yaml.safe_load(text)
+        except FileNotFoundError as error:
+            raise RetrofitError(f"no config file {source}") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RetrofitError(f"the config can't be read as YAML: {error}") from error
+        if data is None:
+            data = {}
+        if not isinstance(data, dict):
+            raise RetrofitError(f"the config must hold 'field: value' lines, got {type(data).__name__}")
+        try:
+            return cls.from_dict(data)
+        except TypeError as error:
+            raise RetrofitError(f"{source if is_path else 'the config'}: {error}") from error
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return value >= 0
+
+
+def _part(value: float) -> bool:
+    return 0 <= value < 1
+
+
+def _probability(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+def _one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
+    return (lambda value: value in values), "one of " + ", ".join(map(repr, values))
+
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{name: (lambda v: v >= 1, "at least 1") for name in (
+        "epochs", "batch_size", "accumulate", "unfreeze_epoch", "num_classes", "image_size", "early_stop", "log_every",
+    )},
+    **{name: (_positive, "above 0") for name in ("lr", "clip_grad")},
+    **{name: (_not_negative, "0 or more") for name in (
+        "se_lr_scale", "head_lr_scale", "weight_decay", "momentum", "min_lr", "mixup", "cutmix", "color_jitter",
+        "workers", "seed", "checkpoint_minutes",
+    )},
+    **{name: (_part, "at least 0 and below 1") for name in ("warmup", "label_smoothing", "drop_path")},
+    **{name: (_probability, "in [0, 1]") for name in ("hflip", "random_erasing")},
+    "crop_scale": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "ema_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "train": _one_of("all", "se", "se+head"),
+    "bad_images": _one_of("error", "skip"),
+    "precision": _one_of("auto", "fp32", "bf16", "fp16"),
+}  # fmt: skip
+
+
+def _typed(name: str, annotation: str, value: Any) -> Any:
+    """``value`` if it is of the annotated type, with the harmless conversions made; else a TypeError."""
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if value is None and "None" in kinds:
+        return None
+    kind = kinds[0].split("[")[0]
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "float":
+        if isinstance(value, str):  # YAML reads 1e-4 (without a point) as text
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind == "dict" and isinstance(value, dict):
+        return dict(value)
+    if kind == "tuple" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise TypeError(f"{name} must be {annotation}, got {value!r} of type {type(value).__name__}")

@@ -1,0 +1,312 @@
+"""Batches that come in the same order with the same augmentation, whether a run was interrupted or not."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, default_collate
+
+from ..errors import RetrofitError
+from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
+
+__all__ = ["Batch", "Stream", "stream"]
+
+# What reading a broken image or a vanished file raises. Anything else is a bug in the data set, and passes as it is.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+MOST_REPLACEMENTS = 10
+
+
+class Batch(NamedTuple):
+    """Images, their classes, and which of them count (a filler in the last batch, or in place of an unreadable image,
+    does not); ``complaints`` name the images that could not be read."""
+
+    images: Tensor
+    targets: Tensor
+    counts: Tensor
+    complaints: list[str]
+
+
+class Stream(Protocol):
+    """The batches of this process, epoch by epoch."""
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number ``start`` on."""
+
+
+def stream(
+    data: Any,
+    *,
+    name: str,
+    train: bool,
+    batch_size: int,
+    transform: Callable[[Any], Any] | None,
+    bad_images: str = "error",
+    seed: int = 0,
+    workers: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+) -> Stream:
+    """Batches from a Dataset or a DataLoader.
+
+    A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
+    A DataLoader is taken as it is.
+
+    Raises:
+        RetrofitError: there is no image in it, it doesn't know its length, or it is iterable and there are several
+            processes.
+        TypeError: it is neither a Dataset nor a DataLoader.
+    """
+    if isinstance(data, DataLoader):
+        return LoaderStream(data, name=name, train=train, seed=seed, rank=rank, world=world)
+    if isinstance(data, (str, bytes)) or not (hasattr(data, "__getitem__") or isinstance(data, IterableDataset)):
+        raise TypeError(
+            f"{name} must be a Dataset of (image, class) pairs or a DataLoader, got {type(data).__name__}"
+            + ("; se_retrofit.finetune.load_data finds data by name" if isinstance(data, str) else "")
+        )
+    workers = default_workers(data, world) if workers is None else workers
+    if isinstance(data, IterableDataset):
+        if world > 1:
+            raise RetrofitError(
+                f"{name} is iterable, and several processes can't share it evenly; give a data set with indices"
+            )
+        items = Transformed(data, transform)
+        loader: DataLoader[Any] = DataLoader(
+            items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=ignore_ctrl_c
+        )
+        return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
+    return DatasetStream(
+        data, name=name, train=train, batch_size=batch_size, transform=transform, bad_images=bad_images,
+        seed=seed, workers=workers, rank=rank, world=world, pin_memory=pin_memory,
+    )  # fmt: skip
+
+
+def default_workers(data: Any, world: int) -> int:
+    """None for tensors in memory; else the cores, shared by the processes of this machine, at most 8."""
+    if isinstance(data, TensorDataset):
+        return 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return max(1, min(8, (os.cpu_count() or 1) // here))
+
+
+def ignore_ctrl_c(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal. The main one finishes its step and needs the loading ones for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# Datasets
+
+
+class Order(Sampler[list[tuple[int, int, bool]]]):
+    """Which items make up the batches of this process, as (epoch, index, does it count).
+
+    The batches of all processes together are those of one process with a batch that many times larger.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, train: bool, seed: int, rank: int, world: int) -> None:
+        self.length, self.train, self.seed, self.rank, self.world = length, train, seed, rank, world
+        whole = length // (batch_size * world)
+        if train and whole == 0:  # fewer images than one batch: they make one smaller batch
+            batch_size, whole = max(length // world, 1), 1
+        self.batch_size = batch_size
+        self.count = whole if train else -(-length // (batch_size * world))
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
+        order = list(range(self.length))
+        if self.train:
+            generator = torch.Generator().manual_seed(derive(self.seed, ORDER, self.epoch))
+            order = torch.randperm(self.length, generator=generator).tolist()
+        for number in range(self.start, self.count):
+            first = (number * self.world + self.rank) * self.batch_size
+            places = range(first, first + self.batch_size)
+            if self.world == 1:
+                places = range(first, min(first + self.batch_size, self.length))
+            # With several processes all must do the same number of equal steps: the last batches are filled up.
+            yield [(self.epoch, order[place % self.length], place < self.length) for place in places]
+
+
+class Items(Dataset[tuple[Any, int, bool, list[str]]]):
+    """The caller's data set, with its randomness seeded item by item, and unreadable images replaced and named."""
+
+    def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str) -> None:
+        self.data, self.transform, self.seed, self.name = data, transform, seed, name
+        if hasattr(data, "_max_retries"):
+            data._max_retries = 1  # timm's ImageDataset would pass over unreadable images by itself
+
+    def __getitem__(self, key: tuple[int, int, bool]) -> tuple[Any, int, bool, list[str]]:
+        epoch, index, counts = key
+        complaints: list[str] = []
+        for attempt in range(MOST_REPLACEMENTS):
+            at = (index + attempt) % len(self.data)
+            seed_all(self.seed, SAMPLE, epoch, at)
+            try:
+                image, target = self.read(at)
+            except UNREADABLE as error:
+                complaints.append(f"{name_of(self.data, at)}: {type(error).__name__}: {error}")
+            except RuntimeError as error:
+                if not hasattr(self.data, "_max_retries"):
+                    raise
+                complaints.append(f"{name_of(self.data, at)}: {error}")
+            else:
+                return image, target, counts and not complaints, complaints
+        raise RetrofitError(f"{MOST_REPLACEMENTS} images of {self.name} in a row can't be read; first {complaints[0]}")
+
+    def read(self, index: int) -> tuple[Any, int]:
+        image, target = pair(self.data[index], self.name)
+        if self.transform is not None and isinstance(image, Image.Image):
+            image = self.transform(image)
+        return image, target
+
+
+class Transformed(IterableDataset[Any]):
+    """An iterable data set whose PIL images go through the transform."""
+
+    def __init__(self, data: Any, transform: Callable[[Any], Any] | None) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        for image, target, *_ in self.data:
+            yield (self.transform(image) if self.transform and isinstance(image, Image.Image) else image), target
+
+
+def pair(item: Any, name: str) -> tuple[Any, Any]:
+    """(image, class) of an item of a data set or a batch of a loader."""
+    if isinstance(item, (tuple, list)) and len(item) >= 2:
+        return item[0], item[1]
+    raise RetrofitError(f"{name} must give (image, class) pairs, got {type(item).__name__}")
+
+
+def name_of(data: Any, index: int) -> str:
+    """The file of an item, where the data set tells it."""
+    if isinstance(data, torch.utils.data.Subset):
+        return name_of(data.dataset, data.indices[index])
+    for names in (getattr(data, "samples", None), getattr(data, "imgs", None)):
+        if isinstance(names, list) and index < len(names):
+            return str(names[index][0] if isinstance(names[index], (tuple, list)) else names[index])
+    try:
+        return str(data.filename(index, absolute=True))
+    except Exception:  # a reader that has no files, or another kind of data set
+        return f"item {index}"
+
+
+def collate(items: list[tuple[Any, int, bool, list[str]]]) -> Batch:
+    images, targets, counts, complaints = zip(*items, strict=True)
+    return Batch(
+        default_collate(list(images)),
+        torch.as_tensor([int(target) for target in targets]),
+        torch.tensor(counts),
+        list(itertools.chain.from_iterable(complaints)),
+    )
+
+
+class DatasetStream:
+    """The batches of a map-style data set."""
+
+    def __init__(
+        self, data: Any, *, name: str, train: bool, batch_size: int, transform: Callable[[Any], Any] | None,
+        bad_images: str, seed: int, workers: int, rank: int, world: int, pin_memory: bool,
+    ) -> None:  # fmt: skip
+        try:
+            length = len(data)
+        except TypeError as error:
+            raise RetrofitError(f"{name} doesn't know its length; give a data set with __len__") from error
+        if length < (world if train else 1):
+            raise RetrofitError(f"{name} holds {length} images, fewer than there are processes ({world})")
+        self.name, self.bad_images = name, bad_images
+        self.named: set[str] = set()
+        self.order = Order(length, batch_size, train=train, seed=seed, rank=rank, world=world)
+        self.loader = DataLoader(
+            Items(data, transform, seed=seed, name=name),
+            batch_sampler=self.order,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=ignore_ctrl_c,
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self.order.epoch, self.order.start = epoch, start
+        for batch in self.loader:
+            if batch.complaints and self.bad_images == "error":
+                raise RetrofitError(
+                    f"an image of {self.name} can't be read: {batch.complaints[0]}; "
+                    'repair or remove it, or leave such images out: bad_images="skip"'
+                )
+            news = [complaint for complaint in batch.complaints if complaint not in self.named]
+            self.named.update(news)
+            yield batch._replace(complaints=news)
+
+
+# DataLoaders
+
+
+class LoaderStream:
+    """The batches of the caller's own DataLoader.
+
+    Before each batch is fetched the generators are seeded, so that a resumed run, which fetches the batches that it has
+    seen and drops them, sees the same order and augmentation. With several processes each loads all and takes its
+    share: batches ``rank``, ``rank + world``, and so on.
+    """
+
+    def __init__(self, loader: DataLoader[Any], *, name: str, train: bool, seed: int, rank: int, world: int) -> None:
+        self.loader, self.name, self.train = loader, name, train
+        self.seed, self.rank, self.world = seed, rank, world
+        try:
+            self.total = len(loader)
+        except TypeError as error:
+            raise RetrofitError(f"{name} doesn't know its length; give a loader over a data set with __len__") from error
+        if len(self) == 0:
+            raise RetrofitError(f"{name} gives {self.total} batches, fewer than there are processes ({world})")
+
+    def __len__(self) -> int:
+        return self.total // self.world if self.train else -(-self.total // self.world)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self.begin(epoch)
+        fetch = iter(self.loader)
+        mine: Any = None
+        for number in range(len(self) * self.world):
+            seed_all(self.seed, SAMPLE, epoch, number)
+            item = next(fetch, None)
+            if item is None and number < self.total:
+                raise RetrofitError(f"{self.name} promised {self.total} batches and gave {number}")
+            if number % self.world == self.rank or mine is None:
+                # Where this process has no batch left it fills up with one that doesn't count.
+                mine = (item, True) if item is not None else (mine[0], False)
+            if number % self.world == self.world - 1:
+                if number // self.world >= start:
+                    images, targets = pair(mine[0], self.name)
+                    yield Batch(images, targets, torch.full((len(targets),), mine[1]), [])
+
+    def begin(self, epoch: int) -> None:
+        """Have the loader's shuffling depend on the epoch alone."""
+        seed_all(self.seed, EPOCH, epoch)
+        sampler = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
+        for part in (self.loader, sampler, self.loader.dataset):
+            if isinstance(getattr(part, "generator", None), torch.Generator):
+                part.generator.manual_seed(derive(self.seed, ORDER, epoch))  # type: ignore[union-attr]
+            if callable(getattr(part, "set_epoch", None)):
+                part.set_epoch(epoch)  # type: ignore[union-attr]

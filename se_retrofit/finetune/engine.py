@@ -1,0 +1,153 @@
+"""Devices, precision and processes: Accelerate, set up from a config and put away again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from ..errors import RetrofitError
+from .config import FinetuneConfig
+
+__all__ = ["Forward", "Interrupt", "engine", "fast_math", "is_sharded", "logits_of"]
+
+
+class Forward(nn.Module):
+    """What is handed to Accelerate in place of the network, so that its wrappers and its patched ``forward`` (autocast)
+    are put on this, and the caller's network stays as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images)
+
+
+def logits_of(output: Any) -> tuple[Tensor, list[Tensor]]:
+    """Logits and auxiliary logits (of GoogLeNet and Inception in training mode) from what a network returns.
+
+    Raises:
+        RetrofitError: it is something else: fine-tuning is for classifiers.
+    """
+    auxiliary: list[Tensor] = []
+    if isinstance(output, tuple) and hasattr(output, "logits"):
+        auxiliary = [t for name, t in output._asdict().items() if name != "logits" and t is not None]  # type: ignore[attr-defined]
+        output = output.logits
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise RetrofitError(f"finetune is for classifiers, which return logits of shape (N, classes); got {got}")
+    return output, auxiliary
+
+
+@contextlib.contextmanager
+def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[Accelerator]:
+    """An Accelerator for this run. Under ``torchrun`` and ``accelerate launch`` it joins the other processes.
+
+    Raises:
+        RetrofitError: a tracker is not installed, or this precision is not to be had.
+    """
+    # Without an accelerator Accelerate must be told that it is on the CPU, or it overlooks torchrun.
+    cpu = config.cpu or not torch.accelerator.is_available()
+    ours = not AcceleratorState._shared_state  # the caller may have an Accelerator of their own
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=_precision(config, cpu),
+            log_with=list(config.trackers) or None,
+            project_dir=project_dir,
+            dynamo_backend="inductor" if config.compile else None,
+            step_scheduler_with_optimizer=False,
+        )
+    except (ValueError, ImportError) as error:
+        raise RetrofitError(f"Accelerate can't set up this run: {error}") from error
+    missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
+    if missing:
+        raise RetrofitError(f"trackers {', '.join(sorted(missing))} can't be had; are they installed?")
+    try:
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        if ours:
+            # Accelerate keeps one state a process: the next run may want another precision. The process group stays.
+            GradientState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
+def _precision(config: FinetuneConfig, cpu: bool) -> str | None:
+    if config.precision == "fp32":
+        return "no"
+    if config.precision != "auto":
+        return config.precision
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None  # accelerate launch has been told
+    if cpu or not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the parameters are spread over the processes (FSDP)."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+@contextlib.contextmanager
+def fast_math(config: FinetuneConfig) -> Iterator[None]:
+    """TF32 and cuDNN's search for the fastest kernels, for the time of a run."""
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.backends.cudnn.benchmark = benchmark
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM as a flag that the loop looks at between updates. A second Ctrl-C stops at once."""
+
+    PATIENCE = 1.0  # seconds; torchrun passes the terminal's own Ctrl-C on once more
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.since = 0.0
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def processes() -> tuple[int, int]:
+    """Number of this process and how many there are, without joining them."""
+    if PartialState._shared_state:
+        state = PartialState()
+        return state.process_index, state.num_processes
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,0 +1,722 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ..errors import RetrofitError
+from ..models import Base
+from ..saving import check_base
+from . import checkpoint as disk
+from .checkpoint import Progress
+from .config import FinetuneConfig
+from .data import Batch, Stream, stream
+from .datasets import transforms_for
+from .engine import Forward, Interrupt, engine, fast_math, is_sharded, logits_of
+from .log import Log
+from .parts import (
+    as_found,
+    choose_trainable,
+    count,
+    head_size,
+    kept_state,
+    new_head,
+    param_groups,
+    se_modules,
+    set_drop_path,
+    set_modes,
+    structure_of,
+    trained_parts,
+)
+from .randomness import EPOCH, UPDATE, kept_randomness, seed_all
+
+__all__ = ["FinetuneResult", "evaluate", "finetune"]
+
+# These may be other than in the run that is resumed; all other fields decide the result.
+FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
+AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's and Inception's auxiliary losses, as in the papers
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tune came to.
+
+    Attributes:
+        model: the network that was given, with the weights of the best epoch (the last, without validation data).
+        history: a row for each epoch, as in ``metrics.jsonl``; row 0 is the evaluation before any step.
+        best_accuracy: the best validation accuracy, and ``best_epoch`` where it was reached, from 1; None without
+            validation data.
+        stopped: ``"epochs"`` when all were run, ``"early stop"`` when accuracy no longer rose.
+        directory: ``output_dir/best``, which ``load_retrofitted`` loads; None where nothing was written.
+        updates: how often the weights changed.
+        step_seconds: median time of an update, loading included; None for runs too short to tell.
+        parameters: of the network.
+        trained_parameters: those of them that were trained in the end.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    best_accuracy: float | None
+    best_epoch: int | None
+    stopped: str
+    directory: Path | None
+    updates: int
+    step_seconds: float | None
+    parameters: int
+    trained_parameters: int
+
+
+def finetune(
+    model: nn.Module,
+    train_data: Any,
+    val_data: Any = None,
+    *,
+    config: FinetuneConfig | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    base: Base | None = None,
+    quiet: bool = False,
+) -> FinetuneResult:
+    """Fine-tune a classifier, retrofitted or not, in place.
+
+    Args:
+        model: the network; it ends on the device that it was trained on.
+        train_data: a Dataset of (image, class) pairs, or a DataLoader. A Dataset's PIL images get the transforms of the
+            network's own config (size, mean, std, interpolation); tensors are taken as they are.
+        val_data: the same, for validation; without it the last epoch is the result.
+        config: the recipe.
+        output_dir: folder for checkpoints, result, metrics and curves; None writes nothing.
+        resume: go on from the checkpoint in ``output_dir``; where there is none yet, start.
+        base: where the network came from before the retrofit, for the saved recipe; timm's networks tell it themselves.
+        quiet: print nothing.
+
+    Returns:
+        The network and its history.
+
+    Raises:
+        RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run; an image
+            can't be read; the loss is no longer finite.
+        TypeError: an argument is of the wrong type.
+        KeyboardInterrupt: Ctrl-C; a checkpoint has been written.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.finetune import FinetuneConfig, finetune, load_data
+        >>> model = add_se(timm.create_model("resnet10t", num_classes=10))
+        >>> data = load_data("digits", image_size=16)
+        >>> result = finetune(model, data.train, data.val, config=FinetuneConfig(epochs=1), quiet=True)
+        >>> len(result.history)
+        2
+    """
+    config = FinetuneConfig() if config is None else config
+    output = _checked(model, config, output_dir, resume)
+    if config.early_stop is not None and val_data is None:
+        raise RetrofitError("early_stop needs validation data")
+    with contextlib.ExitStack() as stack:
+        wanted = stack.enter_context(as_found(model))
+        stack.enter_context(kept_randomness())
+        stack.enter_context(fast_math(config))
+        interrupt = stack.enter_context(Interrupt())
+        accelerator = stack.enter_context(engine(config, None if output is None else str(output)))
+        rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        sharded = is_sharded(accelerator)
+        if sharded and (config.ema_decay is not None or config.unfreeze_epoch is not None):
+            raise RetrofitError("ema_decay and unfreeze_epoch don't work with FSDP, which spreads the weights; use DDP")
+
+        # Data
+
+        def batches(data: Any, name: str, train: bool) -> Stream:
+            return stream(
+                data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
+                transform=transforms_for(model, config, train=train, base=base), seed=config.seed,
+                workers=config.workers, rank=rank, world=world, pin_memory=device.type == "cuda",
+            )  # fmt: skip
+
+        train = batches(train_data, "train_data", train=True)
+        val = None if val_data is None else batches(val_data, "val_data", train=False)
+        updates_per_epoch = math.ceil(len(train) / config.accumulate)
+
+        # Network
+
+        undo = stack.enter_context(contextlib.ExitStack())  # whatever is found wrong from here on to the first step
+        undo.callback(structure_of(model))
+        seed_all(config.seed, EPOCH)
+        classes = head_size(model)
+        if config.num_classes is not None and config.num_classes != classes:
+            new_head(model, config.num_classes)
+            wanted.update({name: True for name, _ in model.named_parameters() if name not in wanted})
+        if config.drop_path is not None:
+            set_drop_path(model, config.drop_path)
+        progress = Progress()
+        saved: dict[str, Any] = {}
+        if resume and output is not None and disk.has_checkpoint(output):
+            progress, saved = disk.load_training(output, model, config.to_dict(), world=world, free=FREE_FIELDS)
+        if base is not None:
+            check_base(model, base)  # rather now than when the first epoch is to be saved
+        channels_last = device.type == "cuda" if config.channels_last is None else config.channels_last
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        if not sharded:
+            model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        ema = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None
+        tested = model if ema is None else ema.module
+
+        # Optimizer and schedule. All that is ever trained is in the optimizer from the start; what is frozen has no
+        # gradient and is passed over.
+
+        choose_trainable(model, _part(config, config.epochs - 1), wanted)
+        raw_optimizer = _optimizer(param_groups(
+            model, weight_decay=config.weight_decay, se_lr_scale=config.se_lr_scale, head_lr_scale=config.head_lr_scale,
+        ), config, fused=device.type == "cuda" and not sharded)  # fmt: skip
+        schedule = _schedule(raw_optimizer, config, updates_per_epoch)
+        mixup = None
+        if config.mixup or config.cutmix:
+            mixup = Mixup(
+                config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                num_classes=config.num_classes or _classes(classes),
+            )  # fmt: skip
+        criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.label_smoothing)
+
+        def begin(part: str) -> tuple[nn.Module, Any]:
+            """(Re-)wrap the network for a phase: DDP must know what is trained when it is made."""
+            choose_trainable(model, part, wanted)
+            accelerator.free_memory()
+            prepared: tuple[nn.Module, Any] = accelerator.prepare(Forward(model), raw_optimizer)
+            return prepared
+
+        part = _part(config, progress.epoch)
+        network, optimizer = begin(part)
+        if saved:
+            _load_parts(saved, network, raw_optimizer, schedule, ema, accelerator)
+        best_weights: dict[str, Tensor] | None = None
+        if progress.best is not None and output is not None:
+            best_weights = disk.load_best(output)
+
+        # What is kept on disk
+
+        def parts() -> dict[str, Any]:
+            kept = {"optimizer": _optimizer_state(network, raw_optimizer, accelerator)}
+            if schedule is not None:
+                kept["schedule"] = schedule.state_dict()
+            if ema is not None:
+                kept["ema"] = ema.module.state_dict()
+            if accelerator.scaler is not None:
+                kept["scaler"] = accelerator.scaler.state_dict()
+            return kept
+
+        def full_weights() -> dict[str, Tensor] | None:
+            """The state dict where it is spread over the processes; all of them must ask."""
+            if not sharded:
+                return None
+            state = accelerator.get_state_dict(network)
+            return {key.removeprefix("model."): value for key, value in state.items()}
+
+        def keep_checkpoint() -> None:
+            if output is None:
+                return
+            _check_weights(model, progress, output)
+            weights, state = full_weights(), parts()
+            if rank == 0:
+                disk.save_training(
+                    output, model, progress, config.to_dict(), state, world=world, base=base, weights=weights
+                )
+            accelerator.wait_for_everyone()
+
+        def keep_best() -> None:
+            nonlocal best_weights
+            weights = full_weights()
+            if not sharded:
+                best_weights = kept_state(tested)
+            if output is not None and rank == 0:
+                disk.write_best(output, tested, base=base, weights=weights)
+
+        columns = ["epoch", "train_loss", "train_accuracy", *(["val_loss", "val_accuracy"] if val else []), "lr",
+                   "images_per_second", "seconds", *(["peak_memory_mb"] if device.type == "cuda" else [])]  # fmt: skip
+        log = stack.enter_context(Log(
+            output, epochs=config.epochs, updates=updates_per_epoch, columns=columns, rank=rank, quiet=quiet,
+        ))  # fmt: skip
+        if output is not None and rank == 0:
+            disk.check_space(output, model, config)
+            config.to_yaml(output / "config.yaml")
+            log.resume(progress.updates)
+        undo.pop_all()
+        _introduce(log, model, config, accelerator, len(train), progress)
+        trackers = _start_trackers(accelerator, config)
+
+        # The first evaluation: before any step, a retrofitted network is the one that it was made from
+
+        log.header()
+        if val is not None and not progress.history:
+            progress.history.append({"epoch": 0, **_measure(network, val, accelerator, layout, log)})
+            log.row(progress.history[0])
+            log.history(progress.history)
+
+        # Training
+
+        saved_at = time.monotonic()
+        step_times: list[float] = []
+        for epoch in range(progress.epoch, config.epochs if progress.finished is None else 0):
+            if _part(config, epoch) != part:
+                part = _part(config, epoch)
+                network, optimizer = begin(part)
+                log.note(f"epoch {epoch + 1}: all of the network is trained from here on, {count(model, True):,} parameters")
+            set_modes(model, part, config.freeze_bn)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            began = looked = time.perf_counter()
+            seen_before = progress.seen
+            pending: list[Tensor] = []
+            for window in _windows(train.batches(epoch, progress.step * config.accumulate), config.accumulate):
+                seed_all(config.seed, UPDATE, rank, progress.updates)
+                optimizer.zero_grad(set_to_none=True)
+                tally = torch.zeros(3, device=device)  # loss, correct, seen
+                for number, batch in enumerate(window):
+                    _tell(batch, log)
+                    images, targets = _on_device(batch, device, layout)
+                    inputs, labels = images, targets
+                    if mixup is not None:
+                        inputs, labels = mixup(images.clone(), targets)  # works in place
+                    last = number == len(window) - 1
+                    with contextlib.nullcontext() if last else accelerator.no_sync(network):
+                        logits, auxiliary = logits_of(network(inputs))
+                        _check_targets(batch, logits)
+                        loss = criterion(logits, labels)
+                        for more in auxiliary:
+                            loss = loss + AUXILIARY_WEIGHT * criterion(more, labels)
+                        accelerator.backward(loss / len(window))
+                    correct = (logits.detach().argmax(1) == targets).sum()
+                    tally += torch.stack([loss.detach() * len(targets), correct, torch.full_like(correct, len(targets))])
+                if config.clip_grad is not None:
+                    accelerator.clip_grad_norm_(network.parameters(), config.clip_grad)
+                optimizer.step()
+                progress.step += 1
+                progress.updates += 1
+                if schedule is not None:
+                    schedule.step_update(progress.updates)
+                if ema is not None:
+                    ema.update(model, step=progress.updates)
+                pending.append(tally)
+                if progress.step % config.log_every and progress.step < updates_per_epoch:
+                    continue
+
+                # A look at the loss: the only place where the loop waits for the device and for the other processes
+                due = time.monotonic() - saved_at >= 60 * config.checkpoint_minutes
+                sums, stop, due = _look(pending, interrupt.signal, due, accelerator)
+                _check_losses(sums, progress, raw_optimizer, output, model)
+                for loss_sum, correct_sum, images_sum in sums:
+                    progress.loss += loss_sum
+                    progress.correct += correct_sum
+                    progress.seen += images_sum
+                now = time.perf_counter()
+                images_looked = sum(images_sum for _, _, images_sum in sums)
+                if progress.step > config.log_every:  # the first look of an epoch includes the loaders' start
+                    step_times.append((now - looked) / len(sums))
+                entry = {
+                    "update": progress.updates,
+                    "epoch": epoch + 1,
+                    "loss": sum(loss_sum for loss_sum, _, _ in sums) / images_looked,
+                    "lr": _body_lr(raw_optimizer),
+                    "images_per_second": images_looked / (now - looked),
+                }
+                log.update(epoch + 1, progress.step, entry, progress.correct / progress.seen)
+                looked, pending = now, []
+                if (due or stop) and progress.step < updates_per_epoch:
+                    keep_checkpoint()
+                    saved_at = time.monotonic()
+                    looked = time.perf_counter()
+                if stop and progress.step < updates_per_epoch:
+                    _leave(stop, log, output)
+
+            # The end of an epoch: evaluate, keep what is best, write a checkpoint
+            _share_buffers(model, accelerator, sharded)
+            if ema is not None:
+                _share_buffers(ema.module, accelerator, sharded)
+            seconds = time.perf_counter() - began
+            row = {
+                "epoch": epoch + 1,
+                "train_loss": progress.loss / progress.seen,
+                "train_accuracy": progress.correct / progress.seen,
+                "lr": _body_lr(raw_optimizer),
+                "images_per_second": (progress.seen - seen_before) / seconds,
+                "seconds": seconds,
+            }
+            if device.type == "cuda":
+                row["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+            if val is not None:
+                row.update(_measure(network if ema is None else ema.module, val, accelerator, layout, log))
+            progress.history.append(row)
+            if step_times:
+                progress.step_seconds = statistics.median(step_times)
+            if val is not None:
+                improved = progress.best is None or row["val_accuracy"] > progress.best
+                if improved:
+                    progress.best, progress.best_epoch = row["val_accuracy"], epoch + 1
+                progress.stale = 0 if improved else progress.stale + 1
+            progress.epoch, progress.step = epoch + 1, 0
+            progress.loss = progress.correct = progress.seen = 0.0
+            if progress.epoch == config.epochs:
+                progress.finished = "epochs"
+            elif config.early_stop is not None and progress.stale >= config.early_stop:
+                progress.finished = "early stop"
+            _check_weights(model, progress, output)
+            # best before last: after a kill between the two, the epoch's end is done again and gives the same
+            if progress.stale == 0 and (val is not None or progress.finished is not None):
+                keep_best()
+            keep_checkpoint()
+            saved_at = time.monotonic()
+            log.row(row)
+            log.history(progress.history)
+            accelerator.log({k: v for k, v in row.items() if v is not None}, step=progress.updates)
+            if progress.finished is not None:
+                break
+            # Processes may have been told at different moments: all leave together or none does
+            _, stop, _ = _look([], interrupt.signal, False, accelerator)
+            if stop:
+                _leave(stop, log, output)
+
+        # The result
+
+        if best_weights is None and output is not None and not sharded:
+            best_weights = disk.load_best(output)
+        if best_weights is not None:
+            model.load_state_dict(best_weights)
+        for tracker in trackers:
+            tracker.finish()
+        result = FinetuneResult(
+            model=model,
+            history=progress.history,
+            best_accuracy=progress.best,
+            best_epoch=progress.best_epoch,
+            stopped=progress.finished or "epochs",
+            directory=None if output is None else output / disk.BEST,
+            updates=progress.updates,
+            step_seconds=progress.step_seconds,
+            parameters=count(model),
+            trained_parameters=count(model, trainable=True),
+        )
+        log.history(progress.history)
+        log.curves(progress.history)
+        _summarise(log, result)
+        return result
+
+
+def evaluate(
+    model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
+) -> dict[str, float]:
+    """Loss and accuracy of a classifier on a Dataset or a DataLoader, as the fine-tune measures them.
+
+    Args:
+        model: the network; it is moved to the device where it is run, and stays there.
+        data: as for ``finetune``.
+        config: for batch size, image size, precision and the like.
+        base: as for ``finetune``; tells the transforms of torchvision's networks.
+
+    Returns:
+        ``{"val_loss": ..., "val_accuracy": ...}``
+
+    Raises:
+        RetrofitError: data and network don't fit together.
+        TypeError: an argument is of the wrong type.
+    """
+    config = FinetuneConfig() if config is None else config
+    _checked(model, config, None, False)
+    with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
+        channels_last = config.channels_last or (config.channels_last is None and accelerator.device.type == "cuda")
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        batches = stream(
+            data, name="data", train=False, batch_size=config.batch_size, bad_images=config.bad_images,
+            transform=transforms_for(model, config, train=False, base=base), seed=config.seed, workers=config.workers,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )  # fmt: skip
+        model.to(device=accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+        log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
+        return _measure(model, batches, accelerator, layout, log)
+
+
+# Steps of the loop
+
+
+def _windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches of one update, and the next, ..."""
+    while window := list(itertools.islice(batches, size)):
+        yield window
+
+
+def _on_device(batch: Batch, device: torch.device, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+    images = batch.images
+    if layout == torch.channels_last and images.dim() == 4:
+        images = images.to(device, non_blocking=True, memory_format=layout)
+    else:
+        images = images.to(device, non_blocking=True)
+    return images, batch.targets.to(device, non_blocking=True)
+
+
+def _tell(batch: Batch, log: Log) -> None:
+    for complaint in batch.complaints:
+        log.warn(f"skipped an image that can't be read: {complaint}")
+
+
+def _check_targets(batch: Batch, logits: Tensor) -> None:
+    """On the CPU: the same mistake found by a CUDA kernel ends the process."""
+    targets, classes = batch.targets, logits.shape[1]
+    if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
+        raise RetrofitError(f"targets must be class numbers, got {targets.dtype} of shape {tuple(targets.shape)}")
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise RetrofitError(
+            f"the data has class {low if low < 0 else high}, and the network has classes 0 to {classes - 1}; "
+            "num_classes=... in the config gives it a new head"
+        )
+
+
+@torch.no_grad()
+def _measure(
+    network: nn.Module, data: Stream, accelerator: Accelerator, layout: torch.memory_format, log: Log
+) -> dict[str, float]:
+    """Loss and accuracy over all processes; each image counts once."""
+    network.eval()
+    totals = torch.zeros(3, dtype=torch.float32, device=accelerator.device)
+    for batch in data.batches(0):
+        _tell(batch, log)
+        images, targets = _on_device(batch, accelerator.device, layout)
+        with accelerator.autocast():
+            logits, _ = logits_of(network(images))
+        _check_targets(batch, logits)
+        counts = batch.counts.to(accelerator.device, non_blocking=True)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        right = logits.argmax(1) == targets
+        totals += torch.stack([losses[counts].sum(), right[counts].sum(), counts.sum()])
+    loss, correct, seen = accelerator.reduce(totals, "sum").tolist()
+    return {"val_loss": loss / max(seen, 1), "val_accuracy": correct / max(seen, 1)}
+
+
+def _look(
+    pending: list[Tensor], signaled: int | None, due: bool, accelerator: Accelerator
+) -> tuple[list[tuple[float, float, float]], int, bool]:
+    """The sums of the last updates over all processes, and what all agree on: a signal to stop, a checkpoint to write."""
+    told = 0.0 if signaled is None else 1.0 if signaled == signal.SIGTERM else 1024.0
+    flags = torch.tensor([told, float(due and accelerator.is_main_process), 0.0], device=accelerator.device)
+    *sums, (told, wanted, _) = accelerator.reduce(torch.stack([*pending, flags]), "sum").tolist()
+    stop = signal.SIGINT if told >= 1024 else signal.SIGTERM if told else 0
+    return [(loss, correct, seen) for loss, correct, seen in sums], int(stop), wanted > 0
+
+
+def _check_losses(
+    sums: list[tuple[float, float, float]],
+    progress: Progress,
+    optimizer: torch.optim.Optimizer,
+    output: Path | None,
+    model: nn.Module,
+) -> None:
+    for number, (loss, _, _) in enumerate(sums):
+        if not math.isfinite(loss):
+            behind = len(sums) - number - 1
+            _diverged(f"the loss became {loss}", progress, progress.updates - behind, progress.step - behind, output)
+
+
+def _check_weights(model: nn.Module, progress: Progress, output: Path | None) -> None:
+    """A loss can be finite and its gradient not: what is written must be good."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            _diverged(f"{name} is no longer finite", progress, progress.updates, progress.step, output)
+
+
+def _diverged(what: str, progress: Progress, update: int, step: int, output: Path | None) -> None:
+    kept = ""
+    if output is not None and disk.has_checkpoint(output):
+        kept = f" The last good checkpoint is {output / disk.LAST}."
+    raise RetrofitError(
+        f"{what} in epoch {progress.epoch + 1 if step else progress.epoch}, update {update}"
+        f"{f' (number {step} of the epoch)' if step else ''}. "
+        f"Try a lower lr, clip_grad, more warmup, or precision fp32.{kept}"
+    )
+
+
+def _leave(number: int, log: Log, output: Path | None) -> None:
+    where = f"; the checkpoint in {output / disk.LAST} is complete, resume goes on from it" if output else ""
+    log.note(f"stopped{where}")
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+def _share_buffers(model: nn.Module, accelerator: Accelerator, sharded: bool) -> None:
+    """Running statistics differ between the processes; what is evaluated must be what the main one saves."""
+    if accelerator.num_processes > 1 and not sharded:
+        for buffer in model.buffers():
+            buffer.copy_(broadcast(buffer.clone()))
+
+
+# Setting up
+
+
+def _checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | None:
+    """The output folder, after the arguments were looked at; nothing has been changed yet."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+    if not isinstance(config, FinetuneConfig):
+        raise TypeError(f"config must be a FinetuneConfig, got {config!r} of type {type(config).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        raise RetrofitError(
+            f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"
+        )
+    try:
+        get_optimizer_class(config.optimizer, bind_defaults=False)
+    except ValueError as error:
+        raise RetrofitError(
+            f"timm knows no optimizer {config.optimizer!r}; there are {', '.join(map(str, list_optimizers()))}"
+        ) from error
+    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
+    _schedule(probe, config, 1000)
+    trained_parts(model, config.train)
+    if output_dir is None:
+        if resume:
+            raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
+        return None
+    output = Path(output_dir)
+    if disk.has_checkpoint(output) and not resume:
+        raise RetrofitError(f"{output} holds a run already; go on with it (resume=True), or give another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RetrofitError(f"{output} can't be made: {error.strerror or error}") from error
+    return output
+
+
+def _part(config: FinetuneConfig, epoch: int) -> str:
+    """What is trained in an epoch (from 0)."""
+    unfrozen = config.unfreeze_epoch is not None and epoch + 1 >= config.unfreeze_epoch
+    return "all" if unfrozen else config.train
+
+
+def _optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
+    if not groups:
+        raise RetrofitError("no parameter of the network requires a gradient; unfreeze what is to be trained")
+    options = dict(config.optimizer_options)
+    if fused and config.optimizer.lower() in ("adam", "adamw", "sgd", "nesterov", "momentum"):
+        options.setdefault("fused", True)
+    try:
+        return create_optimizer_v2(
+            groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise RetrofitError(f"optimizer {config.optimizer!r} can't be made with {options}: {error}") from error
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
+    warmup: Any = config.warmup * config.epochs  # timm says int, and takes fractions
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
+            warmup_lr=config.lr / 100, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
+            **config.schedule_options,
+        )  # fmt: skip
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RetrofitError(
+            f"schedule {config.schedule!r} can't be made with {config.schedule_options}: {error}"
+        ) from error
+    if schedule is None:  # "none": there is nobody to apply the scales of the groups
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+    return schedule
+
+
+def _body_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate without the scales of SE and head."""
+    group = optimizer.param_groups[0]
+    scale = group.get("lr_scale", 1.0)
+    return float(group["lr"]) / scale if scale else 0.0
+
+
+def _classes(classes: int | None) -> int:
+    if classes is None:
+        raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
+    return classes
+
+
+def _optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
+    if not is_sharded(accelerator):
+        return dict(optimizer.state_dict())
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    return get_optimizer_state_dict(network, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _load_parts(
+    saved: dict[str, Any],
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    ema: ModelEmaV3 | None,
+    accelerator: Accelerator,
+) -> None:
+    """Put the saved state dicts back in place."""
+    if is_sharded(accelerator):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        set_optimizer_state_dict(
+            network, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True)
+        )
+    else:
+        disk.load_optimizer(optimizer, saved["optimizer"])
+    if schedule is not None:
+        schedule.load_state_dict(saved["schedule"])
+    if ema is not None:
+        ema.module.load_state_dict(saved["ema"])
+    if accelerator.scaler is not None and "scaler" in saved:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+# What is said
+
+
+def _introduce(
+    log: Log, model: nn.Module, config: FinetuneConfig, accelerator: Accelerator, batches: int, progress: Progress
+) -> None:
+    modules = len(se_modules(model))
+    se = f"{modules} SE modules" if modules else "no SE modules: it is trained as it is"
+    log.note(f"{type(model).__name__}, {se}; {count(model):,} parameters, {count(model, True):,} of them trained")
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    log.note(f"{accelerator.device}, {precision}{processes}; {batches} batches of {config.batch_size} an epoch")
+    if progress.updates:
+        log.note(f"resumed in epoch {min(progress.epoch + 1, config.epochs)}, after update {progress.updates}")
+
+
+def _start_trackers(accelerator: Accelerator, config: FinetuneConfig) -> list[Any]:
+    if not config.trackers:
+        return []
+    flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.to_dict().items()}
+    accelerator.init_trackers("se-retrofit", config=flat)
+    return list(accelerator.trackers) if accelerator.is_main_process else []
+
+
+def _summarise(log: Log, result: FinetuneResult) -> None:
+    if result.best_accuracy is not None:
+        first = result.history[0].get("val_accuracy") if result.history[0]["epoch"] == 0 else None
+        before = f" (before training {first:.2%})" if first is not None else ""
+        log.note(f"best validation accuracy {result.best_accuracy:.2%} in epoch {result.best_epoch}{before}")
+    if result.stopped == "early stop":
+        log.note(f"stopped early, after epoch {result.history[-1]['epoch']}")
+    if result.directory is not None:
+        log.note(f"result: {result.directory} (load_retrofitted), curves and metrics beside it")

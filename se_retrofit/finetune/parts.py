@@ -1,0 +1,250 @@
+"""The parts of a network that a fine-tune treats apart: the SE modules, the head, the norms, stochastic depth."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torchvision.ops import StochasticDepth
+
+from ..attention import SEAttention
+from ..errors import RetrofitError
+
+__all__ = ["as_found", "choose_trainable", "head_of", "new_head", "param_groups", "set_drop_path", "set_modes", "trained_parts"]
+
+TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
+AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # of torchvision's GoogLeNet and Inception
+
+
+def se_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, SEAttention)]
+
+
+def head_of(model: nn.Module) -> list[nn.Module]:
+    """The layers that compute the classes, auxiliary classifiers included; empty where the network has none that is
+    known: timm's ``get_classifier``, or the last Linear or Conv of torchvision's ``fc``, ``classifier``, ``heads`` or
+    ``head``."""
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        found = get_classifier()
+        heads = list(found) if isinstance(found, (tuple, list)) else [found]
+        return [head for head in heads if isinstance(head, nn.Module) and any(True for _ in head.parameters())]
+    return [model.get_submodule(path) for path in _head_paths(model)]
+
+
+def new_head(model: nn.Module, num_classes: int) -> None:
+    """Give the network a new head for ``num_classes``, in its library's own way: timm's ``reset_classifier``, or a
+    last layer of torchvision's with so many outputs. The new weights come from torch's generator.
+
+    Raises:
+        RetrofitError: the network has no head that is known; it is unchanged.
+
+    Example:
+        >>> import torch, timm
+        >>> from se_retrofit.finetune import new_head
+        >>> model = timm.create_model("resnet10t")
+        >>> new_head(model, 10)
+        >>> model(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 10])
+    """
+    reset_classifier = getattr(model, "reset_classifier", None)
+    if callable(reset_classifier):
+        like = next(model.parameters())
+        reset_classifier(num_classes)
+        model.to(device=like.device)
+        return
+    paths = _head_paths(model)
+    if not paths:
+        raise RetrofitError(
+            f"{type(model).__name__} has no reset_classifier, and no {', '.join(TORCHVISION_HEADS)} with a last layer: "
+            f"give it a head for {num_classes} classes yourself, and leave num_classes out"
+        )
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, _resized(model.get_submodule(path), num_classes))
+    if isinstance(getattr(model, "num_classes", None), int):
+        model.num_classes = num_classes  # type: ignore[assignment]
+
+
+def head_size(model: nn.Module) -> int | None:
+    """Number of classes that the head computes, where it tells."""
+    for head in head_of(model):
+        size = getattr(head, "out_features", getattr(head, "out_channels", None))
+        if isinstance(size, int):
+            return size
+    size = getattr(model, "num_classes", None)
+    return size if isinstance(size, int) else None
+
+
+def _head_paths(model: nn.Module) -> list[str]:
+    for attribute in TORCHVISION_HEADS:
+        part = getattr(model, attribute, None)
+        if isinstance(part, nn.Module):
+            layers = [path for path, layer in part.named_modules(prefix=attribute) if isinstance(layer, (nn.Linear, nn.Conv2d))]
+            if layers:
+                auxiliary = [path for path in AUXILIARY_HEADS if _reaches(model, path)]
+                return [layers[-1], *auxiliary]
+    return []
+
+
+def _reaches(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _resized(layer: nn.Module, outputs: int) -> nn.Module:
+    where: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, outputs, bias=layer.bias is not None, **where)
+    assert isinstance(layer, nn.Conv2d)
+    size, bias = layer.kernel_size, layer.bias is not None
+    return nn.Conv2d(layer.in_channels, outputs, size, layer.stride, layer.padding, bias=bias, **where)  # type: ignore[arg-type]
+
+
+def choose_trainable(model: nn.Module, train: str, given: dict[str, bool]) -> None:
+    """Set ``requires_grad``: ``"all"`` leaves it as ``given``, ``"se"`` and ``"se+head"`` freeze all else.
+
+    Raises:
+        RetrofitError: there is nothing of that kind in the network.
+    """
+    chosen = {id(p) for part in trained_parts(model, train) for p in part.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(given.get(name, True) if train == "all" else id(parameter) in chosen)
+
+
+def trained_parts(model: nn.Module, train: str) -> list[nn.Module]:
+    """The modules that ``train`` names.
+
+    Raises:
+        RetrofitError: there is nothing of that kind in the network.
+    """
+    if train == "all":
+        return [model]
+    modules, heads = se_modules(model), head_of(model)
+    if not modules:
+        raise RetrofitError(
+            f'train="{train}" needs SE modules, and this {type(model).__name__} has none; retrofit it first: '
+            "model = add_se(model)"
+        )
+    if train == "se+head" and not heads:
+        raise RetrofitError(f'train="se+head": no head found in {type(model).__name__}; take "se" or "all"')
+    return modules if train == "se" else modules + heads
+
+
+def set_modes(model: nn.Module, train: str, freeze_bn: bool) -> None:
+    """Training mode, but for what is to stay as it is.
+
+    Where the body is frozen, all of it that keeps buffers (running statistics, power iterations) is in eval mode, so
+    that they stay bit for bit; ``freeze_bn`` does it to the norms everywhere.
+    """
+    model.train()
+    trained = {id(m) for part in trained_parts(model, train) for m in part.modules()}
+    for module in model.modules():
+        frozen = id(module) not in trained and any(True for _ in module.buffers(recurse=False))
+        if frozen or (freeze_bn and keeps_statistics(module)):
+            module.eval()
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether it is a norm with running statistics, of torch's kind or by the names of its buffers."""
+    own = dict(module.named_buffers(recurse=False))
+    return isinstance(module, _NormBase) or any(name.startswith("running_") for name in own)
+
+
+def param_groups(
+    model: nn.Module, *, weight_decay: float, se_lr_scale: float, head_lr_scale: float
+) -> list[dict[str, Any]]:
+    """Parameters that require a gradient, in groups: SE, head and body, each with and without weight decay.
+
+    ``lr_scale`` is read by timm's schedulers. No decay for norms and biases (all with one dim), nor for what the
+    network's own ``no_weight_decay`` names.
+    """
+    se = {id(p) for module in se_modules(model) for p in module.parameters()}
+    head = {id(p) for module in head_of(model) for p in module.parameters()}
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    exempt = set(no_weight_decay()) if callable(no_weight_decay) else set()
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = "se" if id(parameter) in se else "head" if id(parameter) in head else "body"
+        decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
+        scale = {"se": se_lr_scale, "head": head_lr_scale, "body": 1.0}[kind]
+        group = groups.setdefault(
+            (kind, decays),
+            {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale, "name": kind},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Stochastic depth, from 0 at the first block to ``rate`` at the last.
+
+    Raises:
+        RetrofitError: the network was built without stochastic depth.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (DropPath, StochasticDepth))]
+    if not layers:
+        raise RetrofitError(
+            f"drop_path={rate}: this {type(model).__name__} was built without stochastic depth; build it with it "
+            f"(timm.create_model(..., drop_path_rate={rate})), or leave drop_path out"
+        )
+    for number, layer in enumerate(layers, start=1):
+        setattr(layer, _rate_name(layer), rate * number / len(layers))
+
+
+def _rate_name(layer: nn.Module) -> str:
+    return "drop_prob" if isinstance(layer, DropPath) else "p"
+
+
+@contextlib.contextmanager
+def as_found(model: nn.Module) -> Iterator[dict[str, bool]]:
+    """The network's ``requires_grad`` flags; they, the training flags and the rates of stochastic depth are, after the
+    body, what they were before it."""
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    modes = [(module, module.training) for module in model.modules()]
+    rates = [(m, getattr(m, _rate_name(m))) for m in model.modules() if isinstance(m, (DropPath, StochasticDepth))]
+    try:
+        yield wanted
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted.get(name, True))
+        for module, mode in modes:
+            module.training = mode
+        for layer, rate in rates:
+            setattr(layer, _rate_name(layer), rate)
+
+
+def structure_of(model: nn.Module) -> Callable[[], None]:
+    """A function that gives the network the structure back that it has now (not the tensors' values)."""
+    fields = ("_modules", "_parameters", "_buffers")
+    now = [(module, dict(vars(module)), [dict(getattr(module, f)) for f in fields]) for module in model.modules()]
+
+    def restore() -> None:
+        for module, own, registered in now:
+            vars(module).clear()
+            vars(module).update(own)
+            for name, content in zip(fields, registered, strict=True):
+                getattr(module, name).clear()
+                getattr(module, name).update(content)
+
+    return restore
+
+
+def count(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def kept_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the state dict on the CPU."""
+    return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}

@@ -1,0 +1,167 @@
+"""Do two networks compute the same? Run on the same inputs, compared bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import SEAttention
+
+__all__ = ["Comparison", "compare", "redraw_vectors", "se_matters"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Outcome of one run of two networks on the same inputs.
+
+    Attributes:
+        equal: whether every tensor of the outputs is ``torch.equal`` to its counterpart.
+        values: how many numbers were compared.
+        difference: largest absolute difference, relative to the largest absolute value of the first network.
+        finite: whether the first network's outputs are all finite; where not, the comparison shows nothing.
+    """
+
+    equal: bool
+    values: int
+    difference: float
+    finite: bool
+
+
+def compare(
+    first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, training: bool = False, seed: int = 0
+) -> Comparison:
+    """Run both networks on the same inputs under the same seed, without gradients, and compare what they return.
+
+    The networks and the global random state are as before afterwards: in train mode, where running statistics move,
+    copies are run.
+
+    Args:
+        first: the network that counts as right.
+        second: the one to compare with it.
+        inputs: positional arguments of both.
+        training: run in train mode (dropout draws, batch norms use the batch) instead of eval mode.
+        seed: of the random draws inside the networks, the same for both.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit.identity import compare
+        >>> net = torch.nn.Linear(4, 2)
+        >>> compare(net, net, (torch.randn(3, 4),))
+        Comparison(equal=True, values=6, difference=0.0, finite=True)
+    """
+    wanted, got = (list(_tensors(_run(net, inputs, training, seed))) for net in (first, second))
+    alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]
+    return Comparison(
+        equal=alike and all(map(torch.equal, wanted, got)),
+        values=sum(w.numel() for w in wanted),
+        difference=max(map(_difference, wanted, got), default=0.0) if alike else float("inf"),
+        finite=all(bool(torch.isfinite(w).all()) for w in wanted),
+    )
+
+
+def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> Comparison:
+    """Compare the network with itself under random gates: the counter-check to an identity.
+
+    Where SE takes no part in the computation, inserting it changes nothing either; here such a network shows up as
+    equal. Both are copies with vectors drawn anew, lest a branch that is zero as yet hide its SE.
+
+    Args:
+        model: a retrofitted network.
+        inputs: its positional arguments.
+        seed: of the random gates.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit import SEAttention
+        >>> from se_retrofit.identity import se_matters
+        >>> se_matters(SEAttention(8, gate="identity"), (torch.randn(1, 8, 4, 4),)).equal
+        False
+    """
+    model = copy.deepcopy(model)
+    redraw_vectors(model, seed)
+    scrambled = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for module in scrambled.modules():
+        if isinstance(module, SEAttention):
+            module.fc = _FixedGates(2 * torch.rand(module.channel, generator=generator))
+    return compare(model, scrambled, inputs, seed=seed)
+
+
+class _FixedGates(nn.Sequential):
+    """Stands for the excitation: the same gates whatever comes in (random weights could leave them at 1)."""
+
+    def __init__(self, gates: Tensor) -> None:
+        super().__init__()
+        self.gates = gates
+
+    def forward(self, squeezed: Tensor) -> Tensor:
+        return self.gates.to(squeezed).expand_as(squeezed)
+
+
+def redraw_vectors(model: nn.Module, seed: int = 0) -> None:
+    """Draw every vector among the parameters and buffers anew: norms' scales, shifts and running statistics, biases,
+    layer scales.
+
+    A fresh network's norms are mostly ones and zeros, and often the last norm of every branch is zero: a fault in
+    that branch would not show in the outputs. Scales and variances become uniform in (0.5, 1.5), shifts and means
+    normal with a standard deviation of 0.1.
+
+    Args:
+        model: changed in place.
+        seed: of the draw.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit.identity import redraw_vectors
+        >>> norm = torch.nn.BatchNorm2d(3)
+        >>> redraw_vectors(norm)
+        >>> bool((norm.running_var != 1).all())
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or tensor.numel() != max(tensor.shape, default=1):
+                continue
+            shift = name.rpartition(".")[2] in ("bias", "running_mean")
+            if shift:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            else:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+
+
+@torch.no_grad()
+def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool, seed: int) -> Any:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        net = copy.deepcopy(model).train() if training else model.eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return net(*inputs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and mappings (a model output is one)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _difference(wanted: Tensor, got: Tensor) -> float:
+    if not wanted.numel():
+        return 0.0
+    scale = wanted.double().abs().max().item()
+    return (wanted.double() - got.double()).abs().max().item() / (scale or 1.0)

@@ -1,0 +1,37 @@
+"""A fine-tune for the tests that need a process of its own: ``python run_tiny.py OUTPUT FIELDS [resume]``.
+
+SE_TEST_DIE_AT: the update after which the process kills itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+import torch
+from tiny import tiny_config, tiny_data, tiny_network
+from torch import nn
+
+from se_retrofit.finetune import finetune
+
+
+def die_at(model: nn.Module, update: int, batches: int) -> None:
+    forwards = []
+
+    def count(module: nn.Module, inputs: object) -> None:
+        forwards.append(module.training)
+        if sum(forwards) == update * batches + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.register_forward_pre_hook(count)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    output, fields, *flags = sys.argv[1:]
+    data, model, config = tiny_data(), tiny_network(), tiny_config(**json.loads(fields))
+    if "SE_TEST_DIE_AT" in os.environ:
+        die_at(model, int(os.environ["SE_TEST_DIE_AT"]), config.accumulate)
+    finetune(model, data.train, data.val, config=config, output_dir=output, resume="resume" in flags)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import se_retrofit.cli.compare
+import se_retrofit.cli.finetune  # noqa: F401  (registers the command)
+from se_retrofit import RetrofitError, has_se, load_retrofitted
+from se_retrofit.cli.app import app
+from se_retrofit.finetune import FinetuneConfig, evaluate, load_data
+
+SMALL = ["--image-size", "16", "--batch-size", "64", "--lr", "1e-3", "--cpu"]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    said = run("finetune", "resnet18", "--data", "digits", "--epochs", "3", *SMALL, "--output", str(output))
+    assert "8 SE modules" in said
+    assert "best validation accuracy" in said
+    model = load_retrofitted(output / "best")
+    assert has_se(model)
+    assert model.fc.out_features == 10
+    accuracy = evaluate(model, load_data("digits", image_size=16).val)["val_accuracy"]
+    assert f"best validation accuracy {accuracy:.2%}" in said
+    assert FinetuneConfig.from_yaml(output / "config.yaml").num_classes == 10
+    assert "resumed" in run(
+        "finetune", "resnet18", "--data", "digits", "--epochs", "3", *SMALL, "--output", str(output), "--resume"
+    )
+
+
+def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("epochs: 7\nlabel_smoothing: 0.0\nclip_grad: null\n")
+    output = tmp_path / "run"
+    run(
+        "finetune", "torchvision/squeezenet1_1", "--data", "digits", "--config", str(tmp_path / "recipe.yaml"), "--epochs", "1",
+        "--set", "optimizer=sgd", "--set", "optimizer_options={nesterov: true}", "--train", "se+head", *SMALL,
+        "--image-size", "32", "--output", str(output), "--reduction", "4",
+    )  # fmt: skip
+    recipe = FinetuneConfig.from_yaml(output / "config.yaml")
+    assert (recipe.epochs, recipe.label_smoothing, recipe.clip_grad, recipe.optimizer) == (1, 0.0, None, "sgd")
+    assert recipe.optimizer_options == {"nesterov": True}
+    assert type(load_retrofitted(output / "best")).__name__ == "SqueezeNet"
+
+
+def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
+    for arguments, says in [
+        (["nosuchnet", "--data", "digits"], "no model 'nosuchnet'"),
+        (["resnet18", "--data", "digit"], "no data 'digit'"),
+        (["resnet18", "--data", "digits", "--set", "epoch=3"], "did you mean epochs"),
+        (["resnet18", "--data", "digits", "--set", "epochs=many"], "epochs must be int"),
+        (["resnet18", "--data", "digits", "--set", "epochs"], "NAME=VALUE"),
+        (["resnet18", "--data", "digits", "--arg", "wings=2"], "can't be built"),
+        (["resnet18", "--data", "digits", "--config", "none.yaml"], "no config file"),
+        (["resnet18", "--data", "digits", "--pretrained", "--checkpoint", "x"], "exclude each other"),
+    ]:
+        with pytest.raises(RetrofitError, match=says):
+            run("finetune", *arguments, "--output", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path) -> None:
+    code = "import sys; from se_retrofit.cli import finetune; from se_retrofit.cli.app import app; app()"
+    arguments = ["finetune", "resnet10t", "--data", "digits", "--epochs", "2", *SMALL, "--output", str(tmp_path)]
+    arguments += ["--set", "log_every=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    updates = tmp_path / "updates.jsonl"
+    while process.poll() is None and not (updates.exists() and len(updates.read_text().splitlines()) >= 3):
+        time.sleep(0.01)
+    process.send_signal(2)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert (tmp_path / "last" / "training.json").exists()
+    assert "resumed in epoch 1, after update" in run(*arguments, "--resume")
+
+
+def test_compare_prints_and_writes(tmp_path: Path) -> None:
+    said = run("compare", "resnet10t", "--data", "digits", "--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path))
+    for piece in ("without SE", "with SE", "seed 0, accuracy %", "seed 1, accuracy %", "ms a step", "parameters", "interval"):
+        assert piece in said
+    assert (tmp_path / "comparison.json").exists()

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from se_retrofit import RetrofitError, load_retrofitted
+from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+
+HERE = Path(__file__).parent
+Network = Callable[..., nn.Module]
+Config = Callable[..., FinetuneConfig]
+
+# Everything that has state or is random: average, schedule, mixup, accumulation, a phase that unfreezes
+DEMANDING = {
+    "epochs": 4, "batch_size": 16, "accumulate": 2, "mixup": 0.4, "cutmix": 0.4, "ema_decay": 0.95, "train": "se+head",
+    "unfreeze_epoch": 2, "checkpoint_minutes": 0.0,
+}  # fmt: skip
+
+
+def start(output: Path, fields: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "run_tiny.py"), str(output), json.dumps(fields), *flags],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def updates_in(output: Path) -> list[dict[str, Any]]:
+    path = output / "updates.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()[:]] if path.exists() else []
+
+
+def lines_in(output: Path) -> int:
+    path = output / "updates.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    timing = ("seconds", "images_per_second")
+    return [{k: v for k, v in row.items() if k not in timing} for row in history]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_after_three_kills_the_weights_are_those_of_a_run_that_was_never_stopped(
+    tmp_path: Path, workers: int, network: Network
+) -> None:
+    fields = {**DEMANDING, "workers": workers}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run = start(whole, fields)
+    assert run.communicate(timeout=300)[1] is None
+    assert run.returncode == 0
+    total = lines_in(whole)
+    assert total == 4 * 8
+
+    chance = random.Random()
+    for at in sorted(chance.sample(range(1, total), 3)):
+        run = start(broken, fields, "resume")
+        deadline = time.monotonic() + 120
+        while lines_in(broken) < at and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.05))  # in an update, or while a checkpoint is being written
+        run.kill()
+        run.communicate()
+    run = start(broken, fields, "resume")
+    said = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, said
+
+    for folder in ("last", "best"):
+        a, b = (load_file(output / folder / "weights.safetensors") for output in (whole, broken))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), folder
+    histories = [json.loads((o / "last" / "training.json").read_text())["progress"]["history"] for o in (whole, broken)]
+    assert without_times(histories[0]) == without_times(histories[1])
+    curves = [[(u["update"], u["loss"], u["lr"]) for u in updates_in(o)] for o in (whole, broken)]
+    assert curves[0] == curves[1]
+    assert [row["epoch"] for row in histories[1]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_writes_a_checkpoint_and_says_so(tmp_path: Path, number: signal.Signals) -> None:
+    fields = {"epochs": 50, "checkpoint_minutes": 100.0, "workers": 1}
+    run = start(tmp_path, fields)
+    while lines_in(tmp_path) < 20 and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(number)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode != 0
+    assert "the checkpoint in" in said
+    progress = json.loads((tmp_path / "last" / "training.json").read_text())["progress"]
+    assert progress["updates"] >= 20
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
+    """Have the run end after so many looks at the loss, as a kill would: nothing is tidied up on the disk."""
+    from se_retrofit.finetune.log import Log
+
+    update, seen = Log.update, []
+
+    def counted(self: Log, *args: Any) -> None:
+        update(self, *args)
+        seen.append(1)
+        if len(seen) == looks:
+            raise Stopped
+
+    monkeypatch.setattr(Log, "update", counted)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("loader", [False, True])
+def test_a_resumed_run_ends_with_the_same_weights(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path, optimizer: str, loader: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    recipe = config(checkpoint_minutes=0.0, optimizer=optimizer, channels_last=True)
+
+    def data() -> Any:
+        if not loader:
+            return digits.train
+        return DataLoader(digits.train, 32, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    whole = finetune(network(), data(), digits.val, config=recipe, output_dir=tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 11)
+        with pytest.raises(Stopped):
+            finetune(network(), data(), digits.val, config=recipe, output_dir=tmp_path / "broken", quiet=True)
+    # another first network: the checkpoint decides
+    again = finetune(network(seed=9), data(), digits.val, config=recipe, output_dir=tmp_path / "broken", resume=True, quiet=True)
+    assert again.updates == whole.updates
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def test_a_finished_run_is_not_run_again(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
+    first = finetune(network(), digits.train, digits.val, config=config(), output_dir=tmp_path, quiet=True)
+    again = finetune(network(seed=4), digits.train, digits.val, config=config(), output_dir=tmp_path, resume=True, quiet=True)
+    assert again.history == first.history
+    assert again.best_accuracy == first.best_accuracy
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path
+) -> None:
+    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    with pytest.raises(RetrofitError, match=r"holds a run already; go on with it \(resume=True\)"):
+        finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+
+
+def test_a_run_is_not_resumed_with_another_recipe(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
+    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    with pytest.raises(RetrofitError, match=r"another config \(epochs: 1 then, 3 now; lr: 0.001 then, 0.1 now\)"):
+        finetune(network(), digits.train, config=config(epochs=3, lr=0.1), output_dir=tmp_path, resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "json", "field", "newer", "tensor"])
+def test_a_broken_checkpoint_is_a_clear_error(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path, damage: str
+) -> None:
+    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    state, tensors = tmp_path / "last" / "training.json", tmp_path / "last" / "training.safetensors"
+    content = json.loads(state.read_text())
+    if damage == "cut":
+        tensors.write_bytes(tensors.read_bytes()[:-100])
+    elif damage == "json":
+        state.write_text(state.read_text()[:-100])
+    elif damage == "field":
+        state.write_text(json.dumps({**content, "mood": "good"}))
+    elif damage == "newer":
+        state.write_text(json.dumps({**content, "format": 2, "mood": "good"}))
+    else:
+        content["parts"]["optimizer"] = {"tensor": "no.such"}
+        state.write_text(json.dumps(content))
+    says = {"cut": "cut short", "json": "cut short", "field": "unknown: mood", "newer": "newer than", "tensor": "no.such"}
+    model = network(seed=3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(RetrofitError, match=says[damage]):
+        finetune(model, digits.train, config=config(epochs=1), output_dir=tmp_path, resume=True, quiet=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_what_split_takes_apart_join_puts_together() -> None:
+    from se_retrofit.finetune.checkpoint import join, split
+
+    tree = {"a": {0: {"step": torch.tensor(3.0), "betas": (0.9, 0.95)}, 7: []}, "b": [1, None, "x", True, float("inf")]}
+    plain, tensors = split(tree)
+    again = join(json.loads(json.dumps(plain)), tensors)
+    assert again["a"][0]["betas"] == (0.9, 0.95)
+    assert torch.equal(again["a"][0]["step"], torch.tensor(3.0))
+    assert again["a"][7] == []
+    assert again["b"] == tree["b"]
+
+
+# The disk
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path
+) -> None:
+    """The limit on the size of a file stands for the end of the disk: the write itself fails, in the middle of it."""
+    script = f"""
+import resource, sys
+sys.path.insert(0, {str(HERE)!r})
+from tiny import *
+from se_retrofit.finetune import finetune
+import se_retrofit.finetune.checkpoint as disk
+data = tiny_data()
+save, saves = disk.save_training, []
+def limited(*args, **kwargs):
+    if saves:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    saves.append(1)
+    save(*args, **kwargs)
+disk.save_training = limited
+finetune(tiny_network(), data.train, data.val, config=tiny_config(train="se"), output_dir={str(tmp_path)!r}, quiet=True)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE.parents[1], check=False)
+    assert run.returncode == 1
+    assert "RetrofitError" in run.stderr.splitlines()[-1], run.stderr
+    assert "can't be written" in run.stderr.splitlines()[-1]
+    assert "File too large" in run.stderr.splitlines()[-1]
+    assert "untouched" in run.stderr.splitlines()[-1]
+    progress = json.loads((tmp_path / "last" / "training.json").read_text())["progress"]
+    assert progress["epoch"] == 1
+    load_retrofitted(tmp_path / "last", base=network(se=False))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
+    again = finetune(network(), digits.train, digits.val, config=config(train="se"), output_dir=tmp_path, resume=True, quiet=True)
+    assert again.stopped == "epochs"
+
+
+def test_too_little_room_is_found_before_training(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(RetrofitError, match="MiB left, and the checkpoints of this run need about"):
+        finetune(network(), digits.train, config=config(), output_dir=tmp_path, quiet=True)
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RetrofitError, match=r"file/run can't be made: Not a directory"):
+        finetune(network(), digits.train, config=config(), output_dir=tmp_path / "file" / "run", quiet=True)

@@ -1,0 +1,190 @@
+"""The command line: right answers, exit codes that a script can rely on, no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_model
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import se_retrofit.cli.convert as command
+from se_retrofit import RetrofitError, SEAttention, add_se, plan_of
+from se_retrofit.cli.app import app
+from se_retrofit.models import Base
+from se_retrofit.saving import load_retrofitted
+
+# the smallest residual network in timm, made for tests: 160x160 images
+SMALL = "timm/test_resnet"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "se_retrofit", *arguments], capture_output=True, text=True)
+
+
+def test_convert_prints_the_plan_and_checks_the_identity() -> None:
+    result = run("convert", SMALL)
+    assert result.exit_code == 0, result.output
+    assert "SE modules" in result.output
+    assert "layer1.0" in result.output
+    assert "norms' parameters and statistics drawn at random" in result.output
+    assert "eval mode: equal bit for bit, all 2,000 values" in result.output
+    assert "train mode: equal bit for bit, all 2,000 values" in result.output
+    assert "counter-check: with random gates they differ" in result.output
+    assert result.output.rstrip().endswith("verdict: the same function")
+
+
+def test_convert_finds_out_that_a_network_is_not_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: nn.Module, **options: object) -> nn.Module:
+        retrofitted = add_se(model, **options)  # type: ignore[arg-type]
+        retrofitted.fc.register_forward_hook(lambda module, args, output: output + 1e-6)
+        return retrofitted
+
+    monkeypatch.setattr(command, "add_se", broken)
+    result = run("convert", SMALL)
+    assert result.exit_code == 1
+    assert "different, by" in result.output
+    assert "NOT shown to be the same function" in result.output
+
+
+def test_convert_finds_out_that_se_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def idle(model: nn.Module, **options: object) -> nn.Module:
+        retrofitted = add_se(model, **options)  # type: ignore[arg-type]
+        for module in retrofitted.modules():
+            if isinstance(module, SEAttention):
+                module.register_forward_hook(lambda se, args, output: args[0])
+        return retrofitted
+
+    monkeypatch.setattr(command, "add_se", idle)
+    result = run("convert", SMALL)
+    assert result.exit_code == 1
+    assert "SE takes no part" in result.output
+
+
+def test_a_sigmoid_gate_is_said_to_be_no_identity() -> None:
+    result = run("convert", SMALL, "--gate", "sigmoid")
+    assert result.exit_code == 0, result.output
+    assert "eval mode: different" in result.output
+    assert "not the same function, as expected" in result.output
+
+
+def test_options_reach_the_retrofit() -> None:
+    everything = run("convert", SMALL, "--reduction", "2").output
+    assert "layer4.0" in everything
+    part = run("convert", SMALL, "--reduction", "2", "--include", "layer1.*", "--include", "layer2.*").output
+    assert "layer2.0" in part
+    assert "layer4.0  residual" not in part
+    rest = run("convert", SMALL, "--exclude", "layer4.*").output
+    assert "layer4.0  residual" not in rest
+    assert "layer3.0  residual" in rest
+
+
+def test_the_output_file_loads_into_a_network_retrofitted_alike(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.pth"
+    original = Base.of(SMALL, num_classes=5).build()
+    torch.save(original.state_dict(), weights)
+    file = tmp_path / "se.safetensors"
+    result = run("convert", SMALL, "--num-classes", "5", "--checkpoint", str(weights), "--output", str(file))
+    assert result.exit_code == 0, result.output
+    assert "drawn at random" not in result.output  # the weights given are the ones that were checked
+    assert "saved" in result.output
+    loaded = add_se(Base.of(SMALL, num_classes=5).build())
+    load_model(loaded, str(file))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(original.eval()(x), loaded.eval()(x))
+
+
+def test_the_output_folder_loads_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "se"
+    result = run("convert", SMALL, "--num-classes", "5", "--reduction", "4", "--output", str(folder))
+    assert result.exit_code == 0, result.output
+    loaded = load_retrofitted(folder)
+    assert [site.hidden for site in plan_of(loaded).sites] == [8, 12, 48, 24]
+    assert loaded(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["resnet5"], "close names: resnet50"),
+        (["keras/resnet50"], "no library 'keras'"),
+        ([SMALL, "--checkpoint", "nowhere.pth"], "no checkpoint file nowhere.pth"),
+        ([SMALL, "--output", "nowhere/se.safetensors"], "no folder nowhere"),
+        ([SMALL, "--placement", "middle"], "placement"),
+        ([SMALL, "--gate", "tanh"], "gate must be one of"),
+        ([SMALL, "--include", "stage9.*"], "stage9"),
+        (["timm/test_vit"], "VisionTransformer"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_with_the_reason(arguments: list[str], said: str) -> None:
+    result = run("convert", *arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RetrofitError)
+    assert said in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", SMALL, "--reduction", "0"],
+        ["convert", SMALL, "--reduction", "many"],
+        ["convert", SMALL, "--pretrained", "--checkpoint", "x.pth"],
+        ["convert", SMALL, "--output", "weights.onnx"],
+        ["convert", SMALL, "--nonsense"],
+        ["demo", "--epochs", "0"],
+        ["nonsense"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_an_output_that_is_in_the_way_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for name in ("folder.safetensors", "file"):
+        result = run("convert", SMALL, "--output", str(tmp_path / name))
+        assert result.exit_code == 1
+        assert "exists and is" in str(result.exception)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command_name", ["demo", "convert"])
+def test_help_shows_examples(command_name: str) -> None:
+    result = run(command_name, "--help")
+    assert result.exit_code == 0
+    assert "Examples" in result.output
+    assert f"se-retrofit {command_name}" in result.output
+
+
+def test_the_module_runs_as_a_program_and_a_mistake_is_one_line() -> None:
+    process = run_process("convert", "resnet[5]0x")
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert process.stderr.startswith("error: no model 'resnet[5]0x' in timm or torchvision")
+    assert process.stderr.count("\n") == 1
+
+
+def test_piped_output_has_no_colours_and_unbroken_lines() -> None:
+    process = run_process("convert", SMALL)
+    assert process.returncode == 0, process.stderr
+    assert "\x1b" not in process.stdout
+    assert (
+        "check on two photographs (china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:\n"
+        in process.stdout
+    )
+
+
+def test_version_is_printed() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.startswith("se-retrofit ")

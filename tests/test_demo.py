@@ -1,0 +1,95 @@
+"""The demo keeps what it says: the same function after the surgery, honest numbers, the same run for the same seed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import se_retrofit.cli.demo as command
+from se_retrofit.cli.app import app
+from se_retrofit.cli.demo import verdict
+from se_retrofit.demo import SmallResNet, load_digits, predict, train
+
+
+def run_demo(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["demo", "--epochs", "2", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def without_the_clock(output: str) -> str:
+    return re.sub(r"\d+ seconds", "", output)
+
+
+@pytest.fixture(scope="module")
+def output() -> str:
+    return run_demo()
+
+
+def test_it_says_what_was_inserted_and_that_nothing_else_changed(output: str) -> None:
+    for stage in range(3):
+        for block in range(2):
+            assert re.search(rf"stages\.{stage}\.{block} +residual +norm2", output)
+    assert "6 SE modules" in output
+    assert "Yes, in eval mode: torch.equal on all 5,990 outputs for the 599 validation images." in output
+    assert "Yes, in train mode" in output
+    assert "Gates: from 1.0 to 1.0." in output
+
+
+def test_it_prints_accuracies_before_and_after(output: str) -> None:
+    rows = dict(
+        re.findall(r"^(trained network|retrofitted, not yet fine-tuned|fine-tuned \w+ SE) .* (\S+)%$", output, re.M)
+    )
+    assert len(rows) == 4
+    assert rows["trained network"] == rows["retrofitted, not yet fine-tuned"]
+    # two epochs are enough for digits to be far better than chance
+    assert all(float(accuracy) > 50 for accuracy in rows.values())
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(output: str) -> None:
+    assert without_the_clock(run_demo("--seed", "0")) == without_the_clock(output)
+    assert without_the_clock(run_demo("--seed", "1")) != without_the_clock(output)
+
+
+def test_a_retrofit_that_changes_the_outputs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_se = command.add_se
+    monkeypatch.setattr(command, "add_se", lambda model, reduction: add_se(model, reduction, gate="sigmoid"))
+    result = CliRunner().invoke(app, ["demo", "--epochs", "1"])
+    assert result.exit_code == 1
+    assert "outputs differ" in str(result.exception)
+
+
+def test_the_networks_are_trained_on_the_same_batches() -> None:
+    digits = load_digits()
+    torch.manual_seed(0)
+    first, second = SmallResNet(), SmallResNet()
+    second.load_state_dict(first.state_dict())
+    for model in (first, second):
+        train(model, digits, epochs=1, lr=1e-3, seed=3)
+    assert torch.equal(predict(first, digits.val_images), predict(second, digits.val_images))
+
+
+def test_training_and_validation_digits_do_not_overlap() -> None:
+    digits = load_digits()
+    assert len(digits.train_images) + len(digits.val_images) == 1797
+    seen = {image.numpy().tobytes() for image in digits.train_images}
+    assert not any(image.numpy().tobytes() in seen for image in digits.val_images)
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "said"),
+    [
+        (0, 0, "the same images are right"),
+        (3, 0, "within the noise"),
+        (20, 14, "within the noise"),
+        (30, 5, "in favour of SE"),
+        (5, 30, "in favour of the plain network"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_one_run_shows(won: int, lost: int, said: str) -> None:
+    with_se = torch.tensor([True] * won + [False] * lost + [True] * 50 + [False] * 4)
+    without = torch.tensor([False] * won + [True] * lost + [True] * 50 + [False] * 4)
+    assert said in verdict(with_se, without)

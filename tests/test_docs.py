@@ -1,0 +1,144 @@
+"""What the documentation shows is true: examples run, commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+
+import se_retrofit
+from se_retrofit.cli.app import app
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(?P<comment><!--[^>]*-->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+# written on the line above a fence: the code in it can't run in a test, and why
+NOT_RUN = "<!-- not run:"
+# written on the line above a fence: it holds what the Python above it prints
+OUTPUT = "<!-- output -->"
+
+
+def fences(page: Path, *languages: str) -> list[re.Match[str]]:
+    """A page's fenced blocks in one of the languages, without those that are marked as not run."""
+    found = FENCE.finditer(page.read_text())
+    return [f for f in found if f["language"] in languages and not (f["comment"] or "").startswith(NOT_RUN)]
+
+
+def modules() -> list[ModuleType]:
+    walked = pkgutil.walk_packages(se_retrofit.__path__, "se_retrofit.")
+    names = ["se_retrofit", *(module.name for module in walked if not module.name.endswith("__main__"))]
+    return [importlib.import_module(name) for name in names]
+
+
+def documented() -> list[doctest.DocTest]:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    tests = [test for module in modules() for test in finder.find(module, globs={}) if test.examples]
+    return sorted(tests, key=lambda test: test.name)
+
+
+@pytest.mark.parametrize("test", documented(), ids=lambda test: test.name.removeprefix("se_retrofit."))
+def test_examples_in_docstrings_run(
+    test: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(se_retrofit.__all__))
+def test_what_the_package_exports_is_documented_with_an_example(name: str) -> None:
+    thing = getattr(se_retrofit, name)
+    assert inspect.getdoc(thing), f"{name} has no docstring"
+    if not (inspect.isclass(thing) and issubclass(thing, Exception)):
+        assert ">>>" in (inspect.getdoc(thing) or ""), f"{name} has no example"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_pages_runs_and_prints_what_they_show(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}  # one for the page: later blocks go on from earlier ones
+    for fence in fences(page, "python", "text"):
+        if fence["language"] == "python":
+            capsys.readouterr()
+            # offline, a network has random weights
+            code = fence["code"].replace("pretrained=True", "pretrained=False")
+            exec(compile(code, str(page), "exec"), namespace)
+        elif (fence["comment"] or "").startswith(OUTPUT):
+            assert capsys.readouterr().out.strip() == fence["code"].strip()
+
+
+def commands_in(page: Path) -> list[str]:
+    code = "\n".join(fence["code"] for fence in fences(page, "sh", "bash", "console"))
+    lines = code.replace("\\\n", " ").splitlines()
+    calls = (line.removeprefix("$ ").partition("  #")[0].strip() for line in lines)
+    parts = (part.strip() for line in calls for part in line.split("&&"))
+    return [p for p in parts if re.match(r"(python3? -m se_retrofit|se-retrofit)\b", p)]
+
+
+@pytest.mark.parametrize("call", sorted({call for page in PAGES for call in commands_in(page)}))
+def test_commands_in_the_pages_exist_with_their_options(call: str) -> None:
+    words = shlex.split(re.sub(r"^python3? -m se_retrofit|^se-retrofit", "", call))
+    words = [word for word in words[: words.index("|") if "|" in words else None] if word not in ("-h", "--help")]
+    group = typer.main.get_command(app)
+    with group.make_context("se-retrofit", words[:1], resilient_parsing=True) as context:
+        if words and not words[0].startswith("-"):
+            command = group.get_command(context, words[0])  # type: ignore[attr-defined]
+            assert command is not None, f"no command {words[0]}"
+            # raises a usage error where an option or an argument is wrong; does not run the command
+            command.make_context(words[0], words[1:], resilient_parsing="--help" in call)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    local = [target for target in targets if not re.match(r"https?://|mailto:", target)]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+@pytest.fixture
+def run_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a program as ``python PROGRAM`` does, in an empty folder; gives what it printed."""
+
+    def run(script: Path, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(script.parent))
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("retrofit_*.py")), ids=lambda script: script.name)
+def test_examples_run(script: Path, run_script: Callable[..., str]) -> None:
+    output = run_script(script)
+    assert output
+    assert "False" not in output  # the examples print whether things are equal
+
+
+def test_the_surgery_benchmark_runs(run_script: Callable[..., str]) -> None:
+    arguments = ("--rounds", "1", "--networks", "torchvision/resnet18", "--depths", "1")
+    assert "| torchvision/resnet18 | 8 |" in run_script(ROOT / "benchmarks" / "surgery.py", *arguments)
+
+
+@pytest.mark.parametrize("mode", [(), ("--train",)], ids=["forward", "train"])
+def test_the_inference_benchmark_runs(mode: tuple[str, ...], run_script: Callable[..., str]) -> None:
+    arguments = ("--rounds", "1", "--batch", "2", "--size", "64", "--plain", "resnet18", "--native", "seresnet18")
+    output = run_script(ROOT / "benchmarks" / "inference.py", "--device", "cpu", *arguments, *mode)
+    assert output.count("retrofitted |") == 2

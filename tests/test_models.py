@@ -1,0 +1,157 @@
+"""Networks by name, and checkpoints for them: the right network, or one clear sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from se_retrofit.errors import RetrofitError
+from se_retrofit.models import Base, load_checkpoint
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "model"),
+    [
+        ("resnet18", "timm", "resnet18"),
+        ("timm/resnet18", "timm", "resnet18"),
+        ("torchvision/resnet18", "torchvision", "resnet18"),
+        ("resnet18.a1_in1k", "timm", "resnet18.a1_in1k"),
+        ("googlenet", "torchvision", "googlenet"),  # timm has none
+        ("ResNet18", "timm", "resnet18"),
+        ("torchvision/ResNet18", "torchvision", "resnet18"),
+        ("hf-hub:someone/some-model", "timm", "hf-hub:someone/some-model"),
+    ],
+)
+def test_a_name_finds_its_library(name: str, library: str, model: str) -> None:
+    base = Base.of(name)
+    assert (base.library, base.name) == (library, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet5", "resnet50"),
+        ("torchvision/seresnet50", "no model 'seresnet50' in torchvision"),
+        ("keras/resnet50", "no library 'keras'"),
+        ("", "no model ''"),
+    ],
+)
+def test_an_unknown_name_is_an_error_that_helps(name: str, said: str) -> None:
+    with pytest.raises(RetrofitError, match=said):
+        Base.of(name)
+
+
+def test_a_name_that_is_no_string_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="must be a string"):
+        Base.of(nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
+def test_arguments_reach_the_builder(name: str) -> None:
+    assert Base.of(name, num_classes=7).build()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
+def test_arguments_that_the_builder_does_not_know_are_named(name: str) -> None:
+    with pytest.raises(RetrofitError, match="num_clases"):
+        Base.of(name, num_clases=7).build()
+
+
+@pytest.mark.parametrize("name", ["googlenet", "quantized_resnet18", "lraspp_mobilenet_v3_large"])
+def test_networks_build_offline_and_without_warnings(name: str) -> None:
+    # pytest turns warnings into errors; a download would fail
+    assert isinstance(Base.of(name).build(), nn.Module)
+
+
+def test_weights_that_do_not_exist_are_an_error() -> None:
+    with pytest.raises(RetrofitError, match=r"timm can't build 'resnet18\.nonsense' with pretrained weights"):
+        Base.of("resnet18.nonsense").build(pretrained=True)
+
+
+def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", refuse)
+    with pytest.raises(RetrofitError, match="no route to host"):
+        Base.of("timm/resnet18").build(pretrained=True)
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_checkpoints_as_people_save_them_load(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+    source, target = small(), small()
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "c.pth")
+    load_checkpoint(target, tmp_path / "c.pth")
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
+
+
+def test_safetensors_load(tmp_path: Path) -> None:
+    source, target = small(), small()
+    save_file(source.state_dict(), tmp_path / "c.safetensors")
+    load_checkpoint(target, tmp_path / "c.safetensors")
+    assert torch.equal(source[0].weight, target[0].weight)
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code from a checkpoint ran')",)
+
+
+def write_bad(kind: str, path: Path) -> None:
+    state = small().state_dict()
+    if kind == "garbage":
+        path.write_bytes(b"garbage")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "code":
+        torch.save({"state_dict": Exploit()}, path)
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "no tensors":
+        torch.save({"epoch": 3}, path)
+    elif kind == "missing":
+        torch.save({k: v for k, v in state.items() if k != "1.bias"}, path)
+    elif kind == "unexpected":
+        torch.save({**state, "2.weight": torch.ones(1)}, path)
+    elif kind == "other shapes":
+        torch.save({**state, "0.bias": torch.ones(5)}, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("absent", "no checkpoint file"),
+        ("garbage", "can't be read"),
+        ("empty", "can't be read"),
+        ("code", "can't be read"),
+        ("list", "can't be read"),
+        ("no tensors", "no state dict"),
+        ("missing", r"missing: 1\.bias"),
+        ("unexpected", r"unexpected: 2\.weight"),
+        ("other shapes", r"other shapes: 0\.bias"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(tmp_path: Path, kind: str, said: str) -> None:
+    path = tmp_path / "c.pth"
+    write_bad(kind, path)
+    model = small()
+    before = copy_of(model.state_dict())
+    with pytest.raises(RetrofitError, match=said):
+        load_checkpoint(model, path)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
