@@ -71,16 +71,13 @@ def derive_class(
         filename = f"<se_retrofit {base.__module__}.{base.__qualname__} {len(_derived)}>"
         # so that tracebacks and inspect.getsource show the generated code
         linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-        scope: dict[str, Any] = {"torch": torch, "__name__": __name__}
+        scope: dict[str, Any] = {"torch": torch, "Base": base, "__name__": __name__}
         exec(compile(source, filename, "exec"), scope)
         forward = scope["forward"]
         forward.__qualname__ = f"SE{base.__name__}.forward"
         forward.__doc__ = base.forward.__doc__
         forward.__annotations__ = dict(getattr(base.forward, "__annotations__", {}))
-        members = {"forward": forward}
-        if how == "wrap":
-            members["se_forward"] = base.forward  # what the new forward calls; a method, so that TorchScript compiles it
-        _derived[key] = subclass(base, members, key)
+        _derived[key] = subclass(base, {"forward": forward}, key)
     return _derived[key]
 
 

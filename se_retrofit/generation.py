@@ -241,4 +241,4 @@ def rewritten(
 
 def wrapped(module: nn.Module, name: str) -> str:
     """The source of a forward that passes what the module returns through SE."""
-    return f"def forward({_signature(module)}):\n    return self.{name}(self.se_forward({_passed_on(module)}))\n"
+    return f"def forward({_signature(module)}):\n    return self.{name}(Base.forward(self, {_passed_on(module)}))\n"
