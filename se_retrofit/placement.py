@@ -325,15 +325,16 @@ def survey(network: Network, placement: str = "auto") -> Survey:
     result.spots.sort(key=lambda spot: spot.op.index)
     known = [spot.block for spot in result.spots] + list(result.skipped)
     for call, reason in network.failures.items():
-        inside = any(call.path == block or call.path.startswith(f"{block}.") for block in known)
-        if not inside and _own_spatial_conv(call):
+        # the model as a whole need not be traced; what it calls was read on its own
+        if call.path and any(not _within(conv.path, known) for conv in call.walk() if _is_spatial_conv(conv)):
             result.skipped.setdefault(call.path, reason)
     return result
 
 
-def _own_spatial_conv(call: Call) -> bool:
-    """Whether a module that can't be traced calls a spatial convolution itself."""
-    return any(
-        isinstance(child.module, torch.nn.modules.conv._ConvNd) and max(child.module.kernel_size) > 1
-        for child in call.children
-    )
+def _within(path: str, blocks: list[str]) -> bool:
+    return any(path == block or path.startswith(f"{block}.") for block in blocks)
+
+
+def _is_spatial_conv(call: Call) -> bool:
+    module = call.module
+    return isinstance(module, torch.nn.modules.conv._ConvNd) and max(module.kernel_size) > 1
