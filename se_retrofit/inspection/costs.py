@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import SEAttention, squeeze
-from ..insertion import strip
+from ..removal import strip
 from ..rehearsal import rehearse_call
 from .graphs import Inspection, batch_size
 

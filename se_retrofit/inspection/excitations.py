@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError
-from ..insertion import is_retrofitted
+from ..removal import is_retrofitted
 from ..rehearsal import untouched_randomness
 from ..retrofit import plan_of
 from .lines import aligned

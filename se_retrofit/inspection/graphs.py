@@ -18,7 +18,8 @@ from torch.fx.node import map_aggregate
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..insertion import RetrofittedBlock, strip
+from ..derived import RetrofittedBlock
+from ..removal import strip
 from ..plan import Plan, Site
 from ..rehearsal import Call, Ghosts, Rehearsal, base_class, make_ghost, rehearse, untouched_randomness
 from ..retrofit import plan_of

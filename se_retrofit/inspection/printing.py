@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from ..attention import SEAttention
-from ..insertion import RetrofittedBlock
+from ..derived import RetrofittedBlock
 from .graphs import (
     BlockPair,
     Inspection,
