@@ -512,6 +512,17 @@ def _read_graph_module(ghosts: Ghosts, call: Call) -> Block:
     return Block(call, graph, tracer.values, tracer.calls)
 
 
+def _reason(error: Exception) -> str:
+    """Why a forward can't be traced, in words for the user."""
+    frames = error.__traceback__
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename.endswith("torch/utils/checkpoint.py"):
+            return "its forward uses torch.utils.checkpoint"
+        frames = frames.tb_next
+    lines = str(error).strip().splitlines()
+    return f"its forward can't be traced: {type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def trace(ghosts: Ghosts, call: Call, training: bool = False) -> Block:
     """Trace the own forward of the module that ``call`` called, along the way that this call took.
 
@@ -533,10 +544,7 @@ def trace(ghosts: Ghosts, call: Call, training: bool = False) -> Block:
     except TraceFailure:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise TraceFailure(
-            f"its forward can't be traced: {type(error).__name__}: {reason[0] if reason else ''}"
-        ) from error
+        raise TraceFailure(_reason(error)) from error
     finally:
         ghosts.tracer = None
         torch.set_autocast_enabled("cuda", cuda_autocast)
