@@ -10,19 +10,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from safetensors.torch import load_model, save_model
-from timm.utils import ModelEmaV3
-from timm.utils.model import reparameterize_model
-from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-
 from networks import (
     NETWORKS,
     assert_same_function,
@@ -33,6 +26,12 @@ from networks import (
     same_tensors,
     se_modules,
 )
+from safetensors.torch import load_model, save_model
+from timm.utils import ModelEmaV3
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
 from se_retrofit import RetrofitError, add_se, has_se, plan_of, plan_se, remove_se
 
 
@@ -65,7 +64,7 @@ def _retrofitted(name: str) -> tuple[nn.Module, Tensor]:
     return randomise_se(add_se(NETWORKS[name].build()), std=0.1), NETWORKS[name].input()
 
 
-# Files ---------------------------------------------------------------------------------------------------------------------
+# Files ---------------------------
 
 
 def test_a_whole_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
@@ -98,7 +97,11 @@ print("done")
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "done"
@@ -121,7 +124,7 @@ def test_copies_of_copies_and_shallow_copies() -> None:
     assert_same_function(copy.copy(model.layer1[0]), model.layer1[0], torch.randn(1, 64, 8, 8))
 
 
-# Types and formats ----------------------------------------------------------------------------------------------------------------
+# Types and formats ---------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -133,7 +136,9 @@ def test_models_of_any_float_type(name: str, dtype: torch.dtype) -> None:
     assert {p.dtype for se in se_modules(retrofitted).values() for p in se.parameters()} == {dtype}
     with torch.no_grad():
         assert same_tensors(run(retrofitted, x), run(model, x))
-        assert same_tensors(run(copy.deepcopy(retrofitted).float(), x.float()), run(copy.deepcopy(model).float(), x.float()))
+        assert same_tensors(
+            run(copy.deepcopy(retrofitted).float(), x.float()), run(copy.deepcopy(model).float(), x.float())
+        )
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -149,9 +154,13 @@ def test_channels_last_stays_channels_last(name: str) -> None:
     model = NETWORKS[name].build().to(memory_format=torch.channels_last)
     x = NETWORKS[name].input().to(memory_format=torch.channels_last)
     retrofitted = add_se(model)
-    formats: dict[str, tuple[Any, Any]] = {}
+    formats: dict[str, tuple[bool, bool]] = {}
+
+    def note(se: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        formats[se.site.path] = tuple(t.is_contiguous(memory_format=torch.channels_last) for t in (args[0], y))
+
     for module in se_modules(retrofitted).values():
-        module.register_forward_hook(lambda m, args, y: formats.update({m.site.path: (args[0].stride(), y.stride())}))
+        module.register_forward_hook(note)
     with torch.no_grad():
         assert same_tensors(run(retrofitted, x), run(model, x))
     assert len(formats) == len(se_modules(retrofitted))
@@ -203,7 +212,7 @@ def test_an_optimizer_stays_bound_to_a_model_retrofitted_in_place() -> None:
     optimizer.add_param_group({"params": [p for se in se_modules(model).values() for p in se.parameters()]})
 
 
-# Compilers and exporters ---------------------------------------------------------------------------------------------------------------
+# Compilers and exporters ---------------------------
 
 
 @pytest.fixture
@@ -215,7 +224,9 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/squeezenet1_1", "timm/convnext_atto", "timm/dla34"])
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet18", "torchvision/squeezenet1_1", "timm/convnext_atto", "timm/dla34"]
+)
 def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
     model, x = _retrofitted(name)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -289,7 +300,7 @@ def test_torch_jit_traces_and_scripts_it_where_it_does_the_original(name: str) -
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
-# Wrappers ----------------------------------------------------------------------------------------------------------------------------------
+# Wrappers ---------------------------
 
 
 @pytest.fixture
@@ -330,7 +341,7 @@ def test_fully_sharded_data_parallel() -> None:
     for name, parameter in sharded.named_parameters():
         torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-3, atol=1e-4)
     assert set(sharded.state_dict()) == set(model.state_dict())
-    with pytest.raises(RetrofitError, match="undo that first|FSDP"):
+    with pytest.raises(RetrofitError, match=r"undo that first|FSDP"):
         remove_se(sharded)
 
 
@@ -361,7 +372,7 @@ def test_data_parallel_and_functional_call() -> None:
         assert torch.equal(found, model(X))
 
 
-# What the libraries offer for their models ----------------------------------------------------------------------------------------------
+# What the libraries offer for their models ---------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "mobilenetv2_100", "regnetx_002"])
@@ -428,7 +439,7 @@ def test_timms_feature_api(name: str) -> None:
         retrofitted.reset_classifier(0)
         assert torch.equal(retrofitted.forward_features(X), model.forward_features(X))
     assert retrofitted.get_classifier() is not None
-    assert [g for g in retrofitted.group_matcher()] == [g for g in model.group_matcher()]
+    assert list(retrofitted.group_matcher()) == list(model.group_matcher())
     assert retrofitted.default_cfg == model.default_cfg
 
 
