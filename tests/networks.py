@@ -214,7 +214,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """Shape, type and a hash of the values, which costs less memory than a copy."""
-    values = None if tensor.device.type == "meta" else int(torch.hash_tensor(tensor.detach().double()))
+    values = None if tensor.device.type == "meta" else torch.hash_tensor(tensor.detach()).view(torch.int64).item()
     return tensor.shape, tensor.dtype, values
 
 
