@@ -7,6 +7,7 @@
 
 from .attention import SEAttention
 from .errors import RetrofitError
+from .inspection import draw, excitations, print_graph, report
 from .plan import Plan, Site, Skipped
 from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
 from .saving import load_retrofitted, load_se, save_retrofitted, save_se
@@ -21,12 +22,16 @@ __all__ = [
     "Site",
     "Skipped",
     "add_se",
+    "draw",
+    "excitations",
     "has_se",
     "load_retrofitted",
     "load_se",
     "plan_of",
     "plan_se",
+    "print_graph",
     "remove_se",
+    "report",
     "save_retrofitted",
     "save_se",
 ]

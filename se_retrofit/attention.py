@@ -41,7 +41,7 @@ def squeeze(x: Tensor, channel_dim: int) -> Tensor:
     spatial: list[int] = []
     for dim in range(1, x.dim()):
         if dim != channel:
-            spatial.append(dim)  # noqa: PERF401  (TorchScript knows no comprehension with a condition)
+            spatial.append(dim)
     return x.mean(spatial)
 
 
@@ -141,6 +141,8 @@ class SEAttention(nn.Module):
         the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA).
         """
         first, last = self.fc[0], self.fc[2]
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         if self.gate == "sigmoid":
             init.normal_(first.weight, std=0.001)
             init.normal_(last.weight, std=0.001)

@@ -75,13 +75,22 @@ class Plan:
     def __str__(self) -> str:
         header = ("block", "kind", "after", "channels", "hidden", "parameters")
         rows = [
-            (site.block or "(model)", site.kind, site.after, f"{site.channels:,}", f"{site.hidden:,}", f"{site.parameters:,}")
+            (
+                site.block or "(model)",
+                site.kind,
+                site.after,
+                f"{site.channels:,}",
+                f"{site.hidden:,}",
+                f"{site.parameters:,}",
+            )
             for site in self.sites
         ]
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
         def line(row: tuple[str, ...]) -> str:
-            cells = [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [
+                cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
             return "  ".join(cells).rstrip()
 
         lines = [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]

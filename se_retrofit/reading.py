@@ -172,12 +172,14 @@ class Network:
         return found
 
 
-# Roles ----------------------------------------------------------------------------------------------------------------
+# Roles ------------------------------------------------------------------
 
 _ACTIVATIONS = tuple(
     cls
     for cls in vars(nn.modules.activation).values()
-    if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == nn.modules.activation.__name__
+    if isinstance(cls, type)
+    and issubclass(cls, nn.Module)
+    and cls.__module__ == nn.modules.activation.__name__
     and cls is not nn.MultiheadAttention
 )
 _MODULE_ROLES: tuple[tuple[tuple[type, ...], str], ...] = (
@@ -186,7 +188,14 @@ _MODULE_ROLES: tuple[tuple[tuple[type, ...], str], ...] = (
     ((nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm), "norm"),
     (_ACTIVATIONS, "act"),
     ((nn.Identity, nn.modules.dropout._DropoutNd), "pass"),
-    (tuple(c for n, c in vars(nn.modules.pooling).items() if isinstance(c, type) and "Pool" in n and issubclass(c, nn.Module)), "pool"),
+    (
+        tuple(
+            c
+            for n, c in vars(nn.modules.pooling).items()
+            if isinstance(c, type) and "Pool" in n and issubclass(c, nn.Module)
+        ),
+        "pool",
+    ),
     ((nn.Upsample, nn.PixelShuffle), "resize"),
     ((nn.Flatten, nn.Unflatten, nn.PixelUnshuffle, nn.ChannelShuffle), "shape"),
     (tuple(c for n, c in vars(nn.modules.padding).items() if isinstance(c, type) and "Pad" in n), "pad"),
@@ -255,7 +264,7 @@ def _conv_of_function(name: str, node: fx.Node, args: Structure, kwargs: Structu
     return Conv(shape[2:], max(1, inputs // shape[1]), inputs, shape[0], False)
 
 
-# The flat graph -------------------------------------------------------------------------------------------------------
+# The flat graph ------------------------------------------------------------------
 
 
 class _Reader:
@@ -308,6 +317,10 @@ class _Reader:
         op.channel_dim = _channel_dim(op)
         if op.conv is not None and inputs:
             _tell_channels(inputs[0], op)
+        elif role == "add" and op.channel_dim is not None:
+            for operand in op.data:
+                if isinstance(operand.value, Tensor) and operand.value.shape == value.shape:
+                    operand.channel_dim = operand.channel_dim or op.channel_dim
         _follow_pooling(op)
         self.network.ops.append(op)
         return op
@@ -344,7 +357,9 @@ class _Reader:
         reading.end = len(self.network.ops)
         return result
 
-    def read_module(self, reading: Reading, node: fx.Node, args: list[Structure], kwargs: dict[str, Structure]) -> Structure:
+    def read_module(
+        self, reading: Reading, node: fx.Node, args: list[Structure], kwargs: dict[str, Structure]
+    ) -> Structure:
         call, block = reading.call, reading.block
         module = call.module.get_submodule(str(node.target))
         inputs = tuple(ops_in([args, kwargs]))
@@ -367,8 +382,14 @@ class _Reader:
         conv = _conv_of_module(module) if role == "conv" else None
         return self.structured(role, inputs, value, call, node, conv)
 
-    def structured(self, role: str, inputs: tuple[Op, ...], value: Any, call: Call, node: fx.Node, conv: Conv | None = None) -> Structure:
-        if isinstance(value, (list, tuple)) and type(value) is not torch.Size and any(isinstance(v, Tensor) for v in value):
+    def structured(
+        self, role: str, inputs: tuple[Op, ...], value: Any, call: Call, node: fx.Node, conv: Conv | None = None
+    ) -> Structure:
+        if (
+            isinstance(value, (list, tuple))
+            and type(value) is not torch.Size
+            and any(isinstance(v, Tensor) for v in value)
+        ):
             return [self.structured(role, inputs, v, call, node, conv) for v in value]
         if isinstance(value, dict):
             return {k: self.structured(role, inputs, v, call, node, conv) for k, v in value.items()}
@@ -376,7 +397,9 @@ class _Reader:
             return value
         return self.add(role, inputs, value, call, node, conv)
 
-    def read_function(self, reading: Reading, node: fx.Node, args: list[Structure], kwargs: dict[str, Structure]) -> Structure:
+    def read_function(
+        self, reading: Reading, node: fx.Node, args: list[Structure], kwargs: dict[str, Structure]
+    ) -> Structure:
         name = _function_name(node)
         value = reading.block.values.get(node)
         if name == "getitem" and not isinstance(args[0], Op) and isinstance(args[0], (list, tuple, dict)):
@@ -505,10 +528,14 @@ def _channel_dim_after(op: Op, name: str, before: Tensor, position: int) -> int 
     value, node = op.value, op.node
     after = value.dim()
     if node is None or node.op == "call_module":
-        return position - after if after <= before.dim() and position < after - 0 and value.shape[position] == before.shape[position] else None
-    arguments = list(node.args[1:])
+        return (
+            position - after
+            if after <= before.dim() and position < after - 0 and value.shape[position] == before.shape[position]
+            else None
+        )
+    arguments: list[Any] = list(node.args[1:])
     if name == "permute":
-        dims = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else arguments
+        dims: Any = arguments[0] if arguments and isinstance(arguments[0], (list, tuple)) else arguments
         dims = dims or node.kwargs.get("dims", ())
         if all(isinstance(d, int) for d in dims) and len(dims) == after:
             return [d % after for d in dims].index(position) - after

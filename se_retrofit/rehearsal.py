@@ -96,7 +96,7 @@ def run_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return module.forward(*args, **kwargs)
 
 
-# Ghosts ---------------------------------------------------------------------------------------------------------------
+# Ghosts ------------------------------------------------------------------
 
 
 class Ghostly:
@@ -137,8 +137,10 @@ def base_class(module: nn.Module) -> type:
 
 
 def _meta_like(t: Tensor) -> Tensor:
-    if isinstance(t, nn.parameter.UninitializedTensorMixin):
-        raise RetrofitError("the model has lazy parameters, whose shapes are not known yet: call the model once, then retrofit it")
+    if isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        raise RetrofitError(
+            "the model has lazy parameters, whose shapes are not known yet: call the model once, then retrofit it"
+        )
     empty = torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
     return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
 
@@ -149,13 +151,13 @@ def make_ghost(model: nn.Module, prepare: Callable[[nn.Module], None] | None = N
     kept = []  # deepcopy's memo is keyed by id: what it names has to live as long as it does
     for module in model.modules():
         for name, value in vars(module).items():
-            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
                 if isinstance(value, dict):
                     memo[id(value)] = OrderedDict()
             elif name in ("_parameters", "_buffers") or isinstance(value, (Tensor, list, tuple, dict)):
                 if name == "_modules":
                     continue
-                for leaf in tree_leaves(value if not isinstance(value, OrderedDict) else dict(value)):
+                for leaf in tree_leaves(value):
                     if isinstance(leaf, Tensor) and id(leaf) not in memo:
                         memo[id(leaf)] = _meta_like(leaf)
                         kept.append(leaf)
@@ -179,14 +181,24 @@ def make_ghost(model: nn.Module, prepare: Callable[[nn.Module], None] | None = N
     return ghost, ghosts
 
 
-# Inputs ---------------------------------------------------------------------------------------------------------------
+# Inputs ------------------------------------------------------------------
 
 # Sizes to try where neither the caller nor the model says what it takes. A classifier that flattens its features takes
 # one size only; that is why there are so many.
 _SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: tuple((n,) for n in (16000, 1024, 4096, 512, 256, 128, 100, 64, 32, 2048, 8000, 8192, 32000, 44100, 48000)),
     2: tuple((n, n) for n in (224, 32, 64, 28, 128, 256, 96, 299, 48, 16, 8, 384, 512, 112, 160, 192, 320, 448, 227)),
-    3: ((16, 112, 112), (16, 224, 224), (32, 32, 32), (64, 64, 64), (16, 16, 16), (96, 96, 96), (8, 64, 64), (128, 128, 128), (32, 224, 224)),
+    3: (
+        (16, 112, 112),
+        (16, 224, 224),
+        (32, 32, 32),
+        (64, 64, 64),
+        (16, 16, 16),
+        (96, 96, 96),
+        (8, 64, 64),
+        (128, 128, 128),
+        (32, 224, 224),
+    ),
 }
 
 
@@ -241,7 +253,7 @@ def _given_inputs(example_inputs: Any) -> tuple[Any, ...]:
     return tree_map_only(Tensor, _meta_like, example_inputs)
 
 
-# The run --------------------------------------------------------------------------------------------------------------
+# The run ------------------------------------------------------------------
 
 
 @contextmanager
@@ -336,7 +348,11 @@ def rehearse(model: nn.Module, example_inputs: Any = None) -> Rehearsal:
         raise RetrofitError(f"{name} has no convolution, so there is nothing to retrofit")
     reason = f"{type(first_error).__name__}: {str(first_error).strip()}"
     if example_inputs is not None:
-        raise RetrofitError(f"{name} can't be run on the example_inputs that were given; its forward raised {reason}") from first_error
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor))
+        raise RetrofitError(
+            f"{name} can't be run on the example_inputs that were given, of shape {shapes}; give inputs that it takes. Its "
+            f"forward raised {reason}"
+        ) from first_error
     raise RetrofitError(
         f"{name} can't be run on any input that was tried; give add_se(..., example_inputs=...) a tensor (or a tuple of "
         f"inputs) of the right shape. On the first one tried its forward raised {reason}"

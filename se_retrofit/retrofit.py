@@ -14,12 +14,14 @@ from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .attention import SEAttention, check_options, hidden_width
-from .blocks import PLACEMENTS, survey
+from .derived import RetrofittedBlock
 from .errors import RetrofitError
-from .insertion import Edit, RetrofittedBlock, apply_edit, edits_for, is_retrofitted, strip
+from .insertion import Edit, apply_edit, edits_for
+from .placement import PLACEMENTS, survey
 from .plan import Plan, Site, Skipped
 from .reading import read
 from .rehearsal import rehearse, untouched_randomness
+from .removal import is_retrofitted, strip
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
@@ -81,9 +83,7 @@ def add_se(
           )
         )
     """
-    plan, edits = _prepare(
-        model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs
-    )
+    plan, edits = _prepare(model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs)
     target = model if inplace else _copy(model)
     ses = _build(target, plan, edits)
     try:
@@ -159,8 +159,8 @@ def plan_of(model: nn.Module) -> Plan:
     ses = [(path, module) for path, module in model.named_modules() if is_retrofitted(module)]
     if not ses:
         raise RetrofitError(f"{type(model).__name__} has no SE that add_se put in")
-    plan: Plan = ses[0][1].plan  # type: ignore[assignment]
-    return replace(plan, sites=tuple(replace(module.site, path=path) for path, module in ses))  # type: ignore[arg-type]
+    plan: Plan = ses[0][1].plan
+    return replace(plan, sites=tuple(replace(module.site, path=path) for path, module in ses))
 
 
 class InsertSE(PassBase):
@@ -185,16 +185,20 @@ class InsertSE(PassBase):
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         if not isinstance(graph_module, torch.fx.GraphModule):
-            raise TypeError(f"InsertSE takes a GraphModule, got {type(graph_module).__name__}; for other modules call add_se")
+            raise TypeError(
+                f"InsertSE takes a GraphModule, got {type(graph_module).__name__}; for other modules call add_se"
+            )
         return PassResult(add_se(graph_module, self.reduction, **self.options, inplace=True), True)
 
 
-# Behind them ----------------------------------------------------------------------------------------------------------------
+# Behind them ------------------------------------------------------------------
 
 
 def _check_module(model: Any) -> None:
     if isinstance(model, type):
-        raise TypeError(f"expected a model, got the class {model.__name__}; make an instance of it: {model.__name__}(...)")
+        raise TypeError(
+            f"expected a model, got the class {model.__name__}; make an instance of it: {model.__name__}(...)"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
@@ -204,22 +208,24 @@ def _check_model(model: Any) -> None:
     name = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise RetrofitError(f"the model is wrapped in {name}: retrofit model.module, then wrap the result")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) if "torch._dynamo" in _loaded() else False:
-        raise RetrofitError("the model was compiled by torch.compile: retrofit the model itself (model._orig_mod), then compile the result")
+    if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):  # torch._dynamo is slow to import
+        raise RetrofitError(
+            "the model was compiled by torch.compile: retrofit the model itself (model._orig_mod), then compile the result"
+        )
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        raise RetrofitError(f"the model is scripted or traced by torch.jit ({name}): retrofit the Python model, then script it")
+        raise RetrofitError(
+            f"the model is scripted or traced by torch.jit ({name}): retrofit the Python model, then script it"
+        )
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise RetrofitError("a part of the model is scripted or traced by torch.jit: retrofit the Python model, then script it")
+        raise RetrofitError(
+            "a part of the model is scripted or traced by torch.jit: retrofit the Python model, then script it"
+        )
     if any("FSDP" in type(m).__name__ for m in model.modules()):
         raise RetrofitError("the model is sharded by FSDP: retrofit it first, then shard it")
     if has_se(model):
-        raise RetrofitError("the model has been retrofitted already: undo with remove_se(model) first, to retrofit it in another way")
-
-
-def _loaded() -> Any:
-    import sys
-
-    return sys.modules
+        raise RetrofitError(
+            "the model has been retrofitted already: undo with remove_se(model) first, to retrofit it in another way"
+        )
 
 
 def _check_arguments(reduction: Any, placement: Any, gate: Any, bias: Any, min_hidden: Any) -> None:
@@ -233,11 +239,10 @@ def _check_arguments(reduction: Any, placement: Any, gate: Any, bias: Any, min_h
 def _patterns(name: str, patterns: Patterns) -> list[str]:
     if patterns is None:
         return []
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{name} must be a pattern of block paths or a list of them, got {pattern!r}")
-    return patterns
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(several, (list, tuple, set)) or not all(isinstance(p, str) for p in several):
+        raise TypeError(f"{name} must be a pattern of block paths or a list of them, got {patterns!r}")
+    return list(several)
 
 
 def _prepare(
@@ -281,13 +286,19 @@ def _prepare(
         "include": included or None, "exclude": excluded or None,
     }  # fmt: skip
     order = {id(spot): index for index, spot in enumerate(spots)}
-    located = [(order[id(spot)], edit.se_path(name), spot) for edit in edits for spot, name in zip(edit.spots, edit.names, strict=True)]
+    located = [
+        (order[id(spot)], edit.se_path(name), spot)
+        for edit in edits
+        for spot, name in zip(edit.spots, edit.names, strict=True)
+    ]
     sites = []
     for _, path, spot in sorted(located, key=lambda item: item[0]):
         hidden = hidden_width(spot.channels, reduction, min_hidden)
         parameters = 2 * spot.channels * hidden + (hidden + spot.channels if bias else 0)
         assert spot.op.channel_dim is not None
-        sites.append(Site(path, spot.block, spot.kind, _after(spot), spot.channels, hidden, parameters, spot.op.channel_dim))
+        sites.append(
+            Site(path, spot.block, spot.kind, _after(spot), spot.channels, hidden, parameters, spot.op.channel_dim)
+        )
     return Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in skipped.items()), options), edits
 
 
@@ -302,7 +313,9 @@ def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str], place
         return f"{name} has channel attention already, in all of its convolutional blocks ({attended}), so there is nothing to retrofit"
     if skipped:
         block, reason = next(iter(skipped.items()))
-        return f"{name} has no block that can be retrofitted ({len(skipped)} left out; {block or 'the model'}: {reason})"
+        return (
+            f"{name} has no block that can be retrofitted ({len(skipped)} left out; {block or 'the model'}: {reason})"
+        )
     return (
         f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
         "and no plain chain of convolutions, so there is nothing to retrofit"
@@ -352,7 +365,7 @@ def _build(model: nn.Module, plan: Plan, edits: list[Edit]) -> dict[str, SEAtten
                 dtype=dtype, device="meta" if device.type == "meta" else "cpu",
             )  # fmt: skip
             se.to(device).train(block.training)
-            se.site, se.plan = site, plan  # type: ignore[assignment]
+            vars(se).update(site=site, plan=plan)
             built[site.path] = se
     return built
 

@@ -93,7 +93,7 @@ class BlockProxy(fx.Proxy):
 
     tracer: BlockTracer
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # so that isinstance(x, Tensor) and the like hold in a block's own checks
         value = self.tracer.values.get(self.node, UNKNOWN)
         return BlockProxy if value is UNKNOWN else type(value)
@@ -138,7 +138,8 @@ class BlockProxy(fx.Proxy):
         return self.decided(len)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        items: Any = self
+        return iter([items[i] for i in range(len(self))])
 
     def __contains__(self, item: Any) -> bool:
         value = self.known()
@@ -189,7 +190,7 @@ class BlockAttribute(BlockProxy):
             self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
         return self._node
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         root = self.tracer.values.get(self.root.node, UNKNOWN)
         try:
@@ -202,7 +203,10 @@ class BlockAttribute(BlockProxy):
 
 
 def _inplace(name: str) -> Callable[[BlockProxy, Any], Any]:
-    in_place, plain = getattr(operator, f"i{name}"), getattr(operator, name if name not in ("and", "or") else f"{name}_")
+    in_place, plain = (
+        getattr(operator, f"i{name}"),
+        getattr(operator, name if name not in ("and", "or") else f"{name}_"),
+    )
 
     def method(self: BlockProxy, other: Any) -> Any:
         is_tensor = isinstance(self.tracer.values.get(self.node), Tensor)
@@ -211,7 +215,21 @@ def _inplace(name: str) -> Callable[[BlockProxy, Any], Any]:
     return method
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+):
     setattr(BlockProxy, f"__i{_name}__", _inplace(_name))
 
 
@@ -291,8 +309,7 @@ class BlockTracer(fx.Tracer):
     def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A torch function or a method of Tensor."""
         if func is Tensor.__torch_function__ or getattr(func, "__name__", "") == "__get__":
-            owner = getattr(func, "__self__", None)
-            return self.create_proxy("call_function", getattr, (args[0], owner.__name__), {})
+            return self.create_proxy("call_function", getattr, (args[0], func.__self__.__name__), {})
         if torch.overrides.is_tensor_method_or_property(func):
             return self.create_proxy("call_method", func.__name__, args, kwargs)
         if type(func).__name__ == "ScriptMethod":
@@ -363,7 +380,7 @@ class BlockTracer(fx.Tracer):
     def compute(self, node: fx.Node) -> Any:
         """The node's meta value: from the rehearsal if it is a module call, else by running it."""
         if node.op == "call_module":
-            module = self.root.get_submodule(node.target)
+            module = self.root.get_submodule(str(node.target))
             call = next(self.rehearsed, None)
             if call is not None and call.module is module:
                 self.calls[node] = call
@@ -398,13 +415,14 @@ class BlockTracer(fx.Tracer):
         if unknown:
             return UNKNOWN
         if node.op == "call_module":
-            return run_forward(self.root.get_submodule(node.target), tuple(args), dict(kwargs))
+            return run_forward(self.root.get_submodule(str(node.target)), tuple(args), dict(kwargs))
         if node.op == "get_attr":
-            owner, _, name = node.target.rpartition(".")
+            owner, _, name = str(node.target).rpartition(".")
             module = self.root.get_submodule(owner)
             return nn.Module.__getattr__(module, name)
         if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
         return node.target(*args, **kwargs)
 
     # The trace
@@ -412,7 +430,7 @@ class BlockTracer(fx.Tracer):
     def parameter(self, parameter: inspect.Parameter, value: Any) -> Any:
         """A parameter of the forward, as proxies where it is made of tensors."""
         name = parameter.name
-        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        prefix = stars(parameter)
         proxy = self.create_placeholder(prefix + name, value)
         if isinstance(value, Tensor):
             self.parameters.append(Parameter(name, "tensor", None))
@@ -423,13 +441,13 @@ class BlockTracer(fx.Tracer):
         if isinstance(value, (list, tuple)) and value and all(_is_symbolic(v) for v in value):
             self.parameters.append(Parameter(name, "sequence", len(value)))
             kind = list if isinstance(value, list) else tuple
-            return kind(
-                self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(value))
-            )
+            return kind(self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(value)))
         if _is_plain(value):
             self.parameters.append(Parameter(name, "concrete", value))
             return value
-        raise TraceFailure(f"its forward is given a {type(value).__name__} ({name}), which is neither a tensor nor plain data")
+        raise TraceFailure(
+            f"its forward is given a {type(value).__name__} ({name}), which is neither a tensor nor plain data"
+        )
 
     def create_placeholder(self, target: str, value: Any) -> BlockProxy:
         node = self.graph.create_node("placeholder", target, (), {})
@@ -452,6 +470,13 @@ class BlockTracer(fx.Tracer):
         self.graph.output(self.create_arg(output))
         self.values[next(iter(reversed(self.graph.nodes)))] = None
         return Block(self.call, self.graph, self.values, self.calls, self.parameters, self.flaws)
+
+
+def stars(parameter: inspect.Parameter) -> str:
+    """What stands before a parameter's name in a signature."""
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return "*"
+    return "**" if parameter.kind is parameter.VAR_KEYWORD else ""
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -487,6 +512,17 @@ def _read_graph_module(ghosts: Ghosts, call: Call) -> Block:
     return Block(call, graph, tracer.values, tracer.calls)
 
 
+def _reason(error: Exception) -> str:
+    """Why a forward can't be traced, in words for the user."""
+    frames = error.__traceback__
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename.endswith("torch/utils/checkpoint.py"):
+            return "its forward uses torch.utils.checkpoint"
+        frames = frames.tb_next
+    lines = str(error).strip().splitlines()
+    return f"its forward can't be traced: {type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def trace(ghosts: Ghosts, call: Call, training: bool = False) -> Block:
     """Trace the own forward of the module that ``call`` called, along the way that this call took.
 
@@ -508,8 +544,7 @@ def trace(ghosts: Ghosts, call: Call, training: bool = False) -> Block:
     except TraceFailure:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise TraceFailure(f"its forward can't be traced: {type(error).__name__}: {reason[0] if reason else ''}") from error
+        raise TraceFailure(_reason(error)) from error
     finally:
         ghosts.tracer = None
         torch.set_autocast_enabled("cuda", cuda_autocast)

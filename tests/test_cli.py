@@ -16,7 +16,6 @@ import se_retrofit.cli.convert as command
 from se_retrofit import RetrofitError, SEAttention, add_se, plan_of
 from se_retrofit.cli.app import app
 from se_retrofit.models import Base
-from se_retrofit.saving import load_retrofitted
 
 # the smallest residual network in timm, made for tests: 160x160 images
 SMALL = "timm/test_resnet"
@@ -104,6 +103,8 @@ def test_the_output_file_loads_into_a_network_retrofitted_alike(tmp_path: Path) 
 
 
 def test_the_output_folder_loads_as_it_is(tmp_path: Path) -> None:
+    from se_retrofit.saving import load_retrofitted
+
     folder = tmp_path / "se"
     result = run("convert", SMALL, "--num-classes", "5", "--reduction", "4", "--output", str(folder))
     assert result.exit_code == 0, result.output
@@ -167,10 +168,10 @@ def test_help_shows_examples(command_name: str) -> None:
 
 
 def test_the_module_runs_as_a_program_and_a_mistake_is_one_line() -> None:
-    process = run_process("convert", "resnet[5]0x")
+    process = run_process("convert", "resnet[bold]50")
     assert process.returncode == 1
     assert process.stdout == ""
-    assert process.stderr.startswith("error: no model 'resnet[5]0x' in timm or torchvision")
+    assert process.stderr.startswith("error: no model 'resnet[bold]50' in timm or torchvision")
     assert process.stderr.count("\n") == 1
 
 

@@ -60,7 +60,7 @@ def demo(
 
     heading(console, "3. Still the same function?")
     for mode in ("eval", "train"):
-        comparison = compare(model, retrofitted, (digits.val_images,), training=mode == "train", seed=seed)
+        comparison = compare(model, retrofitted, (digits.val_images,), training=mode == "train")
         if not comparison.equal:
             raise RetrofitError(
                 f"in {mode} mode, outputs differ by {comparison.difference:.1e}: a bug, please report it"

@@ -1,0 +1,41 @@
+"""Lines of text that are marked in the margin where they are about SE: plain in a pipe, in colour in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import IO
+
+from rich.console import Console
+from rich.text import Text
+
+__all__ = ["Line", "aligned", "show"]
+
+SE_STYLE = "bold dark_orange"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line; ``se`` puts a mark in its margin, ``style`` is rich's."""
+
+    text: str
+    se: bool = False
+    style: str = ""
+
+    def __str__(self) -> str:
+        return (("> " if self.se else "  ") + self.text).rstrip()
+
+
+def aligned(rows: Iterable[list[str]]) -> list[str]:
+    """Rows of cells as lines, in columns."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def show(lines: Iterable[Line], file: IO[str] | None = None, console: Console | None = None) -> None:
+    """Print lines to a file (default: standard output)."""
+    console = console or Console(file=file)
+    for line in lines:
+        style = line.style or (SE_STYLE if line.se else "")
+        console.print(Text(str(line), style=style), soft_wrap=True)

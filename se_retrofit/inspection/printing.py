@@ -1,0 +1,178 @@
+"""The retrofitted network as text: the tree of its modules, or one block's graph and code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import IO, Any
+
+from rich.console import Console
+from torch import nn
+from torch.fx.node import map_arg
+
+from ..attention import SEAttention
+from ..derived import RetrofittedBlock
+from .graphs import BlockPair, Inspection, class_name, code_of, describe, find_block, inspect_model, is_se_line, join, tidy
+from .lines import Line, aligned, show
+
+__all__ = ["block_lines", "print_graph", "tree_lines"]
+
+
+def print_graph(model: nn.Module, block: str | None = None, *, example_inputs: Any = None, file: IO[str] | None = None) -> None:
+    """Print a retrofitted model: the tree of its modules, or the torch.fx graph and the code of one block.
+
+    Lines about SE have a ``>`` in the margin and, in a terminal, a colour. In the tree, what repeats is folded.
+
+    Args:
+        model: a model that ``add_se`` has retrofitted; it is not touched.
+        block: path of a block, such as ``"layer1.0"``, or of an SE module; None for the tree.
+        example_inputs: a tensor or a tuple of positional inputs, for the shapes; without it, as in ``add_se``.
+        file: where to print to; standard output by default.
+
+    Raises:
+        RetrofitError: the model has no SE that ``add_se`` put in or no such block, or can't be run on the inputs.
+        TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, print_graph
+        >>> print_graph(add_se(timm.create_model("resnet18")), "layer1.0")  # doctest: +ELLIPSIS
+          layer1.0: BasicBlock, residual
+        > SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=
+        ...
+    """
+    inspection = inspect_model(model, example_inputs)
+    show(tree_lines(inspection) if block is None else block_lines(find_block(inspection, block)), file)
+
+
+# The tree ---------------------------------------------------------------------------------------------------------------
+
+
+class _Tree:
+    def __init__(self, inspection: Inspection) -> None:
+        self.after = {site.path: pair.se_after(site) for pair in inspection.blocks for site in pair.sites}
+        self.blocks = [pair.path for pair in inspection.blocks]
+        self.printed: dict[Any, str] = {}
+        self.keys: dict[tuple[int, bool], Any] = {}
+
+    def key(self, module: nn.Module, sizes: bool) -> Any:
+        """Equal for modules that are built the same, with or without their sizes."""
+        known = self.keys.get((id(module), sizes))
+        if known is None:
+            children = () if isinstance(module, SEAttention) else tuple((n, self.key(m, sizes)) for n, m in module.named_children())
+            own = (describe(module), module.extra_repr() if not children else "") if sizes else class_name(module)
+            known = self.keys[id(module), sizes] = (own, children)
+        return known
+
+    def ses(self, module: nn.Module) -> list[SEAttention]:
+        return [m for m in module.modules() if isinstance(m, SEAttention)]
+
+    def folds(self, module: nn.Module, path: str) -> bool:
+        """Whether a module may be left to a reference to one printed before: a block may, but no part of a block that
+        says where SE is, nor a stage, which holds little more than its blocks."""
+        ses = len(self.ses(module))
+        if not ses:
+            return sum(1 for _ in module.modules()) >= 6
+        if ses > 1 and isinstance(module, nn.Sequential):
+            return False
+        return path != "" and any(block == path or block.startswith(f"{path}.") for block in self.blocks)
+
+    def reference(self, module: nn.Module, path: str) -> str | None:
+        """Where a module like this one was printed, in words."""
+        if not self.folds(module, path):
+            return None
+        if (same := self.printed.get(self.key(module, True))) is not None:
+            return f"as {same}"
+        if (like := self.printed.get(self.key(module, False))) is not None:
+            return f"as {like}, other sizes"
+        return None
+
+    def lines(self, module: nn.Module, path: str, indent: int) -> Iterator[tuple[str, str, bool]]:
+        children = list(module.named_children())
+        while children:
+            name, child = children.pop(0)
+            child_path, pad = join(path, name), "  " * indent
+            if isinstance(child, SEAttention):
+                after = self.after.get(child_path)
+                yield pad + name, describe(child) + (f", after {after}" if after else ""), True
+                continue
+            reference = self.reference(child, child_path)
+            if reference is None:
+                self.printed.setdefault(self.key(child, True), child_path)
+                self.printed.setdefault(self.key(child, False), child_path)
+                yield pad + name, describe(child), False
+                yield from self.lines(child, child_path, indent + 1)
+                continue
+            last, ses = name, self.sizes(child)
+            while children:
+                following, twin = children[0]
+                if self.reference(twin, join(path, following)) != reference or self.sizes(twin) != ses:
+                    break
+                last = children.pop(0)[0]
+            names = name if last == name else f"{name}-{last}" if last.isdigit() else f"{name} .. {last}"
+            yield pad + names, ", ".join([class_name(child), reference, *ses]), bool(ses)
+
+    def sizes(self, module: nn.Module) -> list[str]:
+        """The SE modules in a module, in words."""
+        counts = Counter(describe(se) for se in self.ses(module))
+        return [f"with {number} x {words}" if number > 1 else f"with {words}" for words, number in counts.items()]
+
+
+def tree_lines(inspection: Inspection) -> list[Line]:
+    """The tree of an inspected model's modules."""
+    tree = _Tree(inspection)
+    rows = list(tree.lines(inspection.model, "", 1))
+    texts = aligned([[name, words] for name, words, _ in rows])
+    return [Line(type(inspection.model).__name__, style="bold"), *(Line(t, se) for t, (_, _, se) in zip(texts, rows, strict=True))]
+
+
+# A block ----------------------------------------------------------------------------------------------------------------
+
+
+def headline(pair: BlockPair) -> list[Line]:
+    """Which block, and where SE is in it."""
+    lines = [Line(f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}", style="bold")]
+    for site in pair.sites:
+        before = pair.se_before(site)
+        words = f"SE {site.channels} -> {site.hidden} -> {site.channels} after {pair.se_after(site)}"
+        lines.append(Line(words + (f", before {before}" if before else ""), se=True))
+    return lines
+
+
+def block_lines(pair: BlockPair) -> list[Line]:
+    """One block's graph as a table, and its code."""
+    lines = headline(pair)
+    if pair.calls > 1:
+        lines.append(Line(f"called {pair.calls} times in a forward; the shapes are the first call's"))
+    if pair.after is None:
+        return [*lines, Line(f"no graph: {pair.failure}")]
+    rows, marks = [["opcode", "name", "target", "args", "module", "output"]], [False]
+    for node in pair.after.graph.nodes:
+        module = pair.after.modules.get(node)
+        target = pair.after.kind(node) if node.op == "call_function" else str(node.target)
+        arguments = ", ".join([*(_text(a) for a in node.args), *(f"{k}={_text(v)}" for k, v in node.kwargs.items())])
+        rows.append([node.op, node.name, target, arguments, describe(module) if module else "", pair.after.shape(node)])
+        marks.append(isinstance(module, SEAttention))
+    texts = aligned(rows)
+    lines += [Line(""), Line(texts[0], style="bold"), *(Line(t, m) for t, m in zip(texts[1:], marks[1:], strict=True)), Line("")]
+    lines += source_lines(pair)
+    return lines
+
+
+def _text(argument: Any) -> str:
+    return str(map_arg(argument, lambda n: _Name(n.name)))
+
+
+class _Name(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def source_lines(pair: BlockPair) -> list[Line]:
+    """The generated forward of a block whose class has one, else the code of its graph."""
+    assert pair.after is not None
+    if isinstance(pair.module, RetrofittedBlock) and pair.module.se_how == "rewrite":
+        heading, code = "the forward that was generated:", [tidy(line) for line in pair.module.se_source.strip().splitlines()]
+    else:
+        heading, code = "its graph as code:", code_of(pair.after)
+    return [Line(heading, style="bold"), *(Line(line, is_se_line(line, pair)) for line in code)]

@@ -1,0 +1,226 @@
+"""What a retrofit put where, and what it costs: a table for people, plain data for machines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from ..attention import SEAttention
+from ..plan import Skipped
+from .costs import costs, human
+from .graphs import Inspection, inspect_model
+
+__all__ = ["Report", "Row", "report"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site.
+
+    Attributes:
+        path: of the SE module.
+        block, cls, kind: path of the block, its class before the retrofit, and what it is ("residual", "dense", ...).
+        after, before: what in the block gives the value that SE scales, and what takes it.
+        shape: of that value, without the batch; () where the rehearsal did not get there.
+        channels, hidden, parameters: of the SE module.
+        excitation, squeeze_scale: its multiply-adds (see ``costs``); None where the rehearsal did not get there.
+    """
+
+    path: str
+    block: str
+    cls: str
+    kind: str
+    after: str
+    before: str
+    shape: tuple[int, ...]
+    channels: int
+    hidden: int
+    parameters: int
+    excitation: int | None
+    squeeze_scale: int | None
+
+    @property
+    def multiply_adds(self) -> int | None:
+        """All that the SE module costs."""
+        return None if self.excitation is None or self.squeeze_scale is None else self.excitation + self.squeeze_scale
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``report`` found. ``str(report)`` is plain text, ``rich.print(report)`` a table in colour.
+
+    Attributes:
+        model: name of the model's class.
+        rows: a row a site.
+        skipped: the blocks that were left out, with reasons.
+        options: the options of the retrofit.
+        parameters_before, parameters_after: of the whole network.
+        trainable_before, trainable_after: how many of them require a gradient now, without SE's and with them.
+        inputs: one input of the network, as its shape: the multiply-adds are for one.
+        multiply_adds_before, multiply_adds_after: of convolutions, linear layers and matrix products; None if unknown.
+        squeeze_scale: multiply-adds of SE's squeezes and scales, one for each value, which these leave out.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+    options: dict[str, Any]
+    parameters_before: int
+    parameters_after: int
+    trainable_before: int
+    trainable_after: int
+    inputs: str
+    multiply_adds_before: int | None
+    multiply_adds_after: int | None
+    squeeze_scale: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, fit for JSON."""
+        data = asdict(self)
+        data["rows"] = [{**row, "shape": list(row["shape"])} for row in data["rows"]]
+        data["skipped"] = list(data["skipped"])
+        return data
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The totals, as pairs of a heading and a text."""
+        share = 100 * self.trainable_after / self.parameters_after if self.parameters_after else 0.0
+        lines = [
+            ("SE modules", f"{len(self.rows)}, reduction {self.options['reduction']}, gate {self.options['gate']}"),
+            ("parameters", _change(self.parameters_before, self.parameters_after)),
+            ("trainable", f"{self.trainable_before:,} -> {self.trainable_after:,} ({share:.2f}% of all)"),
+        ]
+        if self.multiply_adds_before is None or self.multiply_adds_after is None:
+            lines.append(("multiply-adds", "unknown: the network can't be run to its end without data"))
+            return lines
+        before, layers = self.multiply_adds_before, self.multiply_adds_after
+        after = layers + self.squeeze_scale
+        lines += [
+            ("multiply-adds", f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input"),
+            ("  of layers alone", f"{human(before)} -> {human(layers)} (+{percent(layers - before, before)})"),
+        ]
+        return lines
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table as text: its header and its rows."""
+        header = ["block", "class", "kind", "SE after", "before", "feature map", "channels", "hidden", "parameters", "multiply-adds"]
+        rows = [
+            [
+                row.block or "(model)", row.cls, row.kind, row.after, row.before, "x".join(map(str, row.shape)), f"{row.channels:,}",
+                f"{row.hidden:,}", f"{row.parameters:,}", "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        return header, rows
+
+    def __str__(self) -> str:
+        header, rows = self.cells()
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+        def line(row: list[str]) -> str:
+            cells = [c.rjust(w) if i >= FIRST_NUMBER else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            return "  ".join(cells).rstrip()
+
+        lines = [f"{self.model} with Squeeze-and-Excitation", "", line(header), "  ".join("-" * w for w in widths), *map(line, rows), ""]
+        lines += [f"{heading:<19}{text}" for heading, text in self.summary()]
+        if self.skipped:
+            lines += ["", f"left as they are: {len(self.skipped)}", *(f"  {s.block or '(model)'}: {s.reason}" for s in self.skipped)]
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        header, rows = self.cells()
+        table = Table(title=f"{self.model} with Squeeze-and-Excitation", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(header):
+            table.add_column(
+                name, justify="right" if i >= FIRST_NUMBER else "left", style=_STYLES.get(name), overflow="fold", no_wrap=name == "block"
+            )
+        previous = None
+        for row, data in zip(rows, self.rows, strict=True):
+            stage = data.shape[-2:]
+            if previous is not None and stage != previous:
+                table.add_section()
+            previous = stage
+            table.add_row(*(Text(cell) for cell in row))
+        yield table
+        for heading, text in self.summary():
+            yield Text.assemble((f"{heading:<19}", "bold"), text)
+        if self.skipped:
+            yield Text(f"\nleft as they are: {len(self.skipped)}", style="bold")
+            for skip in self.skipped:
+                yield Text.assemble(f"  {skip.block or '(model)'}: ", (skip.reason, "dim"))
+
+
+FIRST_NUMBER = 6
+_STYLES = {"SE after": "dark_orange", "block": "bold"}
+
+
+def percent(part: int, whole: int) -> str:
+    """A share, in percent."""
+    return f"{100 * part / whole:.2f}%" if whole else "0%"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})"
+
+
+def report(model: nn.Module, example_inputs: Any = None) -> Report:
+    """What a retrofit put where in a model, and what it costs.
+
+    Args:
+        model: a model that ``add_se`` has retrofitted; it is not touched.
+        example_inputs: a tensor or a tuple of positional inputs, of which only shapes and dtypes are read: the
+            multiply-adds are for these. Without it: the model's own config, then usual sizes, as in ``add_se``.
+
+    Raises:
+        RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs.
+        TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, report
+        >>> model = add_se(timm.create_model("resnet18"), reduction=16)
+        >>> for heading, text in report(model).summary():
+        ...     print(heading.strip() + ":", text)
+        SE modules: 8, reduction 16, gate identity
+        parameters: 11,689,512 -> 11,776,552 (+87,040, +0.74%)
+        trainable: 11,689,512 -> 11,776,552 (100.00% of all)
+        multiply-adds: 1.814 G -> 1.815 G (+0.05%) for one 3x224x224 input
+        of layers alone: 1.814 G -> 1.814 G (+0.00%)
+    """
+    return report_of(inspect_model(model, example_inputs))
+
+
+def report_of(inspection: Inspection) -> Report:
+    """The report on a model that has been inspected already."""
+    model, plan, cost = inspection.model, inspection.plan, costs(inspection)
+    by_path = {site.path: pair for pair in inspection.blocks for site in pair.sites}
+    rows = []
+    for site in plan.sites:
+        pair, price = by_path[site.path], cost.sites.get(site.path)
+        rows.append(
+            Row(
+                site.path, site.block, pair.cls, site.kind, pair.se_after(site), pair.se_before(site), price.shape if price else (),
+                site.channels, site.hidden, site.parameters, price.excitation if price else None, price.squeeze_scale if price else None,
+            )
+        )  # fmt: skip
+    inserted = {site.path for site in plan.sites}
+    new = {id(p) for path, m in model.named_modules() if path in inserted and isinstance(m, SEAttention) for p in m.parameters()}
+    parameters = list(model.parameters())
+    return Report(
+        type(model).__name__, tuple(rows), plan.skipped, plan.options,
+        parameters_before=sum(p.numel() for p in parameters if id(p) not in new),
+        parameters_after=sum(p.numel() for p in parameters),
+        trainable_before=sum(p.numel() for p in parameters if p.requires_grad and id(p) not in new),
+        trainable_after=sum(p.numel() for p in parameters if p.requires_grad),
+        inputs=cost.inputs, multiply_adds_before=cost.before, multiply_adds_after=cost.after, squeeze_scale=cost.squeeze_scale,
+    )  # fmt: skip

@@ -1,0 +1,23 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# One thread a process: the tests run on many small networks, and in parallel.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    """Every test starts from the same random state and in the same modes, whatever ran before it."""
+    torch.manual_seed(0)
+    yield
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() is torch.float32

@@ -1,0 +1,180 @@
+"""SEAttention, against the module of the seed written out here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from se_retrofit import RetrofitError, SEAttention
+
+
+class SeedSE(nn.Module):
+    """The function and the keys that SEAttention has to reproduce."""
+
+    def __init__(self, channel: int, reduction: int) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(
+            nn.Linear(channel, channel // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channel // reduction, channel, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, _, _ = x.size()
+        y = self.avg_pool(x).view(b, c)
+        return x * self.fc(y).view(b, c, 1, 1).expand_as(x)
+
+
+def _draw(module: nn.Module) -> nn.Module:
+    """Weights large enough for gates that differ from 1/2."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def test_a_weight_file_of_the_seed_loads_and_gives_the_same_function(tmp_path: object) -> None:
+    seed = _draw(SeedSE(64, 8))
+    torch.save(seed.state_dict(), f"{tmp_path}/seed.pt")
+    se = SEAttention(channel=64, reduction=8)
+    assert list(se.state_dict()) == list(seed.state_dict()) == ["fc.0.weight", "fc.2.weight"]
+    se.load_state_dict(torch.load(f"{tmp_path}/seed.pt", weights_only=True))
+    x = torch.randn(1, 64, 32, 32)
+    torch.testing.assert_close(se(x), seed(x))
+    assert not torch.allclose(se(x), x / 2, atol=1e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_use_of_the_seed_on_cuda() -> None:
+    seed, se = SeedSE(64, 8).cuda(), SEAttention(channel=64, reduction=8).cuda()
+    se.load_state_dict(seed.state_dict())
+    x = torch.randn(1, 64, 32, 32).cuda()
+    torch.testing.assert_close(se(x), seed(x))
+
+
+def test_defaults_are_those_of_the_seed() -> None:
+    se = SEAttention()
+    assert se.fc[0].weight.shape == (4, 32)
+    assert se.fc[2].weight.shape == (32, 4)
+    assert isinstance(se.fc[3], nn.Sigmoid)
+
+
+def test_the_initialisation_of_the_seed_really_runs() -> None:
+    se = SEAttention(channel=512, reduction=2)
+    for layer in (se.fc[0], se.fc[2]):
+        assert layer.weight.std().item() == pytest.approx(0.001, rel=0.05)
+        assert layer.weight.mean().abs().item() < 1e-4
+    biased = SEAttention(channel=64, bias=True)
+    assert not biased.fc[0].bias.any()
+    assert not biased.fc[2].bias.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_identity_gate_starts_as_an_exact_identity_with_a_gradient(dtype: torch.dtype, bias: bool) -> None:
+    se = SEAttention(16, 4, gate="identity", bias=bias, dtype=dtype)
+    x = torch.randn(3, 16, 5, 5, dtype=dtype, requires_grad=True)
+    y = se(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, x)
+    upstream = torch.randn_like(x)
+    y.backward(upstream)
+    assert torch.equal(x.grad, upstream)
+    assert se.fc[2].weight.grad.count_nonzero() > 0
+    assert not se.fc[2].weight.any()
+
+
+def test_the_identity_gate_is_twice_the_sigmoid() -> None:
+    doubled, single = SEAttention(8, 2, gate="identity"), SEAttention(8, 2, gate="sigmoid")
+    _draw(doubled)
+    single.load_state_dict(doubled.state_dict())
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(doubled(x), 2 * single(x))
+
+
+def test_half_of_the_hidden_units_are_alive_for_any_input() -> None:
+    """A narrow bottleneck may not be dead: all of the last layer's gradient would be zero for good."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        se = SEAttention(64, 16, gate="identity")
+        hidden = se.fc[1](se.fc[0](torch.randn(5, 64)))
+        assert ((hidden > 0).sum(1) == se.hidden // 2).all()
+
+
+@pytest.mark.parametrize("spatial", [(7,), (5, 6), (3, 4, 5)])
+@pytest.mark.parametrize("gate", ["sigmoid", "identity"])
+@pytest.mark.parametrize("last", [False, True])
+def test_any_number_of_spatial_dims_with_channels_first_or_last(spatial: tuple[int, ...], gate: str, last: bool) -> None:
+    se = _draw(SEAttention(8, 2, gate=gate, bias=True, channel_dim=-1 if last else 1))
+    x = torch.randn(3, 8, *spatial)
+    pooled = x.flatten(2).mean(-1)
+    hidden = (pooled @ se.fc[0].weight.T + se.fc[0].bias).clamp(min=0)
+    gates = torch.sigmoid(hidden @ se.fc[2].weight.T + se.fc[2].bias) * (2 if gate == "identity" else 1)
+    expected = x * gates.reshape(3, 8, *(1 for _ in spatial))
+    y = se(x.movedim(1, -1)).movedim(-1, 1) if last else se(x)
+    torch.testing.assert_close(y, expected)
+
+
+def test_channels_counted_from_the_end_take_inputs_without_a_batch() -> None:
+    se = _draw(SEAttention(8, 2, channel_dim=-3))
+    x = torch.randn(8, 4, 5)
+    torch.testing.assert_close(se(x), se(x[None])[0])
+
+
+def test_an_input_with_no_spatial_dims_and_one_of_size_zero_batch() -> None:
+    se = _draw(SEAttention(8, 2))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(se(x), se(x[..., None])[..., 0])
+    assert se(torch.empty(0, 8, 4, 4)).shape == (0, 8, 4, 4)
+
+
+def test_hidden_width_is_bounded_from_below() -> None:
+    assert SEAttention(64, 8).hidden == 8
+    assert SEAttention(16, 8, min_hidden=4).hidden == 4
+    assert SEAttention(4, 8).hidden == 1
+    assert sum(p.numel() for p in SEAttention(16, 4, bias=True).parameters()) == 2 * 16 * 4 + 16 + 4
+
+
+def test_the_memory_format_of_the_input_is_kept() -> None:
+    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    assert SEAttention(8, 2)(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_device_and_dtype_are_those_asked_for() -> None:
+    se = SEAttention(8, 2, device="meta", dtype=torch.float16)
+    assert {(p.device.type, p.dtype) for p in se.parameters()} == {("meta", torch.float16)}
+
+
+def test_it_is_scriptable_as_the_seed_is_and_traces_symbolically() -> None:
+    se = _draw(SEAttention(8, 2))
+    x = torch.randn(2, 8, 4, 4)
+    traced = torch.fx.symbolic_trace(se)
+    torch.testing.assert_close(traced(x), se(x))
+    torch.testing.assert_close(traced(x[..., 0]), se(x[..., 0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"channel": 0}, RetrofitError, "channel must be at least 1, got 0"),
+        ({"channel": 8.0}, TypeError, "channel must be a positive int, got 8.0"),
+        ({"reduction": 0}, RetrofitError, "reduction must be at least 1, got 0"),
+        ({"reduction": -2}, RetrofitError, "reduction must be at least 1, got -2"),
+        ({"reduction": 1.5}, TypeError, "reduction must be a positive int, got 1.5"),
+        ({"reduction": True}, TypeError, "reduction must be a positive int, got True"),
+        ({"reduction": "8"}, TypeError, "reduction must be a positive int, got '8'"),
+        ({"min_hidden": 0}, RetrofitError, "min_hidden must be at least 1"),
+        ({"gate": "relu"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', got 'relu'"),
+        ({"gate": None}, TypeError, "gate must be a string"),
+        ({"bias": 1}, TypeError, "bias must be True or False"),
+        ({"channel_dim": 0}, RetrofitError, "is the batch"),
+        ({"channel_dim": 1.0}, TypeError, "channel_dim must be an int"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SEAttention(**options)  # type: ignore[arg-type]
