@@ -123,8 +123,8 @@ def finetune(
         >>> from se_retrofit import add_se
         >>> from se_retrofit.finetune import FinetuneConfig, finetune, load_data
         >>> model = add_se(timm.create_model("resnet10t", num_classes=10))
-        >>> data = load_data("digits", image_size=16)
-        >>> result = finetune(model, data.train, data.val, config=FinetuneConfig(epochs=1), quiet=True)
+        >>> data = load_data("digits", image_size=8)
+        >>> result = finetune(model, data.val, data.val, config=FinetuneConfig(epochs=1), quiet=True)
         >>> len(result.history)
         2
     """
