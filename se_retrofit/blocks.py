@@ -148,13 +148,8 @@ def split_unit(network: Network, reading: Reading, cat: Op) -> FoundBlock | None
     """A cat of (part of) the input and new features that is what the module returns."""
     if not _joins_channels(cat):
         return None
-    for output in reading.outputs:
-        while output is not cat:
-            if output.role not in (*_TRANSPARENT, "act") or len(output.data) != 1 or not reading.holds(output):
-                return None
-            output = output.data[0]
-    if not reading.outputs:
-        return None
+    if not _is_returned(reading, cat):
+        return _split_in_graph(network, reading, cat) if reading.parent is None else None
     # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
     added = {o: other for o in cat.data if (other := _added_to_bypass(o, reading)) is not None}
     new, bypassed = [], False
@@ -174,11 +169,37 @@ def split_unit(network: Network, reading: Reading, cat: Op) -> FoundBlock | None
         if common is None or common.channels is None:
             return None
         new = [common]
-    region = (new[0].ancestors | new[0].bit) & reading.mask
+    return _new_features(network, cat, new[0], reading, 0)
+
+
+def _is_returned(reading: Reading, cat: Op) -> bool:
+    """Whether all that a module returns is this value, at most activated or in another shape."""
+    for output in reading.outputs:
+        while output is not cat:
+            if output.role not in (*_TRANSPARENT, "act") or len(output.data) != 1 or not reading.holds(output):
+                return False
+            output = output.data[0]
+    return bool(reading.outputs)
+
+
+def _split_in_graph(network: Network, reading: Reading, cat: Op) -> FoundBlock | None:
+    """The same in a graph that holds many blocks: a piece of a value, and what was made of another piece of it."""
+    pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
+    new = [o for o in cat.data if o not in pieces]
+    if len(pieces) != 1 or len(new) != 1:
+        return None
+    whole = pieces[0].data[0]
+    if not whole.bit & new[0].ancestors or _escapes(network, reading, [whole], {cat}):
+        return None
+    return _new_features(network, cat, new[0], reading, whole.ancestors | whole.bit)
+
+
+def _new_features(network: Network, cat: Op, new: Op, reading: Reading, outside: int) -> FoundBlock | None:
+    region = (new.ancestors | new.bit) & reading.mask & ~outside
     ops = list(network.select(region))
     if not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
         return None
-    return FoundBlock("dense", reading, region, cat, new[0])
+    return FoundBlock("dense", reading, region, cat, new)
 
 
 def dense_layers(network: Network, reading: Reading, cat: Op) -> list[FoundBlock]:

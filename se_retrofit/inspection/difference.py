@@ -66,4 +66,7 @@ def difference_of(pair: BlockPair) -> list[str]:
 
 def difference_lines(pair: BlockPair) -> list[Line]:
     """The diff of an inspected block, in colours."""
-    return [Line(line, style="bold" if line[:3] in ("---", "+++") else _STYLES.get(line[:1], "")) for line in difference_of(pair)]
+    return [
+        Line(line, style="bold" if line[:3] in ("---", "+++") else _STYLES.get(line[:1], ""))
+        for line in difference_of(pair)
+    ]

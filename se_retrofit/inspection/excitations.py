@@ -71,8 +71,12 @@ class SiteExcitation:
             return "all gates are exactly 1: not fine-tuned yet, or all that SE sees is zero"
         if self.count > 1 and self.variation < HARDLY:
             if abs(self.mean - 1).max() < 10 * HARDLY:
-                return f"hardly varies between inputs (std {self.variation:.4f}) and is close to 1: it could be left out"
-            return f"hardly varies between inputs (std {self.variation:.4f}): it acts as a constant scale of each channel"
+                return (
+                    f"hardly varies between inputs (std {self.variation:.4f}) and is close to 1: it could be left out"
+                )
+            return (
+                f"hardly varies between inputs (std {self.variation:.4f}): it acts as a constant scale of each channel"
+            )
         return ""
 
 
@@ -89,7 +93,7 @@ class Excitations:
     def notes(self) -> dict[str, str]:
         """What stands out, by the path of the SE module."""
         notes = {site.path: site.note for site in self.sites if site.note}
-        return notes | {path: "never called on these inputs" for path in self.missed}
+        return notes | dict.fromkeys(self.missed, "never called on these inputs")
 
     @property
     def stages(self) -> list[list[SiteExcitation]]:
@@ -165,7 +169,11 @@ class Excitations:
 def _plot_stage(axes: Axes, stage: list[SiteExcitation]) -> None:
     axes.axhline(1.0, color="#94a3b8", linewidth=0.8, linestyle="--")
     boxes = axes.boxplot(
-        [site.mean.numpy() for site in stage], whis=(0, 100), widths=0.6, patch_artist=True, medianprops={"color": "#c2410c"}
+        [site.mean.numpy() for site in stage],
+        whis=(0, 100),
+        widths=0.6,
+        patch_artist=True,
+        medianprops={"color": "#c2410c"},
     )
     for box in boxes["boxes"]:
         box.set(facecolor="#ffe4c7", edgecolor="#64748b")
@@ -181,7 +189,9 @@ def _plot_site(axes: Axes, site: SiteExcitation) -> None:
     order = site.mean.argsort()
     mean, std, channels = site.mean[order].numpy(), site.std[order].numpy(), range(len(order))
     axes.axhline(1.0, color="#94a3b8", linewidth=0.8, linestyle="--")
-    axes.fill_between(channels, mean - std, mean + std, color="#cbd5e1", alpha=0.6, linewidth=0, label="± std over inputs")
+    axes.fill_between(
+        channels, mean - std, mean + std, color="#cbd5e1", alpha=0.6, linewidth=0, label="± std over inputs"
+    )
     for label in sorted(site.class_means)[:MOST_CLASSES]:
         axes.plot(channels, site.class_means[label][order].numpy(), linewidth=0.9, alpha=0.9, label=f"class {label}")
     axes.plot(channels, mean, color="#1e293b", linewidth=1.4, label="all")
@@ -271,7 +281,9 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
     def listen(path: str, se: Any) -> list[Any]:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
             x, dim = args[0], se.channel_dim % args[0].dim()
-            gathered[path].size = gathered[path].size or "x".join(str(s) for d, s in enumerate(x.shape) if d not in (0, dim)) or "1"
+            gathered[path].size = (
+                gathered[path].size or "x".join(str(s) for d, s in enumerate(x.shape) if d not in (0, dim)) or "1"
+            )
 
         def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
             gathered[path].add(gates, labels)

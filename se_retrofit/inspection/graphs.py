@@ -1,14 +1,15 @@
 """The graph of each retrofitted block, before and after, as ``torch.fx.Graph`` with the shapes that flow in it.
 
 A block's forward is traced one level deep (``se_retrofit.tracing``); then containers without a forward of their own
-(``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours. The graph before is
-traced from the block's original class, not derived from the graph after.
+(``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours. The graph
+before is traced from the block's original class, not derived from the graph after.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,11 @@ class BlockGraph:
     @property
     def items(self) -> set[fx.Node]:
         """The nodes that take one feature map out of a list of them that the block is given (as DenseNet's layers are)."""
-        return {n for n in self.graph.nodes if self.kind(n) == "getitem" and n.args[0] in self.graph.find_nodes(op="placeholder")}
+        return {
+            n
+            for n in self.graph.nodes
+            if self.kind(n) == "getitem" and n.args[0] in self.graph.find_nodes(op="placeholder")
+        }
 
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
@@ -189,7 +194,9 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     try:
         plan = plan_of(model)
     except RetrofitError as error:
-        raise RetrofitError(f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do") from None
+        raise RetrofitError(
+            f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
+        ) from None
     rehearsal = rehearse(model, example_inputs)
     with untouched_randomness():
         base, base_ghosts = make_ghost(model, prepare=strip)
@@ -280,7 +287,9 @@ class _Tracing:
         paths = [pair.path, *(site.path.rpartition(".")[0] for site in pair.sites)]
         candidate = pair.path
         while True:
-            if candidate in self.calls and all(p == candidate or not candidate or p.startswith(f"{candidate}.") for p in paths):
+            if candidate in self.calls and all(
+                p == candidate or not candidate or p.startswith(f"{candidate}.") for p in paths
+            ):
                 return candidate
             if not candidate:
                 return None
@@ -301,10 +310,10 @@ def _holds_se(module: nn.Module) -> bool:
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and base_class(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and vars(nn.Sequential)["forward"] is base_class(module).forward
 
 
-def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Any) -> BlockGraph:
+def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Callable[[nn.Module], bool]) -> BlockGraph:
     """The graph of a call, with the graphs of its containers put in."""
     result = BlockGraph(fx.Graph(), {}, {}, scope)
     graph, values, modules = result.graph, result.values, result.modules
@@ -314,8 +323,7 @@ def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Any) -> BlockGraph
         block = trace(ghosts, call)
         copies: dict[fx.Node, Any] = {}
         for node in block.graph.nodes:
-            args = map_aggregate(node.args, lambda a: copies[a] if isinstance(a, fx.Node) else a)
-            kwargs = map_aggregate(node.kwargs, lambda a: copies[a] if isinstance(a, fx.Node) else a)
+            args, kwargs = _replaced(node.args, copies), _replaced(node.kwargs, copies)
             if node.op == "output":
                 return args[0]
             if node.op == "placeholder" and given is not None:
@@ -349,8 +357,13 @@ def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Any) -> BlockGraph
 
 
 def _call_of(block: Any, node: fx.Node, module: nn.Module) -> Call:
-    args, kwargs = (map_aggregate(a, lambda v: block.values[v] if isinstance(v, fx.Node) else v) for a in (node.args, node.kwargs))
+    args, kwargs = _replaced(node.args, block.values), _replaced(node.kwargs, block.values)
     return Call(module, "", tuple(args), dict(kwargs), None)
+
+
+def _replaced(arguments: Any, values: Any) -> Any:
+    """The arguments of a node, with what ``values`` says in the place of each node among them."""
+    return map_aggregate(arguments, lambda a: values[a] if isinstance(a, fx.Node) else a)
 
 
 def _bind(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -396,9 +409,9 @@ def _slice(whole: BlockGraph, nodes: list[fx.Node]) -> BlockGraph:
                 copies[source] = part.graph.placeholder("x" if not copies else f"x_{len(copies)}")
                 part.values[copies[source]] = whole.values.get(source)
     for node in nodes:
-        arguments = (map_aggregate(a, lambda n: copies[n] if isinstance(n, fx.Node) else n) for a in (node.args, node.kwargs))
+        args, kwargs = _replaced(node.args, copies), _replaced(node.kwargs, copies)
         target = join(whole.scope, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
-        copies[node] = part.graph.create_node(node.op, target, *arguments, name=_name(whole, node), type_expr=node.type)
+        copies[node] = part.graph.create_node(node.op, target, args, kwargs, _name(whole, node), node.type)
         part.values[copies[node]] = whole.values.get(node)
         if node in whole.modules:
             part.modules[copies[node]] = whole.modules[node]

@@ -96,7 +96,11 @@ def _cards(report: Report) -> list[dict[str, str]]:
         whole = report.multiply_adds_after + report.squeeze_scale
         more = whole - report.multiply_adds_before
         cards.append(
-            {"what": f"multiply-adds, one {report.inputs} input", "much": human(whole), "more": f"+{human(more)} (+{percent(more, report.multiply_adds_before)})"}
+            {
+                "what": f"multiply-adds, one {report.inputs} input",
+                "much": human(whole),
+                "more": f"+{human(more)} (+{percent(more, report.multiply_adds_before)})",
+            }
         )
     return cards
 
@@ -114,7 +118,8 @@ def _block(inspection: Inspection, group: list[BlockPair]) -> dict[str, Any]:
             block["svg"] = re.sub(r' id="[^"]*"', "", svg_of(drawing_of(inspection, [group], title=False)))
         marks = {"+": "add", "-": "del", "@": "head"}
         block["diff"] = [
-            {"text": line, "cls": "head" if line[:3] in ("+++", "---") else marks.get(line[:1], "")} for line in difference_of(pair)
+            {"text": line, "cls": "head" if line[:3] in ("+++", "---") else marks.get(line[:1], "")}
+            for line in difference_of(pair)
         ]
         block["code"] = _lines(source_lines(pair)[1:])
     return block
