@@ -136,12 +136,33 @@ def residual_unit(network: Network, reading: Reading, add: Op) -> FoundBlock | N
         if common:
             region &= ~(source.ancestors | source.bit)
         ops = list(network.select(region))
-        if not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
+        if not _has_spatial_conv(ops) or not (_has_nonlinearity(ops) or _is_plain_convolution(network, reading, add, ops)):
             continue
         if _escapes(network, reading, [source] if common else reading.inputs, {add}):
             continue
+        if reading.parent is None and any(map(_resizes, ops)) and not _resized_between(source, skip):
+            continue  # it goes down in resolution and comes up again: a skip between the levels of an hourglass
         return FoundBlock("residual", reading, region, add, branch, skip, source)
     return None
+
+
+def _is_plain_convolution(network: Network, reading: Reading, add: Op, ops: list[Op]) -> bool:
+    """Whether a linear branch is a branch all the same: a convolution beside the input itself. Several linear branches are
+    a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
+    mixing = any(op.spatial_conv and op.conv is not None and not op.conv.depthwise for op in ops)
+    return mixing and not any(map(_resizes, ops)) and rep_sum(network, reading, add) is None
+
+
+def _resizes(op: Op) -> bool:
+    return op.role == "resize" or (op.conv is not None and op.conv.transposed)
+
+
+def _resized_between(source: Op, op: Op) -> bool:
+    while op is not source and op.data:
+        if _resizes(op):
+            return True
+        op = op.data[0]
+    return False
 
 
 def split_unit(network: Network, reading: Reading, cat: Op) -> FoundBlock | None:
@@ -350,7 +371,7 @@ def multi_branch(network: Network, reading: Reading, cat: Op) -> FoundBlock | No
         return None
     outside = (source.ancestors | source.bit) if source is not None else 0
     ops = list(network.select(cat.ancestors & reading.mask & ~outside))
-    if not _has_spatial_conv(ops) or any(op.role == "resize" or (op.conv and op.conv.transposed) for op in ops):
+    if not _has_spatial_conv(ops) or any(map(_resizes, ops)):
         return None
     convolved = [
         o

@@ -22,6 +22,13 @@ class Site:
         hidden: width of the excitation's bottleneck.
         parameters: how many parameters the SE module has.
         channel_dim: which dim of the value holds the channels, counted from the end.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import plan_se
+        >>> site = plan_se(timm.create_model("resnet18"), reduction=16).sites[-1]
+        >>> site.path, site.kind, site.channels, site.hidden, site.parameters
+        ('layer4.1.se_attention', 'residual', 512, 32, 32768)
     """
 
     path: str
@@ -36,7 +43,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A block that gets no SE, and why."""
+    """A block that gets no SE, and why.
+
+    Example:
+        >>> import torchvision
+        >>> from se_retrofit import plan_se
+        >>> plan_se(torchvision.models.mobilenet_v3_small()).skipped[0]
+        Skipped(block='features.1', reason='has channel attention already')
+    """
 
     block: str
     reason: str
@@ -44,7 +58,21 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``add_se`` would do: ``sites``, ``skipped``, and the ``options`` that it was made with."""
+    """What ``add_se`` would do: ``sites``, ``skipped``, and the ``options`` that it was made with.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import plan_se
+        >>> print(plan_se(timm.create_model("resnet18"), include="layer1.*"))  # doctest: +ELLIPSIS
+        block     kind      after  channels  hidden  parameters
+        --------  --------  -----  --------  ------  ----------
+        layer1.0  residual  bn2          64       8       1,024
+        layer1.1  residual  bn2          64       8       1,024
+        2 SE modules, 2,048 parameters
+        left as they are:
+          layer2.0: not included
+        ...
+    """
 
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]

@@ -130,6 +130,13 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
 
     Raises:
         RetrofitError: there is no retrofitted SE in the model, or something else derived classes from its blocks since.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, remove_se
+        >>> model = timm.create_model("resnet18")
+        >>> list(remove_se(add_se(model)).state_dict()) == list(model.state_dict())
+        True
     """
     _check_module(model)
     if not has_se(model):
@@ -146,7 +153,15 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
 
 
 def has_se(model: nn.Module) -> bool:
-    """Whether ``add_se`` has put SE into this model (a network's own, native SE does not count)."""
+    """Whether ``add_se`` has put SE into this model (a network's own, native SE does not count).
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, has_se
+        >>> model = timm.create_model("resnet18")
+        >>> has_se(model), has_se(add_se(model))
+        (False, True)
+    """
     return any(map(is_retrofitted, model.modules()))
 
 
@@ -155,6 +170,12 @@ def plan_of(model: nn.Module) -> Plan:
 
     Raises:
         RetrofitError: it was not.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, plan_of
+        >>> plan_of(add_se(timm.create_model("resnet18"), reduction=16)).options["reduction"]
+        16
     """
     ses = [(path, module) for path, module in model.named_modules() if is_retrofitted(module)]
     if not ses:
