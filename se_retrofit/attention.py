@@ -41,7 +41,7 @@ def squeeze(x: Tensor, channel_dim: int) -> Tensor:
     spatial: list[int] = []
     for dim in range(1, x.dim()):
         if dim != channel:
-            spatial.append(dim)  # noqa: PERF401  (TorchScript knows no comprehension with a condition)
+            spatial.append(dim)
     return x.mean(spatial)
 
 

@@ -1,79 +1,24 @@
-"""Which parts of a network are convolutional blocks, of which kind, and where in them SE goes.
+"""Which parts of a network are convolutional blocks, and of which kind.
 
-One principle: SE recalibrates what the block has newly computed, once, at the last value before it joins what bypassed
-the block (Hu et al., section 3.3 and 6.4). Blocks are recognised by what their graphs do, never by a name.
+Blocks are recognised by what their graphs do, never by a name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from .reading import Network, Op, Reading
-from .rehearsal import Call
-
-__all__ = ["PLACEMENTS", "Spot", "Survey", "survey"]
-
-PLACEMENTS = ("auto", "standard", "pre", "post", "identity", "3x3")
-
-HAS_ATTENTION = "has channel attention already"
 
 # What leaves a value the same but for its place, its size or a linear map of each channel.
 _TRANSPARENT = ("pass", "affine", "norm", "shape", "part", "pad")
 
 
 @dataclass(eq=False)
-class Spot:
-    """A place for SE: behind ``node`` of the graph of ``reading``'s module.
-
-    ``users`` are the nodes that get the recalibrated value; None means all.
-    """
-
-    block: str
-    kind: str
-    reading: Reading
-    node: fx.Node
-    op: Op
-    users: frozenset[fx.Node] | None = None
-
-    @property
-    def channels(self) -> int:
-        assert self.op.channels is not None
-        return self.op.channels
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.op.value.dtype
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether the network itself overwrites the value next (``out += identity``): then SE may do so, too."""
-        users = list(self.node.users)
-        if self.users is not None or len(users) != 1 or users[0].args[:1] != (self.node,):
-            return False
-        user = users[0]
-        if user.op == "call_module":
-            return getattr(self.reading.call.module.get_submodule(str(user.target)), "inplace", False) is True
-        if user.op == "call_method":
-            return str(user.target).endswith("_") and not str(user.target).endswith("__")
-        name = getattr(user.target, "__name__", "")
-        return name in ("iadd", "isub", "imul", "itruediv") or user.kwargs.get("inplace") is True or name.endswith("_")
-
-
-@dataclass(eq=False)
-class Survey:
-    """What was found in a network: where SE goes, and which blocks are left out and why."""
-
-    spots: list[Spot] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    attended: int = 0  # blocks that have channel attention already
-
-
-@dataclass(eq=False)
-class _Block:
+class FoundBlock:
     """A block found: the operations it computes anew (a bit set), and its scope."""
 
     kind: str
@@ -86,7 +31,7 @@ class _Block:
     layered: bool = False  # one of several dense layers that feed each other
 
 
-# Questions about operations ---------------------------------------------------------------------------------------------
+# Questions about operations ------------------------------------------------------------------
 
 
 def is_gate(op: Op) -> bool:
@@ -109,24 +54,24 @@ def _has_spatial_conv(ops: Iterable[Op]) -> bool:
     return any(op.spatial_conv for op in ops)
 
 
-def _only_user(op: Op) -> Op | None:
+def only_user(op: Op) -> Op | None:
     users = [u for u in op.users if u.role != "param"]
     return users[0] if len(users) == 1 else None
 
 
-def _pointwise(op: Op) -> bool:
+def is_pointwise(op: Op) -> bool:
     return (op.conv is not None and not op.conv.spatial) or (op.role == "linear" and op.channel_dim == -1)
 
 
 def _next_after(op: Op, through: tuple[str, ...]) -> Op | None:
     """The first operation behind ``op`` that does something else than ``through``, if there is just one way."""
-    user = _only_user(op)
+    user = only_user(op)
     while user is not None and user.role in through and len(user.data) == 1:
-        user = _only_user(user)
+        user = only_user(user)
     return user
 
 
-def _gated_after(op: Op) -> bool:
+def gated_after(op: Op) -> bool:
     """Whether a channel gate follows a value at once, or behind its norm and activation."""
     while True:
         users = [u for u in op.users if u.role != "param"]
@@ -164,7 +109,7 @@ def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 
     while not (op.bit & ancestors or op in given):
         if not reading.holds(op) or len(op.data) != 1:
             return None
-        if op.conv is not None or _pointwise(op):
+        if op.conv is not None or is_pointwise(op):
             convs += 1
         elif op.role == "act" and convs:
             acts += 1  # the projection of a pre-activated input
@@ -176,10 +121,10 @@ def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 
     return op
 
 
-# Blocks with a bypass -----------------------------------------------------------------------------------------------------
+# Blocks with a bypass ------------------------------------------------------------------
 
 
-def _residual(network: Network, reading: Reading, add: Op) -> _Block | None:
+def residual_unit(network: Network, reading: Reading, add: Op) -> FoundBlock | None:
     if add.role != "add" or len(add.data) != 2 or len(add.inputs) != 2:
         return None
     for branch, skip in (add.data, add.data[::-1]):
@@ -195,21 +140,16 @@ def _residual(network: Network, reading: Reading, add: Op) -> _Block | None:
             continue
         if _escapes(network, reading, [source] if common else reading.inputs, {add}):
             continue
-        return _Block("residual", reading, region, add, branch, skip, source)
+        return FoundBlock("residual", reading, region, add, branch, skip, source)
     return None
 
 
-def _dense(network: Network, reading: Reading, cat: Op) -> _Block | None:
+def split_unit(network: Network, reading: Reading, cat: Op) -> FoundBlock | None:
     """A cat of (part of) the input and new features that is what the module returns."""
     if not _joins_channels(cat):
         return None
-    for output in reading.outputs:
-        while output is not cat:
-            if output.role not in (*_TRANSPARENT, "act") or len(output.data) != 1 or not reading.holds(output):
-                return None
-            output = output.data[0]
-    if not reading.outputs:
-        return None
+    if not _is_returned(reading, cat):
+        return _split_in_graph(network, reading, cat) if reading.parent is None else None
     # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
     added = {o: other for o in cat.data if (other := _added_to_bypass(o, reading)) is not None}
     new, bypassed = [], False
@@ -224,19 +164,45 @@ def _dense(network: Network, reading: Reading, cat: Op) -> _Block | None:
         return None
     if len(new) > 1:
         if any(a.bit & b.ancestors for a in new for b in new):
-            return None  # they feed each other: see _dense_layers
+            return None  # they feed each other: see dense_layers
         common = _common_source(network, reading, new)  # they are pieces of one value
         if common is None or common.channels is None:
             return None
         new = [common]
-    region = (new[0].ancestors | new[0].bit) & reading.mask
+    return _new_features(network, cat, new[0], reading, 0)
+
+
+def _is_returned(reading: Reading, cat: Op) -> bool:
+    """Whether all that a module returns is this value, at most activated or in another shape."""
+    for output in reading.outputs:
+        while output is not cat:
+            if output.role not in (*_TRANSPARENT, "act") or len(output.data) != 1 or not reading.holds(output):
+                return False
+            output = output.data[0]
+    return bool(reading.outputs)
+
+
+def _split_in_graph(network: Network, reading: Reading, cat: Op) -> FoundBlock | None:
+    """The same in a graph that holds many blocks: a piece of a value, and what was made of another piece of it."""
+    pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
+    new = [o for o in cat.data if o not in pieces]
+    if len(pieces) != 1 or len(new) != 1:
+        return None
+    whole = pieces[0].data[0]
+    if not whole.bit & new[0].ancestors or _escapes(network, reading, [whole], {cat}):
+        return None
+    return _new_features(network, cat, new[0], reading, whole.ancestors | whole.bit)
+
+
+def _new_features(network: Network, cat: Op, new: Op, reading: Reading, outside: int) -> FoundBlock | None:
+    region = (new.ancestors | new.bit) & reading.mask & ~outside
     ops = list(network.select(region))
     if not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
         return None
-    return _Block("dense", reading, region, cat, new[0])
+    return FoundBlock("dense", reading, region, cat, new)
 
 
-def _dense_layers(network: Network, reading: Reading, cat: Op) -> list[_Block]:
+def dense_layers(network: Network, reading: Reading, cat: Op) -> list[FoundBlock]:
     """A cat of one value and of what several layers made of it, each of which read all that came before it (Huang et
     al., arXiv:1608.06993). Where each reads the one before it alone, it is one block of several branches instead."""
     if not _joins_channels(cat) or len(cat.data) < 3:
@@ -244,7 +210,7 @@ def _dense_layers(network: Network, reading: Reading, cat: Op) -> list[_Block]:
     first, *new = cat.data
     seen = first.bit
     outside = first.ancestors | first.bit
-    blocks: list[_Block] = []
+    blocks: list[FoundBlock] = []
     for operand in new:
         region = (operand.ancestors | operand.bit) & reading.mask & ~outside
         ops = list(network.select(region))
@@ -253,7 +219,7 @@ def _dense_layers(network: Network, reading: Reading, cat: Op) -> list[_Block]:
         )
         if (blocks and not reads_all) or not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
             return []
-        blocks.append(_Block("dense", reading, region, cat, operand, layered=True))
+        blocks.append(FoundBlock("dense", reading, region, cat, operand, layered=True))
         seen |= operand.bit
         outside |= region
     return blocks
@@ -267,7 +233,7 @@ def _added_to_bypass(op: Op, reading: Reading) -> Op | None:
     return new[0] if len(new) == 1 else None
 
 
-def _dual_path(network: Network, reading: Reading, joins: list[Op]) -> _Block | None:
+def dual_path(network: Network, reading: Reading, joins: list[Op]) -> FoundBlock | None:
     """Several joins of one new value with what bypassed the block, which make up all that it returns (DPN)."""
     cut: set[Op] = set()
     new: list[Op] = []
@@ -293,11 +259,11 @@ def _dual_path(network: Network, reading: Reading, joins: list[Op]) -> _Block | 
     region = (branch.ancestors | branch.bit) & reading.mask
     if not _has_spatial_conv(network.select(region)):
         return None
-    return _Block("dense", reading, region, max(cut, key=lambda op: op.index), branch)
+    return FoundBlock("dense", reading, region, max(cut, key=lambda op: op.index), branch)
 
 
 @dataclass(frozen=True, eq=False)
-class _Core:
+class InvertedCore:
     """``depthwise conv -> norm -> activation -> pointwise conv``, the core of the inverted bottleneck (Sandler et al.,
     arXiv:1801.04381; with SE in it: Tan et al., arXiv:1807.11626): the value that goes into the projection, the operation
     that takes it, and the projection's own value."""
@@ -307,7 +273,7 @@ class _Core:
     projection: Op
 
 
-def _core(conv: Op) -> _Core | None:
+def inverted_core(conv: Op) -> InvertedCore | None:
     """The core that begins with this depthwise conv."""
     if conv.conv is None or not conv.conv.depthwise or conv.pooled:
         return None
@@ -318,15 +284,15 @@ def _core(conv: Op) -> _Core | None:
         if gates and all(u in gates or u.pooled for u in users):
             op = gates[0]
             continue
-        pieces = [_only_user(u) for u in users if u.role == "part"]
-        if len(users) == len(pieces) > 1 and all(p is not None and _pointwise(p) for p in pieces):
-            joined = _only_user(pieces[0]) if pieces[0] is not None else None  # a projection in groups (MixNet)
-            return _Core(op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
+        pieces = [only_user(u) for u in users if u.role == "part"]
+        if len(users) == len(pieces) > 1 and all(p is not None and is_pointwise(p) for p in pieces):
+            joined = only_user(pieces[0]) if pieces[0] is not None else None  # a projection in groups (MixNet)
+            return InvertedCore(op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
         if len(users) != 1:
             return None
         user = users[0]
-        if _pointwise(user):
-            return _Core(op, user, user) if acted else None
+        if is_pointwise(user):
+            return InvertedCore(op, user, user) if acted else None
         if user.role == "cat":  # kernels of several sizes side by side (MixConv)
             if not all(i.conv is not None and i.conv.depthwise for i in user.data):
                 return None
@@ -337,23 +303,23 @@ def _core(conv: Op) -> _Core | None:
         op = user
 
 
-def _projects(op: Op) -> bool:
+def projects(op: Op) -> bool:
     """Whether a pointwise conv is linear: no non-linearity follows it."""
     following = _next_after(op, ("norm", "pass", "affine", "shape"))
     return following is None or following.role != "act"
 
 
-def _inverted_core(network: Network, block: _Block) -> _Core | None:
+def core_of(network: Network, block: FoundBlock) -> InvertedCore | None:
     """The core of a residual unit that is an inverted bottleneck."""
     ops = list(network.select(block.region))
     spatial = [op for op in ops if op.spatial_conv]
     if not all(op.conv is not None and op.conv.depthwise for op in spatial):
         return None
-    cores = {core.projection: core for core in map(_core, spatial) if core is not None}
+    cores = {core.projection: core for core in map(inverted_core, spatial) if core is not None}
     if len(cores) != 1:
         return None
     projection, core = cores.popitem()
-    if not projection.bit & block.region or not _projects(projection):
+    if not projection.bit & block.region or not projects(projection):
         return None
     later = [
         op
@@ -363,7 +329,7 @@ def _inverted_core(network: Network, block: _Block) -> _Core | None:
     return None if later else core
 
 
-# Blocks without a bypass ---------------------------------------------------------------------------------------------------
+# Blocks without a bypass ------------------------------------------------------------------
 
 
 def _common_source(network: Network, reading: Reading, ops: Iterable[Op]) -> Op | None:
@@ -375,7 +341,7 @@ def _common_source(network: Network, reading: Reading, ops: Iterable[Op]) -> Op 
     return common_ops[-1] if common_ops else None
 
 
-def _multi_branch(network: Network, reading: Reading, cat: Op) -> _Block | None:
+def multi_branch(network: Network, reading: Reading, cat: Op) -> FoundBlock | None:
     """A channel cat of branches that come from one value; SE goes behind it, or behind the conv that fuses it."""
     if not _joins_channels(cat):
         return None
@@ -401,14 +367,14 @@ def _multi_branch(network: Network, reading: Reading, cat: Op) -> _Block | None:
         return None
     end = end or cat
     region = (end.ancestors | end.bit) & reading.mask & ~outside
-    return _Block("multi-branch", reading, region, cat, end)
+    return FoundBlock("multi-branch", reading, region, cat, end)
 
 
 def _fusing_end(reading: Reading, cat: Op, branches: list[Op]) -> Op | None:
     """Behind a cat: the last value of the pointwise conv that fuses it, with its norm and activation."""
     op, conv = cat, None
     while True:
-        user = _only_user(op)
+        user = only_user(op)
         if user is None or not reading.holds(user) or len(user.data) != 1:
             break
         if user.conv is not None and not user.conv.spatial:
@@ -433,7 +399,7 @@ def _same_family(conv: Op, branches: list[Op]) -> bool:
     return own == prefix or own.startswith(f"{prefix}.") or not prefix
 
 
-def _rep_sum(network: Network, reading: Reading, add: Op) -> _Block | None:
+def rep_sum(network: Network, reading: Reading, add: Op) -> FoundBlock | None:
     """A sum of linear branches: one convolution in disguise (RepVGG, Ding et al., arXiv:2101.03697)."""
     if add.role != "add" or len(add.data) != 2:
         return None
@@ -460,7 +426,7 @@ def _rep_sum(network: Network, reading: Reading, add: Op) -> _Block | None:
         return None
     if sum(leaf.bit & region != 0 for leaf in leaves) < 2 or (source is None and len(reading.inputs) != 1):
         return None  # a lone conv beside its input encodes positions; values of two origins are no branches
-    return _Block("rep-sum", reading, region, add, add)
+    return FoundBlock("rep-sum", reading, region, add, add)
 
 
 def _covers_its_input(conv: Op) -> bool:
@@ -475,7 +441,7 @@ def _covers_its_input(conv: Op) -> bool:
     )
 
 
-def _is_prediction(network: Network, projection: Op) -> bool:
+def is_prediction(network: Network, projection: Op) -> bool:
     """Whether a projection is what a head predicts: no layer of any kind comes behind it."""
     return not any(
         op.ancestors & projection.bit and op.role in ("conv", "linear", "norm", "act", "add")
@@ -483,7 +449,7 @@ def _is_prediction(network: Network, projection: Op) -> bool:
     )
 
 
-def _chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
+def chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
     """Each conv with the non-linearity that closes its unit; a depthwise-separable pair is one unit."""
     outputs = {op for reading in network.readings if reading.parent is None for op in reading.outputs}
     for conv in network.ops:
@@ -496,7 +462,7 @@ def _chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
             pair = following
             if pair is not None and pair.role == "act":
                 pair = _next_after(pair, ("norm", "pass", "affine"))
-            if pair is not None and _pointwise(pair) and pair.conv is not None:
+            if pair is not None and is_pointwise(pair) and pair.conv is not None:
                 closing = _next_after(pair, ("norm", "pass", "affine", "pool"))
                 if closing is not None and closing.role == "act":
                     following = closing
@@ -504,7 +470,7 @@ def _chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
             yield conv, following
 
 
-# Names -----------------------------------------------------------------------------------------------------------------
+# Names ------------------------------------------------------------------
 
 
 def _module_path(op: Op) -> str | None:
@@ -526,278 +492,23 @@ def _common_prefix(paths: list[str]) -> str:
     return ".".join(prefix)
 
 
-def _name(network: Network, block: _Block) -> str:
+def name_of(network: Network, block: FoundBlock) -> str:
     """The path of a block: that of the module in which it stands, or of one around it that holds nothing else; in a
     graph that holds more than the block, what the paths of its convolutions tell."""
     own = [op for op in network.select(block.region) if op.conv is not None and not op.pooled]
     paths = [path for path in map(_module_path, own) if path]
     outer = block.reading
-    if _is_sequential(outer) or outer.call.path == "":
+    if is_sequential(outer) or outer.call.path == "":
         held = [op for op in network.select(outer.mask) if op.spatial_conv]
         if any(not op.bit & block.region for op in held):
             prefix = _common_prefix(paths)
             return prefix if prefix != outer.call.path else (paths or [prefix])[0]
-    while _is_sequential(outer) and outer.parent is not None and outer.parent.call.path:
+    while is_sequential(outer) and outer.parent is not None and outer.parent.call.path:
         if any(op.conv is not None and not outer.holds(op) for op in network.select(outer.parent.mask)):
             break
         outer = outer.parent
     return outer.call.path
 
 
-def _is_sequential(reading: Reading) -> bool:
+def is_sequential(reading: Reading) -> bool:
     return getattr(type(reading.call.module), "forward", None) is torch.nn.Sequential.forward
-
-
-# The survey --------------------------------------------------------------------------------------------------------------
-
-
-class _Surveyor:
-    def __init__(self, network: Network, placement: str) -> None:
-        self.network = network
-        self.placement = placement
-        self.survey = Survey()
-        self.found = 0  # the bits of all blocks with a bypass and all inverted ones, whether they get SE or not
-        self.sited = 0  # the bits of the values behind which SE goes, and of blocks that have attention
-        self.covered = 0  # the bits of the blocks that get SE
-        self.unplaced: dict[
-            str, tuple[str, int]
-        ] = {}  # blocks for which there is no place; one around them may have one
-
-    def run(self) -> Survey:
-        self.blocks_with_bypass()
-        self.inverted_without_bypass()
-        self.joined_branches()
-        if not self.survey.spots and not self.survey.attended and not self.unplaced:
-            self.chains()
-        for name, (reason, region) in self.unplaced.items():
-            if not region & self.covered:
-                self.leave(name, reason)
-        return self.survey
-
-    def blocks_with_bypass(self) -> None:
-        network = self.network
-        for reading in reversed(network.readings):
-            own = [
-                op
-                for op in network.ops[reading.start : reading.end]
-                if op.call is reading.call and op.role in ("add", "cat")
-            ]
-            before = self.found
-            for op in reversed(own):  # the last cat of a dense block is the one of all its layers
-                for block in _dense_layers(network, reading, op):
-                    if not block.region & self.sited:
-                        self.place(block, self.dense_place(block) if self.placement == "auto" else None)
-            for op in own:
-                residual, dense = _residual(network, reading, op), _dense(network, reading, op)
-                if residual is not None and not residual.region & self.sited:
-                    self.residual(residual)
-                if dense is not None and not dense.region & self.sited:
-                    self.place(dense, (reading, self.branch_end(dense)) if self.placement == "auto" else None)
-            if self.found == before and len(own) > 1:
-                dual = _dual_path(network, reading, own)
-                if dual is not None and not dual.region & self.sited:
-                    self.place(dual, (dual.reading, dual.branch) if self.placement == "auto" else None)
-
-    def residual(self, block: _Block) -> None:
-        core = _inverted_core(self.network, block)
-        if core is not None:
-            block.kind = "inverted"
-        if core is not None and self.placement == "auto":
-            self.place(block, self.edge(core.value, core.taker))
-            return
-        if self.placement in ("auto", "standard"):
-            self.place(block, (block.reading, self.branch_end(block)))
-        elif self.placement == "post":
-            following = _only_user(block.join)
-            acted = following is not None and following.role == "act" and block.reading.node_of(following) is not None
-            self.place(block, (block.reading, following if acted and following is not None else block.join))
-        elif self.placement == "identity":
-            assert block.skip is not None
-            self.place(block, (block.reading, block.skip), {block.join.node})
-        elif self.placement == "pre":
-            assert block.source is not None
-            source = block.source
-            if not source.bit & block.branch.ancestors:  # branch and skip are two inputs
-                source = next((i for i in block.reading.inputs if i.bit & block.branch.ancestors), source)
-            around = {block.reading.node_around(op) for op in self.network.select(block.region)}
-            skip_side = self.network.select(
-                0
-                if block.skip is None
-                else (block.skip.ancestors | block.skip.bit) & block.reading.mask & ~block.region
-            )
-            self.place(block, (block.reading, source), around - {block.reading.node_around(op) for op in skip_side})
-        else:
-            self.place(block, self.spatial_place(block))
-
-    def branch_end(self, block: _Block) -> Op:
-        """The branch's last value before stochastic depth and layer scale."""
-        return self.before(block.branch, block.reading, ("pass", "affine"))
-
-    @staticmethod
-    def before(op: Op, reading: Reading | None, roles: tuple[str, ...]) -> Op:
-        """Follow a value back through operations of these roles that stand in the module's own graph."""
-        while op.role in roles and len(op.data) == 1 and _only_user(op.data[0]) is op:
-            if reading is None or reading.node_of(op.data[0]) is None:
-                break
-            op = op.data[0]
-        return op
-
-    def spatial_place(self, block: _Block) -> tuple[Reading | None, Op]:
-        """Inside the branch: after its spatial conv's norm and activation."""
-        for conv in reversed([op for op in self.network.select(block.region) if op.spatial_conv]):
-            op, acted = conv, False
-            user = _only_user(op)
-            while (
-                user is not None
-                and user.bit & block.region
-                and user.role in ("norm", "act", "pass", "affine", "cat", "shape")
-            ):
-                op, acted = user, acted or user.role == "act"
-                user = _only_user(op)
-            if user is not None and (acted or _pointwise(user)):
-                return self.edge(op, user)
-        return block.reading, self.branch_end(block)
-
-    def edge(self, value: Op, taker: Op) -> tuple[Reading | None, Op]:
-        """The module in whose own graph a value goes from one operation to another."""
-        reading = self.network.innermost([value, taker])
-        return reading, self.before(value, reading, ("pass",))
-
-    def dense_place(self, block: _Block) -> tuple[Reading | None, Op]:
-        """A dense layer that is a module of its own gets its SE itself."""
-        node = block.reading.node_of(block.branch)
-        if block.layered and node in block.reading.children:
-            child = block.reading.children[node]
-            if child.node_of(block.branch) is not None:
-                block.reading = child
-        return block.reading, self.branch_end(block)
-
-    def inverted_without_bypass(self) -> None:
-        for conv in list(self.network.ops):
-            if conv.bit & self.found:
-                continue
-            core = _core(conv)
-            if core is None:
-                continue
-            reading = self.network.innermost([conv, core.projection])
-            if reading is None or not _projects(core.projection) or core.projection.bit & self.found:
-                continue
-            if _is_prediction(self.network, core.projection):
-                continue
-            region = (core.projection.ancestors | core.projection.bit) & ~conv.ancestors
-            block = _Block("inverted", reading, region, core.projection, core.projection)
-            self.place(block, self.edge(core.value, core.taker) if self.placement == "auto" else None)
-
-    def joined_branches(self) -> None:
-        network = self.network
-        taken = self.found
-        for reading in network.readings:
-            own = [op for op in network.ops[reading.start : reading.end] if op.call is reading.call]
-            for op in reversed(own):
-                if op.bit & taken:
-                    continue
-                block = self.joined(reading, op) or _rep_sum(network, reading, op)
-                if block is None or block.region & taken:
-                    continue
-                taken |= block.region
-                where = self.outside_of_sum(block) if block.kind == "rep-sum" else (block.reading, block.branch)
-                self.place(block, where if self.placement == "auto" else None)
-
-    def joined(self, reading: Reading, cat: Op) -> _Block | None:
-        """A multi-branch block; the conv that fuses its branches may stand further out than the cat."""
-        block = _multi_branch(self.network, reading, cat)
-        while block is None and reading.parent is not None and reading.outputs == [cat]:
-            reading = reading.parent
-            block = _multi_branch(self.network, reading, cat)
-        return block
-
-    def outside_of_sum(self, block: _Block) -> tuple[Reading | None, Op]:
-        """Behind the sum of a re-parameterisable block and its norm. Where that is all that a module does, the module is
-        one conv in disguise and may be replaced by that conv: SE goes outside of it."""
-        reading, op = block.reading, block.branch
-        user = _only_user(op)
-        while (
-            user is not None and reading.holds(user) and user.role in ("norm", "pass", "affine") and len(user.data) == 1
-        ):
-            op, user = user, _only_user(user)
-        while reading.outputs == [op] and reading.parent is not None:
-            reading = reading.parent
-        return reading, op if reading is not block.reading else block.branch
-
-    def chains(self) -> None:
-        for conv, act in _chain_units(self.network):
-            reading = self.network.innermost([conv, act])
-            if reading is None:
-                continue
-            region = (act.ancestors | act.bit) & ~conv.ancestors
-            block = _Block("chain", reading, region, act, act)
-            self.place(block, (reading, act) if self.placement == "auto" else None)
-
-    def place(
-        self, block: _Block, where: tuple[Reading | None, Op] | None, users: set[fx.Node | None] | None = None
-    ) -> None:
-        """Record a spot for a block, or why there is none."""
-        self.found |= block.region | block.join.bit
-        name = _name(self.network, block)
-        if any(is_gate(op) for op in self.network.select(block.region)) or (
-            where is not None and _gated_after(where[1])
-        ):
-            self.sited |= block.region
-            self.survey.attended += 1
-            self.leave(name, HAS_ATTENTION)
-            return
-        if where is None:
-            self.leave(name, f"placement {self.placement!r} is for residual units, this block is of kind {block.kind}")
-            return
-        reading, op = where
-        node = None
-        if reading is not None:
-            reading, node = self.locate(reading, op)
-        problem = None
-        if reading is None or node is None:
-            problem = "the value that SE should recalibrate does not appear in the graph of any of its modules"
-        elif op.channels is None:
-            problem = f"which dim of {node.name} holds the channels can't be told"
-        elif op.channels < 2:
-            problem = f"{node.name} has one channel only"
-        if problem is not None or reading is None or node is None:
-            self.unplaced[name] = (problem or "", block.region)
-            return
-        self.sited |= op.bit
-        self.covered |= block.region
-        chosen = None if users is None else frozenset(u for u in users if u is not None)
-        self.survey.spots.append(Spot(name, block.kind, reading, node, op, chosen))
-
-    def locate(self, reading: Reading, op: Op) -> tuple[Reading, fx.Node | None]:
-        """The node that is a value: in this module's own graph, or in that of the module inside in which it appears."""
-        node = reading.node_of(op)
-        if node is None:
-            node = next((n for n, structure in reading.ops.items() if structure is op), None)
-        if node is None and reading.holds(op):
-            inner = next((child for child in reading.children.values() if child.holds(op)), None)
-            if inner is not None:
-                return self.locate(inner, op)
-        return reading, node
-
-    def leave(self, block: str, reason: str) -> None:
-        self.survey.skipped.setdefault(block, reason)
-
-
-def survey(network: Network, placement: str = "auto") -> Survey:
-    """Find the convolutional blocks of a network and where SE goes in each."""
-    result = _Surveyor(network, placement).run()
-    result.spots.sort(key=lambda spot: spot.op.index)
-    known = [spot.block for spot in result.spots] + list(result.skipped)
-    for call, reason in network.failures.items():
-        inside = any(call.path == block or call.path.startswith(f"{block}.") for block in known)
-        if not inside and _own_spatial_conv(call):
-            result.skipped.setdefault(call.path, reason)
-    return result
-
-
-def _own_spatial_conv(call: Call) -> bool:
-    """Whether a module that can't be traced calls a spatial convolution itself."""
-    return any(
-        isinstance(child.module, torch.nn.modules.conv._ConvNd) and max(child.module.kernel_size) > 1
-        for child in call.children
-    )

@@ -172,7 +172,7 @@ class Network:
         return found
 
 
-# Roles ----------------------------------------------------------------------------------------------------------------
+# Roles ------------------------------------------------------------------
 
 _ACTIVATIONS = tuple(
     cls
@@ -264,7 +264,7 @@ def _conv_of_function(name: str, node: fx.Node, args: Structure, kwargs: Structu
     return Conv(shape[2:], max(1, inputs // shape[1]), inputs, shape[0], False)
 
 
-# The flat graph -------------------------------------------------------------------------------------------------------
+# The flat graph ------------------------------------------------------------------
 
 
 class _Reader:
@@ -317,6 +317,10 @@ class _Reader:
         op.channel_dim = _channel_dim(op)
         if op.conv is not None and inputs:
             _tell_channels(inputs[0], op)
+        elif role == "add" and op.channel_dim is not None:
+            for operand in op.data:
+                if isinstance(operand.value, Tensor) and operand.value.shape == value.shape:
+                    operand.channel_dim = operand.channel_dim or op.channel_dim
         _follow_pooling(op)
         self.network.ops.append(op)
         return op
@@ -449,7 +453,7 @@ def _follow_pooling(op: Op) -> None:
     all_pooled = all(i.pooled for i in data)
     if all_pooled:
         op.pooled = True
-        op.excited = any(i.excited for i in data) or op.role in ("conv", "linear", "act", "other")
+        op.excited = any(i.excited for i in data) or op.role in ("conv", "linear", "act")
     elif op.role not in ("conv", "part", "cat", "add", "mul") and extent < widest:
         # one spatial dim at least is gone; or, where the pool is written as a product (GlobalContext), all of them
         before = next(i for i in data if _extent(i) == widest)

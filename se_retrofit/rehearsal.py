@@ -96,7 +96,7 @@ def run_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return module.forward(*args, **kwargs)
 
 
-# Ghosts ---------------------------------------------------------------------------------------------------------------
+# Ghosts ------------------------------------------------------------------
 
 
 class Ghostly:
@@ -151,7 +151,7 @@ def make_ghost(model: nn.Module, prepare: Callable[[nn.Module], None] | None = N
     kept = []  # deepcopy's memo is keyed by id: what it names has to live as long as it does
     for module in model.modules():
         for name, value in vars(module).items():
-            if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs") or name.endswith("_hooks_always_called"):
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
                 if isinstance(value, dict):
                     memo[id(value)] = OrderedDict()
             elif name in ("_parameters", "_buffers") or isinstance(value, (Tensor, list, tuple, dict)):
@@ -181,7 +181,7 @@ def make_ghost(model: nn.Module, prepare: Callable[[nn.Module], None] | None = N
     return ghost, ghosts
 
 
-# Inputs ---------------------------------------------------------------------------------------------------------------
+# Inputs ------------------------------------------------------------------
 
 # Sizes to try where neither the caller nor the model says what it takes. A classifier that flattens its features takes
 # one size only; that is why there are so many.
@@ -253,7 +253,7 @@ def _given_inputs(example_inputs: Any) -> tuple[Any, ...]:
     return tree_map_only(Tensor, _meta_like, example_inputs)
 
 
-# The run --------------------------------------------------------------------------------------------------------------
+# The run ------------------------------------------------------------------
 
 
 @contextmanager

@@ -14,12 +14,14 @@ from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .attention import SEAttention, check_options, hidden_width
-from .blocks import PLACEMENTS, survey
+from .derived import RetrofittedBlock
 from .errors import RetrofitError
-from .insertion import Edit, RetrofittedBlock, apply_edit, edits_for, is_retrofitted, strip
+from .insertion import Edit, apply_edit, edits_for
+from .placement import PLACEMENTS, survey
 from .plan import Plan, Site, Skipped
 from .reading import read
 from .rehearsal import rehearse, untouched_randomness
+from .removal import is_retrofitted, strip
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
@@ -189,7 +191,7 @@ class InsertSE(PassBase):
         return PassResult(add_se(graph_module, self.reduction, **self.options, inplace=True), True)
 
 
-# Behind them ----------------------------------------------------------------------------------------------------------------
+# Behind them ------------------------------------------------------------------
 
 
 def _check_module(model: Any) -> None:
@@ -297,7 +299,11 @@ def _prepare(
         sites.append(
             Site(path, spot.block, spot.kind, _after(spot), spot.channels, hidden, parameters, spot.op.channel_dim)
         )
-    return Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in skipped.items()), options), edits
+    called: dict[str, int] = {}
+    for index, call in enumerate(rehearsal.root.walk()):
+        called.setdefault(call.path, index)
+    left = sorted(skipped.items(), key=lambda item: called.get(item[0], len(called)))
+    return Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in left), options), edits
 
 
 def _after(spot: Any) -> str:

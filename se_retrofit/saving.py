@@ -167,9 +167,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     return Path(file)
 
 
-def load_se(
-    model: nn.Module, file: str | Path, *, example_inputs: Any = None, inplace: bool = False
-) -> nn.Module:
+def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
     """Put saved SE modules on a network: on a bare one by the same surgery, on a retrofitted one in place of its own.
 
     Args:
@@ -185,6 +183,14 @@ def load_se(
         RetrofitError: the file is missing, cut short or of a newer format, or its SE modules don't fit this network,
             which is then unchanged.
         TypeError: ``model`` is no module.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from se_retrofit import add_se, load_se, plan_of, save_se
+        >>> base = timm.create_model("resnet10t")
+        >>> model = load_se(base, save_se(add_se(base, reduction=4), tempfile.mkdtemp() + "/se.safetensors"))
+        >>> plan_of(model).options["reduction"]
+        4
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
@@ -278,7 +284,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RetrofitError(f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote") from error
+        raise RetrofitError(
+            f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RetrofitError(f"{path} can't be read, it may be cut short: {error}") from error
 
@@ -388,7 +396,9 @@ def _difference(base: Base, model: nn.Module, state: dict[str, Tensor], sites: t
     theirs = {k: tuple(v.shape) for k, v in other.state_dict().items()}
     for key in [*ours, *theirs]:
         if ours.get(key) != theirs.get(key):
-            return f"{key} has the shape {ours.get(key, 'none')} in the network and {theirs.get(key, 'none')} in the base"
+            return (
+                f"{key} has the shape {ours.get(key, 'none')} in the network and {theirs.get(key, 'none')} in the base"
+            )
     own, rebuilt = _layers(model, sites), _layers(other, ())
     for path in [*own, *rebuilt]:
         if own.get(path) != rebuilt.get(path):
@@ -482,7 +492,13 @@ def untied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]
     tied: dict[str, str] = {}
     for name, tensor in state.items():
         tensor = tensor.detach()
-        identity = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        identity = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
         if tensor.numel() and identity in kept:
             tied[name] = kept[identity]
         else:
@@ -499,12 +515,14 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str])
     ready = {}
     for name, tensor in tensors.items():
         shared = owners[tensor.untyped_storage().data_ptr()] > 1
-        ready[name] = tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.detach().contiguous()
+        ready[name] = (
+            tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.detach().contiguous()
+        )
     save_tensors(ready, path, meta)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = None) -> None:
-    """``safetensors.torch.save_file`` with the system's errors as such, and the permissions that the user's files have."""
+    """``safetensors.torch.save_file``, with the system's errors as such and the usual permissions."""
     path.touch()
     mode = path.stat().st_mode
     try:

@@ -55,11 +55,11 @@ UNKNOWN = _Unknown()
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a traced forward: a tensor, a size, a list or tuple of them, or a concrete value."""
+    """One parameter of a traced forward: a tensor, a size, a list, tuple or dict of them, or a concrete value."""
 
     name: str
-    kind: str  # "tensor", "size", "sequence" or "concrete"
-    value: Any  # how many items a sequence holds; the concrete value
+    kind: str  # "tensor", "size", "sequence", "mapping" or "concrete"
+    value: Any  # how many items a sequence holds; the keys of a mapping; the concrete value
 
 
 @dataclass(eq=False)
@@ -442,6 +442,9 @@ class BlockTracer(fx.Tracer):
             self.parameters.append(Parameter(name, "sequence", len(value)))
             kind = list if isinstance(value, list) else tuple
             return kind(self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(value)))
+        if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
+            self.parameters.append(Parameter(name, "mapping", list(value)))
+            return type(value)((k, self.create_proxy("call_function", operator.getitem, (proxy, k), {})) for k in value)
         if _is_plain(value):
             self.parameters.append(Parameter(name, "concrete", value))
             return value
@@ -512,6 +515,17 @@ def _read_graph_module(ghosts: Ghosts, call: Call) -> Block:
     return Block(call, graph, tracer.values, tracer.calls)
 
 
+def _reason(error: Exception) -> str:
+    """Why a forward can't be traced, in words for the user."""
+    frames = error.__traceback__
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename.endswith("torch/utils/checkpoint.py"):
+            return "its forward uses torch.utils.checkpoint"
+        frames = frames.tb_next
+    lines = str(error).strip().splitlines()
+    return f"its forward can't be traced: {type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def trace(ghosts: Ghosts, call: Call, training: bool = False) -> Block:
     """Trace the own forward of the module that ``call`` called, along the way that this call took.
 
@@ -533,10 +547,7 @@ def trace(ghosts: Ghosts, call: Call, training: bool = False) -> Block:
     except TraceFailure:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise TraceFailure(
-            f"its forward can't be traced: {type(error).__name__}: {reason[0] if reason else ''}"
-        ) from error
+        raise TraceFailure(_reason(error)) from error
     finally:
         ghosts.tracer = None
         torch.set_autocast_enabled("cuda", cuda_autocast)

@@ -91,7 +91,11 @@ def test_a_saved_network_comes_back_the_same(base: Base, options: dict[str, Any]
 def test_timm_networks_tell_where_they_come_from(tmp_path: Path) -> None:
     model = timm.create_model("resnet18", num_classes=7, in_chans=1)
     recipe = json.loads((save_retrofitted(add_se(model), tmp_path / "saved") / "recipe.json").read_text())
-    assert recipe["base"] == {"library": "timm", "name": "resnet18.a1_in1k", "kwargs": {"num_classes": 7, "in_chans": 1}}
+    assert recipe["base"] == {
+        "library": "timm",
+        "name": "resnet18.a1_in1k",
+        "kwargs": {"num_classes": 7, "in_chans": 1},
+    }
     assert recipe["add_se"]["reduction"] == 8
     assert len(recipe["plan"]["sites"]) == 8
     assert set(recipe["versions"]) == {"se-retrofit", "torch", "torchvision", "timm"}
@@ -126,7 +130,9 @@ def test_a_base_that_no_library_knows_is_given_by_the_caller(tmp_path: Path) -> 
     model = stirred(add_se(base))
     save_retrofitted(model, tmp_path / "saved")
     before = copy.deepcopy(base.state_dict())
-    with pytest.raises(RetrofitError, match=r"does not say how to build its base network.*load_retrofitted\(directory, base=model\)"):
+    with pytest.raises(
+        RetrofitError, match=r"does not say how to build its base network.*load_retrofitted\(directory, base=model\)"
+    ):
         load_retrofitted(tmp_path / "saved")
     assert_same(load_retrofitted(tmp_path / "saved", base=base), model)
     assert not has_se(base)
@@ -216,7 +222,9 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before the first rename", "between the two renames", "while it writes"])
-def test_a_kill_at_any_moment_leaves_a_network_that_loads(saved: Path, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_at_any_moment_leaves_a_network_that_loads(
+    saved: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Killed(BaseException):
         pass
 
@@ -256,14 +264,16 @@ def test_a_disk_that_refuses_leaves_the_old_network(saved: Path, monkeypatch: py
 
     with monkeypatch.context() as patch:
         patch.setattr(se_retrofit.saving, "save_tensors", full)
-        with pytest.raises(RetrofitError, match=r"can't be written: No space left on device; what was there before is untouched"):
+        with pytest.raises(
+            RetrofitError, match=r"can't be written: No space left on device; what was there before is untouched"
+        ):
             save_retrofitted(add_se(small()), saved)
     assert_same(load_retrofitted(saved), old)
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RetrofitError, match="is a file"):
+    with pytest.raises(RetrofitError, match=r"is a file"):
         save_retrofitted(add_se(small()), tmp_path / "file")
 
 
@@ -285,35 +295,43 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "empty weights": (lambda d: (d / "weights.safetensors").write_bytes(b""), "can't be read as safetensors"),
     "cut recipe": (
-        lambda d: (d / "recipe.json").write_text((d / "recipe.json").read_text()[:-20]), "recipe.json can't be read, it may be cut",
+        lambda d: (d / "recipe.json").write_text((d / "recipe.json").read_text()[:-20]),
+        "recipe.json can't be read, it may be cut",
     ),
     "a list": (lambda d: (d / "recipe.json").write_text("[1]"), "must hold a mapping, got list"),
     "unknown field": (lambda d: edit(d, lambda r: {**r, "mood": 1}), "unknown: mood"),
-    "missing field": (lambda d: edit(d, lambda r: r.pop("tied") and None or {k: v for k, v in r.items() if k != "tied"}), "missing: tied"),
+    "missing field": (lambda d: edit(d, lambda r: {k: v for k, v in r.items() if k != "tied"}), "missing: tied"),
     "newer format": (lambda d: edit(d, lambda r: {**r, "format": 2, "mood": 1}), "of format 2, newer than this"),
     "wrong type": (lambda d: edit(d, lambda r: {**r, "plan": "all"}), "plan is of type str, expected dict"),
     "format true": (lambda d: edit(d, lambda r: {**r, "format": True}), "format is of type bool"),
     "unknown base": (
-        lambda d: edit(d, lambda r: {**r, "base": {"library": "timm", "name": "resnet10tt", "kwargs": {}}}), "can't be built",
+        lambda d: edit(d, lambda r: {**r, "base": {"library": "timm", "name": "resnet10tt", "kwargs": {}}}),
+        "can't be built",
     ),
     "unknown library": (
-        lambda d: edit(d, lambda r: {**r, "base": {"library": "keras", "name": "resnet10t", "kwargs": {}}}), "can't be built",
+        lambda d: edit(d, lambda r: {**r, "base": {"library": "keras", "name": "resnet10t", "kwargs": {}}}),
+        "can't be built",
     ),
     "unknown option": (
-        lambda d: edit(d, lambda r: {**r, "add_se": {**r["add_se"], "glow": 1}}), "can't be made again on this base.*glow",
+        lambda d: edit(d, lambda r: {**r, "add_se": {**r["add_se"], "glow": 1}}),
+        "can't be made again on this base.*glow",
     ),
     "other plan": (
         lambda d: edit(d, lambda r: r["plan"]["sites"][0].update(path="layer9.0.se_attention")),
         r"no longer fits: 1 of its 4 SE modules have no place here, first \('layer9.0.se_attention'.*1 places are new",
     ),
     "other options": (lambda d: edit(d, lambda r: r["add_se"].update(reduction=2)), "no longer fits: 4 of its 4"),
-    "broken site": (lambda d: edit(d, lambda r: r["plan"]["sites"][0].pop("after") and None), "a site of the plan is broken"),
+    "broken site": (
+        lambda d: edit(d, lambda r: r["plan"]["sites"][0].pop("after") and None),
+        "a site of the plan is broken",
+    ),
     "plan without options": (lambda d: edit(d, lambda r: {**r, "add_se": None}), "both be given or both be null"),
     "tie to nothing": (lambda d: edit(d, lambda r: {**r, "tied": {"a": "b"}}), "a is tied to b"),
     "other classes": (
-        lambda d: edit(d, lambda r: r["base"]["kwargs"].update(num_classes=11)), "does not fit the network; other shapes: fc.bias, fc.weight",
+        lambda d: edit(d, lambda r: r["base"]["kwargs"].update(num_classes=11)),
+        "does not fit the network; other shapes: fc.bias, fc.weight",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -325,32 +343,32 @@ def test_broken_input_is_a_clear_error(saved: Path, name: str) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RetrofitError, match="no folder .*nowhere"):
+    with pytest.raises(RetrofitError, match=r"no folder .*nowhere"):
         load_retrofitted(tmp_path / "nowhere")
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RetrofitError, match=r"no SE modules.*model = add_se\(model\)"):
         save_retrofitted(small(), tmp_path / "saved")
-    with pytest.raises(TypeError, match="must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"must be an nn.Module"):
         save_retrofitted("resnet18", tmp_path / "saved")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="base must be a Base"):
+    with pytest.raises(TypeError, match=r"base must be a Base"):
         save_retrofitted(add_se(small()), tmp_path / "saved", base="resnet18")  # type: ignore[arg-type]
-    with pytest.raises(RetrofitError, match="does not build the network that is to be saved: "):
+    with pytest.raises(RetrofitError, match=r"does not build the network that is to be saved: "):
         save_retrofitted(add_se(small()), tmp_path / "saved", base=Base.of("resnet18"))
     with torch.device("meta"):
         empty = add_se(small())
-    with pytest.raises(RetrofitError, match="on the meta device and has no values"):
+    with pytest.raises(RetrofitError, match=r"on the meta device and has no values"):
         save_retrofitted(empty, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
 def test_a_base_of_another_kind_is_refused(saved: Path) -> None:
-    with pytest.raises(RetrofitError, match="no longer fits|does not fit"):
+    with pytest.raises(RetrofitError, match=r"no longer fits|does not fit"):
         load_retrofitted(saved, base=torchvision.models.resnet18())
-    with pytest.raises(RetrofitError, match="can't be made again on this base"):
+    with pytest.raises(RetrofitError, match=r"can't be made again on this base"):
         load_retrofitted(saved, base=nn.Linear(3, 3))
-    with pytest.raises(TypeError, match="base must be a network or a Base"):
+    with pytest.raises(TypeError, match=r"base must be a network or a Base"):
         load_retrofitted(saved, base="resnet18")  # type: ignore[arg-type]
 
 
@@ -382,19 +400,19 @@ def test_se_alone_goes_onto_the_same_base_again(tmp_path: Path) -> None:
 def test_se_that_does_not_fit_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     file = save_se(add_se(small()), tmp_path / "se.safetensors")
     other = timm.create_model("resnet10t")
-    with pytest.raises(RetrofitError, match="no longer fits"):
+    with pytest.raises(RetrofitError, match=r"no longer fits"):
         load_se(other, file, inplace=True)
     assert not has_se(other)
-    with pytest.raises(RetrofitError, match="no longer fits"):
+    with pytest.raises(RetrofitError, match=r"no longer fits"):
         load_se(add_se(small(), reduction=2), file)
-    with pytest.raises(RetrofitError, match="holds no SE modules by save_se"):
+    with pytest.raises(RetrofitError, match=r"holds no SE modules by save_se"):
         load_se(small(), save_retrofitted(add_se(small()), tmp_path / "whole") / "weights.safetensors")
-    with pytest.raises(RetrofitError, match="no file"):
+    with pytest.raises(RetrofitError, match=r"no file"):
         load_se(small(), tmp_path / "none.safetensors")
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(RetrofitError, match="cut short"):
+    with pytest.raises(RetrofitError, match=r"cut short"):
         load_se(small(), file)
-    with pytest.raises(RetrofitError, match="no SE modules to save"):
+    with pytest.raises(RetrofitError, match=r"no SE modules to save"):
         save_se(small(), file)
 
 

@@ -38,6 +38,7 @@ from .finetune import (
     read_config,
 )
 
+
 @app.command("compare")
 def compare_command(
     model: ModelName,

@@ -18,19 +18,25 @@ if TYPE_CHECKING:
     from ..models import Base
 
 ModelName = Annotated[str, typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME")]
-Data = Annotated[str, typer.Option(help="digits, a folder with train/ and val/, or a name of timm's: torch/cifar10, hfds/...")]
+Data = Annotated[
+    str, typer.Option(help="digits, a folder with train/ and val/, or a name of timm's: torch/cifar10, hfds/...")
+]
 Root = Annotated[Path, typer.Option(help="where timm's data sets are kept")]
 Download = Annotated[bool, typer.Option("--download", help="fetch timm's data set where it is not there")]
 Output = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="start from the library's own weights")]
 Checkpoint = Annotated[Path | None, typer.Option(help="start from a checkpoint of the bare network")]
-ModelArgs = Annotated[list[str] | None, typer.Option("--arg", help="NAME=VALUE for the network's constructor; repeat it for more")]
+ModelArgs = Annotated[
+    list[str] | None, typer.Option("--arg", help="NAME=VALUE for the network's constructor; repeat it for more")
+]
 Reduction = Annotated[int, typer.Option(help="of the SE modules")]
 Placement = Annotated[str, typer.Option(help="auto, standard, pre, post, identity or 3x3")]
 Include = Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'")]
 Exclude = Annotated[list[str] | None, typer.Option(help="not these blocks")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="the recipe as YAML; the options below go before it")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, any field; repeat it for more")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, any field; repeat it for more")
+]
 Epochs = Annotated[int | None, typer.Option(help="passes over the data")]
 BatchSize = Annotated[int | None, typer.Option(help="images a step and process")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="peak learning rate")]
@@ -74,8 +80,8 @@ def finetune_command(
 ) -> None:
     """Retrofit a network and fine-tune it.
 
-    Under torchrun or accelerate launch the same command runs on several GPUs or machines. The result, in OUTPUT/best, is
-    loaded by load_retrofitted.
+    Under torchrun or accelerate launch the same command runs on several GPUs or machines. The result, in OUTPUT/best,
+    is loaded by load_retrofitted.
     """
     import torch
 
@@ -83,8 +89,9 @@ def finetune_command(
     from ..retrofit import add_se
 
     named = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "train": train, "image_size": image_size, "precision": precision,
-        "workers": workers, "seed": seed, "early_stop": early_stop, "cpu": cpu, "compile": compile_,
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "train": train, "image_size": image_size,
+        "precision": precision, "workers": workers, "seed": seed, "early_stop": early_stop, "cpu": cpu,
+        "compile": compile_,
     }  # fmt: skip
     recipe = read_config(config, named, set_)
     parts, recipe = open_data(data, data_root, download, recipe)
@@ -93,9 +100,7 @@ def finetune_command(
     torch.manual_seed(recipe.seed)
     network = build()
     if not plain:
-        network = add_se(
-            network, reduction, placement=placement, include=include, exclude=exclude, inplace=True
-        )
+        network = add_se(network, reduction, placement=placement, include=include, exclude=exclude, inplace=True)
     try:
         finetune(
             network,

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from ..atomic import replaced_directory, settled
 from ..errors import RetrofitError
 from ..models import Base
-from ..saving import RECIPE, WEIGHTS, check_fields, load_strictly, read_json, read_recipe, read_weights, save_tensors, write_network
+from ..saving import (
+    RECIPE,
+    WEIGHTS,
+    check_fields,
+    load_strictly,
+    read_json,
+    read_recipe,
+    read_weights,
+    save_tensors,
+    write_network,
+)
 
 __all__ = ["LAST", "Progress", "has_checkpoint", "load_training", "save_training", "write_best"]
 
@@ -121,7 +131,9 @@ def load_training(
     changed = [k for k in config if k not in free and state["config"].get(k) != config[k]]
     if changed:
         what = "; ".join(f"{k}: {state['config'].get(k)!r} then, {config[k]!r} now" for k in changed)
-        raise RetrofitError(f"{output} holds a run with another config ({what}); resume with the same, or give a new folder")
+        raise RetrofitError(
+            f"{output} holds a run with another config ({what}); resume with the same, or give a new folder"
+        )
     if state["world"] != world:
         raise RetrofitError(f"{output} holds a run of {state['world']} processes, and these are {world}; start as many")
     recipe = read_recipe(folder)
@@ -154,13 +166,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 def check_space(output: Path, model: nn.Module, config: Any) -> None:
     """Raise before training, rather than after the first epoch, where the disk has no room for the checkpoints."""
     weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    # last: weights, about two of them for the optimizer, one for the average; best: one; each twice while it is replaced
+    # last: weights, about two of them for the optimizer, one for the average; best: one; twice while it is replaced
     need = weights * (2 * (3 + (config.ema_decay is not None)) + 2)
     free = shutil.disk_usage(output).free
     if free < need:
         raise RetrofitError(
-            f"{output} has {free / 2**20:,.0f} MiB left, and the checkpoints of this run need about {need / 2**20:,.0f}; "
-            "make room or give another folder"
+            f"{output} has {free / 2**20:,.0f} MiB left, and the checkpoints of this run need about "
+            f"{need / 2**20:,.0f}; make room or give another folder"
         )
 
 

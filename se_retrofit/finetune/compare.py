@@ -120,17 +120,28 @@ class Comparison:
         for seed, a, b in zip(self.seeds, self.plain.accuracies, self.se.accuracies, strict=True):
             rows.append((f"seed {seed}, accuracy %", f"{100 * a:.2f}", f"{100 * b:.2f}"))
         rows += [
-            ("mean accuracy %", f"{100 * self.plain.mean:.2f}{spread(self.plain)}", f"{100 * self.se.mean:.2f}{spread(self.se)}"),
+            (
+                "mean accuracy %",
+                f"{100 * self.plain.mean:.2f}{spread(self.plain)}",
+                f"{100 * self.se.mean:.2f}{spread(self.se)}",
+            ),
             ("ms a step", milliseconds(self.plain), milliseconds(self.se)),
             ("parameters", f"{self.plain.parameters:,}", f"{self.se.parameters:,}"),
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2])]).rstrip() for row in rows]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2])]).rstrip()
+            for row in rows
+        ]
         between = ""
         if self.interval is not None:
             low, high = self.interval
             between = f", {self.confidence:.0%} interval {100 * low:+.2f} to {100 * high:+.2f}"
-        lines += ["", f"difference {100 * self.difference:+.2f} points{between} ({len(self.seeds)} seeds, paired)", self.verdict]
+        lines += [
+            "",
+            f"difference {100 * self.difference:+.2f} points{between} ({len(self.seeds)} seeds, paired)",
+            self.verdict,
+        ]
         return "\n".join(lines)
 
 
@@ -154,8 +165,8 @@ def compare(
     Args:
         model: the bare network, copied for each run; or a function that makes one. It is called with torch's
             generator seeded, so that each seed has its own first weights.
-        train_data, val_data: as for ``finetune``. Accuracy is the best epoch's, on ``val_data``: where many epochs are compared
-            it is a little high, for both.
+        train_data, val_data: as for ``finetune``. Accuracy is the best epoch's, on ``val_data``, and so a little
+            high, for both.
         config: the recipe; its seed is the first one.
         seeds: how many.
         se_options: for ``add_se``, such as ``{"reduction": 16}``.
@@ -170,9 +181,10 @@ def compare(
     Example:
         >>> import timm
         >>> from se_retrofit.finetune import FinetuneConfig, compare, load_data
-        >>> data = load_data("digits", image_size=16)
+        >>> data = load_data("digits", image_size=8)
         >>> make = lambda: timm.create_model("resnet10t", num_classes=10)
-        >>> comparison = compare(make, data.train, data.val, config=FinetuneConfig(epochs=1), seeds=2, quiet=True)
+        >>> config = FinetuneConfig(epochs=1, batch_size=120)
+        >>> comparison = compare(make, data.val, data.val, config=config, seeds=2, quiet=True)
         >>> len(comparison.differences)
         2
     """

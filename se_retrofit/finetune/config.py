@@ -128,9 +128,13 @@ class FinetuneConfig:
             if value is not None and not holds(value):
                 raise RetrofitError(f"{name} must be {expected}, got {value!r}")
         if self.unfreeze_epoch is not None and self.train == "all":
-            raise RetrofitError(f'unfreeze_epoch={self.unfreeze_epoch} needs train="se" or "se+head": "all" freezes nothing')
+            raise RetrofitError(
+                f'unfreeze_epoch={self.unfreeze_epoch} needs train="se" or "se+head": "all" freezes nothing'
+            )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise RetrofitError(f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}")
+            raise RetrofitError(
+                f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}"
+            )
 
     def replace(self, **changes: Any) -> FinetuneConfig:
         """A config like this one, but for ``changes``."""
@@ -188,37 +192,23 @@ class FinetuneConfig:
             raise RetrofitError(f"{source if is_path else 'the config'}: {error}") from error
 
 
-def _positive(value: float) -> bool:
-    return value > 0
-
-
-def _not_negative(value: float) -> bool:
-    return value >= 0
-
-
-def _part(value: float) -> bool:
-    return 0 <= value < 1
-
-
-def _probability(value: float) -> bool:
-    return 0 <= value <= 1
-
-
 def _one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
     return (lambda value: value in values), "one of " + ", ".join(map(repr, values))
 
 
+AT_LEAST_1 = (
+    "epochs", "batch_size", "accumulate", "unfreeze_epoch", "num_classes", "image_size", "early_stop", "log_every",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "se_lr_scale", "head_lr_scale", "weight_decay", "momentum", "min_lr", "mixup", "cutmix", "color_jitter", "workers",
+    "seed", "checkpoint_minutes",
+)  # fmt: skip
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{name: (lambda v: v >= 1, "at least 1") for name in (
-        "epochs", "batch_size", "accumulate", "unfreeze_epoch", "num_classes", "image_size", "early_stop", "log_every",
-    )},
-    **{name: (_positive, "above 0") for name in ("lr", "clip_grad")},
-    **{name: (_not_negative, "0 or more") for name in (
-        "se_lr_scale", "head_lr_scale", "weight_decay", "momentum", "min_lr", "mixup", "cutmix", "color_jitter",
-        "workers", "seed", "checkpoint_minutes",
-    )},
-    **{name: (_part, "at least 0 and below 1") for name in ("warmup", "label_smoothing", "drop_path")},
-    **{name: (_probability, "in [0, 1]") for name in ("hflip", "random_erasing")},
+    **{name: (lambda v: v >= 1, "at least 1") for name in AT_LEAST_1},
+    **{name: (lambda v: v > 0, "above 0") for name in ("lr", "clip_grad")},
+    **{name: (lambda v: v >= 0, "0 or more") for name in NOT_NEGATIVE},
+    **{name: (lambda v: 0 <= v < 1, "at least 0 and below 1") for name in ("warmup", "label_smoothing", "drop_path")},
+    **{name: (lambda v: 0 <= v <= 1, "in [0, 1]") for name in ("hflip", "random_erasing")},
     "crop_scale": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "ema_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "train": _one_of("all", "se", "se+head"),

@@ -277,7 +277,9 @@ class LoaderStream:
         try:
             self.total = len(loader)
         except TypeError as error:
-            raise RetrofitError(f"{name} doesn't know its length; give a loader over a data set with __len__") from error
+            raise RetrofitError(
+                f"{name} doesn't know its length; give a loader over a data set with __len__"
+            ) from error
         if len(self) == 0:
             raise RetrofitError(f"{name} gives {self.total} batches, fewer than there are processes ({world})")
 
@@ -296,10 +298,9 @@ class LoaderStream:
             if number % self.world == self.rank or mine is None:
                 # Where this process has no batch left it fills up with one that doesn't count.
                 mine = (item, True) if item is not None else (mine[0], False)
-            if number % self.world == self.world - 1:
-                if number // self.world >= start:
-                    images, targets = pair(mine[0], self.name)
-                    yield Batch(images, targets, torch.full((len(targets),), mine[1]), [])
+            if number % self.world == self.world - 1 and number // self.world >= start:
+                images, targets = pair(mine[0], self.name)
+                yield Batch(images, targets, torch.full((len(targets),), mine[1]), [])
 
     def begin(self, epoch: int) -> None:
         """Have the loader's shuffling depend on the epoch alone."""

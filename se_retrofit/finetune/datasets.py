@@ -159,7 +159,7 @@ def transforms_for(
 
 
 class Prepared:
-    """A transform, after the image got the mode that the network takes. A class, so that loading processes can be given it."""
+    """A transform, after the image got the mode that the network takes. (A function in a function can't be pickled.)"""
 
     def __init__(self, transform: Callable[[Any], Any], mode: str) -> None:
         self.transform, self.mode = transform, mode

@@ -99,12 +99,15 @@ class Log:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
             except OSError as error:
-                raise RetrofitError(f"{path} can't be written: {error.strerror}; the last checkpoint is kept") from error
-        figures = f"loss {entry['loss']:.4f}  acc {accuracy:.2%}  lr {entry['lr']:.2e}  {entry['images_per_second']:,.0f} images/s"
+                raise RetrofitError(
+                    f"{path} can't be written: {error.strerror}; the last checkpoint is kept"
+                ) from error
+        speed = f"{entry['images_per_second']:,.0f} images/s"
+        figures = f"loss {entry['loss']:.4f}  acc {accuracy:.2%}  lr {entry['lr']:.2e}  {speed}"
         if self.bar is not None:
             where = f"epoch {epoch}/{self.epochs}"
             self.bar.update(self.task, completed=entry["update"], description=where, figures=figures)
-        elif time.monotonic() - self.shown > PLAIN_SECONDS:
+        elif time.monotonic() - self.shown > PLAIN_SECONDS and done < self.updates:
             self.shown = time.monotonic()
             self.console.print(f"epoch {epoch}/{self.epochs}  update {done}/{self.updates}  {figures}", markup=False)
 

@@ -8,7 +8,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,8 @@ def finetune(
         The network and its history.
 
     Raises:
-        RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run; an image
-            can't be read; the loss is no longer finite.
+        RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run; an
+            image can't be read; the loss is no longer finite.
         TypeError: an argument is of the wrong type.
         KeyboardInterrupt: Ctrl-C; a checkpoint has been written.
 
@@ -123,8 +123,8 @@ def finetune(
         >>> from se_retrofit import add_se
         >>> from se_retrofit.finetune import FinetuneConfig, finetune, load_data
         >>> model = add_se(timm.create_model("resnet10t", num_classes=10))
-        >>> data = load_data("digits", image_size=16)
-        >>> result = finetune(model, data.train, data.val, config=FinetuneConfig(epochs=1), quiet=True)
+        >>> data = load_data("digits", image_size=8)
+        >>> result = finetune(model, data.val, data.val, config=FinetuneConfig(epochs=1), quiet=True)
         >>> len(result.history)
         2
     """
@@ -177,6 +177,8 @@ def finetune(
         layout = torch.channels_last if channels_last else torch.preserve_format
         if not sharded:
             model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        if world > 1 and not sharded:
+            _share(model.state_dict().values())  # the processes may have drawn other first weights
         ema = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None
         tested = model if ema is None else ema.module
 
@@ -278,7 +280,9 @@ def finetune(
             if _part(config, epoch) != part:
                 part = _part(config, epoch)
                 network, optimizer = begin(part)
-                log.note(f"epoch {epoch + 1}: all of the network is trained from here on, {count(model, True):,} parameters")
+                log.note(
+                    f"epoch {epoch + 1}: all of the network is trained from here on, {count(model, True):,} parameters"
+                )
             set_modes(model, part, config.freeze_bn)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -304,7 +308,9 @@ def finetune(
                             loss = loss + AUXILIARY_WEIGHT * criterion(more, labels)
                         accelerator.backward(loss / len(window))
                     correct = (logits.detach().argmax(1) == targets).sum()
-                    tally += torch.stack([loss.detach() * len(targets), correct, torch.full_like(correct, len(targets))])
+                    tally += torch.stack(
+                        [loss.detach() * len(targets), correct, torch.full_like(correct, len(targets))]
+                    )
                 if config.clip_grad is not None:
                     accelerator.clip_grad_norm_(network.parameters(), config.clip_grad)
                 optimizer.step()
@@ -347,9 +353,9 @@ def finetune(
                     _leave(stop, log, output)
 
             # The end of an epoch: evaluate, keep what is best, write a checkpoint
-            _share_buffers(model, accelerator, sharded)
-            if ema is not None:
-                _share_buffers(ema.module, accelerator, sharded)
+            if world > 1 and not sharded:
+                # running statistics differ between the processes; what is evaluated must be what is saved
+                _share([*model.buffers(), *(ema.module.buffers() if ema is not None else ())])
             seconds = time.perf_counter() - began
             row = {
                 "epoch": epoch + 1,
@@ -513,7 +519,7 @@ def _measure(
 def _look(
     pending: list[Tensor], signaled: int | None, due: bool, accelerator: Accelerator
 ) -> tuple[list[tuple[float, float, float]], int, bool]:
-    """The sums of the last updates over all processes, and what all agree on: a signal to stop, a checkpoint to write."""
+    """The sums of the last updates over all processes, and what all agree on: to stop, to write a checkpoint."""
     told = 0.0 if signaled is None else 1.0 if signaled == signal.SIGTERM else 1024.0
     flags = torch.tensor([told, float(due and accelerator.is_main_process), 0.0], device=accelerator.device)
     *sums, (told, wanted, _) = accelerator.reduce(torch.stack([*pending, flags]), "sum").tolist()
@@ -560,11 +566,11 @@ def _leave(number: int, log: Log, output: Path | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _share_buffers(model: nn.Module, accelerator: Accelerator, sharded: bool) -> None:
-    """Running statistics differ between the processes; what is evaluated must be what the main one saves."""
-    if accelerator.num_processes > 1 and not sharded:
-        for buffer in model.buffers():
-            buffer.copy_(broadcast(buffer.clone()))
+@torch.no_grad()
+def _share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the values that the main one has."""
+    for tensor in tensors:
+        tensor.copy_(broadcast(tensor.clone()))
 
 
 # Setting up
@@ -617,7 +623,12 @@ def _optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool
         options.setdefault("fused", True)
     try:
         return create_optimizer_v2(
-            groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
+            groups,
+            opt=config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **options,
         )
     except (TypeError, ValueError) as error:
         raise RetrofitError(f"optimizer {config.optimizer!r} can't be made with {options}: {error}") from error
@@ -659,7 +670,9 @@ def _optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer, accel
         return dict(optimizer.state_dict())
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    return get_optimizer_state_dict(network, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_optimizer_state_dict(
+        network, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def _load_parts(
@@ -674,9 +687,7 @@ def _load_parts(
     if is_sharded(accelerator):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-        set_optimizer_state_dict(
-            network, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True)
-        )
+        set_optimizer_state_dict(network, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
     else:
         disk.load_optimizer(optimizer, saved["optimizer"])
     if schedule is not None:

@@ -15,7 +15,16 @@ from torchvision.ops import StochasticDepth
 from ..attention import SEAttention
 from ..errors import RetrofitError
 
-__all__ = ["as_found", "choose_trainable", "head_of", "new_head", "param_groups", "set_drop_path", "set_modes", "trained_parts"]
+__all__ = [
+    "as_found",
+    "choose_trainable",
+    "head_of",
+    "new_head",
+    "param_groups",
+    "set_drop_path",
+    "set_modes",
+    "trained_parts",
+]
 
 TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # of torchvision's GoogLeNet and Inception
@@ -85,7 +94,11 @@ def _head_paths(model: nn.Module) -> list[str]:
     for attribute in TORCHVISION_HEADS:
         part = getattr(model, attribute, None)
         if isinstance(part, nn.Module):
-            layers = [path for path, layer in part.named_modules(prefix=attribute) if isinstance(layer, (nn.Linear, nn.Conv2d))]
+            layers = [
+                path
+                for path, layer in part.named_modules(prefix=attribute)
+                if isinstance(layer, (nn.Linear, nn.Conv2d))
+            ]
             if layers:
                 auxiliary = [path for path in AUXILIARY_HEADS if _reaches(model, path)]
                 return [layers[-1], *auxiliary]

@@ -1,9 +1,8 @@
 """What a retrofit costs in multiply-adds.
 
-Counted are the multiply-adds of convolutions, linear layers and matrix products, by ``torch.utils.flop_counter`` on meta
-tensors, as most of the field counts. SE's squeeze (an addition a value) and scale (a multiplication a value), which such
-counts leave out, make one multiply-add a value; they are counted on their own, and with them the SE paper's figures
-come out.
+Counted are the multiply-adds of convolutions, linear layers and matrix products, by ``torch.utils.flop_counter`` on
+meta tensors, as most of the field counts. SE's squeeze (an addition a value) and scale (a multiplication a value),
+which such counts leave out, make one multiply-add a value; they are counted on their own.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import SEAttention, squeeze
-from ..insertion import strip
+from ..removal import strip
 from ..rehearsal import rehearse_call
 from .graphs import Inspection, batch_size
 
@@ -63,21 +62,26 @@ def costs(inspection: Inspection) -> Costs:
             rows = squeeze(x, se.channel_dim).numel() // se.channel
             known = sites.get(call.path, SiteCost(0, 0, tuple(x.shape[1:])))
             sites[call.path] = SiteCost(
-                known.excitation + rows * 2 * se.channel * se.hidden // batch, known.squeeze_scale + x.numel() // batch, known.shape
+                known.excitation + rows * 2 * se.channel * se.hidden // batch,
+                known.squeeze_scale + x.numel() // batch,
+                known.shape,
             )
     before = after = None
     if inspection.rehearsal.broke_off is None:
         before = _count(inspection.model, root.args, root.kwargs, strip)
         after = _count(inspection.model, root.args, root.kwargs, None)
     return Costs(
-        None if before is None else before // batch, None if after is None else after // batch, sites, _describe(root.args)
+        None if before is None else before // batch,
+        None if after is None else after // batch,
+        sites,
+        _describe(root.args),
     )
 
 
 def _count(model: nn.Module, args: Any, kwargs: Any, prepare: Callable[[nn.Module], None] | None) -> int | None:
     for context in (nullcontext(), torch.device("meta")):
         try:
-            with context, FlopCounterMode(display=False) as counter:  # type: ignore[attr-defined]
+            with context, FlopCounterMode(display=False) as counter:
                 rehearse_call(model, args, kwargs, prepare)
             return counter.get_total_flops() // 2
         except (RuntimeError, NotImplementedError):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError
-from ..insertion import is_retrofitted
+from ..removal import is_retrofitted
 from ..rehearsal import untouched_randomness
 from ..retrofit import plan_of
 from .lines import aligned
@@ -39,7 +39,8 @@ class SiteExcitation:
         count: number of gate vectors seen.
         mean, std: of each channel's gate over the inputs, ``(C,)``.
         low, high: the smallest and the largest gate.
-        class_means: for each label, the mean of each channel's gate over the inputs of that class; empty without labels.
+        class_means: for each label, the mean of each channel's gate over the inputs of that class; empty without
+            labels.
     """
 
     path: str
@@ -71,15 +72,19 @@ class SiteExcitation:
             return "all gates are exactly 1: not fine-tuned yet, or all that SE sees is zero"
         if self.count > 1 and self.variation < HARDLY:
             if abs(self.mean - 1).max() < 10 * HARDLY:
-                return f"hardly varies between inputs (std {self.variation:.4f}) and is close to 1: it could be left out"
-            return f"hardly varies between inputs (std {self.variation:.4f}): it acts as a constant scale of each channel"
+                return (
+                    f"hardly varies between inputs (std {self.variation:.4f}) and is close to 1: it could be left out"
+                )
+            return (
+                f"hardly varies between inputs (std {self.variation:.4f}): it acts as a constant scale of each channel"
+            )
         return ""
 
 
 @dataclass(frozen=True, eq=False)
 class Excitations:
-    """What ``excitations`` found: ``sites`` in the order of the plan, over ``inputs`` inputs; ``missed`` are the SE modules that were
-    never called. ``str`` is a table."""
+    """What ``excitations`` found: ``sites`` in the order of the plan, over ``inputs`` inputs; ``missed`` are the SE
+    modules that were never called. ``str`` is a table."""
 
     sites: tuple[SiteExcitation, ...]
     inputs: int
@@ -89,7 +94,7 @@ class Excitations:
     def notes(self) -> dict[str, str]:
         """What stands out, by the path of the SE module."""
         notes = {site.path: site.note for site in self.sites if site.note}
-        return notes | {path: "never called on these inputs" for path in self.missed}
+        return notes | dict.fromkeys(self.missed, "never called on these inputs")
 
     @property
     def stages(self) -> list[list[SiteExcitation]]:
@@ -103,13 +108,22 @@ class Excitations:
             "missed": list(self.missed),
             "sites": [
                 {
-                    "path": site.path, "block": site.block, "size": site.size, "count": site.count, "low": site.low, "high": site.high,
-                    "mean": site.mean.tolist(), "std": site.std.tolist(), "variation": site.variation, "class_spread": site.class_spread,
-                    "class_means": {str(label): mean.tolist() for label, mean in site.class_means.items()}, "note": site.note,
+                    "path": site.path,
+                    "block": site.block,
+                    "size": site.size,
+                    "count": site.count,
+                    "low": site.low,
+                    "high": site.high,
+                    "mean": site.mean.tolist(),
+                    "std": site.std.tolist(),
+                    "variation": site.variation,
+                    "class_spread": site.class_spread,
+                    "class_means": {str(label): mean.tolist() for label, mean in site.class_means.items()},
+                    "note": site.note,
                 }
                 for site in self.sites
             ],
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         rows = [["site", "map", "channels", "mean", "lowest", "highest", "std over inputs", "std over classes"]]
@@ -117,10 +131,16 @@ class Excitations:
             spread = site.class_spread
             rows.append(
                 [
-                    site.path, site.size, f"{len(site.mean):,}", f"{float(site.mean.mean()):.4f}", f"{site.low:.4f}", f"{site.high:.4f}",
-                    f"{site.variation:.4f}", "" if spread is None else f"{spread:.4f}",
+                    site.path,
+                    site.size,
+                    f"{len(site.mean):,}",
+                    f"{float(site.mean.mean()):.4f}",
+                    f"{site.low:.4f}",
+                    f"{site.high:.4f}",
+                    f"{site.variation:.4f}",
+                    "" if spread is None else f"{spread:.4f}",
                 ]
-            )  # fmt: skip
+            )
         rows.insert(1, ["-" * max(len(row[i]) for row in rows) for i in range(len(rows[0]))])
         lines = [*aligned(rows), f"gates over {self.inputs:,} inputs"]
         paths: dict[str, list[str]] = {}
@@ -131,8 +151,9 @@ class Excitations:
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """A figure with a row a stage: on the left each site's gates, averaged over the inputs, as a box over its channels; on the right
-        the stage's last site, channel by channel, with lines for up to five classes where labels were given.
+        """A figure with a row a stage: on the left each site's gates, averaged over the inputs, as a box over its
+        channels; on the right the stage's last site, channel by channel, with lines for up to five classes where labels
+        were given.
 
         Args:
             path: where to save it, as an image of any format that matplotlib writes; None not to.
@@ -165,7 +186,11 @@ class Excitations:
 def _plot_stage(axes: Axes, stage: list[SiteExcitation]) -> None:
     axes.axhline(1.0, color="#94a3b8", linewidth=0.8, linestyle="--")
     boxes = axes.boxplot(
-        [site.mean.numpy() for site in stage], whis=(0, 100), widths=0.6, patch_artist=True, medianprops={"color": "#c2410c"}
+        [site.mean.numpy() for site in stage],
+        whis=(0, 100),
+        widths=0.6,
+        patch_artist=True,
+        medianprops={"color": "#c2410c"},
     )
     for box in boxes["boxes"]:
         box.set(facecolor="#ffe4c7", edgecolor="#64748b")
@@ -181,7 +206,9 @@ def _plot_site(axes: Axes, site: SiteExcitation) -> None:
     order = site.mean.argsort()
     mean, std, channels = site.mean[order].numpy(), site.std[order].numpy(), range(len(order))
     axes.axhline(1.0, color="#94a3b8", linewidth=0.8, linestyle="--")
-    axes.fill_between(channels, mean - std, mean + std, color="#cbd5e1", alpha=0.6, linewidth=0, label="± std over inputs")
+    axes.fill_between(
+        channels, mean - std, mean + std, color="#cbd5e1", alpha=0.6, linewidth=0, label="± std over inputs"
+    )
     for label in sorted(site.class_means)[:MOST_CLASSES]:
         axes.plot(channels, site.class_means[label][order].numpy(), linewidth=0.9, alpha=0.9, label=f"class {label}")
     axes.plot(channels, mean, color="#1e293b", linewidth=1.4, label="all")
@@ -199,11 +226,11 @@ def _give_room(axes: Axes) -> None:
         axes.set_ylim(middle - 0.05, middle + 0.05)
 
 
-# Collecting -----------------------------------------------------------------------------------------------------------------
+# Collecting -----------------------------------------------------------------------------------------------------------
 
 
 class _Statistics:
-    """Mean and spread of one site's gates, gathered batch by batch (Chan et al.'s update, so that nothing cancels out)."""
+    """Mean and spread of one site's gates, gathered batch by batch (by Chan's update: nothing cancels out)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -238,8 +265,8 @@ class _Statistics:
 def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> Excitations:
     """Run a retrofitted model over data in eval mode and gather what its gates do.
 
-    The model is not changed: its training flags are put back, its norms' statistics are not updated, and the hooks that listen
-    are taken off again, also if the run fails.
+    The model is not changed: its training flags are put back, its norms' statistics are not updated, and the hooks that
+    listen are taken off again, also if the run fails.
 
     Args:
         model: a model that ``add_se`` has retrofitted.
@@ -271,7 +298,9 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
     def listen(path: str, se: Any) -> list[Any]:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
             x, dim = args[0], se.channel_dim % args[0].dim()
-            gathered[path].size = gathered[path].size or "x".join(str(s) for d, s in enumerate(x.shape) if d not in (0, dim)) or "1"
+            gathered[path].size = (
+                gathered[path].size or "x".join(str(s) for d, s in enumerate(x.shape) if d not in (0, dim)) or "1"
+            )
 
         def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
             gathered[path].add(gates, labels)

@@ -1,14 +1,15 @@
 """The graph of each retrofitted block, before and after, as ``torch.fx.Graph`` with the shapes that flow in it.
 
 A block's forward is traced one level deep (``se_retrofit.tracing``); then containers without a forward of their own
-(``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours. The graph before is
-traced from the block's original class, not derived from the graph after.
+(``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours. The graph
+before is traced from the block's original class, not derived from the graph after.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch.fx.node import map_aggregate
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..insertion import RetrofittedBlock, strip
+from ..derived import RetrofittedBlock
+from ..removal import strip
 from ..plan import Plan, Site
 from ..rehearsal import Call, Ghosts, Rehearsal, base_class, make_ghost, rehearse, untouched_randomness
 from ..retrofit import plan_of
@@ -49,8 +51,12 @@ class BlockGraph:
 
     @property
     def items(self) -> set[fx.Node]:
-        """The nodes that take one feature map out of a list of them that the block is given (as DenseNet's layers are)."""
-        return {n for n in self.graph.nodes if self.kind(n) == "getitem" and n.args[0] in self.graph.find_nodes(op="placeholder")}
+        """The nodes that take one feature map out of a list that the block is given (as DenseNet's layers are)."""
+        return {
+            n
+            for n in self.graph.nodes
+            if self.kind(n) == "getitem" and n.args[0] in self.graph.find_nodes(op="placeholder")
+        }
 
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
@@ -102,7 +108,8 @@ class BlockPair:
         owner = site.path.rpartition(".")[0]
         module = _submodule(self.root, owner)
         if owner != self.path and isinstance(module, RetrofittedBlock) and module.se_how == "wrap":
-            return f"{_relative(owner, self.path)} ({class_name(module)})"  # what is opened in the graph has a name outside
+            # the module is opened in the graph, where what it does has another name
+            return f"{_relative(owner, self.path)} ({class_name(module)})"
         node = self.se_node(site)
         return self.after.label(node.args[0]) if node is not None and self.after is not None else site.after  # type: ignore[arg-type]
 
@@ -188,7 +195,9 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     try:
         plan = plan_of(model)
     except RetrofitError as error:
-        raise RetrofitError(f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do") from None
+        raise RetrofitError(
+            f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
+        ) from None
     rehearsal = rehearse(model, example_inputs)
     with untouched_randomness():
         base, base_ghosts = make_ghost(model, prepare=strip)
@@ -237,7 +246,7 @@ def find_block(inspection: Inspection, path: str) -> BlockPair:
     raise RetrofitError(f"no retrofitted block {path!r}; the blocks with SE are {few}")
 
 
-# Tracing ----------------------------------------------------------------------------------------------------------------
+# Tracing --------------------------------------------------------------------------------------------------------------
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
@@ -279,7 +288,9 @@ class _Tracing:
         paths = [pair.path, *(site.path.rpartition(".")[0] for site in pair.sites)]
         candidate = pair.path
         while True:
-            if candidate in self.calls and all(p == candidate or not candidate or p.startswith(f"{candidate}.") for p in paths):
+            if candidate in self.calls and all(
+                p == candidate or not candidate or p.startswith(f"{candidate}.") for p in paths
+            ):
                 return candidate
             if not candidate:
                 return None
@@ -300,10 +311,10 @@ def _holds_se(module: nn.Module) -> bool:
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and base_class(module).forward is nn.Sequential.forward
+    return isinstance(module, nn.Sequential) and getattr(base_class(module), "forward", None) is nn.Sequential.forward
 
 
-def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Any) -> BlockGraph:
+def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Callable[[nn.Module], bool]) -> BlockGraph:
     """The graph of a call, with the graphs of its containers put in."""
     result = BlockGraph(fx.Graph(), {}, {}, scope)
     graph, values, modules = result.graph, result.values, result.modules
@@ -313,8 +324,7 @@ def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Any) -> BlockGraph
         block = trace(ghosts, call)
         copies: dict[fx.Node, Any] = {}
         for node in block.graph.nodes:
-            args = map_aggregate(node.args, lambda a: copies[a] if isinstance(a, fx.Node) else a)
-            kwargs = map_aggregate(node.kwargs, lambda a: copies[a] if isinstance(a, fx.Node) else a)
+            args, kwargs = _replaced(node.args, copies), _replaced(node.kwargs, copies)
             if node.op == "output":
                 return args[0]
             if node.op == "placeholder" and given is not None:
@@ -348,8 +358,13 @@ def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Any) -> BlockGraph
 
 
 def _call_of(block: Any, node: fx.Node, module: nn.Module) -> Call:
-    args, kwargs = (map_aggregate(a, lambda v: block.values[v] if isinstance(v, fx.Node) else v) for a in (node.args, node.kwargs))
+    args, kwargs = _replaced(node.args, block.values), _replaced(node.kwargs, block.values)
     return Call(module, "", tuple(args), dict(kwargs), None)
+
+
+def _replaced(arguments: Any, values: Any) -> Any:
+    """The arguments of a node, with what ``values`` says in the place of each node among them."""
+    return map_aggregate(arguments, lambda a: values[a] if isinstance(a, fx.Node) else a)
 
 
 def _bind(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -361,7 +376,7 @@ def _bind(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-# A block that is a part of a larger graph -------------------------------------------------------------------------------
+# A block that is a part of a larger graph -----------------------------------------------------------------------------
 
 
 def _slices(pair: BlockPair, before: BlockGraph, after: BlockGraph) -> tuple[BlockGraph, BlockGraph]:
@@ -395,9 +410,9 @@ def _slice(whole: BlockGraph, nodes: list[fx.Node]) -> BlockGraph:
                 copies[source] = part.graph.placeholder("x" if not copies else f"x_{len(copies)}")
                 part.values[copies[source]] = whole.values.get(source)
     for node in nodes:
-        arguments = (map_aggregate(a, lambda n: copies[n] if isinstance(n, fx.Node) else n) for a in (node.args, node.kwargs))
+        args, kwargs = _replaced(node.args, copies), _replaced(node.kwargs, copies)
         target = join(whole.scope, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
-        copies[node] = part.graph.create_node(node.op, target, *arguments, name=_name(whole, node), type_expr=node.type)
+        copies[node] = part.graph.create_node(node.op, target, args, kwargs, _name(whole, node), node.type)
         part.values[copies[node]] = whole.values.get(node)
         if node in whole.modules:
             part.modules[copies[node]] = whole.modules[node]
@@ -412,7 +427,7 @@ def _name(whole: BlockGraph, node: fx.Node) -> str:
     return re.sub(r"\W", "_", join(whole.scope, str(node.target)))
 
 
-# Graphs as keys and as code ---------------------------------------------------------------------------------------------
+# Graphs as keys and as code -------------------------------------------------------------------------------------------
 
 
 def _structure(block: BlockGraph) -> tuple[Any, ...]:

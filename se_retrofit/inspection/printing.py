@@ -6,19 +6,31 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
 
-from rich.console import Console
 from torch import nn
 from torch.fx.node import map_arg
 
 from ..attention import SEAttention
-from ..insertion import RetrofittedBlock
-from .graphs import BlockPair, Inspection, class_name, code_of, describe, find_block, inspect_model, is_se_line, join, tidy
+from ..derived import RetrofittedBlock
+from .graphs import (
+    BlockPair,
+    Inspection,
+    class_name,
+    code_of,
+    describe,
+    find_block,
+    inspect_model,
+    is_se_line,
+    join,
+    tidy,
+)
 from .lines import Line, aligned, show
 
 __all__ = ["block_lines", "print_graph", "tree_lines"]
 
 
-def print_graph(model: nn.Module, block: str | None = None, *, example_inputs: Any = None, file: IO[str] | None = None) -> None:
+def print_graph(
+    model: nn.Module, block: str | None = None, *, example_inputs: Any = None, file: IO[str] | None = None
+) -> None:
     """Print a retrofitted model: the tree of its modules, or the torch.fx graph and the code of one block.
 
     Lines about SE have a ``>`` in the margin and, in a terminal, a colour. In the tree, what repeats is folded.
@@ -45,7 +57,7 @@ def print_graph(model: nn.Module, block: str | None = None, *, example_inputs: A
     show(tree_lines(inspection) if block is None else block_lines(find_block(inspection, block)), file)
 
 
-# The tree ---------------------------------------------------------------------------------------------------------------
+# The tree -------------------------------------------------------------------------------------------------------------
 
 
 class _Tree:
@@ -59,7 +71,11 @@ class _Tree:
         """Equal for modules that are built the same, with or without their sizes."""
         known = self.keys.get((id(module), sizes))
         if known is None:
-            children = () if isinstance(module, SEAttention) else tuple((n, self.key(m, sizes)) for n, m in module.named_children())
+            children = (
+                ()
+                if isinstance(module, SEAttention)
+                else tuple((n, self.key(m, sizes)) for n, m in module.named_children())
+            )
             own = (describe(module), module.extra_repr() if not children else "") if sizes else class_name(module)
             known = self.keys[id(module), sizes] = (own, children)
         return known
@@ -123,10 +139,13 @@ def tree_lines(inspection: Inspection) -> list[Line]:
     tree = _Tree(inspection)
     rows = list(tree.lines(inspection.model, "", 1))
     texts = aligned([[name, words] for name, words, _ in rows])
-    return [Line(type(inspection.model).__name__, style="bold"), *(Line(t, se) for t, (_, _, se) in zip(texts, rows, strict=True))]
+    return [
+        Line(type(inspection.model).__name__, style="bold"),
+        *(Line(t, se) for t, (_, _, se) in zip(texts, rows, strict=True)),
+    ]
 
 
-# A block ----------------------------------------------------------------------------------------------------------------
+# A block --------------------------------------------------------------------------------------------------------------
 
 
 def headline(pair: BlockPair) -> list[Line]:
@@ -154,7 +173,12 @@ def block_lines(pair: BlockPair) -> list[Line]:
         rows.append([node.op, node.name, target, arguments, describe(module) if module else "", pair.after.shape(node)])
         marks.append(isinstance(module, SEAttention))
     texts = aligned(rows)
-    lines += [Line(""), Line(texts[0], style="bold"), *(Line(t, m) for t, m in zip(texts[1:], marks[1:], strict=True)), Line("")]
+    lines += [
+        Line(""),
+        Line(texts[0], style="bold"),
+        *(Line(t, m) for t, m in zip(texts[1:], marks[1:], strict=True)),
+        Line(""),
+    ]
     lines += source_lines(pair)
     return lines
 
@@ -172,7 +196,10 @@ def source_lines(pair: BlockPair) -> list[Line]:
     """The generated forward of a block whose class has one, else the code of its graph."""
     assert pair.after is not None
     if isinstance(pair.module, RetrofittedBlock) and pair.module.se_how == "rewrite":
-        heading, code = "the forward that was generated:", [tidy(line) for line in pair.module.se_source.strip().splitlines()]
+        heading, code = (
+            "the forward that was generated:",
+            [tidy(line) for line in pair.module.se_source.strip().splitlines()],
+        )
     else:
         heading, code = "its graph as code:", code_of(pair.after)
     return [Line(heading, style="bold"), *(Line(line, is_se_line(line, pair)) for line in code)]

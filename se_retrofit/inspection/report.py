@@ -106,21 +106,43 @@ class Report:
         before, layers = self.multiply_adds_before, self.multiply_adds_after
         after = layers + self.squeeze_scale
         lines += [
-            ("multiply-adds", f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input"),
+            (
+                "multiply-adds",
+                f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input",
+            ),
             ("  of layers alone", f"{human(before)} -> {human(layers)} (+{percent(layers - before, before)})"),
         ]
         return lines
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The table as text: its header and its rows."""
-        header = ["block", "class", "kind", "SE after", "before", "feature map", "channels", "hidden", "parameters", "multiply-adds"]
+        header = [
+            "block",
+            "class",
+            "kind",
+            "SE after",
+            "before",
+            "feature map",
+            "channels",
+            "hidden",
+            "parameters",
+            "multiply-adds",
+        ]
         rows = [
             [
-                row.block or "(model)", row.cls, row.kind, row.after, row.before, "x".join(map(str, row.shape)), f"{row.channels:,}",
-                f"{row.hidden:,}", f"{row.parameters:,}", "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
+                row.block or "(model)",
+                row.cls,
+                row.kind,
+                row.after,
+                row.before,
+                "x".join(map(str, row.shape)),
+                f"{row.channels:,}",
+                f"{row.hidden:,}",
+                f"{row.parameters:,}",
+                "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
             ]
             for row in self.rows
-        ]  # fmt: skip
+        ]
         return header, rows
 
     def __str__(self) -> str:
@@ -128,21 +150,44 @@ class Report:
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
         def line(row: list[str]) -> str:
-            cells = [c.rjust(w) if i >= FIRST_NUMBER else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [
+                c.rjust(w) if i >= FIRST_NUMBER else c.ljust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
             return "  ".join(cells).rstrip()
 
-        lines = [f"{self.model} with Squeeze-and-Excitation", "", line(header), "  ".join("-" * w for w in widths), *map(line, rows), ""]
+        lines = [
+            f"{self.model} with Squeeze-and-Excitation",
+            "",
+            line(header),
+            "  ".join("-" * w for w in widths),
+            *map(line, rows),
+            "",
+        ]
         lines += [f"{heading:<19}{text}" for heading, text in self.summary()]
         if self.skipped:
-            lines += ["", f"left as they are: {len(self.skipped)}", *(f"  {s.block or '(model)'}: {s.reason}" for s in self.skipped)]
+            lines += [
+                "",
+                f"left as they are: {len(self.skipped)}",
+                *(f"  {s.block or '(model)'}: {s.reason}" for s in self.skipped),
+            ]
         return "\n".join(lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         header, rows = self.cells()
-        table = Table(title=f"{self.model} with Squeeze-and-Excitation", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=f"{self.model} with Squeeze-and-Excitation",
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+        )
         for i, name in enumerate(header):
             table.add_column(
-                name, justify="right" if i >= FIRST_NUMBER else "left", style=_STYLES.get(name), overflow="fold", no_wrap=name == "block"
+                name,
+                justify="right" if i >= FIRST_NUMBER else "left",
+                style=_STYLES.get(name),
+                overflow="fold",
+                no_wrap=name == "block",
             )
         previous = None
         for row, data in zip(rows, self.rows, strict=True):
@@ -209,18 +254,39 @@ def report_of(inspection: Inspection) -> Report:
         pair, price = by_path[site.path], cost.sites.get(site.path)
         rows.append(
             Row(
-                site.path, site.block, pair.cls, site.kind, pair.se_after(site), pair.se_before(site), price.shape if price else (),
-                site.channels, site.hidden, site.parameters, price.excitation if price else None, price.squeeze_scale if price else None,
+                site.path,
+                site.block,
+                pair.cls,
+                site.kind,
+                pair.se_after(site),
+                pair.se_before(site),
+                price.shape if price else (),
+                site.channels,
+                site.hidden,
+                site.parameters,
+                price.excitation if price else None,
+                price.squeeze_scale if price else None,
             )
-        )  # fmt: skip
+        )
     inserted = {site.path for site in plan.sites}
-    new = {id(p) for path, m in model.named_modules() if path in inserted and isinstance(m, SEAttention) for p in m.parameters()}
+    new = {
+        id(p)
+        for path, m in model.named_modules()
+        if path in inserted and isinstance(m, SEAttention)
+        for p in m.parameters()
+    }
     parameters = list(model.parameters())
     return Report(
-        type(model).__name__, tuple(rows), plan.skipped, plan.options,
+        type(model).__name__,
+        tuple(rows),
+        plan.skipped,
+        plan.options,
         parameters_before=sum(p.numel() for p in parameters if id(p) not in new),
         parameters_after=sum(p.numel() for p in parameters),
         trainable_before=sum(p.numel() for p in parameters if p.requires_grad and id(p) not in new),
         trainable_after=sum(p.numel() for p in parameters if p.requires_grad),
-        inputs=cost.inputs, multiply_adds_before=cost.before, multiply_adds_after=cost.after, squeeze_scale=cost.squeeze_scale,
-    )  # fmt: skip
+        inputs=cost.inputs,
+        multiply_adds_before=cost.before,
+        multiply_adds_after=cost.after,
+        squeeze_scale=cost.squeeze_scale,
+    )

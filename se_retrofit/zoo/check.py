@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..insertion import is_retrofitted
 from ..plan import Plan
 from ..rehearsal import Rehearsal, rehearse
+from ..removal import is_retrofitted
 from ..retrofit import add_se, plan_of, remove_se
 from .names import Entry
 
@@ -98,22 +98,21 @@ def inspect_model(model: nn.Module, row: Row) -> None:
     before = _structure(model)
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     try:
-        rehearsal = rehearse(model)
-        add_se(model, inplace=True, example_inputs=rehearsal.root.args)
+        add_se(model, inplace=True)
     except RetrofitError as refusal:
         if _structure(model) != before:
             raise CheckFailed("add_se raised and left the model changed") from refusal
         row.verdict = _refusal(str(refusal))
         return
     plan = plan_of(model)
-    shapes = _shapes(rehearsal)
     _check_retrofitted(model, plan, before)
-    again = rehearse(model, rehearsal.root.args)
-    if again.broke_off != rehearsal.broke_off or _shapes(again) != shapes:
-        raise CheckFailed("the retrofitted network returns other shapes than the original")
+    retrofitted = rehearse(model)
     remove_se(model, inplace=True)
     if _structure(model) != before:
         raise CheckFailed("remove_se does not restore the classes and keys")
+    original = rehearse(model, retrofitted.root.args)
+    if retrofitted.broke_off != original.broke_off or _shapes(retrofitted) != _shapes(original):
+        raise CheckFailed("the retrofitted network returns other shapes than the original")
     row.verdict = CONVERTED
     row.extra = plan.parameters
     counts = Counter(site.kind for site in plan.sites)

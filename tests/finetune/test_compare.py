@@ -45,7 +45,17 @@ def test_the_verdict_is_plain(plain: list[float], se: list[float], says: str) ->
 
 def test_the_table_holds_all_that_was_asked() -> None:
     printed = str(comparison([0.90, 0.92], [0.91, 0.95]))
-    for piece in ("91.00 ± 1.41", "93.00 ± 2.83", "10.0", "11.0", "1,000", "1,100", "+2.00 points", "95% interval", "2 seeds"):
+    for piece in (
+        "91.00 ± 1.41",
+        "93.00 ± 2.83",
+        "10.0",
+        "11.0",
+        "1,000",
+        "1,100",
+        "+2.00 points",
+        "95% interval",
+        "2 seeds",
+    ):
         assert piece in printed
 
 
@@ -60,7 +70,9 @@ def test_both_arms_start_from_the_same_weights_and_take_as_many_steps(
     assert not has_se(plain)
     assert found.seeds == [3, 4]
     assert found.se.parameters > found.plain.parameters
-    first = [json.loads((tmp_path / f"{arm}-3" / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("plain", "se")]
+    first = [
+        json.loads((tmp_path / f"{arm}-3" / "metrics.jsonl").read_text().splitlines()[0]) for arm in ("plain", "se")
+    ]
     assert first[0] == first[1]  # the evaluation before any step
     assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(found.to_dict()))
     alone = finetune(network(se=False), digits.train, digits.val, config=config(epochs=1, seed=4), quiet=True)
@@ -70,7 +82,13 @@ def test_both_arms_start_from_the_same_weights_and_take_as_many_steps(
 def test_a_comparison_goes_on_where_it_was(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
     def run() -> Comparison:
         return compare(
-            lambda: network(se=False), digits.train, digits.val, config=config(epochs=1), seeds=2, output_dir=tmp_path, quiet=True
+            lambda: network(se=False),
+            digits.train,
+            digits.val,
+            config=config(epochs=1),
+            seeds=2,
+            output_dir=tmp_path,
+            quiet=True,
         )
 
     first = run()
@@ -80,11 +98,11 @@ def test_a_comparison_goes_on_where_it_was(network: Network, config: Config, dig
 
 
 def test_mistakes_are_refused(network: Network, config: Config, digits: NamedData) -> None:
-    with pytest.raises(RetrofitError, match="seeds must be at least 1"):
+    with pytest.raises(RetrofitError, match=r"seeds must be at least 1"):
         compare(network(se=False), digits.train, digits.val, seeds=0)
     with pytest.raises(RetrofitError, match=r"can't be trained with train=\"se\""):
         compare(network(se=False), digits.train, digits.val, config=config(train="se"))
-    with pytest.raises(RetrofitError, match="needs validation data"):
+    with pytest.raises(RetrofitError, match=r"needs validation data"):
         compare(network(se=False), digits.train, None)
-    with pytest.raises(RetrofitError, match="retrofitted already"):
+    with pytest.raises(RetrofitError, match=r"retrofitted already"):
         compare(network(), digits.train, digits.val, config=config())

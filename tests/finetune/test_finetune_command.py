@@ -15,7 +15,7 @@ from se_retrofit import RetrofitError, has_se, load_retrofitted
 from se_retrofit.cli.app import app
 from se_retrofit.finetune import FinetuneConfig, evaluate, load_data
 
-SMALL = ["--image-size", "16", "--batch-size", "64", "--lr", "1e-3", "--cpu"]
+SMALL = ["--image-size", "16", "--batch-size", "128", "--lr", "1e-3", "--cpu"]
 
 
 def run(*arguments: str) -> str:
@@ -26,7 +26,7 @@ def run(*arguments: str) -> str:
 
 def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    said = run("finetune", "resnet18", "--data", "digits", "--epochs", "3", *SMALL, "--output", str(output))
+    said = run("finetune", "resnet18", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(output))
     assert "8 SE modules" in said
     assert "best validation accuracy" in said
     model = load_retrofitted(output / "best")
@@ -36,7 +36,7 @@ def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path)
     assert f"best validation accuracy {accuracy:.2%}" in said
     assert FinetuneConfig.from_yaml(output / "config.yaml").num_classes == 10
     assert "resumed" in run(
-        "finetune", "resnet18", "--data", "digits", "--epochs", "3", *SMALL, "--output", str(output), "--resume"
+        "finetune", "resnet18", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(output), "--resume"
     )
 
 
@@ -44,7 +44,8 @@ def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None
     (tmp_path / "recipe.yaml").write_text("epochs: 7\nlabel_smoothing: 0.0\nclip_grad: null\n")
     output = tmp_path / "run"
     run(
-        "finetune", "torchvision/squeezenet1_1", "--data", "digits", "--config", str(tmp_path / "recipe.yaml"), "--epochs", "1",
+        "finetune", "torchvision/squeezenet1_1", "--data", "digits", "--config", str(tmp_path / "recipe.yaml"),
+        "--epochs", "1",
         "--set", "optimizer=sgd", "--set", "optimizer_options={nesterov: true}", "--train", "se+head", *SMALL,
         "--image-size", "32", "--output", str(output), "--reduction", "4",
     )  # fmt: skip
@@ -71,7 +72,7 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path) -> None:
-    code = "import sys; from se_retrofit.cli import finetune; from se_retrofit.cli.app import app; app()"
+    code = "from se_retrofit.cli import compare, finetune; from se_retrofit.cli.app import app; app()"
     arguments = ["finetune", "resnet10t", "--data", "digits", "--epochs", "2", *SMALL, "--output", str(tmp_path)]
     arguments += ["--set", "log_every=1"]
     process = subprocess.Popen(
@@ -89,8 +90,30 @@ def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path
     assert "resumed in epoch 1, after update" in run(*arguments, "--resume")
 
 
+def test_stochastic_depth_is_built_in_where_the_recipe_asks_for_it() -> None:
+    from timm.layers import DropPath
+
+    from se_retrofit.cli.finetune import network_builder
+
+    build, base = network_builder(
+        "resnet10t", False, None, ["in_chans=1"], FinetuneConfig(drop_path=0.1, num_classes=5)
+    )
+    assert any(isinstance(module, DropPath) for module in build().modules())
+    assert base.kwargs == {"in_chans": 1, "num_classes": 5}
+
+
 def test_compare_prints_and_writes(tmp_path: Path) -> None:
-    said = run("compare", "resnet10t", "--data", "digits", "--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path))
-    for piece in ("without SE", "with SE", "seed 0, accuracy %", "seed 1, accuracy %", "ms a step", "parameters", "interval"):
+    said = run(
+        "compare", "resnet10t", "--data", "digits", "--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path)
+    )
+    for piece in (
+        "without SE",
+        "with SE",
+        "seed 0, accuracy %",
+        "seed 1, accuracy %",
+        "ms a step",
+        "parameters",
+        "interval",
+    ):
         assert piece in said
     assert (tmp_path / "comparison.json").exists()

@@ -207,6 +207,40 @@ def test_schedule_none_and_others_of_timm(network: Network, config: Config, digi
         assert math.isfinite(result.history[-1]["train_loss"])
 
 
+def test_a_bar_is_drawn_in_a_terminal(
+    network: Network,
+    config: Config,
+    digits: NamedData,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    finetune(network(), digits.train, digits.val, config=config())
+    said = capsys.readouterr().out
+    assert "epoch 2/2" in said
+    assert "images/s" in said
+    assert "\x1b[" in said
+
+
+def test_trackers_that_are_not_there_are_named(network: Network, config: Config, digits: NamedData) -> None:
+    with pytest.raises(RetrofitError, match=r"nosuchtracker"):
+        finetune(network(), digits.train, config=config(trackers=["nosuchtracker"]), quiet=True)
+    finetune(network(), digits.train, config=config(epochs=1), quiet=True)  # the next run is not in its way
+
+
+def test_a_network_without_se_is_saved_and_loaded_too(config: Config, digits: NamedData, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("resnet10t", num_classes=10)
+    data = torch.utils.data.Subset(digits.train, range(32))
+    result = finetune(model, data, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    assert result.best_accuracy is None
+    assert result.directory is not None
+    loaded = load_retrofitted(result.directory)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+
+
 # Heads
 
 
@@ -242,7 +276,9 @@ def test_auxiliary_classifiers_are_trained_too(config: Config) -> None:
 # Data
 
 
-def test_a_data_loader_gives_the_same_as_its_data_set_evaluates(network: Network, config: Config, digits: NamedData) -> None:
+def test_a_data_loader_gives_the_same_as_its_data_set_evaluates(
+    network: Network, config: Config, digits: NamedData
+) -> None:
     model = network()
     loader = DataLoader(digits.val, batch_size=7)
     a, b = evaluate(model, loader, config=config()), evaluate(model, digits.val, config=config())
@@ -293,15 +329,15 @@ def test_classes_that_the_network_does_not_have_are_named(network: Network, conf
 
 
 def test_wrong_types_are_refused(network: Network, config: Config, digits: NamedData) -> None:
-    with pytest.raises(TypeError, match="model must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module"):
         finetune("resnet50", digits.train)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="config must be a FinetuneConfig"):
+    with pytest.raises(TypeError, match=r"config must be a FinetuneConfig"):
         finetune(network(), digits.train, config={"epochs": 3})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="load_data"):
+    with pytest.raises(TypeError, match=r"load_data"):
         finetune(network(), "digits", config=config())
-    with pytest.raises(RetrofitError, match="bare one"):
+    with pytest.raises(RetrofitError, match=r"bare one"):
         finetune(nn.DataParallel(network()), digits.train, config=config())
-    with pytest.raises(RetrofitError, match="output_dir"):
+    with pytest.raises(RetrofitError, match=r"output_dir"):
         finetune(network(), digits.train, config=config(), resume=True)
 
 
@@ -327,7 +363,9 @@ def test_a_loss_that_is_no_longer_finite_stops_and_keeps_the_last_good_checkpoin
 
         asked = 0
 
-    with pytest.raises(RetrofitError, match=r"the loss became nan in epoch 3, update 20 \(number 4 of the epoch\).*last"):
+    with pytest.raises(
+        RetrofitError, match=r"the loss became nan in epoch 3, update 20 \(number 4 of the epoch\).*last"
+    ):
         finetune(network(), Explodes(), config=config(epochs=4), output_dir=tmp_path, quiet=True)
     kept = load_retrofitted(tmp_path / "last", base=network(se=False))
     assert all(torch.isfinite(p).all() for p in kept.parameters())
@@ -339,7 +377,7 @@ def test_weights_that_are_no_longer_finite_are_not_kept(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:
     recipe = config(epochs=1, optimizer="sgd", lr=1e30, clip_grad=None, warmup=0.0, schedule="constant")
-    with pytest.raises(RetrofitError, match="lower lr"):
+    with pytest.raises(RetrofitError, match=r"lower lr"):
         finetune(network(), digits.train, config=recipe, output_dir=tmp_path, quiet=True)
     assert not (tmp_path / "last").exists()
 
@@ -356,7 +394,9 @@ def test_stochastic_depth_is_set_and_given_back(config: Config, digits: NamedDat
     hook = model.register_forward_pre_hook(
         lambda m, _: inside.append([round(d.drop_prob, 6) for d in m.modules() if isinstance(d, DropPath)])
     )
-    finetune(model, torch.utils.data.Subset(digits.train, range(32)), config=config(epochs=1, drop_path=0.3), quiet=True)
+    finetune(
+        model, torch.utils.data.Subset(digits.train, range(32)), config=config(epochs=1, drop_path=0.3), quiet=True
+    )
     hook.remove()
     assert inside[0][-1] == 0.3
     assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == rates

@@ -17,16 +17,23 @@ HERE = Path(__file__).parent
 RECIPE = {"epochs": 2, "freeze_bn": True, "optimizer": "sgd", "lr": 0.02, "accumulate": 2, "early_stop": 2}
 
 
-def launch(processes: int, output: Path, fields: dict[str, Any], *flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    processes: int, output: Path, fields: dict[str, Any], *flags: str, **env: str
+) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [
-        "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={port}",
-    ]  # fmt: skip
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+    ]
+    launcher = torchrun if processes > 1 else []
     path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), str(HERE / "run_tiny.py"), str(output), json.dumps(fields), *flags],
+        [sys.executable, *launcher, str(HERE / "run_tiny.py"), str(output), json.dumps(fields), *flags],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

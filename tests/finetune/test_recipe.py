@@ -68,11 +68,11 @@ def test_broken_files_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     (tmp_path / "type.yaml").write_text("epochs: many\n")
-    with pytest.raises(RetrofitError, match="no config file"):
+    with pytest.raises(RetrofitError, match=r"no config file"):
         FinetuneConfig.from_yaml(tmp_path / "none.yaml")
-    with pytest.raises(RetrofitError, match="got list"):
+    with pytest.raises(RetrofitError, match=r"got list"):
         FinetuneConfig.from_yaml(tmp_path / "list.yaml")
-    with pytest.raises(RetrofitError, match="can't be read as YAML"):
+    with pytest.raises(RetrofitError, match=r"can't be read as YAML"):
         FinetuneConfig.from_yaml(tmp_path / "broken.yaml")
     with pytest.raises(RetrofitError, match=r"type\.yaml: epochs must be int"):
         FinetuneConfig.from_yaml(tmp_path / "type.yaml")
@@ -80,5 +80,5 @@ def test_broken_files_are_clear_errors(tmp_path: Path) -> None:
 
 def test_replace_checks_the_change() -> None:
     assert FinetuneConfig(epochs=3).replace(lr=1.0).epochs == 3
-    with pytest.raises(RetrofitError, match="no field"):
+    with pytest.raises(RetrofitError, match=r"no field"):
         FinetuneConfig().replace(rate=1.0)

@@ -17,7 +17,9 @@ def tiny_network(se: bool = True, seed: int = 0, **kwargs: Any) -> nn.Module:
     """A residual network of 4 blocks, with norms that are not at their first values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=10, zero_init_last=False, **kwargs)
+        model = ResNet(
+            BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=10, zero_init_last=False, **kwargs
+        )
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -33,4 +35,6 @@ def tiny_data(train: int = 256, val: int = 100) -> NamedData:
 
 
 def tiny_config(**changes: Any) -> FinetuneConfig:
-    return FinetuneConfig(**{"epochs": 2, "batch_size": 32, "lr": 1e-3, "workers": 0, "log_every": 1, "cpu": True, **changes})
+    return FinetuneConfig(
+        **{"epochs": 2, "batch_size": 32, "lr": 1e-3, "workers": 0, "log_every": 1, "cpu": True, **changes}
+    )

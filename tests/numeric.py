@@ -1,0 +1,129 @@
+"""The promises of a retrofit, checked on real numbers: what the numeric sweep and the tests of other libraries share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from se_retrofit import SEAttention, add_se, remove_se
+
+Run = Callable[[nn.Module], Any]  # calls a model on some inputs
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All floating-point tensors in what a model returns."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def redraw(model: nn.Module, seed: int = 0) -> None:
+    """Draw all vectors of a fresh network anew: where the last norm of every branch is zero, a fault in the branch, or a
+    gradient that does not reach it, would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point() or tensor.numel() != max(tensor.shape, default=1):
+                continue
+            if name.rpartition(".")[2] in ("bias", "beta", "running_mean"):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            else:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+
+
+def loss(output: Any) -> Tensor:
+    """A number that depends on every output, each with a weight of its own."""
+    total = torch.zeros(())
+    for index, tensor in enumerate(tensors(output)):
+        weights = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index))
+        total = total + (tensor * weights).sum()
+    return total
+
+
+def check_promises(model: nn.Module, run: Run, train_run: Run | None = None, **options: Any) -> nn.Module:
+    """Retrofit a model and assert, on real numbers, what ``add_se`` promises; returns the retrofitted model.
+
+    Args:
+        model: on the CPU, freshly built.
+        run: calls a model in eval mode.
+        train_run: calls it in train mode, where that takes something else (detection models take targets).
+        options: for ``add_se``.
+    """
+    redraw(model)
+    retrofitted = add_se(model, **options)
+    ses = {path: m for path, m in retrofitted.named_modules() if isinstance(m, SEAttention) and hasattr(m, "site")}
+    assert ses, "no SE went in"
+
+    keys = model.state_dict().keys()
+    assert [k for k in retrofitted.state_dict() if k in keys] == list(keys), "an original key is missing"
+    assert all(any(s in f".{k}" for s in (".se_attention",)) for k in retrofitted.state_dict() if k not in keys)
+
+    _equal_outputs(model, retrofitted, run)
+    _equal_training(model, retrofitted, train_run or run)
+    _gradients_reach_se(retrofitted, ses, run if train_run is None else train_run, training=train_run is not None)
+
+    restored = remove_se(retrofitted)
+    assert [(p, type(m)) for p, m in restored.named_modules()] == [(p, type(m)) for p, m in model.named_modules()]
+    assert list(restored.state_dict()) == list(keys)
+    _equal_outputs(model, restored, run)
+    return retrofitted
+
+
+def _equal_outputs(model: nn.Module, other: nn.Module, run: Run) -> None:
+    with torch.no_grad():
+        wanted = list(tensors(_run(model.eval(), run)))
+        got = list(tensors(_run(other.eval(), run)))
+    assert wanted, "the model returns nothing that could be compared"
+    assert all(t.isfinite().all() for t in wanted), "the original's outputs are not finite"
+    assert _equal(wanted, got), "outputs differ in eval mode"
+
+
+def _equal_training(model: nn.Module, retrofitted: nn.Module, run: Run) -> None:
+    results = []
+    for net in (model, retrofitted):
+        net = copy.deepcopy(net).train()
+        output = _run(net, run)
+        loss(output).backward()
+        results.append((net, list(tensors(output))))
+    (original, wanted), (other, got) = results
+    assert _equal(wanted, got), "outputs differ in train mode"
+    after = dict(other.named_parameters())
+    for name, parameter in original.named_parameters():
+        if parameter.grad is None:
+            assert after[name].grad is None, f"{name} has a gradient that it had not"
+        else:
+            assert parameter.grad.equal(after[name].grad), f"the gradient of {name} differs"
+    buffers = dict(other.named_buffers())
+    for name, buffer in original.named_buffers():
+        assert buffer.equal(buffers[name]) or buffer.isnan().any(), f"the buffer {name} moved differently"
+
+
+def _gradients_reach_se(retrofitted: nn.Module, ses: dict[str, nn.Module], run: Run, training: bool) -> None:
+    net = copy.deepcopy(retrofitted).train(training)
+    loss(_run(net, run)).backward()
+    for path in ses:
+        se = net.get_submodule(path)
+        assert isinstance(se, SEAttention)
+        grad = se.fc[2].weight.grad
+        assert grad is not None, f"no gradient reaches {path}"
+        assert grad.abs().max() > 0, f"the gradient that reaches {path} is zero"
+
+
+def _equal(wanted: list[Tensor], got: list[Tensor]) -> bool:
+    return len(wanted) == len(got) and all(map(torch.equal, wanted, got))
+
+
+def _run(model: nn.Module, run: Run) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return run(model)
