@@ -59,7 +59,7 @@ def test_convert_finds_out_that_se_takes_no_part(monkeypatch: pytest.MonkeyPatch
         retrofitted = add_se(model, **options)  # type: ignore[arg-type]
         for module in retrofitted.modules():
             if isinstance(module, SEAttention):
-                module.register_forward_hook(lambda se, args, output: args[0])
+                module.forward = lambda x: x  # type: ignore[method-assign]
         return retrofitted
 
     monkeypatch.setattr(command, "add_se", idle)
