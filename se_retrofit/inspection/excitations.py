@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError
-from ..removal import is_retrofitted
 from ..rehearsal import untouched_randomness
+from ..removal import is_retrofitted
 from ..retrofit import plan_of
 from .lines import aligned
 
