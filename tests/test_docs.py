@@ -125,7 +125,7 @@ def run_script(
     return run
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("retrofit_*.py")), ids=lambda script: script.name)
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("[ri]*t_*.py")), ids=lambda script: script.name)
 def test_examples_run(script: Path, run_script: Callable[..., str]) -> None:
     output = run_script(script)
     assert output
