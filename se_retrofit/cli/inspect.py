@@ -26,7 +26,7 @@ from ..inspection.printing import block_lines, tree_lines
 from ..inspection.report import Report, report_of
 from ..models import Base
 from ..retrofit import add_se
-from .app import app
+from .app import app, say
 
 HELP = """
 Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graph, code and picture.
@@ -110,7 +110,7 @@ def inspect(
         if console.is_terminal:
             console.print(report)
         else:
-            console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+            say(console, report)
     if graph or (block is not None and not diff):
         show(tree_lines(inspection) if block is None else block_lines(groups[0][0]), console=console)
     if diff:
@@ -119,17 +119,15 @@ def inspect(
                 console.print()
             show(difference_lines(pair), console=console)
             if others:
-                console.print(
-                    f"  like it: {', '.join(o.path for o in others)}", markup=False, highlight=False, soft_wrap=True
-                )
+                say(console, f"  like it: {', '.join(other.path for other in others)}")
     if draw is not None:
         with _writing(draw):
             drawing.write(inspection, groups, draw)
-        _say(console, f"drew {draw}")
+        say(console, f"drew {draw}")
     if html is not None:
         with _writing(html):
             html.write_text(page(inspection, report), encoding="utf-8")
-        _say(console, f"wrote {html}")
+        say(console, f"wrote {html}")
     if json_file is not None:
         assert report is not None
         text = json.dumps({"network": model, **report.to_dict()}, indent=2)
@@ -138,7 +136,7 @@ def inspect(
         else:
             with _writing(json_file):
                 json_file.write_text(text + "\n", encoding="utf-8")
-            _say(console, f"wrote {json_file}")
+            say(console, f"wrote {json_file}")
 
 
 def _network(model: str, options: dict[str, Any], num_classes: int | None, example: Any) -> nn.Module:
@@ -174,7 +172,3 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RetrofitError(f"{path} can't be written: {error.strerror or error}") from error
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

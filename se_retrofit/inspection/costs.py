@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import SEAttention, squeeze
-from ..removal import strip
 from ..rehearsal import rehearse_call
+from ..removal import strip
 from .graphs import Inspection, batch_size
 
 __all__ = ["Costs", "SiteCost", "costs"]

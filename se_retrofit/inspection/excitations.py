@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError
-from ..removal import is_retrofitted
 from ..rehearsal import untouched_randomness
+from ..removal import is_retrofitted
 from ..retrofit import plan_of
 from .lines import aligned
 
@@ -72,12 +72,8 @@ class SiteExcitation:
             return "all gates are exactly 1: not fine-tuned yet, or all that SE sees is zero"
         if self.count > 1 and self.variation < HARDLY:
             if abs(self.mean - 1).max() < 10 * HARDLY:
-                return (
-                    f"hardly varies between inputs (std {self.variation:.4f}) and is close to 1: it could be left out"
-                )
-            return (
-                f"hardly varies between inputs (std {self.variation:.4f}): it acts as a constant scale of each channel"
-            )
+                return "hardly varies between inputs and is close to 1: so far it does next to nothing"
+            return "hardly varies between inputs: it acts as a constant scale of each channel"
         return ""
 
 
@@ -168,7 +164,7 @@ class Excitations:
 
         stages = self.stages
         figure = Figure(figsize=(11, 0.5 + 2.4 * len(stages)), layout="constrained")
-        axes = figure.subplots(len(stages), 2, squeeze=False, width_ratios=(1, 1.3))
+        axes = figure.subplots(len(stages), 2, squeeze=False, width_ratios=(1, 1.5))
         for (left, right), stage in zip(axes, stages, strict=True):
             _plot_stage(left, stage)
             _plot_site(right, stage[-1])
@@ -214,7 +210,7 @@ def _plot_site(axes: Axes, site: SiteExcitation) -> None:
     axes.plot(channels, mean, color="#1e293b", linewidth=1.4, label="all")
     axes.set_title(f"{site.block or '(model)'}: gate by channel, sorted by mean", fontsize=9)
     axes.set_xlabel("channel", fontsize=8)
-    axes.legend(fontsize=7, ncols=2, loc="upper left", framealpha=0.8)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     _give_room(axes)
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from ..attention import SEAttention
-from ..errors import RetrofitError
 from ..derived import RetrofittedBlock
-from ..removal import strip
+from ..errors import RetrofitError
 from ..plan import Plan, Site
 from ..rehearsal import Call, Ghosts, Rehearsal, base_class, make_ghost, rehearse, untouched_randomness
+from ..removal import strip
 from ..retrofit import plan_of
 from ..tracing import TraceFailure, trace
 

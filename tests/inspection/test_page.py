@@ -24,7 +24,8 @@ window.wrong = [];
 addEventListener("error", (event) => window.wrong.push(String(event.message || event.target.src)), true);
 addEventListener("load", () => {
   const fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
-  document.body.dataset.probe = JSON.stringify({fetched, wrong: window.wrong, drawings: document.querySelectorAll("svg").length});
+  const drawings = document.querySelectorAll("svg").length;
+  document.body.dataset.probe = JSON.stringify({fetched, wrong: window.wrong, drawings});
 });
 </script>"""
 
