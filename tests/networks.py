@@ -53,7 +53,7 @@ NETWORKS = {
         Network("torchvision/alexnet", 64),
         Network("torchvision/densenet121"),
         Network("torchvision/googlenet"),
-        Network("torchvision/inception_v3", 75, train_size=235),  # the auxiliary head needs a map of 12 by 12
+        Network("torchvision/inception_v3", 75, train_size=299),  # the auxiliary head needs a map of 17 by 17
         Network("torchvision/squeezenet1_1"),
         Network("torchvision/mobilenet_v2"),
         Network("torchvision/mobilenet_v3_small"),
