@@ -85,7 +85,7 @@ def _equal_outputs(model: nn.Module, other: nn.Module, run: Run) -> None:
         got = list(tensors(_run(other.eval(), run)))
     assert wanted, "the model returns nothing that could be compared"
     assert all(t.isfinite().all() for t in wanted), "the original's outputs are not finite"
-    assert len(wanted) == len(got) and all(map(torch.equal, wanted, got)), "outputs differ in eval mode"
+    assert _equal(wanted, got), "outputs differ in eval mode"
 
 
 def _equal_training(model: nn.Module, retrofitted: nn.Module, run: Run) -> None:
@@ -96,7 +96,7 @@ def _equal_training(model: nn.Module, retrofitted: nn.Module, run: Run) -> None:
         loss(output).backward()
         results.append((net, list(tensors(output))))
     (original, wanted), (other, got) = results
-    assert len(wanted) == len(got) and all(map(torch.equal, wanted, got)), "outputs differ in train mode"
+    assert _equal(wanted, got), "outputs differ in train mode"
     after = dict(other.named_parameters())
     for name, parameter in original.named_parameters():
         if parameter.grad is None:
@@ -115,7 +115,12 @@ def _gradients_reach_se(retrofitted: nn.Module, ses: dict[str, nn.Module], run: 
         se = net.get_submodule(path)
         assert isinstance(se, SEAttention)
         grad = se.fc[2].weight.grad
-        assert grad is not None and grad.abs().max() > 0, f"no gradient reaches {path}"
+        assert grad is not None, f"no gradient reaches {path}"
+        assert grad.abs().max() > 0, f"the gradient that reaches {path} is zero"
+
+
+def _equal(wanted: list[Tensor], got: list[Tensor]) -> bool:
+    return len(wanted) == len(got) and all(map(torch.equal, wanted, got))
 
 
 def _run(model: nn.Module, run: Run) -> Any:

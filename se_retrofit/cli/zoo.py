@@ -89,11 +89,10 @@ def _walk(todo: list[Entry], jobs: int, timeout: float, output: Path | None, con
 def _print(rows: list[Row], console: Console) -> None:
     """One line a network if they are few, one line a family if they are many; then the sums."""
     if len(rows) <= 40:
-        header = ("name", "verdict", "SE modules", "extra parameters")
-        table = [header] + [
-            (row.name, row.verdict, ", ".join(f"{n} {kind}" for kind, n in row.kinds.items()), f"{row.extra:,}" if row.sites else "")
-            for row in sorted(rows, key=lambda row: row.name)
-        ]
+        table: list[tuple[str, ...]] = [("name", "verdict", "SE modules", "extra parameters")]
+        for row in sorted(rows, key=lambda row: row.name):
+            kinds = ", ".join(f"{count} {kind}" for kind, count in row.kinds.items())
+            table.append((row.name, row.verdict, kinds, f"{row.extra:,}" if row.sites else ""))
     else:
         table = [line[:-1] for line in family_table(rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]

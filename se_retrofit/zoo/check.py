@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..removal import is_retrofitted
 from ..plan import Plan
 from ..rehearsal import Rehearsal, rehearse
+from ..removal import is_retrofitted
 from ..retrofit import add_se, plan_of, remove_se
 from .names import Entry
 
