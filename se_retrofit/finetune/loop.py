@@ -208,7 +208,7 @@ def finetune(
         part = _part(config, progress.epoch)
         network, optimizer = begin(part)
         if saved:
-            _load_parts(saved, network, raw_optimizer, schedule, ema, accelerator)
+            _load_parts(saved, network, raw_optimizer, ema, accelerator)
         best_weights: dict[str, Tensor] | None = None
         if progress.best is not None and output is not None:
             best_weights = disk.load_best(output)
@@ -217,8 +217,6 @@ def finetune(
 
         def parts() -> dict[str, Any]:
             kept = {"optimizer": _optimizer_state(network, raw_optimizer, accelerator)}
-            if schedule is not None:
-                kept["schedule"] = schedule.state_dict()
             if ema is not None:
                 kept["ema"] = ema.module.state_dict()
             if accelerator.scaler is not None:
@@ -679,19 +677,16 @@ def _load_parts(
     saved: dict[str, Any],
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: Any,
     ema: ModelEmaV3 | None,
     accelerator: Accelerator,
 ) -> None:
-    """Put the saved state dicts back in place."""
+    """Put the saved state dicts back in place. timm's schedules have none: they go by the number of updates."""
     if is_sharded(accelerator):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
         set_optimizer_state_dict(network, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
     else:
         disk.load_optimizer(optimizer, saved["optimizer"])
-    if schedule is not None:
-        schedule.load_state_dict(saved["schedule"])
     if ema is not None:
         ema.module.load_state_dict(saved["ema"])
     if accelerator.scaler is not None and "scaler" in saved:

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
 
-# Everything that has state or is random: average, schedule, mixup, accumulation, a phase that unfreezes
+# Everything that has state or is random: average, mixup, accumulation, a phase that unfreezes
 DEMANDING = {
     "epochs": 4, "batch_size": 16, "accumulate": 2, "mixup": 0.4, "cutmix": 0.4, "ema_decay": 0.95, "train": "se+head",
     "unfreeze_epoch": 2, "checkpoint_minutes": 0.0,
