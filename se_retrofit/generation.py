@@ -108,6 +108,8 @@ def _conditions(parameters: list[Parameter], module: nn.Module) -> list[str]:
     for p in parameters:
         if p.kind == "sequence":
             conditions.append(f"isinstance({p.name}, (list, tuple)) and len({p.name}) == {p.value}")
+        elif p.kind == "mapping":
+            conditions.append(f"list({p.name}) == {p.value!r}")
         elif p.kind == "tensor":
             if defaults.get(p.name) is None:
                 conditions.append(f"{p.name} is not None")

@@ -128,14 +128,14 @@ def edits_for(rehearsal: Rehearsal, spots: list[Spot]) -> tuple[list[Edit], dict
     edits = []
     for (_, how), group in targets.items():
         try:
-            edits.append(_edit(rehearsal, how, group, name))
+            edits.append(_edit(rehearsal, how, group, name, calls))
         except TraceFailure as failure:
             for target in group:
                 skipped[target.spot.block] = str(failure)
     return edits, skipped
 
 
-def _edit(rehearsal: Rehearsal, how: _Strategy, group: list[_Target], name: str) -> Edit:
+def _edit(rehearsal: Rehearsal, how: _Strategy, group: list[_Target], name: str, calls: Counter[int]) -> Edit:
     by_call: OrderedDict[Call, list[Spot]] = OrderedDict()
     for target in group:
         by_call.setdefault(target.call, []).append(target.spot)
@@ -146,6 +146,8 @@ def _edit(rehearsal: Rehearsal, how: _Strategy, group: list[_Target], name: str)
     for others in by_call.values():
         if [(s.channels, s.op.channel_dim) for s in others] != [(s.channels, s.op.channel_dim) for s in spots]:
             raise TraceFailure("it is called several times, with other channels each time")
+    if len(by_call) != calls[id(module)]:
+        raise TraceFailure("it is called several times, and not each time as a block of this kind")
     names = [name if i == 0 else f"{name}_{i + 1}" for i in range(len(spots))]
     edit = Edit(first.path, how, names, spots, [spot.overwritten for spot in spots])
     if how == "graph":

@@ -227,7 +227,13 @@ class _Surveyor:
     def joined_branches(self) -> None:
         network = self.network
         taken = self.found
+        masks: dict[int, int] = {}
         for reading in network.readings:
+            module = id(reading.call.module)
+            masks[module] = masks.get(module, 0) | reading.mask
+        for reading in network.readings:
+            if masks[id(reading.call.module)] & ~reading.mask & self.found:
+                continue  # another call of the same module is part of a block
             own = [op for op in network.ops[reading.start : reading.end] if op.call is reading.call]
             for op in reversed(own):
                 if op.bit & taken:

@@ -453,7 +453,7 @@ def _follow_pooling(op: Op) -> None:
     all_pooled = all(i.pooled for i in data)
     if all_pooled:
         op.pooled = True
-        op.excited = any(i.excited for i in data) or op.role in ("conv", "linear", "act", "other")
+        op.excited = any(i.excited for i in data) or op.role in ("conv", "linear", "act")
     elif op.role not in ("conv", "part", "cat", "add", "mul") and extent < widest:
         # one spatial dim at least is gone; or, where the pool is written as a product (GlobalContext), all of them
         before = next(i for i in data if _extent(i) == widest)

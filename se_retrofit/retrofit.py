@@ -299,7 +299,11 @@ def _prepare(
         sites.append(
             Site(path, spot.block, spot.kind, _after(spot), spot.channels, hidden, parameters, spot.op.channel_dim)
         )
-    return Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in skipped.items()), options), edits
+    called: dict[str, int] = {}
+    for index, call in enumerate(rehearsal.root.walk()):
+        called.setdefault(call.path, index)
+    left = sorted(skipped.items(), key=lambda item: called.get(item[0], len(called)))
+    return Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in left), options), edits
 
 
 def _after(spot: Any) -> str:

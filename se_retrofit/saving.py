@@ -183,6 +183,14 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
         RetrofitError: the file is missing, cut short or of a newer format, or its SE modules don't fit this network,
             which is then unchanged.
         TypeError: ``model`` is no module.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from se_retrofit import add_se, load_se, plan_of, save_se
+        >>> base = timm.create_model("resnet10t")
+        >>> model = load_se(base, save_se(add_se(base, reduction=4), tempfile.mkdtemp() + "/se.safetensors"))
+        >>> plan_of(model).options["reduction"]
+        4
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")

@@ -55,11 +55,11 @@ UNKNOWN = _Unknown()
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a traced forward: a tensor, a size, a list or tuple of them, or a concrete value."""
+    """One parameter of a traced forward: a tensor, a size, a list, tuple or dict of them, or a concrete value."""
 
     name: str
-    kind: str  # "tensor", "size", "sequence" or "concrete"
-    value: Any  # how many items a sequence holds; the concrete value
+    kind: str  # "tensor", "size", "sequence", "mapping" or "concrete"
+    value: Any  # how many items a sequence holds; the keys of a mapping; the concrete value
 
 
 @dataclass(eq=False)
@@ -442,6 +442,9 @@ class BlockTracer(fx.Tracer):
             self.parameters.append(Parameter(name, "sequence", len(value)))
             kind = list if isinstance(value, list) else tuple
             return kind(self.create_proxy("call_function", operator.getitem, (proxy, i), {}) for i in range(len(value)))
+        if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
+            self.parameters.append(Parameter(name, "mapping", list(value)))
+            return type(value)((k, self.create_proxy("call_function", operator.getitem, (proxy, k), {})) for k in value)
         if _is_plain(value):
             self.parameters.append(Parameter(name, "concrete", value))
             return value

@@ -108,7 +108,9 @@ def test_half_of_the_hidden_units_are_alive_for_any_input() -> None:
 @pytest.mark.parametrize("spatial", [(7,), (5, 6), (3, 4, 5)])
 @pytest.mark.parametrize("gate", ["sigmoid", "identity"])
 @pytest.mark.parametrize("last", [False, True])
-def test_any_number_of_spatial_dims_with_channels_first_or_last(spatial: tuple[int, ...], gate: str, last: bool) -> None:
+def test_any_number_of_spatial_dims_with_channels_first_or_last(
+    spatial: tuple[int, ...], gate: str, last: bool
+) -> None:
     se = _draw(SEAttention(8, 2, gate=gate, bias=True, channel_dim=-1 if last else 1))
     x = torch.randn(3, 8, *spatial)
     pooled = x.flatten(2).mean(-1)

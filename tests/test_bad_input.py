@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from networks import assert_untouched, random_states, snapshot
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from networks import assert_untouched, random_states, snapshot
 from se_retrofit import InsertSE, RetrofitError, SEAttention, add_se, has_se, plan_of, plan_se, remove_se
 
 
 def _network() -> nn.Module:
     """A small residual network."""
-    return nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), BasicBlock(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    ).eval()
 
 
 def _refused(model: Any, error: type[Exception], message: str, **options: Any) -> None:
@@ -70,12 +72,20 @@ def test_a_class_in_place_of_an_instance() -> None:
         ({"gate": "tanh"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', got 'tanh'"),
         ({"gate": 2}, TypeError, "gate must be a string, got 2"),
         ({"bias": "yes"}, TypeError, "bias must be True or False, got 'yes'"),
-        ({"include": "layer9.*"}, RetrofitError, r"the pattern 'layer9\.\*' matches none of the 1 blocks found, which are 1"),
+        (
+            {"include": "layer9.*"},
+            RetrofitError,
+            r"the pattern 'layer9\.\*' matches none of the 1 blocks found, which are 1",
+        ),
         ({"exclude": ["1", "nowhere"]}, RetrofitError, "the pattern 'nowhere' matches none"),
         ({"exclude": "*"}, RetrofitError, "leave no block"),
         ({"include": [1]}, TypeError, "include must be a pattern of block paths or a list of them, got 1"),
         ({"include": 1}, TypeError, "include must be a pattern of block paths or a list of them"),
-        ({"example_inputs": torch.zeros(2, 5, 8, 8)}, RetrofitError, r"can't be run on the example_inputs .*\(2, 5, 8, 8\)"),
+        (
+            {"example_inputs": torch.zeros(2, 5, 8, 8)},
+            RetrofitError,
+            r"can't be run on the example_inputs .*\(2, 5, 8, 8\)",
+        ),
         ({"example_inputs": torch.zeros(3)}, RetrofitError, "can't be run on the example_inputs"),
         ({"example_inputs": (torch.zeros(2, 3, 8, 8), 1)}, RetrofitError, "can't be run on the example_inputs"),
         ({"example_inputs": (2, 3, 8, 8)}, RetrofitError, "can't be run on the example_inputs"),
@@ -100,7 +110,9 @@ def test_a_model_with_no_convolution() -> None:
 
 def test_a_vision_transformer() -> None:
     vit = torchvision.models.VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16)
-    _refused(vit, RetrofitError, "VisionTransformer has no convolutional blocks", example_inputs=torch.zeros(1, 3, 32, 32))
+    _refused(
+        vit, RetrofitError, "VisionTransformer has no convolutional blocks", example_inputs=torch.zeros(1, 3, 32, 32)
+    )
 
 
 def test_a_model_that_is_retrofitted_already() -> None:
@@ -135,7 +147,9 @@ def test_a_scripted_or_traced_model() -> None:
 
 
 def test_a_compiled_model() -> None:
-    _refused(torch.compile(_network(), backend="eager"), RetrofitError, r"compiled by torch\.compile: retrofit .*_orig_mod")
+    _refused(
+        torch.compile(_network(), backend="eager"), RetrofitError, r"compiled by torch\.compile: retrofit .*_orig_mod"
+    )
 
 
 def test_a_model_in_data_parallel() -> None:
@@ -145,7 +159,7 @@ def test_a_model_in_data_parallel() -> None:
 def test_a_model_with_lazy_parameters() -> None:
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     for call in (plan_se, add_se):
-        with pytest.raises(RetrofitError, match="lazy parameters.*call the model once"):
+        with pytest.raises(RetrofitError, match=r"lazy parameters.*call the model once"):
             call(model)
     assert isinstance(model[0].weight, nn.UninitializedParameter)
 

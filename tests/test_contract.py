@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from torch import nn
-
-import se_retrofit.retrofit
 from networks import (
     NETWORKS,
     REFUSED,
@@ -32,6 +29,9 @@ from networks import (
     se_modules,
     snapshot,
 )
+from torch import nn
+
+import se_retrofit.retrofit
 from se_retrofit import RetrofitError, SEAttention, add_se, has_se, plan_of, plan_se, remove_se
 from se_retrofit.models import Base
 
@@ -51,7 +51,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     return _pair(request.param)
 
 
-# 1. Same function -----------------------------------------------------------------------------------------------------------
+# 1. Same function ---------------------------
 
 
 def test_outputs_are_equal_bit_for_bit_in_eval_mode_at_any_size_and_batch(pair: Pair) -> None:
@@ -99,7 +99,7 @@ def test_the_gates_act_on_the_outputs(pair: Pair) -> None:
     assert not torch.allclose(before, after)
 
 
-# 2. Same object -------------------------------------------------------------------------------------------------------------
+# 2. Same object ---------------------------
 
 
 def _marked(model: nn.Module, calls: list[str]) -> nn.Module:
@@ -148,7 +148,7 @@ def test_classes_attributes_hooks_and_flags_stay(pair: Pair) -> None:
     assert len(ours) >= len(se_modules(retrofitted))
 
 
-# 3. Same keys ---------------------------------------------------------------------------------------------------------------
+# 3. Same keys ---------------------------
 
 
 def test_the_original_keys_stay_with_their_tensors_and_only_se_keys_are_new(pair: Pair) -> None:
@@ -176,7 +176,7 @@ def test_an_original_checkpoint_loads_with_just_the_se_keys_missing(pair: Pair) 
     assert_same_function(target, model, network.input())
 
 
-# 4. Undo ----------------------------------------------------------------------------------------------------------------------
+# 4. Undo ---------------------------
 
 
 def test_remove_se_in_place_leaves_no_trace(pair: Pair) -> None:
@@ -198,14 +198,16 @@ def test_remove_se_gives_a_copy_of_the_original_structure(pair: Pair) -> None:
     before = snapshot(retrofitted)
     removed = remove_se(retrofitted)
     assert_untouched(retrofitted, before)
-    assert [(path, type(m)) for path, m in removed.named_modules()] == [(path, type(m)) for path, m in model.named_modules()]
+    assert [(path, type(m)) for path, m in removed.named_modules()] == [
+        (path, type(m)) for path, m in model.named_modules()
+    ]
     assert list(removed.state_dict()) == list(model.state_dict())
     assert_same_function(removed, model, network.input())
     with pytest.raises(RetrofitError, match="nothing to remove"):
         remove_se(removed)
 
 
-# 5. All or nothing --------------------------------------------------------------------------------------------------------------
+# 5. All or nothing ---------------------------
 
 
 def test_planning_and_copying_leave_the_model_untouched(pair: Pair) -> None:
@@ -235,7 +237,7 @@ def test_a_failure_half_way_leaves_the_model_untouched(pair: Pair, monkeypatch: 
     assert_untouched(model, before)
 
 
-# 6. Deterministic and silent ------------------------------------------------------------------------------------------------------
+# 6. Deterministic and silent ---------------------------
 
 
 def test_the_same_model_gets_the_same_plan_and_the_random_state_is_untouched(
@@ -264,7 +266,7 @@ def test_nothing_is_monkey_patched() -> None:
         }, thing
 
 
-# 7. A good citizen (more in test_citizen.py) -----------------------------------------------------------------------------------------
+# 7. A good citizen (more in test_citizen.py) ---------------------------
 
 
 def test_copies_and_pickles_are_retrofitted_and_independent(pair: Pair) -> None:
@@ -289,7 +291,7 @@ def test_a_state_dict_goes_from_one_retrofitted_model_to_another(pair: Pair) -> 
     assert_same_function(fresh, trained, network.input())
 
 
-# 8. Honest refusal --------------------------------------------------------------------------------------------------------------------
+# 8. Honest refusal ---------------------------
 
 
 @pytest.mark.parametrize("name", REFUSED)

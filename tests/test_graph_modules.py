@@ -9,12 +9,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from networks import NETWORKS, assert_same_function, gradients, randomise_se, randomised, run, same_tensors, se_modules
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from networks import NETWORKS, assert_same_function, gradients, randomise_se, randomised, run, same_tensors, se_modules
 from se_retrofit import InsertSE, RetrofitError, add_se, plan_se, remove_se
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -30,10 +30,14 @@ def _se_calls(module: torch.fx.GraphModule) -> list[str]:
     return [str(node.target) for node in module.graph.nodes if node.op == "call_module" and node.target in found]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11_bn"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11_bn"]
+)
 def test_a_traced_network_gets_the_sites_of_the_network_itself(name: str) -> None:
     if name == "vgg11_bn":
-        original: nn.Module = torchvision.models.VGG(torchvision.models.vgg.make_layers([8, "M", 16, 16], True), num_classes=3)
+        original: nn.Module = torchvision.models.VGG(
+            torchvision.models.vgg.make_layers([8, "M", 16, 16], True), num_classes=3
+        )
         original.avgpool, original.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(16, 3))
         original = randomised(original).eval()
     else:
@@ -49,7 +53,9 @@ def test_a_traced_network_gets_the_sites_of_the_network_itself(name: str) -> Non
     # and with gates that do something, it is still the same network as the one that was not traced
     reference = randomise_se(add_se(original))
     for ours, theirs in zip(
-        (retrofitted.get_submodule(path) for path in _se_calls(retrofitted)), se_modules(reference).values(), strict=True
+        (retrofitted.get_submodule(path) for path in _se_calls(retrofitted)),
+        se_modules(reference).values(),
+        strict=True,
     ):
         ours.load_state_dict(theirs.state_dict())
     with torch.no_grad():
@@ -78,7 +84,11 @@ def test_undo_gives_back_the_graph() -> None:
 def test_a_retrofitted_graph_is_sound_and_copies_and_pickles() -> None:
     retrofitted = randomise_se(add_se(_traced()))
     retrofitted.graph.lint()
-    for twin in (copy.deepcopy(retrofitted), pickle.loads(pickle.dumps(retrofitted)), torch.fx.symbolic_trace(retrofitted)):
+    for twin in (
+        copy.deepcopy(retrofitted),
+        pickle.loads(pickle.dumps(retrofitted)),
+        torch.fx.symbolic_trace(retrofitted),
+    ):
         assert_same_function(twin, retrofitted, X)
 
 
@@ -133,7 +143,7 @@ def test_timms_feature_networks_are_retrofitted() -> None:
     assert_same_function(retrofitted, original, X)
 
 
-# The pass --------------------------------------------------------------------------------------------------------------------------
+# The pass ---------------------------
 
 
 def test_insert_se_works_in_a_pass_manager_among_other_passes() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from networks import NETWORKS, randomise_se, randomised, run, se_modules
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from networks import NETWORKS, randomise_se, randomised, run, se_modules
 from se_retrofit import SEAttention, add_se, plan_se
 
-# Native SE networks ---------------------------------------------------------------------------------------------------------
+# Native SE networks ---------------------------
 
 
 def _load_native(retrofitted: nn.Module, native: nn.Module) -> None:
@@ -98,7 +98,7 @@ def test_vovnet_has_its_se_where_timms_native_ese_vovnet_has_its_own() -> None:
     assert {site.after for site in ours.sites} == {"conv_concat"}
 
 
-# The five placements ----------------------------------------------------------------------------------------------------------
+# The five placements ---------------------------
 
 
 def _bottleneck(block: Bottleneck, se: SEAttention, placement: str, x: Tensor) -> Tensor:
@@ -174,11 +174,15 @@ def test_auto_is_standard_for_residual_units() -> None:
 
 def test_other_placements_leave_other_kinds_of_block_out_and_say_so() -> None:
     model = NETWORKS["torchvision/shufflenet_v2_x0_5"].build()
-    with pytest.raises(ValueError, match=r"placement 'pre' is for residual units, this block is of kind (dense|multi-branch)"):
+    with pytest.raises(
+        ValueError, match=r"placement 'pre' is for residual units, this block is of kind (dense|multi-branch)"
+    ):
         plan_se(model, placement="pre")
     plan = plan_se(NETWORKS["timm/inception_resnet_v2"].build(), placement="post")
     assert {site.kind for site in plan.sites} == {"residual"}
-    assert {skip.reason for skip in plan.skipped} == {"placement 'post' is for residual units, this block is of kind multi-branch"}
+    assert {skip.reason for skip in plan.skipped} == {
+        "placement 'post' is for residual units, this block is of kind multi-branch"
+    }
 
 
 @pytest.mark.parametrize("placement", ["standard", "pre", "post", "identity", "3x3"])
@@ -201,10 +205,12 @@ def test_each_placement_keeps_the_outputs(name: str, placement: str) -> None:
         assert torch.equal(retrofitted(network.input()), model(network.input()))
         assert not torch.allclose(randomise_se(retrofitted)(network.input()), model(network.input()))
     # mobilenet_v2's blocks without a skip are no residual units
-    assert {site.block for site in plan.sites} | {skip.block for skip in plan.skipped} == {site.block for site in auto.sites}
+    assert {site.block for site in plan.sites} | {skip.block for skip in plan.skipped} == {
+        site.block for site in auto.sites
+    }
 
 
-# Which blocks, of which kind -----------------------------------------------------------------------------------------------------
+# Which blocks, of which kind ---------------------------
 
 # By the names of the classes that the libraries give their blocks.
 BLOCKS = {
@@ -267,7 +273,11 @@ def test_inception_resnet_v2_mixes_residual_and_multi_branch_blocks() -> None:
     residual = {site.block for site in plan.sites if site.kind == "residual"}
     assert residual == {path for path, kind in of_class.items() if kind in ("Block35", "Block17", "Block8")}
     joined = {site.block for site in plan.sites if site.kind == "multi-branch"}
-    assert joined == {path for path, kind in of_class.items() if kind in ("Mixed_5b", "Mixed_6a", "Mixed_7a", "Mixed5b", "Mixed6a", "Mixed7a")}
+    assert joined == {
+        path
+        for path, kind in of_class.items()
+        if kind in ("Mixed_5b", "Mixed_6a", "Mixed_7a", "Mixed5b", "Mixed6a", "Mixed7a")
+    }
 
 
 def test_xception_gets_se_in_its_modules_with_a_skip() -> None:

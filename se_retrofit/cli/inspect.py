@@ -31,8 +31,8 @@ from .app import app
 HELP = """
 Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graph, code and picture.
 
-MODEL is a name, whose network is built (with random weights) and retrofitted for the occasion, or a folder that a retrofitted network
-was saved to.
+MODEL is a name, whose network is built (with random weights) and retrofitted for the occasion, or a folder that a
+retrofitted network was saved to.
 
 Examples:
 
@@ -89,9 +89,14 @@ def inspect(
         raise RetrofitError(f"no folder {json_file.parent} to write {json_file.name} to")
     example = None if input_size is None else _example(input_size)
     options: dict[str, Any] = {
-        "reduction": reduction, "placement": placement, "gate": gate, "bias": bias or None, "min_hidden": min_hidden,
-        "include": include or None, "exclude": exclude or None,
-    }  # fmt: skip
+        "reduction": reduction,
+        "placement": placement,
+        "gate": gate,
+        "bias": bias or None,
+        "min_hidden": min_hidden,
+        "include": include or None,
+        "exclude": exclude or None,
+    }
     options = {name: value for name, value in options.items() if value is not None}
     network = _network(model, options, num_classes, example)
 

@@ -181,9 +181,10 @@ def compare(
     Example:
         >>> import timm
         >>> from se_retrofit.finetune import FinetuneConfig, compare, load_data
-        >>> data = load_data("digits", image_size=16)
+        >>> data = load_data("digits", image_size=8)
         >>> make = lambda: timm.create_model("resnet10t", num_classes=10)
-        >>> comparison = compare(make, data.train, data.val, config=FinetuneConfig(epochs=1), seeds=2, quiet=True)
+        >>> config = FinetuneConfig(epochs=1, batch_size=120)
+        >>> comparison = compare(make, data.val, data.val, config=config, seeds=2, quiet=True)
         >>> len(comparison.differences)
         2
     """

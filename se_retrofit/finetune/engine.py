@@ -72,10 +72,10 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
         )
     except (ValueError, ImportError) as error:
         raise RetrofitError(f"Accelerate can't set up this run: {error}") from error
-    missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
-    if missing:
-        raise RetrofitError(f"trackers {', '.join(sorted(missing))} can't be had; are they installed?")
     try:
+        missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
+        if missing:
+            raise RetrofitError(f"trackers {', '.join(sorted(missing))} can't be had; are they installed?")
         yield accelerator
     finally:
         accelerator.free_memory()

@@ -8,7 +8,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,8 @@ def finetune(
         >>> from se_retrofit import add_se
         >>> from se_retrofit.finetune import FinetuneConfig, finetune, load_data
         >>> model = add_se(timm.create_model("resnet10t", num_classes=10))
-        >>> data = load_data("digits", image_size=16)
-        >>> result = finetune(model, data.train, data.val, config=FinetuneConfig(epochs=1), quiet=True)
+        >>> data = load_data("digits", image_size=8)
+        >>> result = finetune(model, data.val, data.val, config=FinetuneConfig(epochs=1), quiet=True)
         >>> len(result.history)
         2
     """
@@ -177,6 +177,8 @@ def finetune(
         layout = torch.channels_last if channels_last else torch.preserve_format
         if not sharded:
             model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+        if world > 1 and not sharded:
+            _share(model.state_dict().values())  # the processes may have drawn other first weights
         ema = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None
         tested = model if ema is None else ema.module
 
@@ -351,9 +353,9 @@ def finetune(
                     _leave(stop, log, output)
 
             # The end of an epoch: evaluate, keep what is best, write a checkpoint
-            _share_buffers(model, accelerator, sharded)
-            if ema is not None:
-                _share_buffers(ema.module, accelerator, sharded)
+            if world > 1 and not sharded:
+                # running statistics differ between the processes; what is evaluated must be what is saved
+                _share([*model.buffers(), *(ema.module.buffers() if ema is not None else ())])
             seconds = time.perf_counter() - began
             row = {
                 "epoch": epoch + 1,
@@ -564,11 +566,11 @@ def _leave(number: int, log: Log, output: Path | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _share_buffers(model: nn.Module, accelerator: Accelerator, sharded: bool) -> None:
-    """Running statistics differ between the processes; what is evaluated must be what the main one saves."""
-    if accelerator.num_processes > 1 and not sharded:
-        for buffer in model.buffers():
-            buffer.copy_(broadcast(buffer.clone()))
+@torch.no_grad()
+def _share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the values that the main one has."""
+    for tensor in tensors:
+        tensor.copy_(broadcast(tensor.clone()))
 
 
 # Setting up

@@ -1,8 +1,8 @@
 """What a retrofit costs in multiply-adds.
 
 Counted are the multiply-adds of convolutions, linear layers and matrix products, by ``torch.utils.flop_counter`` on
-meta tensors, as most of the field counts. SE's squeeze (an addition a value) and scale (a multiplication a value), which
-such counts leave out, make one multiply-add a value; they are counted on their own.
+meta tensors, as most of the field counts. SE's squeeze (an addition a value) and scale (a multiplication a value),
+which such counts leave out, make one multiply-add a value; they are counted on their own.
 """
 
 from __future__ import annotations

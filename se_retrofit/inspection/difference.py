@@ -19,8 +19,8 @@ _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 def difference(model: nn.Module, block: str, *, example_inputs: Any = None) -> str:
     """A unified diff of a block's code, from that of its original class to what it is now.
 
-    Both are generated from graphs that were traced in the same way, one from the block's original class and one from the
-    retrofitted block; so whatever differs between them is in the diff, SE or not.
+    Both are generated from graphs that were traced in the same way, one from the block's original class and one from
+    the retrofitted block; so whatever differs between them is in the diff, SE or not.
 
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
@@ -28,8 +28,8 @@ def difference(model: nn.Module, block: str, *, example_inputs: Any = None) -> s
         example_inputs: a tensor or a tuple of positional inputs; without it, as in ``add_se``.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in or no such block, the block can't be traced, or the model
-            can't be run on the inputs.
+        RetrofitError: the model has no SE that ``add_se`` put in or no such block, the block can't be traced, or the
+            model can't be run on the inputs.
         TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
 
     Example:

@@ -35,8 +35,8 @@ def draw(model: nn.Module, path: str | Path, block: str | None = None, *, exampl
 
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
-        path: the file to write. Its suffix says what: ``.dot`` or ``.gv`` (Graphviz's text, needs nothing), ``.svg``, ``.png``
-            or ``.pdf`` (by Graphviz's program ``dot``).
+        path: the file to write. Its suffix says what: ``.dot`` or ``.gv`` (Graphviz's text, needs nothing), ``.svg``,
+            ``.png`` or ``.pdf`` (by Graphviz's program ``dot``).
         block: path of the one block to draw; None for all that are distinct.
         example_inputs: a tensor or a tuple of positional inputs, for the shapes; without it, as in ``add_se``.
 
@@ -44,8 +44,8 @@ def draw(model: nn.Module, path: str | Path, block: str | None = None, *, exampl
         The path that was written.
 
     Raises:
-        RetrofitError: the suffix is none of these, the folder does not exist, Graphviz is not installed and the suffix asks
-            for it, the model has no SE that ``add_se`` put in or no such block, or it can't be run on the inputs.
+        RetrofitError: the suffix is none of these, the folder does not exist, Graphviz is not installed and the suffix
+            asks for it, the model has no SE that ``add_se`` put in or no such block, or it can't be run on the inputs.
             Nothing is written then.
         TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
 
@@ -82,19 +82,20 @@ def check_target(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in (*TEXT_SUFFIXES, *(f".{f}" for f in FORMATS)):
         raise RetrofitError(
-            f"the suffix of {path} says no format that can be drawn: give .dot, .gv, {', '.join(f'.{f}' for f in FORMATS)}"
+            f"{path} ends in no format that can be drawn: .dot, .gv, {', '.join(f'.{f}' for f in FORMATS)}"
         )
     if not path.parent.is_dir():
         raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
     if path.suffix not in TEXT_SUFFIXES and not has_graphviz():
         raise RetrofitError(
-            f"{path.suffix} needs Graphviz's program dot, which is not on the PATH: install it ({INSTALL}), or give a path that ends in .dot"
+            f"{path.suffix} needs Graphviz's program dot, which is not on the PATH: install it ({INSTALL}), "
+            "or give a path that ends in .dot"
         )
     return path
 
 
 def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]], title: bool = True) -> graphviz.Digraph:
-    """The drawing of the first block of each group, before and after; without ``title``, nothing says which they are."""
+    """The first block of each group, before and after; without ``title``, nothing says which blocks they are."""
     drawing = graphviz.Digraph("retrofit")
     drawing.attr(
         fontname=_FONT, fontsize="13", rankdir="TB", nodesep="0.25", ranksep="0.3", labelloc="t", bgcolor="white"
@@ -178,7 +179,7 @@ def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, prefix: str) -> No
         for source in node.all_input_nodes:  # a list of feature maps is drawn as one arrow
             origin = source.args[0] if source in items else source
             assert isinstance(origin, fx.Node)
-            shapes.setdefault(origin, []).append(block.shape(source).replace("x", "×"))
+            shapes.setdefault(origin, []).append(block.shape(source).replace("x", "\u00d7"))
         for origin, given in shapes.items():
             shape = ", ".join(given[:2]) + (", ..." if len(given) > 2 else "")
             touches_se = isinstance(block.modules.get(node), SEAttention) or isinstance(
@@ -206,7 +207,7 @@ def _draw_node(drawing: graphviz.Digraph, block: BlockGraph, node: fx.Node, name
         words = f"input{given}" if node.op == "placeholder" else "output"
         drawing.node(name, graphviz.escape(words), shape="oval", fillcolor="#ffffff")
     elif kind in _JOINS:
-        symbol = {"+=": "+", "*": "×", "*=": "×", "concat": "cat"}.get(kind, kind)
+        symbol = {"+=": "+", "*": "\u00d7", "*=": "\u00d7", "concat": "cat"}.get(kind, kind)
         drawing.node(
             name, symbol, shape="circle", fillcolor="#fde68a", fontsize="14", margin="0.02", height="0.36", width="0.36"
         )

@@ -39,7 +39,8 @@ class SiteExcitation:
         count: number of gate vectors seen.
         mean, std: of each channel's gate over the inputs, ``(C,)``.
         low, high: the smallest and the largest gate.
-        class_means: for each label, the mean of each channel's gate over the inputs of that class; empty without labels.
+        class_means: for each label, the mean of each channel's gate over the inputs of that class; empty without
+            labels.
     """
 
     path: str
@@ -82,8 +83,8 @@ class SiteExcitation:
 
 @dataclass(frozen=True, eq=False)
 class Excitations:
-    """What ``excitations`` found: ``sites`` in the order of the plan, over ``inputs`` inputs; ``missed`` are the SE modules that were
-    never called. ``str`` is a table."""
+    """What ``excitations`` found: ``sites`` in the order of the plan, over ``inputs`` inputs; ``missed`` are the SE
+    modules that were never called. ``str`` is a table."""
 
     sites: tuple[SiteExcitation, ...]
     inputs: int
@@ -107,13 +108,22 @@ class Excitations:
             "missed": list(self.missed),
             "sites": [
                 {
-                    "path": site.path, "block": site.block, "size": site.size, "count": site.count, "low": site.low, "high": site.high,
-                    "mean": site.mean.tolist(), "std": site.std.tolist(), "variation": site.variation, "class_spread": site.class_spread,
-                    "class_means": {str(label): mean.tolist() for label, mean in site.class_means.items()}, "note": site.note,
+                    "path": site.path,
+                    "block": site.block,
+                    "size": site.size,
+                    "count": site.count,
+                    "low": site.low,
+                    "high": site.high,
+                    "mean": site.mean.tolist(),
+                    "std": site.std.tolist(),
+                    "variation": site.variation,
+                    "class_spread": site.class_spread,
+                    "class_means": {str(label): mean.tolist() for label, mean in site.class_means.items()},
+                    "note": site.note,
                 }
                 for site in self.sites
             ],
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         rows = [["site", "map", "channels", "mean", "lowest", "highest", "std over inputs", "std over classes"]]
@@ -121,10 +131,16 @@ class Excitations:
             spread = site.class_spread
             rows.append(
                 [
-                    site.path, site.size, f"{len(site.mean):,}", f"{float(site.mean.mean()):.4f}", f"{site.low:.4f}", f"{site.high:.4f}",
-                    f"{site.variation:.4f}", "" if spread is None else f"{spread:.4f}",
+                    site.path,
+                    site.size,
+                    f"{len(site.mean):,}",
+                    f"{float(site.mean.mean()):.4f}",
+                    f"{site.low:.4f}",
+                    f"{site.high:.4f}",
+                    f"{site.variation:.4f}",
+                    "" if spread is None else f"{spread:.4f}",
                 ]
-            )  # fmt: skip
+            )
         rows.insert(1, ["-" * max(len(row[i]) for row in rows) for i in range(len(rows[0]))])
         lines = [*aligned(rows), f"gates over {self.inputs:,} inputs"]
         paths: dict[str, list[str]] = {}
@@ -135,8 +151,9 @@ class Excitations:
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """A figure with a row a stage: on the left each site's gates, averaged over the inputs, as a box over its channels; on the right
-        the stage's last site, channel by channel, with lines for up to five classes where labels were given.
+        """A figure with a row a stage: on the left each site's gates, averaged over the inputs, as a box over its
+        channels; on the right the stage's last site, channel by channel, with lines for up to five classes where labels
+        were given.
 
         Args:
             path: where to save it, as an image of any format that matplotlib writes; None not to.
@@ -209,11 +226,11 @@ def _give_room(axes: Axes) -> None:
         axes.set_ylim(middle - 0.05, middle + 0.05)
 
 
-# Collecting -----------------------------------------------------------------------------------------------------------------
+# Collecting -----------------------------------------------------------------------------------------------------------
 
 
 class _Statistics:
-    """Mean and spread of one site's gates, gathered batch by batch (Chan et al.'s update, so that nothing cancels out)."""
+    """Mean and spread of one site's gates, gathered batch by batch (by Chan's update: nothing cancels out)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -248,8 +265,8 @@ class _Statistics:
 def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> Excitations:
     """Run a retrofitted model over data in eval mode and gather what its gates do.
 
-    The model is not changed: its training flags are put back, its norms' statistics are not updated, and the hooks that listen
-    are taken off again, also if the run fails.
+    The model is not changed: its training flags are put back, its norms' statistics are not updated, and the hooks that
+    listen are taken off again, also if the run fails.
 
     Args:
         model: a model that ``add_se`` has retrofitted.

@@ -51,7 +51,7 @@ class BlockGraph:
 
     @property
     def items(self) -> set[fx.Node]:
-        """The nodes that take one feature map out of a list of them that the block is given (as DenseNet's layers are)."""
+        """The nodes that take one feature map out of a list that the block is given (as DenseNet's layers are)."""
         return {
             n
             for n in self.graph.nodes
@@ -108,7 +108,8 @@ class BlockPair:
         owner = site.path.rpartition(".")[0]
         module = _submodule(self.root, owner)
         if owner != self.path and isinstance(module, RetrofittedBlock) and module.se_how == "wrap":
-            return f"{_relative(owner, self.path)} ({class_name(module)})"  # what is opened in the graph has a name outside
+            # the module is opened in the graph, where what it does has another name
+            return f"{_relative(owner, self.path)} ({class_name(module)})"
         node = self.se_node(site)
         return self.after.label(node.args[0]) if node is not None and self.after is not None else site.after  # type: ignore[arg-type]
 
@@ -245,7 +246,7 @@ def find_block(inspection: Inspection, path: str) -> BlockPair:
     raise RetrofitError(f"no retrofitted block {path!r}; the blocks with SE are {few}")
 
 
-# Tracing ----------------------------------------------------------------------------------------------------------------
+# Tracing --------------------------------------------------------------------------------------------------------------
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
@@ -310,7 +311,7 @@ def _holds_se(module: nn.Module) -> bool:
 
 
 def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and vars(nn.Sequential)["forward"] is base_class(module).forward
+    return isinstance(module, nn.Sequential) and getattr(base_class(module), "forward", None) is nn.Sequential.forward
 
 
 def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Callable[[nn.Module], bool]) -> BlockGraph:
@@ -375,7 +376,7 @@ def _bind(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-# A block that is a part of a larger graph -------------------------------------------------------------------------------
+# A block that is a part of a larger graph -----------------------------------------------------------------------------
 
 
 def _slices(pair: BlockPair, before: BlockGraph, after: BlockGraph) -> tuple[BlockGraph, BlockGraph]:
@@ -426,7 +427,7 @@ def _name(whole: BlockGraph, node: fx.Node) -> str:
     return re.sub(r"\W", "_", join(whole.scope, str(node.target)))
 
 
-# Graphs as keys and as code ---------------------------------------------------------------------------------------------
+# Graphs as keys and as code -------------------------------------------------------------------------------------------
 
 
 def _structure(block: BlockGraph) -> tuple[Any, ...]:

@@ -36,8 +36,8 @@ def write_page(model: nn.Module, path: str | Path, *, example_inputs: Any = None
         The path that was written.
 
     Raises:
-        RetrofitError: the path ends otherwise, its folder does not exist, the model has no SE that ``add_se`` put in, or
-            it can't be run on the inputs. Nothing is written then.
+        RetrofitError: the path ends otherwise, its folder does not exist, the model has no SE that ``add_se`` put in,
+            or it can't be run on the inputs. Nothing is written then.
         TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
 
     Example:
@@ -69,29 +69,44 @@ def page(inspection: Inspection, report: Report | None = None) -> str:
     report = report or report_of(inspection)
     header, cells = report.cells()
     environment = Environment(
-        loader=PackageLoader("se_retrofit.inspection", "."), autoescape=select_autoescape(), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("se_retrofit.inspection", "."),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     previous = [None, *(row.shape[-2:] for row in report.rows)]
     rows = [
         {"cells": row, "stage": before is not None and before != data.shape[-2:]}
         for row, data, before in zip(cells, report.rows, previous, strict=False)
     ]
     return environment.get_template("page.html").render(
-        report=report, cards=_cards(report), header=header, rows=rows, numbers=FIRST_NUMBER, install=INSTALL, version=__version__,
-        blocks=[_block(inspection, group) for group in inspection.distinct()], tree=_lines(tree_lines(inspection)),
-    )  # fmt: skip
+        report=report,
+        cards=_cards(report),
+        header=header,
+        rows=rows,
+        numbers=FIRST_NUMBER,
+        install=INSTALL,
+        version=__version__,
+        blocks=[_block(inspection, group) for group in inspection.distinct()],
+        tree=_lines(tree_lines(inspection)),
+    )
 
 
 def _cards(report: Report) -> list[dict[str, str]]:
     added = report.parameters_after - report.parameters_before
     cards = [
-        {"what": "parameters", "much": f"{report.parameters_after:,}", "more": f"+{added:,} (+{percent(added, report.parameters_before)})"},
         {
-            "what": "trainable", "much": f"{report.trainable_after:,}",
+            "what": "parameters",
+            "much": f"{report.parameters_after:,}",
+            "more": f"+{added:,} (+{percent(added, report.parameters_before)})",
+        },
+        {
+            "what": "trainable",
+            "much": f"{report.trainable_after:,}",
             "more": f"{percent(report.trainable_after, report.parameters_after)} of all",
         },
-    ]  # fmt: skip
+    ]
     if report.multiply_adds_before is not None and report.multiply_adds_after is not None:
         whole = report.multiply_adds_after + report.squeeze_scale
         more = whole - report.multiply_adds_before
@@ -109,9 +124,14 @@ def _block(inspection: Inspection, group: list[BlockPair]) -> dict[str, Any]:
     pair = group[0]
     title, *places = (line.text for line in headline(pair))
     block: dict[str, Any] = {
-        "title": title, "place": "; ".join(places), "others": ", ".join(other.path for other in group[1:]),
-        "failure": pair.failure, "svg": "", "diff": [], "code": [],
-    }  # fmt: skip
+        "title": title,
+        "place": "; ".join(places),
+        "others": ", ".join(other.path for other in group[1:]),
+        "failure": pair.failure,
+        "svg": "",
+        "diff": [],
+        "code": [],
+    }
     if pair.failure is None:
         if has_graphviz():
             # ids are unique within a drawing, not within the page

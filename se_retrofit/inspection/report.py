@@ -130,11 +130,19 @@ class Report:
         ]
         rows = [
             [
-                row.block or "(model)", row.cls, row.kind, row.after, row.before, "x".join(map(str, row.shape)), f"{row.channels:,}",
-                f"{row.hidden:,}", f"{row.parameters:,}", "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
+                row.block or "(model)",
+                row.cls,
+                row.kind,
+                row.after,
+                row.before,
+                "x".join(map(str, row.shape)),
+                f"{row.channels:,}",
+                f"{row.hidden:,}",
+                f"{row.parameters:,}",
+                "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
             ]
             for row in self.rows
-        ]  # fmt: skip
+        ]
         return header, rows
 
     def __str__(self) -> str:
@@ -246,10 +254,20 @@ def report_of(inspection: Inspection) -> Report:
         pair, price = by_path[site.path], cost.sites.get(site.path)
         rows.append(
             Row(
-                site.path, site.block, pair.cls, site.kind, pair.se_after(site), pair.se_before(site), price.shape if price else (),
-                site.channels, site.hidden, site.parameters, price.excitation if price else None, price.squeeze_scale if price else None,
+                site.path,
+                site.block,
+                pair.cls,
+                site.kind,
+                pair.se_after(site),
+                pair.se_before(site),
+                price.shape if price else (),
+                site.channels,
+                site.hidden,
+                site.parameters,
+                price.excitation if price else None,
+                price.squeeze_scale if price else None,
             )
-        )  # fmt: skip
+        )
     inserted = {site.path for site in plan.sites}
     new = {
         id(p)
@@ -259,10 +277,16 @@ def report_of(inspection: Inspection) -> Report:
     }
     parameters = list(model.parameters())
     return Report(
-        type(model).__name__, tuple(rows), plan.skipped, plan.options,
+        type(model).__name__,
+        tuple(rows),
+        plan.skipped,
+        plan.options,
         parameters_before=sum(p.numel() for p in parameters if id(p) not in new),
         parameters_after=sum(p.numel() for p in parameters),
         trainable_before=sum(p.numel() for p in parameters if p.requires_grad and id(p) not in new),
         trainable_after=sum(p.numel() for p in parameters if p.requires_grad),
-        inputs=cost.inputs, multiply_adds_before=cost.before, multiply_adds_after=cost.after, squeeze_scale=cost.squeeze_scale,
-    )  # fmt: skip
+        inputs=cost.inputs,
+        multiply_adds_before=cost.before,
+        multiply_adds_after=cost.after,
+        squeeze_scale=cost.squeeze_scale,
+    )

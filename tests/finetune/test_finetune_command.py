@@ -90,6 +90,18 @@ def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path
     assert "resumed in epoch 1, after update" in run(*arguments, "--resume")
 
 
+def test_stochastic_depth_is_built_in_where_the_recipe_asks_for_it() -> None:
+    from timm.layers import DropPath
+
+    from se_retrofit.cli.finetune import network_builder
+
+    build, base = network_builder(
+        "resnet10t", False, None, ["in_chans=1"], FinetuneConfig(drop_path=0.1, num_classes=5)
+    )
+    assert any(isinstance(module, DropPath) for module in build().modules())
+    assert base.kwargs == {"in_chans": 1, "num_classes": 5}
+
+
 def test_compare_prints_and_writes(tmp_path: Path) -> None:
     said = run(
         "compare", "resnet10t", "--data", "digits", "--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path)

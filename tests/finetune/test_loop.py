@@ -207,6 +207,40 @@ def test_schedule_none_and_others_of_timm(network: Network, config: Config, digi
         assert math.isfinite(result.history[-1]["train_loss"])
 
 
+def test_a_bar_is_drawn_in_a_terminal(
+    network: Network,
+    config: Config,
+    digits: NamedData,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    finetune(network(), digits.train, digits.val, config=config())
+    said = capsys.readouterr().out
+    assert "epoch 2/2" in said
+    assert "images/s" in said
+    assert "\x1b[" in said
+
+
+def test_trackers_that_are_not_there_are_named(network: Network, config: Config, digits: NamedData) -> None:
+    with pytest.raises(RetrofitError, match=r"nosuchtracker"):
+        finetune(network(), digits.train, config=config(trackers=["nosuchtracker"]), quiet=True)
+    finetune(network(), digits.train, config=config(epochs=1), quiet=True)  # the next run is not in its way
+
+
+def test_a_network_without_se_is_saved_and_loaded_too(config: Config, digits: NamedData, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("resnet10t", num_classes=10)
+    data = torch.utils.data.Subset(digits.train, range(32))
+    result = finetune(model, data, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    assert result.best_accuracy is None
+    assert result.directory is not None
+    loaded = load_retrofitted(result.directory)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+
+
 # Heads
 
 

@@ -1,0 +1,57 @@
+"""The networks that the tests of the inspection look at: real ones on the meta device, and small ones with weights."""
+
+from __future__ import annotations
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from se_retrofit import add_se
+
+
+def network(name: str) -> nn.Module:
+    """A real network without data: structure is all that is looked at."""
+    library, _, model = name.partition("/")
+    with torch.device("meta"):
+        if library == "timm":
+            return timm.create_model(model)
+        options = {"init_weights": False} if model == "googlenet" else {}
+        return torchvision.models.get_model(model, weights=None, **options)
+
+
+def retrofitted(name: str, reduction: int = 16) -> nn.Module:
+    return add_se(network(name), reduction)
+
+
+def small_resnet(classes: int = 10) -> nn.Module:
+    """A ResNet with weights, small enough for digits."""
+    torch.manual_seed(0)
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 2, 1, 1], num_classes=classes)
+
+
+class PlainNet(nn.Module):
+    """A chain of convolutions whose activations and pools are functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.relu(self.conv2(x))
+        return self.fc(x.mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """A residual block that is called twice, and a dense layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = torchvision.models.resnet.BasicBlock(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(self.stem(x)))

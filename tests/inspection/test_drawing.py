@@ -1,0 +1,63 @@
+"""Drawings show SE between its neighbours, and need Graphviz only where they say so."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from inspected import retrofitted, small_resnet
+
+from se_retrofit import RetrofitError, add_se, draw
+
+needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's dot is not installed")
+
+
+def edges(source: str) -> list[tuple[str, str]]:
+    return re.findall(r'^\s*"?(\w+)"? -> "?(\w+)"?', source, re.MULTILINE)
+
+
+def test_dot_shows_each_distinct_block_before_and_after_with_shapes(tmp_path: Path) -> None:
+    source = draw(retrofitted("tv/resnet50"), tmp_path / "a.dot").read_text()
+    assert source.count("label=before") == source.count("label=after") == 2
+    assert "layer1.0: Bottleneck, residual\nlike it: layer2.0, layer3.0, layer4.0" in source
+    assert 'label=" 256×56×56 "' in source
+    assert ("0_after_bn3", "0_after_se_attention") in edges(source)
+    assert ("0_after_se_attention", "0_after_iadd") in edges(source)
+    assert ("0_before_bn3", "0_before_iadd") in edges(source)
+    assert source.count('label="SE 256 → 16 → 256') == 2  # nothing but the two after has it
+
+
+def test_one_block_alone(tmp_path: Path) -> None:
+    source = draw(add_se(small_resnet()), tmp_path / "a.gv", "layer2.0").read_text()
+    assert source.count("label=after") == 1
+    assert "layer2.0: BasicBlock" in source
+
+
+@needs_dot
+@pytest.mark.parametrize(("suffix", "magic"), [(".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")])
+def test_pictures(suffix: str, magic: bytes, tmp_path: Path) -> None:
+    path = draw(add_se(small_resnet()), tmp_path / f"a{suffix}")
+    assert path == tmp_path / f"a{suffix}"
+    assert path.read_bytes().startswith(magic)
+
+
+def test_without_graphviz_it_says_how_to_get_it_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RetrofitError, match=r"apt install graphviz.*or give a path that ends in \.dot"):
+        draw(add_se(small_resnet()), tmp_path / "a.svg")
+    assert list(tmp_path.iterdir()) == []
+    assert draw(add_se(small_resnet()), tmp_path / "a.dot").exists()
+
+
+def test_mistakes_are_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(RetrofitError, match=r"a\.jpg ends in no format that can be drawn: \.dot"):
+        draw(small_resnet(), tmp_path / "a.jpg")
+    with pytest.raises(RetrofitError, match="no folder"):
+        draw(small_resnet(), tmp_path / "nowhere" / "a.dot")
+    with pytest.raises(RetrofitError, match="has no SE"):
+        draw(small_resnet(), tmp_path / "a.dot")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,154 @@
+"""The graphs show SE where it is, and what they show is what runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from inspected import PlainNet, Twice, network, retrofitted, small_resnet
+from torch import fx, nn
+
+from se_retrofit import RetrofitError, add_se
+from se_retrofit.inspection import block_graphs
+from se_retrofit.inspection.graphs import find_block, inspect_model
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "after", "before"),
+    [
+        # residual: the branch's last norm, before the addition (figure 3)
+        ("tv/resnet50", "layer1.0", "bn3 (BatchNorm2d)", "+="),
+        ("timm/dla34", "level2.tree2", "bn2 (BatchNorm2d)", "+="),
+        # residual with layer scale: before it
+        ("tv/convnext_tiny", "features.1.0", "block.6 (Permute)", "* layer_scale"),
+        # inverted bottleneck: between the depthwise conv's activation and the projection
+        ("tv/mobilenet_v2", "features.2", "conv.1.2 (ReLU6)", "conv.2 (Conv2d)"),
+        # dense layer: the new features, which the dense block concatenates
+        ("tv/densenet121", "features.denseblock1.denselayer2", "conv2 (Conv2d)", "output"),
+        # Inception: the whole module (figure 2)
+        ("tv/googlenet", "inception3a", "cat", "output"),
+        # plain chain: after each non-linearity
+        ("tv/vgg16_bn", "features.40", "features.42 (ReLU)", "features.43 (MaxPool2d)"),
+    ],
+)
+def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, before: str) -> None:
+    pair = block_graphs(retrofitted(name))[block]
+    (site,) = pair.sites
+    assert (pair.se_after(site), pair.se_before(site)) == (after, before)
+    node = pair.se_node(site)
+    assert node is not None
+    assert pair.after is not None
+    assert pair.after.kind(node) == "SEAttention"
+    assert pair.after.shape(node).startswith(f"{site.channels}x")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tv/resnet50",
+        "timm/dla34",
+        "tv/convnext_tiny",
+        "tv/mobilenet_v2",
+        "tv/densenet121",
+        "tv/googlenet",
+        "tv/vgg16_bn",
+    ],
+)
+def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
+    for pair in block_graphs(retrofitted(name)).values():
+        assert pair.failure is None
+        assert pair.before is not None
+        assert pair.after is not None
+        assert pair.before.ses == []
+        assert len(pair.after.ses) == len(pair.sites)
+
+        def steps(graph: fx.Graph, left_out: list[fx.Node]) -> list[tuple[str, str]]:
+            return [(node.op, str(node.target)) for node in graph.nodes if node not in left_out]
+
+        assert steps(pair.before.graph, []) == steps(pair.after.graph, pair.after.ses)
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "size"),
+    [
+        (small_resnet(), "layer2.1", (128, 8, 8)),
+        (small_resnet(), "layer2.0", (64, 8, 8)),
+        (torchvision.models.mobilenet_v2(width_mult=0.35), "features.3", (8, 8, 8)),
+        (torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0), "denselayer1", (8, 8, 8)),
+    ],
+    ids=["residual", "projection", "inverted", "dense"],
+)
+def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size: tuple[int, ...]) -> None:
+    inputs = torch.randn(2, *size) if isinstance(model, torchvision.models.densenet._DenseBlock) else None
+    model = add_se(model, example_inputs=inputs).eval()
+    for module in model.modules():
+        if type(module).__name__ == "SEAttention":
+            nn.init.normal_(module.fc[2].weight)  # gates of 1 would hide a graph without SE
+    after = block_graphs(model, inputs)[block].after
+    assert after is not None
+    module, x = model.get_submodule(block), torch.randn(2, *size)
+    given = [x] if block.startswith("denselayer") else x
+    assert torch.equal(fx.GraphModule(module, after.graph)(given), module(given))
+
+
+def test_graph_before_is_traced_from_the_original_class() -> None:
+    pair = block_graphs(add_se(small_resnet()))["layer1.0"]
+    assert pair.before is not None
+    bare = small_resnet().eval().layer1[0]
+    x = torch.randn(2, 64, 8, 8)
+    assert torch.equal(fx.GraphModule(bare, pair.before.graph)(x), bare(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("tv/resnet50", 2), ("tv/densenet121", 1), ("tv/mobilenet_v2", 3), ("tv/vgg16_bn", 1)]
+)
+def test_blocks_of_one_structure_are_one_group(name: str, number: int) -> None:
+    groups = inspect_model(retrofitted(name)).distinct()
+    assert len(groups) == number
+    assert sum(map(len, groups)) == len(inspect_model(retrofitted(name)).blocks)
+
+
+def test_a_dense_layer_that_is_given_several_maps_stands_for_the_others() -> None:
+    (group,) = inspect_model(retrofitted("tv/densenet121")).distinct()
+    assert group[0].path == "features.denseblock1.denselayer2"
+
+
+def test_blocks_of_a_traced_network_are_parts_of_its_graph() -> None:
+    traced = fx.symbolic_trace(small_resnet())
+    pairs = block_graphs(add_se(traced))
+    pair = pairs["layer2.0"]
+    assert list(pairs) == ["layer1.0", "layer2.0", "layer2.1", "layer3.0", "layer4.0"]
+    assert pair.after is not None
+    assert pair.se_after(pair.sites[0]) == "layer2.0.bn2 (BatchNorm2d)"
+    targets = [str(node.target) for node in pair.after.graph.nodes if node.op == "call_module"]
+    assert all(target.startswith("layer2.0.") for target in targets)
+    assert "layer2.0.downsample.0" in targets
+
+
+def test_a_chain_of_functions_is_cut_into_its_units() -> None:
+    pairs = block_graphs(add_se(PlainNet()))
+    assert list(pairs) == ["conv1", "conv2"]
+    for path, pair in pairs.items():
+        assert pair.after is not None
+        assert [pair.after.kind(node) for node in pair.after.graph.nodes] == [
+            "placeholder",
+            "Conv2d",
+            "relu",
+            "SEAttention",
+            "output",
+        ]
+        assert pair.se_after(pair.sites[0]) == "relu"
+        assert next(str(n.target) for n in pair.after.graph.nodes if n.op == "call_module") == path
+
+
+def test_a_block_is_found_by_its_path_or_its_ses() -> None:
+    inspection = inspect_model(add_se(small_resnet()))
+    assert find_block(inspection, "layer2.1") is find_block(inspection, "layer2.1.se_attention")
+    with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer9'; the blocks with SE are layer1\.0"):
+        find_block(inspection, "layer9")
+
+
+def test_a_block_called_twice_says_so() -> None:
+    example = torch.empty(1, 3, 8, 8)
+    assert block_graphs(add_se(Twice(), example_inputs=example), example)["block"].calls == 2
+    assert block_graphs(add_se(network("tv/resnet18")))["layer1.0"].calls == 1

@@ -1,0 +1,519 @@
+"""A retrofitted network goes wherever the original goes: files, other formats, compilers, exporters, wrappers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from networks import (
+    NETWORKS,
+    assert_same_function,
+    gradients,
+    randomise_se,
+    randomised,
+    run,
+    same_tensors,
+    se_modules,
+)
+from safetensors.torch import load_model, save_model
+from timm.utils import ModelEmaV3
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from se_retrofit import RetrofitError, add_se, has_se, plan_of, plan_se, remove_se
+
+
+def _small(block: type[nn.Module] = BasicBlock) -> nn.Module:
+    """A torchvision ResNet with one block a stage and gates that are not 1, which costs next to nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = randomised(ResNet(block, [1, 1, 1, 1], num_classes=5, width_per_group=64)).eval()
+        return randomise_se(add_se(model, 16), std=0.1)
+
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+# Networks whose blocks differ in how SE is put into them: a derived forward, one for each mode, a wrapped child, a
+# Sequential, channels last, list arguments.
+KINDS = [
+    "torchvision/resnet18",
+    "torchvision/mobilenet_v2",
+    "torchvision/squeezenet1_1",
+    "torchvision/shufflenet_v2_x0_5",
+    "torchvision/googlenet",
+    "timm/convnext_atto",
+    "timm/dla34",
+    "timm/repvgg_b0",
+]
+
+
+def _retrofitted(name: str) -> tuple[nn.Module, Tensor]:
+    return randomise_se(add_se(NETWORKS[name].build()), std=0.1), NETWORKS[name].input()
+
+
+# Files ---------------------------
+
+
+def test_a_whole_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
+    """By pickle and by torch.save, without add_se or the building libraries being called there."""
+    for name in ("torchvision/mobilenet_v2", "timm/convnext_atto", "timm/dla34"):
+        model, x = _retrofitted(name)
+        folder = tmp_path / name.replace("/", "_")
+        folder.mkdir()
+        torch.save(model, folder / "model.pt")
+        (folder / "model.pkl").write_bytes(pickle.dumps(model))
+        torch.save({"x": x, "eval": run(model, x), "train": run(model.train(), x, seed=3)}, folder / "expected.pt")
+    script = """
+import copy, pathlib, pickle, sys, torch
+torch.set_num_threads(1)
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    for model in (
+        torch.load(folder / "model.pt", weights_only=False),
+        pickle.loads((folder / "model.pkl").read_bytes()),
+    ):
+        with torch.no_grad():
+            assert torch.equal(model.eval()(expected["x"]), expected["eval"][0]), folder
+            torch.manual_seed(3)
+            assert torch.equal(copy.deepcopy(model).train()(expected["x"]), expected["train"][0]), folder
+        import se_retrofit
+        assert se_retrofit.has_se(model)
+        assert torch.equal(model(expected["x"]), expected["eval"][0]), folder
+        assert not se_retrofit.has_se(se_retrofit.remove_se(model))
+print("done")
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "done"
+
+
+def test_safetensors_save_and_load(tmp_path: Path) -> None:
+    model = _small()
+    save_model(model, str(tmp_path / "model.safetensors"))
+    fresh = add_se(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5).eval(), 16)
+    assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
+    assert_same_function(fresh, model, X)
+
+
+def test_copies_of_copies_and_shallow_copies() -> None:
+    model = _small()
+    twin = copy.deepcopy(copy.deepcopy(model))
+    assert_same_function(twin, model, X)
+    assert type(twin.layer1[0]) is type(model.layer1[0])
+    assert_same_function(copy.copy(model), model, X)
+    assert_same_function(copy.copy(model.layer1[0]), model.layer1[0], torch.randn(1, 64, 8, 8))
+
+
+# Types and formats ---------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/squeezenet1_1", "timm/convnext_atto"])
+def test_models_of_any_float_type(name: str, dtype: torch.dtype) -> None:
+    model = NETWORKS[name].build().to(dtype)
+    x = NETWORKS[name].input().to(dtype)
+    retrofitted = add_se(model)
+    assert {p.dtype for se in se_modules(retrofitted).values() for p in se.parameters()} == {dtype}
+    with torch.no_grad():
+        assert same_tensors(run(retrofitted, x), run(model, x))
+        assert same_tensors(
+            run(copy.deepcopy(retrofitted).float(), x.float()), run(copy.deepcopy(model).float(), x.float())
+        )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast_to_bfloat16_gives_the_same_outputs(name: str) -> None:
+    model, x = NETWORKS[name].build(), NETWORKS[name].input()
+    retrofitted = add_se(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert same_tensors(run(retrofitted, x), run(model, x))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_channels_last_stays_channels_last(name: str) -> None:
+    model = NETWORKS[name].build().to(memory_format=torch.channels_last)
+    x = NETWORKS[name].input().to(memory_format=torch.channels_last)
+    retrofitted = add_se(model)
+    formats: dict[str, tuple[bool, bool]] = {}
+
+    def note(se: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        formats[se.site.path] = tuple(t.is_contiguous(memory_format=torch.channels_last) for t in (args[0], y))
+
+    for module in se_modules(retrofitted).values():
+        module.register_forward_hook(note)
+    with torch.no_grad():
+        assert same_tensors(run(retrofitted, x), run(model, x))
+    assert len(formats) == len(se_modules(retrofitted))
+    assert all(before == after for before, after in formats.values())
+
+
+def test_a_model_on_meta_is_retrofitted_there_and_filled_later() -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet18(num_classes=10)
+    retrofitted = add_se(model)
+    assert {p.device.type for p in retrofitted.parameters()} == {"meta"}
+    retrofitted.to_empty(device="cpu")
+    real = NETWORKS["torchvision/resnet18"].build()
+    retrofitted.load_state_dict(real.state_dict(), strict=False)
+    for se in se_modules(retrofitted).values():
+        se.reset_parameters()
+    assert_same_function(retrofitted.eval(), real, X)
+
+
+def test_a_frozen_model_gets_gates_that_train() -> None:
+    model = NETWORKS["torchvision/resnet18"].build().requires_grad_(False)
+    retrofitted = add_se(model)
+    found = gradients(retrofitted.train(), X)
+    ours = {f"{path}.{name}" for path, se in se_modules(retrofitted).items() for name, _ in se.named_parameters()}
+    assert {name for name, gradient in found.items() if gradient is not None} == ours
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/convnext_atto"])
+def test_models_on_cuda(name: str) -> None:
+    model, x = NETWORKS[name].build().cuda(), NETWORKS[name].input().cuda()
+    before = torch.cuda.get_rng_state()
+    retrofitted = add_se(model)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert {p.device.type for p in retrofitted.parameters()} == {"cuda"}
+    with torch.no_grad():
+        assert same_tensors(run(retrofitted, x), run(model, x))
+
+
+def test_an_optimizer_stays_bound_to_a_model_retrofitted_in_place() -> None:
+    model = remove_se(_small()).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = copy.deepcopy(model.state_dict())
+    retrofitted = add_se(model, inplace=True)
+    run(retrofitted, X)[0].square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(retrofitted.conv1.weight, before["conv1.weight"])
+    optimizer.add_param_group({"params": [p for se in se_modules(model).values() for p in se.parameters()]})
+
+
+# Compilers and exporters ---------------------------
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    "name", ["torchvision/resnet18", "torchvision/squeezenet1_1", "timm/convnext_atto", "timm/dla34"]
+)
+def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
+    model, x = _retrofitted(name)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(compiled, x), run(model, x))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_torch_compile_in_train_mode_and_with_another_batch() -> None:
+    model = _small().train()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    found, expected = gradients(compiled, X), gradients(model, X)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient)
+    torch.testing.assert_close(run(compiled, X[:1].repeat(5, 1, 1, 1)), run(model, X[:1].repeat(5, 1, 1, 1)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_inductor_compiles_a_block() -> None:
+    model = _small().layer1
+    x = torch.randn(2, 64, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("torchvision/googlenet", "timm/repvgg_b0")])
+def test_torch_export(name: str) -> None:
+    model, x = _retrofitted(name)
+    program = torch.export.export(model, (x,))
+    assert set(program.state_dict) == set(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(run(program.module(), x), run(model, x))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_torch_export_with_a_dynamic_batch() -> None:
+    model = _small()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (X,), dynamic_shapes=({0: batch},))
+    x = torch.randn(7, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_export_computes_the_same() -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model = _small()
+    x = X[:, :, :16, :16].contiguous()
+    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    onnx.checker.check_model(program.model_proto)
+    (found,) = ReferenceEvaluator(program.model_proto).run(None, {program.model_proto.graph.input[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/squeezenet1_1"])
+def test_torch_jit_traces_and_scripts_it_where_it_does_the_original(name: str) -> None:
+    model, x = _retrofitted(name)
+    original = remove_se(model)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+        assert torch.equal(torch.jit.script(original)(x), original(x))
+        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+# Wrappers ---------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_process")
+def test_distributed_data_parallel() -> None:
+    model = _small().train()
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
+    found, expected = gradients(wrapped, X), gradients(model, X)
+    for name, gradient in expected.items():
+        assert torch.equal(found[f"module.{name}"], gradient), name  # type: ignore[arg-type]
+    with pytest.raises(RetrofitError, match=r"wrapped in DistributedDataParallel: retrofit model\.module"):
+        add_se(nn.parallel.DistributedDataParallel(remove_se(model)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_process")
+def test_fully_sharded_data_parallel() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = _small().train()
+    sharded = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in (sharded.layer1[0], sharded.layer2[0]):
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    expected = gradients(model, X)
+    generator = torch.Generator().manual_seed(17)
+    y = run(sharded, X)[0]
+    (y * torch.randn(y.shape, generator=generator)).sum().backward()
+    for name, parameter in sharded.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-3, atol=1e-4)
+    assert set(sharded.state_dict()) == set(model.state_dict())
+    with pytest.raises(RetrofitError, match=r"undo that first|FSDP"):
+        remove_se(sharded)
+
+
+def test_an_ema_copy_follows() -> None:
+    model = _small().train()
+    ema = ModelEmaV3(model, decay=0.5)
+    assert has_se(ema.module)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update(model)
+    for name, parameter in ema.module.named_parameters():
+        torch.testing.assert_close(parameter, expected[name] + 0.5)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert has_se(averaged.module)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_data_parallel_and_functional_call() -> None:
+    model = _small()
+    with torch.no_grad():
+        assert torch.equal(nn.DataParallel(model)(X), model(X))
+        state = {name: t + 0.01 for name, t in model.state_dict().items() if t.is_floating_point()}
+        found = torch.func.functional_call(model, state, (X,))
+        model.load_state_dict(state, strict=False)
+        assert torch.equal(found, model(X))
+
+
+# What the libraries offer for their models ---------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "mobilenetv2_100", "regnetx_002"])
+def test_timms_gradient_checkpointing(name: str) -> None:
+    model = randomised(timm.create_model(name, num_classes=4)).train()
+    retrofitted = randomise_se(add_se(model), std=0.1)
+    plain, x = copy.deepcopy(retrofitted), X
+    retrofitted.set_grad_checkpointing(True)
+    found, expected = gradients(retrofitted, x), gradients(plain, x)
+    for parameter, gradient in expected.items():
+        assert torch.equal(found[parameter], gradient), parameter  # type: ignore[arg-type]
+    before = randomised(timm.create_model(name, num_classes=4)).train()
+    before.load_state_dict(model.state_dict())
+    before.set_grad_checkpointing(True)
+    assert len(se_modules(add_se(before))) == len(se_modules(plain))
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_memory_efficient_densenets(library: str) -> None:
+    def build(efficient: bool) -> nn.Module:
+        torch.manual_seed(0)
+        if library == "timm":
+            return timm.create_model("densenet121", block_config=(2, 2), num_classes=4, memory_efficient=efficient)
+        return torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4, memory_efficient=efficient)
+
+    plain, efficient = randomised(build(False)).eval(), randomised(build(True)).eval()
+    retrofitted = add_se(efficient)
+    assert len(se_modules(retrofitted)) == 4
+    ours, theirs = randomise_se(add_se(efficient)), randomise_se(add_se(plain))
+    assert_same_function(ours, theirs, X)
+    found, expected = gradients(retrofitted.train(), X), gradients(plain.train(), X)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())  # type: ignore[arg-type]
+    assert same_tensors(run(ours.train(), X), run(theirs.train(), X))
+
+
+@pytest.mark.parametrize("name", ["repvgg_b0", "mobileone_s0"])
+def test_timms_reparameterisation_after_the_retrofit(name: str) -> None:
+    model = randomised(timm.create_model(name, num_classes=4)).eval()
+    retrofitted = randomise_se(add_se(model), std=0.1)
+    fused = reparameterize_model(retrofitted)
+    assert len(se_modules(fused)) == len(se_modules(retrofitted)) > 0
+    assert len(list(fused.modules())) < len(list(retrofitted.modules()))
+    with torch.no_grad():
+        y = retrofitted(X)
+        torch.testing.assert_close(fused(X), y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+        assert not torch.allclose(model(X), y, rtol=1e-2)
+        assert_same_function(pickle.loads(pickle.dumps(fused)), fused, X)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "mobilenetv2_100", "densenet121", "regnetx_002"])
+def test_timms_feature_api(name: str) -> None:
+    model = randomised(timm.create_model(name, num_classes=4)).eval()
+    retrofitted = add_se(model)
+    with torch.no_grad():
+        assert torch.equal(retrofitted.forward_features(X), model.forward_features(X))
+        features = retrofitted.forward_features(X)
+        assert torch.equal(retrofitted.forward_head(features), model(X))
+        if hasattr(model, "forward_intermediates"):
+            final, steps = retrofitted.forward_intermediates(X)
+            expected, expected_steps = model.forward_intermediates(X)
+            assert same_tensors([final, *steps], [expected, *expected_steps])
+        retrofitted.reset_classifier(7)
+        assert retrofitted(X).shape == (2, 7)
+        retrofitted.reset_classifier(0)
+        assert torch.equal(retrofitted.forward_features(X), model.forward_features(X))
+    assert retrofitted.get_classifier() is not None
+    assert list(retrofitted.group_matcher()) == list(model.group_matcher())
+    assert retrofitted.default_cfg == model.default_cfg
+
+
+def test_googlenets_auxiliary_heads_come_and_go_with_the_mode() -> None:
+    network = NETWORKS["torchvision/googlenet"]
+    model = network.build()
+    retrofitted = add_se(model)
+    for mode in (True, False, True):
+        ours, theirs = retrofitted.train(mode)(network.input()), model.train(mode)(network.input())
+        assert type(ours) is type(theirs)
+    assert ours._fields == theirs._fields
+    assert ours.aux_logits1.shape == (2, 10)
+
+
+def test_hooks_registered_before_and_after_fire_once_with_the_blocks_own_values() -> None:
+    model = remove_se(_small())
+    seen: list[str] = []
+    model.layer1[0].register_forward_hook(lambda m, args, y: seen.append("before"))
+    model.layer1[0].bn2.register_forward_pre_hook(lambda m, args: seen.append("child"))
+    handle = model.layer1[0].register_full_backward_hook(lambda m, i, o: seen.append("backward"))
+    retrofitted = add_se(model, inplace=True)
+    retrofitted.layer1[0].register_forward_hook(lambda m, args, y: seen.append("after"))
+    retrofitted.layer1[0].se_attention.register_forward_hook(lambda m, args, y: seen.append("se"))
+    retrofitted(X).sum().backward()
+    assert seen == ["child", "se", "before", "after", "backward"]
+    handle.remove()
+    seen.clear()
+    retrofitted(X).sum().backward()
+    assert seen == ["child", "se", "before", "after"]
+
+
+def test_blocks_stay_instances_of_their_classes_with_source_and_names() -> None:
+    import inspect
+
+    model = add_se(torchvision.models.resnet50())
+    block = model.layer1[0]
+    assert isinstance(block, Bottleneck)
+    assert type(model) is ResNet
+    assert type(block).__name__ == "SEBottleneck"
+    assert type(block) is type(model.layer1[1]) or block.downsample is not None
+    assert len({type(m) for m in model.modules() if isinstance(m, Bottleneck)}) == 2  # with and without a projection
+    assert "se_attention" in inspect.getsource(type(block).forward)
+    assert inspect.signature(block.forward) == inspect.signature(Bottleneck(64, 16).forward)
+    assert plan_of(model) == plan_se(torchvision.models.resnet50())
+
+
+def test_an_in_place_add_stays_in_place() -> None:
+    """torch.fx turns `out += identity` into an add that allocates, which makes SE look dearer than it is."""
+    block = _small(Bottleneck).layer1[0]
+    assert "+=" in type(block).se_source or "iadd" in type(block).se_source
+    assert "operator.add(" not in type(block).se_source
+
+
+def test_training_steps_move_the_gates_from_the_identity() -> None:
+    model = add_se(remove_se(_small()), 8).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    labels = torch.tensor([0, 3])
+    losses = []
+    for _ in range(5):
+        loss = nn.functional.cross_entropy(model(X), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for se in se_modules(model).values():
+        assert se.fc[2].weight.abs().max() > 0
+        assert not torch.equal(se(torch.ones(1, se.channel, 2, 2)), torch.ones(1, se.channel, 2, 2))
+
+
+def test_nothing_is_warned_about() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = add_se(torchvision.models.resnet18())
+        pickle.loads(pickle.dumps(model))
+        copy.deepcopy(model)
+        remove_se(model)
