@@ -130,14 +130,14 @@ def write_markdown(rows: list[Row], path: Path) -> None:
     Raises:
         RetrofitError: the file exists and has no such marks.
     """
-    body = f"{BEGIN}\n{_markdown(rows)}{END}\n"
+    body = f"{BEGIN}\n{_markdown(rows)}{END}"
     if path.exists():
         text = path.read_text(encoding="utf-8")
         if BEGIN not in text or END not in text:
             raise RetrofitError(f"{path} exists and has no lines {BEGIN} and {END} to write between; give another --output")
         before, _, rest = text.partition(BEGIN)
-        body = before + body + rest.partition(END)[2].lstrip("\n")
-    path.write_text(body, encoding="utf-8")
+        body = before + body + rest.partition(END)[2]
+    path.write_text(body.rstrip("\n") + "\n", encoding="utf-8")
 
 
 def _markdown(rows: list[Row]) -> str:
