@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ class RowWriter:
 
     def __init__(self, path: Path) -> None:
         new = not path.exists() or path.stat().st_size == 0
+        if not new:
+            _drop_torn_line(path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
         if new:
@@ -41,6 +44,13 @@ class RowWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Take off half a line at the end, which a walk that was killed may have left."""
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
 def _cells(row: Row) -> dict[str, object]:
@@ -61,14 +71,15 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) not in ((), COLUMNS):
-            raise RetrofitError(f"{path} was not written by se-retrofit zoo (of this version): its columns are others")
-        try:
-            return [_row(cells) for cells in reader]
-        except (TypeError, ValueError, KeyError) as error:
-            raise RetrofitError(f"{path} is damaged ({error}); delete it, or give --fresh") from error
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # a walk that was killed may have left half a line at the end
+    reader = csv.DictReader(io.StringIO(whole))
+    if tuple(reader.fieldnames or ()) not in ((), COLUMNS):
+        raise RetrofitError(f"{path} was not written by se-retrofit zoo (of this version): its columns are others")
+    try:
+        return [_row(cells) for cells in reader]
+    except (TypeError, ValueError, KeyError) as error:
+        raise RetrofitError(f"{path} is damaged ({error}); delete it, or give --fresh") from error
 
 
 def _row(cells: dict[str, str]) -> Row:
@@ -119,14 +130,14 @@ def write_markdown(rows: list[Row], path: Path) -> None:
     Raises:
         RetrofitError: the file exists and has no such marks.
     """
-    body = f"{BEGIN}\n{_markdown(rows)}{END}\n"
+    body = f"{BEGIN}\n{_markdown(rows)}{END}"
     if path.exists():
         text = path.read_text(encoding="utf-8")
         if BEGIN not in text or END not in text:
             raise RetrofitError(f"{path} exists and has no lines {BEGIN} and {END} to write between; give another --output")
         before, _, rest = text.partition(BEGIN)
-        body = before + body + rest.partition(END)[2].lstrip("\n")
-    path.write_text(body, encoding="utf-8")
+        body = before + body + rest.partition(END)[2]
+    path.write_text(body.rstrip("\n") + "\n", encoding="utf-8")
 
 
 def _markdown(rows: list[Row]) -> str:

@@ -25,7 +25,11 @@ Checker = Callable[[Entry], Row]
 
 
 def walk(
-    todo: Sequence[Entry], jobs: int = 1, timeout: float = 300.0, checker: Checker = check
+    todo: Sequence[Entry],
+    jobs: int = 1,
+    timeout: float = 300.0,
+    startup: float = 120.0,
+    checker: Checker = check,
 ) -> Iterator[Row]:
     """Check networks in parallel and yield each one's row as soon as it is there.
 
@@ -33,6 +37,7 @@ def walk(
         todo: which ones.
         jobs: how many processes; each uses one thread.
         timeout: seconds that one network may take; then its process is ended and its row says so.
+        startup: seconds more for the first network of a process, which has to import the libraries.
         checker: what is done with each; a function that processes can import.
 
     Yields:
@@ -48,7 +53,7 @@ def walk(
     try:
         while waiting or workers:
             while waiting and len(workers) < jobs:
-                workers.append(_Worker(checker, timeout))
+                workers.append(_Worker(checker, timeout, startup))
                 workers[-1].begin(waiting.popleft())
             nearest = min(worker.deadline for worker in workers) - time.monotonic()
             wait([worker.connection for worker in workers], timeout=max(0.0, nearest))
@@ -70,7 +75,7 @@ def walk(
 class _Worker:
     """A process that checks one network at a time, and the network that it has at present."""
 
-    def __init__(self, checker: Checker, timeout: float) -> None:
+    def __init__(self, checker: Checker, timeout: float, startup: float) -> None:
         # a fresh interpreter: a forked one would inherit torch's threads and locks
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
@@ -78,14 +83,13 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.timeout = timeout
+        self.startup = startup
         self.alive = True
-        self.answered_once = False
 
     def begin(self, entry: Entry) -> None:
         self.entry = entry
         self.started = time.monotonic()
-        # the first one waits for the interpreter to start and import torch
-        self.deadline = self.started + self.timeout + (0.0 if self.answered_once else 60.0)
+        self.deadline = self.started + self.timeout + self.startup
         with suppress(OSError):  # it has died already: result() sees that
             self.connection.send(entry)
 
@@ -98,7 +102,7 @@ class _Worker:
                 self.process.join(10)
                 self.alive = False
                 return self._failed(f"its process died with exit code {self.process.exitcode}")
-            self.answered_once = True
+            self.startup = 0.0
             return row
         if time.monotonic() >= self.deadline:
             self.alive = False

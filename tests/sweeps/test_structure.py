@@ -19,5 +19,8 @@ def test_every_name_is_converted_or_refused_for_a_reason() -> None:
     print(summary_line(rows))
     assert {row.name: row.verdict for row in rows if row.verdict.startswith("failed")} == {}
     listed = {row.name: (row.verdict, row.kinds) for row in read_rows(ROOT / "docs" / "zoo.csv")}
-    differing = {row.name: (row.verdict, row.kinds) for row in rows if listed.get(row.name) != (row.verdict, row.kinds)}
+    assert listed, "docs/zoo.csv is missing: se-retrofit zoo --output docs/zoo"
+    found = {row.name: (row.verdict, row.kinds) for row in rows}
+    # other versions of the libraries have names that the table lacks
+    differing = {name: found[name] for name in found.keys() & listed.keys() if found[name] != listed[name]}
     assert differing == {}, "docs/zoo.csv is out of date: se-retrofit zoo --output docs/zoo --fresh"

@@ -1,0 +1,239 @@
+"""The zoo: names, rows, the walk over them, tables and the command; and where SE goes in a few dozen networks."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from residual_units import residual_units
+from torch import nn
+from typer.testing import CliRunner
+
+from se_retrofit import RetrofitError, SEAttention, add_se
+from se_retrofit.cli.app import app
+from se_retrofit.rehearsal import rehearse
+from se_retrofit.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
+from se_retrofit.zoo.check import KINDS, CheckFailed, inspect_model
+from se_retrofit.zoo.tables import BEGIN, END, RowWriter, family_table, summary_line
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn a great deal while they build networks
+
+EXPECTED = list(csv.DictReader((Path(__file__).parent / "zoo_expected.csv").open(encoding="utf-8")))
+ROWS = [
+    Row("timm/a", "one", "converted", 1000, 128, {"residual": 2}, ["Block"], {"it is odd": 1}, 1.5),
+    Row("timm/b", "one", "refused: no convolutional blocks", 2000, seconds=0.5),
+    Row("torchvision/c", "two", "failed: RuntimeError: a | b", 3000),
+]
+
+
+# Names ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_zoo_holds_every_name_of_both_libraries() -> None:
+    import timm
+    import torchvision
+
+    names = [entry.name for entry in entries()]
+    assert len(names) == len(set(names)) == len(timm.list_models()) + len(torchvision.models.list_models())
+    assert {"timm/resnet50", "torchvision/raft_small", "torchvision/quantized_resnet18"} <= set(names)
+
+
+def test_patterns_choose_models_with_or_without_their_library() -> None:
+    assert [e.name for e in entries(["resnet18"])] == ["timm/resnet18", "torchvision/resnet18"]
+    assert {e.library for e in entries(["torchvision/*18"])} == {"torchvision"}
+    with pytest.raises(RetrofitError, match=r"'resnet19' matches none of the \d+ names"):
+        entries(["resnet19"])
+
+
+def test_a_network_is_built_without_memory_where_its_constructor_lets_it() -> None:
+    by_name = {e.name: e for e in entries(["torchvision/resnet18", "torchvision/regnet_y_400mf"])}
+    assert next(by_name["torchvision/resnet18"].build().parameters()).is_meta
+    assert not next(by_name["torchvision/regnet_y_400mf"].build().parameters()).is_meta  # reads numbers off tensors
+
+
+# One network ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expected", EXPECTED, ids=lambda row: row["name"])
+def test_se_goes_where_it_went(expected: dict[str, str]) -> None:
+    """A change of placement shows up in the diff of zoo_expected.csv."""
+    (entry,) = entries([expected["name"]])
+    row = check(entry)
+    counts = {kind: str(row.kinds.get(kind, 0)) for kind in KINDS}
+    got = {"name": row.name, "verdict": row.verdict, **counts, "extra_parameters": str(row.extra)}
+    assert got == expected
+
+
+UNITS = [
+    "timm/test_resnet", "timm/resnetv2_18", "timm/convnext_atto", "timm/mobilenetv2_035", "timm/efficientnet_es", "timm/dla34",
+    "timm/res2net50_48w_2s", "timm/hrnet_w18_small", "timm/ghostnet_050", "timm/fasternet_t0", "timm/inception_next_atto",
+    "timm/legacy_xception", "timm/cs3darknet_focus_s", "timm/tresnet_m", "timm/fastvit_t8", "timm/xcit_nano_12_p16_224",
+    "torchvision/resnet18", "torchvision/mobilenet_v3_large", "torchvision/r3d_18", "torchvision/fcn_resnet50",
+    "torchvision/quantized_resnet18", "torchvision/regnet_x_400mf",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_every_residual_unit_has_one_se_or_channel_attention_of_its_own(name: str) -> None:
+    (entry,) = entries([name])
+    model = add_se(entry.build(), inplace=True)
+    (x,) = rehearse(model).root.args
+    if not next(model.parameters()).is_meta:
+        x = torch.zeros(1, *x.shape[1:])
+    units = residual_units(model, (x,))
+    assert units
+    assert [len(unit.ses) for unit in units] == [0 if unit.gated else 1 for unit in units]
+    in_units = {se for unit in units for se in unit.ses}
+    for path, module in model.named_modules():
+        if isinstance(module, SEAttention) and module.site.kind == "residual":
+            assert module in in_units, f"{path} is in no residual unit"
+
+
+def test_a_broken_promise_fails_the_row() -> None:
+    class Forgetful(nn.Module):
+        """Loses its class when asked for its state dict after the retrofit, as a bug in the surgery would."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.stem(x)
+
+        def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            state = super().state_dict(*args, **kwargs)  # type: ignore[arg-type]
+            if any(isinstance(m, SEAttention) for m in self.modules()):
+                state.pop("stem.0.weight")
+            return state
+
+    with pytest.raises(CheckFailed, match="original keys"):
+        inspect_model(Forgetful(), Row("mine/forgetful", "mine", "failed: "))
+
+
+def test_what_cannot_be_built_is_a_failed_row() -> None:
+    row = check(Entry("torchvision", "none", "no_such_model"))
+    assert row.verdict.startswith("failed: ")
+    assert "no_such_model" in row.verdict.lower()
+
+
+# The walk ---------------------------------------------------------------------------------------------------------------
+
+
+def crash_or_hang(entry: Entry) -> Row:
+    """Stands in for ``check``: some models take their process with them."""
+    if entry.model == "crashes":
+        os._exit(7)
+    if entry.model == "hangs":
+        time.sleep(600)
+    return Row(entry.name, entry.family, "converted")
+
+
+def test_a_crash_or_a_hang_is_that_models_row_and_the_walk_goes_on() -> None:
+    todo = [Entry("mine", "mine", model) for model in ("good", "crashes", "fine", "hangs", "well")]
+    verdicts = {row.name: row.verdict for row in walk(todo, jobs=2, timeout=2.0, startup=60.0, checker=crash_or_hang)}
+    assert verdicts == {
+        "mine/good": "converted",
+        "mine/crashes": "failed: its process died with exit code 7",
+        "mine/fine": "converted",
+        "mine/hangs": "failed: timed out after 2 s",
+        "mine/well": "converted",
+    }
+
+
+# Tables -----------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_survive_the_csv_file(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.csv"
+    for row in ROWS:  # opened anew for each, as by walks that were cut off
+        writer = RowWriter(path)
+        writer.write(row)
+        writer.close()
+    assert read_rows(path) == ROWS
+    assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_a_csv_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(RetrofitError, match="was not written by se-retrofit zoo"):
+        read_rows(path)
+
+
+def test_a_row_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.csv"
+    writer = RowWriter(path)
+    for row in ROWS:
+        writer.write(row)
+    writer.close()
+    text = path.read_text()
+    path.write_text(text[: text.rindex("3000")])
+    assert read_rows(path) == ROWS[:2]
+    writer = RowWriter(path)
+    writer.write(ROWS[2])
+    writer.close()
+    assert read_rows(path) == ROWS
+
+
+def test_the_tables_replace_the_old_ones_and_leave_the_text_around_them(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.md"
+    path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nAfterwards.\n")
+    for _ in range(2):
+        write_markdown(ROWS, path)
+    text = path.read_text()
+    assert text.startswith(f"# Title\n\n{BEGIN}\n3 names: 1 converted, 1 refused: no convolutional blocks")
+    assert text.endswith(f"{END}\n\nAfterwards.\n")
+    assert "old" not in text
+    assert r"| torchvision/c | RuntimeError: a \| b |" in text
+    assert "| timm/a | converted | 2 residual | 128 (+12.8%) | 1,000 | 1.5 |" in text
+    assert "| it is odd | 1 | 1 | timm/a |" in text
+
+
+def test_a_file_without_the_marks_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.md"
+    path.write_text("mine\n")
+    with pytest.raises(RetrofitError, match="to write between"):
+        write_markdown(ROWS, path)
+    assert path.read_text() == "mine\n"
+
+
+def test_families_are_summed_up() -> None:
+    head, one, two = family_table(ROWS)
+    assert dict(zip(head, one, strict=True)) == {
+        "family": "timm one", "names": "2", "converted": "1", "no conv blocks": "1", "has attention": "", "failed": "",
+        "SE modules": "2", "kinds": "residual", "blocks": "Block",
+    }  # fmt: skip
+    assert two[:2] == ("torchvision two", "1")
+    assert summary_line(ROWS).startswith("3 names: 1 converted, ")
+
+
+# The command ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_both_files_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    arguments = ["zoo", "torchvision/alexnet", "torchvision/squeezenet1_1", "test_vit", "--jobs", "1", "--output", str(tmp_path / "zoo")]
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    assert "3 names: 2 converted, 1 refused: no convolutional blocks" in first.output
+    rows = read_rows(tmp_path / "zoo.csv")
+    assert {row.name: row.kinds for row in rows} == {
+        "torchvision/alexnet": {"chain": 5}, "torchvision/squeezenet1_1": {"multi-branch": 8}, "timm/test_vit": {},
+    }  # fmt: skip
+    lines = (tmp_path / "zoo.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "zoo.csv").write_text("".join(lines[:2]))  # a walk that was cut off after its first row
+    second = CliRunner().invoke(app, arguments)
+    assert second.exit_code == 0, second.output
+    again = read_rows(tmp_path / "zoo.csv")
+    assert [row.name for row in again] == [row.name for row in rows]
+    assert again[0] == rows[0]  # its seconds, too: it was not done again
+    assert "| torchvision/alexnet | converted | 5 chain |" in (tmp_path / "zoo.md").read_text()
+
+
+def test_the_command_names_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["zoo", "torchvision/alexnet", "--output", str(tmp_path / "none" / "zoo")])
+    assert isinstance(result.exception, RetrofitError)
+    assert "there is no folder" in str(result.exception)
