@@ -136,7 +136,9 @@ def residual_unit(network: Network, reading: Reading, add: Op) -> FoundBlock | N
         if common:
             region &= ~(source.ancestors | source.bit)
         ops = list(network.select(region))
-        if not _has_spatial_conv(ops) or not (_has_nonlinearity(ops) or _is_plain_convolution(network, reading, add, ops)):
+        if not _has_spatial_conv(ops) or not (
+            _has_nonlinearity(ops) or _is_plain_convolution(network, reading, add, ops)
+        ):
             continue
         if _escapes(network, reading, [source] if common else reading.inputs, {add}):
             continue

@@ -402,8 +402,10 @@ class _Reader:
     ) -> Structure:
         name = _function_name(node)
         value = reading.block.values.get(node)
-        if name == "getitem" and not isinstance(args[0], Op) and isinstance(args[0], (list, tuple, dict)):
+        if name == "getitem" and isinstance(args[0], (list, tuple)):
             return args[0][args[1]]
+        if name == "getitem" and isinstance(args[0], dict):  # the outputs of transformers are indexed by position, too
+            return args[0][args[1]] if args[1] in args[0] else list(args[0].values())[args[1]]
         if name in ("add", "iadd") and isinstance(args[0], list) and isinstance(args[1], list):
             return args[0] + args[1]
         # x.expand_as(y) and the like take nothing but a shape or a type of y

@@ -279,7 +279,7 @@ def _prepare(
         found = survey(read(rehearsal), placement)
         spots, skipped = found.spots, dict(found.skipped)
         if not spots:
-            raise RetrofitError(_why_nothing(model, found.attended, skipped, placement))
+            raise RetrofitError(_why_nothing(model, found.attended, skipped, rehearsal.broke_off))
         blocks = [spot.block for spot in spots]
         for pattern in included + excluded:
             if not fnmatch.filter(blocks, pattern):
@@ -299,7 +299,7 @@ def _prepare(
         edits, failed = edits_for(rehearsal, spots)
     skipped.update(failed)
     if not edits:
-        raise RetrofitError(_why_nothing(model, 0, skipped, placement))
+        raise RetrofitError(_why_nothing(model, 0, skipped, rehearsal.broke_off))
     if rehearsal.broke_off is not None:
         skipped.update(_not_reached(rehearsal.ghost, rehearsal, rehearsal.broke_off))
     options = {
@@ -332,7 +332,7 @@ def _after(spot: Any) -> str:
     return str(spot.node.target) if spot.node.op == "call_module" else str(spot.node.name)
 
 
-def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str], placement: str) -> str:
+def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str], broke_off: str | None) -> str:
     name = type(model).__name__
     if attended:
         return f"{name} has channel attention already, in all of its convolutional blocks ({attended}), so there is nothing to retrofit"
@@ -340,6 +340,11 @@ def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str], place
         block, reason = next(iter(skipped.items()))
         return (
             f"{name} has no block that can be retrofitted ({len(skipped)} left out; {block or 'the model'}: {reason})"
+        )
+    if broke_off is not None:
+        return (
+            f"the rehearsal of {name} broke off before any block: its forward looks at the values of its input "
+            f"({broke_off}). Retrofit the part that holds the blocks: model.backbone = add_se(model.backbone), say"
         )
     return (
         f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "

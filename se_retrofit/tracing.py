@@ -449,7 +449,7 @@ class BlockTracer(fx.Tracer):
             self.parameters.append(Parameter(name, "concrete", value))
             return value
         raise TraceFailure(
-            f"its forward is given a {type(value).__name__} ({name}), which is neither a tensor nor plain data"
+            f"its forward takes an object, the {type(value).__name__} {name}, which is neither a tensor nor plain data"
         )
 
     def create_placeholder(self, target: str, value: Any) -> BlockProxy:

@@ -24,7 +24,9 @@ def kinds(model: nn.Module) -> list[str]:
 
 def test_transformers_resnet() -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[2, 2], layer_type="bottleneck", num_labels=5)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 24], depths=[2, 2], layer_type="bottleneck", num_labels=5
+    )
     model = check_promises(transformers.ResNetForImageClassification(config), lambda net: net(IMAGE.clone()).logits)
     assert kinds(model) == ["residual"] * 4
 
@@ -49,7 +51,9 @@ def test_transformers_regnet_y_has_channel_attention_already() -> None:
     transformers = pytest.importorskip("transformers")
     from se_retrofit import RetrofitError, add_se
 
-    config = transformers.RegNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 2], groups_width=8, layer_type="y")
+    config = transformers.RegNetConfig(
+        embedding_size=8, hidden_sizes=[16, 24], depths=[1, 2], groups_width=8, layer_type="y"
+    )
     with pytest.raises(RetrofitError, match="has channel attention already"):
         add_se(transformers.RegNetForImageClassification(config))
 
@@ -64,7 +68,9 @@ def test_segmentation_models_unet() -> None:
 
 def test_monai_segresnet_on_volumes() -> None:
     networks = pytest.importorskip("monai.networks.nets")
-    segresnet = networks.SegResNet(spatial_dims=3, init_filters=8, in_channels=2, out_channels=3, blocks_down=(1, 2), blocks_up=(1,))
+    segresnet = networks.SegResNet(
+        spatial_dims=3, init_filters=8, in_channels=2, out_channels=3, blocks_down=(1, 2), blocks_up=(1,)
+    )
     volume = torch.randn(1, 2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
     model = check_promises(segresnet, lambda net: net(volume.clone()))
     assert kinds(model) == ["residual"] * 4

@@ -215,7 +215,16 @@ def test_families_are_summed_up() -> None:
 
 
 def test_the_command_writes_both_files_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    arguments = ["zoo", "torchvision/alexnet", "torchvision/squeezenet1_1", "test_vit", "--jobs", "1", "--output", str(tmp_path / "zoo")]
+    arguments = [
+        "zoo",
+        "torchvision/alexnet",
+        "torchvision/squeezenet1_1",
+        "test_vit",
+        "--jobs",
+        "1",
+        "--output",
+        str(tmp_path / "zoo"),
+    ]
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output
     assert "3 names: 2 converted, 1 refused: no convolutional blocks" in first.output

@@ -33,11 +33,15 @@ Exit codes: 0, each network was converted or refused for a reason; 1, some faile
 
 @app.command("zoo", help=HELP)
 def zoo(
-    patterns: list[str] = typer.Argument(None, help="Models, as shell patterns: 'resnet*', 'torchvision/*'. Default: all."),
+    patterns: list[str] = typer.Argument(
+        None, help="Models, as shell patterns: 'resnet*', 'torchvision/*'. Default: all."
+    ),
     jobs: int = typer.Option(0, "--jobs", "-j", min=0, help="Processes at a time; 0, as many as there are cores."),
     output: Path | None = typer.Option(None, help="Write NAME.csv, row by row, and at the end NAME.md."),
     timeout: float = typer.Option(300.0, min=1.0, help="Seconds that one network may take."),
-    fresh: bool = typer.Option(False, "--fresh", help="Begin anew instead of going on with the CSV file that is there."),
+    fresh: bool = typer.Option(
+        False, "--fresh", help="Begin anew instead of going on with the CSV file that is there."
+    ),
 ) -> None:
     chosen = entries(patterns or ())
     rows = _rows_so_far(chosen, output, fresh)

@@ -18,7 +18,18 @@ from .check import CONVERTED, FAILED, HAS_ATTENTION, KINDS, NO_BLOCKS, Row
 
 __all__ = ["RowWriter", "family_table", "read_rows", "summary_line", "write_markdown"]
 
-COLUMNS = ("name", "family", "verdict", *KINDS, "se_modules", "parameters", "extra_parameters", "classes", "skipped", "seconds")
+COLUMNS = (
+    "name",
+    "family",
+    "verdict",
+    *KINDS,
+    "se_modules",
+    "parameters",
+    "extra_parameters",
+    "classes",
+    "skipped",
+    "seconds",
+)
 
 BEGIN, END = "<!-- se-retrofit zoo: begin -->", "<!-- se-retrofit zoo: end -->"
 
@@ -134,7 +145,9 @@ def write_markdown(rows: list[Row], path: Path) -> None:
     if path.exists():
         text = path.read_text(encoding="utf-8")
         if BEGIN not in text or END not in text:
-            raise RetrofitError(f"{path} exists and has no lines {BEGIN} and {END} to write between; give another --output")
+            raise RetrofitError(
+                f"{path} exists and has no lines {BEGIN} and {END} to write between; give another --output"
+            )
         before, _, rest = text.partition(BEGIN)
         body = before + body + rest.partition(END)[2]
     path.write_text(body.rstrip("\n") + "\n", encoding="utf-8")
@@ -152,7 +165,10 @@ def _markdown(rows: list[Row]) -> str:
     ]
     failed = [row for row in rows if row.verdict.startswith(FAILED)]
     if failed:
-        sections += ["### Failed\n", _lines([("name", "why"), *((r.name, r.verdict.removeprefix(FAILED)) for r in failed)])]
+        sections += [
+            "### Failed\n",
+            _lines([("name", "why"), *((r.name, r.verdict.removeprefix(FAILED)) for r in failed)]),
+        ]
     sections += [
         "### Blocks left out of networks that were converted\n",
         _lines(_skipped_table(rows)),
