@@ -303,7 +303,9 @@ class _Surveyor:
         elif op.channels < 2:
             problem = f"{node.name} has one channel only"
         elif reading.block.flaws and reading.block.output is not node:
-            problem = reading.block.flaws[0]  # its forward can't be run as a graph, so SE can't stand in the middle of it
+            problem = reading.block.flaws[
+                0
+            ]  # its forward can't be run as a graph, so SE can't stand in the middle of it
         if problem is not None or reading is None or node is None:
             self.unplaced[name] = (problem or "", block.region)
             return

@@ -310,6 +310,10 @@ class _Reader:
             role = "param"
         elif role in ("add", "mul") and sum(i.role != "param" for i in inputs) < 2:
             role = "affine"
+        if role == "mul" and len(inputs) == 2:
+            gated = _gated_by_itself(*inputs) or _gated_by_itself(*reversed(inputs))
+            if gated is not None:  # x * sigmoid(x), an activation written out
+                role, inputs = "act", gated
         op = Op(len(self.network.ops), role, inputs, value, call, node, conv)
         for source in inputs:
             op.ancestors |= source.ancestors | source.bit
@@ -415,6 +419,29 @@ class _Reader:
         if role == "conv" and conv is None:
             role = "other"
         return self.structured(role, inputs, value, reading.call, node, conv)
+
+
+def _gated_by_itself(x: Op, gate: Op) -> tuple[Op] | None:
+    """``x`` alone, if ``gate`` is an activation of ``x`` that nothing else takes."""
+    first, activated = gate, False
+    while first is not x:
+        if (
+            first.role not in ("act", "affine", "pass")
+            or len(first.data) != 1
+            or (first.users
+            and first is not gate
+            and len(first.users) != 1)
+        ):
+            return None
+        activated = activated or first.role == "act"
+        before = first.data[0]
+        if before is x:
+            if not activated or gate.users:
+                return None
+            x.users = [user for user in x.users if user is not first]
+            return (x,)
+        first = before
+    return None
 
 
 _signatures: dict[Any, inspect.Signature] = {}
