@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -27,6 +25,7 @@ from ..errors import RetrofitError
 from ..models import Base
 from ..saving import check_base
 from . import checkpoint as disk
+from . import setup
 from .checkpoint import Progress
 from .config import FinetuneConfig
 from .data import Batch, Stream, stream
@@ -45,7 +44,6 @@ from .parts import (
     set_drop_path,
     set_modes,
     structure_of,
-    trained_parts,
 )
 from .randomness import EPOCH, UPDATE, kept_randomness, seed_all
 
@@ -129,7 +127,7 @@ def finetune(
         2
     """
     config = FinetuneConfig() if config is None else config
-    output = _checked(model, config, output_dir, resume)
+    output = setup.checked(model, config, output_dir, resume)
     if config.early_stop is not None and val_data is None:
         raise RetrofitError("early_stop needs validation data")
     with contextlib.ExitStack() as stack:
@@ -185,16 +183,16 @@ def finetune(
         # Optimizer and schedule. All that is ever trained is in the optimizer from the start; what is frozen has no
         # gradient and is passed over.
 
-        choose_trainable(model, _part(config, config.epochs - 1), wanted)
-        raw_optimizer = _optimizer(param_groups(
+        choose_trainable(model, setup.part(config, config.epochs - 1), wanted)
+        raw_optimizer = setup.optimizer(param_groups(
             model, weight_decay=config.weight_decay, se_lr_scale=config.se_lr_scale, head_lr_scale=config.head_lr_scale,
         ), config, fused=device.type == "cuda" and not sharded)  # fmt: skip
-        schedule = _schedule(raw_optimizer, config, updates_per_epoch)
+        schedule = setup.schedule(raw_optimizer, config, updates_per_epoch)
         mixup = None
         if config.mixup or config.cutmix:
             mixup = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
-                num_classes=config.num_classes or _classes(classes),
+                num_classes=config.num_classes or setup.classes(classes),
             )  # fmt: skip
         criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.label_smoothing)
 
@@ -205,10 +203,10 @@ def finetune(
             prepared: tuple[nn.Module, Any] = accelerator.prepare(Forward(model), raw_optimizer)
             return prepared
 
-        part = _part(config, progress.epoch)
+        part = setup.part(config, progress.epoch)
         network, optimizer = begin(part)
         if saved:
-            _load_parts(saved, network, raw_optimizer, ema, accelerator)
+            setup.load_parts(saved, network, raw_optimizer, ema, accelerator)
         best_weights: dict[str, Tensor] | None = None
         if progress.best is not None and output is not None:
             best_weights = disk.load_best(output)
@@ -216,7 +214,7 @@ def finetune(
         # What is kept on disk
 
         def parts() -> dict[str, Any]:
-            kept = {"optimizer": _optimizer_state(network, raw_optimizer, accelerator)}
+            kept = {"optimizer": setup.optimizer_state(network, raw_optimizer, accelerator)}
             if ema is not None:
                 kept["ema"] = ema.module.state_dict()
             if accelerator.scaler is not None:
@@ -275,8 +273,8 @@ def finetune(
         saved_at = time.monotonic()
         step_times: list[float] = []
         for epoch in range(progress.epoch, config.epochs if progress.finished is None else 0):
-            if _part(config, epoch) != part:
-                part = _part(config, epoch)
+            if setup.part(config, epoch) != part:
+                part = setup.part(config, epoch)
                 network, optimizer = begin(part)
                 log.note(
                     f"epoch {epoch + 1}: all of the network is trained from here on, {count(model, True):,} parameters"
@@ -338,7 +336,7 @@ def finetune(
                     "update": progress.updates,
                     "epoch": epoch + 1,
                     "loss": sum(loss_sum for loss_sum, _, _ in sums) / images_looked,
-                    "lr": _body_lr(raw_optimizer),
+                    "lr": setup.body_lr(raw_optimizer),
                     "images_per_second": images_looked / (now - looked),
                 }
                 log.update(epoch + 1, progress.step, entry, progress.correct / progress.seen)
@@ -359,7 +357,7 @@ def finetune(
                 "epoch": epoch + 1,
                 "train_loss": progress.loss / progress.seen,
                 "train_accuracy": progress.correct / progress.seen,
-                "lr": _body_lr(raw_optimizer),
+                "lr": setup.body_lr(raw_optimizer),
                 "images_per_second": (progress.seen - seen_before) / seconds,
                 "seconds": seconds,
             }
@@ -442,7 +440,7 @@ def evaluate(
         TypeError: an argument is of the wrong type.
     """
     config = FinetuneConfig() if config is None else config
-    _checked(model, config, None, False)
+    setup.checked(model, config, None, False)
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
         channels_last = config.channels_last or (config.channels_last is None and accelerator.device.type == "cuda")
         layout = torch.channels_last if channels_last else torch.preserve_format
@@ -569,128 +567,6 @@ def _share(tensors: Iterable[Tensor]) -> None:
     """Give all processes the values that the main one has."""
     for tensor in tensors:
         tensor.copy_(broadcast(tensor.clone()))
-
-
-# Setting up
-
-
-def _checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | None:
-    """The output folder, after the arguments were looked at; nothing has been changed yet."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
-    if not isinstance(config, FinetuneConfig):
-        raise TypeError(f"config must be a FinetuneConfig, got {config!r} of type {type(config).__name__}")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        raise RetrofitError(
-            f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"
-        )
-    try:
-        get_optimizer_class(config.optimizer, bind_defaults=False)
-    except ValueError as error:
-        raise RetrofitError(
-            f"timm knows no optimizer {config.optimizer!r}; there are {', '.join(map(str, list_optimizers()))}"
-        ) from error
-    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
-    _schedule(probe, config, 1000)
-    trained_parts(model, config.train)
-    if output_dir is None:
-        if resume:
-            raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
-        return None
-    output = Path(output_dir)
-    if disk.has_checkpoint(output) and not resume:
-        raise RetrofitError(f"{output} holds a run already; go on with it (resume=True), or give another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RetrofitError(f"{output} can't be made: {error.strerror or error}") from error
-    return output
-
-
-def _part(config: FinetuneConfig, epoch: int) -> str:
-    """What is trained in an epoch (from 0)."""
-    unfrozen = config.unfreeze_epoch is not None and epoch + 1 >= config.unfreeze_epoch
-    return "all" if unfrozen else config.train
-
-
-def _optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
-    if not groups:
-        raise RetrofitError("no parameter of the network requires a gradient; unfreeze what is to be trained")
-    options = dict(config.optimizer_options)
-    if fused and config.optimizer.lower() in ("adam", "adamw", "sgd", "nesterov", "momentum"):
-        options.setdefault("fused", True)
-    try:
-        return create_optimizer_v2(
-            groups,
-            opt=config.optimizer,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **options,
-        )
-    except (TypeError, ValueError) as error:
-        raise RetrofitError(f"optimizer {config.optimizer!r} can't be made with {options}: {error}") from error
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
-    warmup: Any = config.warmup * config.epochs  # timm says int, and takes fractions
-    try:
-        schedule, _ = create_scheduler_v2(
-            optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
-            warmup_lr=config.lr / 100, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
-            **config.schedule_options,
-        )  # fmt: skip
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RetrofitError(
-            f"schedule {config.schedule!r} can't be made with {config.schedule_options}: {error}"
-        ) from error
-    if schedule is None:  # "none": there is nobody to apply the scales of the groups
-        for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
-    return schedule
-
-
-def _body_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate without the scales of SE and head."""
-    group = optimizer.param_groups[0]
-    scale = group.get("lr_scale", 1.0)
-    return float(group["lr"]) / scale if scale else 0.0
-
-
-def _classes(classes: int | None) -> int:
-    if classes is None:
-        raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
-    return classes
-
-
-def _optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
-    if not is_sharded(accelerator):
-        return dict(optimizer.state_dict())
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-    return get_optimizer_state_dict(
-        network, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-
-
-def _load_parts(
-    saved: dict[str, Any],
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: ModelEmaV3 | None,
-    accelerator: Accelerator,
-) -> None:
-    """Put the saved state dicts back in place. timm's schedules have none: they go by the number of updates."""
-    if is_sharded(accelerator):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-        set_optimizer_state_dict(network, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
-    else:
-        disk.load_optimizer(optimizer, saved["optimizer"])
-    if ema is not None:
-        ema.module.load_state_dict(saved["ema"])
-    if accelerator.scaler is not None and "scaler" in saved:
-        accelerator.scaler.load_state_dict(saved["scaler"])
 
 
 # What is said
