@@ -22,7 +22,7 @@ from se_retrofit.zoo.tables import BEGIN, END, RowWriter, family_table, summary_
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn a great deal while they build networks
 
-EXPECTED = list(csv.DictReader((Path(__file__).parent / "zoo_expected.csv").open(encoding="utf-8")))
+EXPECTED = list(csv.DictReader((Path(__file__).parent / "zoo_expected.csv").read_text(encoding="utf-8").splitlines()))
 ROWS = [
     Row("timm/a", "one", "converted", 1000, 128, {"residual": 2}, ["Block"], {"it is odd": 1}, 1.5),
     Row("timm/b", "one", "refused: no convolutional blocks", 2000, seconds=0.5),
