@@ -55,7 +55,12 @@ class RetrofittedBlock:
             return False
         if isinstance(old, (nn.Module, torch.Tensor)) and isinstance(value, (nn.Module, torch.Tensor)):
             return False  # called or read by its name, whatever it is
-        return old is not value and (type(old) is not type(value) or bool(old != value))
+        if old is value or type(old) is not type(value):
+            return old is not value
+        try:
+            return bool(old != value)
+        except (ValueError, RuntimeError):  # arrays or tensors, which have no one answer
+            return True
 
 
 _ABSENT = object()

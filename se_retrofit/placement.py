@@ -95,9 +95,8 @@ class _Surveyor:
         self.found = 0  # the bits of all blocks with a bypass and all inverted ones, whether they get SE or not
         self.sited = 0  # the bits of the values behind which SE goes, and of blocks that have attention
         self.covered = 0  # the bits of the blocks that get SE
-        self.unplaced: dict[
-            str, tuple[str, int]
-        ] = {}  # blocks for which there is no place; one around them may have one
+        # blocks for which there is no place, with the reason and their bits; one around them may have one
+        self.unplaced: dict[str, tuple[str, int]] = {}
 
     def run(self) -> Survey:
         self.blocks_with_bypass()
@@ -303,9 +302,8 @@ class _Surveyor:
         elif op.channels < 2:
             problem = f"{node.name} has one channel only"
         elif reading.block.flaws and reading.block.output is not node:
-            problem = reading.block.flaws[
-                0
-            ]  # its forward can't be run as a graph, so SE can't stand in the middle of it
+            # its forward can't be run as a graph, so SE can't stand in the middle of it
+            problem = reading.block.flaws[0]
         if problem is not None or reading is None or node is None:
             self.unplaced[name] = (problem or "", block.region)
             return

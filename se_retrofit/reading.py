@@ -428,9 +428,7 @@ def _gated_by_itself(x: Op, gate: Op) -> tuple[Op] | None:
         if (
             first.role not in ("act", "affine", "pass")
             or len(first.data) != 1
-            or (first.users
-            and first is not gate
-            and len(first.users) != 1)
+            or (first.users and first is not gate and len(first.users) != 1)
         ):
             return None
         activated = activated or first.role == "act"
