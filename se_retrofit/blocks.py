@@ -107,6 +107,8 @@ def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 
     given = set(reading.inputs)
     convs = acts = 0
     while not (op.bit & ancestors or op in given):
+        if op.role == "cat" and all(i in given for i in op.data):
+            return op  # all inputs of the module, side by side
         if not reading.holds(op) or len(op.data) != 1:
             return None
         if op.conv is not None or is_pointwise(op):
