@@ -8,7 +8,6 @@ be recognised across module borders and changed where it stands.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -587,8 +586,3 @@ def read(rehearsal: Rehearsal) -> Network:
     reader = _Reader(rehearsal)
     reader.read_all(rehearsal.root)
     return reader.network
-
-
-def is_tensor_add(node: fx.Node) -> bool:
-    """Whether a node adds two values."""
-    return node.target in (operator.add, operator.iadd, torch.add) or node.target in ("add", "add_")

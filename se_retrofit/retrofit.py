@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -229,7 +230,9 @@ def _check_model(model: Any) -> None:
     name = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise RetrofitError(f"the model is wrapped in {name}: retrofit model.module, then wrap the result")
-    if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):  # torch._dynamo is slow to import
+    # importing either module takes seconds; a model that is of such a class has imported it
+    dynamo, fsdp = sys.modules.get("torch._dynamo.eval_frame"), sys.modules.get("torch.distributed.fsdp")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
         raise RetrofitError(
             "the model was compiled by torch.compile: retrofit the model itself (model._orig_mod), then compile the result"
         )
@@ -241,7 +244,9 @@ def _check_model(model: Any) -> None:
         raise RetrofitError(
             "a part of the model is scripted or traced by torch.jit: retrofit the Python model, then script it"
         )
-    if any("FSDP" in type(m).__name__ for m in model.modules()):
+    if fsdp is not None and any(
+        isinstance(m, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)) for m in model.modules()
+    ):
         raise RetrofitError("the model is sharded by FSDP: retrofit it first, then shard it")
     if has_se(model):
         raise RetrofitError(
