@@ -1,4 +1,4 @@
-"""Which parts of a network are convolutional blocks, and of which kind.
+"""Which parts of a record are convolutional blocks, and of which kind.
 
 Blocks are recognised by what their graphs do, never by a name.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from .reading import Network, Op, Reading
+from .operations import only_user, real_users
+from .record import Call, Op, Record
+from .roles import is_sequential
 
 # What leaves a value the same but for its place, its size or a linear map of each channel.
 _TRANSPARENT = ("pass", "affine", "norm", "shape", "part", "pad")
@@ -22,7 +21,7 @@ class FoundBlock:
     """A block found: the operations it computes anew (a bit set), and its scope."""
 
     kind: str
-    reading: Reading
+    call: Call
     region: int
     join: Op
     branch: Op
@@ -36,7 +35,7 @@ class FoundBlock:
 
 def is_gate(op: Op) -> bool:
     """``x * f(pool(x))`` with a learned or non-linear f: channel attention."""
-    if op.role != "mul" or len(op.data) != 2:
+    if op.role != "mul" or op.name == "div" or len(op.data) != 2:
         return False
     a, b = op.data
     if a.pooled == b.pooled:
@@ -54,11 +53,6 @@ def _has_spatial_conv(ops: Iterable[Op]) -> bool:
     return any(op.spatial_conv for op in ops)
 
 
-def only_user(op: Op) -> Op | None:
-    users = [u for u in op.users if u.role != "param"]
-    return users[0] if len(users) == 1 else None
-
-
 def is_pointwise(op: Op) -> bool:
     return (op.conv is not None and not op.conv.spatial) or (op.role == "linear" and op.channel_dim == -1)
 
@@ -74,7 +68,7 @@ def _next_after(op: Op, through: tuple[str, ...]) -> Op | None:
 def gated_after(op: Op) -> bool:
     """Whether a channel gate follows a value at once, or behind its norm and activation."""
     while True:
-        users = [u for u in op.users if u.role != "param"]
+        users = real_users(op)
         if any(is_gate(u) for u in users) and all(is_gate(u) or u.pooled for u in users):
             return True
         if len(users) != 1 or users[0].role not in ("norm", "pass", "affine", "act") or len(users[0].data) != 1:
@@ -84,32 +78,32 @@ def gated_after(op: Op) -> bool:
 
 def _joins_channels(op: Op) -> bool:
     """Whether a cat runs along the channels."""
-    if op.role != "cat" or not isinstance(op.value, Tensor) or op.channels is None or len(op.data) < 2:
+    if op.role != "cat" or op.channels is None or len(op.data) < 2:
         return False
     dim = op.channel_dim
-    shapes = [i.value.shape for i in op.data if isinstance(i.value, Tensor)]
+    shapes = [i.shape for i in op.data]
     assert dim is not None
-    return all(len(s) == op.value.dim() for s in shapes) and any(s[dim] != op.value.shape[dim] for s in shapes)
+    return all(len(s) == op.dim for s in shapes) and any(s[dim] != op.shape[dim] for s in shapes)
 
 
-def _escapes(network: Network, reading: Reading, sources: Iterable[Op], cut: set[Op]) -> bool:
+def _escapes(record: Record, call: Call, sources: Iterable[Op], cut: set[Op]) -> bool:
     """Whether some way from ``sources`` to what the module returns passes none of ``cut``."""
     reached = set(sources)
-    for op in network.ops[reading.start : reading.end]:
+    for op in record.ops[call.start : call.end]:
         if op not in cut and any(i in reached for i in op.inputs):
             reached.add(op)
-    return any(output in reached for output in reading.outputs)
+    return any(output in reached for output in call.outputs)
 
 
-def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 2) -> Op | None:
+def _bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> Op | None:
     """Where a bypass begins: follow ``op`` back, through a linear projection at most (pools, and one or two convolutions:
     a depthwise-separable pair), to something in ``ancestors`` or to an input of the module. None if it is no bypass."""
-    given = set(reading.inputs)
+    given = set(call.inputs)
     convs = acts = 0
     while not (op.bit & ancestors or op in given):
         if op.role == "cat" and all(i in given for i in op.data):
             return op  # all inputs of the module, side by side
-        if not reading.holds(op) or len(op.data) != 1:
+        if not call.holds(op) or len(op.data) != 1:
             return None
         if op.conv is not None or is_pointwise(op):
             convs += 1
@@ -126,35 +120,35 @@ def _bypass_source(op: Op, reading: Reading, ancestors: int, projections: int = 
 # Blocks with a bypass ------------------------------------------------------------------
 
 
-def residual_unit(network: Network, reading: Reading, add: Op) -> FoundBlock | None:
+def residual_unit(record: Record, call: Call, add: Op) -> FoundBlock | None:
     if add.role != "add" or len(add.data) != 2 or len(add.inputs) != 2:
         return None
     for branch, skip in (add.data, add.data[::-1]):
-        source = _bypass_source(skip, reading, branch.ancestors)
+        source = _bypass_source(skip, call, branch.ancestors)
         if source is None:
             continue
-        region = (branch.ancestors | branch.bit) & reading.mask
+        region = (branch.ancestors | branch.bit) & call.mask
         common = bool(source.bit & branch.ancestors)
         if common:
             region &= ~(source.ancestors | source.bit)
-        ops = list(network.select(region))
+        ops = list(record.select(region))
         if not _has_spatial_conv(ops) or not (
-            _has_nonlinearity(ops) or _is_plain_convolution(network, reading, add, ops)
+            _has_nonlinearity(ops) or _is_plain_convolution(record, call, add, ops)
         ):
             continue
-        if _escapes(network, reading, [source] if common else reading.inputs, {add}):
+        if _escapes(record, call, [source] if common else call.inputs, {add}):
             continue
-        if reading.parent is None and any(map(_resizes, ops)) and not _resized_between(source, skip):
+        if call.parent is None and any(map(_resizes, ops)) and not _resized_between(source, skip):
             continue  # it goes down in resolution and comes up again: a skip between the levels of an hourglass
-        return FoundBlock("residual", reading, region, add, branch, skip, source)
+        return FoundBlock("residual", call, region, add, branch, skip, source)
     return None
 
 
-def _is_plain_convolution(network: Network, reading: Reading, add: Op, ops: list[Op]) -> bool:
+def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) -> bool:
     """Whether a linear branch is a branch all the same: a convolution beside the input itself. Several linear branches are
     a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
     mixing = any(op.spatial_conv and op.conv is not None and not op.conv.depthwise for op in ops)
-    return mixing and not any(map(_resizes, ops)) and rep_sum(network, reading, add) is None
+    return mixing and not any(map(_resizes, ops)) and rep_sum(record, call, add) is None
 
 
 def _resizes(op: Op) -> bool:
@@ -169,19 +163,19 @@ def _resized_between(source: Op, op: Op) -> bool:
     return False
 
 
-def split_unit(network: Network, reading: Reading, cat: Op) -> FoundBlock | None:
+def split_unit(record: Record, call: Call, cat: Op) -> FoundBlock | None:
     """A cat of (part of) the input and new features that is what the module returns."""
     if not _joins_channels(cat):
         return None
-    if not _is_returned(reading, cat):
-        return _split_in_graph(network, reading, cat) if reading.parent is None else None
+    if not _is_returned(call, cat):
+        return _split_in_graph(record, call, cat) if call.parent is None else None
     # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
-    added = {o: other for o in cat.data if (other := _added_to_bypass(o, reading)) is not None}
+    added = {o: other for o in cat.data if (other := _added_to_bypass(o, call)) is not None}
     new, bypassed = [], False
     for operand in cat.data:
         if operand in added:
             new.append(added[operand])
-        elif _bypass_source(operand, reading, 0, projections=2 if added else 0) is not None:
+        elif _bypass_source(operand, call, 0, projections=2 if added else 0) is not None:
             bypassed = True
         else:
             new.append(operand)
@@ -190,44 +184,44 @@ def split_unit(network: Network, reading: Reading, cat: Op) -> FoundBlock | None
     if len(new) > 1:
         if any(a.bit & b.ancestors for a in new for b in new):
             return None  # they feed each other: see dense_layers
-        common = _common_source(network, reading, new)  # they are pieces of one value
+        common = _common_source(record, call, new)  # they are pieces of one value
         if common is None or common.channels is None:
             return None
         new = [common]
-    return _new_features(network, cat, new[0], reading, 0)
+    return _new_features(record, cat, new[0], call, 0)
 
 
-def _is_returned(reading: Reading, cat: Op) -> bool:
+def _is_returned(call: Call, cat: Op) -> bool:
     """Whether all that a module returns is this value, at most activated or in another shape."""
-    for output in reading.outputs:
+    for output in call.outputs:
         while output is not cat:
-            if output.role not in (*_TRANSPARENT, "act") or len(output.data) != 1 or not reading.holds(output):
+            if output.role not in (*_TRANSPARENT, "act") or len(output.data) != 1 or not call.holds(output):
                 return False
             output = output.data[0]
-    return bool(reading.outputs)
+    return bool(call.outputs)
 
 
-def _split_in_graph(network: Network, reading: Reading, cat: Op) -> FoundBlock | None:
+def _split_in_graph(record: Record, call: Call, cat: Op) -> FoundBlock | None:
     """The same in a graph that holds many blocks: a piece of a value, and what was made of another piece of it."""
     pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
     new = [o for o in cat.data if o not in pieces]
     if len(pieces) != 1 or len(new) != 1:
         return None
     whole = pieces[0].data[0]
-    if not whole.bit & new[0].ancestors or _escapes(network, reading, [whole], {cat}):
+    if not whole.bit & new[0].ancestors or _escapes(record, call, [whole], {cat}):
         return None
-    return _new_features(network, cat, new[0], reading, whole.ancestors | whole.bit)
+    return _new_features(record, cat, new[0], call, whole.ancestors | whole.bit)
 
 
-def _new_features(network: Network, cat: Op, new: Op, reading: Reading, outside: int) -> FoundBlock | None:
-    region = (new.ancestors | new.bit) & reading.mask & ~outside
-    ops = list(network.select(region))
+def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) -> FoundBlock | None:
+    region = (new.ancestors | new.bit) & call.mask & ~outside
+    ops = list(record.select(region))
     if not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
         return None
-    return FoundBlock("dense", reading, region, cat, new)
+    return FoundBlock("dense", call, region, cat, new)
 
 
-def dense_layers(network: Network, reading: Reading, cat: Op) -> list[FoundBlock]:
+def dense_layers(record: Record, call: Call, cat: Op) -> list[FoundBlock]:
     """A cat of one value and of what several layers made of it, each of which read all that came before it (Huang et
     al., arXiv:1608.06993). Where each reads the one before it alone, it is one block of several branches instead."""
     if not _joins_channels(cat) or len(cat.data) < 3:
@@ -237,28 +231,28 @@ def dense_layers(network: Network, reading: Reading, cat: Op) -> list[FoundBlock
     outside = first.ancestors | first.bit
     blocks: list[FoundBlock] = []
     for operand in new:
-        region = (operand.ancestors | operand.bit) & reading.mask & ~outside
-        ops = list(network.select(region))
+        region = (operand.ancestors | operand.bit) & call.mask & ~outside
+        ops = list(record.select(region))
         reads_all = any(
             op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops
         )
         if (blocks and not reads_all) or not _has_spatial_conv(ops) or not _has_nonlinearity(ops):
             return []
-        blocks.append(FoundBlock("dense", reading, region, cat, operand, layered=True))
+        blocks.append(FoundBlock("dense", call, region, cat, operand, layered=True))
         seen |= operand.bit
         outside |= region
     return blocks
 
 
-def _added_to_bypass(op: Op, reading: Reading) -> Op | None:
+def _added_to_bypass(op: Op, call: Call) -> Op | None:
     """The new one of the two operands of an add, if the other is a bypass."""
-    if op.role != "add" or len(op.data) != 2 or not reading.holds(op):
+    if op.role != "add" or len(op.data) != 2 or not call.holds(op):
         return None
-    new = [o for o in op.data if _bypass_source(o, reading, 0) is None]
+    new = [o for o in op.data if _bypass_source(o, call, 0) is None]
     return new[0] if len(new) == 1 else None
 
 
-def dual_path(network: Network, reading: Reading, joins: list[Op]) -> FoundBlock | None:
+def dual_path(record: Record, call: Call, joins: list[Op]) -> FoundBlock | None:
     """Several joins of one new value with what bypassed the block, which make up all that it returns (DPN)."""
     cut: set[Op] = set()
     new: list[Op] = []
@@ -266,25 +260,25 @@ def dual_path(network: Network, reading: Reading, joins: list[Op]) -> FoundBlock
         operands = join.data
         if join.role == "cat" and not _joins_channels(join):
             continue
-        bypass = [o for o in operands if _bypass_source(o, reading, 0) is not None]
+        bypass = [o for o in operands if _bypass_source(o, call, 0) is not None]
         rest = [o for o in operands if o not in bypass]
         if not bypass or len(rest) != 1:
             continue
         cut.add(join)
         new += rest
-    if {join.role for join in cut} != {"add", "cat"} or _escapes(network, reading, reading.inputs, cut):
+    if {join.role for join in cut} != {"add", "cat"} or _escapes(record, call, call.inputs, cut):
         return None
-    common = reading.mask
+    common = call.mask
     for op in new:
         common &= op.ancestors | op.bit
-    candidates = [op for op in network.select(common) if op.channels is not None]
+    candidates = [op for op in record.select(common) if op.channels is not None]
     if not candidates:
         return None
     branch = candidates[-1]
-    region = (branch.ancestors | branch.bit) & reading.mask
-    if not _has_spatial_conv(network.select(region)):
+    region = (branch.ancestors | branch.bit) & call.mask
+    if not _has_spatial_conv(record.select(region)):
         return None
-    return FoundBlock("dense", reading, region, max(cut, key=lambda op: op.index), branch)
+    return FoundBlock("dense", call, region, max(cut, key=lambda op: op.index), branch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,7 +298,7 @@ def inverted_core(conv: Op) -> InvertedCore | None:
         return None
     op, acted = conv, False
     while True:
-        users = [u for u in op.users if u.role != "param"]
+        users = real_users(op)
         gates = [u for u in users if is_gate(u)]
         if gates and all(u in gates or u.pooled for u in users):
             op = gates[0]
@@ -334,9 +328,9 @@ def projects(op: Op) -> bool:
     return following is None or following.role != "act"
 
 
-def core_of(network: Network, block: FoundBlock) -> InvertedCore | None:
+def core_of(record: Record, block: FoundBlock) -> InvertedCore | None:
     """The core of a residual unit that is an inverted bottleneck."""
-    ops = list(network.select(block.region))
+    ops = list(record.select(block.region))
     spatial = [op for op in ops if op.spatial_conv]
     if not all(op.conv is not None and op.conv.depthwise for op in spatial):
         return None
@@ -357,57 +351,57 @@ def core_of(network: Network, block: FoundBlock) -> InvertedCore | None:
 # Blocks without a bypass ------------------------------------------------------------------
 
 
-def _common_source(network: Network, reading: Reading, ops: Iterable[Op]) -> Op | None:
+def _common_source(record: Record, call: Call, ops: Iterable[Op]) -> Op | None:
     """The last operation of the module from which all of ``ops`` come."""
-    common = reading.mask
+    common = call.mask
     for op in ops:
         common &= op.ancestors | op.bit
-    common_ops = list(network.select(common))
+    common_ops = list(record.select(common))
     return common_ops[-1] if common_ops else None
 
 
-def multi_branch(network: Network, reading: Reading, cat: Op) -> FoundBlock | None:
+def multi_branch(record: Record, call: Call, cat: Op) -> FoundBlock | None:
     """A channel cat of branches that come from one value; SE goes behind it, or behind the conv that fuses it."""
     if not _joins_channels(cat):
         return None
-    source = _common_source(network, reading, cat.data)
-    if _escapes(network, reading, [source] if source is not None else reading.inputs, {cat}):
+    source = _common_source(record, call, cat.data)
+    if _escapes(record, call, [source] if source is not None else call.inputs, {cat}):
         return None
     outside = (source.ancestors | source.bit) if source is not None else 0
-    ops = list(network.select(cat.ancestors & reading.mask & ~outside))
+    ops = list(record.select(cat.ancestors & call.mask & ~outside))
     if not _has_spatial_conv(ops) or any(map(_resizes, ops)):
         return None
     convolved = [
         o
         for o in cat.data
-        if any(p.conv is not None for p in network.select((o.ancestors | o.bit) & reading.mask & ~outside))
+        if any(p.conv is not None for p in record.select((o.ancestors | o.bit) & call.mask & ~outside))
     ]
     bypasses = [
         o
         for o in cat.data
-        if o not in convolved and not (o.role == "pool" and reading.holds(o) and not o.bit & outside)
+        if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
     ]
-    end = _fusing_end(reading, cat, ops)
+    end = _fusing_end(call, cat, ops)
     if len(convolved) < 2 or (bypasses and end is None):
         return None
     end = end or cat
-    region = (end.ancestors | end.bit) & reading.mask & ~outside
-    return FoundBlock("multi-branch", reading, region, cat, end)
+    region = (end.ancestors | end.bit) & call.mask & ~outside
+    return FoundBlock("multi-branch", call, region, cat, end)
 
 
-def _fusing_end(reading: Reading, cat: Op, branches: list[Op]) -> Op | None:
+def _fusing_end(call: Call, cat: Op, branches: list[Op]) -> Op | None:
     """Behind a cat: the last value of the pointwise conv that fuses it, with its norm and activation."""
     op, conv = cat, None
     while True:
         user = only_user(op)
-        if user is None or not reading.holds(user) or len(user.data) != 1:
+        if user is None or not call.holds(user) or len(user.data) != 1:
             break
         if user.conv is not None and not user.conv.spatial:
             conv = conv or user
         elif user.role not in ("norm", "act", "pass", "affine"):
             break
         op = user
-    if conv is None or (reading.parent is None and not _same_family(conv, branches)):
+    if conv is None or (call.parent is None and not _same_family(conv, branches)):
         return None
     while op.role in ("pass", "affine") and op is not conv and len(op.data) == 1:
         op = op.data[0]
@@ -416,15 +410,15 @@ def _fusing_end(reading: Reading, cat: Op, branches: list[Op]) -> Op | None:
 
 def _same_family(conv: Op, branches: list[Op]) -> bool:
     """In a graph that holds many blocks, whether a conv's path says that it belongs with these."""
-    paths = [_module_path(op) for op in branches if op.conv is not None]
-    if any(p is None for p in [*paths, _module_path(conv)]):
+    paths = [op.path for op in branches if op.conv is not None]
+    if any(p is None for p in [*paths, conv.path]):
         return True
     prefix = _common_prefix([p for p in paths if p is not None])
-    own = _module_path(conv) or ""
+    own = conv.path or ""
     return own == prefix or own.startswith(f"{prefix}.") or not prefix
 
 
-def rep_sum(network: Network, reading: Reading, add: Op) -> FoundBlock | None:
+def rep_sum(record: Record, call: Call, add: Op) -> FoundBlock | None:
     """A sum of linear branches: one convolution in disguise (RepVGG, Ding et al., arXiv:2101.03697)."""
     if add.role != "add" or len(add.data) != 2:
         return None
@@ -436,48 +430,48 @@ def rep_sum(network: Network, reading: Reading, add: Op) -> FoundBlock | None:
         op = stack.pop()
         while op.role == "pass" and len(op.data) == 1:
             op = op.data[0]
-        if op.role == "add" and op.call is reading.call and len(op.data) == 2:
+        if op.role == "add" and op.call is call and len(op.data) == 2:
             stack.extend(op.data)
         else:
             leaves.append(op)
-    source = _common_source(network, reading, leaves)
-    if _escapes(network, reading, [source] if source is not None else reading.inputs, {add}):
+    source = _common_source(record, call, leaves)
+    if _escapes(record, call, [source] if source is not None else call.inputs, {add}):
         return None
-    region = (add.ancestors | add.bit) & reading.mask
+    region = (add.ancestors | add.bit) & call.mask
     if source is not None:
         region &= ~(source.ancestors | source.bit)
-    ops = list(network.select(region))
+    ops = list(record.select(region))
     if not _has_spatial_conv(ops) or _has_nonlinearity(ops) or any(op.role in ("resize", "cat") for op in ops):
         return None
-    if sum(leaf.bit & region != 0 for leaf in leaves) < 2 or (source is None and len(reading.inputs) != 1):
+    if sum(leaf.bit & region != 0 for leaf in leaves) < 2 or (source is None and len(call.inputs) != 1):
         return None  # a lone conv beside its input encodes positions; values of two origins are no branches
-    return FoundBlock("rep-sum", reading, region, add, add)
+    return FoundBlock("rep-sum", call, region, add, add)
 
 
 def _covers_its_input(conv: Op) -> bool:
     """Whether a conv leaves nothing of space: a fully-connected layer, written as a convolution."""
-    before = conv.data[0].value
+    before = conv.data[0].shape
     assert conv.conv is not None
     dims = len(conv.conv.kernel)
     return (
         not conv.conv.transposed
-        and all(s == 1 for s in conv.value.shape[-dims:])
-        and before.shape[-dims:] == conv.conv.kernel
+        and all(s == 1 for s in conv.shape[-dims:])
+        and tuple(before[-dims:]) == conv.conv.kernel
     )
 
 
-def is_prediction(network: Network, projection: Op) -> bool:
+def is_prediction(record: Record, projection: Op) -> bool:
     """Whether a projection is what a head predicts: no layer of any kind comes behind it."""
     return not any(
         op.ancestors & projection.bit and op.role in ("conv", "linear", "norm", "act", "add")
-        for op in network.ops[projection.index + 1 :]
+        for op in record.ops[projection.index + 1 :]
     )
 
 
-def chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
+def chain_units(record: Record) -> Iterator[tuple[Op, Op]]:
     """Each conv with the non-linearity that closes its unit; a depthwise-separable pair is one unit."""
-    outputs = {op for reading in network.readings if reading.parent is None for op in reading.outputs}
-    for conv in network.ops:
+    outputs = {op for call in record.calls if call.parent is None for op in call.outputs}
+    for conv in record.ops:
         if not conv.spatial_conv:
             continue
         if _covers_its_input(conv):
@@ -498,13 +492,6 @@ def chain_units(network: Network) -> Iterator[tuple[Op, Op]]:
 # Names ------------------------------------------------------------------
 
 
-def _module_path(op: Op) -> str | None:
-    """The path, in the whole model, of the module that an operation is."""
-    if op.node is None or op.node.op != "call_module":
-        return None
-    return f"{op.call.path}.{op.node.target}" if op.call.path else str(op.node.target)
-
-
 def _common_prefix(paths: list[str]) -> str:
     parts = [p.split(".") for p in paths]
     prefix = []
@@ -517,23 +504,19 @@ def _common_prefix(paths: list[str]) -> str:
     return ".".join(prefix)
 
 
-def name_of(network: Network, block: FoundBlock) -> str:
+def name_of(record: Record, block: FoundBlock) -> str:
     """The path of a block: that of the module in which it stands, or of one around it that holds nothing else; in a
     graph that holds more than the block, what the paths of its convolutions tell."""
-    own = [op for op in network.select(block.region) if op.conv is not None and not op.pooled]
-    paths = [path for path in map(_module_path, own) if path]
-    outer = block.reading
-    if is_sequential(outer) or outer.call.path == "":
-        held = [op for op in network.select(outer.mask) if op.spatial_conv]
+    own = [op for op in record.select(block.region) if op.conv is not None and not op.pooled]
+    paths = [op.path for op in own if op.path]
+    outer = block.call
+    if is_sequential(outer.module) or outer.path == "":
+        held = [op for op in record.select(outer.mask) if op.spatial_conv]
         if any(not op.bit & block.region for op in held):
             prefix = _common_prefix(paths)
-            return prefix if prefix != outer.call.path else (paths or [prefix])[0]
-    while is_sequential(outer) and outer.parent is not None and outer.parent.call.path:
-        if any(op.conv is not None and not outer.holds(op) for op in network.select(outer.parent.mask)):
+            return prefix if prefix != outer.path else (paths or [prefix])[0]
+    while is_sequential(outer.module) and outer.parent is not None and outer.parent.path:
+        if any(op.conv is not None and not outer.holds(op) for op in record.select(outer.parent.mask)):
             break
         outer = outer.parent
-    return outer.call.path
-
-
-def is_sequential(reading: Reading) -> bool:
-    return getattr(type(reading.call.module), "forward", None) is torch.nn.Sequential.forward
+    return outer.path

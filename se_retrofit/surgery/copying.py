@@ -1,0 +1,191 @@
+"""Copies of a model that share nothing with it: on the meta device, on the CPU, or where it is.
+
+``copy.deepcopy`` is asked for the copy. What it would get wrong is put right: a tensor comes out where it is wanted
+(``Tensor.__deepcopy__`` can be listened to), a module whose ``__deepcopy__`` returns itself is copied all the same, and
+weak references to a module of the model point to its copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import RetrofitError
+
+__all__ = ["copied", "on_cpu", "on_meta"]
+
+T = TypeVar("T")
+Convert = Callable[[Tensor], Tensor]
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, strides and dtype without data."""
+    try:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+    except (RuntimeError, NotImplementedError):  # no strides: a sparse tensor
+        return torch.empty(tensor.size(), dtype=tensor.dtype, device="meta")
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """The same values on the CPU; a meta tensor has none, and gets zeros."""
+    if tensor.device.type == "meta":
+        return torch.zeros(tensor.size(), dtype=tensor.dtype)
+    return tensor.detach().to("cpu", copy=True)
+
+
+class _Converted(TorchFunctionMode):
+    """While it is active, ``copy.deepcopy`` gives converted tensors, wherever in an object they are."""
+
+    def __init__(self, convert: Convert) -> None:
+        super().__init__()
+        self.convert = convert
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                with torch._C.DisableTorchFunction():
+                    new: Tensor = self.convert(tensor)
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, tensor.requires_grad)
+                    elif tensor.requires_grad and (new.is_floating_point() or new.is_complex()):
+                        new.requires_grad_()
+                memo[id(tensor)] = new
+            return memo[id(tensor)]
+        if func is Tensor.clone:  # a Parameter's own __deepcopy__ clones its data
+            with torch._C.DisableTorchFunction():
+                return self.convert(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def copied(value: T, convert: Convert | None = None, *, independent: bool = False) -> T:
+    """A deep copy of a model or of its inputs.
+
+    Args:
+        value: what to copy.
+        convert: what becomes of each tensor in it; None clones.
+        independent: copy what hooks and functions on instances hold, too, and share what can't be copied (a lock,
+            an open file) instead of failing: for a copy that is run once and thrown away.
+
+    Raises:
+        RetrofitError: something in it can't be copied.
+    """
+    for tensor in value.parameters() if isinstance(value, nn.Module) else ():
+        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+            raise RetrofitError(
+                "the model has lazy parameters, whose shapes are not known yet: call the model once, then retrofit it"
+            )
+    if convert is None:
+        return _copied(value, independent)
+    with torch.utils._python_dispatch._disable_current_modes(), _Converted(convert):
+        return _copied(value, independent)
+
+
+def _copied(value: T, independent: bool) -> T:
+    modules = list(value.modules()) if isinstance(value, nn.Module) else []
+    given: dict[int, Any] = {}  # what the copy is to hold in the place of an object
+    try:
+        result, memo = _deep_copy(value, modules, given, independent)
+    except Exception as error:
+        if not independent:
+            raise RetrofitError(
+                f"the model ({type(value).__name__}) can't be copied: copy.deepcopy raised {type(error).__name__}: {error}. "
+                "Retrofit it in place: add_se(model, ..., inplace=True)"
+            ) from error
+        given = _what_cannot_be_copied(modules)
+        result, memo = _deep_copy(value, modules, given, independent)
+    shared = _shared(modules, result)
+    if shared:
+        given.update({id(module): type(module).__new__(type(module)) for module in shared})
+        result, memo = _deep_copy(value, modules, given, independent)
+        for module in shared:
+            vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
+    _point_weak_references(modules, memo)
+    return result
+
+
+def _deep_copy(
+    value: T, modules: list[nn.Module], given: dict[int, Any], independent: bool
+) -> tuple[T, dict[int, Any]]:
+    memo = dict(given)
+    functions = _with_empty_cells(modules, memo) if independent else []
+    result = copy.deepcopy(value, memo)
+    for original, new in functions:
+        for before, after in zip(original.__closure__, new.__closure__, strict=True):
+            after.cell_contents = _copied_or_shared(before, memo)
+    return result, memo
+
+
+def _shared(modules: list[nn.Module], result: Any) -> list[nn.Module]:
+    """The modules that the copy has in common with the original."""
+    if not modules:
+        return []
+    own = {id(m) for m in modules}
+    return [m for m in result.modules() if id(m) in own]
+
+
+def _values(module: nn.Module) -> Iterator[Any]:
+    """What stands on an instance beside its children, parameters and buffers."""
+    for name, value in vars(module).items():
+        if name in ("_modules", "_parameters", "_buffers"):
+            continue
+        yield value
+        if isinstance(value, dict):
+            yield from value.values()
+        elif isinstance(value, (list, tuple)):
+            yield from value
+
+
+def _with_empty_cells(modules: list[nn.Module], memo: dict[int, Any]) -> list[tuple[Any, Any]]:
+    """Functions on instances (hooks above all) with cells of their own, which are filled when the copy is there."""
+    made = []
+    for module in modules:
+        for value in _values(module):
+            if isinstance(value, types.FunctionType) and value.__closure__ and id(value) not in memo:
+                cells = tuple(types.CellType() for _ in value.__closure__)
+                new = types.FunctionType(
+                    value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+                )
+                new.__kwdefaults__ = value.__kwdefaults__
+                new.__dict__.update(vars(value))
+                memo[id(value)] = new
+                made.append((value, new))
+    return made
+
+
+def _copied_or_shared(cell: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(cell.cell_contents, memo)
+    except Exception:  # what can't be copied is shared
+        return cell.cell_contents
+
+
+def _what_cannot_be_copied(modules: list[nn.Module]) -> dict[int, Any]:
+    shared: dict[int, Any] = {}
+    for module in modules:
+        for value in _values(module):
+            if not isinstance(value, (nn.Module, Tensor)):
+                try:
+                    copy.deepcopy(value, {id(m): m for m in modules})
+                except Exception:
+                    shared[id(value)] = value
+    return shared
+
+
+def _point_weak_references(modules: list[nn.Module], memo: dict[int, Any]) -> None:
+    for module in modules:
+        new = memo.get(id(module))
+        if new is None:
+            continue
+        for name, value in list(vars(new).items()):
+            if isinstance(value, weakref.ref):
+                target = memo.get(id(value()))
+                if isinstance(target, nn.Module):
+                    vars(new)[name] = weakref.ref(target)

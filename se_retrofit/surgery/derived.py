@@ -1,0 +1,146 @@
+"""Classes derived from those of blocks, in which SE is called, and whose instances copy and pickle."""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import RetrofitError
+from .splice import Splice, SpliceError, source_of, spliced_members
+from .record import unwrapped
+
+__all__ = ["Recipe", "RetrofittedBlock", "derived_class"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a class is derived: by splices into its methods, or, if there are none, by passing what its forward returns
+    through ``returned``.
+
+    Attributes:
+        base: the class of the block as it was.
+        splices: the calls of SE that its methods get.
+        returned: name of the SE module that scales what the module returns; empty if there are splices.
+        digests: of the source of each spliced method, so that a pickle is not put on another source unseen.
+    """
+
+    base: type
+    splices: tuple[Splice, ...] = ()
+    returned: str = ""
+    digests: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The SE modules that the class calls."""
+        return tuple(dict.fromkeys([s.child for s in self.splices] + [self.returned] * bool(self.returned)))
+
+
+class RetrofittedBlock:
+    """Mixed into the class of each module whose code calls SE."""
+
+    se_recipe: Recipe
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A derived class is no new class of the user's: registries that are filled here do not get it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple):
+            return reduced
+        function, arguments, *rest = reduced
+        base = type(self).se_recipe.base
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            function, arguments = object.__new__, (base, *arguments[1:])
+        elif function is type(self):
+            function = base
+        return _revive, (type(self).se_recipe, function, arguments), *rest
+
+
+def _revive(recipe: Recipe, function: Any, arguments: tuple[Any, ...]) -> Any:
+    cls = derived_class(recipe)
+    instance = function(*arguments)
+    object.__setattr__(instance, "__class__", cls)
+    return instance
+
+
+_derived: weakref.WeakValueDictionary[Recipe, type] = weakref.WeakValueDictionary()
+
+
+def derived_class(recipe: Recipe) -> type:
+    """The class of a recipe; the same for the same recipe.
+
+    Raises:
+        RetrofitError: the source of a method is another one than when the recipe was made.
+        SpliceError: the class can't be derived.
+    """
+    cls = _derived.get(recipe)
+    if cls is None:
+        _check_digests(recipe)
+        cls = _derived[recipe] = _derive(recipe)
+    return cls
+
+
+def _check_digests(recipe: Recipe) -> None:
+    for splice, digest in zip(recipe.splices, recipe.digests, strict=True):
+        function = unwrapped(vars(splice.owner).get(splice.method))
+        found = None
+        if function is not None:
+            try:
+                found = source_of(function).digest
+            except SpliceError as error:
+                raise RetrofitError(f"{recipe.base.__qualname__} can't be retrofitted as it was: {error}") from None
+        if found != digest:
+            raise RetrofitError(
+                f"the source of {splice.owner.__module__}.{splice.owner.__qualname__}.{splice.method} is another one than when "
+                "this model was retrofitted (another version of its library, say). Install that version; or build the "
+                "network anew, retrofit it, and load the state dict"
+            )
+
+
+def _derive(recipe: Recipe) -> type:
+    base = recipe.base
+    if recipe.splices:
+        members, further = spliced_members(base, recipe.splices)
+    else:
+        members, further = {"forward": _returning_through(base, recipe.returned)}, {}
+    bases: tuple[type, ...] = (RetrofittedBlock, base)
+    namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    metaclass: Any = type(base)
+    between = []
+    try:
+        for owner, replaced in further.items():
+            names = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, **replaced}
+            between.append(type(owner)(f"SE{owner.__name__}", (_Quiet, owner), names))
+        derived: type = metaclass(f"SE{base.__name__}", (*bases, *between), {**namespace, **members, "se_recipe": recipe})
+    except Exception as error:
+        raise SpliceError(
+            f"a class can't be derived from {base.__qualname__}: {type(error).__name__}: {error}"
+        ) from None
+    return derived
+
+
+class _Quiet:
+    """Mixed into classes that stand between a derived class and its base's own bases."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+def _returning_through(base: type, child: str) -> Any:
+    """A forward that calls the base's and passes the result through SE, for a class whose source is not at hand."""
+    inherited: Any = base.forward  # type: ignore[attr-defined]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, child)(inherited(self, *args, **kwargs))
+
+    forward.__doc__, forward.__qualname__ = inherited.__doc__, f"SE{base.__qualname__}.forward"
+    try:
+        forward.__signature__ = inspect.signature(inherited)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        pass
+    return forward

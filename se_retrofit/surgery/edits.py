@@ -1,0 +1,302 @@
+"""How a module comes to call SE at a place, in the order in which the ways are tried.
+
+Whether a way is right is not proven here: the edited copy is recorded, and its record is compared with the original's (see
+``check``). A way that turns out wrong makes room for the next.
+"""
+
+from __future__ import annotations
+
+import ast
+import types
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from ..attention import SEAttention
+from .derived import Recipe, derived_class
+from .graphs import graph_place, insert_into_graphs
+from .placement import Place
+from .record import Call, Method, Op, Where, methods_of, unwrapped
+from .roles import is_sequential
+from .splice import Source, Splice, SpliceError, node_at, source_of, span_of
+
+__all__ = ["SE_NAME", "Edit", "apply_edits", "named", "ways"]
+
+SE_NAME = "se_attention"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One way for one place.
+
+    Attributes:
+        holder: path of the module that gets the SE module as a child.
+        splice: the call of it in the source of one of the holder's methods, with no child's name yet.
+        node: for a GraphModule: the node behind which SE goes, and those that get its output (None: all), by name.
+        form: ``"splice"``, ``"graph"``, ``"append"`` (SE is the last child of an ``nn.Sequential``) or ``"return"`` (SE
+            scales what the holder returns).
+    """
+
+    holder: str
+    form: str
+    splice: Splice | None = None
+    node: tuple[str, frozenset[str] | None] | None = None
+
+
+def ways(place: Place) -> Iterator[Edit | SpliceError]:
+    """The ways to call SE at a place, the best first; where one is not open, the reason."""
+    if place.users is not None:
+        yield from _at_users(place)
+        return
+    yield from _at_value(place.call, place.op)
+    call = place.call
+    while call.returned is place.op and call.parent is not None:  # what a module returns is a value of its caller, too
+        call = call.parent
+        yield from _in_source(call, place.op)
+
+
+def _at_value(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
+    """Ways in the code of the module that a call called, then in that of a module that it calls for the value."""
+    if isinstance(call.module, fx.GraphModule):
+        yield _in_graph(call, op, None)
+        return
+    if is_sequential(call.module) and call.returned is op:
+        yield Edit(call.path, "append")
+    elif not is_sequential(call.module):
+        yield from _in_source(call, op)
+    if op.call is call and op.module is not None and op.path is not None:
+        yield from _as_returned(op.path, op.module)
+    for child in call.children:
+        if child.returned is op:
+            yield from _at_value(child, op)
+    if call.returned is op and not is_sequential(call.module):
+        yield from _as_returned(call.path, call.module)
+
+
+def _in_source(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
+    """Ways at the expressions of a module's own methods whose value it is."""
+    if isinstance(call.module, fx.GraphModule):
+        yield _in_graph(call, op, None)
+        return
+    appearances = [op.where] if op.call is call else []
+    appearances += [child.where for child in call.children if child.returned is op]
+    for where in appearances:
+        for source, node, method in _nodes(call, where):
+            if isinstance(source, SpliceError):
+                yield source
+                continue
+            for form, place, target in _statements(source, node, op):
+                yield _splice(call, method, source, place, form, target)
+
+
+def _statements(source: Source, node: ast.AST, op: Op) -> Iterator[tuple[str, ast.AST, str]]:
+    """The forms that a call of SE can take for the value of an expression."""
+    if isinstance(node, ast.AugAssign):
+        yield "after", node, source.text(node.target)
+        return
+    yield "wrap", node, ""
+    statement = next((s for s in ast.walk(source.tree) if isinstance(s, ast.Expr) and s.value is node), None)
+    if statement is not None and op.inplace and isinstance(node, ast.Call):  # F.relu_(x), whose result nobody takes
+        arguments = [*node.args[:1], *([node.func.value] if isinstance(node.func, ast.Attribute) else [])]
+        for target in arguments:
+            if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
+                yield "after", statement, source.text(target)
+
+
+def _at_users(place: Place) -> Iterator[Edit | SpliceError]:
+    """Ways to pass a value through SE where some operations take it, and only there."""
+    call = place.call
+    assert place.users is not None
+    if isinstance(call.module, fx.GraphModule):
+        yield _in_graph(call, place.op, place.users)
+        return
+    if len(place.users) != 1:
+        yield SpliceError(f"{len(place.users)} operations take the value that SE should recalibrate")
+        return
+    (user,) = place.users
+    child = None if user.call is call else call.child_with(user)
+    where = user.where if child is None else child.where
+    for source, node, method in _nodes(call, where):
+        if isinstance(source, SpliceError):
+            yield source
+            continue
+        for operand in _operands(node):
+            yield _splice(call, method, source, operand, "wrap", "")
+        if isinstance(node, ast.AugAssign):
+            yield _splice(call, method, source, node, "before", source.text(node.target))
+
+
+def _operands(node: ast.AST) -> Iterator[ast.expr]:
+    if isinstance(node, ast.BinOp):
+        yield from (node.left, node.right)
+    elif isinstance(node, ast.AugAssign):
+        yield node.value
+    elif isinstance(node, ast.Call):
+        yield from (a for a in node.args if not isinstance(a, ast.Starred))
+        yield from (k.value for k in node.keywords if k.arg is not None)
+        if isinstance(node.func, ast.Attribute):
+            yield node.func.value
+
+
+def _nodes(call: Call, where: Where) -> Iterator[tuple[Any, Any, Any]]:
+    """The nodes at which a module's own frames were, innermost first, each with its source and method."""
+    own = methods_of(type(call.module))
+    if "forward" in vars(call.module):
+        yield SpliceError(f"the forward of {call.path or 'the model'} is set on the instance, not by its class"), None, None
+        return
+    for code, lasti in where:
+        method = own[code]
+        try:
+            if method.self_name is None:
+                raise SpliceError(f"{method.function.__qualname__} has no self")
+            source = source_of(method.function)
+            yield source, node_at(source, code, lasti), method
+        except SpliceError as error:
+            yield error, None, None
+
+
+def _splice(call: Call, method: Method, source: Source, node: ast.AST, form: str, target: str) -> Edit:
+    first, last, column, end = span_of(node)
+    span = (first - source.first, last - source.first, column, end)
+    return Edit(call.path, "splice", Splice(method.owner, method.name, span, form, "", target))
+
+
+def _as_returned(path: str, module: nn.Module) -> Iterator[Edit | SpliceError]:
+    """Ways to scale all that a module returns: where its forward returns it; in a forward that calls its own."""
+    if isinstance(module, (fx.GraphModule, nn.ModuleList, nn.ModuleDict)):
+        return
+    if "forward" in vars(module):
+        yield SpliceError(f"the forward of {path or 'the model'} is set on the instance, not by its class")
+        return
+    own = methods_of(type(module))
+    method = next((m for m in own.values() if m.name == "forward"), None)
+    if method is not None and method.self_name is not None:
+        try:
+            source = source_of(method.function)
+            returns = [r for r in _own_nodes(source.tree) if isinstance(r, ast.Return) and r.value is not None]
+            if len(returns) == 1:
+                span = span_of(returns[0].value)
+                span = (span[0] - source.first, span[1] - source.first, span[2], span[3])
+                yield Edit(path, "splice", Splice(method.owner, method.name, span, "wrap", ""))
+        except SpliceError:
+            pass
+    yield Edit(path, "return")
+
+
+def _own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function without those of the functions in it."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            yield node
+            yield from _own_nodes(node)
+
+
+def _in_graph(call: Call, op: Op, users: frozenset[Op] | None) -> Edit | SpliceError:
+    try:
+        return Edit(call.path, "graph", node=graph_place(call, op, users))
+    except SpliceError as error:
+        return error
+
+
+# Carrying them out ----------------------------------------------------------------------------------------------------
+
+
+def named(edits: Iterable[tuple[Edit, str]], model: nn.Module) -> dict[Edit, str]:
+    """The path of the SE module of each edit; edits come with the path of their block."""
+    edits = dict(edits)
+    modules = dict(model.named_modules())
+    holders = [modules[edit.holder] for edit in edits if edit.form != "graph"]
+    name = _free_name(holders)
+    counted: Counter[str] = Counter()
+    paths: dict[Edit, str] = {}
+    for edit, block in edits.items():
+        holder = edit.holder
+        if edit.form == "graph":
+            paths[edit] = _graph_path(modules, holder, block, name, set(paths.values()))
+            continue
+        counted[holder] += 1
+        own = name if counted[holder] == 1 else f"{name}_{counted[holder]}"
+        paths[edit] = f"{holder}.{own}" if holder else own
+    return paths
+
+
+def _free_name(modules: list[nn.Module]) -> str:
+    """One name for the SE child that is free in all modules."""
+    name, number = SE_NAME, 1
+    while any(_has(module, name) for module in modules):
+        number += 1
+        name = f"{SE_NAME}{number}"
+    return name
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    # not hasattr: a __getattr__ may have an answer to everything
+    places = (vars(module), module._modules, module._parameters, module._buffers)
+    return any(name in place for place in places) or any(name in vars(cls) for cls in type(module).__mro__)
+
+
+def _graph_path(modules: dict[str, nn.Module], root: str, block: str, name: str, taken: set[str]) -> str:
+    """In a GraphModule the SE of a block sits beside the block's other modules, if they still have a path of their own."""
+    holder = block
+    if next(modules.get(holder, modules[root]).children(), None) is None:
+        holder = holder.rpartition(".")[0]  # the unit of a chain is called by its conv
+    inside = holder in modules and (not root or holder.startswith(f"{root}.")) and holder
+    prefix = f"{holder}." if inside else f"{root}." if root else ""
+    path, number = prefix + name, 1
+    while path in taken or path in modules:
+        number += 1
+        path = f"{prefix}{name}_{number}"
+    return path
+
+
+def apply_edits(model: nn.Module, edits: dict[Edit, tuple[str, SEAttention]]) -> None:
+    """Carry out edits: each with the path of its SE module, and that module.
+
+    Raises:
+        SpliceError: a class can't be derived. Nothing has been changed then.
+    """
+    groups: dict[str, list[tuple[Edit, str, SEAttention]]] = {}
+    for edit, (path, se) in edits.items():
+        groups.setdefault(edit.holder, []).append((edit, path, se))
+    modules = dict(model.named_modules())
+    classes = {holder: _class_for(modules[holder], group) for holder, group in groups.items()}
+    for holder, group in groups.items():
+        module = modules[holder]
+        graph = [(edit, path, se) for edit, path, se in group if edit.form == "graph"]
+        if graph:
+            insert_into_graphs(module, [(edit.node, _below(path, holder), se) for edit, path, se in graph])
+        for edit, path, se in group:
+            if edit.form != "graph":
+                module._modules.setdefault(_below(path, holder), se)
+        cls = classes[holder]
+        if cls is not None:
+            object.__setattr__(module, "__class__", cls)
+
+
+def _class_for(module: nn.Module, group: list[tuple[Edit, str, Any]]) -> type | None:
+    splices, returned = [], ""
+    for edit, path, _ in group:
+        child = path.rpartition(".")[2]
+        if edit.splice is not None:
+            splices.append(replace(edit.splice, child=child))
+        elif edit.form == "return":
+            returned = child
+    if not splices and not returned:
+        return None
+    splices.sort(key=lambda s: (s.method, s.span))
+    digests = tuple(source_of(_function(s)).digest for s in splices)
+    return derived_class(Recipe(type(module), tuple(splices), "" if splices else returned, digests))
+
+
+def _function(splice: Splice) -> types.FunctionType:
+    function = unwrapped(vars(splice.owner).get(splice.method))
+    if function is None:
+        raise SpliceError(f"{splice.owner.__qualname__} has no method {splice.method}")
+    return function
+
+
+def _below(path: str, holder: str) -> str:
+    return path[len(holder) + 1 :] if holder else path

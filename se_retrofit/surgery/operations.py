@@ -1,0 +1,215 @@
+"""What each operation of a record does: its role, whether it is a convolution and of which kind, where the channels of its
+output are, and whether that is a pooled value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .record import Conv, Op, Record
+from .roles import module_role, role_of
+
+__all__ = ["innermost", "is_conv_or_linear", "only_user", "read", "real_users"]
+
+
+def read(record: Record) -> Record:
+    """Tell roles, users, channels and pooling of all operations of a record, in place."""
+    for op in record.ops:
+        _read(op)
+    return record
+
+
+def _read(op: Op) -> None:
+    op.role = _role(op)
+    inputs = op.inputs
+    if op.role == "mul" and len(inputs) == 2:
+        gated = _gated_by_itself(*inputs) or _gated_by_itself(*reversed(inputs))
+        if gated is not None:  # x * sigmoid(x), an activation written out
+            op.role, op.inputs = "act", gated
+    if op.role == "conv":
+        op.conv = _conv_of(op)
+    for source in op.inputs:
+        op.ancestors |= source.ancestors | source.bit
+        source.users.append(op)
+    op.channel_dim = _channel_dim(op)
+    if op.conv is not None and op.data:
+        _tell_channels(op.data[0], op)
+    elif op.role == "add" and op.channel_dim is not None:
+        for operand in op.data:
+            if operand.shape == op.shape:
+                operand.channel_dim = operand.channel_dim or op.channel_dim
+    _follow_pooling(op)
+
+
+def _role(op: Op) -> str:
+    if op.name in ("input", "param"):
+        return op.name
+    if all(i.role == "param" for i in op.inputs):
+        return "param"
+    if op.name == "write":
+        return "other"
+    if op.module is not None:
+        role = module_role(op.module) or "other"
+    else:
+        role = role_of(op.name)
+    if role in ("add", "mul") and len(op.data) < 2:
+        return "affine"
+    return role
+
+
+def only_user(op: Op) -> Op | None:
+    """The one operation that takes a value, if there is just one."""
+    users = real_users(op)
+    return users[0] if len(users) == 1 else None
+
+
+def real_users(op: Op) -> list[Op]:
+    return [u for u in op.users if u.role != "param"]
+
+
+def is_conv_or_linear(op: Op) -> bool:
+    return op.conv is not None or op.role == "linear"
+
+
+def innermost(record: Record, ops: list[Op]) -> Any:
+    """The innermost module in whose call all of these operations happen."""
+    found = None
+    for call in record.calls:
+        if all(map(call.holds, ops)) and (found is None or call.start >= found.start):
+            found = call
+    return found
+
+
+def _conv_of(op: Op) -> Conv | None:
+    if op.module is not None:
+        m: Any = op.module
+        return Conv(tuple(m.kernel_size), m.groups, m.in_channels, m.out_channels, m.transposed)
+    if len(op.args) < 9 or len(op.inputs) < 2:  # (input, weight, bias, stride, padding, dilation, transposed, _, groups)
+        return None
+    weight, transposed, groups = op.inputs[1].shape, bool(op.args[6]), int(op.args[8])
+    if transposed:
+        return Conv(tuple(weight[2:]), groups, weight[0], weight[1] * groups, True)
+    return Conv(tuple(weight[2:]), groups, weight[1] * groups, weight[0], False)
+
+
+def _gated_by_itself(x: Op, gate: Op) -> tuple[Op] | None:
+    """``x`` alone, if ``gate`` is an activation of ``x`` that nothing else takes."""
+    first, activated = gate, False
+    while first is not x:
+        if (
+            first.role not in ("act", "affine", "pass")
+            or len(first.data) != 1
+            or (first.users and first is not gate and len(first.users) != 1)
+        ):
+            return None
+        activated = activated or first.role == "act"
+        before = first.data[0]
+        if before is x:
+            if not activated or gate.users:
+                return None
+            x.users = [user for user in x.users if user is not first]
+            return (x,)
+        first = before
+    return None
+
+
+# Pooling --------------------------------------------------------------------------------------------------------------
+
+
+def _spatial(op: Op) -> tuple[int, ...]:
+    """The sizes of a value's dims other than batch and channels; of one whose channels are unknown, all but the first two."""
+    shape = list(op.shape)
+    if op.channel_dim is not None and len(shape) >= -op.channel_dim:
+        del shape[op.channel_dim]
+        return tuple(shape[1:])
+    return tuple(shape[2:])
+
+
+def _follow_pooling(op: Op) -> None:
+    """Tell what is computed from a pooled value: the squeeze and the excitation of a channel gate."""
+    data = op.data
+    if not data or op.role in ("input", "param"):
+        return
+    widest = max(_extent(i) for i in data)
+    extent = _extent(op)
+    if all(i.pooled for i in data):
+        op.pooled = True
+        op.excited = any(i.excited for i in data) or op.role in ("conv", "linear", "act")
+    elif op.role not in ("conv", "part", "cat", "add", "mul") and extent < widest:
+        # one spatial dim at least is gone; or, where the pool is written as a product (GlobalContext), all of them
+        before = next(i for i in data if _extent(i) == widest)
+        if op.role == "pool":
+            op.pooled = any(s == 1 for s in _spatial(op)) or len(_spatial(op)) < len(_spatial(before))
+        elif extent == 1 and op.role in ("linear", "other", "shape"):
+            op.pooled = op.role != "shape" or bool(_spatial(op))
+    if op.role == "pool" and _is_global(op):
+        op.pooled = True
+
+
+def _extent(op: Op) -> int:
+    size = 1
+    for s in _spatial(op):
+        size *= int(s)
+    return size
+
+
+def _is_global(op: Op) -> bool:
+    """A pool that is global whatever the input's size is, which a small record can't show."""
+    if op.module is not None:
+        size = getattr(op.module, "output_size", None)
+        return size is not None and all(s == 1 for s in (size if isinstance(size, tuple) else (size,)))
+    reduces = op.name in ("mean", "amax", "sum") or "adaptive" in op.name
+    return reduces and all(s == 1 for s in _spatial(op)) and op.dim >= 2
+
+
+# Channels -------------------------------------------------------------------------------------------------------------
+
+
+def _tell_channels(op: Op, conv: Op) -> None:
+    """What a conv takes has its channels where the conv has them, and so have the values that it is made of in place."""
+    while op.channel_dim is None and op.dim == conv.dim:
+        op.channel_dim = conv.channel_dim
+        if op.role not in ("norm", "act", "pass", "affine") or len(op.data) != 1:
+            break
+        op = op.data[0]
+
+
+def _channel_dim(op: Op) -> int | None:
+    """Which dim holds the channels of an operation's output."""
+    if op.conv is not None:
+        return -len(op.conv.kernel) - 1
+    data = op.data
+    if not data:
+        return None
+    source = next((i for i in data if i.channel_dim is not None), data[0])
+    if op.role == "linear":
+        return -1 if isinstance(op.module, nn.Linear) or op.name in ("linear", "addmm", "mm") else None
+    if source.channel_dim is None:
+        return -1 if op.name in ("native_layer_norm", "layer_norm") else None
+    before, after = source.dim, op.dim
+    position = before + source.channel_dim
+    if position < 0:
+        return None
+    if op.role == "shape":
+        return _channel_dim_after(op, source, position)
+    if before == after and (op.role != "other" or op.shape[position] == source.shape[position]):
+        return source.channel_dim
+    return None
+
+
+def _channel_dim_after(op: Op, source: Op, position: int) -> int | None:
+    """Which dim holds the channels after a change of shape."""
+    before, after = source.shape, op.dim
+    if op.name == "permute":
+        dims = op.args[1]
+        return [d % after for d in dims].index(position) - after if len(dims) == after else None
+    if op.name in ("transpose", "swapaxes", "t"):
+        a, b = (0, 1) if op.name == "t" else (int(d) % after for d in op.args[1:3])
+        return {a: b, b: a}.get(position, position) - after
+    # the channels stay where they are if all dims up to them do; or if they are last and stay last
+    if position < after and tuple(op.shape[: position + 1]) == tuple(before[: position + 1]):
+        return position - after
+    if position == len(before) - 1 and after and op.shape[-1] == before[-1]:
+        return -1
+    return None

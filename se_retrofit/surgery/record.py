@@ -1,0 +1,519 @@
+"""A record of one run of a model: every operation with what went in and came out, in which module's call, and where in whose
+source it was made.
+
+A copy of the model is run on real tensors, on the meta device as a rule. Hooks tell which module is called, by whom;
+``torch.utils._python_dispatch`` tells each operation of ATen. Nothing is symbolic: Python runs as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .copying import on_meta
+from .inputs import Inputs, tensors_in
+from .isolation import PrivateRandomness
+from .roles import module_role, role_of
+
+__all__ = ["Call", "Conv", "Method", "NeedsValues", "Op", "Record", "methods_of", "record"]
+
+Where = tuple[tuple[types.CodeType, int], ...]  # frames of a module's own methods, innermost first: code and f_lasti
+
+
+class NeedsValues(RuntimeError):
+    """The run asks for values, which meta tensors have not."""
+
+
+@dataclass(frozen=True)
+class Conv:
+    """What tells one convolution from another."""
+
+    kernel: tuple[int, ...]
+    groups: int
+    inputs: int
+    outputs: int
+    transposed: bool
+
+    @property
+    def spatial(self) -> bool:
+        return any(k > 1 for k in self.kernel)
+
+    @property
+    def depthwise(self) -> bool:
+        return self.spatial and 1 < self.groups == self.inputs and self.outputs % self.inputs == 0
+
+
+@dataclass(eq=False)
+class Op:
+    """One operation; or a tensor that the run was given.
+
+    Attributes:
+        index: its place in the order of execution.
+        name: of the ATen operation, without the in-place variant's underscore; of a module's class; "input" or "param".
+        inputs: the operations whose tensors it takes.
+        args: what it takes beside them, with None in the place of tensors.
+        shape, dtype: of its output; the shape is None where that is no tensor.
+        call: the innermost call of a module in which it happens; a module that counts as one operation has none.
+        module, path: that module, and its path in the model.
+        where: in which frames of the calling module's own methods it was made.
+        inplace: it changes its first input.
+
+    Told by ``operations.read``: ``role`` (see ``roles``), ``conv``, ``users``, ``ancestors`` (a bit set of indices), and
+
+        channel_dim: which dim of its output holds the channels, counted from the end, if that is known.
+        pooled: it is computed from a pooled value and has not got its spatial extent back.
+        excited: it is pooled, and a learned layer or a non-linearity has been applied since.
+    """
+
+    index: int
+    name: str
+    inputs: tuple[Op, ...]
+    args: tuple[Any, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    call: Call
+    module: nn.Module | None = None
+    path: str | None = None
+    where: Where = ()
+    inplace: bool = False
+    role: str = ""
+    conv: Conv | None = None
+    channel_dim: int | None = None
+    pooled: bool = False
+    excited: bool = False
+    ancestors: int = 0
+    users: list[Op] = field(default_factory=list)
+
+    @property
+    def bit(self) -> int:
+        return 1 << self.index
+
+    @property
+    def dim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def spatial_conv(self) -> bool:
+        """A convolution over space (one inside a channel gate, as in ECA, runs over channels)."""
+        return self.conv is not None and self.conv.spatial and not self.pooled
+
+    @property
+    def channels(self) -> int | None:
+        if self.channel_dim is None or self.dim < -self.channel_dim:
+            return None
+        return int(self.shape[self.channel_dim])
+
+    @property
+    def data(self) -> tuple[Op, ...]:
+        """Its inputs that depend on the network's input."""
+        return tuple(i for i in self.inputs if i.role != "param")
+
+    def __repr__(self) -> str:
+        return f"<{self.index} {self.name} {tuple(self.shape)} {self.role} in {self.call.path!r}>"
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of one module (of the copy that was run): its operations have the indices from ``start`` to ``end``.
+
+    Attributes:
+        inputs, outputs: the operations whose tensors it was given and returned.
+        returned: the operation whose tensor is all that it returned, if that is one tensor.
+        where: in which frames of the calling module's own methods it was called.
+    """
+
+    module: nn.Module
+    path: str
+    parent: Call | None
+    start: int
+    where: Where = ()
+    inputs: list[Op] = field(default_factory=list)
+    outputs: list[Op] = field(default_factory=list)
+    returned: Op | None = None
+    end: int = 0
+    children: list[Call] = field(default_factory=list)
+
+    @property
+    def mask(self) -> int:
+        return (1 << self.end) - (1 << self.start)
+
+    def holds(self, op: Op) -> bool:
+        return self.start <= op.index < self.end
+
+    def child_with(self, op: Op) -> Call | None:
+        """The call made by this one in which an operation happens."""
+        return next((child for child in self.children if child.holds(op)), None)
+
+    def shows(self, op: Op) -> bool:
+        """Whether an operation's output is a value in this module's own code: made there, or returned to it."""
+        return (op.call is self) or any(op in child.outputs for child in self.children)
+
+    def walk(self) -> Iterator[Call]:
+        """This call and all below it, in the order in which they began."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@dataclass(eq=False)
+class Record:
+    """All operations and calls of one run; ``broke_off`` says why it ended early, if it did."""
+
+    model: nn.Module
+    inputs: Inputs
+    ops: list[Op] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)  # parents before children
+    broke_off: str | None = None
+
+    def select(self, bits: int) -> Iterator[Op]:
+        """The operations of a bit set, in order."""
+        while bits:
+            low = bits & -bits
+            yield self.ops[low.bit_length() - 1]
+            bits ^= low
+
+
+# Whose source ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A method of a class: the class that defines it, its name there, the function without its decorators."""
+
+    owner: type
+    name: str
+    function: types.FunctionType
+
+    @property
+    def self_name(self) -> str | None:
+        code = self.function.__code__
+        static = isinstance(vars(self.owner).get(self.name), staticmethod)
+        return code.co_varnames[0] if code.co_argcount and not static else None
+
+
+_methods: weakref.WeakKeyDictionary[type, dict[types.CodeType, Method]] = weakref.WeakKeyDictionary()
+
+
+def methods_of(cls: type) -> dict[types.CodeType, Method]:
+    """The methods of a class and of those it is derived from, by their code objects and by those nested in them."""
+    if cls in _methods:
+        return _methods[cls]
+    found: dict[types.CodeType, Method] = {}
+    for owner in cls.__mro__:
+        if owner in (object, nn.Module):
+            continue
+        for name, member in vars(owner).items():
+            function = unwrapped(member)
+            if function is not None:
+                _add_code(found, function.__code__, Method(owner, name, function))
+    _methods[cls] = found
+    return found
+
+
+def unwrapped(member: Any) -> types.FunctionType | None:
+    """The function behind a member of a class: a method's, a property's, a decorated one's."""
+    if isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    elif isinstance(member, property):
+        member = member.fget
+    seen = 0
+    while hasattr(member, "__wrapped__") and not isinstance(member, type) and seen < 100:
+        member, seen = member.__wrapped__, seen + 1
+    return member if isinstance(member, types.FunctionType) else None
+
+
+def _add_code(found: dict[types.CodeType, Method], code: types.CodeType, method: Method) -> None:
+    found.setdefault(code, method)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            _add_code(found, constant, method)
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+def _frames(call: Call, skip: int) -> Where:
+    """The frames of a module's own methods that are running, out to its call; ``skip`` calls further in are passed over."""
+    own = methods_of(type(call.module))
+    found = []
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code is _CALL:
+            if not skip:
+                break
+            skip -= 1
+        elif not skip and code in own:
+            name = own[code].self_name
+            if name is not None and frame.f_locals.get(name, call.module) is call.module:
+                found.append((code, frame.f_lasti))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(found)
+
+
+# The recorder ---------------------------------------------------------------------------------------------------------
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, result: Record, randomness: PrivateRandomness) -> None:
+        super().__init__()
+        self.result = result
+        self.randomness = randomness
+        self.known: dict[int, Op] = {}
+        self.kept: list[Tensor] = []  # ids are of living tensors
+        self.by_storage: dict[int, list[Tensor]] = {}
+        self.paths = {id(m): path for path, m in result.model.named_modules()}
+        self.later: dict[int, tuple[Any, ...]] = {}  # second outputs, operations once something takes them
+        self.stack: list[Call] = []
+        self.one: nn.Module | None = None  # the module being run that counts as one operation
+        self.one_inputs: tuple[Op, ...] = ()
+        self.changed: set[int] = set()  # ids of tensors that it has changed
+        self.needed_values: Exception | None = None
+
+    # Calls of modules
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.one is not None:
+            return
+        given = [self.op_of(t) for t in tensors_in((args, kwargs))]
+        if self.stack and module_role(module) is not None:
+            self.one, self.one_inputs, self.changed = module, tuple(given), set()
+            return
+        parent = self.stack[-1] if self.stack else None
+        call = Call(module, self.paths[id(module)], parent, len(self.result.ops), inputs=given)
+        if parent is not None:
+            parent.children.append(call)
+            call.where = _frames(parent, 1)
+        self.result.calls.append(call)
+        self.stack.append(call)
+
+    def end(self, module: nn.Module, output: Any) -> None:
+        if self.one is not None:
+            if self.one is module:
+                self.one = None
+                self.add_module(module, output)
+            return
+        if not any(call.module is module for call in self.stack):
+            return
+        while True:
+            call = self.stack.pop()
+            call.end = len(self.result.ops)
+            if call.module is module:
+                break
+        call.outputs = [self.op_of(t) for t in tensors_in(output)]
+        call.end = len(self.result.ops)
+        call.returned = call.outputs[0] if isinstance(output, Tensor) else None
+
+    def add_module(self, module: nn.Module, output: Any) -> None:
+        """The operation that a module is, one for each tensor that it returns."""
+        call = self.stack[-1]
+        where = _frames(call, 1)
+        for tensor in tensors_in(output):
+            before = self.known.get(id(tensor))
+            changed = id(tensor) in self.changed
+            if before is not None and not changed and before in self.one_inputs:
+                continue  # it returned what it was given
+            op = self.new_op(type(module).__name__, self.one_inputs, (), tensor, where)
+            op.module, op.path, op.inplace = module, self.paths[id(module)], changed
+            self.keep(tensor, op)
+        if self.changed:
+            self.change_aliases(tensors_in(output), self.changed)
+
+    # Operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = self.run(func, args, kwargs)
+        if not self.stack:
+            return output
+        changes = func._schema.is_mutable
+        if self.one is not None:
+            if changes:
+                self.changed.update(id(t) for t in _written(func, args, kwargs))
+            return output
+        inputs = [] if _makes(func) else [t for t in tensors_in((args, kwargs))]
+        operations = tuple(self.op_of(t) for t in inputs)
+        written = _written(func, args, kwargs) if changes else []
+        where = _frames(self.stack[-1], 0)
+        name = func._schema.name.rpartition("::")[2]
+        name = name[:-1] if changes and name.endswith("_") else name
+        plain = tuple(None if isinstance(a, Tensor) else a for a in args)
+        if name == "copy" and len(operations) == 2:
+            operations = operations[1:]
+        outputs = tensors_in(output)
+        for tensor in (outputs if role_of(name) == "part" else outputs[:1]) or written:
+            op = self.new_op(name, operations, plain, tensor, where)
+            op.inplace = any(tensor is t for t in written)
+            self.keep(tensor, op)
+        for tensor in outputs[1:]:  # a norm's statistics, a pool's indices: hardly ever used
+            if id(tensor) not in self.known:
+                self.later[id(tensor)] = (tensor, name, operations, plain)
+        if written:
+            for tensor in written:
+                if not any(tensor is t for t in outputs) and outputs:
+                    self.keep(tensor, self.new_op(name, operations, plain, tensor, where))
+            self.change_aliases(written, {id(t) for t in written})
+        return output
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = tensors_in((args, kwargs))
+        if any(t.device.type == "meta" for t in tensors):
+            if any(t.device.type != "meta" for t in tensors):
+                if func._schema.is_mutable and any(t.device.type != "meta" for t in _written(func, args, kwargs)):
+                    raise self.needs(NeedsValues("a tensor with values is changed by one without"))
+                args, kwargs = _all_on_meta(args), _all_on_meta(kwargs)
+            try:
+                return func(*args, **kwargs)
+            except Exception as error:
+                raise self.needs(error) from None
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self.randomness.draw(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def needs(self, error: Exception) -> Exception:
+        self.needed_values = self.needed_values or error
+        return error
+
+    # Values
+
+    def new_op(self, name: str, inputs: tuple[Op, ...], args: tuple[Any, ...], tensor: Tensor, where: Where) -> Op:
+        ops = self.result.ops
+        op = Op(len(ops), name, inputs, args, tensor.shape, tensor.dtype, self.stack[-1], where=where)
+        ops.append(op)
+        return op
+
+    def keep(self, tensor: Tensor, op: Op) -> None:
+        if id(tensor) not in self.known:
+            self.kept.append(tensor)
+            key = _storage(tensor)
+            if key:
+                self.by_storage.setdefault(key, []).append(tensor)
+        self.known[id(tensor)] = op
+
+    def op_of(self, tensor: Tensor) -> Op:
+        """The operation that made a tensor; a tensor that came from elsewhere is one, too."""
+        found = self.known.get(id(tensor))
+        if found is None:
+            found = self.alias_of(tensor)
+            if found is None and id(tensor) in self.later:
+                found = self.new_op(*self.later[id(tensor)][1:], tensor, ())
+            elif found is None:
+                call = self.stack[-1] if self.stack else Call(self.result.model, "", None, 0)
+                found = Op(len(self.result.ops), "input" if not self.stack else "param", (), (), tensor.shape, tensor.dtype, call)
+                self.result.ops.append(found)
+            self.keep(tensor, found)
+        return found
+
+    def alias_of(self, tensor: Tensor) -> Op | None:
+        """The last operation whose output is the same data, under another name (``x.data``, what ``autograd`` makes)."""
+        for other in reversed(self.by_storage.get(_storage(tensor), [])):
+            if other.shape == tensor.shape and other.stride() == tensor.stride():
+                if other.storage_offset() == tensor.storage_offset():
+                    return self.known[id(other)]
+        return None
+
+    def change_aliases(self, written: list[Tensor], changed: set[int]) -> None:
+        """What shares its data with a tensor that was written to has changed as well."""
+        for tensor in written:
+            source = self.known.get(id(tensor))
+            if source is None:
+                continue
+            for other in self.by_storage.get(_storage(tensor), []):
+                before = self.known[id(other)]
+                if other is tensor or id(other) in changed or before is source or before.name == "param":
+                    continue
+                whole = other.numel() == tensor.numel()
+                op = self.new_op("alias" if whole else "write", (source,) if whole else (before, source), (), other, ())
+                self.known[id(other)] = op
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, a functorch wrapper
+        return 0
+
+
+_WRITTEN: dict[Any, tuple[tuple[int, str], ...]] = {}
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    if func not in _WRITTEN:
+        _WRITTEN[func] = tuple(
+            (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        )
+    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in _WRITTEN[func]]
+    return [t for t in tensors_in(values) if not isinstance(t, nn.Parameter)]
+
+
+_MAKES: dict[Any, bool] = {}
+
+
+def _makes(func: Any) -> bool:
+    """Whether an operation makes a tensor anew and takes at most the shape of another (``zeros_like``)."""
+    if func not in _MAKES:
+        name = func._schema.name.rpartition("::")[2]
+        _MAKES[func] = name.endswith("_like") or name.startswith("new_") or name in ("bernoulli", "rand", "randn")
+    return _MAKES[func]
+
+
+def _all_on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.device.type == "meta" else on_meta(value)
+    if type(value) in (tuple, list):
+        return type(value)(_all_on_meta(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _all_on_meta(v) for k, v in value.items()}
+    return value
+
+
+def record(model: nn.Module, inputs: Inputs) -> Record:
+    """Run a model once and record it. The model is a copy that the caller made, in the mode in which it is to run.
+
+    Returns:
+        The record; where the run raised, of what came before, with the reason in ``broke_off``.
+
+    Raises:
+        NeedsValues: the model and its inputs are on the meta device, and the run asks for values.
+    """
+    result = Record(model, inputs)
+    with PrivateRandomness(model) as randomness:
+        recorder = _Recorder(result, randomness)
+        handles = []
+        for module in {id(m): m for m in model.modules()}.values():
+            begin = lambda m, args, kwargs: recorder.begin(m, args, kwargs)  # noqa: E731
+            end = lambda m, args, kwargs, output: recorder.end(m, output)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
+        args, kwargs = inputs.args, inputs.kwargs
+        try:
+            with recorder:
+                model(*args, **kwargs)
+        except Exception as error:
+            if recorder.needed_values is None and _asks_for_values(error, inputs):
+                recorder.needed_values = error
+            result.broke_off = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        finally:
+            for handle in handles:
+                handle.remove()
+            for call in result.calls:
+                call.end = call.end or len(result.ops)
+    if recorder.needed_values is not None:
+        raise NeedsValues(str(recorder.needed_values)) from recorder.needed_values
+    return result
+
+
+def _asks_for_values(error: Exception, inputs: Inputs) -> bool:
+    on_meta = any(t.device.type == "meta" for t in tensors_in((inputs.args, inputs.kwargs)))
+    return on_meta and "meta" in str(error).lower()

@@ -1,0 +1,307 @@
+"""One call more in the author's own source.
+
+``out = self.bn3(out)`` becomes ``out = self.se_attention(self.bn3(out))`` in a class derived from the block's. The text is
+changed at the expression's span and nothing is unparsed, so comments, layout and line numbers stay.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import linecache
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .record import unwrapped
+
+__all__ = ["Source", "SpliceError", "Splice", "node_at", "source_of", "span_of", "spliced_members"]
+
+Span = tuple[int, int, int, int]  # first line, last line (counted from the method's first), first column, end column
+
+
+class SpliceError(Exception):
+    """A method's source can't be changed; the message says why, and never leaves the surgery but as a reason."""
+
+
+@dataclass(frozen=True)
+class Splice:
+    """One call more in one method.
+
+    Attributes:
+        owner: the class that defines the method.
+        method: its name there.
+        span: of the expression or statement.
+        form: ``"wrap"``: the expression becomes the argument of the call; ``"after"``, ``"before"``: a statement of its own
+            on the same line passes ``target`` through it.
+        child: name of the SE module, a child of the instance.
+        target: the variable, for the two statements.
+    """
+
+    owner: type
+    method: str
+    span: Span
+    form: str
+    child: str
+    target: str = ""
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The text of a function as it stands in its file, and its syntax tree with the file's positions."""
+
+    function: types.FunctionType
+    lines: tuple[str, ...]
+    first: int
+    tree: ast.FunctionDef | ast.AsyncFunctionDef
+
+    def text(self, node: ast.AST) -> str:
+        a, b, c, d = span_of(node)
+        lines = [line.encode() for line in self.lines[a - self.first : b - self.first + 1]]
+        lines[-1] = lines[-1][:d]
+        lines[0] = lines[0][c:]
+        return b"".join(lines).decode()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256("".join(self.lines).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=512)
+def source_of(function: types.FunctionType) -> Source:
+    """The source of a function.
+
+    Raises:
+        SpliceError: there is none, or it is not what the function was compiled from.
+    """
+    name = function.__qualname__
+    if next(iter(function.__code__.co_positions()), (None,) * 4)[0] is None or not _has_columns(function.__code__):
+        raise SpliceError(
+            "Python runs without the positions of expressions (-X no_debug_ranges or PYTHONNODEBUGRANGES); run it with them"
+        )
+    try:
+        lines, first = inspect.getsourcelines(function)
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        raise SpliceError(f"the source of {name} is not at hand") from None
+    try:
+        tree = _parsed(lines, first)
+        code = _compiled(tree, function)
+    except (SyntaxError, ValueError, LookupError):
+        raise SpliceError(f"the source of {name} is no function that can be compiled by itself") from None
+    if not _same_code(code, function.__code__):
+        raise SpliceError(
+            f"the source of {name} is not what is running: its file was edited since it was imported, or an import hook "
+            "rewrote it"
+        )
+    return Source(function, tuple(lines), first, tree)
+
+
+def _has_columns(code: types.CodeType) -> bool:
+    return any(position[2] is not None for position in code.co_positions())
+
+
+def _parsed(lines: list[str], first: int) -> ast.FunctionDef | ast.AsyncFunctionDef:
+    indented = lines[0][:1].isspace()
+    head = "\n" * max(0, first - 2) + "class _:\n" if indented else "\n" * (first - 1)
+    with_head = ast.parse(head + "".join(lines))
+    node: Any = with_head.body[0]
+    if indented:
+        node = node.body[0]
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        raise ValueError("not a function")
+    return node
+
+
+def _compiled(
+    tree: ast.FunctionDef | ast.AsyncFunctionDef, function: types.FunctionType, filename: str | None = None
+) -> types.CodeType:
+    """The code object of a method, compiled as if it stood where it does: with its closure and its class's private names."""
+    code = function.__code__
+    parts = function.__qualname__.split(".")
+    owner = parts[-2] if len(parts) > 1 and parts[-2] != "<locals>" else None
+    free = code.co_freevars
+    body: list[ast.stmt] = [tree]
+    if owner is not None:
+        holder = ast.ClassDef(name=owner, bases=[], keywords=[], body=body, decorator_list=[])
+        if hasattr(holder, "type_params") or sys.version_info >= (3, 12):
+            holder.type_params = []  # type: ignore[attr-defined]
+        body = [holder] if owner in free else [ast.Global(names=[owner]), holder]
+    arguments = ast.arguments(
+        posonlyargs=[], args=[ast.arg(arg=name) for name in free], kwonlyargs=[], kw_defaults=[], defaults=[]
+    )
+    factory = ast.FunctionDef(name="_factory", args=arguments, body=body, decorator_list=[], returns=None)
+    if sys.version_info >= (3, 12):
+        factory.type_params = []  # type: ignore[attr-defined]
+    module = ast.Module(body=[factory], type_ignores=[])
+    for node in (factory, *factory.body, *factory.args.args):
+        if node is not tree:
+            ast.copy_location(node, tree)
+    flags = code.co_flags & _FUTURE
+    compiled = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
+    return next(c for c in _nested(compiled) if c.co_name == tree.name and c.co_firstlineno == code.co_firstlineno)
+
+
+_FUTURE = 0
+for _name in __import__("__future__").all_feature_names:
+    _FUTURE |= getattr(__import__("__future__"), _name).compiler_flag
+
+
+def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from _nested(constant)
+
+
+def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
+    names = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount")
+    if any(getattr(a, name) != getattr(b, name) for name in names) or len(a.co_consts) != len(b.co_consts):
+        return False
+    if list(a.co_positions()) != list(b.co_positions()):
+        return False
+    for x, y in zip(a.co_consts, b.co_consts, strict=True):
+        if isinstance(x, types.CodeType) and isinstance(y, types.CodeType):
+            if not _same_code(x, y):
+                return False
+        elif type(x) is not type(y) or repr(x) != repr(y) and x != y:
+            return False
+    return True
+
+
+def span_of(node: Any) -> Span:
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+
+
+def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
+    """The expression, or the augmented assignment, that a frame was at.
+
+    Raises:
+        SpliceError: no node of the tree is there.
+    """
+    position = _positions(code)[lasti // 2]
+    if None in position:
+        raise SpliceError("the place of the expression is not known")
+    line, end_line, column, end_column = position
+    wanted = (line, end_line, column, end_column)
+    nodes = [n for n in ast.walk(source.tree) if isinstance(n, (ast.expr, ast.AugAssign))]
+    for node in nodes:
+        if span_of(node) == wanted:
+            return node
+    for node in nodes:  # of a chain of calls over several lines, Python keeps the place of the last
+        if isinstance(node, ast.Call) and (node.end_lineno, node.end_col_offset) == (end_line, end_column):
+            return node
+    raise SpliceError("the place of the expression is not known")
+
+
+@functools.lru_cache(maxsize=4096)
+def _positions(code: types.CodeType) -> list[tuple[Any, ...]]:
+    return list(code.co_positions())
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, Any], dict[type, dict[str, Any]]]:
+    """The members of a class derived from ``base``: those that replace its own, and those of classes further up that its
+    methods reach by ``super()``, by the class.
+
+    Raises:
+        SpliceError: a method's source can't be changed.
+    """
+    own: dict[str, Any] = {}
+    further: dict[type, dict[str, Any]] = {}
+    by_method: dict[tuple[type, str], list[Splice]] = {}
+    for splice in splices:
+        by_method.setdefault((splice.owner, splice.method), []).append(splice)
+    for (owner, name), group in by_method.items():
+        member = vars(owner).get(name)
+        function = unwrapped(member)
+        if function is None:
+            raise SpliceError(f"{owner.__qualname__} has no method {name}")
+        new = _rewrapped(member, function, _respliced(function, group))
+        first = next(c for c in base.__mro__ if name in vars(c))
+        (own if first is owner else further.setdefault(owner, {}))[name] = new
+    return own, further
+
+
+def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.FunctionType:
+    """The same function with calls of SE in it."""
+    source = source_of(function)
+    lines = [line.encode() for line in source.lines]
+    self_name = function.__code__.co_varnames[0]
+    for row, column, text in sorted(_insertions(splices, self_name), key=lambda item: item[:2], reverse=True):
+        lines[row] = lines[row][:column] + text.encode() + lines[row][column:]
+    new_lines = b"".join(lines).decode().splitlines(keepends=True)
+    digest = hashlib.sha256("".join(new_lines).encode()).hexdigest()[:12]
+    filename = f"<se_retrofit {function.__module__}.{function.__qualname__} {digest}>"
+    whole = ["\n"] * (source.first - 1) + new_lines
+    try:
+        code = _compiled(_parsed(new_lines, source.first), function, filename)
+    except (SyntaxError, StopIteration) as error:
+        raise SpliceError(f"the changed source of {function.__qualname__} does not compile: {error}") from None
+    linecache.cache[filename] = (sum(map(len, whole)), None, whole, filename)
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    new = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, tuple(cells[n] for n in code.co_freevars)
+    )
+    new.__kwdefaults__ = function.__kwdefaults__
+    new.__annotations__ = dict(function.__annotations__)
+    new.__qualname__, new.__module__, new.__doc__ = function.__qualname__, function.__module__, function.__doc__
+    new.__dict__.update(vars(function))
+    return new
+
+
+def _insertions(splices: list[Splice], self_name: str) -> Iterator[tuple[int, int, str]]:
+    # of two expressions that begin at the same place, the inner one's call is put in first, so that the outer's stands before
+    for splice in sorted(splices, key=lambda s: (s.span[1] - s.span[0], s.span[3] - s.span[2])):
+        first, last, column, end = splice.span
+        call = f"{self_name}.{splice.child}("
+        if splice.form == "wrap":
+            yield last, end, ")"
+            yield first, column, call
+        elif splice.form == "after":
+            yield last, end, f"; {splice.target} = {call}{splice.target})"
+        else:
+            yield first, column, f"{splice.target} = {call}{splice.target}); "
+
+
+def _rewrapped(member: Any, old: types.FunctionType, new: types.FunctionType) -> Any:
+    """What the decorators made of a function, made of another one in its place."""
+    if member is old:
+        return new
+    if isinstance(member, (staticmethod, classmethod)):
+        return type(member)(_rewrapped(member.__func__, old, new))
+    if isinstance(member, property):
+        return property(_rewrapped(member.fget, old, new), member.fset, member.fdel, member.__doc__)
+    if isinstance(member, types.FunctionType):
+        cells, found = [], False
+        for cell in member.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # an empty cell
+                content = None
+            if callable(content) and unwrapped(content) is old:
+                cell, found = types.CellType(_rewrapped(content, old, new)), True
+            cells.append(cell)
+        if found:
+            wrapper = types.FunctionType(
+                member.__code__, member.__globals__, member.__name__, member.__defaults__, tuple(cells)
+            )
+            wrapper.__kwdefaults__ = member.__kwdefaults__
+            wrapper.__dict__.update(vars(member))
+            wrapper.__wrapped__ = _rewrapped(member.__wrapped__, old, new)  # type: ignore[attr-defined]
+            wrapper.__qualname__, wrapper.__module__, wrapper.__doc__ = (
+                member.__qualname__, member.__module__, member.__doc__,
+            )  # fmt: skip
+            wrapper.__annotations__ = dict(member.__annotations__)
+            return wrapper
+    raise SpliceError(f"{old.__qualname__} is decorated in a way that can't be repeated")
+
+
