@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,14 +11,21 @@ from torch.nn import init
 
 from .errors import RetrofitError
 
-__all__ = ["GATES", "SEAttention", "hidden_width"]
+__all__ = ["GATES", "SEAttention", "hidden_width", "parameter_count"]
 
-GATES = ("identity", "sigmoid")
+GATES = ("identity", "sigmoid", "static")
 
 
 def hidden_width(channels: int, reduction: int, min_hidden: int) -> int:
     """Width of the bottleneck between the two layers of the excitation: ``max(channels // reduction, min_hidden)``."""
     return max(channels // reduction, min_hidden)
+
+
+def parameter_count(channels: int, hidden: int, gate: str, bias: bool) -> int:
+    """How many parameters an SE module has."""
+    if gate == "static":
+        return channels
+    return 2 * channels * hidden + (hidden + channels if bias else 0)
 
 
 class TwiceSigmoid(nn.Module):
@@ -72,8 +80,10 @@ class SEAttention(nn.Module):
     Args:
         channel: number of channels C of the feature maps.
         reduction: the bottleneck between the two layers is ``channel // reduction`` wide.
-        gate: ``"sigmoid"``, the paper's, range (0, 1), which halves its input at z = 0; or ``"identity"``,
-            ``2 * sigmoid`` with the last layer at zero, range (0, 2), which starts as an exact identity.
+        gate: ``"sigmoid"``, the paper's, range (0, 1), which halves its input at z = 0; ``"identity"``,
+            ``2 * sigmoid`` with the last layer at zero, range (0, 2), which starts as an exact identity; or ``"static"``, a
+            learned factor for each channel that starts at exactly 1 and looks at no input (the scale of SSF, Lian et al.,
+            arXiv:2210.08823): a control for what the squeeze and the excitation add. It has no other options.
         bias: whether the two linear layers have biases.
         min_hidden: lower bound of the bottleneck's width.
         channel_dim: which dim of the input holds the channels: 1 for ``(N, C, *spatial)``, -1 for
@@ -125,29 +135,41 @@ class SEAttention(nn.Module):
         self.gate = gate
         self.channel_dim = channel_dim
         self.inplace = inplace
-        self.hidden = hidden_width(channel, reduction, min_hidden)
-        self.fc = nn.Sequential(
-            nn.Linear(channel, self.hidden, bias=bias, device=device, dtype=dtype),
-            nn.ReLU(inplace=True),
-            nn.Linear(self.hidden, channel, bias=bias, device=device, dtype=dtype),
-            nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid(),
-        )
+        self.hidden = 0 if gate == "static" else hidden_width(channel, reduction, min_hidden)
+        self.factor: nn.Parameter | None = None
+        self.fc: nn.Module = nn.Identity()
+        if gate == "static":
+            self.factor = nn.Parameter(torch.empty(channel, device=device, dtype=dtype))
+        else:
+            self.fc = nn.Sequential(
+                nn.Linear(channel, self.hidden, bias=bias, device=device, dtype=dtype),
+                nn.ReLU(inplace=True),
+                nn.Linear(self.hidden, channel, bias=bias, device=device, dtype=dtype),
+                nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid(),
+            )
         self.init_weights()
 
-    def init_weights(self) -> None:
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights anew.
 
         Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer, zero for
-        the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA).
+        the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA). Static: ones.
+
+        Args:
+            generator: of the CPU, whatever device the weights are on; None for torch's own.
         """
+        if self.factor is not None:
+            init.ones_(self.factor)
+            return
+        assert isinstance(self.fc, nn.Sequential)
         first, last = self.fc[0], self.fc[2]
         assert isinstance(first, nn.Linear)
         assert isinstance(last, nn.Linear)
         if self.gate == "sigmoid":
-            init.normal_(first.weight, std=0.001)
-            init.normal_(last.weight, std=0.001)
+            _draw(first.weight, 0.001, generator)
+            _draw(last.weight, 0.001, generator)
         else:
-            init.kaiming_normal_(first.weight, nonlinearity="relu")
+            _draw(first.weight, math.sqrt(2 / self.channel), generator)  # Kaiming's, for a ReLU
             # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all
             # of them. Units in pairs of opposite sign: of each pair, one is alive for any input.
             with torch.no_grad():
@@ -162,6 +184,8 @@ class SEAttention(nn.Module):
 
     def excite(self, x: Tensor) -> Tensor:
         """The gates of an input, ``(N, C)``."""
+        if self.factor is not None:
+            return self.factor.expand(x.shape[0], -1)
         return self.fc(squeeze(x, self.channel_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,8 +193,20 @@ class SEAttention(nn.Module):
         return scale(x, self.excite(x), self.channel_dim, self.inplace and not torch.jit.is_tracing())
 
     def extra_repr(self) -> str:
+        if self.gate == "static":
+            return f"{self.channel}, gate=static"
         dim = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
         return f"{self.channel}, hidden={self.hidden}, gate={self.gate}{dim}"
+
+
+def _draw(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Fill a weight with normal values; with a generator of the CPU they are the same on every device."""
+    if generator is None or weight.device.type in ("cpu", "meta"):
+        init.normal_(weight, std=std, generator=None if weight.device.type == "meta" else generator)
+        return
+    drawn = torch.empty(weight.shape, dtype=weight.dtype)
+    with torch.no_grad():
+        weight.copy_(drawn.normal_(0.0, std, generator=generator))
 
 
 def check_positive(name: str, value: int) -> None:

@@ -60,6 +60,8 @@ class Skipped:
 class Plan:
     """What ``add_se`` would do: ``sites``, ``skipped``, and the ``options`` that it was made with.
 
+    ``inputs`` are the shapes on which the model was recorded, as plain data; None where they can't be written so.
+
     Example:
         >>> import timm
         >>> from se_retrofit import plan_se
@@ -69,7 +71,7 @@ class Plan:
         layer1.0  residual  bn2          64       8       1,024
         layer1.1  residual  bn2          64       8       1,024
         2 SE modules, 2,048 parameters
-        left as they are:
+        skipped:
           layer2.0: not included
         ...
     """
@@ -77,6 +79,7 @@ class Plan:
     sites: tuple[Site, ...]
     skipped: tuple[Skipped, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    inputs: Any = None
 
     @property
     def parameters(self) -> int:
@@ -89,6 +92,7 @@ class Plan:
             "sites": [asdict(site) for site in self.sites],
             "skipped": [asdict(skip) for skip in self.skipped],
             "options": dict(self.options),
+            "inputs": self.inputs,
         }
 
     @classmethod
@@ -98,6 +102,7 @@ class Plan:
             tuple(Site(**site) for site in data["sites"]),
             tuple(Skipped(**skip) for skip in data["skipped"]),
             dict(data["options"]),
+            data["inputs"],
         )
 
     def __str__(self) -> str:
@@ -124,6 +129,6 @@ class Plan:
         lines = [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]
         lines.append(f"{len(self.sites)} SE modules, {self.parameters:,} parameters")
         if self.skipped:
-            lines.append("left as they are:")
+            lines.append("skipped:")
             lines += [f"  {skip.block or '(model)'}: {skip.reason}" for skip in self.skipped]
         return "\n".join(lines)

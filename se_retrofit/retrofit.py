@@ -3,7 +3,6 @@ would do."""
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import sys
 from collections.abc import Iterable
@@ -13,16 +12,20 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .attention import SEAttention, check_options, hidden_width
-from .derived import RetrofittedBlock
+from .attention import SEAttention, check_options, hidden_width, parameter_count
 from .errors import RetrofitError
-from .insertion import Edit, apply_edit, edits_for
-from .placement import PLACEMENTS, survey
 from .plan import Plan, Site, Skipped
-from .reading import read
-from .rehearsal import rehearse, untouched_randomness
-from .removal import is_retrofitted, strip
+from .surgery.copying import copied
+from .surgery.derived import RetrofittedBlock
+from .surgery.edits import apply_edits
+from .surgery.inputs import describe
+from .surgery.isolation import isolated
+from .surgery.placement import PLACEMENTS, Place
+from .surgery.planning import Surgery, SurgerySite, plan_surgery
+from .surgery.splice import SpliceError
+from .surgery.undo import is_retrofitted, strip
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
@@ -54,12 +57,14 @@ def add_se(
         placement: ``"auto"``, or for residual units one of the paper's others: ``"standard"``, ``"pre"``, ``"post"``,
             ``"identity"``, ``"3x3"`` (section 6.4, figure 5).
         gate: ``"identity"``, ``2 * sigmoid`` that starts at exactly 1; or ``"sigmoid"``, the paper's, which starts at
-            about 1/2 and so is for training from scratch and for loading the weights of a native SE network.
+            about 1/2 and so is for training from scratch and for loading the weights of a native SE network; or
+            ``"static"``, a learned factor for each channel that starts at exactly 1, as a control.
         bias: whether the excitation's layers have biases.
         min_hidden: the bottleneck has at least so many units.
         include, exclude: patterns of block paths (``"layer4.*"``), one or several; only matching blocks, all but these.
-        example_inputs: a tensor or a tuple of positional inputs; only their shapes and dtypes are read. Without it the
-            model's config and then usual sizes are tried.
+        example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, ``(args, kwargs)``, or any
+            other object that the model takes. Only shapes and dtypes are read, unless the forward itself looks at values.
+            Without it the model's config, sizes in its own attributes and then usual sizes are tried.
         inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
 
     Returns:
@@ -84,15 +89,14 @@ def add_se(
           )
         )
     """
-    plan, edits = _prepare(model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs)
-    target = model if inplace else _copy(model)
-    ses = _build(target, plan, edits)
+    plan, surgery = _prepare(model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs)
+    target = model if inplace else copied(model)
+    modules = _build(target, plan, surgery)
     try:
-        for edit in edits:
-            apply_edit(target, edit, [ses[edit.se_path(name)] for name in edit.names], placement)
-    except Exception:
-        strip(target)
-        raise
+        with isolated(target):  # deriving a class may fill a registry
+            apply_edits(target, {e: (site.path, modules[site.path]) for site in surgery.sites for e in site.edits})
+    except SpliceError as error:
+        raise RetrofitError(str(error)) from None
     return target
 
 
@@ -143,12 +147,12 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
     if not has_se(model):
         raise RetrofitError(f"{type(model).__name__} has no SE that add_se put in, so there is nothing to remove")
     for path, module in model.named_modules():
-        if isinstance(module, RetrofittedBlock) and "se_base" not in vars(type(module)):
+        if isinstance(module, RetrofittedBlock) and "se_recipe" not in vars(type(module)):
             raise RetrofitError(
                 f"the class of block {path} was changed after the retrofit, to {type(module).__name__} (by "
                 "torch.nn.utils.parametrize or FSDP, say); undo that first, then call remove_se"
             )
-    target = model if inplace else _copy(model)
+    target = model if inplace else copied(model)
     strip(target)
     return target
 
@@ -240,10 +244,12 @@ def _check_model(model: Any) -> None:
         raise RetrofitError(
             f"the model is scripted or traced by torch.jit ({name}): retrofit the Python model, then script it"
         )
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise RetrofitError(
-            "a part of the model is scripted or traced by torch.jit: retrofit the Python model, then script it"
-        )
+    for path, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise RetrofitError(
+                f"the model computes with complex numbers (parameter {path} is of dtype {parameter.dtype}), for which SE's "
+                "sigmoid gate is not defined"
+            )
     if fsdp is not None and any(
         isinstance(m, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)) for m in model.modules()
     ):
@@ -274,134 +280,119 @@ def _patterns(name: str, patterns: Patterns) -> list[str]:
 def _prepare(
     model: nn.Module, reduction: int, placement: str, gate: str, bias: bool, min_hidden: int,
     include: Patterns, exclude: Patterns, example_inputs: Any,
-) -> tuple[Plan, list[Edit]]:  # fmt: skip
+) -> tuple[Plan, Surgery]:  # fmt: skip
     """Find out all that is to be done; touch nothing."""
     _check_model(model)
     _check_arguments(reduction, placement, gate, bias, min_hidden)
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    rehearsal = rehearse(model, example_inputs)
-    with untouched_randomness():
-        found = survey(read(rehearsal), placement)
-        spots, skipped = found.spots, dict(found.skipped)
-        if not spots:
-            raise RetrofitError(_why_nothing(model, found.attended, skipped, rehearsal.broke_off))
-        blocks = [spot.block for spot in spots]
-        for pattern in included + excluded:
-            if not fnmatch.filter(blocks, pattern):
-                raise RetrofitError(
-                    f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
-                    f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
-                )
-        for spot in list(spots):
-            if included and not any(fnmatch.fnmatchcase(spot.block, p) for p in included):
-                skipped[spot.block] = "not included"
-                spots.remove(spot)
-            elif any(fnmatch.fnmatchcase(spot.block, p) for p in excluded):
-                skipped[spot.block] = "excluded"
-                spots.remove(spot)
-        if not spots:
-            raise RetrofitError("include and exclude together leave no block to retrofit")
-        edits, failed = edits_for(rehearsal, spots)
-    skipped.update(failed)
-    if not edits:
-        raise RetrofitError(_why_nothing(model, 0, skipped, rehearsal.broke_off))
-    if rehearsal.broke_off is not None:
-        skipped.update(_not_reached(rehearsal.ghost, rehearsal, rehearsal.broke_off))
+    nothing: list[str] = []
+
+    def choose(places: list[Place], skipped: dict[str, str]) -> list[Place]:
+        if not places:
+            nothing.append("")
+            return places
+        return _chosen(places, skipped, included, excluded)
+
+    surgery = plan_surgery(model, placement, example_inputs, choose)
+    if not surgery.sites:
+        raise RetrofitError(_why_nothing(model, surgery.attended if nothing else 0, surgery.skipped))
     options = {
         "reduction": reduction, "placement": placement, "gate": gate, "bias": bias, "min_hidden": min_hidden,
         "include": included or None, "exclude": excluded or None,
     }  # fmt: skip
-    order = {id(spot): index for index, spot in enumerate(spots)}
-    located = [
-        (order[id(spot)], edit.se_path(name), spot)
-        for edit in edits
-        for spot, name in zip(edit.spots, edit.names, strict=True)
-    ]
-    sites = []
-    for _, path, spot in sorted(located, key=lambda item: item[0]):
-        hidden = hidden_width(spot.channels, reduction, min_hidden)
-        parameters = 2 * spot.channels * hidden + (hidden + spot.channels if bias else 0)
-        assert spot.op.channel_dim is not None
-        sites.append(
-            Site(path, spot.block, spot.kind, _after(spot), spot.channels, hidden, parameters, spot.op.channel_dim)
-        )
+    sites = [_site(site, reduction, gate, bias, min_hidden) for site in _in_order(surgery)]
     called: dict[str, int] = {}
-    for index, call in enumerate(rehearsal.root.walk()):
+    for index, call in enumerate(surgery.record.calls):
         called.setdefault(call.path, index)
-    left = sorted(skipped.items(), key=lambda item: called.get(item[0], len(called)))
-    return Plan(tuple(sites), tuple(Skipped(block, reason) for block, reason in left), options), edits
+    left = sorted(surgery.skipped.items(), key=lambda item: called.get(item[0], len(called)))
+    skipped = tuple(Skipped(block, reason) for block, reason in left)
+    return Plan(tuple(sites), skipped, options, describe(surgery.inputs)), surgery
 
 
-def _after(spot: Any) -> str:
-    """The node that SE follows, by its module's path in the block where it is one."""
-    return str(spot.node.target) if spot.node.op == "call_module" else str(spot.node.name)
+def _chosen(
+    places: list[Place], skipped: dict[str, str], included: list[str], excluded: list[str]
+) -> list[Place]:
+    """The places that ``include`` and ``exclude`` let through."""
+    blocks = list(dict.fromkeys(place.block for place in places))
+    for pattern in included + excluded:
+        if not fnmatch.filter(blocks, pattern):
+            raise RetrofitError(
+                f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
+                f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
+            )
+    chosen = []
+    for place in places:
+        if included and not any(fnmatch.fnmatchcase(place.block, p) for p in included):
+            skipped[place.block] = "not included"
+        elif any(fnmatch.fnmatchcase(place.block, p) for p in excluded):
+            skipped[place.block] = "excluded"
+        else:
+            chosen.append(place)
+    if not chosen:
+        raise RetrofitError("include and exclude together leave no block to retrofit")
+    return chosen
 
 
-def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str], broke_off: str | None) -> str:
+def _in_order(surgery: Surgery) -> list[SurgerySite]:
+    return sorted(surgery.sites, key=lambda site: site.place.op.index)
+
+
+def _site(site: SurgerySite, reduction: int, gate: str, bias: bool, min_hidden: int) -> Site:
+    place = site.place
+    hidden = 0 if gate == "static" else hidden_width(place.channels, reduction, min_hidden)
+    assert place.op.channel_dim is not None
+    parameters = parameter_count(place.channels, hidden, gate, bias)
+    return Site(
+        site.path, place.block, place.kind, _after(place), place.channels, hidden, parameters, place.op.channel_dim
+    )
+
+
+def _after(place: Place) -> str:
+    """What makes the value that SE scales: a module's path in the block, or else an operation's name."""
+    call, op = place.call, place.op
+    while op.path is None and op.role in ("shape", "pass") and len(op.data) == 1 and call.shows(op.data[0]):
+        op = op.data[0]
+    child = None if op.call is call else next((c for c in call.children if op in c.outputs), None)
+    path = op.path if child is None else child.path
+    if path is None or (op.call is not call and child is None):
+        return op.name
+    return path[len(call.path) + 1 :] if call.path else path
+
+
+def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str]) -> str:
     name = type(model).__name__
     if attended:
         return f"{name} has channel attention already, in all of its convolutional blocks ({attended}), so there is nothing to retrofit"
     if skipped:
         block, reason = next(iter(skipped.items()))
-        return (
-            f"{name} has no block that can be retrofitted ({len(skipped)} left out; {block or 'the model'}: {reason})"
-        )
-    if broke_off is not None:
-        return (
-            f"the rehearsal of {name} broke off before any block: its forward looks at the values of its input "
-            f"({broke_off}). Retrofit the part that holds the blocks: model.backbone = add_se(model.backbone), say"
-        )
+        return f"{name} has no block that can be retrofitted ({len(skipped)} skipped; {block or 'the model'}: {reason})"
     return (
         f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
         "and no plain chain of convolutions, so there is nothing to retrofit"
     )
 
 
-def _not_reached(ghost: nn.Module, rehearsal: Any, reason: str) -> dict[str, str]:
-    """The outermost modules with spatial convolutions that the rehearsal did not get to."""
-    reached = {id(call.module) for call in rehearsal.root.walk()}
-    missed: dict[str, str] = {}
-    for path, module in ghost.named_modules():
-        if id(module) in reached or any(path.startswith(f"{other}.") for other in missed):
-            continue
-        convs = [m for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd) and max(m.kernel_size) > 1]
-        if convs and not any(id(m) in reached for m in module.modules()):
-            missed[path] = f"not reached: the rehearsal broke off before it ({reason})"
-    return missed
-
-
-def _copy(model: M) -> M:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise RetrofitError(
-            f"the model ({type(model).__name__}) can't be copied: copy.deepcopy raised {type(error).__name__}: {error}. "
-            "Retrofit it in place: add_se(model, ..., inplace=True)"
-        ) from error
-
-
-def _build(model: nn.Module, plan: Plan, edits: list[Edit]) -> dict[str, SEAttention]:
+def _build(model: nn.Module, plan: Plan, surgery: Surgery) -> dict[str, SEAttention]:
     """The SE modules, by path; the global random state is left as it is."""
     options, built = plan.options, {}
-    details = {
-        edit.se_path(name): (spot.dtype, overwrites)
-        for edit in edits
-        for name, spot, overwrites in zip(edit.names, edit.spots, edit.overwrites, strict=True)
-    }
+    places = {site.path: site.place for site in surgery.sites}
     fallback = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.random.fork_rng(devices=[]):
-        for site in plan.sites:
-            block = _nearest(model, site)
-            device = next((p.device for p in block.parameters()), fallback)
-            dtype, overwrites = details[site.path]
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    for site in plan.sites:
+        block = _nearest(model, site)
+        device = next((p.device for p in block.parameters()), fallback)
+        with _disable_current_modes():
             se = SEAttention(
                 site.channels, options["reduction"], gate=options["gate"], bias=options["bias"],
-                min_hidden=options["min_hidden"], channel_dim=site.channel_dim, inplace=overwrites,
-                dtype=dtype, device="meta" if device.type == "meta" else "cpu",
+                min_hidden=options["min_hidden"], channel_dim=site.channel_dim, inplace=places[site.path].overwritten,
+                dtype=places[site.path].op.dtype, device="meta",
             )  # fmt: skip
-            se.to(device).train(block.training)
-            vars(se).update(site=site, plan=plan)
-            built[site.path] = se
+        if device.type != "meta":
+            se.to_empty(device=device).init_weights(generator)
+        se.train(block.training)
+        vars(se).update(site=site, plan=plan)
+        built[site.path] = se
     return built
 
 

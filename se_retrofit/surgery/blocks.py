@@ -138,10 +138,22 @@ def residual_unit(record: Record, call: Call, add: Op) -> FoundBlock | None:
             continue
         if _escapes(record, call, [source] if common else call.inputs, {add}):
             continue
+        if _is_query(source, region):
+            continue
         if call.parent is None and any(map(_resizes, ops)) and not _resized_between(source, skip):
             continue  # it goes down in resolution and comes up again: a skip between the levels of an hourglass
         return FoundBlock("residual", call, region, add, branch, skip, source)
     return None
+
+
+def _is_query(source: Op, region: int) -> bool:
+    """Whether attention takes a value as its query: it is added to what attention makes of it, and bypasses no block."""
+    users = [source]
+    for op in users:
+        users += [u for u in op.users if u.bit & region and u.role in ("affine", "pass", "shape")]
+    return any(
+        u.bit & region and u.role in ("other", "linear") and len(u.data) > 1 for op in users for u in op.users
+    )
 
 
 def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) -> bool:

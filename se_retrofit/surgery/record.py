@@ -171,6 +171,7 @@ class Record:
     inputs: Inputs
     ops: list[Op] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)  # parents before children
+    edges: list[tuple[Op, ...]] = field(default_factory=list)  # the inputs of each operation, as they were recorded
     broke_off: str | None = None
 
     def select(self, bits: int) -> Iterator[Op]:
@@ -509,6 +510,7 @@ def record(model: nn.Module, inputs: Inputs) -> Record:
                 handle.remove()
             for call in result.calls:
                 call.end = call.end or len(result.ops)
+            result.edges = [op.inputs for op in result.ops]
     if recorder.needed_values is not None:
         raise NeedsValues(str(recorder.needed_values)) from recorder.needed_values
     return result

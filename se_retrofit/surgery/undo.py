@@ -4,34 +4,30 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from .attention import SEAttention
+from ..attention import SEAttention
 from .derived import RetrofittedBlock
+from .graphs import graphs_of
 
-__all__ = ["graphs_of", "is_retrofitted", "strip"]
-
-
-def graphs_of(module: nn.Module) -> list[fx.Graph]:
-    """The graphs of a GraphModule; one that keeps a graph for each mode (torchvision's) has several."""
-    graphs = [g for g in (module.graph, *vars(module).values()) if isinstance(g, fx.Graph)]
-    return list({id(g): g for g in graphs}.values())
+__all__ = ["is_retrofitted", "strip"]
 
 
 def is_retrofitted(module: nn.Module) -> bool:
     """Whether a module is an SE module that a retrofit put in."""
-    return isinstance(module, SEAttention) and module.__dict__.get("site") is not None
+    return isinstance(module, SEAttention) and vars(module).get("site") is not None
 
 
 def strip(model: nn.Module) -> None:
     """Take all SE that a retrofit put in out again, in place."""
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in modules:
         if isinstance(module, fx.GraphModule):
             _strip_graphs(module)
         if isinstance(module, RetrofittedBlock):
-            base = type(module).se_base
-            object.__setattr__(module, "__class__", base)
-    for module in list(model.modules()):
-        for name in [n for n, child in module.named_children() if is_retrofitted(child)]:
-            del module._modules[name]
+            object.__setattr__(module, "__class__", type(module).se_recipe.base)
+    for module in modules:
+        for name, child in list(module._modules.items()):
+            if child is not None and is_retrofitted(child):
+                del module._modules[name]
 
 
 def _strip_graphs(module: fx.GraphModule) -> None:

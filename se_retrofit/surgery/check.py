@@ -1,0 +1,100 @@
+"""Whether a retrofitted network does what the original does, plus SE, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..attention import SEAttention
+from .placement import Place
+from .record import Op, Record
+
+__all__ = ["Comparison", "compare"]
+
+
+@dataclass(eq=False)
+class Comparison:
+    """What differs between two records.
+
+    Attributes:
+        wrong: by the path of an SE module, what is wrong about where it scales.
+        called: paths of the SE modules that were called at all.
+        difference: index of the first operation of the original that the retrofitted network does not have, if any.
+    """
+
+    wrong: dict[str, str] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+    difference: int | None = None
+
+
+def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Comparison:
+    """Compare the record of a network with that of its retrofitted copy.
+
+    Args:
+        before, after: the records, of the same inputs in the same mode.
+        expected: by the path of each SE module, the places (in ``before``) where it is to scale.
+    """
+    result = Comparison()
+    same: dict[Op, Op] = {}  # operations of the retrofitted network, and those of the original that they are
+    scaled: dict[str, list[tuple[Op, Op]]] = {}  # by path: what SE was given, and SE's own operation
+    index = 0
+    for op in after.ops:
+        if isinstance(op.module, SEAttention) and op.path in expected:
+            given = op.inputs[0]
+            same[op] = same[given]
+            scaled.setdefault(op.path, []).append((given, op))
+            continue
+        if index == len(before.ops):
+            result.difference = index - 1
+            return result
+        original = before.ops[index]
+        if _signature(op) != _signature(original) or tuple(same[i] for i in after.edges[op.index]) != before.edges[index]:
+            result.difference = index
+            return result
+        same[op] = original
+        index += 1
+    if index < len(before.ops):
+        result.difference = index
+        return result
+    for call, twin in zip(before.calls, after.calls, strict=False):
+        if call.path != twin.path or call.outputs != [same[o] for o in twin.outputs]:
+            result.difference = min(call.end, len(before.ops) - 1)
+            return result
+    result.called = set(scaled)
+    for path, places in expected.items():
+        problem = _problem(places, scaled.get(path, []), same, after)
+        if problem is not None:
+            result.wrong[path] = problem
+    return result
+
+
+def _signature(op: Op) -> tuple[object, ...]:
+    return op.name, op.shape, op.dtype, op.path, op.call.path, op.inplace
+
+
+def _problem(places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op], after: Record) -> str | None:
+    """What is wrong about the calls of one SE module."""
+    if not scaled:
+        return "its SE would not be called" if places else None
+    wanted = {place.op: place for place in places}
+    for given, se in scaled:
+        place = wanted.pop(same[given], None)
+        if place is None:
+            several = same[given] in {p.op for p in places} or len(scaled) > len(places)
+            return (
+                "the code that makes the value runs several times, and not each time as a block of this kind"
+                if several
+                else "the value that SE should recalibrate is not the result of one expression"
+            )
+        users = [u for u in after.ops if se in after.edges[u.index]]
+        if place.users is not None:
+            if {same[u] for u in users} != set(place.users):
+                return "the operand that SE should recalibrate can't be told from the others"
+            continue
+        if any(given in after.edges[u.index] for u in after.ops[se.index + 1 :]):
+            return "a part of its code would go on with the value that SE has not scaled"
+        if not users and not any(se in call.outputs for call in after.calls):
+            return "the value that SE should recalibrate is changed in place, under a name that can't be told"
+    if wanted:
+        return "the value is made by other code in another call"
+    return None
