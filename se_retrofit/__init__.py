@@ -7,10 +7,20 @@
 
 from .attention import SEAttention
 from .errors import RetrofitError
-from .inspection import draw, excitations, print_graph, report
 from .plan import Plan, Site, Skipped
 from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
 from .saving import load_retrofitted, load_se, save_retrofitted, save_se
+
+_INSPECTION = ("draw", "excitations", "print_graph", "report")
+
+
+def __getattr__(name: str) -> object:
+    if name in _INSPECTION:  # imported when it is used
+        from . import inspection
+
+        return getattr(inspection, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

@@ -27,10 +27,11 @@ from .errors import RetrofitError
 from .models import Base
 from .plan import Plan, Site
 from .retrofit import add_se, has_se, plan_of
+from .surgery.inputs import from_description
 
 __all__ = ["load_retrofitted", "load_se", "save_retrofitted", "save_se"]
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.json"
 
@@ -96,7 +97,7 @@ def load_retrofitted(
         directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
         base: the bare network, for folders whose recipe names none. It is copied, not changed; its weights don't
             matter, all of them are replaced.
-        example_inputs: for ``add_se``, where the network was retrofitted with them.
+        example_inputs: for ``add_se``, in the place of inputs of the shapes that the network was retrofitted with.
 
     Returns:
         The network, on the CPU (or where ``base`` is), in eval mode.
@@ -124,7 +125,7 @@ def load_retrofitted(
         state[alias] = state[kept]
     model = _bare(recipe, base, folder)
     if recipe["plan"] is not None:
-        options = _options(recipe["add_se"], example_inputs)
+        options = _options(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
         model = _retrofit_again(model, options, recipe["plan"]["sites"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     return model.eval()
@@ -162,6 +163,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     state = {k: v for k, v in tensors_of(model).items() if _belongs_to(k, plan.sites)}
     stored, tied = untied(state)
     header = {"format": FORMAT, "add_se": dict(plan.options), "sites": plan.to_dict()["sites"], "tied": tied}
+    header["inputs"] = plan.inputs
     with replaced_file(Path(file)) as fresh:
         _write_tensors(stored, fresh, {"se_retrofit": json.dumps(header)})
     return Path(file)
@@ -173,7 +175,7 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
     Args:
         model: the base network that the SE modules were trained on, bare or retrofitted with the same options.
         file: what ``save_se`` wrote.
-        example_inputs: for ``add_se``, where the network was retrofitted with them.
+        example_inputs: for ``add_se``, in the place of inputs of the shapes that the network was retrofitted with.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
@@ -206,7 +208,7 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
         result = model if inplace else copy.deepcopy(model)
     else:
         # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
-        options = _options(header["add_se"], example_inputs)
+        options = _options(header["add_se"], header["inputs"], example_inputs, file)
         retrofitted = _retrofit_again(model, options, header["sites"], str(file), inplace=False)
         own = {k: v for k, v in tensors_of(retrofitted).items() if _belongs_to(k, plan_of(retrofitted).sites)}
         _check_keys(own, state, str(file))
@@ -273,7 +275,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     if (recipe["plan"] is None) != (recipe["add_se"] is None):
         raise RetrofitError(f"{folder / RECIPE}: add_se and plan must both be given or both be null")
     if recipe["plan"] is not None:
-        check_fields(recipe["plan"], {"sites": (list,), "skipped": (list,)}, f"{folder / RECIPE}: plan")
+        check_fields(recipe["plan"], {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))}, f"{folder / RECIPE}: plan")
     if not all(isinstance(v, str) for v in recipe["tied"].values()):
         raise RetrofitError(f"{folder / RECIPE}: tied must map names to names")
     return recipe
@@ -303,6 +305,11 @@ def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, 
                 f"{where} is of format {version}, newer than this se-retrofit {_version('se-retrofit')} reads "
                 f"(up to {newest}); upgrade: pip install -U se-retrofit"
             )
+        if isinstance(version, int) and version < newest:
+            raise RetrofitError(
+                f"{where} is of format {version}, which se-retrofit {_version('se-retrofit')} no longer reads (it reads "
+                f"{newest}); load it with the version that wrote it, and save its state dict"
+            )
     missing, unknown = sorted(fields.keys() - data.keys()), sorted(data.keys() - fields.keys())
     if missing or unknown:
         parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
@@ -321,7 +328,8 @@ def _read_se_header(file: Path) -> dict[str, Any]:
         header = json.loads(text)
     except json.JSONDecodeError as error:
         raise RetrofitError(f"{file} has a broken header: {error}") from error
-    check_fields(header, {"format": (int,), "add_se": (dict,), "sites": (list,), "tied": (dict,)}, file)
+    fields = {"format": (int,), "add_se": (dict,), "sites": (list,), "tied": (dict,), "inputs": (dict, type(None))}
+    check_fields(header, fields, file)
     return dict(header)
 
 
@@ -332,8 +340,14 @@ def _version(distribution: str) -> str:
         return "unknown"  # run from a checkout that is not installed
 
 
-def _options(saved: dict[str, Any], example_inputs: Any) -> dict[str, Any]:
-    return saved if example_inputs is None else {**saved, "example_inputs": example_inputs}
+def _options(saved: dict[str, Any], inputs: Any, example_inputs: Any, where: Path) -> dict[str, Any]:
+    """The arguments of ``add_se``, with inputs of the shapes that were saved unless others are given."""
+    if example_inputs is None and inputs is not None:
+        try:
+            example_inputs = from_description(inputs)
+        except ValueError as error:
+            raise RetrofitError(f"{where}: the inputs can't be made again: {error}; or give example_inputs") from error
+    return {**saved, "example_inputs": example_inputs}
 
 
 # The base network

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import RetrofitError
 from .splice import Splice, SpliceError, source_of, spliced_members
-from .record import unwrapped
+from .methods import unwrapped
 
 __all__ = ["Recipe", "RetrofittedBlock", "derived_class"]
 

@@ -19,7 +19,8 @@ from ..attention import SEAttention
 from .derived import Recipe, derived_class
 from .graphs import graph_place, insert_into_graphs
 from .placement import Place
-from .record import Call, Method, Op, Where, methods_of, unwrapped
+from .methods import Method, methods_of, unwrapped
+from .record import Call, Op, Where
 from .roles import is_sequential
 from .splice import Source, Splice, SpliceError, node_at, source_of, span_of
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import types
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..attention import SEAttention
 from .copying import on_meta
 from .inputs import Inputs, tensors_in
 from .isolation import PrivateRandomness
+from .methods import methods_of
 from .roles import module_role, role_of
 
-__all__ = ["Call", "Conv", "Method", "NeedsValues", "Op", "Record", "methods_of", "record"]
+__all__ = ["Call", "Conv", "NeedsValues", "Op", "Record", "record"]
 
 Where = tuple[tuple[types.CodeType, int], ...]  # frames of a module's own methods, innermost first: code and f_lasti
 
@@ -182,60 +183,7 @@ class Record:
             bits ^= low
 
 
-# Whose source ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """A method of a class: the class that defines it, its name there, the function without its decorators."""
-
-    owner: type
-    name: str
-    function: types.FunctionType
-
-    @property
-    def self_name(self) -> str | None:
-        code = self.function.__code__
-        static = isinstance(vars(self.owner).get(self.name), staticmethod)
-        return code.co_varnames[0] if code.co_argcount and not static else None
-
-
-_methods: weakref.WeakKeyDictionary[type, dict[types.CodeType, Method]] = weakref.WeakKeyDictionary()
-
-
-def methods_of(cls: type) -> dict[types.CodeType, Method]:
-    """The methods of a class and of those it is derived from, by their code objects and by those nested in them."""
-    if cls in _methods:
-        return _methods[cls]
-    found: dict[types.CodeType, Method] = {}
-    for owner in cls.__mro__:
-        if owner in (object, nn.Module):
-            continue
-        for name, member in vars(owner).items():
-            function = unwrapped(member)
-            if function is not None:
-                _add_code(found, function.__code__, Method(owner, name, function))
-    _methods[cls] = found
-    return found
-
-
-def unwrapped(member: Any) -> types.FunctionType | None:
-    """The function behind a member of a class: a method's, a property's, a decorated one's."""
-    if isinstance(member, (staticmethod, classmethod)):
-        member = member.__func__
-    elif isinstance(member, property):
-        member = member.fget
-    seen = 0
-    while hasattr(member, "__wrapped__") and not isinstance(member, type) and seen < 100:
-        member, seen = member.__wrapped__, seen + 1
-    return member if isinstance(member, types.FunctionType) else None
-
-
-def _add_code(found: dict[types.CodeType, Method], code: types.CodeType, method: Method) -> None:
-    found.setdefault(code, method)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            _add_code(found, constant, method)
+# Whose source -------------------------------------------------------------------------------------------------------
 
 
 _CALL = nn.Module._call_impl.__code__
@@ -276,6 +224,7 @@ class _Recorder(TorchDispatchMode):
         self.stack: list[Call] = []
         self.one: nn.Module | None = None  # the module being run that counts as one operation
         self.one_inputs: tuple[Op, ...] = ()
+        self.around: nn.Module | None = None  # the retrofitted one whose SE is being run
         self.changed: set[int] = set()  # ids of tensors that it has changed
         self.needed_values: Exception | None = None
 
@@ -283,6 +232,10 @@ class _Recorder(TorchDispatchMode):
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.one is not None:
+            if isinstance(module, SEAttention):  # the one operation is retrofitted: SE comes after it
+                self.add_module(self.one, args[0])
+                self.around, self.one = self.one, module
+                self.one_inputs, self.changed = (self.op_of(args[0]),), set()
             return
         given = [self.op_of(t) for t in tensors_in((args, kwargs))]
         if self.stack and module_role(module) is not None:
@@ -301,6 +254,9 @@ class _Recorder(TorchDispatchMode):
             if self.one is module:
                 self.one = None
                 self.add_module(module, output)
+                if self.around is not None:
+                    self.one, self.around = self.around, None
+                    self.one_inputs, self.changed = (self.op_of(output),), set()
             return
         if not any(call.module is module for call in self.stack):
             return
@@ -322,7 +278,9 @@ class _Recorder(TorchDispatchMode):
             changed = id(tensor) in self.changed
             if before is not None and not changed and before in self.one_inputs:
                 continue  # it returned what it was given
-            op = self.new_op(type(module).__name__, self.one_inputs, (), tensor, where)
+            recipe = getattr(type(module), "se_recipe", None)
+            name = type(module).__name__ if recipe is None else recipe.base.__name__
+            op = self.new_op(name, self.one_inputs, (), tensor, where)
             op.module, op.path, op.inplace = module, self.paths[id(module)], changed
             self.keep(tensor, op)
         if self.changed:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .record import unwrapped
+from .methods import unwrapped
 
 __all__ = ["Source", "SpliceError", "Splice", "node_at", "source_of", "span_of", "spliced_members"]
 
@@ -139,13 +139,34 @@ def _compiled(
     factory = ast.FunctionDef(name="_factory", args=arguments, body=body, decorator_list=[], returns=None)
     if sys.version_info >= (3, 12):
         factory.type_params = []  # type: ignore[attr-defined]
-    module = ast.Module(body=[factory], type_ignores=[])
-    for node in (factory, *factory.body, *factory.args.args):
+    # a call of an imported name's attribute (F.relu) compiles to other code than that of any other name's
+    imported = [ast.Import(names=[ast.alias(name=name)]) for name in sorted(_imported_in(code.co_filename))]
+    module = ast.Module(body=[*imported, factory], type_ignores=[])
+    for node in (*imported, factory, *factory.body, *factory.args.args):
         if node is not tree:
             ast.copy_location(node, tree)
+    ast.fix_missing_locations(module)
     flags = code.co_flags & _FUTURE
     compiled = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
     return next(c for c in _nested(compiled) if c.co_name == tree.name and c.co_firstlineno == code.co_firstlineno)
+
+
+@functools.lru_cache(maxsize=256)
+def _imported_in(filename: str) -> frozenset[str]:
+    """The names that a file imports outside of functions and classes."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except SyntaxError:
+        return frozenset()
+    names: set[str] = set()
+    stack: list[ast.AST] = [tree]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update((alias.asname or alias.name.partition(".")[0]) for alias in node.names)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
+            stack.extend(ast.iter_child_nodes(node))
+    return frozenset(names - {"*"})
 
 
 _FUTURE = 0

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
 from ..plan import Plan
-from ..rehearsal import Rehearsal, rehearse
-from ..removal import is_retrofitted
+from ..surgery.planning import record_of
+from ..surgery.record import Record
+from ..surgery.inputs import from_description
+from ..surgery.undo import is_retrofitted
 from ..retrofit import add_se, plan_of, remove_se
 from .names import Entry
 
@@ -68,7 +69,7 @@ def check(entry: Entry) -> Row:
     """Build a network, retrofit it, and check all that needs no data.
 
     That is: the SE modules are those of the plan; every original key, shape and class is still there; the retrofitted
-    network runs, on the shapes that it was rehearsed with, and returns the same shapes; ``remove_se`` restores the
+    network runs, on the shapes that it was recorded with, and returns the same shapes; ``remove_se`` restores the
     classes and keys. Whatever goes wrong, even a bug, is the row's verdict.
 
     Example:
@@ -106,12 +107,12 @@ def inspect_model(model: nn.Module, row: Row) -> None:
         return
     plan = plan_of(model)
     _check_retrofitted(model, plan, before)
-    retrofitted = rehearse(model)
+    inputs = from_description(plan.inputs)
+    retrofitted = record_of(model, inputs)
     remove_se(model, inplace=True)
     if _structure(model) != before:
         raise CheckFailed("remove_se does not restore the classes and keys")
-    original = rehearse(model, retrofitted.root.args)
-    if retrofitted.broke_off != original.broke_off or _shapes(retrofitted) != _shapes(original):
+    if _shapes(retrofitted) != _shapes(record_of(model, inputs)):
         raise CheckFailed("the retrofitted network returns other shapes than the original")
     row.verdict = CONVERTED
     row.extra = plan.parameters
@@ -159,8 +160,8 @@ def _check_retrofitted(model: nn.Module, plan: Plan, before: Structure) -> None:
         raise CheckFailed("the original keys of the state dict are not as they were")
 
 
-def _shapes(rehearsal: Rehearsal) -> list[torch.Size]:
-    return [leaf.shape for leaf in tree_leaves(rehearsal.root.output) if isinstance(leaf, Tensor)]
+def _shapes(record: Record) -> list[torch.Size]:
+    return [op.shape for op in record.calls[0].outputs]
 
 
 def _first_line(error: Exception) -> str:
