@@ -331,6 +331,8 @@ class _Recorder(TorchDispatchMode):
                 if func._schema.is_mutable and any(t.device.type != "meta" for t in _written(func, args, kwargs)):
                     raise self.needs(NeedsValues("a tensor with values is changed by one without"))
                 args, kwargs = _all_on_meta(args), _all_on_meta(kwargs)
+            if func._schema.name in _BATCH_NORMS:
+                return _batch_norm_on_meta(args[0])
             try:
                 return func(*args, **kwargs)
             except Exception as error:
@@ -394,6 +396,15 @@ class _Recorder(TorchDispatchMode):
                 whole = other.numel() == tensor.numel()
                 op = self.new_op("alias" if whole else "write", (source,) if whole else (before, source), (), other, ())
                 self.known[id(other)] = op
+
+
+# torch takes them apart in Python to find the shapes, which takes most of a recording's time.
+_BATCH_NORMS = ("aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::_native_batch_norm_legit_no_training")
+
+
+def _batch_norm_on_meta(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = torch.empty(x.shape[1], device="meta")
+    return torch.empty_like(x), statistics, statistics.clone()
 
 
 def _storage(tensor: Tensor) -> int:
