@@ -305,7 +305,7 @@ def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, 
                 f"{where} is of format {version}, newer than this se-retrofit {_version('se-retrofit')} reads "
                 f"(up to {newest}); upgrade: pip install -U se-retrofit"
             )
-        if isinstance(version, int) and version < newest:
+        if type(version) is int and version < newest:
             raise RetrofitError(
                 f"{where} is of format {version}, which se-retrofit {_version('se-retrofit')} no longer reads (it reads "
                 f"{newest}); load it with the version that wrote it, and save its state dict"

@@ -170,7 +170,7 @@ def test_it_is_scriptable_as_the_seed_is_and_traces_symbolically() -> None:
         ({"reduction": True}, TypeError, "reduction must be a positive int, got True"),
         ({"reduction": "8"}, TypeError, "reduction must be a positive int, got '8'"),
         ({"min_hidden": 0}, RetrofitError, "min_hidden must be at least 1"),
-        ({"gate": "relu"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', got 'relu'"),
+        ({"gate": "relu"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', 'static', got 'relu'"),
         ({"gate": None}, TypeError, "gate must be a string"),
         ({"bias": 1}, TypeError, "bias must be True or False"),
         ({"channel_dim": 0}, RetrofitError, "is the batch"),

@@ -298,9 +298,8 @@ def test_torch_jit_traces_it(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2"])
-def test_torch_jit_scripts_it_where_its_blocks_are_rewritten(name: str) -> None:
-    """Not where a block's forward is called by a derived one (squeezenet's): TorchScript can't compile such a call."""
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/squeezenet1_1"])
+def test_torch_jit_scripts_it(name: str) -> None:
     model, x = _retrofitted(name)
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))

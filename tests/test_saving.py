@@ -301,7 +301,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda d: (d / "recipe.json").write_text("[1]"), "must hold a mapping, got list"),
     "unknown field": (lambda d: edit(d, lambda r: {**r, "mood": 1}), "unknown: mood"),
     "missing field": (lambda d: edit(d, lambda r: {k: v for k, v in r.items() if k != "tied"}), "missing: tied"),
-    "newer format": (lambda d: edit(d, lambda r: {**r, "format": 2, "mood": 1}), "of format 2, newer than this"),
+    "newer format": (lambda d: edit(d, lambda r: {**r, "format": 3, "mood": 1}), "of format 3, newer than this"),
     "wrong type": (lambda d: edit(d, lambda r: {**r, "plan": "all"}), "plan is of type str, expected dict"),
     "format true": (lambda d: edit(d, lambda r: {**r, "format": True}), "format is of type bool"),
     "unknown base": (

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, SEAttention, add_se
 from se_retrofit.cli.app import app
-from se_retrofit.rehearsal import rehearse
+from se_retrofit.surgery.planning import record_of
 from se_retrofit.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
 from se_retrofit.zoo.check import KINDS, CheckFailed, inspect_model
 from se_retrofit.zoo.tables import BEGIN, END, RowWriter, family_table, summary_line
@@ -81,7 +81,7 @@ UNITS = [
 def test_every_residual_unit_has_one_se_or_channel_attention_of_its_own(name: str) -> None:
     (entry,) = entries([name])
     model = add_se(entry.build(), inplace=True)
-    (x,) = rehearse(model).root.args
+    (x,) = record_of(model).inputs.args
     if not next(model.parameters()).is_meta:
         x = torch.zeros(1, *x.shape[1:])
     units = residual_units(model, (x,))

@@ -100,12 +100,13 @@ def _copied(value: T, independent: bool) -> T:
                 "Retrofit it in place: add_se(model, ..., inplace=True)"
             ) from error
         given = _what_cannot_be_copied(modules)
+        forced = [m for m in modules if _copies_itself(m)]
+    else:
+        forced = _shared(modules, result)
+    if given or forced:
+        given.update({id(module): type(module).__new__(type(module)) for module in forced})
         result, memo = _deep_copy(value, modules, given, independent)
-    shared = _shared(modules, result)
-    if shared:
-        given.update({id(module): type(module).__new__(type(module)) for module in shared})
-        result, memo = _deep_copy(value, modules, given, independent)
-        for module in shared:
+        for module in forced:
             vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
     _point_weak_references(modules, memo)
     return result
@@ -129,6 +130,11 @@ def _shared(modules: list[nn.Module], result: Any) -> list[nn.Module]:
         return []
     own = {id(m) for m in modules}
     return [m for m in result.modules() if id(m) in own]
+
+
+def _copies_itself(module: nn.Module) -> bool:
+    own = any("__deepcopy__" in vars(cls) for cls in type(module).__mro__)
+    return own and not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
 
 
 def _values(module: nn.Module) -> Iterator[Any]:

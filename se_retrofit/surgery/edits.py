@@ -19,6 +19,7 @@ from ..attention import SEAttention
 from .derived import Recipe, derived_class
 from .graphs import graph_place, insert_into_graphs
 from .placement import Place
+from .operations import only_user
 from .methods import Method, methods_of, unwrapped
 from .record import Call, Op, Where
 from .roles import is_sequential
@@ -50,13 +51,16 @@ class Edit:
 def ways(place: Place) -> Iterator[Edit | SpliceError]:
     """The ways to call SE at a place, the best first; where one is not open, the reason."""
     if place.users is not None:
-        yield from _at_users(place)
+        yield from _at_users(place.call, place.op, place.users)
         return
     yield from _at_value(place.call, place.op)
     call = place.call
     while call.returned is place.op and call.parent is not None:  # what a module returns is a value of its caller, too
         call = call.parent
         yield from _in_source(call, place.op)
+    user = only_user(place.op)
+    if user is not None and place.call.holds(user):  # a value that a loop has made in the end: where it is taken
+        yield from _at_users(place.call, place.op, frozenset([user]))
 
 
 def _at_value(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
@@ -107,17 +111,15 @@ def _statements(source: Source, node: ast.AST, op: Op) -> Iterator[tuple[str, as
                 yield "after", statement, source.text(target)
 
 
-def _at_users(place: Place) -> Iterator[Edit | SpliceError]:
+def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | SpliceError]:
     """Ways to pass a value through SE where some operations take it, and only there."""
-    call = place.call
-    assert place.users is not None
     if isinstance(call.module, fx.GraphModule):
-        yield _in_graph(call, place.op, place.users)
+        yield _in_graph(call, op, users)
         return
-    if len(place.users) != 1:
-        yield SpliceError(f"{len(place.users)} operations take the value that SE should recalibrate")
+    if len(users) != 1:
+        yield SpliceError(f"{len(users)} operations take the value that SE should recalibrate")
         return
-    (user,) = place.users
+    (user,) = users
     child = None if user.call is call else call.child_with(user)
     where = user.where if child is None else child.where
     for source, node, method in _nodes(call, where):

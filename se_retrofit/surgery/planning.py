@@ -249,7 +249,7 @@ class _Fitting:
             se = SEAttention(
                 site.place.channels, site.place.channels, gate="identity", channel_dim=site.place.op.channel_dim or 1,
                 device=device, dtype=site.place.op.dtype,
-            )  # fmt: skip
+            ).requires_grad_(False)  # fmt: skip
             for edit in site.edits:
                 modules[edit] = (site.path, se)
         apply_edits(copy, modules)

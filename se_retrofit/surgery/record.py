@@ -462,6 +462,8 @@ def record(model: nn.Module, inputs: Inputs) -> Record:
         recorder = _Recorder(result, randomness)
         handles = []
         for module in {id(m): m for m in model.modules()}.values():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no such hooks; its operations are its caller's
             begin = lambda m, args, kwargs: recorder.begin(m, args, kwargs)  # noqa: E731
             end = lambda m, args, kwargs, output: recorder.end(m, output)  # noqa: E731
             handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
