@@ -95,8 +95,11 @@ def add_se(
     try:
         with isolated(target):  # deriving a class may fill a registry
             apply_edits(target, {e: (site.path, modules[site.path]) for site in surgery.sites for e in site.edits})
-    except SpliceError as error:
-        raise RetrofitError(str(error)) from None
+    except BaseException as error:
+        strip(target)
+        if isinstance(error, SpliceError):
+            raise RetrofitError(str(error)) from None
+        raise
     return target
 
 

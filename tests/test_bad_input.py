@@ -198,7 +198,11 @@ class _Uncopyable(nn.Module):
 
 
 def test_a_model_that_cannot_be_copied() -> None:
-    _refused(_Uncopyable(), RetrofitError, "_Uncopyable.* can't be copied: .*no copies")
+    model = _Uncopyable()
+    with pytest.raises(RetrofitError, match=r"_Uncopyable.* can't be copied: .*no copies.*inplace=True"):
+        add_se(model)
+    assert len(plan_se(model).sites) == 1
+    assert add_se(model, inplace=True) is model
 
 
 def test_the_pass_takes_graph_modules_only() -> None:

@@ -485,17 +485,11 @@ def test_blocks_stay_instances_of_their_classes_with_source_and_names() -> None:
     assert type(model) is ResNet
     assert type(block).__name__ == "SEBottleneck"
     assert type(block) is type(model.layer1[1]) or block.downsample is not None
-    assert len({type(m) for m in model.modules() if isinstance(m, Bottleneck)}) == 2  # with and without a projection
-    assert "se_attention" in inspect.getsource(type(block).forward)
+    assert len({type(m) for m in model.modules() if isinstance(m, Bottleneck)}) == 1
+    before, after = inspect.getsource(Bottleneck.forward), inspect.getsource(type(block).forward)
+    assert after == before.replace("out = self.bn3(out)", "out = self.se_attention(self.bn3(out))") != before
     assert inspect.signature(block.forward) == inspect.signature(Bottleneck(64, 16).forward)
     assert plan_of(model) == plan_se(torchvision.models.resnet50())
-
-
-def test_an_in_place_add_stays_in_place() -> None:
-    """torch.fx turns `out += identity` into an add that allocates, which makes SE look dearer than it is."""
-    block = _small(Bottleneck).layer1[0]
-    assert "+=" in type(block).se_source or "iadd" in type(block).se_source
-    assert "operator.add(" not in type(block).se_source
 
 
 def test_training_steps_move_the_gates_from_the_identity() -> None:

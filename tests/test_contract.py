@@ -221,15 +221,15 @@ def test_planning_and_copying_leave_the_model_untouched(pair: Pair) -> None:
 def test_a_failure_half_way_leaves_the_model_untouched(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, retrofitted = pair
     before = snapshot(model)
-    real, done = se_retrofit.retrofit.apply_edit, []
+    real, done = se_retrofit.retrofit.apply_edits, []
 
-    def failing(*arguments: Any) -> None:
-        real(*arguments)
-        done.append(arguments)
-        if 2 * len(done) >= len(se_modules(retrofitted)):
-            raise MemoryError("in the middle")
+    def failing(model: nn.Module, edits: dict[Any, Any]) -> None:
+        half = dict(list(edits.items())[: (len(edits) + 1) // 2])
+        real(model, half)
+        done.append(half)
+        raise MemoryError("in the middle")
 
-    monkeypatch.setattr(se_retrofit.retrofit, "apply_edit", failing)
+    monkeypatch.setattr(se_retrofit.retrofit, "apply_edits", failing)
     with pytest.raises(MemoryError, match="in the middle"):
         add_se(model, inplace=True)
     assert done

@@ -1,31 +1,32 @@
 """The graph of each retrofitted block, before and after, as ``torch.fx.Graph`` with the shapes that flow in it.
 
-A block's forward is traced one level deep (``se_retrofit.tracing``); then containers without a forward of their own
-(``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours. The graph
-before is traced from the block's original class, not derived from the graph after.
+A block's call is shown as it was recorded: its own operations and the modules that it calls. Containers without a forward of
+their own (``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours. The
+graph before is that of a copy without SE, not derived from the graph after.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
 
 from ..attention import SEAttention
-from ..derived import RetrofittedBlock
 from ..errors import RetrofitError
 from ..plan import Plan, Site
-from ..rehearsal import Call, Ghosts, Rehearsal, base_class, make_ghost, rehearse, untouched_randomness
-from ..removal import strip
 from ..retrofit import plan_of
-from ..tracing import TraceFailure, trace
+from ..surgery.derived import RetrofittedBlock
+from ..surgery.inputs import Inputs, from_description, given_inputs
+from ..surgery.planning import record_of
+from ..surgery.record import Call, Op, Record
+from ..surgery.roles import is_sequential
 
-__all__ = ["BlockGraph", "BlockPair", "Inspection", "block_graphs", "code_of", "find_block", "inspect_model"]
+__all__ = ["BlockGraph", "BlockPair", "Inspection", "block_graphs", "find_block", "inspect_model"]
 
 
 @dataclass(eq=False)
@@ -34,13 +35,13 @@ class BlockGraph:
 
     Attributes:
         graph: its nodes; the target of a ``call_module`` node is a path relative to ``scope``.
-        values: what each node computes, as tensors on the meta device.
+        values: what each node computes, as operations of the record.
         modules: the module that each ``call_module`` node calls.
         scope: path of the module whose forward this is, or is a part of.
     """
 
     graph: fx.Graph
-    values: dict[fx.Node, Any]
+    values: dict[fx.Node, list[Op]]
     modules: dict[fx.Node, nn.Module]
     scope: str
 
@@ -49,27 +50,19 @@ class BlockGraph:
         """The nodes that call an inserted SE module."""
         return [node for node, module in self.modules.items() if isinstance(module, SEAttention)]
 
-    @property
-    def items(self) -> set[fx.Node]:
-        """The nodes that take one feature map out of a list that the block is given (as DenseNet's layers are)."""
-        return {
-            n
-            for n in self.graph.nodes
-            if self.kind(n) == "getitem" and n.args[0] in self.graph.find_nodes(op="placeholder")
-        }
-
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
-        return _shape(self.values.get(node))
+        return ", ".join("x".join(map(str, op.shape[1:])) or "scalar" for op in self.values.get(node, []))
 
     def kind(self, node: fx.Node) -> str:
         """Class of the module that a node calls, or the name of its function."""
         if node in self.modules:
             return class_name(self.modules[node])
         if node.op == "call_function":
-            name = getattr(node.target, "__name__", str(node.target))
-            return {"iadd": "+=", "add": "+", "mul": "*", "imul": "*=", "sub": "-", "truediv": "/"}.get(name, name)
-        return str(node.target) if node.op == "call_method" else node.op
+            (op,) = self.values[node]
+            sign = {"add": "+", "mul": "*", "sub": "-", "div": "/"}.get(op.name)
+            return op.name if sign is None else sign + "=" * op.inplace
+        return node.op
 
     def label(self, node: fx.Node, prefix: str = "") -> str:
         """A node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
@@ -105,11 +98,6 @@ class BlockPair:
 
     def se_after(self, site: Site) -> str:
         """What a site's SE follows, in few words."""
-        owner = site.path.rpartition(".")[0]
-        module = _submodule(self.root, owner)
-        if owner != self.path and isinstance(module, RetrofittedBlock) and module.se_how == "wrap":
-            # the module is opened in the graph, where what it does has another name
-            return f"{_relative(owner, self.path)} ({class_name(module)})"
         node = self.se_node(site)
         return self.after.label(node.args[0]) if node is not None and self.after is not None else site.after  # type: ignore[arg-type]
 
@@ -121,6 +109,11 @@ class BlockPair:
             return ""
         return ", ".join(dict.fromkeys(graph.label(user, prefix) for user in node.users))
 
+    @property
+    def inputs(self) -> int:
+        """How many feature maps it is given."""
+        return 0 if self.after is None else len(self.after.graph.find_nodes(op="placeholder"))
+
     def signature(self) -> tuple[Any, ...]:
         """Equal for blocks that differ in nothing but names and numbers of channels."""
         if self.before is None or self.after is None:
@@ -130,11 +123,12 @@ class BlockPair:
 
 @dataclass(eq=False)
 class Inspection:
-    """A retrofitted model, its plan, and its blocks in the order of the plan."""
+    """A retrofitted model, its plan, its record and that of a copy without SE, and its blocks in the order of the plan."""
 
     model: nn.Module
     plan: Plan
-    rehearsal: Rehearsal
+    record: Record
+    original: Record
     blocks: list[BlockPair] = field(default_factory=list)
 
     def distinct(self) -> list[list[BlockPair]]:
@@ -144,7 +138,7 @@ class Inspection:
         for block in self.blocks:
             groups.setdefault(block.signature(), []).append(block)
         for group in groups.values():
-            best = max(group, key=lambda pair: min(len(pair.after.items), 2) if pair.after else 0)
+            best = max(group, key=lambda pair: min(pair.inputs, 2))
             group.remove(best)
             group.insert(0, best)
         return list(groups.values())
@@ -161,34 +155,32 @@ def _call_to(block: BlockGraph | None, path: str) -> fx.Node | None:
     return next((node for node in block.ses if join(block.scope, str(node.target)) == path), None)
 
 
-def _relative(path: str, block: str) -> str:
-    return path[len(block) + 1 :] if block and path.startswith(f"{block}.") else path
-
-
 def class_name(module: nn.Module) -> str:
     """Name of a module's class as it was before a retrofit."""
-    cls = base_class(module)
-    return (cls.se_base if issubclass(cls, RetrofittedBlock) else cls).__name__
+    cls = type(module)
+    return (cls.se_recipe.base if issubclass(cls, RetrofittedBlock) else cls).__name__
 
 
-def _shape(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return "x".join(str(int(s)) for s in value.shape[1:]) or "scalar"
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, Tensor) for v in value):
-        return ", ".join(map(_shape, value))
-    return ""
+def inputs_of(plan: Plan, example_inputs: Any = None) -> Inputs | None:
+    """The inputs given, or of the shapes that a plan was made on."""
+    if example_inputs is not None:
+        return given_inputs(example_inputs)
+    try:
+        return None if plan.inputs is None else from_description(plan.inputs)
+    except ValueError as error:
+        raise RetrofitError(f"{error}; or give example_inputs") from None
 
 
 def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
-    """Trace each retrofitted block of a model, before and after.
+    """Record a retrofitted model and a copy of it without SE, and find the graph of each of its blocks in both.
 
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
-        example_inputs: a tensor or a tuple of positional inputs, for the shapes; without it, as in ``add_se``.
+        example_inputs: as in ``add_se``; without it, inputs of the shapes that the model was retrofitted with.
 
     Raises:
         RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs.
-        TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
+        TypeError: it is no model, or the inputs are of no form that ``add_se`` takes.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -198,20 +190,19 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
         raise RetrofitError(
             f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
         ) from None
-    rehearsal = rehearse(model, example_inputs)
-    with untouched_randomness():
-        base, base_ghosts = make_ghost(model, prepare=strip)
-        base.eval()
-        tracing = _Tracing(rehearsal, base, base_ghosts)
-        blocks: dict[str, BlockPair] = {}
-        for site in plan.sites:
-            if site.block not in blocks:
-                module = _submodule(model, site.block)
-                blocks[site.block] = BlockPair(site.block, site.kind, class_name(module), [], module, model)
-            blocks[site.block].sites.append(site)
-        for pair in blocks.values():
-            tracing.fill(pair)
-    return Inspection(model, plan, rehearsal, list(blocks.values()))
+    inputs = inputs_of(plan, example_inputs)
+    record = record_of(model, inputs)
+    original = record_of(model, record.inputs, without_se=True)
+    blocks: dict[str, BlockPair] = {}
+    for site in plan.sites:
+        if site.block not in blocks:
+            module = _submodule(model, site.block)
+            blocks[site.block] = BlockPair(site.block, site.kind, class_name(module), [], module, model)
+        blocks[site.block].sites.append(site)
+    graphs = _Graphs(original, record)
+    for pair in blocks.values():
+        graphs.fill(pair)
+    return Inspection(model, plan, record, original, list(blocks.values()))
 
 
 def block_graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, BlockPair]:
@@ -246,7 +237,7 @@ def find_block(inspection: Inspection, path: str) -> BlockPair:
     raise RetrofitError(f"no retrofitted block {path!r}; the blocks with SE are {few}")
 
 
-# Tracing --------------------------------------------------------------------------------------------------------------
+# From records to graphs -----------------------------------------------------------------------------------------------
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
@@ -256,29 +247,27 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         return model
 
 
-class _Tracing:
-    def __init__(self, rehearsal: Rehearsal, base: nn.Module, base_ghosts: Ghosts) -> None:
-        self.ghosts = rehearsal.ghosts
-        self.base, self.base_ghosts = base, base_ghosts
-        self.calls: dict[str, list[Call]] = {}
-        for call in rehearsal.root.walk():
-            self.calls.setdefault(call.path, []).append(call)
-        self.opened: dict[str, tuple[BlockGraph, BlockGraph]] = {}
+class _Graphs:
+    """The graphs of calls in the record of a network without SE, and with it."""
+
+    def __init__(self, original: Record, record: Record) -> None:
+        self.original = _calls_by_path(original)
+        self.calls = _calls_by_path(record)
+        # what is open after is open before, so that the two differ in nothing but SE
+        self.opened = {path for path, calls in self.calls.items() if _opens(calls[0].module)}
+        self.made: dict[str, tuple[BlockGraph, BlockGraph]] = {}
 
     def fill(self, pair: BlockPair) -> None:
         """Put the graphs into a pair, or the reason why there are none."""
         scope = self.scope(pair)
-        if scope is None:
-            pair.failure = "the rehearsal did not get to it"
+        if scope is None or scope not in self.original:
+            pair.failure = "it is not called on these inputs"
             return
         pair.calls = len(self.calls[scope])
-        try:
-            if scope not in self.opened:
-                self.opened[scope] = self.open(scope)
-            pair.before, pair.after = self.opened[scope]
-        except TraceFailure as failure:
-            pair.failure = str(failure)
-            return
+        if scope not in self.made:
+            before, after = self.original[scope][0], self.calls[scope][0]
+            self.made[scope] = _graph_of(before, self.opened), _graph_of(after, self.opened)
+        pair.before, pair.after = self.made[scope]
         if scope != pair.path:
             pair.whole = pair.after
             pair.before, pair.after = _slices(pair, pair.before, pair.after)
@@ -296,84 +285,108 @@ class _Tracing:
                 return None
             candidate = candidate.rpartition(".")[0]
 
-    def open(self, scope: str) -> tuple[BlockGraph, BlockGraph]:
-        call = self.calls[scope][0]
-        after = _opened(self.ghosts, call, scope, _holds_se)
-        # what is open after is open before, so that the two differ in nothing but SE
-        opened = {p for p, calls in self.calls.items() if _holds_se(calls[0].module)}
-        twin = Call(self.base.get_submodule(scope), scope, call.args, call.kwargs, None)
-        before = _opened(self.base_ghosts, twin, scope, lambda m: self.base_ghosts.paths.get(id(m)) in opened)
-        return before, after
+
+def _calls_by_path(record: Record) -> dict[str, list[Call]]:
+    calls: dict[str, list[Call]] = {}
+    for call in record.calls:
+        calls.setdefault(call.path, []).append(call)
+    return calls
 
 
-def _holds_se(module: nn.Module) -> bool:
-    return not isinstance(module, SEAttention) and any(isinstance(m, SEAttention) for m in module.modules())
+def _opens(module: nn.Module) -> bool:
+    return is_sequential(module) or any(isinstance(m, SEAttention) for m in module.modules())
 
 
-def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and getattr(base_class(module), "forward", None) is nn.Sequential.forward
-
-
-def _opened(ghosts: Ghosts, call: Call, scope: str, holds_se: Callable[[nn.Module], bool]) -> BlockGraph:
-    """The graph of a call, with the graphs of its containers put in."""
-    result = BlockGraph(fx.Graph(), {}, {}, scope)
-    graph, values, modules = result.graph, result.values, result.modules
-
-    def copy_in(call: Call, prefix: str, given: dict[str, Any] | None) -> Any:
-        """Copy the nodes of a call's graph; returns what the call returns."""
-        block = trace(ghosts, call)
-        copies: dict[fx.Node, Any] = {}
-        for node in block.graph.nodes:
-            args, kwargs = _replaced(node.args, copies), _replaced(node.kwargs, copies)
-            if node.op == "output":
-                return args[0]
-            if node.op == "placeholder" and given is not None:
-                copies[node] = given[str(node.target).lstrip("*")]
-                continue
-            if getattr(node.target, "__name__", "") == "getitem" and isinstance(args[0], (list, tuple, dict)):
-                copies[node] = args[0][args[1]]
-                continue
-            if node.op == "call_module":
-                module = call.module.get_submodule(str(node.target))
-                if _is_container(module) or holds_se(module):
-                    inner = block.calls.get(node) or _call_of(block, node, module)
-                    try:
-                        copies[node] = copy_in(inner, join(prefix, str(node.target)), _bind(module, args, kwargs))
-                        continue
-                    except TraceFailure:  # raised before the first node is copied: it stays closed
-                        pass
-            target = join(prefix, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
-            name = str(node.name) if not prefix or node.op != "call_module" else re.sub(r"\W", "_", target)
-            copies[node] = copied = graph.create_node(node.op, target, args, kwargs, name=name, type_expr=node.type)
-            values[copied] = block.values.get(node)
-            if node.op == "call_module":
-                modules[copied] = call.module.get_submodule(str(node.target))
-        return None
-
-    graph.output(copy_in(call, "", None))
-    for node in list(graph.nodes):  # parameters of the forward that this call left at their defaults
-        if node.op == "placeholder" and not node.users and not isinstance(values[node], Tensor):
-            graph.erase_node(node)
+def _graph_of(call: Call, opened: set[str]) -> BlockGraph:
+    """The graph of a call, with the calls of opened modules put in."""
+    result = BlockGraph(fx.Graph(), {}, {}, call.path)
+    nodes: dict[Op, fx.Node] = {}
+    drawn = _Drawing(result, call, opened, nodes)
+    for op in dict.fromkeys(call.inputs):
+        drawn.placeholder(op)
+    drawn.put_in(call)
+    result.graph.output(tuple(drawn.node(o) for o in call.outputs) if len(call.outputs) != 1 else drawn.node(call.outputs[0]))
     return result
 
 
-def _call_of(block: Any, node: fx.Node, module: nn.Module) -> Call:
-    args, kwargs = _replaced(node.args, block.values), _replaced(node.kwargs, block.values)
-    return Call(module, "", tuple(args), dict(kwargs), None)
+@dataclass(eq=False)
+class _Drawing:
+    result: BlockGraph
+    scope: Call
+    opened: set[str]
+    nodes: dict[Op, fx.Node]
+
+    def placeholder(self, op: Op) -> fx.Node:
+        graph = self.result.graph
+        name = "x" if not graph.find_nodes(op="placeholder") else f"x_{len(graph.find_nodes(op='placeholder'))}"
+        first = next(iter(graph.nodes), None)
+        last = graph.find_nodes(op="placeholder")
+        with graph.inserting_before(first) if first is not None and not last else graph.inserting_after(
+            last[-1]
+        ) if last else graph.inserting_before(None):
+            node = graph.placeholder(name)
+        self.nodes[op] = node
+        self.result.values[node] = [op]
+        return node
+
+    def node(self, op: Op) -> fx.Node:
+        """The node that makes a value; a parameter's, or a new input for one that comes from elsewhere."""
+        if op not in self.nodes:
+            if op.role != "param":
+                return self.placeholder(op)
+            named = op
+            while named.path is None and named.inputs:
+                named = named.inputs[0]
+            path = named.path or "constant"
+            self.nodes[op] = self.result.graph.create_node("get_attr", self.relative(path), (), {})
+            self.result.values[self.nodes[op]] = [op]
+        return self.nodes[op]
+
+    def relative(self, path: str) -> str:
+        scope = self.scope.path
+        return path[len(scope) + 1 :] if scope and path.startswith(f"{scope}.") else path
+
+    def put_in(self, call: Call) -> None:
+        own = [(op.index, op) for op in _own_ops(call)]
+        for _, item in sorted([*own, *((c.start, c) for c in call.children)], key=lambda pair: pair[0]):
+            if isinstance(item, Op):
+                self.operation(item)
+            elif item.path in self.opened:
+                self.put_in(item)
+            else:
+                self.module(item.path, item.module, item.inputs, item.outputs)
+
+    def operation(self, op: Op) -> None:
+        if op.role in ("param", "input"):
+            return
+        if op.module is not None and op.path is not None:
+            self.module(op.path, op.module, list(op.inputs), [op])
+            return
+        arguments = tuple(self.node(i) for i in op.inputs)
+        target = op.target if op.target is not None else torch.ops.aten.alias.default
+        self.nodes[op] = node = self.result.graph.create_node("call_function", target, arguments, {}, name=op.name)
+        self.result.values[node] = [op]
+
+    def module(self, path: str, module: nn.Module, inputs: list[Op], outputs: list[Op]) -> None:
+        arguments = tuple(self.node(i) for i in dict.fromkeys(inputs))
+        target = self.relative(path)
+        node = self.result.graph.create_node("call_module", target, arguments, {}, name=re.sub(r"\W", "_", target))
+        self.result.values[node] = outputs
+        self.result.modules[node] = module
+        for op in outputs:
+            self.nodes[op] = node
 
 
-def _replaced(arguments: Any, values: Any) -> Any:
-    """The arguments of a node, with what ``values`` says in the place of each node among them."""
-    return map_aggregate(arguments, lambda a: values[a] if isinstance(a, fx.Node) else a)
-
-
-def _bind(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    if isinstance(module, fx.GraphModule):
-        names = [str(n.target) for n in module.graph.nodes if n.op == "placeholder"]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return dict(bound.arguments)
+def _own_ops(call: Call) -> list[Op]:
+    """The operations of a call's own code on which something that a module is given or returns depends."""
+    found: dict[int, Op] = {}
+    stack = [op for c in call.walk() for op in (*c.outputs, *c.inputs)]
+    while stack:
+        op = stack.pop()
+        if op.index not in found and call.holds(op):
+            found[op.index] = op
+            stack += op.inputs
+    return [found[i] for i in sorted(found) if found[i].call is call]
 
 
 # A block that is a part of a larger graph -----------------------------------------------------------------------------
@@ -410,9 +423,9 @@ def _slice(whole: BlockGraph, nodes: list[fx.Node]) -> BlockGraph:
                 copies[source] = part.graph.placeholder("x" if not copies else f"x_{len(copies)}")
                 part.values[copies[source]] = whole.values.get(source)
     for node in nodes:
-        args, kwargs = _replaced(node.args, copies), _replaced(node.kwargs, copies)
+        args = map_arg(node.args, lambda n: copies[n])
         target = join(whole.scope, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
-        copies[node] = part.graph.create_node(node.op, target, args, kwargs, _name(whole, node), node.type)
+        copies[node] = part.graph.create_node(node.op, target, args, {}, _name(whole, node), node.type)
         part.values[copies[node]] = whole.values.get(node)
         if node in whole.modules:
             part.modules[copies[node]] = whole.modules[node]
@@ -427,17 +440,17 @@ def _name(whole: BlockGraph, node: fx.Node) -> str:
     return re.sub(r"\W", "_", join(whole.scope, str(node.target)))
 
 
-# Graphs as keys and as code -------------------------------------------------------------------------------------------
+# Graphs as keys, modules in words -------------------------------------------------------------------------------------------
 
 
 def _structure(block: BlockGraph) -> tuple[Any, ...]:
-    # how many feature maps a list holds makes no other block of a dense layer
-    items = block.items
-    order = {node: i for i, node in enumerate(n for n in block.graph.nodes if n not in items)}
-    order.update({item: order[item.args[0]] for item in items})
+    # how many feature maps a block is given makes no other block of a dense layer
+    given = block.graph.find_nodes(op="placeholder")
+    order = {node: i for i, node in enumerate(n for n in block.graph.nodes if n not in given)}
+    order.update(dict.fromkeys(given, -1))
     rows = []
     for node in block.graph.nodes:
-        if node in items:
+        if node in given:
             continue
         module = block.modules.get(node)
         detail: Any = None
@@ -446,32 +459,6 @@ def _structure(block: BlockGraph) -> tuple[Any, ...]:
         target = block.kind(node) if node.op != "placeholder" else ""
         rows.append((node.op, target, detail, tuple(dict.fromkeys(order[n] for n in node.all_input_nodes))))
     return tuple(rows)
-
-
-_CLEAN_UP = re.compile(r";\s+(?:\w+ = )+None$")
-_INDEX = re.compile(r"getattr\(([\w.\[\]]+), \"(\d+)\"\)")
-
-
-def code_of(block: BlockGraph) -> list[str]:
-    """A graph as lines of Python, without the deletions that only free memory."""
-    lines = block.graph.python_code("self").src.strip("\n").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("def "))
-    return [tidy(line) for line in lines[start:] if line.strip()]
-
-
-def tidy(line: str) -> str:
-    """A line of generated code, made readable: no clean-up, and indices in the place of getattr."""
-    line = _CLEAN_UP.sub("", line.rstrip())
-    while True:
-        shorter = _INDEX.sub(r"\1[\2]", line)
-        if shorter == line:
-            return line
-        line = shorter
-
-
-def is_se_line(line: str, pair: BlockPair) -> bool:
-    """Whether a line of a block's code calls one of its SE modules."""
-    return any(f".{site.path.rpartition('.')[2]}(" in line for site in pair.sites)
 
 
 def describe(module: nn.Module) -> str:
@@ -491,10 +478,11 @@ def describe(module: nn.Module) -> str:
     return name
 
 
-def batch_size(args: tuple[Any, ...]) -> int:
-    """How many inputs a call has: the first dim of the first tensor, or the length of a list of images."""
-    if args and isinstance(args[0], Tensor) and args[0].dim() > 2:
-        return int(args[0].shape[0])
-    if args and isinstance(args[0], (list, tuple)) and args[0] and all(isinstance(a, Tensor) for a in args[0]):
-        return len(args[0])
+def batch_size(record: Record) -> int:
+    """How many inputs a recorded call has: the first dim of its first tensor, or the length of a list of images."""
+    first = next(iter((*record.inputs.args, *record.inputs.kwargs.values())), None)
+    if isinstance(first, torch.Tensor) and first.dim() > 2:
+        return int(first.shape[0])
+    if isinstance(first, (list, tuple)) and first and all(isinstance(a, torch.Tensor) for a in first):
+        return len(first)
     return 1

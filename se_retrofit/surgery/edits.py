@@ -53,6 +53,10 @@ def ways(place: Place) -> Iterator[Edit | SpliceError]:
     if place.users is not None:
         yield from _at_users(place.call, place.op, place.users)
         return
+    if place.kind == "rep-sum":  # the sum may be fused into one convolution later: a module behind it sees either
+        for op, module, path in place.call.passes:
+            if op is place.op:
+                yield from _as_returned(path, module)
     yield from _at_value(place.call, place.op)
     call = place.call
     while call.returned is place.op and call.parent is not None:  # what a module returns is a value of its caller, too

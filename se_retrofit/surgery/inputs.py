@@ -42,6 +42,10 @@ class Inputs:
         return copied(self, real)
 
     @property
+    def is_meta(self) -> bool:
+        return all(t.device.type == "meta" for t in tensors_in((self.args, self.kwargs)))
+
+    @property
     def shapes(self) -> str:
         return ", ".join(str(tuple(t.shape)) for t in tensors_in((self.args, self.kwargs))) or "none"
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 import warnings
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -157,7 +157,7 @@ def _uses_global_generators(model: nn.Module) -> bool:
 
 # Modules and classes --------------------------------------------------------------------------------------------------
 
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _LIBRARIES = ("torch", "torchvision", "numpy", "builtins", "collections", "typing", "timm", "math", "functools")
 
 
@@ -205,13 +205,10 @@ class _SavedState:
     def _save(self, value: Any, depth: int) -> None:
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
-        if type(value) in _CONTAINERS or (isinstance(value, _CONTAINERS) and not hasattr(value, "__torch_dispatch__")):
+        if type(value) in _CONTAINERS:  # one of a class of the user's may do anything when it is looked into
             if id(value) in self.containers or len(value) > 10_000:
                 return
-            kind = type(value)
-            if kind not in _CONTAINERS and not isinstance(value, dict):
-                return
-            self.containers[id(value)] = (value, dict(value) if isinstance(value, dict) else kind(value))
+            self.containers[id(value)] = (value, value.copy())
             if depth:
                 for item in value.values() if isinstance(value, dict) else value:
                     self._save(item, depth - 1)

@@ -21,6 +21,7 @@ from .operations import read
 from .placement import Place, place
 from .record import NeedsValues, Record, record
 from .splice import SpliceError
+from .undo import strip
 
 __all__ = ["Surgery", "SurgerySite", "plan_surgery", "record_of"]
 
@@ -79,13 +80,16 @@ def plan_surgery(model: nn.Module, placement: str, example_inputs: Any, choose: 
     return Surgery(runs.inputs, runs.evaluation, sites, skipped, found.attended)
 
 
-def record_of(model: nn.Module, inputs: Inputs | None = None) -> Record:
-    """The record of a model in eval mode.
+def record_of(model: nn.Module, inputs: Inputs | None = None, *, without_se: bool = False) -> Record:
+    """The record of a model in eval mode, or of the network that it was before its retrofit.
 
     Raises:
         RetrofitError: the model can't be copied, or run on the inputs.
     """
     with isolated(model), _disable_current_modes():
+        if without_se:
+            model = copied(model, on_meta if inputs is not None and inputs.is_meta else on_cpu, independent=True)
+            strip(model)
         return read(_Runs.find(model, inputs, evaluation_only=True).evaluation)
 
 
@@ -208,6 +212,7 @@ class _Fitting:
     options: dict[Place, _Options] = field(default_factory=dict)
     extra: dict[Edit, list[Edit]] = field(default_factory=dict)  # for a site: the edits for training
     blamed: set[type] = field(default_factory=set)
+    last_blamed: tuple[int, list[Place]] | None = None
 
     def run(self) -> list[SurgerySite]:
         self.options = {place: _Options.of(place) for place in self.places}
@@ -245,11 +250,9 @@ class _Fitting:
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
         modules = {}
         for site in sites:
-            device = "meta" if self.runs.convert is on_meta else "cpu"
-            se = SEAttention(
-                site.place.channels, site.place.channels, gate="identity", channel_dim=site.place.op.channel_dim or 1,
-                device=device, dtype=site.place.op.dtype,
-            ).requires_grad_(False)  # fmt: skip
+            se = _trial(site.place.channels, site.place)
+            if self.runs.convert is on_cpu:
+                se.to_empty(device="cpu").init_weights(torch.Generator())
             for edit in site.edits:
                 modules[edit] = (site.path, se)
         apply_edits(copy, modules)
@@ -299,11 +302,22 @@ class _Fitting:
 
     def blame(self, index: int, before: Record, sites: list[SurgerySite]) -> None:
         """Leave out the block at which the retrofitted network did something else; at the second, all of its class."""
-        op = before.ops[index]
-        places = [(site, place) for site in sites for place in site.places]
-        around = [p for p in places if p[1].call.path and op.call.path.startswith(p[1].call.path)]
+        again = self.last_blamed is not None and self.last_blamed[0] == index
+        if self.last_blamed is not None and again:  # it was not that block: the next one, then
+            for place in self.last_blamed[1]:
+                self.places.append(place)
+                del self.skipped[place.block]
+        places = sorted(((s, p) for s in sites for p in s.places), key=lambda pair: pair[1].op.index)
+        around = [p for p in places if p[1].call.path and p[1].call.start <= index < p[1].call.end]
+        earlier = [p for p in places if p[1].op.index < index]
         later = [p for p in places if p[1].op.index >= index]
-        site, _ = max(around, key=lambda p: len(p[1].call.path)) if around else later[0] if later else places[-1]
+        if around and not again:
+            site = max(around, key=lambda p: p[1].call.start)[0]
+        elif earlier and (not again or not later):
+            site = earlier[-1][0]
+        else:
+            site = (later or places)[0][0]
+        self.last_blamed = (index, list(site.places)) if not again else None
         reason = (
             "with SE in it, the network does something else than before: it looks at the class of the block, or at its "
             "children"
@@ -320,7 +334,8 @@ class _Fitting:
         modules = dict(self.runs.evaluation.model.named_modules())
         for site in sites:
             trial = copied(modules[site.edits[0].holder], on_meta, independent=True)
-            alone = {replace(e, holder=""): ("se", SEAttention(2)) for e in site.edits if e.form != "graph"}
+            se = _trial(2, site.place)
+            alone = {replace(e, holder=""): ("se", se) for e in site.edits if e.form != "graph"}
             try:
                 apply_edits(trial, alone)
             except SpliceError as error:
@@ -338,3 +353,11 @@ class _Fitting:
         if place in self.places:
             self.places.remove(place)
             self.skipped[place.block] = reason
+
+
+def _trial(channels: int, place: Place) -> SEAttention:
+    """An SE module to be run on a copy."""
+    se = SEAttention(
+        channels, channels, gate="identity", channel_dim=place.op.channel_dim or 1, dtype=place.op.dtype, device="meta"
+    )
+    return se.requires_grad_(False)

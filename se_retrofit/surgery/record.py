@@ -63,7 +63,8 @@ class Op:
         args: what it takes beside them, with None in the place of tensors.
         shape, dtype: of its output; the shape is None where that is no tensor.
         call: the innermost call of a module in which it happens; a module that counts as one operation has none.
-        module, path: that module, and its path in the model.
+        module, path: that module, and its path in the model; of a "param", the path of the parameter or buffer.
+        target: the overload of the ATen operation.
         where: in which frames of the calling module's own methods it was made.
         inplace: it changes its first input.
 
@@ -85,6 +86,7 @@ class Op:
     path: str | None = None
     where: Where = ()
     inplace: bool = False
+    target: Any = None
     role: str = ""
     conv: Conv | None = None
     channel_dim: int | None = None
@@ -129,6 +131,7 @@ class Call:
         inputs, outputs: the operations whose tensors it was given and returned.
         returned: the operation whose tensor is all that it returned, if that is one tensor.
         where: in which frames of the calling module's own methods it was called.
+        passes: the modules that it called to no effect (``nn.Identity``), each with the value that was passed.
     """
 
     module: nn.Module
@@ -141,6 +144,7 @@ class Call:
     returned: Op | None = None
     end: int = 0
     children: list[Call] = field(default_factory=list)
+    passes: list[tuple[Op, nn.Module, str]] = field(default_factory=list)
 
     @property
     def mask(self) -> int:
@@ -221,6 +225,9 @@ class _Recorder(TorchDispatchMode):
         self.by_storage: dict[int, list[Tensor]] = {}
         self.paths = {id(m): path for path, m in result.model.named_modules()}
         self.later: dict[int, tuple[Any, ...]] = {}  # second outputs, operations once something takes them
+        self.tensor_paths = {
+            id(t): path for path, t in (*result.model.named_parameters(), *result.model.named_buffers())
+        }
         self.stack: list[Call] = []
         self.one: nn.Module | None = None  # the module being run that counts as one operation
         self.one_inputs: tuple[Op, ...] = ()
@@ -276,8 +283,9 @@ class _Recorder(TorchDispatchMode):
         for tensor in tensors_in(output):
             before = self.known.get(id(tensor))
             changed = id(tensor) in self.changed
-            if before is not None and not changed and before in self.one_inputs:
-                continue  # it returned what it was given
+            if before is not None and not changed and before in self.one_inputs:  # it returned what it was given
+                call.passes.append((before, module, self.paths[id(module)]))
+                continue
             recipe = getattr(type(module), "se_recipe", None)
             name = type(module).__name__ if recipe is None else recipe.base.__name__
             op = self.new_op(name, self.one_inputs, (), tensor, where)
@@ -312,7 +320,7 @@ class _Recorder(TorchDispatchMode):
         outputs = tensors_in(output)
         for tensor in (outputs if role_of(name) == "part" else outputs[:1]) or written:
             op = self.new_op(name, operations, plain, tensor, where)
-            op.inplace = any(tensor is t for t in written)
+            op.target, op.inplace = func, any(tensor is t for t in written)
             self.keep(tensor, op)
         for tensor in outputs[1:]:  # a norm's statistics, a pool's indices: hardly ever used
             if id(tensor) not in self.known:
@@ -342,7 +350,9 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def needs(self, error: Exception) -> Exception:
-        self.needed_values = self.needed_values or error
+        """Note that values were asked for, even if the model's code catches the error; others it would meet with values, too."""
+        if isinstance(error, (NeedsValues, NotImplementedError)) or "meta" in str(error).lower():
+            self.needed_values = self.needed_values or error
         return error
 
     # Values
@@ -370,7 +380,9 @@ class _Recorder(TorchDispatchMode):
                 found = self.new_op(*self.later[id(tensor)][1:], tensor, ())
             elif found is None:
                 call = self.stack[-1] if self.stack else Call(self.result.model, "", None, 0)
-                found = Op(len(self.result.ops), "input" if not self.stack else "param", (), (), tensor.shape, tensor.dtype, call)
+                name = "input" if not self.stack else "param"
+                found = Op(len(self.result.ops), name, (), (), tensor.shape, tensor.dtype, call)
+                found.path = self.tensor_paths.get(id(tensor))
                 self.result.ops.append(found)
             self.keep(tensor, found)
         return found
