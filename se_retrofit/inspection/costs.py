@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..attention import SEAttention, squeeze
-from ..rehearsal import rehearse_call
-from ..removal import strip
+from ..attention import SEAttention
+from ..surgery.copying import copied, on_cpu, on_meta
+from ..surgery.isolation import isolated
+from ..surgery.record import Record
+from ..surgery.undo import strip
 from .graphs import Inspection, batch_size
 
 __all__ = ["Costs", "SiteCost", "costs"]
@@ -53,40 +55,42 @@ class Costs:
 
 def costs(inspection: Inspection) -> Costs:
     """Count the multiply-adds of an inspected model, for one input of the kind that it was inspected with."""
-    root = inspection.rehearsal.root
-    batch = batch_size(root.args)
+    record = inspection.record
+    batch = batch_size(record)
     sites: dict[str, SiteCost] = {}
-    for call in root.walk():
-        if isinstance(call.module, SEAttention):
-            se, x = call.module, call.args[0]
-            rows = squeeze(x, se.channel_dim).numel() // se.channel
-            known = sites.get(call.path, SiteCost(0, 0, tuple(x.shape[1:])))
-            sites[call.path] = SiteCost(
+    for op in record.ops:
+        if isinstance(op.module, SEAttention) and op.path is not None:
+            se, values = op.module, math.prod(op.shape)
+            rows = op.shape[0] if op.dim > -se.channel_dim or se.channel_dim > 0 else 1
+            known = sites.get(op.path, SiteCost(0, 0, tuple(op.shape[1:])))
+            sites[op.path] = SiteCost(
                 known.excitation + rows * 2 * se.channel * se.hidden // batch,
-                known.squeeze_scale + x.numel() // batch,
+                known.squeeze_scale + values // batch,
                 known.shape,
             )
-    before = after = None
-    if inspection.rehearsal.broke_off is None:
-        before = _count(inspection.model, root.args, root.kwargs, strip)
-        after = _count(inspection.model, root.args, root.kwargs, None)
+    before = _count(inspection.model, record, strip)
+    after = _count(inspection.model, record, None)
     return Costs(
         None if before is None else before // batch,
         None if after is None else after // batch,
         sites,
-        _describe(root.args),
+        _describe((*record.inputs.args, *record.inputs.kwargs.values())),
     )
 
 
-def _count(model: nn.Module, args: Any, kwargs: Any, prepare: Callable[[nn.Module], None] | None) -> int | None:
-    for context in (nullcontext(), torch.device("meta")):
+def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None] | None) -> int | None:
+    """The multiply-adds of one more run like the recorded one."""
+    inputs = record.inputs
+    with isolated(model), _disable_current_modes():
+        copy = copied(model, on_meta if inputs.is_meta else on_cpu, independent=True).eval()
+        if prepare is not None:
+            prepare(copy)
         try:
-            with context, FlopCounterMode(display=False) as counter:
-                rehearse_call(model, args, kwargs, prepare)
-            return counter.get_total_flops() // 2
-        except (RuntimeError, NotImplementedError):
-            continue
-    return None
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+                copy(*inputs.args, **inputs.kwargs)
+        except (RuntimeError, NotImplementedError):  # the record may mix tensors of meta and of the CPU; a plain run not
+            return None
+    return counter.get_total_flops() // 2
 
 
 def _describe(args: tuple[Any, ...]) -> str:

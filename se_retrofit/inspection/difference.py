@@ -1,26 +1,31 @@
-"""A block's code before and after its retrofit, as a unified diff."""
+"""A block's source before and after its retrofit, as a unified diff: its author's own, and the lines that changed."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
+from dataclasses import dataclass
 from typing import IO, Any
 
-from torch import nn
+from torch import fx, nn
 
 from ..errors import RetrofitError
-from .graphs import BlockPair, code_of, find_block, inspect_model
+from ..surgery.copying import copied, on_meta
+from ..surgery.derived import RetrofittedBlock
+from ..surgery.methods import unwrapped
+from ..surgery.undo import strip
+from .graphs import BlockPair, class_name, find_block, inspect_model
 from .lines import Line, show
 
-__all__ = ["difference", "difference_lines", "print_difference"]
+__all__ = ["ChangedSource", "difference", "difference_lines", "print_difference", "sources"]
 
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
 def difference(model: nn.Module, block: str, *, example_inputs: Any = None) -> str:
-    """A unified diff of a block's code, from that of its original class to what it is now.
+    """A unified diff of a block's source, from its author's to what it is now.
 
-    Both are generated from graphs that were traced in the same way, one from the block's original class and one from
-    the retrofitted block; so whatever differs between them is in the diff, SE or not.
+    Where SE stands in an ``nn.Sequential``, the diff is of its elements; in a GraphModule, of its generated code.
 
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
@@ -28,8 +33,7 @@ def difference(model: nn.Module, block: str, *, example_inputs: Any = None) -> s
         example_inputs: a tensor or a tuple of positional inputs; without it, as in ``add_se``.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in or no such block, the block can't be traced, or the
-            model can't be run on the inputs.
+        RetrofitError: the model has no SE that ``add_se`` put in or no such block, or it can't be run on the inputs.
         TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
 
     Example:
@@ -37,10 +41,11 @@ def difference(model: nn.Module, block: str, *, example_inputs: Any = None) -> s
         >>> from se_retrofit import add_se
         >>> from se_retrofit.inspection import difference
         >>> print(difference(add_se(timm.create_model("resnet18")), "layer1.0"))  # doctest: +ELLIPSIS
-        --- layer1.0, BasicBlock
-        +++ layer1.0, BasicBlock with SE
+        --- layer1.0, BasicBlock.forward
+        +++ layer1.0, BasicBlock.forward with SE
         ...
-        +    se_attention = self.se_attention(bn2)
+        -        x = self.bn2(x)
+        +        x = self.se_attention(self.bn2(x))
         ...
     """
     return "\n".join(difference_of(find_block(inspect_model(model, example_inputs), block)))
@@ -56,12 +61,85 @@ def print_difference(model: nn.Module, block: str, *, example_inputs: Any = None
 
 def difference_of(pair: BlockPair) -> list[str]:
     """The lines of the diff of an inspected block."""
-    if pair.before is None or pair.after is None:
-        raise RetrofitError(f"block {pair.path or '(model)'} has no graph: {pair.failure}")
-    name = f"{pair.path or '(model)'}, {pair.cls}"
-    return list(
-        difflib.unified_diff(code_of(pair.before), code_of(pair.after), name, f"{name} with SE", n=3, lineterm="")
-    )
+    lines: list[str] = []
+    for source in sources(pair):
+        before = "".join(source.before).expandtabs().splitlines()
+        after = "".join(source.after).expandtabs().splitlines()
+        lines += difflib.unified_diff(before, after, source.name, f"{source.name} with SE", n=3, lineterm="")
+    return lines
+
+
+@dataclass(frozen=True)
+class ChangedSource:
+    """One method (or container) of a block, as lines before and after."""
+
+    name: str
+    before: list[str]
+    after: list[str]
+
+
+def sources(pair: BlockPair) -> list[ChangedSource]:
+    """The methods that the SE modules of a block are called in."""
+    found: list[ChangedSource] = []
+    for holder in dict.fromkeys(_holder(pair, site.path) for site in pair.sites):
+        module = pair.root.get_submodule(holder)
+        title = f"{holder or '(model)'}, {class_name(module)}"
+        if isinstance(module, RetrofittedBlock):
+            found += _of_class(type(module), title)
+        elif isinstance(module, fx.GraphModule):
+            bare = copied(module, on_meta, independent=True)
+            strip(bare)
+            found.append(ChangedSource(title, _lines(bare.code), _lines(module.code)))
+        else:
+            bare = copied(module, on_meta, independent=True)
+            strip(bare)
+            found.append(ChangedSource(title, _lines(_elements(bare)), _lines(_elements(module))))
+    return found
+
+
+def _holder(pair: BlockPair, path: str) -> str:
+    """The module whose source calls an SE module: the one that holds it, or a GraphModule around that."""
+    holder = path.rpartition(".")[0]
+    while True:
+        module = pair.root.get_submodule(holder)
+        if isinstance(module, (RetrofittedBlock, fx.GraphModule)) or not holder:
+            return holder
+        outer = holder
+        while outer and not isinstance(pair.root.get_submodule(outer), fx.GraphModule):
+            outer = outer.rpartition(".")[0]
+        return outer if isinstance(pair.root.get_submodule(outer), fx.GraphModule) else holder
+
+
+def _of_class(cls: Any, title: str) -> list[ChangedSource]:
+    recipe = cls.se_recipe
+    found = []
+    for owner, method in dict.fromkeys((s.owner, s.method) for s in recipe.splices):
+        before = unwrapped(vars(owner)[method])
+        after = next(
+            f for c in cls.__mro__ if (f := unwrapped(vars(c).get(method))) and f.__code__.co_filename.startswith("<se_")
+            and f.__qualname__ == before.__qualname__
+        )
+        found.append(
+            ChangedSource(f"{title}.{method}", inspect.getsourcelines(before)[0], inspect.getsourcelines(after)[0])
+        )
+    if recipe.returned:
+        call = "super().forward(*args, **kwargs)"
+        head = "def forward(self, *args, **kwargs):\n"
+        found.append(
+            ChangedSource(
+                f"{title}.forward", [head, f"    return {call}\n"], [head, f"    return self.{recipe.returned}({call})\n"]
+            )
+        )
+    return found
+
+
+def _elements(module: nn.Module) -> str:
+    rows = [f"    ({name}): {class_name(child)}({child.extra_repr()})" for name, child in module.named_children()]
+    return "\n".join([f"{class_name(module)}(", *rows, ")"])
+
+
+def _lines(text: str) -> list[str]:
+    return text.strip("\n").splitlines(keepends=True)
 
 
 def difference_lines(pair: BlockPair) -> list[Line]:

@@ -168,20 +168,20 @@ def _caption(group: list[BlockPair]) -> str:
 
 
 def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, prefix: str) -> None:
-    items = block.items
+    given = block.graph.find_nodes(op="placeholder")
+    several = given if len(given) > 2 else []  # a list of feature maps is drawn as one input
     labelled: set[fx.Node] = set()
     for node in block.graph.nodes:
-        if node in items:
+        if node in several[1:]:
             continue
         name = prefix + node.name
         _draw_node(drawing, block, node, name)
         shapes: dict[fx.Node, list[str]] = {}
-        for source in node.all_input_nodes:  # a list of feature maps is drawn as one arrow
-            origin = source.args[0] if source in items else source
-            assert isinstance(origin, fx.Node)
+        for source in node.all_input_nodes:
+            origin = several[0] if source in several else source
             shapes.setdefault(origin, []).append(block.shape(source).replace("x", "\u00d7"))
-        for origin, given in shapes.items():
-            shape = ", ".join(given[:2]) + (", ..." if len(given) > 2 else "")
+        for origin, flowing in shapes.items():
+            shape = ", ".join(flowing[:2]) + (", ..." if len(flowing) > 2 else "")
             touches_se = isinstance(block.modules.get(node), SEAttention) or isinstance(
                 block.modules.get(origin), SEAttention
             )
@@ -203,8 +203,7 @@ def _draw_node(drawing: graphviz.Digraph, block: BlockGraph, node: fx.Node, name
         label = f"{node.target}\n{describe(module)}".replace("->", "→")
         drawing.node(name, graphviz.escape(label), fillcolor=_FILLS[_role(module, kind)])
     elif node.op in ("placeholder", "output"):
-        given = "" if str(node.target).lstrip("*") == "input" else f" {node.target}"
-        words = f"input{given}" if node.op == "placeholder" else "output"
+        words = f"input {node.name}" if node.op == "placeholder" else "output"
         drawing.node(name, graphviz.escape(words), shape="oval", fillcolor="#ffffff")
     elif kind in _JOINS:
         symbol = {"+=": "+", "*": "\u00d7", "*=": "\u00d7", "concat": "cat"}.get(kind, kind)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError
-from ..rehearsal import untouched_randomness
-from ..removal import is_retrofitted
 from ..retrofit import plan_of
+from ..surgery.undo import is_retrofitted
 from .lines import aligned
 
 if TYPE_CHECKING:
@@ -309,7 +308,7 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         for path, se in ses.items():
             hooks += listen(path, se)
         model.eval()
-        with torch.no_grad(), untouched_randomness():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for batch in islice(loader, max_batches):
                 data, labels = _parted(batch)
                 inputs += len(data)

@@ -141,7 +141,7 @@ def _block(inspection: Inspection, group: list[BlockPair]) -> dict[str, Any]:
             {"text": line, "cls": "head" if line[:3] in ("+++", "---") else marks.get(line[:1], "")}
             for line in difference_of(pair)
         ]
-        block["code"] = _lines(source_lines(pair)[1:])
+        block["code"] = _lines(source_lines(pair))
     return block
 
 

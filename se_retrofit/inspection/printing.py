@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any
@@ -10,18 +11,15 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from ..attention import SEAttention
-from ..derived import RetrofittedBlock
+from .difference import sources
 from .graphs import (
     BlockPair,
     Inspection,
     class_name,
-    code_of,
     describe,
     find_block,
     inspect_model,
-    is_se_line,
     join,
-    tidy,
 )
 from .lines import Line, aligned, show
 
@@ -159,7 +157,7 @@ def headline(pair: BlockPair) -> list[Line]:
 
 
 def block_lines(pair: BlockPair) -> list[Line]:
-    """One block's graph as a table, and its code."""
+    """One block's graph as a table, and its source."""
     lines = headline(pair)
     if pair.calls > 1:
         lines.append(Line(f"called {pair.calls} times in a forward; the shapes are the first call's"))
@@ -193,13 +191,11 @@ class _Name(str):
 
 
 def source_lines(pair: BlockPair) -> list[Line]:
-    """The generated forward of a block whose class has one, else the code of its graph."""
-    assert pair.after is not None
-    if isinstance(pair.module, RetrofittedBlock) and pair.module.se_how == "rewrite":
-        heading, code = (
-            "the forward that was generated:",
-            [tidy(line) for line in pair.module.se_source.strip().splitlines()],
-        )
-    else:
-        heading, code = "its graph as code:", code_of(pair.after)
-    return [Line(heading, style="bold"), *(Line(line, is_se_line(line, pair)) for line in code)]
+    """The source that calls the SE modules of a block: its author's, with the calls marked."""
+    lines: list[Line] = []
+    for source in sources(pair):
+        lines.append(Line(f"{source.name}:", style="bold"))
+        unchanged = set(source.before)
+        shown = textwrap.dedent("".join(source.after)).splitlines()
+        lines += [Line(text, line not in unchanged) for line, text in zip(source.after, shown, strict=True)]
+    return lines

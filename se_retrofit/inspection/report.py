@@ -28,9 +28,9 @@ class Row:
         path: of the SE module.
         block, cls, kind: path of the block, its class before the retrofit, and what it is ("residual", "dense", ...).
         after, before: what in the block gives the value that SE scales, and what takes it.
-        shape: of that value, without the batch; () where the rehearsal did not get there.
+        shape: of that value, without the batch; () where it is not called on these inputs.
         channels, hidden, parameters: of the SE module.
-        excitation, squeeze_scale: its multiply-adds (see ``costs``); None where the rehearsal did not get there.
+        excitation, squeeze_scale: its multiply-adds (see ``costs``); None where it is not called on these inputs.
     """
 
     path: str
@@ -58,8 +58,8 @@ class Report:
 
     Attributes:
         model: name of the model's class.
-        rows: a row a site.
-        skipped: the blocks that were left out, with reasons.
+        rows: one row per site.
+        skipped: the blocks that were skipped, with reasons.
         options: the options of the retrofit.
         parameters_before, parameters_after: of the whole network.
         trainable_before, trainable_after: how many of them require a gradient now, without SE's and with them.
@@ -168,7 +168,7 @@ class Report:
         if self.skipped:
             lines += [
                 "",
-                f"left as they are: {len(self.skipped)}",
+                f"skipped: {len(self.skipped)}",
                 *(f"  {s.block or '(model)'}: {s.reason}" for s in self.skipped),
             ]
         return "\n".join(lines)
@@ -200,7 +200,7 @@ class Report:
         for heading, text in self.summary():
             yield Text.assemble((f"{heading:<19}", "bold"), text)
         if self.skipped:
-            yield Text(f"\nleft as they are: {len(self.skipped)}", style="bold")
+            yield Text(f"\nskipped: {len(self.skipped)}", style="bold")
             for skip in self.skipped:
                 yield Text.assemble(f"  {skip.block or '(model)'}: ", (skip.reason, "dim"))
 
