@@ -473,9 +473,9 @@ def _covers_its_input(conv: Op) -> bool:
 
 
 def is_prediction(record: Record, projection: Op) -> bool:
-    """Whether a projection is what a head predicts: no layer of any kind comes behind it."""
+    """Whether a projection is what a head predicts: no layer with weights comes behind it."""
     return not any(
-        op.ancestors & projection.bit and op.role in ("conv", "linear", "norm", "act", "add")
+        op.ancestors & projection.bit and op.role in ("conv", "linear", "norm")
         for op in record.ops[projection.index + 1 :]
     )
 

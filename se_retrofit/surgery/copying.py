@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import RetrofitError
+from .isolation import untouched_randomness
 
 __all__ = ["copied", "on_cpu", "on_meta"]
 
@@ -83,7 +84,8 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
                 "the model has lazy parameters, whose shapes are not known yet: call the model once, then retrofit it"
             )
     if convert is None:
-        return _copied(value, independent)
+        with untouched_randomness():  # a __deepcopy__ may build anew, and so draw weights
+            return _copied(value, independent)
     with torch.utils._python_dispatch._disable_current_modes(), _Converted(convert):
         return _copied(value, independent)
 
@@ -91,33 +93,37 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
 def _copied(value: T, independent: bool) -> T:
     modules = list(value.modules()) if isinstance(value, nn.Module) else []
     given: dict[int, Any] = {}  # what the copy is to hold in the place of an object
+    if any(_copies_itself(m) if independent else _answers_anything(m) for m in modules):
+        given = {id(m): type(m).__new__(type(m)) for m in modules if _copies_itself(m) or _answers_anything(m)}
+    forced = [m for m in modules if id(m) in given]
     try:
-        result, memo = _deep_copy(value, modules, given, independent)
+        result, memo = _deep_copy(value, modules, given, independent, forced)
     except Exception as error:
         if not independent:
             raise RetrofitError(
                 f"the model ({type(value).__name__}) can't be copied: copy.deepcopy raised {type(error).__name__}: {error}. "
                 "Retrofit it in place: add_se(model, ..., inplace=True)"
             ) from error
-        given = _what_cannot_be_copied(modules)
-        forced = [m for m in modules if _copies_itself(m)]
-    else:
-        forced = _shared(modules, result)
-    if given or forced:
-        given.update({id(module): type(module).__new__(type(module)) for module in forced})
-        result, memo = _deep_copy(value, modules, given, independent)
-        for module in forced:
-            vars(memo[id(module)]).update(copy.deepcopy(vars(module), memo))
+        given.update(_what_cannot_be_copied(modules))
+        result, memo = _deep_copy(value, modules, given, independent, forced)
+    shared = _shared(modules, result)
+    if shared:
+        forced += shared
+        given.update({id(module): type(module).__new__(type(module)) for module in shared})
+        result, memo = _deep_copy(value, modules, given, independent, forced)
     _point_weak_references(modules, memo)
     return result
 
 
 def _deep_copy(
-    value: T, modules: list[nn.Module], given: dict[int, Any], independent: bool
+    value: T, modules: list[nn.Module], given: dict[int, Any], independent: bool, forced: list[nn.Module]
 ) -> tuple[T, dict[int, Any]]:
     memo = dict(given)
     functions = _with_empty_cells(modules, memo) if independent else []
     result = copy.deepcopy(value, memo)
+    for module in forced:  # copied by us, whatever its class says
+        vars(memo[id(module)]).clear()
+        vars(memo[id(module)]).update({k: copy.deepcopy(v, memo) for k, v in vars(module).items()})
     for original, new in functions:
         for before, after in zip(original.__closure__, new.__closure__, strict=True):
             after.cell_contents = _copied_or_shared(before, memo)
@@ -135,6 +141,12 @@ def _shared(modules: list[nn.Module], result: Any) -> list[nn.Module]:
 def _copies_itself(module: nn.Module) -> bool:
     own = any("__deepcopy__" in vars(cls) for cls in type(module).__mro__)
     return own and not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
+
+
+def _answers_anything(module: nn.Module) -> bool:
+    """Whether a module claims to have any attribute, ``__deepcopy__`` among them."""
+    own = any("__deepcopy__" in vars(cls) for cls in type(module).__mro__)
+    return not own and getattr(module, "__deepcopy__", None) is not None
 
 
 def _values(module: nn.Module) -> Iterator[Any]:

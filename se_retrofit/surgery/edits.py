@@ -54,7 +54,7 @@ def ways(place: Place) -> Iterator[Edit | SpliceError]:
         yield from _at_users(place.call, place.op, place.users)
         return
     if place.kind == "rep-sum":  # the sum may be fused into one convolution later: a module behind it sees either
-        for op, module, path in place.call.passes:
+        for op, module, path in reversed(place.call.passes):
             if op is place.op:
                 yield from _as_returned(path, module)
     yield from _at_value(place.call, place.op)

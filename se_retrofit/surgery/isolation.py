@@ -14,7 +14,7 @@ import threading
 import types
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,19 +22,30 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["PrivateRandomness", "isolated"]
+__all__ = ["PrivateRandomness", "isolated", "untouched_randomness"]
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
-    """Leave the modules and classes that a model's code lives in, and the warning filters, as they are."""
+def isolated(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Leave the modules and classes that a model's code lives in, and the warning filters, as they are. What it gives puts
+    them back at once, so that one run does not see what another has left."""
     saved = _SavedState(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            yield saved.restore
     finally:
         saved.restore()
+
+
+@contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Set the global generators back, as far as no other thread can have drawn from them."""
+    before, alone = _global_states(), threading.active_count() == 1
+    try:
+        yield
+    finally:
+        _set_back(before, alone)
 
 
 # Random numbers -------------------------------------------------------------------------------------------------------

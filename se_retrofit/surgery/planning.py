@@ -70,8 +70,8 @@ def plan_surgery(model: nn.Module, placement: str, example_inputs: Any, choose: 
     Raises:
         RetrofitError: the model can't be copied, or run on the inputs.
     """
-    with isolated(model), _disable_current_modes():
-        runs = _Runs.find(model, example_inputs)
+    with isolated(model) as clean, _disable_current_modes():
+        runs = _Runs.find(model, example_inputs, clean)
         found = place(read(runs.evaluation), placement)
         skipped = dict(found.skipped)
         places = choose(found.places, skipped)
@@ -86,11 +86,11 @@ def record_of(model: nn.Module, inputs: Inputs | None = None, *, without_se: boo
     Raises:
         RetrofitError: the model can't be copied, or run on the inputs.
     """
-    with isolated(model), _disable_current_modes():
+    with isolated(model) as clean, _disable_current_modes():
         if without_se:
             model = copied(model, on_meta if inputs is not None and inputs.is_meta else on_cpu, independent=True)
             strip(model)
-        return read(_Runs.find(model, inputs, evaluation_only=True).evaluation)
+        return read(_Runs.find(model, inputs, clean, evaluation_only=True).evaluation)
 
 
 # Running a copy -------------------------------------------------------------------------------------------------------
@@ -103,13 +103,16 @@ class _Runs:
     model: nn.Module
     inputs: Inputs
     convert: Callable[[torch.Tensor], torch.Tensor]
+    clean: Callable[[], None]
     evaluation: Record
     training: Record | None = None
 
     @classmethod
-    def find(cls, model: nn.Module, example_inputs: Any, evaluation_only: bool = False) -> _Runs:
+    def find(
+        cls, model: nn.Module, example_inputs: Any, clean: Callable[[], None], evaluation_only: bool = False
+    ) -> _Runs:
         """Record a model on the inputs given, or on the first that go through: on meta, or where the run asks for values,
-        on a copy that has them."""
+        on a copy that has them. ``clean`` puts back what a run has left outside of the copy."""
         first_error: str | None = None
         copy = copied(model, on_meta, independent=True)
         given = example_inputs is not None
@@ -117,11 +120,11 @@ class _Runs:
         for tried, inputs in enumerate(candidates):
             try:
                 copy = copied(model, on_meta, independent=True) if tried == 1 else copy
-                runs = cls._run(model, copy, inputs.on_meta(), inputs, on_meta, evaluation_only)
+                runs = cls._run(model, copy, inputs.on_meta(), inputs, on_meta, clean, evaluation_only)
             except NeedsValues:
                 values = inputs.with_values(torch.Generator().manual_seed(0))
                 copy_with_values = copied(model, on_cpu, independent=True)
-                runs = cls._run(model, copy_with_values, values, inputs, on_cpu, evaluation_only)
+                runs = cls._run(model, copy_with_values, values, inputs, on_cpu, clean, evaluation_only)
             if runs.evaluation.broke_off is None:
                 return runs
             first_error = first_error or runs.evaluation.broke_off
@@ -140,9 +143,11 @@ class _Runs:
 
     @classmethod
     def _run(
-        cls, model: nn.Module, copy: nn.Module, inputs: Inputs, given: Inputs, convert: Any, evaluation_only: bool
-    ) -> _Runs:
-        runs = cls(model, given, convert, _evaluated(copy, inputs))
+        cls, model: nn.Module, copy: nn.Module, inputs: Inputs, given: Inputs, convert: Any, clean: Callable[[], None],
+        evaluation_only: bool,
+    ) -> _Runs:  # fmt: skip
+        clean()
+        runs = cls(model, given, convert, clean, _evaluated(copy, inputs))
         if not evaluation_only and runs.evaluation.broke_off is None:
             runs.training = _trained(copy, inputs)
         return runs
@@ -151,6 +156,7 @@ class _Runs:
         """The same runs of a new copy that ``prepare`` has changed."""
         copy = copied(self.model, self.convert, independent=True)
         prepare(copy)
+        self.clean()
         inputs = self.evaluation.inputs
         return _evaluated(copy, inputs), None if self.training is None else _trained(copy, inputs)
 

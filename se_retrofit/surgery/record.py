@@ -224,6 +224,7 @@ class _Recorder(TorchDispatchMode):
         self.kept: list[Tensor] = []  # ids are of living tensors
         self.by_storage: dict[int, list[Tensor]] = {}
         self.paths = {id(m): path for path, m in result.model.named_modules()}
+        self.stale: dict[int, tuple[str, tuple[Op, ...]]] = {}  # tensors whose data was changed under another name
         self.later: dict[int, tuple[Any, ...]] = {}  # second outputs, operations once something takes them
         self.tensor_paths = {
             id(t): path for path, t in (*result.model.named_parameters(), *result.model.named_buffers())
@@ -281,7 +282,7 @@ class _Recorder(TorchDispatchMode):
         call = self.stack[-1]
         where = _frames(call, 1)
         for tensor in tensors_in(output):
-            before = self.known.get(id(tensor))
+            before = self.op_of(tensor) if id(tensor) in self.known else None
             changed = id(tensor) in self.changed
             if before is not None and not changed and before in self.one_inputs:  # it returned what it was given
                 call.passes.append((before, module, self.paths[id(module)]))
@@ -370,10 +371,13 @@ class _Recorder(TorchDispatchMode):
             if key:
                 self.by_storage.setdefault(key, []).append(tensor)
         self.known[id(tensor)] = op
+        self.stale.pop(id(tensor), None)
 
     def op_of(self, tensor: Tensor) -> Op:
         """The operation that made a tensor; a tensor that came from elsewhere is one, too."""
         found = self.known.get(id(tensor))
+        if id(tensor) in self.stale:
+            found = self.known[id(tensor)] = self.new_op(*self.stale.pop(id(tensor)), (), tensor, ())
         if found is None:
             found = self.alias_of(tensor)
             if found is None and id(tensor) in self.later:
@@ -392,7 +396,7 @@ class _Recorder(TorchDispatchMode):
         for other in reversed(self.by_storage.get(_storage(tensor), [])):
             if other.shape == tensor.shape and other.stride() == tensor.stride():
                 if other.storage_offset() == tensor.storage_offset():
-                    return self.known[id(other)]
+                    return self.op_of(other)
         return None
 
     def change_aliases(self, written: list[Tensor], changed: set[int]) -> None:
@@ -406,8 +410,7 @@ class _Recorder(TorchDispatchMode):
                 if other is tensor or id(other) in changed or before is source or before.name == "param":
                     continue
                 whole = other.numel() == tensor.numel()
-                op = self.new_op("alias" if whole else "write", (source,) if whole else (before, source), (), other, ())
-                self.known[id(other)] = op
+                self.stale[id(other)] = ("alias", (source,)) if whole else ("write", (before, source))
 
 
 # torch takes them apart in Python to find the shapes, which takes most of a recording's time.

@@ -82,7 +82,7 @@ def source_of(function: types.FunctionType) -> Source:
         SpliceError: there is none, or it is not what the function was compiled from.
     """
     name = function.__qualname__
-    if next(iter(function.__code__.co_positions()), (None,) * 4)[0] is None or not _has_columns(function.__code__):
+    if not _has_columns(function.__code__):
         raise SpliceError(
             "Python runs without the positions of expressions (-X no_debug_ranges or PYTHONNODEBUGRANGES); run it with them"
         )

@@ -1,0 +1,293 @@
+"""Blocks whose classes do what classes can do."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import threading
+import weakref
+from collections import OrderedDict
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from python_blocks import Block
+from torch import Tensor, nn
+
+REGISTRY: list[type] = []
+CACHE: dict[int, Tensor] = {}
+COUNTS = {"forward": 0}
+
+
+class Registered(Block):
+    instances: ClassVar[int] = 0
+
+    def __init_subclass__(cls, *, name: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        REGISTRY.append(cls)
+
+
+class Named(Registered, name="named"):
+    def forward(self, x):
+        type(self).instances += 1
+        COUNTS["forward"] += 1
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
+class Copies(Block):
+    """Its copy is itself."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
+class KnowsParent(nn.Module):
+    class Child(Block):
+        parent: Any = None
+
+        def forward(self, x):
+            out = self.bn2(self.conv2(self.branch(x) * self.parent().alpha))
+            return x + out
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha = 0.5
+        self.child = self.Child()
+        self.child.parent = weakref.ref(self)
+
+    def forward(self, x):
+        return self.child(x)
+
+    def __getstate__(self):
+        return self.__dict__
+
+
+@functools.lru_cache
+def grid(n: int) -> Tensor:
+    return torch.linspace(-1, 1, n)
+
+
+class Cached(Block):
+    def forward(self, x):
+        n = x.shape[-1]
+        if n not in CACHE:
+            CACHE[n] = torch.ones(n, device=x.device, dtype=x.dtype) * 0.5
+        out = self.bn2(self.conv2(self.branch(x) * CACHE[n] + grid(n).to(x)))
+        return x + out
+
+
+class Yes:
+    def __call__(self, *args):
+        return None
+
+
+class NeverRaises(Block):
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return Yes()
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
+class OddNames(Block):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        self.my_hooks = {"a": 1}
+        self.post_hooks = [0.5]
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x) * self.post_hooks[0] * self.my_hooks["a"]))
+        return x + out
+
+
+class Adapted(Block):
+    """Takes (x,) with two channels too few: a pre-hook adds them."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        self.register_forward_pre_hook(lambda module, args: (F.pad(args[0], (0, 0, 0, 0, 0, channels - args[0].shape[1])),))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
+class Result(NamedTuple):
+    out: Tensor
+    skip: Tensor
+
+
+class NamedResult(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return Result(x + out, x)
+
+
+class DictResult(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return OrderedDict(out=x + out, skip=x)
+
+
+class Children(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.act = nn.ReLU()
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        out = x
+        for child in self.children():
+            out = child(out)
+        return x + out
+
+
+class Sliced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        )
+
+    def forward(self, x):
+        out = self.layers[:3](x)
+        return x + self.layers[3:](out)
+
+
+class Base(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
+class Derived(Base):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Diamond(Derived):
+    def forward(self, x):
+        return super(Derived, self).forward(x) * 2 + super().forward(x)
+
+
+class Explicit(Base):
+    def forward(self, x):
+        return F.relu(Base.forward(self, x))
+
+
+class Private(Block):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        self.__factor = 0.5
+
+    def __scaled(self, x):
+        return self.bn2(self.conv2(x)) * self.__factor
+
+    def forward(self, x):
+        out = self.__scaled(self.branch(x))
+        return x + out
+
+
+def made(factor: float) -> type[Block]:
+    class Made(Block):
+        def forward(self, x):
+            out = self.bn2(self.conv2(self.branch(x)))
+            return x + out * factor
+
+    return Made
+
+
+class Mode(str, enum.Enum):
+    add = "add"
+    scale = "scale"
+
+
+class Defaults(Block):
+    def forward(self, x, mode: Mode = Mode.add, dtype: torch.dtype = torch.float32, *, eps: float = 1e-5):
+        out = self.bn2(self.conv2(self.branch(x))).to(dtype)
+        if mode is Mode.scale:
+            out = out * 0.5
+        return x + out + eps
+
+
+class Keyword(Block):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        self.layers = nn.ModuleDict({"class": nn.Conv2d(channels, channels, 3, padding=1), "in": nn.ReLU()})
+
+    def forward(self, x):
+        out = self.layers["in"](self.layers["class"](x))
+        out = self.bn2(self.conv2(out))
+        return x + out
+
+
+class Locked(Block):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
+class Property(Block):
+    @property
+    def body(self):
+        return nn.Sequential(self.conv1, nn.ReLU(), self.conv2)
+
+    def forward(self, x):
+        out = self.bn2(self.body(x))
+        return x + out
+
+
+class Rebuilt(Block):
+    """Its copy is built anew."""
+
+    def __deepcopy__(self, memo):
+        new = type(self)(self.channels)
+        new.load_state_dict(self.state_dict())
+        new.train(self.training)
+        for name in ("cfg", "state"):
+            setattr(new, name, copy.deepcopy(getattr(self, name), memo))
+        return new
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
+WITHOUT_SOURCE = '''
+class Sourceless(Block):
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return F.relu(self.conv(x))
+'''
+
+
+def sourceless() -> nn.Module:
+    scope = {"Block": Block, "nn": nn, "F": F, "__name__": __name__}
+    exec(compile(WITHOUT_SOURCE, "<string>", "exec"), scope)
+    block = scope["Sourceless"]()
+    block.inner = scope["Inner"]()
+    return block

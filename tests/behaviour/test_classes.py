@@ -1,0 +1,170 @@
+"""Whatever a block's class does, it goes on doing."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import sys
+from pathlib import Path
+
+import class_blocks as blocks
+import pytest
+import torch
+from python_blocks import Block
+from same_behaviour import Net, check
+from torch import nn
+
+from se_retrofit import RetrofitError, add_se, plan_se
+
+SIMPLE = [
+    blocks.Named, blocks.Copies, blocks.Cached, blocks.NeverRaises, blocks.OddNames, blocks.NamedResult, blocks.DictResult,
+    blocks.Children, blocks.Sliced, blocks.Derived, blocks.Explicit, blocks.Private, blocks.Keyword, blocks.Rebuilt,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", SIMPLE, ids=lambda cls: cls.__name__)
+def test_a_class_goes_on_doing_what_it_does(block: type[nn.Module]) -> None:
+    registry, cache, counts = list(blocks.REGISTRY), dict(blocks.CACHE), dict(blocks.COUNTS)
+    instances = blocks.Named.instances
+    add_se(Net(block).eval(), 2, example_inputs=torch.zeros(2, 3, 16, 16))
+    assert blocks.REGISTRY == registry, "a class was registered"
+    assert blocks.COUNTS == counts
+    assert blocks.Named.instances == instances
+    assert blocks.CACHE == cache
+    check(Net(block))
+
+
+def test_weak_references_to_a_parent_point_to_the_copys_own() -> None:
+    model = Net(blocks.KnowsParent).eval()
+    retrofitted = add_se(model, 2)
+    assert retrofitted.block1.child.parent() is retrofitted.block1
+    assert model.block1.child.parent() is model.block1
+    x = torch.randn(2, 3, 9, 9)
+    for network in (model, retrofitted):
+        network.block1.alpha = 2.0
+    assert torch.equal(retrofitted(x), model(x))
+
+
+def test_a_pre_hook_that_adapts_the_input_is_run() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 6, 1)
+            self.block = blocks.Adapted()
+
+        def forward(self, x):
+            return self.block(self.stem(x))
+
+    check(Narrow(), sites=1)
+
+
+def test_a_class_made_in_a_function_keeps_what_it_closes_over() -> None:
+    check(Net(blocks.made(0.25)))
+
+
+@pytest.mark.parametrize("mode", list(blocks.Mode))
+def test_defaults_of_any_type_stay(mode: blocks.Mode) -> None:
+    check(Net(blocks.Defaults), [((mode,), {"eps": 0.1}), ((), {"dtype": torch.float64})])
+
+
+def test_a_model_with_a_lock_is_retrofitted_in_place() -> None:
+    with pytest.raises(RetrofitError, match="can't be copied"):
+        add_se(Net(blocks.Locked))
+    check(Net(blocks.Locked), inplace=True)
+
+
+def test_modules_made_in_a_property_are_run_as_before() -> None:
+    check(Net(blocks.Property))
+
+
+def test_a_module_without_source_returns_its_value_through_se() -> None:
+    model = Net(Block)
+    model.block1, model.block2 = blocks.sourceless(), blocks.sourceless()
+    check(model)
+
+
+def test_two_calls_of_one_parents_forward_are_left_out_with_the_reason_or_right() -> None:
+    model = Net(blocks.Diamond).eval()
+    try:
+        retrofitted = add_se(model, 2)
+    except RetrofitError as error:
+        assert "several times" in str(error)  # noqa: PT017
+        return
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.equal(retrofitted(x), model(x))
+
+
+SOURCE = '''
+import torch.nn.functional as F
+from python_blocks import Block
+
+
+class Edited(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+'''
+
+
+def _imported(path: Path, text: str) -> type[Block]:
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module.Edited
+
+
+def test_a_file_that_was_edited_after_its_import_does_not_change_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "edited_blocks.py"
+    block = _imported(path, SOURCE)
+    path.write_text(SOURCE.replace("return x + out", "return x + out * 100").replace("Block\n", "Block\n\n\n"))
+    model = Net(block).eval()
+    x = torch.randn(2, 3, 9, 9)
+    try:
+        retrofitted = add_se(model, 2)
+    except RetrofitError as error:
+        assert "edited" in str(error)  # noqa: PT017
+    else:
+        assert torch.equal(retrofitted(x), model(x))
+
+
+def test_a_patched_method_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x) * 0.5))
+        return x + out
+
+    monkeypatch.setattr(blocks.Base, "forward", forward)
+    check(Net(blocks.Base))
+
+
+def test_a_pickle_says_so_where_the_source_is_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "pickled_blocks.py"
+    block = _imported(path, SOURCE)
+    data = pickle.dumps(add_se(nn.Sequential(nn.Conv2d(3, 8, 1), block()), 2))
+    assert torch.equal(pickle.loads(data).eval()(x := torch.zeros(1, 3, 9, 9)), pickle.loads(data).eval()(x))
+    _imported(path, SOURCE.replace("return x + out", "return x + out + 1"))
+    with pytest.raises(RetrofitError, match=r"source of pickled_blocks\.Edited\.forward is another one"):
+        pickle.loads(data)
+
+
+def test_quantisation_aware_training_is_kept() -> None:
+    from torch.ao.quantization import get_default_qat_qconfig, prepare_qat
+
+    model = Net(blocks.Base)
+    model.qconfig = get_default_qat_qconfig("fbgemm")
+    prepared = prepare_qat(model.train())
+    x = torch.randn(2, 3, 12, 12)
+    prepared(x)
+    prepared.eval()
+    retrofitted = add_se(prepared, 2)
+    assert len(plan_se(prepared).sites) == 2
+    assert torch.equal(retrofitted(x), prepared(x))
+    for network in (copy.deepcopy(prepared).train(), retrofitted.train()):
+        network(x)
+
+
+test_quantisation_aware_training_is_kept = pytest.mark.filterwarnings("ignore")(test_quantisation_aware_training_is_kept)
