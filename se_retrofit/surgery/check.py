@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..attention import SEAttention
 from .placement import Place
-from .record import Op, Record
+from .record import Call, Op, Record
 
 __all__ = ["Comparison", "compare"]
 
@@ -72,13 +72,26 @@ def _signature(op: Op) -> tuple[object, ...]:
     return op.name, op.shape, op.dtype, op.path, op.call.path, op.inplace
 
 
+def _like(op: Op, places: list[Place], calls: set[Call]) -> bool:
+    """Whether an operation is that of a place in one more call of the module: RAFT's first iteration, whose flow is a constant,
+    is the same block as the others."""
+    if op.call in calls:
+        return False
+    calls.add(op.call)
+    kind = (op.name, op.path, op.call.path, op.channel_dim, op.channels)
+    return any(kind == (p.op.name, p.op.path, p.op.call.path, p.op.channel_dim, p.op.channels) for p in places)
+
+
 def _problem(places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op], after: Record) -> str | None:
     """What is wrong about the calls of one SE module."""
     if not scaled:
         return "its SE would not be called" if places else None
     wanted = {place.op: place for place in places}
+    calls = {place.op.call for place in places}
     for given, se in scaled:
         place = wanted.pop(same[given], None)
+        if place is None and _like(same[given], places, calls):
+            place = places[0]
         if place is None:
             several = same[given] in {p.op for p in places} or len(scaled) > len(places)
             return (

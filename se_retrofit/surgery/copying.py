@@ -92,10 +92,8 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
 
 def _copied(value: T, independent: bool) -> T:
     modules = list(value.modules()) if isinstance(value, nn.Module) else []
-    given: dict[int, Any] = {}  # what the copy is to hold in the place of an object
-    if any(_copies_itself(m) if independent else _answers_anything(m) for m in modules):
-        given = {id(m): type(m).__new__(type(m)) for m in modules if _copies_itself(m) or _answers_anything(m)}
-    forced = [m for m in modules if id(m) in given]
+    forced = [m for m in modules if _answers_anything(m) or (independent and _copies_itself(m))]
+    given = {id(m): type(m).__new__(type(m)) for m in forced}  # what the copy is to hold in the place of an object
     try:
         result, memo = _deep_copy(value, modules, given, independent, forced)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import inspect
 import weakref
@@ -61,6 +62,22 @@ class RetrofittedBlock:
         return _revive, (type(self).se_recipe, function, arguments), *rest
 
 
+def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """For a base that copies itself in a way of its own: its copy of the block without SE, and SE's own copies."""
+    recipe: Recipe = type(self).se_recipe  # type: ignore[attr-defined]
+    bare = recipe.base.__new__(recipe.base)
+    vars(bare).update(vars(self))
+    vars(bare)["_modules"] = {k: m for k, m in self._modules.items() if k not in recipe.names}
+    new = recipe.base.__deepcopy__(bare, memo)  # type: ignore[attr-defined]
+    if new is bare:
+        return self
+    for name in recipe.names:
+        new._modules[name] = copy.deepcopy(self._modules[name], memo)
+    object.__setattr__(new, "__class__", type(self))
+    memo[id(self)] = new
+    return new
+
+
 def _revive(recipe: Recipe, function: Any, arguments: tuple[Any, ...]) -> Any:
     cls = derived_class(recipe)
     instance = function(*arguments)
@@ -108,6 +125,8 @@ def _derive(recipe: Recipe) -> type:
         members, further = spliced_members(base, recipe.splices)
     else:
         members, further = {"forward": _returning_through(base, recipe.returned)}, {}
+    if hasattr(base, "__deepcopy__"):
+        members["__deepcopy__"] = _deep_copy
     bases: tuple[type, ...] = (RetrofittedBlock, base)
     namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     metaclass: Any = type(base)

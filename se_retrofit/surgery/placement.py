@@ -235,7 +235,12 @@ class _Finder:
             op, user = user, only_user(user)
         while call.outputs == [op] and call.parent is not None:
             call = call.parent
-        return call, op if call is not block.call else block.branch
+        if call is not block.call:
+            return call, op
+        op, user = block.branch, only_user(block.branch)
+        while user is not None and user.role == "affine" and user.name == "add":  # of a branch that is the number 0
+            op, user = user, only_user(user)
+        return call, op
 
     def chains(self) -> None:
         for conv, act in chain_units(self.record):

@@ -92,6 +92,8 @@ class NeverRaises(Block):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):
+                raise
             return Yes()
 
     def forward(self, x):

@@ -43,7 +43,7 @@ def check(
     *,
     sites: int = 2,
     sizes: Sequence[tuple[int, ...]] = ((2, 3, 16, 16), (1, 3, 9, 9), (3, 3, 11, 20)),
-    inplace: bool = False,
+    twin: nn.Module | None = None,
     **options: Any,
 ) -> nn.Module:
     """Retrofit a network and hold it against the original: outputs, gradients, buffers, attributes, random states.
@@ -53,17 +53,18 @@ def check(
         calls: further calls, as arguments and keyword arguments behind the image.
         sites: how many SE modules it has to get.
         sizes: of the images.
-        inplace: retrofit a network that can't be copied, built anew.
+        twin: another network like it, where it can't be copied and so is retrofitted in place.
         options: for ``add_se``.
     """
     torch.manual_seed(7)
     randomised(model).eval()
     before, attributes, states = snapshot(model), _attributes(model), list(random_states())
     options = {"example_inputs": torch.zeros(sizes[0]), **options}
-    if inplace:
+    if twin is not None:
         retrofitted = add_se(model, 2, inplace=True, **options)
         assert list(random_states()) == states, "the random states moved"
-        model = inplace_twin(model)
+        twin.load_state_dict({k: v for k, v in model.state_dict().items() if "se_attention" not in k})
+        model = twin.eval()
     else:
         retrofitted = add_se(model, 2, **options)
         assert_untouched(model, before)
@@ -92,13 +93,6 @@ def check(
     assert [type(m) for m in bare.modules()] == [type(m) for m in model.modules()]
     assert list(bare.state_dict()) == list(model.state_dict())
     return live
-
-
-def inplace_twin(model: nn.Module) -> nn.Module:
-    """A network like one that can't be copied."""
-    twin = type(model)(type(model.block1)) if isinstance(model, Net) else type(model)()
-    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "se_attention" not in k})
-    return twin.eval()
 
 
 def _copied(model: nn.Module) -> nn.Module:

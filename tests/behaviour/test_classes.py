@@ -71,7 +71,7 @@ def test_defaults_of_any_type_stay(mode: blocks.Mode) -> None:
 def test_a_model_with_a_lock_is_retrofitted_in_place() -> None:
     with pytest.raises(RetrofitError, match="can't be copied"):
         add_se(Net(blocks.Locked))
-    check(Net(blocks.Locked), inplace=True)
+    check(Net(blocks.Locked), twin=Net(blocks.Locked))
 
 
 def test_modules_made_in_a_property_are_run_as_before() -> None:
