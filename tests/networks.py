@@ -199,7 +199,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             (path, id(module), type(module), module.training)
             for path, module in model.named_modules(remove_duplicate=False)
         ],
-        "children": [list(module._modules) for module in model.modules()],
+        "children": [[name for name, _ in module.named_children()] for module in model.modules()],
         "attributes": [{key: id(value) for key, value in vars(module).items()} for module in model.modules()],
         "hooks": [
             len(value) for module in model.modules() for key, value in vars(module).items() if key.endswith("_hooks")

@@ -5,6 +5,7 @@ Blocks are recognised by what their graphs do, never by a name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -41,7 +42,8 @@ def is_gate(op: Op) -> bool:
     if a.pooled == b.pooled:
         return False
     gate, scaled = (a, b) if a.pooled else (b, a)
-    return gate.excited and scaled.channels != 1
+    # one value for all channels weighs a whole branch, as a mixture of experts does
+    return gate.excited and scaled.channels != 1 and math.prod(gate.shape[1:]) > 1
 
 
 def _has_nonlinearity(ops: Iterable[Op]) -> bool:
@@ -123,6 +125,8 @@ def _bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> 
 def residual_unit(record: Record, call: Call, add: Op) -> FoundBlock | None:
     if add.role != "add" or len(add.data) != 2 or len(add.inputs) != 2:
         return None
+    if add.data[0].shape != add.data[1].shape:
+        return None  # an embedding, say, that is the same all over the map
     for branch, skip in (add.data, add.data[::-1]):
         source = _bypass_source(skip, call, branch.ancestors)
         if source is None:
@@ -136,7 +140,7 @@ def residual_unit(record: Record, call: Call, add: Op) -> FoundBlock | None:
             _has_nonlinearity(ops) or _is_plain_convolution(record, call, add, ops)
         ):
             continue
-        if _escapes(record, call, [source] if common else call.inputs, {add}):
+        if _escapes(record, call, [source] if common else call.inputs, {add}) and not _has_second_output(call, add, region):
             continue
         if _is_query(source, region):
             continue
@@ -144,6 +148,17 @@ def residual_unit(record: Record, call: Call, add: Op) -> FoundBlock | None:
             continue  # it goes down in resolution and comes up again: a skip between the levels of an hourglass
         return FoundBlock("residual", call, region, add, branch, skip, source)
     return None
+
+
+def _has_second_output(call: Call, add: Op, region: int) -> bool:
+    """Whether all that goes past an add is what the module returns beside it, made in the branch (WaveNet's skip output)."""
+    others = [output for output in call.outputs if output is not add]
+    return (
+        add in call.outputs
+        and call.parent is not None
+        and bool(others)
+        and all(o.bit & region or (o.ancestors & region and not o.ancestors & add.bit) for o in others)
+    )
 
 
 def _is_query(source: Op, region: int) -> bool:

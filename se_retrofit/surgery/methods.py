@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Method", "methods_of", "unwrapped"]
+__all__ = ["Method", "forget_methods", "methods_of", "unwrapped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,13 @@ class Method:
         return code.co_varnames[0] if code.co_argcount and not static else None
 
 
+# by class; emptied before each planning, because methods may be patched
 _methods: weakref.WeakKeyDictionary[type, dict[types.CodeType, Method]] = weakref.WeakKeyDictionary()
+
+
+def forget_methods() -> None:
+    """Look at the classes anew."""
+    _methods.clear()
 
 
 def methods_of(cls: type) -> dict[types.CodeType, Method]:

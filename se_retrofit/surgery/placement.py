@@ -243,7 +243,10 @@ class _Finder:
         return call, op
 
     def chains(self) -> None:
-        for conv, act in chain_units(self.record):
+        units = list(chain_units(self.record))
+        if len(units) < 2:
+            return  # a lone stem
+        for conv, act in units:
             call = innermost(self.record, [conv, act])
             if call is None:
                 continue

@@ -17,6 +17,7 @@ from .copying import copied, on_cpu, on_meta
 from .edits import Edit, apply_edits, named, ways
 from .inputs import Inputs, candidate_inputs, given_inputs
 from .isolation import isolated
+from .methods import forget_methods
 from .operations import read
 from .placement import Place, place
 from .record import NeedsValues, Record, record
@@ -70,6 +71,7 @@ def plan_surgery(model: nn.Module, placement: str, example_inputs: Any, choose: 
     Raises:
         RetrofitError: the model can't be copied, or run on the inputs.
     """
+    forget_methods()
     with isolated(model) as clean, _disable_current_modes():
         runs = _Runs.find(model, example_inputs, clean)
         found = place(read(runs.evaluation), placement)
@@ -149,7 +151,9 @@ class _Runs:
         clean()
         runs = cls(model, given, convert, clean, _evaluated(copy, inputs))
         if not evaluation_only and runs.evaluation.broke_off is None:
-            runs.training = _trained(copy, inputs)
+            training = _trained(copy, inputs)
+            if training.broke_off is None:  # on these inputs it may not: a detector wants targets
+                runs.training = training
         return runs
 
     def again(self, prepare: Callable[[nn.Module], None]) -> tuple[Record, Record | None]:
@@ -166,11 +170,9 @@ def _evaluated(copy: nn.Module, inputs: Inputs) -> Record:
         return record(copy.eval(), inputs)
 
 
-def _trained(copy: nn.Module, inputs: Inputs) -> Record | None:
-    """The record in train mode; None where the model can't be run so on these inputs (a detector wants targets)."""
+def _trained(copy: nn.Module, inputs: Inputs) -> Record:
     with torch.enable_grad():
-        result = record(copy.train(), inputs)
-    return result if result.broke_off is None else None
+        return record(copy.train(), inputs)
 
 
 # Finding edits that are right -----------------------------------------------------------------------------------------
@@ -232,6 +234,8 @@ class _Fitting:
             except SpliceError as error:
                 self.drop_class(sites, str(error))
                 continue
+            if self.breaks(evaluation, paths) or (training is not None and self.breaks(training, paths)):
+                continue
             expected = {site.path: site.places for site in sites}
             compared = compare(self.runs.evaluation, evaluation, expected)
             if self.right(compared, paths, self.runs.evaluation) and self.right_in_training(training, paths):
@@ -264,6 +268,14 @@ class _Fitting:
         apply_edits(copy, modules)
 
     # What a comparison says
+
+    def breaks(self, after: Record, paths: Mapping[str, SurgerySite]) -> bool:
+        """Whether an SE module was given something that it can't scale; then the way to it is wrong."""
+        if after.broke_off is None or after.broke_in not in paths:
+            return False
+        for place in paths[after.broke_in].places:
+            self.options[place].fail("the value that SE should recalibrate is not the result of one expression")
+        return True
 
     def right(self, compared: Comparison, paths: Mapping[str, SurgerySite], before: Record) -> bool:
         if compared.difference is not None:

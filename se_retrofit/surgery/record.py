@@ -170,7 +170,8 @@ class Call:
 
 @dataclass(eq=False)
 class Record:
-    """All operations and calls of one run; ``broke_off`` says why it ended early, if it did."""
+    """All operations and calls of one run. Where it ended early, ``broke_off`` says why, and ``broke_in`` is the path of the
+    module that counts as one operation, if it was one that raised."""
 
     model: nn.Module
     inputs: Inputs
@@ -178,6 +179,7 @@ class Record:
     calls: list[Call] = field(default_factory=list)  # parents before children
     edges: list[tuple[Op, ...]] = field(default_factory=list)  # the inputs of each operation, as they were recorded
     broke_off: str | None = None
+    broke_in: str | None = None
 
     def select(self, bits: int) -> Iterator[Op]:
         """The operations of a bit set, in order."""
@@ -308,6 +310,9 @@ class _Recorder(TorchDispatchMode):
         if self.one is not None:
             if changes:
                 self.changed.update(id(t) for t in _written(func, args, kwargs))
+            return output
+        if func is torch.ops.aten.detach.default:  # the same value; autograd does it to what it saves, too
+            self.keep(output, self.op_of(args[0]))
             return output
         inputs = [] if _makes(func) else [t for t in tensors_in((args, kwargs))]
         operations = tuple(self.op_of(t) for t in inputs)
@@ -490,6 +495,7 @@ def record(model: nn.Module, inputs: Inputs) -> Record:
         except Exception as error:
             if recorder.needed_values is None and _asks_for_values(error, inputs):
                 recorder.needed_values = error
+            result.broke_in = None if recorder.one is None else recorder.paths[id(recorder.one)]
             result.broke_off = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         finally:
             for handle in handles:

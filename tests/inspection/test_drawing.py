@@ -24,8 +24,8 @@ def test_dot_shows_each_distinct_block_before_and_after_with_shapes(tmp_path: Pa
     assert "layer1.0: Bottleneck, residual\nlike it: layer2.0, layer3.0, layer4.0" in source
     assert 'label=" 256\u00d756\u00d756 "' in source
     assert ("0_after_bn3", "0_after_se_attention") in edges(source)
-    assert ("0_after_se_attention", "0_after_iadd") in edges(source)
-    assert ("0_before_bn3", "0_before_iadd") in edges(source)
+    assert ("0_after_se_attention", "0_after_add") in edges(source)
+    assert ("0_before_bn3", "0_before_add") in edges(source)
     assert source.count('label="SE 256 → 16 → 256') == 2  # nothing but the two after has it
 
 

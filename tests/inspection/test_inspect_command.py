@@ -39,7 +39,7 @@ def test_graph_block_and_diff() -> None:
     assert "call_module" in block
     assert "layer1.0" not in block
     difference = run(*SMALL, "--diff")
-    assert "+++ layer1.0, BasicBlock with SE" in difference
+    assert "+++ layer1.0, BasicBlock.forward with SE" in difference
     assert run(*SMALL, "--diff", "--block", "layer2.0").count("+++") == 1
 
 
