@@ -312,9 +312,7 @@ def _prepare(
     return Plan(tuple(sites), skipped, options, describe(surgery.inputs)), surgery
 
 
-def _chosen(
-    places: list[Place], skipped: dict[str, str], included: list[str], excluded: list[str]
-) -> list[Place]:
+def _chosen(places: list[Place], skipped: dict[str, str], included: list[str], excluded: list[str]) -> list[Place]:
     """The places that ``include`` and ``exclude`` let through."""
     blocks = list(dict.fromkeys(place.block for place in places))
     for pattern in included + excluded:

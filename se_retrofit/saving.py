@@ -275,7 +275,11 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     if (recipe["plan"] is None) != (recipe["add_se"] is None):
         raise RetrofitError(f"{folder / RECIPE}: add_se and plan must both be given or both be null")
     if recipe["plan"] is not None:
-        check_fields(recipe["plan"], {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))}, f"{folder / RECIPE}: plan")
+        check_fields(
+            recipe["plan"],
+            {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))},
+            f"{folder / RECIPE}: plan",
+        )
     if not all(isinstance(v, str) for v in recipe["tied"].values()):
         raise RetrofitError(f"{folder / RECIPE}: tied must map names to names")
     return recipe

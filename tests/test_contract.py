@@ -219,7 +219,7 @@ def test_planning_and_copying_leave_the_model_untouched(pair: Pair) -> None:
 
 
 def test_a_failure_half_way_leaves_the_model_untouched(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, model, retrofitted = pair
+    _, model, _ = pair
     before = snapshot(model)
     real, done = se_retrofit.retrofit.apply_edits, []
 

@@ -88,7 +88,10 @@ def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
                 copy(*inputs.args, **inputs.kwargs)
-        except (RuntimeError, NotImplementedError):  # the record may mix tensors of meta and of the CPU; a plain run not
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # the record may mix tensors of meta and of the CPU; a plain run not
             return None
     return counter.get_total_flops() // 2
 

@@ -9,7 +9,6 @@ from typing import IO, Any
 
 from torch import fx, nn
 
-from ..errors import RetrofitError
 from ..surgery.copying import copied, on_meta
 from ..surgery.derived import RetrofittedBlock
 from ..surgery.methods import unwrapped
@@ -86,14 +85,10 @@ def sources(pair: BlockPair) -> list[ChangedSource]:
         title = f"{holder or '(model)'}, {class_name(module)}"
         if isinstance(module, RetrofittedBlock):
             found += _of_class(type(module), title)
-        elif isinstance(module, fx.GraphModule):
-            bare = copied(module, on_meta, independent=True)
-            strip(bare)
-            found.append(ChangedSource(title, _lines(bare.code), _lines(module.code)))
         else:
             bare = copied(module, on_meta, independent=True)
             strip(bare)
-            found.append(ChangedSource(title, _lines(_elements(bare)), _lines(_elements(module))))
+            found.append(ChangedSource(title, _lines(_text(bare)), _lines(_text(module))))
     return found
 
 
@@ -115,10 +110,9 @@ def _of_class(cls: Any, title: str) -> list[ChangedSource]:
     found = []
     for owner, method in dict.fromkeys((s.owner, s.method) for s in recipe.splices):
         before = unwrapped(vars(owner)[method])
-        after = next(
-            f for c in cls.__mro__ if (f := unwrapped(vars(c).get(method))) and f.__code__.co_filename.startswith("<se_")
-            and f.__qualname__ == before.__qualname__
-        )
+        after = next((f for c in cls.__mro__ if (f := unwrapped(vars(c).get(method))) and _is_spliced(f, before)), None)
+        if before is None or after is None:
+            continue
         found.append(
             ChangedSource(f"{title}.{method}", inspect.getsourcelines(before)[0], inspect.getsourcelines(after)[0])
         )
@@ -127,13 +121,22 @@ def _of_class(cls: Any, title: str) -> list[ChangedSource]:
         head = "def forward(self, *args, **kwargs):\n"
         found.append(
             ChangedSource(
-                f"{title}.forward", [head, f"    return {call}\n"], [head, f"    return self.{recipe.returned}({call})\n"]
+                f"{title}.forward",
+                [head, f"    return {call}\n"],
+                [head, f"    return self.{recipe.returned}({call})\n"],
             )
         )
     return found
 
 
-def _elements(module: nn.Module) -> str:
+def _is_spliced(function: Any, original: Any) -> bool:
+    return function is not original and function.__qualname__ == original.__qualname__
+
+
+def _text(module: nn.Module) -> str:
+    """The generated code of a GraphModule; the elements of a container."""
+    if isinstance(module, fx.GraphModule):
+        return module.code
     rows = [f"    ({name}): {class_name(child)}({child.extra_repr()})" for name, child in module.named_children()]
     return "\n".join([f"{class_name(module)}(", *rows, ")"])
 

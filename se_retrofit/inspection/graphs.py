@@ -8,7 +8,6 @@ graph before is that of a copy without SE, not derived from the graph after.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -305,7 +304,9 @@ def _graph_of(call: Call, opened: set[str]) -> BlockGraph:
     for op in dict.fromkeys(call.inputs):
         drawn.placeholder(op)
     drawn.put_in(call)
-    result.graph.output(tuple(drawn.node(o) for o in call.outputs) if len(call.outputs) != 1 else drawn.node(call.outputs[0]))
+    result.graph.output(
+        tuple(drawn.node(o) for o in call.outputs) if len(call.outputs) != 1 else drawn.node(call.outputs[0])
+    )
     return result
 
 
@@ -318,13 +319,10 @@ class _Drawing:
 
     def placeholder(self, op: Op) -> fx.Node:
         graph = self.result.graph
-        name = "x" if not graph.find_nodes(op="placeholder") else f"x_{len(graph.find_nodes(op='placeholder'))}"
+        before = graph.find_nodes(op="placeholder")
         first = next(iter(graph.nodes), None)
-        last = graph.find_nodes(op="placeholder")
-        with graph.inserting_before(first) if first is not None and not last else graph.inserting_after(
-            last[-1]
-        ) if last else graph.inserting_before(None):
-            node = graph.placeholder(name)
+        with graph.inserting_after(before[-1]) if before else graph.inserting_before(first):
+            node = graph.placeholder("x" if not before else f"x_{len(before)}")
         self.nodes[op] = node
         self.result.values[node] = [op]
         return node
@@ -347,8 +345,9 @@ class _Drawing:
         return path[len(scope) + 1 :] if scope and path.startswith(f"{scope}.") else path
 
     def put_in(self, call: Call) -> None:
-        own = [(op.index, op) for op in _own_ops(call)]
-        for _, item in sorted([*own, *((c.start, c) for c in call.children)], key=lambda pair: pair[0]):
+        items: list[tuple[int, Op | Call]] = [(op.index, op) for op in _own_ops(call)]
+        items += [(child.start, child) for child in call.children]
+        for _, item in sorted(items, key=lambda pair: pair[0]):
             if isinstance(item, Op):
                 self.operation(item)
             elif item.path in self.opened:
@@ -421,12 +420,12 @@ def _slice(whole: BlockGraph, nodes: list[fx.Node]) -> BlockGraph:
         for source in node.all_input_nodes:
             if source not in copies and source not in nodes:
                 copies[source] = part.graph.placeholder("x" if not copies else f"x_{len(copies)}")
-                part.values[copies[source]] = whole.values.get(source)
+                part.values[copies[source]] = whole.values.get(source, [])
     for node in nodes:
         args = map_arg(node.args, lambda n: copies[n])
         target = join(whole.scope, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
         copies[node] = part.graph.create_node(node.op, target, args, {}, _name(whole, node), node.type)
-        part.values[copies[node]] = whole.values.get(node)
+        part.values[copies[node]] = whole.values.get(node, [])
         if node in whole.modules:
             part.modules[copies[node]] = whole.modules[node]
     results = [copies[n] for n in nodes if any(user not in copies for user in n.users)]

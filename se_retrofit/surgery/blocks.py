@@ -136,11 +136,11 @@ def residual_unit(record: Record, call: Call, add: Op) -> FoundBlock | None:
         if common:
             region &= ~(source.ancestors | source.bit)
         ops = list(record.select(region))
-        if not _has_spatial_conv(ops) or not (
-            _has_nonlinearity(ops) or _is_plain_convolution(record, call, add, ops)
-        ):
+        if not _has_spatial_conv(ops) or not (_has_nonlinearity(ops) or _is_plain_convolution(record, call, add, ops)):
             continue
-        if _escapes(record, call, [source] if common else call.inputs, {add}) and not _has_second_output(call, add, region):
+        if _escapes(record, call, [source] if common else call.inputs, {add}) and not _has_second_output(
+            call, add, region
+        ):
             continue
         if _is_query(source, region):
             continue
@@ -166,9 +166,7 @@ def _is_query(source: Op, region: int) -> bool:
     users = [source]
     for op in users:
         users += [u for u in op.users if u.bit & region and u.role in ("affine", "pass", "shape")]
-    return any(
-        u.bit & region and u.role in ("other", "linear") and len(u.data) > 1 for op in users for u in op.users
-    )
+    return any(u.bit & region and u.role in ("other", "linear") and len(u.data) > 1 for op in users for u in op.users)
 
 
 def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) -> bool:
@@ -404,9 +402,7 @@ def multi_branch(record: Record, call: Call, cat: Op) -> FoundBlock | None:
         if any(p.conv is not None for p in record.select((o.ancestors | o.bit) & call.mask & ~outside))
     ]
     bypasses = [
-        o
-        for o in cat.data
-        if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
+        o for o in cat.data if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
     ]
     end = _fusing_end(call, cat, ops)
     if len(convolved) < 2 or (bypasses and end is None):

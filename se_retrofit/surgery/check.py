@@ -39,7 +39,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
     scaled: dict[str, list[tuple[Op, Op]]] = {}  # by path: what SE was given, and SE's own operation
     index = 0
     for op in after.ops:
-        if isinstance(op.module, SEAttention) and op.path in expected:
+        if isinstance(op.module, SEAttention) and op.path is not None and op.path in expected:
             given = op.inputs[0]
             same[op] = same[given]
             scaled.setdefault(op.path, []).append((given, op))
@@ -48,7 +48,10 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
             result.difference = index - 1
             return result
         original = before.ops[index]
-        if _signature(op) != _signature(original) or tuple(same[i] for i in after.edges[op.index]) != before.edges[index]:
+        if (
+            _signature(op) != _signature(original)
+            or tuple(same[i] for i in after.edges[op.index]) != before.edges[index]
+        ):
             result.difference = index
             return result
         same[op] = original

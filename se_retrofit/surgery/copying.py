@@ -166,9 +166,7 @@ def _with_empty_cells(modules: list[nn.Module], memo: dict[int, Any]) -> list[tu
         for value in _values(module):
             if isinstance(value, types.FunctionType) and value.__closure__ and id(value) not in memo:
                 cells = tuple(types.CellType() for _ in value.__closure__)
-                new = types.FunctionType(
-                    value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
-                )
+                new = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
                 new.__kwdefaults__ = value.__kwdefaults__
                 new.__dict__.update(vars(value))
                 memo[id(value)] = new

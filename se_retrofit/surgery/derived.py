@@ -6,14 +6,15 @@ import copy
 import copyreg
 import inspect
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..errors import RetrofitError
-from .splice import Splice, SpliceError, source_of, spliced_members
 from .methods import unwrapped
+from .splice import Splice, SpliceError, source_of, spliced_members
 
 __all__ = ["Recipe", "RetrofittedBlock", "derived_class"]
 
@@ -65,7 +66,7 @@ class RetrofittedBlock:
 def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """For a base that copies itself in a way of its own: its copy of the block without SE, and SE's own copies."""
     recipe: Recipe = type(self).se_recipe  # type: ignore[attr-defined]
-    bare = recipe.base.__new__(recipe.base)
+    bare: nn.Module = object.__new__(recipe.base)
     vars(bare).update(vars(self))
     vars(bare)["_modules"] = {k: m for k, m in self._modules.items() if k not in recipe.names}
     new = recipe.base.__deepcopy__(bare, memo)  # type: ignore[attr-defined]
@@ -135,7 +136,9 @@ def _derive(recipe: Recipe) -> type:
         for owner, replaced in further.items():
             names = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, **replaced}
             between.append(type(owner)(f"SE{owner.__name__}", (_Quiet, owner), names))
-        derived: type = metaclass(f"SE{base.__name__}", (*bases, *between), {**namespace, **members, "se_recipe": recipe})
+        derived: type = metaclass(
+            f"SE{base.__name__}", (*bases, *between), {**namespace, **members, "se_recipe": recipe}
+        )
     except Exception as error:
         raise SpliceError(
             f"a class can't be derived from {base.__qualname__}: {type(error).__name__}: {error}"
@@ -158,8 +161,6 @@ def _returning_through(base: type, child: str) -> Any:
         return getattr(self, child)(inherited(self, *args, **kwargs))
 
     forward.__doc__, forward.__qualname__ = inherited.__doc__, f"SE{base.__qualname__}.forward"
-    try:
+    with suppress(TypeError, ValueError):
         forward.__signature__ = inspect.signature(inherited)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        pass
     return forward

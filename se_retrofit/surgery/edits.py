@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import fx, nn
 from ..attention import SEAttention
 from .derived import Recipe, derived_class
 from .graphs import graph_place, insert_into_graphs
-from .placement import Place
-from .operations import only_user
 from .methods import Method, methods_of, unwrapped
+from .operations import only_user
+from .placement import Place
 from .record import Call, Op, Where
 from .roles import is_sequential
 from .splice import Source, Splice, SpliceError, node_at, source_of, span_of
@@ -152,7 +152,11 @@ def _nodes(call: Call, where: Where) -> Iterator[tuple[Any, Any, Any]]:
     """The nodes at which a module's own frames were, innermost first, each with its source and method."""
     own = methods_of(type(call.module))
     if "forward" in vars(call.module):
-        yield SpliceError(f"the forward of {call.path or 'the model'} is set on the instance, not by its class"), None, None
+        yield (
+            SpliceError(f"the forward of {call.path or 'the model'} is set on the instance, not by its class"),
+            None,
+            None,
+        )
         return
     for code, lasti in where:
         method = own[code]
@@ -211,9 +215,8 @@ def _in_graph(call: Call, op: Op, users: frozenset[Op] | None) -> Edit | SpliceE
 # Carrying them out ----------------------------------------------------------------------------------------------------
 
 
-def named(edits: Iterable[tuple[Edit, str]], model: nn.Module) -> dict[Edit, str]:
+def named(edits: dict[Edit, str], model: nn.Module) -> dict[Edit, str]:
     """The path of the SE module of each edit; edits come with the path of their block."""
-    edits = dict(edits)
     modules = dict(model.named_modules())
     holders = [modules[edit.holder] for edit in edits if edit.form != "graph"]
     name = _free_name(holders)

@@ -36,7 +36,7 @@ def graph_place(call: Call, op: Op, users: frozenset[Op] | None) -> tuple[str, f
 
 def _node_name(call: Call, op: Op) -> str:
     """The node at whose line of generated code an operation happens."""
-    graph = call.module.graph
+    graph: fx.Graph = call.module.graph  # type: ignore[assignment]
     if op in call.inputs:
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         return str(placeholders[call.inputs.index(op)].name)

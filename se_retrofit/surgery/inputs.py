@@ -93,7 +93,7 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.d
 def _collect(value: Any, found: list[Tensor], depth: int) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    elif isinstance(value, _PLAIN) or isinstance(value, type) or depth > 6:
+    elif isinstance(value, (*_PLAIN, type)) or depth > 6:
         return
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
@@ -167,9 +167,8 @@ def _sizes_of(model: nn.Module, dims: int) -> Iterator[tuple[int, ...]]:
                 size = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
                 if isinstance(size, int) and not isinstance(size, bool) and 0 < size <= 100_000:
                     yield (size,) * dims
-                elif isinstance(size, (tuple, list)) and all(type(n) is int and n > 0 for n in size):
-                    if len(size) >= dims:
-                        yield tuple(size[-dims:])
+                elif isinstance(size, (tuple, list)) and len(size) >= dims and all(type(n) is int for n in size):
+                    yield tuple(size[-dims:])
 
 
 def _required_inputs(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ import types
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ class PrivateRandomness:
         if event not in ("c_call", "c_return", "c_exception"):
             return
         owner = getattr(function, "__self__", None)
-        if owner is random._inst:  # type: ignore[attr-defined]
+        if owner is _PYTHON:
             if event == "c_call":
                 self._outside = random.Random.getstate(owner)
                 random.Random.setstate(owner, self.python)
@@ -128,7 +128,8 @@ def _with_generator(function: Any) -> Any:
     return None
 
 
-_NUMPY = np.random.mtrand._rand
+_PYTHON: Any = vars(random)["_inst"]
+_NUMPY: Any = np.random.mtrand._rand
 _NUMPY_STATE, _SET_NUMPY_STATE = _NUMPY.get_state, _NUMPY.set_state
 
 
@@ -140,6 +141,7 @@ def _set_back(before: tuple[Any, ...], alone: bool) -> None:
     """What a forward did to the generators all the same: it seeded torch's, or drew by way of code that we don't know.
     With other threads about, a state that moved is theirs."""
     python, numpy, state, seed = before
+    now: Any
     if torch.initial_seed() != seed or (alone and not torch.equal(torch.get_rng_state(), state)):
         torch.default_generator.manual_seed(seed)
         torch.set_rng_state(state)
@@ -157,10 +159,14 @@ def _uses_global_generators(model: nn.Module) -> bool:
         for value in scope.values():
             if value is random or value is np or value is np.random:
                 return True
-            if getattr(value, "__self__", None) in (random._inst, _NUMPY):  # type: ignore[attr-defined]
+            if getattr(value, "__self__", None) in (_PYTHON, _NUMPY):
                 return True
-            if isinstance(value, types.ModuleType) and _is_foreign(value.__name__) and (
-                vars(value).get("random") is random or vars(value).get("np") is np or vars(value).get("numpy") is np
+            if (
+                isinstance(value, types.ModuleType)
+                and _is_foreign(value.__name__)
+                and (
+                    vars(value).get("random") is random or vars(value).get("np") is np or vars(value).get("numpy") is np
+                )
             ):
                 return True
     return False
@@ -228,10 +234,8 @@ class _SavedState:
                 self._save(default, 1)
             if depth and value.__closure__:
                 for cell in value.__closure__:
-                    try:
+                    with suppress(ValueError):  # an empty cell
                         self._save(cell.cell_contents, 0)
-                    except ValueError:  # an empty cell
-                        pass
         elif isinstance(value, functools._lru_cache_wrapper):
             self.caches.append((value, value.cache_info().currsize))
         elif isinstance(value, torch.Generator):

@@ -85,7 +85,9 @@ def _conv_of(op: Op) -> Conv | None:
     if op.module is not None:
         m: Any = op.module
         return Conv(tuple(m.kernel_size), m.groups, m.in_channels, m.out_channels, m.transposed)
-    if len(op.args) < 9 or len(op.inputs) < 2:  # (input, weight, bias, stride, padding, dilation, transposed, _, groups)
+    if (
+        len(op.args) < 9 or len(op.inputs) < 2
+    ):  # (input, weight, bias, stride, padding, dilation, transposed, _, groups)
         return None
     weight, transposed, groups = op.inputs[1].shape, bool(op.args[6]), int(op.args[8])
     if transposed:

@@ -29,7 +29,7 @@ from .blocks import (
 from .operations import innermost, only_user
 from .record import Call, Op, Record
 
-__all__ = ["PLACEMENTS", "Place", "Placement", "place"]
+__all__ = ["PLACEMENTS", "Place", "Placement", "find_places"]
 
 PLACEMENTS = ("auto", "standard", "pre", "post", "identity", "3x3")
 
@@ -229,9 +229,7 @@ class _Finder:
         one conv in disguise and may be replaced by that conv: SE goes outside of it."""
         call, op = block.call, block.branch
         user = only_user(op)
-        while (
-            user is not None and call.holds(user) and user.role in ("norm", "pass", "affine") and len(user.data) == 1
-        ):
+        while user is not None and call.holds(user) and user.role in ("norm", "pass", "affine") and len(user.data) == 1:
             op, user = user, only_user(user)
         while call.outputs == [op] and call.parent is not None:
             call = call.parent
@@ -260,9 +258,7 @@ class _Finder:
         """Note the place for a block, or why there is none."""
         self.found |= block.region | block.join.bit
         name = name_of(self.record, block)
-        if any(is_gate(op) for op in self.record.select(block.region)) or (
-            where is not None and gated_after(where[1])
-        ):
+        if any(is_gate(op) for op in self.record.select(block.region)) or (where is not None and gated_after(where[1])):
             self.sited |= block.region
             self.result.attended += 1
             self.leave(name, HAS_ATTENTION)
@@ -302,7 +298,7 @@ def _where_shown(call: Call, op: Op) -> Call | None:
     return inner
 
 
-def place(record: Record, placement: str = "auto") -> Placement:
+def find_places(record: Record, placement: str = "auto") -> Placement:
     """Find the convolutional blocks of a record (that ``operations.read`` has read) and where SE goes in each."""
     result = _Finder(record, placement).run()
     result.places.sort(key=lambda place: place.op.index)

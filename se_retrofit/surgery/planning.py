@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .inputs import Inputs, candidate_inputs, given_inputs
 from .isolation import isolated
 from .methods import forget_methods
 from .operations import read
-from .placement import Place, place
+from .placement import Place, find_places
 from .record import NeedsValues, Record, record
 from .splice import SpliceError
 from .undo import strip
@@ -74,10 +75,10 @@ def plan_surgery(model: nn.Module, placement: str, example_inputs: Any, choose: 
     forget_methods()
     with isolated(model) as clean, _disable_current_modes():
         runs = _Runs.find(model, example_inputs, clean)
-        found = place(read(runs.evaluation), placement)
+        found = find_places(read(runs.evaluation), placement)
         skipped = dict(found.skipped)
         places = choose(found.places, skipped)
-        training = place(read(runs.training), placement).places if runs.training is not None else []
+        training = find_places(read(runs.training), placement).places if runs.training is not None else []
         sites = _Fitting(runs, places, training, skipped).run()
     return Surgery(runs.inputs, runs.evaluation, sites, skipped, found.attended)
 
@@ -205,7 +206,9 @@ class _Options:
                 options.problem = options.problem or str(way)
             elif way not in options.edits:
                 options.edits.append(way)
-        options.problem = options.problem or "the value that SE should recalibrate appears in no code that can be changed"
+        options.problem = (
+            options.problem or "the value that SE should recalibrate appears in no code that can be changed"
+        )
         return options
 
 
@@ -230,7 +233,7 @@ class _Fitting:
                 return []
             paths = {site.path: site for site in sites}
             try:
-                evaluation, training = self.runs.again(lambda copy: self.edit(copy, sites))
+                evaluation, training = self.runs.again(partial(self.edit, sites=sites))
             except SpliceError as error:
                 self.drop_class(sites, str(error))
                 continue
@@ -254,7 +257,7 @@ class _Fitting:
                 for p in places:
                     self.drop(p, "it is called several times, with other channels each time")
                 del by_edit[edit]
-        paths = named([(edit, places[0].block) for edit, places in by_edit.items()], self.runs.evaluation.model)
+        paths = named({edit: places[0].block for edit, places in by_edit.items()}, self.runs.evaluation.model)
         return [SurgerySite(paths[edit], places, [edit, *self.extra.get(edit, [])]) for edit, places in by_edit.items()]
 
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
@@ -271,7 +274,7 @@ class _Fitting:
 
     def breaks(self, after: Record, paths: Mapping[str, SurgerySite]) -> bool:
         """Whether an SE module was given something that it can't scale; then the way to it is wrong."""
-        if after.broke_off is None or after.broke_in not in paths:
+        if after.broke_off is None or after.broke_in is None or after.broke_in not in paths:
             return False
         for place in paths[after.broke_in].places:
             self.options[place].fail("the value that SE should recalibrate is not the result of one expression")

@@ -314,7 +314,7 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.detach.default:  # the same value; autograd does it to what it saves, too
             self.keep(output, self.op_of(args[0]))
             return output
-        inputs = [] if _makes(func) else [t for t in tensors_in((args, kwargs))]
+        inputs = [] if _makes(func) else tensors_in((args, kwargs))
         operations = tuple(self.op_of(t) for t in inputs)
         written = _written(func, args, kwargs) if changes else []
         where = _frames(self.stack[-1], 0)
@@ -382,11 +382,13 @@ class _Recorder(TorchDispatchMode):
         """The operation that made a tensor; a tensor that came from elsewhere is one, too."""
         found = self.known.get(id(tensor))
         if id(tensor) in self.stale:
-            found = self.known[id(tensor)] = self.new_op(*self.stale.pop(id(tensor)), (), tensor, ())
+            name, inputs = self.stale.pop(id(tensor))
+            found = self.known[id(tensor)] = self.new_op(name, inputs, (), tensor, ())
         if found is None:
             found = self.alias_of(tensor)
             if found is None and id(tensor) in self.later:
-                found = self.new_op(*self.later[id(tensor)][1:], tensor, ())
+                _, name, inputs, args = self.later[id(tensor)]
+                found = self.new_op(name, inputs, args, tensor, ())
             elif found is None:
                 call = self.stack[-1] if self.stack else Call(self.result.model, "", None, 0)
                 name = "input" if not self.stack else "param"
@@ -399,9 +401,8 @@ class _Recorder(TorchDispatchMode):
     def alias_of(self, tensor: Tensor) -> Op | None:
         """The last operation whose output is the same data, under another name (``x.data``, what ``autograd`` makes)."""
         for other in reversed(self.by_storage.get(_storage(tensor), [])):
-            if other.shape == tensor.shape and other.stride() == tensor.stride():
-                if other.storage_offset() == tensor.storage_offset():
-                    return self.op_of(other)
+            if all(of(other) == of(tensor) for of in (Tensor.size, Tensor.stride, Tensor.storage_offset)):
+                return self.op_of(other)
         return None
 
     def change_aliases(self, written: list[Tensor], changed: set[int]) -> None:
@@ -419,7 +420,11 @@ class _Recorder(TorchDispatchMode):
 
 
 # torch takes them apart in Python to find the shapes, which takes most of a recording's time.
-_BATCH_NORMS = ("aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::_native_batch_norm_legit_no_training")
+_BATCH_NORMS = (
+    "aten::native_batch_norm",
+    "aten::_native_batch_norm_legit",
+    "aten::_native_batch_norm_legit_no_training",
+)
 
 
 def _batch_norm_on_meta(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -441,7 +446,9 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
     """The tensors that an operation writes to."""
     if func not in _WRITTEN:
         _WRITTEN[func] = tuple(
-            (i, a.name) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+            (i, a.name)
+            for i, a in enumerate(func._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
         )
     values = [args[i] if i < len(args) else kwargs.get(name) for i, name in _WRITTEN[func]]
     return [t for t in tensors_in(values) if not isinstance(t, nn.Parameter)]

@@ -19,7 +19,7 @@ from typing import Any
 
 from .methods import unwrapped
 
-__all__ = ["Source", "SpliceError", "Splice", "node_at", "source_of", "span_of", "spliced_members"]
+__all__ = ["Source", "Splice", "SpliceError", "node_at", "source_of", "span_of", "spliced_members"]
 
 Span = tuple[int, int, int, int]  # first line, last line (counted from the method's first), first column, end column
 
@@ -191,7 +191,7 @@ def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
         if isinstance(x, types.CodeType) and isinstance(y, types.CodeType):
             if not _same_code(x, y):
                 return False
-        elif type(x) is not type(y) or repr(x) != repr(y) and x != y:
+        elif type(x) is not type(y) or (repr(x) != repr(y) and x != y):
             return False
     return True
 
@@ -324,5 +324,3 @@ def _rewrapped(member: Any, old: types.FunctionType, new: types.FunctionType) ->
             wrapper.__annotations__ = dict(member.__annotations__)
             return wrapper
     raise SpliceError(f"{old.__qualname__} is decorated in a way that can't be repeated")
-
-

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..attention import SEAttention
 from ..errors import RetrofitError
 from ..plan import Plan
+from ..retrofit import add_se, plan_of, remove_se
+from ..surgery.inputs import from_description
 from ..surgery.planning import record_of
 from ..surgery.record import Record
-from ..surgery.inputs import from_description
 from ..surgery.undo import is_retrofitted
-from ..retrofit import add_se, plan_of, remove_se
 from .names import Entry
 
 __all__ = ["CONVERTED", "FAILED", "HAS_ATTENTION", "KINDS", "NO_BLOCKS", "Row", "check", "inspect_model"]

@@ -117,7 +117,9 @@ class Adapted(Block):
 
     def __init__(self, channels: int = 8) -> None:
         super().__init__(channels)
-        self.register_forward_pre_hook(lambda module, args: (F.pad(args[0], (0, 0, 0, 0, 0, channels - args[0].shape[1])),))
+        self.register_forward_pre_hook(
+            lambda module, args: (F.pad(args[0], (0, 0, 0, 0, 0, channels - args[0].shape[1])),)
+        )
 
     def forward(self, x):
         out = self.bn2(self.conv2(self.branch(x)))
@@ -159,7 +161,11 @@ class Sliced(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
         )
 
     def forward(self, x):
@@ -210,7 +216,7 @@ def made(factor: float) -> type[Block]:
     return Made
 
 
-class Mode(str, enum.Enum):
+class Mode(str, enum.Enum):  # noqa: UP042
     add = "add"
     scale = "scale"
 
@@ -271,7 +277,7 @@ class Rebuilt(Block):
         return x + out
 
 
-WITHOUT_SOURCE = '''
+WITHOUT_SOURCE = """
 class Sourceless(Block):
     def forward(self, x):
         return x + self.inner(x)
@@ -284,7 +290,7 @@ class Inner(nn.Module):
 
     def forward(self, x):
         return F.relu(self.conv(x))
-'''
+"""
 
 
 def sourceless() -> nn.Module:

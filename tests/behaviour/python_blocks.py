@@ -239,6 +239,7 @@ class Walrus(Block):
         return x
 
 
+# fmt: off
 class OneLine(Block):
     def forward(self, x): return x + self.bn2(self.conv2(self.branch(x)))  # noqa: E704
 
@@ -267,3 +268,10 @@ class Chained(Block):
             .add(0.1)
         )
         return x + out
+
+
+class Tabbed(Block):
+	def forward(self, x):  # noqa: W191
+		out = self.bn2(self.conv2(self.branch(x)))  # noqa: W191
+		return x + out  # noqa: W191
+# fmt: on

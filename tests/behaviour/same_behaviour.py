@@ -80,9 +80,7 @@ def check(
         before_training = _tensors(retrofitted.eval()(x))
     live = randomise_se(_copied(retrofitted)).eval()
     seen: set[str] = set()
-    hooks = [
-        se.register_forward_hook(lambda *_, path=path: seen.add(path)) for path, se in se_modules(live).items()
-    ]
+    hooks = [se.register_forward_hook(lambda *_, path=path: seen.add(path)) for path, se in se_modules(live).items()]
     with torch.no_grad():
         assert not same_tensors(_tensors(live(x)), before_training), "SE has no effect"
     for hook in hooks:
@@ -174,7 +172,7 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items():
             if isinstance(value, SimpleNamespace):
                 value = vars(value)
-            if not name.startswith("_") and isinstance(value, (bool, int, float, str, list, tuple, dict)):
-                if "se_attention" not in path and name != "training":
-                    found[f"{path}.{name}"] = copy.deepcopy(_structure(value))
+            hidden = name.startswith("_") or "se_attention" in path or name == "training"
+            if not hidden and isinstance(value, (bool, int, float, str, list, tuple, dict)):
+                found[f"{path}.{name}"] = copy.deepcopy(_structure(value))
     return found

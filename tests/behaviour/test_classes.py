@@ -28,10 +28,10 @@ def test_a_class_goes_on_doing_what_it_does(block: type[nn.Module]) -> None:
     registry, cache, counts = list(blocks.REGISTRY), dict(blocks.CACHE), dict(blocks.COUNTS)
     instances = blocks.Named.instances
     add_se(Net(block).eval(), 2, example_inputs=torch.zeros(2, 3, 16, 16))
-    assert blocks.REGISTRY == registry, "a class was registered"
-    assert blocks.COUNTS == counts
+    assert registry == blocks.REGISTRY, "a class was registered"
+    assert counts == blocks.COUNTS
     assert blocks.Named.instances == instances
-    assert blocks.CACHE == cache
+    assert cache == blocks.CACHE
     check(Net(block))
 
 
@@ -95,7 +95,7 @@ def test_two_calls_of_one_parents_forward_are_left_out_with_the_reason_or_right(
     assert torch.equal(retrofitted(x), model(x))
 
 
-SOURCE = '''
+SOURCE = """
 import torch.nn.functional as F
 from python_blocks import Block
 
@@ -104,7 +104,7 @@ class Edited(Block):
     def forward(self, x):
         out = self.bn2(self.conv2(self.branch(x)))
         return x + out
-'''
+"""
 
 
 def _imported(path: Path, text: str) -> type[Block]:
@@ -167,4 +167,6 @@ def test_quantisation_aware_training_is_kept() -> None:
         network(x)
 
 
-test_quantisation_aware_training_is_kept = pytest.mark.filterwarnings("ignore")(test_quantisation_aware_training_is_kept)
+test_quantisation_aware_training_is_kept = pytest.mark.filterwarnings("ignore")(
+    test_quantisation_aware_training_is_kept
+)

@@ -7,8 +7,8 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
-import python_blocks as blocks
 import pytest
+import python_blocks as blocks
 import torch
 from networks import randomise_se, randomised
 from same_behaviour import Net

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 
-import python_blocks as blocks
 import pytest
+import python_blocks as blocks
 import torch
 from python_blocks import Block
 from same_behaviour import Net, check
