@@ -241,7 +241,7 @@ class Walrus(Block):
 
 # fmt: off
 class OneLine(Block):
-    def forward(self, x): return x + self.bn2(self.conv2(self.branch(x)))  # noqa: E704
+    def forward(self, x): return x + self.bn2(self.conv2(self.branch(x)))
 
 
 class ManyLines(Block):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from networks import assert_untouched, random_states, randomise_se, randomised, same_tensors, se_modules, snapshot
+from networks import assert_untouched, random_states, randomised, same_tensors, se_modules, snapshot
 from torch import Tensor, nn
 
 from se_retrofit import add_se, has_se, remove_se
@@ -41,7 +41,7 @@ def check(
     model: nn.Module,
     calls: Sequence[Call] = (),
     *,
-    sites: int = 2,
+    sites: int | None = 2,
     sizes: Sequence[tuple[int, ...]] = ((2, 3, 16, 16), (1, 3, 9, 9), (3, 3, 11, 20)),
     twin: nn.Module | None = None,
     **options: Any,
@@ -51,7 +51,7 @@ def check(
     Args:
         model: the network.
         calls: further calls, as arguments and keyword arguments behind the image.
-        sites: how many SE modules it has to get.
+        sites: how many SE modules it has to get; None for at least one.
         sizes: of the images.
         twin: another network like it, where it can't be copied and so is retrofitted in place.
         options: for ``add_se``.
@@ -70,19 +70,26 @@ def check(
         assert_untouched(model, before)
         assert _attributes(model) == attributes, "planning changed what the model keeps in its attributes"
         assert list(random_states()) == states, "the random states moved"
-    assert len(se_modules(retrofitted)) == sites
+    assert len(se_modules(retrofitted)) == sites if sites is not None else se_modules(retrofitted)
     for training in (False, True):
         for size in sizes:
             for args, kwargs in ((), {}), *calls:
                 _compare(model, retrofitted, training, size, args, kwargs)
     x = torch.randn(sizes[0])
     with torch.no_grad():
-        before_training = _tensors(retrofitted.eval()(x))
-    live = randomise_se(_copied(retrofitted)).eval()
-    seen: set[str] = set()
-    hooks = [se.register_forward_hook(lambda *_, path=path: seen.add(path)) for path, se in se_modules(live).items()]
+        as_it_was = _tensors(retrofitted.eval()(x))
+    live, seen = _copied(retrofitted).eval(), set()
+
+    def halve(path: str, output: Tensor) -> Tensor:
+        seen.add(path)
+        return output * 0.5
+
+    hooks = [
+        se.register_forward_hook(lambda module, args, output, path=path: halve(path, output))
+        for path, se in se_modules(live).items()
+    ]
     with torch.no_grad():
-        assert not same_tensors(_tensors(live(x)), before_training), "SE has no effect"
+        assert not same_tensors(_tensors(live(x)), as_it_was), "what SE returns goes nowhere"
     for hook in hooks:
         hook.remove()
     assert seen == set(se_modules(live)), "an SE module is not called"
