@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import RetrofitError
@@ -143,7 +144,19 @@ def _derive(recipe: Recipe) -> type:
         raise SpliceError(
             f"a class can't be derived from {base.__qualname__}: {type(error).__name__}: {error}"
         ) from None
+    for member in members.values():
+        _keep_overloads(member, base, derived)
     return derived
+
+
+def _keep_overloads(member: Any, base: type, derived: type) -> None:
+    """TorchScript keeps the overloads of a method (torchvision's DenseNet has some) by the name of the class."""
+    registered = getattr(torch._jit_internal, "_overloaded_methods", {})
+    function = unwrapped(member)
+    if function is not None and registered:
+        by_class = registered.get(torch._jit_internal._qualified_name(function), {})
+        if base.__name__ in by_class:
+            by_class[derived.__name__] = by_class[base.__name__]
 
 
 class _Quiet:
