@@ -29,6 +29,10 @@ class Inputs:
     def on_meta(self) -> Inputs:
         return copied(self, on_meta)
 
+    def of_one(self) -> Inputs:
+        """A batch of one where the tensors are batches."""
+        return Inputs(tuple(a[:1] if isinstance(a, Tensor) else a for a in self.args), self.kwargs)
+
     def with_values(self, generator: torch.Generator) -> Inputs:
         """The same on the CPU; tensors that have no values get random ones (integers: zeros)."""
 

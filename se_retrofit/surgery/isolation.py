@@ -62,6 +62,7 @@ class PrivateRandomness:
     def __init__(self, model: nn.Module) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self.watched = _uses_global_generators(model)
+        self.numpy_is_ours = self.watched and _names_numpys_random(model)
         self.python = random.Random(0).getstate()
         self.numpy = np.random.RandomState(0).get_state(legacy=False)
         self._outside: Any = None
@@ -77,7 +78,7 @@ class PrivateRandomness:
     def __exit__(self, *error: Any) -> None:
         if self.watched:
             sys.setprofile(self.profiler)
-        _set_back(self.before, self.alone)
+        _set_back(self.before, self.alone, self.numpy_is_ours)
 
     def draw(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of ATen that draws random numbers, with our generator."""
@@ -137,7 +138,7 @@ def _global_states() -> tuple[Any, ...]:
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.initial_seed()
 
 
-def _set_back(before: tuple[Any, ...], alone: bool) -> None:
+def _set_back(before: tuple[Any, ...], alone: bool, numpy_is_ours: bool = False) -> None:
     """What a forward did to the generators all the same: it seeded torch's, or drew by way of code that we don't know.
     With other threads about, a state that moved is theirs."""
     python, numpy, state, seed = before
@@ -145,12 +146,22 @@ def _set_back(before: tuple[Any, ...], alone: bool) -> None:
     if torch.initial_seed() != seed or (alone and not torch.equal(torch.get_rng_state(), state)):
         torch.default_generator.manual_seed(seed)
         torch.set_rng_state(state)
-    if alone:
-        if random.getstate() != python:
-            random.setstate(python)
+    if alone and random.getstate() != python:
+        random.setstate(python)
+    if alone or numpy_is_ours:  # calls of NumPy's generator are not told to sys.setprofile
         now = np.random.get_state()
         if now[2:] != numpy[2:] or not np.array_equal(now[1], numpy[1]):
             np.random.set_state(numpy)
+
+
+def _names_numpys_random(model: nn.Module) -> bool:
+    """Whether a function or a method of the model's code takes ``random`` from something."""
+    own = {cls for m in model.modules() for cls in type(m).__mro__ if not cls.__module__.startswith("torch.")}
+    methods = [f for cls in own for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+    called = {name for f in methods for name in f.__code__.co_names}
+    helpers = [scope[name] for scope in _namespaces(model) for name in called & scope.keys()]
+    functions = [*methods, *(f for f in helpers if isinstance(f, types.FunctionType))]
+    return any("random" in f.__code__.co_names for f in functions)
 
 
 def _uses_global_generators(model: nn.Module) -> bool:

@@ -233,6 +233,7 @@ class _Recorder(TorchDispatchMode):
         }
         self.stack: list[Call] = []
         self.one: nn.Module | None = None  # the module being run that counts as one operation
+        self.failed_in: str | None = None
         self.one_inputs: tuple[Op, ...] = ()
         self.around: nn.Module | None = None  # the retrofitted one whose SE is being run
         self.changed: set[int] = set()  # ids of tensors that it has changed
@@ -262,6 +263,8 @@ class _Recorder(TorchDispatchMode):
     def end(self, module: nn.Module, output: Any) -> None:
         if self.one is not None:
             if self.one is module:
+                if output is None:  # it raised
+                    self.failed_in = self.paths[id(module)]
                 self.one = None
                 self.add_module(module, output)
                 if self.around is not None:
@@ -502,7 +505,7 @@ def record(model: nn.Module, inputs: Inputs) -> Record:
         except Exception as error:
             if recorder.needed_values is None and _asks_for_values(error, inputs):
                 recorder.needed_values = error
-            result.broke_in = None if recorder.one is None else recorder.paths[id(recorder.one)]
+            result.broke_in = recorder.failed_in
             result.broke_off = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         finally:
             for handle in handles:

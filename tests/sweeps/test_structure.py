@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.sweep
 def test_every_name_is_converted_or_refused_for_a_reason() -> None:
-    rows = list(walk(entries(), jobs=os.cpu_count() or 1))
+    rows = list(walk(entries(), jobs=os.cpu_count() or 1, timeout=900))
     print(summary_line(rows))
     assert {row.name: row.verdict for row in rows if row.verdict.startswith("failed")} == {}
     listed = {row.name: (row.verdict, row.kinds) for row in read_rows(ROOT / "docs" / "zoo.csv")}
