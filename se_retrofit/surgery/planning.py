@@ -302,11 +302,11 @@ class _Fitting:
         right = True
         for path, problem in compared.wrong.items():
             site, places = paths[path], expected[path]
-            if places is None:
-                continue  # in training the block is no block of the kind: nothing to hold its SE against
+            if places is None or path in compared.called:
+                continue  # stochastic depth, say, hides the block or its end; it is the expression that was right in eval mode
             further = [e for p in places for e in _Options.of(p).edits if e.holder == site.edits[0].holder]
             further = [e for e in further if e.form == "splice" and e not in site.edits]
-            if further and path not in compared.called and site.edits[0] not in self.extra:
+            if further and site.edits[0] not in self.extra:
                 self.extra[site.edits[0]] = further[:1]
             else:
                 for place in site.places:
