@@ -273,12 +273,11 @@ class _Recorder(TorchDispatchMode):
             return
         if not any(call.module is module for call in self.stack):
             return
-        while True:
-            call = self.stack.pop()
-            call.end = len(self.result.ops)
-            if call.module is module:
-                break
+        while self.stack[-1].module is not module:  # calls that raised, which the model's code has caught
+            self.stack.pop().end = len(self.result.ops)
+        call = self.stack[-1]
         call.outputs = [self.op_of(t) for t in tensors_in(output)]
+        self.stack.pop()
         call.end = len(self.result.ops)
         call.returned = call.outputs[0] if isinstance(output, Tensor) else None
 
