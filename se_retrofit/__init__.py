@@ -5,24 +5,32 @@
 >>> model = add_se(timm.create_model("resnet18"), reduction=8)
 """
 
-from .attention import SEAttention
-from .errors import RetrofitError
-from .plan import Plan, Site, Skipped
-from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
-from .saving import load_retrofitted, load_se, save_retrofitted, save_se
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-_INSPECTION = ("draw", "excitations", "print_graph", "report")
-
-
-def __getattr__(name: str) -> object:
-    if name in _INSPECTION:  # imported when it is used
-        from . import inspection
-
-        return getattr(inspection, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+if TYPE_CHECKING:
+    from .attention import SEAttention
+    from .errors import RetrofitError
+    from .inspection.drawing import draw
+    from .inspection.excitations import excitations
+    from .inspection.printing import print_graph
+    from .inspection.report import report
+    from .plan import Plan, Site, Skipped
+    from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
+    from .saving import load_retrofitted, load_se, save_retrofitted, save_se
 
 __version__ = "0.2.0"
+
+# Imported when they are first used, so that what needs no torch (the version, a usage error) does not wait for it.
+_MODULES = {
+    "attention": ("SEAttention",),
+    "errors": ("RetrofitError",),
+    "inspection": ("draw", "excitations", "print_graph", "report"),
+    "plan": ("Plan", "Site", "Skipped"),
+    "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
+    "saving": ("load_retrofitted", "load_se", "save_retrofitted", "save_se"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "InsertSE",
@@ -45,3 +53,14 @@ __all__ = [
     "save_retrofitted",
     "save_se",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

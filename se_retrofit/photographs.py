@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from .errors import RetrofitError
+from .extras import extra
 from .models import Base
 
 __all__ = ["NAMES", "photographs", "prepared_for"]
@@ -27,7 +28,9 @@ def photographs() -> list[Any]:
         [(640, 427), (640, 427)]
     """
     from PIL import Image
-    from sklearn.datasets import load_sample_image
+
+    with extra("cli"):
+        from sklearn.datasets import load_sample_image
 
     return [Image.fromarray(load_sample_image(name)) for name in NAMES]
 

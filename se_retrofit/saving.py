@@ -46,7 +46,7 @@ RECIPE_FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | None = None) -> Path:
+def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
     """Save a retrofitted network: its weights, and the recipe to build it.
 
     An existing folder of this kind is replaced, in one step: whoever reads it finds the old network or the new one.
@@ -54,8 +54,8 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | No
     Args:
         model: a network that ``add_se`` made.
         directory: the folder to write; its parents are made.
-        base: where the network came from before the retrofit, such as
-            ``Base.of("torchvision/resnet18", num_classes=10)``. Found from the model itself where it is timm's. Where
+        base: where the network came from before the retrofit: a name such as ``"torchvision/resnet18"``, or with
+            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. Found from the model itself where it is timm's. Where
             it is not known, loading asks for the bare network.
 
     Returns:
@@ -64,7 +64,7 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | No
     Raises:
         RetrofitError: the model has no SE modules; ``base`` builds another network; the folder holds other files or
             can't be written.
-        TypeError: ``model`` is no module, or ``base`` no ``Base``.
+        TypeError: ``model`` is not an nn.Module, or ``base`` neither a name nor a ``Base``.
 
     Example:
         >>> import tempfile, timm
@@ -84,18 +84,18 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | No
             "add_se returns the retrofitted network: model = add_se(model)"
         )
     with replaced_directory(Path(directory), (WEIGHTS, RECIPE)) as fresh:
-        write_network(model, fresh, base=base)
+        write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
     return Path(directory)
 
 
 def load_retrofitted(
-    directory: str | Path, *, base: nn.Module | Base | None = None, example_inputs: Any = None
+    directory: str | Path, *, base: nn.Module | Base | str | None = None, example_inputs: Any = None
 ) -> nn.Module:
     """Build the network that ``save_retrofitted`` saved: the base, the same surgery, the weights.
 
     Args:
         directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
-        base: the bare network, for folders whose recipe names none. It is copied, not changed; its weights don't
+        base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its weights don't
             matter, all of them are replaced.
         example_inputs: for ``add_se``, in the place of inputs of the shapes that the network was retrofitted with.
 
@@ -123,7 +123,7 @@ def load_retrofitted(
         if kept not in state:
             raise RetrofitError(f"{folder / RECIPE}: {alias} is tied to {kept}, which {WEIGHTS} does not hold")
         state[alias] = state[kept]
-    model = _bare(recipe, base, folder)
+    model = _bare(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     if recipe["plan"] is not None:
         options = _options(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
         model = _retrofit_again(model, options, recipe["plan"]["sites"], str(folder), inplace=True)
@@ -391,7 +391,7 @@ def base_of(
 def check_base(model: nn.Module, base: Base, state: dict[str, Tensor] | None = None) -> None:
     """Raise unless ``base`` builds ``model`` without its SE."""
     if not isinstance(base, Base):
-        raise TypeError(f"base must be a Base, such as Base.of('timm/resnet18'), got {base!r}")
+        raise TypeError(f"base must be a name such as 'timm/resnet18', or a Base, got {base!r}")
     sites = plan_of(model).sites if has_se(model) else ()
     problem = _difference(base, model, tensors_of(model) if state is None else state, sites)
     if problem:
@@ -449,7 +449,7 @@ def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -
             )
         base = Base(**recipe["base"])
     if not isinstance(base, Base):
-        raise TypeError(f"base must be a network or a Base, got {base!r} of type {type(base).__name__}")
+        raise TypeError(f"base must be a network, a name or a Base, got {base!r} of type {type(base).__name__}")
     try:
         return base.build()
     except Exception as error:

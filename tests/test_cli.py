@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import se_retrofit.cli.convert as command
 from se_retrofit import RetrofitError, SEAttention, add_se, plan_of
-from se_retrofit.cli.app import app
+from se_retrofit.cli.commands import app
 from se_retrofit.models import Base
 
 # the smallest residual network in timm, made for tests: 160x160 images

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import se_retrofit.cli.demo as command
-from se_retrofit.cli.app import app
+from se_retrofit.cli.commands import app
 from se_retrofit.cli.demo import verdict
 from se_retrofit.demo import SmallResNet, load_digits, predict, train
 

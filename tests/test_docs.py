@@ -18,7 +18,7 @@ import pytest
 import typer
 
 import se_retrofit
-from se_retrofit.cli.app import app
+from se_retrofit.cli.commands import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -102,6 +102,12 @@ def test_timm_networks_tell_where_they_come_from(tmp_path: Path) -> None:
     assert load_retrofitted(tmp_path / "saved").conv1.in_channels == 1
 
 
+def test_the_base_may_be_given_by_its_name(tmp_path: Path) -> None:
+    model = add_se(torchvision.models.resnet18())
+    save_retrofitted(model, tmp_path / "saved", base="torchvision/resnet18")
+    assert_same(load_retrofitted(tmp_path / "saved"), model)
+
+
 def test_a_new_head_is_in_the_recipe(tmp_path: Path) -> None:
     model = add_se(timm.create_model("resnet10t"))
     model.reset_classifier(3)
@@ -352,10 +358,11 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
         save_retrofitted(small(), tmp_path / "saved")
     with pytest.raises(TypeError, match=r"must be an nn.Module"):
         save_retrofitted("resnet18", tmp_path / "saved")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"base must be a Base"):
-        save_retrofitted(add_se(small()), tmp_path / "saved", base="resnet18")  # type: ignore[arg-type]
-    with pytest.raises(RetrofitError, match=r"does not build the network that is to be saved: "):
-        save_retrofitted(add_se(small()), tmp_path / "saved", base=Base.of("resnet18"))
+    with pytest.raises(TypeError, match=r"base must be a name such as 'timm/resnet18', or a Base, got 18"):
+        save_retrofitted(add_se(small()), tmp_path / "saved", base=18)  # type: ignore[arg-type]
+    for base in ("resnet18", Base.of("resnet18")):
+        with pytest.raises(RetrofitError, match=r"does not build the network that is to be saved: "):
+            save_retrofitted(add_se(small()), tmp_path / "saved", base=base)
     with torch.device("meta"):
         empty = add_se(small())
     with pytest.raises(RetrofitError, match=r"on the meta device and has no values"):
@@ -368,8 +375,8 @@ def test_a_base_of_another_kind_is_refused(saved: Path) -> None:
         load_retrofitted(saved, base=torchvision.models.resnet18())
     with pytest.raises(RetrofitError, match=r"can't be made again on this base"):
         load_retrofitted(saved, base=nn.Linear(3, 3))
-    with pytest.raises(TypeError, match=r"base must be a network or a Base"):
-        load_retrofitted(saved, base="resnet18")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"base must be a network, a name or a Base"):
+        load_retrofitted(saved, base=18)  # type: ignore[arg-type]
 
 
 # SE alone

@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, SEAttention, add_se
-from se_retrofit.cli.app import app
+from se_retrofit.cli.commands import app
 from se_retrofit.surgery.planning import record_of
 from se_retrofit.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
 from se_retrofit.zoo.check import KINDS, CheckFailed, inspect_model

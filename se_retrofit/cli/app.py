@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .. import __version__
 from ..errors import RetrofitError
 
 app = typer.Typer(
@@ -28,15 +28,8 @@ def options(
     version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
 ) -> None:
     if version:
-        typer.echo(f"se-retrofit {installed_version()}")
+        typer.echo(f"se-retrofit {__version__}")
         raise typer.Exit
-
-
-def installed_version() -> str:
-    try:
-        return metadata.version("se-retrofit")
-    except metadata.PackageNotFoundError:  # run from its source folder
-        return "(not installed)"
 
 
 def say(console: Console, text: Any = "") -> None:
@@ -44,8 +37,8 @@ def say(console: Console, text: Any = "") -> None:
     console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def main() -> None:
-    """Entry point of ``se-retrofit`` and ``python -m se_retrofit``."""
+def run() -> None:
+    """Run the command that the arguments name."""
     try:
         app()
     except RetrofitError as error:

@@ -6,11 +6,14 @@ Read ``loop.py`` first: it is the training loop, top to bottom. What it calls is
 a person sees, ``compare.py`` the question whether SE pays.
 """
 
-from .compare import Comparison, compare
-from .config import FinetuneConfig
-from .datasets import NamedData, load_data
-from .loop import FinetuneResult, evaluate, finetune
-from .parts import new_head
+from ..extras import extra
+
+with extra("finetune"):
+    from .compare import Comparison, compare
+    from .config import FinetuneConfig
+    from .datasets import NamedData, load_data
+    from .loop import FinetuneResult, evaluate, finetune
+    from .parts import new_head
 
 __all__ = [
     "Comparison",

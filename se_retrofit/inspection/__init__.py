@@ -1,12 +1,16 @@
 """Looking inside a retrofitted network: what was changed, in words, code, numbers and pictures."""
 
+from typing import TYPE_CHECKING
+
 from .difference import difference, print_difference
-from .drawing import draw
 from .excitations import Excitations, excitations
 from .graphs import BlockGraph, BlockPair, block_graphs
-from .page import write_page
 from .printing import print_graph
 from .report import Report, report
+
+if TYPE_CHECKING:
+    from .drawing import draw
+    from .page import write_page
 
 __all__ = [
     "BlockGraph",
@@ -22,3 +26,16 @@ __all__ = [
     "report",
     "write_page",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # they need packages of the extra "inspect", which the others do without
+    if name == "draw":
+        from .drawing import draw
+
+        return draw
+    if name == "write_page":
+        from .page import write_page
+
+        return write_page
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

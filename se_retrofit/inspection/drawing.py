@@ -8,12 +8,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import graphviz
 from torch import fx, nn
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
+from ..extras import extra
 from .graphs import BlockGraph, BlockPair, Inspection, describe, find_block, inspect_model
+
+with extra("inspect"):
+    import graphviz
 
 __all__ = ["draw", "drawing_of", "has_graphviz", "svg_of"]
 

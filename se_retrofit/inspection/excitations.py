@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError
+from ..extras import extra
 from ..retrofit import plan_of
 from ..surgery.undo import is_retrofitted
 from .lines import aligned
@@ -157,9 +158,10 @@ class Excitations:
             The matplotlib ``Figure``.
 
         Raises:
-            RetrofitError: the folder does not exist, or matplotlib writes no such format.
+            RetrofitError: the folder does not exist, matplotlib writes no such format or is not installed.
         """
-        from matplotlib.figure import Figure
+        with extra("inspect"):
+            from matplotlib.figure import Figure
 
         stages = self.stages
         figure = Figure(figsize=(11, 0.5 + 2.4 * len(stages)), layout="constrained")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Line", "aligned", "show"]
 
@@ -34,7 +34,14 @@ def aligned(rows: Iterable[list[str]]) -> list[str]:
 
 
 def show(lines: Iterable[Line], file: IO[str] | None = None, console: Console | None = None) -> None:
-    """Print lines to a file (default: standard output)."""
+    """Print lines to a file (default: standard output), in colour where rich is installed and the file is a terminal."""
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ModuleNotFoundError:
+        for line in lines:
+            print(line, file=file)
+        return
     console = console or Console(file=file)
     for line in lines:
         style = line.style or (SE_STYLE if line.se else "")

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from torch import nn
 
 from ..errors import RetrofitError
+from ..extras import extra
 from .costs import human
 from .difference import difference_of
 from .drawing import INSTALL, drawing_of, has_graphviz, svg_of
@@ -18,6 +18,9 @@ from .graphs import BlockPair, Inspection, inspect_model
 from .lines import Line
 from .printing import headline, source_lines, tree_lines
 from .report import FIRST_NUMBER, Report, percent, report_of
+
+with extra("inspect"):
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 __all__ = ["page", "write_page"]
 

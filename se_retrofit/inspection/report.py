@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from ..attention import SEAttention
 from ..plan import Skipped
 from .costs import costs, human
 from .graphs import Inspection, inspect_model
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 __all__ = ["Report", "Row", "report"]
 
@@ -174,6 +173,10 @@ class Report:
         return "\n".join(lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
         header, rows = self.cells()
         table = Table(
             title=f"{self.model} with Squeeze-and-Excitation",

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import se_retrofit.cli.compare
 import se_retrofit.cli.finetune  # noqa: F401  (registers the command)
 from se_retrofit import RetrofitError, has_se, load_retrofitted
-from se_retrofit.cli.app import app
+from se_retrofit.cli.commands import app
 from se_retrofit.finetune import FinetuneConfig, evaluate, load_data
 
 SMALL = ["--image-size", "16", "--batch-size", "128", "--lr", "1e-3", "--cpu"]
@@ -72,7 +72,7 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path) -> None:
-    code = "from se_retrofit.cli import compare, finetune; from se_retrofit.cli.app import app; app()"
+    code = "from se_retrofit.cli.commands import app; app()"
     arguments = ["finetune", "resnet10t", "--data", "digits", "--epochs", "2", *SMALL, "--output", str(tmp_path)]
     arguments += ["--set", "log_every=1"]
     process = subprocess.Popen(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import se_retrofit.cli.inspect  # noqa: F401  (registers the command)
 from se_retrofit import RetrofitError, add_se
-from se_retrofit.cli.app import app
+from se_retrofit.cli.commands import app
 from se_retrofit.models import Base
 
 SMALL = ["inspect", "timm/resnet10t", "--num-classes", "10", "--input-size", "3x64x64"]
