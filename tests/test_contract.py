@@ -45,7 +45,19 @@ def _pair(name: str) -> Pair:
     return network, model, add_se(model)
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+# Every kind of block, in small networks; the sweeps take the others, too.
+EVERY_TIME = (
+    "torchvision/resnet18", "torchvision/alexnet", "torchvision/squeezenet1_1", "torchvision/googlenet",
+    "torchvision/mobilenet_v2", "torchvision/mobilenet_v3_small", "torchvision/shufflenet_v2_x0_5",
+    "torchvision/densenet121", "torchvision/regnet_x_400mf", "timm/convnext_atto", "timm/repvgg_b0", "timm/dla34",
+    "timm/dpn68",
+)  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.sweep) for name in NETWORKS],
+)
 def pair(request: pytest.FixtureRequest) -> Pair:
     """A network, a model of it, and the retrofitted model. Tests copy what they change."""
     return _pair(request.param)
