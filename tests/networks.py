@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -214,7 +215,10 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 def fingerprint(tensor: Tensor) -> tuple[Any, ...]:
     """Shape, type and a hash of the values, which costs less memory than a copy."""
-    values = None if tensor.device.type == "meta" else torch.hash_tensor(tensor.detach()).view(torch.int64).item()
+    values = None
+    if tensor.device.type != "meta":
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        values = hashlib.blake2b(raw.numpy().data, digest_size=16).digest()
     return tensor.shape, tensor.dtype, values
 
 

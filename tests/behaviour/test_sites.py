@@ -58,13 +58,8 @@ def test_a_mixture_of_experts_is_no_channel_attention(block: type[nn.Module]) ->
 
 
 def test_a_lone_stem_convolution_is_no_chain() -> None:
-    with torch.device("meta"):
-        model = timm.create_model("halonet_h1")
-    try:
-        blocks_found = [site.block for site in plan_se(model).sites]
-    except RetrofitError:
-        return
-    assert "stem" not in "".join(blocks_found)
+    with pytest.raises(RetrofitError, match="no convolutional blocks"):
+        plan_se(timm.create_model("halonet_h1"))
 
 
 @pytest.mark.parametrize("placement", ["standard", "pre", "post", "identity", "3x3"])
