@@ -242,7 +242,9 @@ class _Fitting:
                 continue
             expected = {site.path: site.places for site in sites}
             compared = compare(self.runs.evaluation, evaluation, expected)
-            if self.right(compared, paths, self.runs.evaluation) and self.right_in_training(training, paths):
+            if self.right(compared, paths, self.runs.evaluation, evaluation) and self.right_in_training(
+                training, paths
+            ):
                 return sites
 
     def sites(self) -> list[SurgerySite]:
@@ -281,9 +283,9 @@ class _Fitting:
             self.options[place].fail("the value that SE should recalibrate is not the result of one expression")
         return True
 
-    def right(self, compared: Comparison, paths: Mapping[str, SurgerySite], before: Record) -> bool:
+    def right(self, compared: Comparison, paths: Mapping[str, SurgerySite], before: Record, after: Record) -> bool:
         if compared.difference is not None:
-            self.blame(compared.difference, before, list(paths.values()))
+            self.blame(compared.difference, before, list(paths.values()), after.broke_off)
             return False
         for path, problem in compared.wrong.items():
             for place in paths[path].places:
@@ -297,7 +299,7 @@ class _Fitting:
         expected = {path: self.in_training(site) for path, site in paths.items()}
         compared = compare(before, after, {path: places or [] for path, places in expected.items()})
         if compared.difference is not None:
-            self.blame(compared.difference, before, list(paths.values()))
+            self.blame(compared.difference, before, list(paths.values()), after.broke_off)
             return False
         right = True
         for path, problem in compared.wrong.items():
@@ -322,8 +324,9 @@ class _Fitting:
             return None
         return [twin for place, twin in zip(own, same, strict=True) if place in site.places]
 
-    def blame(self, index: int, before: Record, sites: list[SurgerySite]) -> None:
-        """Leave out the block at which the retrofitted network did something else; at the second, all of its class."""
+    def blame(self, index: int, before: Record, sites: list[SurgerySite], broke_off: str | None) -> None:
+        """Leave out the block at which the retrofitted network did something else; at the second, all of its class. Where
+        its code raised something, try another way for it first."""
         again = self.last_blamed is not None and self.last_blamed[0] == index
         if self.last_blamed is not None and again:  # it was not that block: the next one, then
             for place in self.last_blamed[1]:
@@ -339,10 +342,14 @@ class _Fitting:
             site = earlier[-1][0]
         else:
             site = (later or places)[0][0]
+        if broke_off is not None and not again and all(len(self.options[p].edits) > 1 for p in site.places):
+            for place in site.places:
+                self.options[place].fail(f"with SE in it, its code raised {broke_off}")
+            return
         self.last_blamed = (index, list(site.places)) if not again else None
         reason = (
-            "with SE in it, the network does something else than before: it looks at the class of the block, or at its "
-            "children"
+            "with SE in it, the network does something else than before: it looks at the class of the block, its "
+            "children or its parameters"
         )
         cls = self.class_of(site)
         for other in sites if cls in self.blamed else [site]:

@@ -236,7 +236,7 @@ class _Recorder(TorchDispatchMode):
         self.failed_in: str | None = None
         self.one_inputs: tuple[Op, ...] = ()
         self.around: nn.Module | None = None  # the retrofitted one whose SE is being run
-        self.changed: set[int] = set()  # ids of tensors that it has changed
+        self.changed: dict[int, Tensor] = {}  # tensors that it has changed, alive, so that no other gets the id of one
         self.needed_values: Exception | None = None
 
     # Calls of modules
@@ -246,11 +246,11 @@ class _Recorder(TorchDispatchMode):
             if isinstance(module, SEAttention):  # the one operation is retrofitted: SE comes after it
                 self.add_module(self.one, args[0])
                 self.around, self.one = self.one, module
-                self.one_inputs, self.changed = (self.op_of(args[0]),), set()
+                self.one_inputs, self.changed = (self.op_of(args[0]),), {}
             return
         given = [self.op_of(t) for t in tensors_in((args, kwargs))]
         if self.stack and module_role(module) is not None:
-            self.one, self.one_inputs, self.changed = module, tuple(given), set()
+            self.one, self.one_inputs, self.changed = module, tuple(given), {}
             return
         parent = self.stack[-1] if self.stack else None
         call = Call(module, self.paths[id(module)], parent, len(self.result.ops), inputs=given)
@@ -269,7 +269,7 @@ class _Recorder(TorchDispatchMode):
                 self.add_module(module, output)
                 if self.around is not None:
                     self.one, self.around = self.around, None
-                    self.one_inputs, self.changed = (self.op_of(output),), set()
+                    self.one_inputs, self.changed = (self.op_of(output),), {}
             return
         if not any(call.module is module for call in self.stack):
             return
@@ -297,7 +297,7 @@ class _Recorder(TorchDispatchMode):
             op.module, op.path, op.inplace = module, self.paths[id(module)], changed
             self.keep(tensor, op)
         if self.changed:
-            self.change_aliases(tensors_in(output), self.changed)
+            self.change_aliases(tensors_in(output), set(self.changed))
 
     # Operations
 
@@ -311,7 +311,7 @@ class _Recorder(TorchDispatchMode):
         changes = func._schema.is_mutable
         if self.one is not None:
             if changes:
-                self.changed.update(id(t) for t in _written(func, args, kwargs))
+                self.changed.update((id(t), t) for t in _written(func, args, kwargs))
             return output
         if func is torch.ops.aten.detach.default:  # the same value; autograd does it to what it saves, too
             self.keep(output, self.op_of(args[0]))
