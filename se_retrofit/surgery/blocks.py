@@ -336,6 +336,7 @@ def inverted_core(conv: Op) -> InvertedCore | None:
     if conv.conv is None or not conv.conv.depthwise or conv.pooled:
         return None
     op, acted = conv, False
+    padded: tuple[Op, Op] | None = None  # what is padded before the projection, and the padding that takes it
     while True:
         users = real_users(op)
         gates = [u for u in users if is_gate(u)]
@@ -350,7 +351,11 @@ def inverted_core(conv: Op) -> InvertedCore | None:
             return None
         user = users[0]
         if is_pointwise(user):
-            return InvertedCore(op, user, user) if acted else None
+            return InvertedCore(*(padded or (op, user)), user) if acted else None
+        if user.role == "pad":  # padding for any kernel, which for one of size 1 is none
+            padded, op = padded or (op, user), user
+            continue
+        padded = None
         if user.role == "cat":  # kernels of several sizes side by side (MixConv)
             if not all(i.conv is not None and i.conv.depthwise for i in user.data):
                 return None

@@ -324,31 +324,41 @@ def _insertions(splices: list[Splice], self_name: str) -> Iterator[tuple[int, in
             yield first, column, f"{splice.target} = {call}{splice.target}); "
 
 
-def _rewrapped(member: Any, old: types.FunctionType, new: types.FunctionType) -> Any:
-    """What the decorators made of a function, made of another one in its place."""
+def _rewrapped(
+    member: Any, old: types.FunctionType, new: types.FunctionType, made: dict[int, types.FunctionType] | None = None
+) -> Any:
+    """What the decorators made of a function, made of another one in its place. ``made`` are the wrappers made already, by
+    the ids of those that they stand for: a wrapper may refer to itself."""
+    made = {} if made is None else made
     if member is old:
         return new
+    if id(member) in made:
+        return made[id(member)]
     if isinstance(member, (staticmethod, classmethod)):
-        return type(member)(_rewrapped(member.__func__, old, new))
+        return type(member)(_rewrapped(member.__func__, old, new, made))
     if isinstance(member, property):
-        return property(_rewrapped(member.fget, old, new), member.fset, member.fdel, member.__doc__)
+        return property(_rewrapped(member.fget, old, new, made), member.fset, member.fdel, member.__doc__)
     if isinstance(member, types.FunctionType):
-        cells, found = [], False
+        cells, replaced = [], []
         for cell in member.__closure__ or ():
             try:
                 content = cell.cell_contents
             except ValueError:  # an empty cell
                 content = None
             if callable(content) and unwrapped(content) is old:
-                cell, found = types.CellType(_rewrapped(content, old, new)), True
+                cell = types.CellType()
+                replaced.append((cell, content))
             cells.append(cell)
-        if found:
+        if any(content is not member for _, content in replaced):
             wrapper = types.FunctionType(
                 member.__code__, member.__globals__, member.__name__, member.__defaults__, tuple(cells)
             )
             wrapper.__kwdefaults__ = member.__kwdefaults__
             wrapper.__dict__.update(vars(member))
-            wrapper.__wrapped__ = _rewrapped(member.__wrapped__, old, new)  # type: ignore[attr-defined]
+            made[id(member)] = wrapper
+            for cell, content in replaced:
+                cell.cell_contents = _rewrapped(content, old, new, made)
+            wrapper.__wrapped__ = _rewrapped(member.__wrapped__, old, new, made)  # type: ignore[attr-defined]
             wrapper.__qualname__, wrapper.__module__, wrapper.__doc__ = (
                 member.__qualname__, member.__module__, member.__doc__,
             )  # fmt: skip
