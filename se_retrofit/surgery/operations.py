@@ -208,10 +208,20 @@ def _tell_channels(op: Op, conv: Op) -> None:
         op = op.data[0]
 
 
+def _folds_batch(conv: Op) -> bool:
+    """Whether a conv has kernels for each image of the batch, which is folded into the channels (StyleGAN2): how many channels
+    there are depends on the batch then."""
+    given = conv.data[0] if conv.data else None
+    if conv.module is not None or given is None:
+        return False
+    folded = given.role == "shape" and given.shape[0] == 1 and bool(given.data) and given.data[0].shape[0] > 1
+    return folded or conv.inputs[1].role != "param"
+
+
 def _channel_dim(op: Op) -> int | None:
     """Which dim holds the channels of an operation's output."""
     if op.conv is not None:
-        return -len(op.conv.kernel) - 1
+        return None if _folds_batch(op) else -len(op.conv.kernel) - 1
     data = op.data
     if not data:
         return None

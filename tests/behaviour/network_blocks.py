@@ -272,3 +272,29 @@ class SetForward(nn.Module):
 
     def forward(self, x):
         return x + F.relu(self.run(x))
+
+
+class Modulated(nn.Module):
+    """StyleGAN2's convolution: a kernel for each image, the batch folded into the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.style = nn.Parameter(torch.randn(1, 8, 8, 3, 3)), nn.Linear(4, 8)
+
+    def forward(self, x, style):
+        b, c, h, w = x.shape
+        kernel = self.weight * self.style(style).view(b, 1, c, 1, 1)
+        kernel = kernel * torch.rsqrt(kernel.square().sum([2, 3, 4], keepdim=True) + 1e-8)
+        return F.conv2d(x.reshape(1, b * c, h, w), kernel.view(b * c, c, 3, 3), padding=1, groups=b).view(b, c, h, w)
+
+
+class Styled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = Modulated(), Modulated()
+        self.style = nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x):
+        style = self.style.expand(x.shape[0], -1)
+        out = F.leaky_relu(self.conv1(x, style), 0.2)
+        return (x + self.conv2(out, style)) / math.sqrt(2)

@@ -12,7 +12,7 @@ from same_behaviour import Net, check
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from se_retrofit import add_se, plan_se
+from se_retrofit import RetrofitError, add_se, plan_se
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ from se_retrofit import add_se, plan_se
         (networks.Res2, "residual"),
         (networks.Shifted, "residual"),
         (networks.Mover, "residual"),
+        (networks.Styled, "residual"),
     ],
 )
 def test_a_block_gets_one_se_of_its_kind(block: type[nn.Module], kind: str) -> None:
@@ -47,6 +48,13 @@ def test_a_block_gets_one_se_of_its_kind(block: type[nn.Module], kind: str) -> N
 )
 def test_a_network_behaves_as_before(network: type[nn.Module], sites: int) -> None:
     check(network(), sites=sites, calls=[(((3,),), {})] if network is networks.Perceptual else ())
+
+
+def test_where_the_batch_is_folded_into_the_channels_there_is_no_place() -> None:
+    for placement in ("pre", "identity", "post"):
+        check(Net(networks.Styled), placement=placement)
+    with pytest.raises(RetrofitError, match="channels can't be told"):
+        add_se(Net(networks.Styled), 2, placement="3x3", example_inputs=torch.zeros(2, 3, 16, 16))
 
 
 class Plain(Block):
