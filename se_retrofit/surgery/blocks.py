@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .operations import only_user, real_users
+from .operations import is_conv_or_linear, only_user, real_users
 from .record import Call, Op, Record
 from .roles import is_sequential
 
@@ -205,7 +205,7 @@ def split_unit(record: Record, call: Call, cat: Op) -> FoundBlock | None:
         else:
             new.append(operand)
     if not bypassed or not new:
-        return None
+        return _split_inside(record, call, cat)
     if len(new) > 1:
         if any(a.bit & b.ancestors for a in new for b in new):
             return None  # they feed each other: see dense_layers
@@ -236,6 +236,20 @@ def _split_in_graph(record: Record, call: Call, cat: Op) -> FoundBlock | None:
     if not whole.bit & new[0].ancestors or _escapes(record, call, [whole], {cat}):
         return None
     return _new_features(record, cat, new[0], call, whole.ancestors | whole.bit)
+
+
+def _split_inside(record: Record, call: Call, cat: Op) -> FoundBlock | None:
+    """The same where what is split is no input of the module, but a value that every way through the module passes."""
+    whole = _common_source(record, call, cat.data)
+    if whole is None or _escapes(record, call, call.inputs, {whole}):
+        return None
+    outside = whole.ancestors | whole.bit
+    if whole in cat.data and any(map(is_conv_or_linear, record.select(outside & call.mask))):
+        return None  # it is newly computed as well: a primary convolution and a cheap one (GhostNet)
+    new = [o for o in cat.data if _bypass_source(o, call, outside, projections=0) is None]
+    if len(new) != 1 or len(new) == len(cat.data):
+        return None
+    return _new_features(record, cat, new[0], call, outside)
 
 
 def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) -> FoundBlock | None:
@@ -322,6 +336,7 @@ def inverted_core(conv: Op) -> InvertedCore | None:
     if conv.conv is None or not conv.conv.depthwise or conv.pooled:
         return None
     op, acted = conv, False
+    padded: tuple[Op, Op] | None = None  # what is padded before the projection, and the padding that takes it
     while True:
         users = real_users(op)
         gates = [u for u in users if is_gate(u)]
@@ -336,7 +351,11 @@ def inverted_core(conv: Op) -> InvertedCore | None:
             return None
         user = users[0]
         if is_pointwise(user):
-            return InvertedCore(op, user, user) if acted else None
+            return InvertedCore(*(padded or (op, user)), user) if acted else None
+        if user.role == "pad":  # padding for any kernel, which for one of size 1 is none
+            padded, op = padded or (op, user), user
+            continue
+        padded = None
         if user.role == "cat":  # kernels of several sizes side by side (MixConv)
             if not all(i.conv is not None and i.conv.depthwise for i in user.data):
                 return None
@@ -392,6 +411,21 @@ def multi_branch(record: Record, call: Call, cat: Op) -> FoundBlock | None:
     source = _common_source(record, call, cat.data)
     if _escapes(record, call, [source] if source is not None else call.inputs, {cat}):
         return None
+    block = _branches_from(record, call, cat, source)
+    if (
+        block is None
+        and source is not None
+        and call.parent is not None
+        and not _escapes(record, call, call.inputs, {cat})
+    ):
+        # what the branches have in common belongs to the block itself, with what is made of it and the conv that fuses all
+        block = _branches_from(record, call, cat, None)
+        if block is not None and (block.branch is cat or not call.holds(block.branch)):
+            return None
+    return block
+
+
+def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> FoundBlock | None:
     outside = (source.ancestors | source.bit) if source is not None else 0
     ops = list(record.select(cat.ancestors & call.mask & ~outside))
     if not _has_spatial_conv(ops) or any(map(_resizes, ops)):
@@ -508,7 +542,7 @@ def chain_units(record: Record) -> Iterator[tuple[Op, Op]]:
                 closing = _next_after(pair, ("norm", "pass", "affine", "pool"))
                 if closing is not None and closing.role == "act":
                     following = closing
-        if following is not None and following.role == "act" and following not in outputs:
+        if following is not None and following.role == "act" and (following not in outputs or real_users(following)):
             yield conv, following
 
 

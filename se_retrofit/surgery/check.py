@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from ..attention import SEAttention
 from .placement import Place
 from .record import Call, Op, Record
@@ -27,12 +29,13 @@ class Comparison:
     difference: int | None = None
 
 
-def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Comparison:
+def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], *, exactly: bool = True) -> Comparison:
     """Compare the record of a network with that of its retrofitted copy.
 
     Args:
         before, after: the records, of the same inputs in the same mode.
         expected: by the path of each SE module, the places (in ``before``) where it is to scale.
+        exactly: whether the numbers that operations take beside tensors count: not where each run has others.
     """
     result = Comparison()
     same: dict[Op, Op] = {}  # operations of the retrofitted network, and those of the original that they are
@@ -51,6 +54,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
         if (
             _signature(op) != _signature(original)
             or tuple(same[i] for i in after.edges[op.index]) != before.edges[index]
+            or (exactly and _plain((op.args, op.kwargs)) != _plain((original.args, original.kwargs)))
         ):
             result.difference = index
             return result
@@ -73,6 +77,19 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
 
 def _signature(op: Op) -> tuple[object, ...]:
     return op.name, op.shape, op.dtype, op.path, op.call.path, op.inplace
+
+
+def _plain(value: object) -> object:
+    """Arguments of an operation as data that can be compared."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (float, complex)):
+        return repr(value)  # nan is not equal to itself
+    if value is None or isinstance(value, (int, str, torch.dtype, torch.layout, torch.memory_format)):
+        return value
+    return type(value)
 
 
 def _like(op: Op, places: list[Place], calls: set[Call]) -> bool:

@@ -110,6 +110,8 @@ def _copied(value: T, independent: bool) -> T:
         given.update({id(module): type(module).__new__(type(module)) for module in shared})
         result, memo = _deep_copy(value, modules, given, independent, forced)
     _point_weak_references(modules, memo)
+    if not independent:
+        _point_functions(modules, memo)
     return result
 
 
@@ -203,3 +205,40 @@ def _point_weak_references(modules: list[nn.Module], memo: dict[int, Any]) -> No
                 target = memo.get(id(value()))
                 if isinstance(target, nn.Module):
                     vars(new)[name] = weakref.ref(target)
+
+
+def _point_functions(modules: list[nn.Module], memo: dict[int, Any]) -> None:
+    """Functions on instances (a ``forward`` that was set there, a lambda made in ``__init__``) go on with the copy's modules;
+    ``copy.deepcopy`` shares them, and with them the original's modules."""
+    for module in modules:
+        new = memo.get(id(module))
+        if new is None or new is module:
+            continue
+        for name, value in list(vars(new).items()):
+            if isinstance(value, types.FunctionType):
+                vars(new)[name] = _of_copy(value, memo, 0)
+
+
+def _of_copy(value: Any, memo: dict[int, Any], depth: int) -> Any:
+    """What stands for a module, or for a function that holds one, in a copy; anything else stands for itself."""
+    if isinstance(value, (nn.Module, Tensor)):
+        return memo.get(id(value), value)
+    if isinstance(value, types.MethodType):
+        owner = _of_copy(value.__self__, memo, depth)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if not isinstance(value, types.FunctionType) or not value.__closure__ or depth > 8:
+        return value
+    cells = []
+    for cell in value.__closure__:
+        try:
+            content = _of_copy(cell.cell_contents, memo, depth + 1)
+        except ValueError:  # an empty cell
+            cells.append(cell)
+            continue
+        cells.append(cell if content is cell.cell_contents else types.CellType(content))
+    if all(a is b for a, b in zip(cells, value.__closure__, strict=True)):
+        return value
+    new = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
+    new.__kwdefaults__, new.__qualname__, new.__doc__ = value.__kwdefaults__, value.__qualname__, value.__doc__
+    new.__dict__.update(vars(value))
+    return new

@@ -70,6 +70,7 @@ def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     bare: nn.Module = object.__new__(recipe.base)
     vars(bare).update(vars(self))
     vars(bare)["_modules"] = {k: m for k, m in self._modules.items() if k not in recipe.names}
+    memo.setdefault(id(memo), []).append(bare)  # alive as long as the memo, in which its id stands for its copy
     new = recipe.base.__deepcopy__(bare, memo)  # type: ignore[attr-defined]
     if new is bare:
         return self

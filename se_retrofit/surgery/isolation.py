@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .methods import unwrapped
+
 __all__ = ["PrivateRandomness", "isolated", "untouched_randomness"]
 
 
@@ -164,13 +166,20 @@ def _names_numpys_random(model: nn.Module) -> bool:
     return any("random" in f.__code__.co_names for f in functions)
 
 
+def _bound_to(value: Any) -> Any:
+    """The object whose method a value is."""
+    with suppress(Exception):  # what stands for a library that is not installed raises whatever it is asked
+        return getattr(value, "__self__", None)
+    return None
+
+
 def _uses_global_generators(model: nn.Module) -> bool:
     """Whether the code of a model's classes can reach Python's or NumPy's global generator."""
     for scope in _namespaces(model):
         for value in scope.values():
             if value is random or value is np or value is np.random:
                 return True
-            if getattr(value, "__self__", None) in (_PYTHON, _NUMPY):
+            if _bound_to(value) is _PYTHON or _bound_to(value) is _NUMPY:
                 return True
             if (
                 isinstance(value, types.ModuleType)
@@ -204,10 +213,8 @@ def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
         if module is not None:
             found[id(vars(module))] = vars(module)
         for member in vars(cls).values():
-            function = getattr(member, "__func__", member)
-            while hasattr(function, "__wrapped__"):
-                function = function.__wrapped__
-            if isinstance(function, types.FunctionType) and not function.__module__.startswith("torch."):
+            function = unwrapped(member)
+            if function is not None and not str(function.__module__).startswith("torch."):
                 found[id(function.__globals__)] = function.__globals__
     return list(found.values())
 

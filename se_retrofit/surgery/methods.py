@@ -59,9 +59,20 @@ def unwrapped(member: Any) -> types.FunctionType | None:
     elif isinstance(member, property):
         member = member.fget
     seen = 0
-    while hasattr(member, "__wrapped__") and not isinstance(member, type) and seen < 100:
-        member, seen = member.__wrapped__, seen + 1
+    while not isinstance(member, type) and seen < 100:
+        inner, seen = _wrapped(member), seen + 1
+        if inner is None:
+            break
+        member = inner
     return member if isinstance(member, types.FunctionType) else None
+
+
+def _wrapped(member: Any) -> Any:
+    """What a decorator keeps of what it wraps. A ``__getattr__`` is not asked: it may have an answer to everything, or raise."""
+    try:
+        return vars(member).get("__wrapped__")
+    except Exception:
+        return None
 
 
 def _add_code(found: dict[types.CodeType, Method], code: types.CodeType, method: Method) -> None:

@@ -29,10 +29,14 @@ def _read(op: Op) -> None:
             op.role, op.inputs = "act", gated
     if op.role == "conv":
         op.conv = _conv_of(op)
+    if op.role == "pool" and (stacked := _stacked(op)) is not None:  # torch.stack([x, f(x)]).sum(0), an add written out
+        op.role, op.inputs = "add", stacked
     for source in op.inputs:
         op.ancestors |= source.ancestors | source.bit
         source.users.append(op)
     op.channel_dim = _channel_dim(op)
+    if op.role == "pool" and op.module is None and op.data:
+        op.channel_dim = op.channel_dim or _channel_dim_of_several(op.data[0], op)
     if op.conv is not None and op.data:
         _tell_channels(op.data[0], op)
     elif op.role == "add" and op.channel_dim is not None:
@@ -97,6 +101,21 @@ def _conv_of(op: Op) -> Conv | None:
     return Conv(tuple(weight[2:]), groups, weight[1] * groups, weight[0], False)
 
 
+def _stacked(op: Op) -> tuple[Op, ...] | None:
+    """The values of a stack that is summed up at once along its new dim."""
+    if op.module is not None or op.name not in ("sum", "mean") or len(op.data) != 1 or op.data[0].name != "stack":
+        return None
+    stack, dims = op.data[0], op.args[1] if len(op.args) > 1 else None
+    dims = [dims] if isinstance(dims, int) else dims
+    along = int(stack.args[1]) if len(stack.args) > 1 else 0
+    values = stack.inputs
+    if not dims or len(dims) != 1 or dims[0] % stack.dim != along % stack.dim or stack.users or len(values) != 2:
+        return None
+    for value in values:
+        value.users = [user for user in value.users if user is not stack]
+    return values
+
+
 def _gated_by_itself(x: Op, gate: Op) -> tuple[Op] | None:
     """``x`` alone, if ``gate`` is an activation of ``x`` that nothing else takes."""
     first, activated = gate, False
@@ -130,10 +149,22 @@ def _spatial(op: Op) -> tuple[int, ...]:
     return tuple(shape[2:])
 
 
+def _channel_dim_of_several(source: Op, op: Op) -> int | None:
+    """Where the channels are in the mean of several maps (the views of an object, the frames of a video); None where
+    something else is pooled."""
+    dim = source.channel_dim
+    if dim is None or op.dim != source.dim - 1 or op.dim <= -dim or source.shape[dim:] != op.shape[dim:]:
+        return None
+    return dim if len(source.shape[dim:]) > 1 else None
+
+
 def _follow_pooling(op: Op) -> None:
     """Tell what is computed from a pooled value: the squeeze and the excitation of a channel gate."""
     data = op.data
     if not data or op.role in ("input", "param"):
+        return
+    if op.role == "pool" and op.module is None and _channel_dim_of_several(data[0], op) is not None:
+        op.pooled = data[0].pooled
         return
     widest = max(_extent(i) for i in data)
     extent = _extent(op)
@@ -179,10 +210,20 @@ def _tell_channels(op: Op, conv: Op) -> None:
         op = op.data[0]
 
 
+def _folds_batch(conv: Op) -> bool:
+    """Whether a conv has kernels for each image of the batch, which is folded into the channels (StyleGAN2): how many channels
+    there are depends on the batch then."""
+    given = conv.data[0] if conv.data else None
+    if conv.module is not None or given is None:
+        return False
+    folded = given.role == "shape" and given.shape[0] == 1 and bool(given.data) and given.data[0].shape[0] > 1
+    return folded or conv.inputs[1].role != "param"
+
+
 def _channel_dim(op: Op) -> int | None:
     """Which dim holds the channels of an operation's output."""
     if op.conv is not None:
-        return -len(op.conv.kernel) - 1
+        return None if _folds_batch(op) else -len(op.conv.kernel) - 1
     data = op.data
     if not data:
         return None
@@ -216,4 +257,8 @@ def _channel_dim_after(op: Op, source: Op, position: int) -> int | None:
         return position - after
     if position == len(before) - 1 and after and op.shape[-1] == before[-1]:
         return -1
+    # or if the batch alone was split or merged (frames, views, windows)
+    trailing = len(before) - position
+    if trailing > 1 and after > trailing and tuple(op.shape[-trailing:]) == tuple(before[position:]):
+        return -trailing
     return None

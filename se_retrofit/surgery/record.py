@@ -61,6 +61,7 @@ class Op:
         name: of the ATen operation, without the in-place variant's underscore; of a module's class; "input" or "param".
         inputs: the operations whose tensors it takes.
         args: what it takes beside them, with None in the place of tensors.
+        kwargs: what it takes by name beside them.
         shape, dtype: of its output; the shape is None where that is no tensor.
         call: the innermost call of a module in which it happens; a module that counts as one operation has none.
         module, path: that module, and its path in the model; of a "param", the path of the parameter or buffer.
@@ -87,6 +88,7 @@ class Op:
     where: Where = ()
     inplace: bool = False
     target: Any = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
     role: str = ""
     conv: Conv | None = None
     channel_dim: int | None = None
@@ -323,12 +325,13 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2]
         name = name[:-1] if changes and name.endswith("_") else name
         plain = tuple(None if isinstance(a, Tensor) else a for a in args)
+        named = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
         if name == "copy" and len(operations) == 2:
             operations = operations[1:]
         outputs = tensors_in(output)
         for tensor in (outputs if role_of(name) == "part" else outputs[:1]) or written:
             op = self.new_op(name, operations, plain, tensor, where)
-            op.target, op.inplace = func, any(tensor is t for t in written)
+            op.target, op.kwargs, op.inplace = func, named, any(tensor is t for t in written)
             self.keep(tensor, op)
         for tensor in outputs[1:]:  # a norm's statistics, a pool's indices: hardly ever used
             if id(tensor) not in self.known:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
+from torch.nn.utils import parametrize
 
 from ..attention import SEAttention
 
@@ -90,7 +91,9 @@ def module_role(module: nn.Module) -> str | None:
     """The role of a module that counts as one operation, as those of torch.nn do; None for one to look into."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, SEAttention, FakeQuantizeBase, ObserverBase)):
         return _known_role(module)
-    if isinstance(module, (nn.Sequential, fx.GraphModule)) or not type(module).__module__.startswith("torch.nn"):
+    # a class that parametrize derived tells nothing: what counts is the one below it
+    own = next(c for c in type(module).__mro__ if c.__module__ != parametrize.__name__)
+    if isinstance(module, (nn.Sequential, fx.GraphModule)) or not own.__module__.startswith("torch.nn"):
         return None
     return _known_role(module) or "other"
 

@@ -264,9 +264,15 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
     filename = f"<se_retrofit {function.__module__}.{function.__qualname__} {digest}>"
     whole = ["\n"] * (source.first - 1) + new_lines
     try:
-        code = _compiled(_parsed(new_lines, source.first), function, filename)
-    except (SyntaxError, StopIteration) as error:
+        tree = _parsed(new_lines, source.first)
+        code = _compiled(tree, function, filename)
+    except (SyntaxError, ValueError, StopIteration) as error:
         raise SpliceError(f"the changed source of {function.__qualname__} does not compile: {error}") from None
+    without = _WithoutCalls(self_name, {s.child for s in splices}).visit(_parsed(new_lines, source.first))
+    if ast.dump(without) != ast.dump(
+        source.tree
+    ):  # an expression in an f-string, say, of which Python has no exact place
+        raise SpliceError(f"a call of SE can't be put at the expression in {function.__qualname__}")
     linecache.cache[filename] = (sum(map(len, whole)), None, whole, filename)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     new = types.FunctionType(
@@ -277,6 +283,31 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
     new.__qualname__, new.__module__, new.__doc__ = function.__qualname__, function.__module__, function.__doc__
     new.__dict__.update(vars(function))
     return new
+
+
+class _WithoutCalls(ast.NodeTransformer):
+    """Takes the calls of SE out of a syntax tree again."""
+
+    def __init__(self, self_name: str, children: set[str]) -> None:
+        self.self_name, self.children = self_name, children
+
+    def is_se(self, node: ast.AST | None) -> bool:
+        return (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+            and (node.func.value.id, node.func.attr in self.children) == (self.self_name, True)
+            and len(node.args) == 1
+        )
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        return self.visit(node.args[0]) if self.is_se(node) else self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        value: Any = node.value
+        if self.is_se(value) and ast.unparse(value.args[0]) == ast.unparse(node.targets[0]):
+            return None  # a statement of its own
+        return self.generic_visit(node)
 
 
 def _insertions(splices: list[Splice], self_name: str) -> Iterator[tuple[int, int, str]]:
@@ -293,31 +324,41 @@ def _insertions(splices: list[Splice], self_name: str) -> Iterator[tuple[int, in
             yield first, column, f"{splice.target} = {call}{splice.target}); "
 
 
-def _rewrapped(member: Any, old: types.FunctionType, new: types.FunctionType) -> Any:
-    """What the decorators made of a function, made of another one in its place."""
+def _rewrapped(
+    member: Any, old: types.FunctionType, new: types.FunctionType, made: dict[int, types.FunctionType] | None = None
+) -> Any:
+    """What the decorators made of a function, made of another one in its place. ``made`` are the wrappers made already, by
+    the ids of those that they stand for: a wrapper may refer to itself."""
+    made = {} if made is None else made
     if member is old:
         return new
+    if id(member) in made:
+        return made[id(member)]
     if isinstance(member, (staticmethod, classmethod)):
-        return type(member)(_rewrapped(member.__func__, old, new))
+        return type(member)(_rewrapped(member.__func__, old, new, made))
     if isinstance(member, property):
-        return property(_rewrapped(member.fget, old, new), member.fset, member.fdel, member.__doc__)
+        return property(_rewrapped(member.fget, old, new, made), member.fset, member.fdel, member.__doc__)
     if isinstance(member, types.FunctionType):
-        cells, found = [], False
+        cells, replaced = [], []
         for cell in member.__closure__ or ():
             try:
                 content = cell.cell_contents
             except ValueError:  # an empty cell
                 content = None
             if callable(content) and unwrapped(content) is old:
-                cell, found = types.CellType(_rewrapped(content, old, new)), True
+                cell = types.CellType()
+                replaced.append((cell, content))
             cells.append(cell)
-        if found:
+        if any(content is not member for _, content in replaced):
             wrapper = types.FunctionType(
                 member.__code__, member.__globals__, member.__name__, member.__defaults__, tuple(cells)
             )
             wrapper.__kwdefaults__ = member.__kwdefaults__
             wrapper.__dict__.update(vars(member))
-            wrapper.__wrapped__ = _rewrapped(member.__wrapped__, old, new)  # type: ignore[attr-defined]
+            made[id(member)] = wrapper
+            for cell, content in replaced:
+                cell.cell_contents = _rewrapped(content, old, new, made)
+            wrapper.__wrapped__ = _rewrapped(member.__wrapped__, old, new, made)  # type: ignore[attr-defined]
             wrapper.__qualname__, wrapper.__module__, wrapper.__doc__ = (
                 member.__qualname__, member.__module__, member.__doc__,
             )  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 import enum
 import functools
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from typing import Any, ClassVar, NamedTuple
@@ -275,6 +276,38 @@ class Rebuilt(Block):
     def forward(self, x):
         out = self.bn2(self.conv2(self.branch(x)))
         return x + out
+
+
+class KnowsClass(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out * (0.5 if type(self) is KnowsClass else 2.0)
+
+
+class KnowsName(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out * len(type(self).__name__)
+
+
+class CountsChildren(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return torch.add(x, out, alpha=len(list(self.children())))
+
+
+class CountsParameters(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out / sum(p.numel() for p in self.parameters())
+
+
+class Timed(Block):
+    """Takes another number in each run."""
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out + time.perf_counter() * 1e-40
 
 
 WITHOUT_SOURCE = """

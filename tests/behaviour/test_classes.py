@@ -95,6 +95,20 @@ def test_two_calls_of_one_parents_forward_are_left_out_with_the_reason_or_right(
     assert torch.equal(retrofitted(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "block",
+    [blocks.KnowsClass, blocks.KnowsName, blocks.CountsChildren, blocks.CountsParameters],
+    ids=lambda cls: cls.__name__,
+)
+def test_a_block_whose_numbers_depend_on_its_class_or_children_is_left_out(block: type[nn.Module]) -> None:
+    with pytest.raises(RetrofitError, match="looks at the class of the block, its children or its parameters"):
+        add_se(Net(block), 2, example_inputs=torch.zeros(2, 3, 16, 16))
+
+
+def test_a_number_that_is_another_one_in_each_run_is_no_difference() -> None:
+    check(Net(blocks.Timed))
+
+
 SOURCE = """
 import torch.nn.functional as F
 from python_blocks import Block
