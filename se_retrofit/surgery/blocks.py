@@ -157,8 +157,13 @@ def _has_second_output(call: Call, add: Op, region: int) -> bool:
         add in call.outputs
         and call.parent is not None
         and bool(others)
-        and all(o.bit & region or (o.ancestors & region and not o.ancestors & add.bit) for o in others)
+        and all(o.bit & region or (_all_from(o, region) and not o.ancestors & add.bit) for o in others)
     )
+
+
+def _all_from(op: Op, region: int) -> bool:
+    """Whether each operand of an operation is made in a region: none bypasses it (as in the concat of a dual path)."""
+    return bool(op.data) and all((o.ancestors | o.bit) & region for o in op.data)
 
 
 def _is_query(source: Op, region: int) -> bool:

@@ -163,3 +163,28 @@ class Complex(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
         return x + self.conv2(x)
+
+
+class DualPathBlock(nn.Module):
+    """A block of a dual path network as its authors wrote it: it returns the residual and the dense path side by side."""
+
+    def __init__(self, inputs: int, residual: int = 8, new: int = 4) -> None:
+        super().__init__()
+        self.residual = residual
+        self.conv1, self.conv2 = nn.Conv2d(inputs, 8, 3, padding=1), nn.Conv2d(8, residual + new, 1)
+
+    def forward(self, x):
+        whole = torch.cat(x, 1) if isinstance(x, tuple) else x
+        y = self.conv2(F.relu(self.conv1(whole)))
+        old_residual, old_dense = x if isinstance(x, tuple) else (x[:, : self.residual], x[:, self.residual :])
+        return old_residual + y[:, : self.residual], torch.cat([old_dense, y[:, self.residual :]], 1)
+
+
+class DualPath(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.blocks = nn.Sequential(DualPathBlock(12), DualPathBlock(16))
+
+    def forward(self, x):
+        return torch.cat(self.blocks(F.relu(self.stem(x))), 1)

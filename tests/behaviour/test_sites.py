@@ -52,6 +52,16 @@ def test_audio_networks_with_a_residual_and_a_skip_output(network: type[nn.Modul
         assert torch.equal(retrofitted(y), model(y))
 
 
+def test_a_dual_path_block_has_se_on_what_goes_into_both_paths() -> None:
+    model = blocks.DualPath()
+    x = torch.zeros(2, 3, 12, 12)
+    assert [(site.block, site.kind, site.after) for site in plan_se(model, 2, example_inputs=x).sites] == [
+        ("blocks.0", "dense", "conv2"),
+        ("blocks.1", "dense", "conv2"),
+    ]
+    check(model, sizes=((2, 3, 12, 12), (1, 3, 9, 14)))
+
+
 @pytest.mark.parametrize("block", [blocks.Experts, blocks.CondConv], ids=lambda cls: cls.__name__)
 def test_a_mixture_of_experts_is_no_channel_attention(block: type[nn.Module]) -> None:
     check(Net(block))
