@@ -304,7 +304,7 @@ def dual_path(record: Record, call: Call, joins: list[Op]) -> FoundBlock | None:
         operands = join.data
         if join.role == "cat" and not _joins_channels(join):
             continue
-        bypass = [o for o in operands if _bypass_source(o, call, 0) is not None]
+        bypass = [o for o in operands if _bypass_source(o, call, 0, projections=1) is not None]
         rest = [o for o in operands if o not in bypass]
         if not bypass or len(rest) != 1:
             continue
