@@ -12,6 +12,7 @@ from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
 from .saving import load_retrofitted, load_se, save_retrofitted, save_se
 
 _INSPECTION = ("draw", "excitations", "print_graph", "report")
+_FOLDING = ("fold_se",)
 
 
 def __getattr__(name: str) -> object:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> object:
         from . import inspection
 
         return getattr(inspection, name)
+    if name in _FOLDING:
+        from . import folding
+
+        return getattr(folding, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -34,6 +39,7 @@ __all__ = [
     "add_se",
     "draw",
     "excitations",
+    "fold_se",
     "has_se",
     "load_retrofitted",
     "load_se",
