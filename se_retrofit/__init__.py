@@ -12,7 +12,7 @@ from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
 from .saving import load_retrofitted, load_se, save_retrofitted, save_se
 
 _INSPECTION = ("draw", "excitations", "print_graph", "report")
-_FOLDING = ("fold_se",)
+_FOLDING = ("fold_se", "from_native", "to_native")
 
 
 def __getattr__(name: str) -> object:
@@ -40,6 +40,7 @@ __all__ = [
     "draw",
     "excitations",
     "fold_se",
+    "from_native",
     "has_se",
     "load_retrofitted",
     "load_se",
@@ -50,4 +51,5 @@ __all__ = [
     "report",
     "save_retrofitted",
     "save_se",
+    "to_native",
 ]
