@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .attention import SEAttention
     from .errors import RetrofitError
+    from .folding import fold_se, from_native, to_native
     from .inspection.drawing import draw
     from .inspection.excitations import excitations
     from .inspection.printing import print_graph
@@ -25,6 +26,7 @@ __version__ = "0.2.0"
 _MODULES = {
     "attention": ("SEAttention",),
     "errors": ("RetrofitError",),
+    "folding": ("fold_se", "from_native", "to_native"),
     "inspection": ("draw", "excitations", "print_graph", "report"),
     "plan": ("Plan", "Site", "Skipped"),
     "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
@@ -42,6 +44,8 @@ __all__ = [
     "add_se",
     "draw",
     "excitations",
+    "fold_se",
+    "from_native",
     "has_se",
     "load_retrofitted",
     "load_se",
@@ -52,6 +56,7 @@ __all__ = [
     "report",
     "save_retrofitted",
     "save_se",
+    "to_native",
 ]
 
 

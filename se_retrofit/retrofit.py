@@ -149,15 +149,20 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
     _check_module(model)
     if not has_se(model):
         raise RetrofitError(f"{type(model).__name__} has no SE that add_se put in, so there is nothing to remove")
+    check_removable(model, "remove_se")
+    target = model if inplace else copied(model)
+    strip(target)
+    return target
+
+
+def check_removable(model: nn.Module, caller: str) -> None:
+    """Raise if something else has derived classes from retrofitted blocks since."""
     for path, module in model.named_modules():
         if isinstance(module, RetrofittedBlock) and "se_recipe" not in vars(type(module)):
             raise RetrofitError(
                 f"the class of block {path} was changed after the retrofit, to {type(module).__name__} (by "
-                "torch.nn.utils.parametrize or FSDP, say); undo that first, then call remove_se"
+                f"torch.nn.utils.parametrize or FSDP, say); undo that first, then call {caller}"
             )
-    target = model if inplace else copied(model)
-    strip(target)
-    return target
 
 
 def has_se(model: nn.Module) -> bool:

@@ -212,7 +212,9 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
         retrofitted = _retrofit_again(model, options, header["sites"], str(file), inplace=False)
         own = {k: v for k, v in tensors_of(retrofitted).items() if _belongs_to(k, plan_of(retrofitted).sites)}
         _check_keys(own, state, str(file))
-        result = add_se(model, **options, inplace=True) if inplace else retrofitted
+        result = retrofitted
+        if inplace:
+            result = _retrofit_again(model, options, header["sites"], str(file), inplace=True)
     _retype(result, state)
     result.load_state_dict(state, strict=False)
     return result
@@ -463,8 +465,20 @@ def _retrofit_again(
         retrofitted = add_se(model, **options, inplace=inplace)
     except (RetrofitError, TypeError) as error:
         raise RetrofitError(f"the retrofit of {where} can't be made again on this base: {error}") from error
+    _leave_factors(retrofitted, options, sites)
     _check_plan(plan_of(retrofitted).sites, sites, where)
     return retrofitted
+
+
+def _leave_factors(model: nn.Module, options: dict[str, Any], sites: list[Any]) -> None:
+    """Where a fold has left constant factors, put such in the place of SE."""
+    saved = {site["path"] for site in sites if isinstance(site, dict) and site.get("hidden") == 0 and "path" in site}
+    if options.get("gate") != "static" and saved:
+        from .folding.fold import put_factor  # imported when it is used
+
+        for site in plan_of(model).sites:
+            if site.path in saved:
+                put_factor(model, site.path, torch.ones(site.channels))
 
 
 def _check_plan(sites: tuple[Site, ...], saved: list[Any], where: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from torch import fx, nn
 
 from ..attention import SEAttention
-from .derived import RetrofittedBlock
+from .derived import Recipe, RetrofittedBlock, derived_class
 from .graphs import graphs_of
 
 __all__ = ["is_retrofitted", "strip"]
@@ -16,25 +19,46 @@ def is_retrofitted(module: nn.Module) -> bool:
     return isinstance(module, SEAttention) and vars(module).get("site") is not None
 
 
-def strip(model: nn.Module) -> None:
-    """Take all SE that a retrofit put in out again, in place."""
+def strip(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
+    """Take SE that a retrofit put in out again, in place: all of it, or ``only`` these modules."""
+    chosen = {id(m) for m in (model.modules() if only is None else only) if is_retrofitted(m)}
     modules = list(model.modules())
+    # before anything is changed: to derive a class can fail
+    classes = {
+        id(m): _class_without(m, None if only is None else chosen) for m in modules if isinstance(m, RetrofittedBlock)
+    }
     for module in modules:
         if isinstance(module, fx.GraphModule):
-            _strip_graphs(module)
-        if isinstance(module, RetrofittedBlock):
-            object.__setattr__(module, "__class__", type(module).se_recipe.base)
+            _strip_graphs(module, chosen)
+        if id(module) in classes:
+            object.__setattr__(module, "__class__", classes[id(module)])
     for module in modules:
         for name, child in list(module._modules.items()):
-            if child is not None and is_retrofitted(child):
+            if child is not None and id(child) in chosen:
                 del module._modules[name]
 
 
-def _strip_graphs(module: fx.GraphModule) -> None:
+def _class_without(module: RetrofittedBlock, chosen: set[int] | None) -> type:
+    """The class of a block that no longer calls the chosen SE modules; None for all."""
+    recipe = type(module).se_recipe
+    if chosen is None:
+        return recipe.base
+    children: dict[str, nn.Module | None] = module._modules  # type: ignore[attr-defined]
+    gone = {name for name in recipe.names if id(children.get(name)) in chosen}
+    if gone >= set(recipe.names):
+        return recipe.base
+    if not gone:
+        return type(module)
+    kept = [(s, d) for s, d in zip(recipe.splices, recipe.digests, strict=True) if s.child not in gone]
+    rest: Recipe = replace(recipe, splices=tuple(s for s, _ in kept), digests=tuple(d for _, d in kept))
+    return derived_class(rest)
+
+
+def _strip_graphs(module: fx.GraphModule, chosen: set[int]) -> None:
     changed = False
     for graph in graphs_of(module):
         for node in list(graph.nodes):
-            if node.op == "call_module" and is_retrofitted(module.get_submodule(str(node.target))):
+            if node.op == "call_module" and id(module.get_submodule(str(node.target))) in chosen:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
                 changed = True

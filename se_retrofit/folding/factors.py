@@ -1,0 +1,239 @@
+"""Where a factor for each channel of a value can go, so that the product vanishes and the network stays the same.
+
+Backwards from the value, into the weights and biases of the norms and convolutions that make it: through activations that are
+positively homogeneous (ReLU, LeakyReLU), changes of layout, poolings, sums (into all operands) and concatenations (to each
+source its part). Or forwards, into the weights of all convolutions and linear layers that take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..surgery.operations import real_users
+from ..surgery.record import Op, Record
+from .probing import along, scales_input, scales_output
+
+__all__ = ["Factors", "Scaling"]
+
+# f(c * x) == c * f(x) for c >= 0, by the names of modules and of ATen's operations
+_HOMOGENEOUS = {"ReLU", "relu", "LeakyReLU", "leaky_relu", "PReLU", "prelu", "_prelu_kernel"}
+_LARGEST = {"MaxPool", "AdaptiveMaxPool", "max_pool", "adaptive_max_pool"}
+_LINEAR = {"AvgPool", "AdaptiveAvgPool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool"}
+_LAYOUT = {
+    "permute", "transpose", "view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "Flatten", "unsqueeze",
+}  # fmt: skip
+_PASSED = {
+    "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "clone", "contiguous", "alias", "detach", "dropout",
+    "feature_dropout", "native_dropout",
+}  # fmt: skip
+_RESIZED = ("upsample_", "_upsample_", "Upsample", "upsample")
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """A parameter is multiplied by ``factor`` (float64, of a shape that broadcasts), for the sake of one operation."""
+
+    path: str
+    factor: Tensor
+    op: Op
+
+    def apply(self, model: nn.Module) -> None:
+        parameter = model.get_parameter(self.path)
+        with torch.no_grad():
+            scaled = parameter.double() * self.factor.to(parameter.device)
+            parameter.copy_(scaled.to(parameter.dtype))
+
+
+class Factors:
+    """Answers for one network where factors can go.
+
+    Args:
+        model: the network, with values.
+        record: of a copy of it, read.
+        transparent: paths of SE modules that have constant gates by now.
+    """
+
+    def __init__(self, model: nn.Module, record: Record, transparent: Iterable[str] = ()) -> None:
+        self.model = model
+        self.record = record
+        self.transparent = set(transparent)
+        self.returned = set(record.calls[0].outputs) if record.calls else set()
+        self.parameters = {id(p): name for name, p in record.model.named_parameters()}
+        self.uses = self._uses()
+
+    def backwards(self, path: str, factor: Tensor) -> list[Scaling] | None:
+        """How the network can make the value that the SE module at ``path`` scales already multiplied by ``factor``;
+        None if it can't."""
+        return self._for_all_calls(path, lambda op: self._made(op.data[0], op, factor))
+
+    def forwards(self, path: str, factor: Tensor) -> list[Scaling] | None:
+        """How all that take what the SE module at ``path`` returns can do as if it had been multiplied by ``factor``."""
+        return self._for_all_calls(path, lambda op: self._taken(op, factor))
+
+    def _for_all_calls(self, path: str, find: Callable[[Op], list[Scaling] | None]) -> list[Scaling] | None:
+        ops = [op for op in self.record.ops if op.role == "se" and op.path == path]
+        found: list[Scaling] = []
+        for op in ops:
+            scalings = find(op) if op.data and op.data[0].channels is not None else None
+            if scalings is None:
+                return None
+            found += scalings
+        return self._once(found) if ops else None
+
+    def _once(self, scalings: list[Scaling]) -> list[Scaling] | None:
+        """Each parameter once: one that is used several times must be scaled alike for every use."""
+        by_path: dict[str, list[Scaling]] = {}
+        for scaling in scalings:
+            by_path.setdefault(scaling.path, []).append(scaling)
+        for path, several in by_path.items():
+            ops = [s.op for s in several]
+            if len(set(ops)) != len(ops) or set(ops) != self.uses.get(path, set()):
+                return None
+            if not all(torch.equal(s.factor, several[0].factor) for s in several):
+                return None
+        return [several[0] for several in by_path.values()]
+
+    def _uses(self) -> dict[str, set[Op]]:
+        """By the path of each parameter, the operations for which it is used."""
+        uses: dict[str, set[Op]] = {}
+        for op in self.record.ops:
+            for parameter in op.module.parameters() if op.module is not None else ():
+                uses.setdefault(self.parameters[id(parameter)], set()).add(op)
+            if op.name == "param" and op.path is not None:
+                todo, users = [op], uses.setdefault(op.path, set())
+                while todo:  # through what is computed from parameters alone
+                    for user in todo.pop().users:
+                        (todo.append if user.role == "param" else users.add)(user)
+        return uses
+
+    # Backwards
+
+    def _made(self, op: Op, user: Op, factor: Tensor) -> list[Scaling] | None:
+        """Multiply the value of an operation, which nothing but ``user`` may take."""
+        if real_users(op) != [user] or op in self.returned or op.channels != len(factor) or op.channel_dim is None:
+            return None
+        if op.role in ("conv", "linear", "norm"):
+            return self._by_module_or_operation(op, factor)
+        if self._lets_through(op, factor) and len(op.data) == 1:
+            return self._made(op.data[0], op, factor) if self._same_channels(op.data[0], op) else None
+        if op.role == "affine" and op.name in ("mul", "multiply", "div") and op.inputs[0] is op.data[0]:
+            return self._multiplied(op, factor)
+        if op.role == "add" and len(op.data) == 2 and all(i.shape == op.shape for i in op.data):
+            return self._all(self._made(i, op, factor) for i in op.data)
+        if op.role == "cat" and op.data == op.inputs and all(i.channel_dim == op.channel_dim for i in op.inputs):
+            sizes = [i.channels or 0 for i in op.inputs]
+            if sum(sizes) != len(factor):
+                return None
+            parts = factor.split(sizes)
+            return self._all((self._made(i, op, part) for i, part in zip(op.inputs, parts, strict=True)))
+        return None
+
+    @staticmethod
+    def _all(found: Iterable[list[Scaling] | None]) -> list[Scaling] | None:
+        scalings: list[Scaling] = []
+        for some in found:
+            if some is None:
+                return None
+            scalings += some
+        return scalings
+
+    def _by_module_or_operation(self, op: Op, factor: Tensor) -> list[Scaling] | None:
+        assert op.channel_dim is not None
+        if op.module is not None and op.path is not None:
+            module = self.model.get_submodule(op.path)
+            return self._named(op, module, scales_output(module, op, factor, op.channel_dim))
+        given = op.inputs[1:3]  # of F.conv2d, F.batch_norm and the like: weight and bias
+        if op.role == "linear" or not given or not all(self._is_parameter(p) for p in given):
+            return None
+        if op.role == "conv":
+            if op.conv is None or (op.conv.transposed and op.conv.groups > 1):
+                return None
+            dims = [1 if op.conv.transposed else 0, 0]
+        else:
+            dims = [0, 0]
+        if any(p.shape[d] != len(factor) for p, d in zip(given, dims, strict=False)):
+            return None
+        if op.role == "norm" and any(p.dim != 1 for p in given):
+            return None
+        return [
+            Scaling(p.path, along(factor, d, p.dim), op)
+            for p, d in zip(given, dims, strict=False)
+            if p.path is not None
+        ]
+
+    def _multiplied(self, op: Op, factor: Tensor) -> list[Scaling] | None:
+        """By a parameter, such as layer scale, which then takes the factor; or by something else: on to what is multiplied."""
+        for scale in op.inputs[1:]:
+            dim = scale.dim + (op.channel_dim or 0)
+            one_each = dim >= 0 and scale.shape[dim] == scale.shape.numel() == len(factor)
+            if op.name != "div" and one_each and scale.path is not None and self._is_parameter(scale):
+                return [Scaling(scale.path, along(factor, dim, scale.dim), op)]
+        return self._made(op.data[0], op, factor) if self._same_channels(op.data[0], op) else None
+
+    # Forwards
+
+    def _taken(self, op: Op, factor: Tensor) -> list[Scaling] | None:
+        users = real_users(op)
+        if not users or op in self.returned:
+            return None
+        return self._all(self._taken_by(user, op, factor) for user in users)
+
+    def _taken_by(self, user: Op, op: Op, factor: Tensor) -> list[Scaling] | None:
+        if op.channel_dim is None or user.data != (op,) or user.inputs[0] is not op:
+            return None
+        if user.role in ("conv", "linear"):
+            expected = -1 if user.conv is None else -len(user.conv.kernel) - 1
+            if op.channel_dim != expected or op.channels != len(factor):
+                return None
+            if user.module is not None and user.path is not None:
+                module = self.model.get_submodule(user.path)
+                return self._named(user, module, scales_input(module, user, factor, expected))
+            weight = user.inputs[1] if len(user.inputs) > 1 else None
+            if weight is None or weight.path is None or not self._is_parameter(weight) or user.conv is None:
+                return None
+            if user.conv.groups > 1 or user.conv.transposed:
+                return None
+            return [Scaling(weight.path, along(factor, 1, weight.dim), user)]
+        padded = user.role == "pad" and (user.name != "constant_pad_nd" or user.args[2:3] in ((), (0,), (0.0,)))
+        if padded and user.name in ("ConstantPad1d", "ConstantPad2d", "ConstantPad3d"):
+            padded = getattr(user.module, "value", None) == 0
+        multiplied = user.role == "affine" and user.name in ("mul", "multiply", "div")
+        if (self._lets_through(user, factor) or padded or multiplied) and self._same_channels(op, user):
+            return self._taken(user, factor)
+        return None
+
+    # Both
+
+    def _lets_through(self, op: Op, factor: Tensor) -> bool:
+        """Whether an operation of one value commutes with a factor for each of its channels."""
+        positive = bool((factor >= 0).all())
+        if op.role == "act":
+            return op.name in _HOMOGENEOUS and positive
+        if op.role == "pass":
+            return op.name in _PASSED
+        if op.role == "se":
+            return op.path in self.transparent
+        if op.role == "pool":
+            name = op.name.replace("_with_indices", "").rstrip("123d")
+            return name in _LINEAR or (name in _LARGEST and positive)
+        if op.role == "resize":
+            return op.name.startswith(_RESIZED)
+        return op.role == "shape" and op.name in _LAYOUT
+
+    @staticmethod
+    def _same_channels(before: Op, after: Op) -> bool:
+        return before.channels is not None and before.channels == after.channels
+
+    def _is_parameter(self, op: Op) -> bool:
+        return op.name == "param" and op.path in self.parameters.values()
+
+    def _named(self, op: Op, module: nn.Module, scales: dict[str, Tensor] | None) -> list[Scaling] | None:
+        if scales is None:
+            return None
+        twin = op.module
+        assert twin is not None
+        return [Scaling(self.parameters[id(twin.get_parameter(name))], f, op) for name, f in scales.items()]

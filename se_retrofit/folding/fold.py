@@ -1,0 +1,301 @@
+"""Fold SE whose gates have become constant into the weights around it."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import SEAttention
+from ..errors import RetrofitError
+from ..plan import Plan, Site, Skipped
+from ..retrofit import check_removable, has_se, plan_of
+from ..surgery.copying import copied
+from ..surgery.inputs import Inputs
+from ..surgery.isolation import isolated, untouched_randomness
+from ..surgery.planning import record_of
+from ..surgery.splice import SpliceError
+from ..surgery.undo import is_retrofitted, strip
+from .factors import Factors, Scaling
+from .measuring import Batch, Gates, Reference, batches_of, difference, gates_of, outputs_of
+from .result import FoldedSite, FoldReport
+
+__all__ = ["fold_se"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fold_se(
+    model: M,
+    data: Any,
+    *,
+    tolerance: float = 0.01,
+    max_accuracy_loss: float = 0.005,
+    sites: str | Iterable[str] | None = None,
+    max_batches: int = 8,
+    inplace: bool = False,
+) -> tuple[M, FoldReport]:
+    """Fold SE modules whose gates hardly depend on the input into the network's own weights.
+
+    The gates of each site are replaced by their means over the data, the least effect on the outputs first, as long as the
+    outputs stay within ``tolerance``. The means then go into the weights and biases of the norms or convolutions before
+    (through ReLU, LeakyReLU and other operations that let them through), or else into the weights of the convolutions
+    behind. A block without SE has its own class again. Where all sites are folded, the result is a plain network, with the
+    keys of the original. What nothing can take in stays as an SE module with ``gate="static"``.
+
+    Args:
+        model: a network that ``add_se`` made.
+        data: a Dataset (in batches of 32), a DataLoader or any iterable of batches; a batch is a tensor, or a tuple or
+            list of inputs and labels. With integer labels the accuracy counts, too.
+        tolerance: the largest change of the outputs, as the norm of the difference relative to the norm of the outputs.
+        max_accuracy_loss: by how much the accuracy on the data may fall, from 0 to 1; without labels it says nothing.
+        sites: fnmatch patterns of the SE modules or blocks that may be folded, one or several; None for all.
+        max_batches: how many batches are looked at. The network runs over them about twice for each site.
+        inplace: change the given model instead of a copy.
+
+    Returns:
+        The folded network, and a ``FoldReport`` with spread, effect and verdict of each site.
+
+    Raises:
+        RetrofitError: the model has no SE that ``add_se`` put in (it was folded already, perhaps), or only factors
+            that nothing can take in; the data yields nothing; a pattern matches no site; the model is as it was.
+        TypeError: an argument is of the wrong type; the model is as it was.
+
+    Example:
+        >>> import timm, torch
+        >>> from se_retrofit import add_se, fold_se
+        >>> model = add_se(timm.create_model("resnet18", num_classes=10)).eval()
+        >>> folded, report = fold_se(model, [torch.randn(4, 3, 64, 64)])
+        >>> len(report.folded), type(folded.layer1[0]).__name__
+        (8, 'BasicBlock')
+    """
+    _check(model, tolerance, max_accuracy_loss, max_batches)
+    chosen = _chosen(plan_of(model), sites)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches = batches_of(data, max_batches, device)
+    work = copied(model, independent=True).eval()
+    with isolated(model), untouched_randomness(), torch.no_grad():
+        ses = {path: m for path, m in work.named_modules() if is_retrofitted(m) and isinstance(m, SEAttention)}
+        gates = gates_of(work, {site.path: ses[site.path] for site in chosen}, batches)
+        reference = Reference(work, batches)
+        effects = _effects(work, gates, reference)
+        constant = _greedy(work, gates, effects, reference, tolerance, max_accuracy_loss)
+        todo = _absorb(work, constant, gates, batches)
+        _check_progress(todo, ses, chosen)
+        carry_out(work, replace(todo, scalings=[]))
+        change, accuracy = reference.compare()
+    result = model if inplace else copied(model)
+    carry_out(result, todo)
+    rows = []
+    for site in chosen:
+        if site.path in gates:
+            found = gates[site.path]
+            verdict = "folded" if site.path in todo.gone else "factor" if site.path in todo.factors else "kept"
+            into = tuple(s.path for s in todo.gone.get(site.path, ()))
+            row = (found.spread, found.between, effects[site.path], verdict, into)
+            rows.append(FoldedSite(site.path, site.block, site.channels, *row))
+    missed = tuple(site.path for site in chosen if site.path not in gates)
+    count = sum(len(batch.inputs) for batch in batches)
+    return result, FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
+
+
+def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not has_se(model):
+        raise RetrofitError(
+            f"{type(model).__name__} has no SE that add_se put in, so there is nothing to fold (where all of it has been "
+            "folded, none is left)"
+        )
+    check_removable(model, "fold_se")
+    for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not value >= 0:
+            raise RetrofitError(f"{name} must be at least 0, got {value}")
+    if isinstance(max_batches, bool) or not isinstance(max_batches, int):
+        raise TypeError(f"max_batches must be a positive int, got {max_batches!r}")
+    if max_batches < 1:
+        raise RetrofitError(f"max_batches must be at least 1, got {max_batches}")
+    if any(p.is_meta for p in model.parameters()):
+        raise RetrofitError("the model is on the meta device and has no values; load weights first")
+
+
+def _chosen(plan: Plan, sites: Any) -> list[Site]:
+    if sites is None:
+        return list(plan.sites)
+    patterns = [sites] if isinstance(sites, str) else sites
+    if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"sites must be a pattern of paths or a list of them, got {sites!r}")
+    chosen = []
+    for pattern in patterns:
+        found = [s for s in plan.sites if fnmatch.fnmatchcase(s.path, pattern) or fnmatch.fnmatchcase(s.block, pattern)]
+        if not found:
+            raise RetrofitError(
+                f"the pattern {pattern!r} matches none of the {len(plan.sites)} sites, the first of which is "
+                f"{plan.sites[0].path}, of block {plan.sites[0].block or '(model)'}"
+            )
+        chosen += found
+    if not chosen:
+        raise RetrofitError("sites is empty, so there is nothing to fold; None stands for all sites")
+    return [site for site in plan.sites if site in chosen]
+
+
+# Which gates may be constant ------------------------------------------------------------------------------------------
+
+
+def _effects(work: nn.Module, gates: dict[str, Gates], reference: Reference) -> dict[str, float]:
+    """What each site's constant gates do to the outputs, all others being as they are."""
+    effects = {}
+    for path, found in gates.items():
+        se = put_factor(work, path, found.mean)
+        effects[path] = reference.compare()[0]
+        put(work, path, se)
+    return effects
+
+
+def _greedy(
+    work: nn.Module, gates: dict[str, Gates], effects: dict[str, float], reference: Reference,
+    tolerance: float, max_accuracy_loss: float,
+) -> list[str]:  # fmt: skip
+    """Make gates constant, the least effect first, where the outputs stay within the tolerance; which is returned."""
+    constant = []
+    for path in sorted(gates, key=lambda path: effects[path]):
+        if effects[path] > tolerance:
+            break
+        se = put_factor(work, path, gates[path].mean)
+        change, accuracy = reference.compare()
+        fallen = 0.0 if accuracy is None or reference.accuracy is None else reference.accuracy - accuracy
+        if change <= tolerance and fallen <= max_accuracy_loss:
+            constant.append(path)
+        else:
+            put(work, path, se)
+    return [path for path in gates if path in constant]
+
+
+# What takes them in ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is to be done to a network.
+
+    Attributes:
+        scalings: of its parameters.
+        gone: paths of the SE modules that go, with the scalings that stand for them.
+        factors: paths of those in whose place a constant factor comes, with its values.
+    """
+
+    scalings: list[Scaling] = field(default_factory=list)
+    gone: dict[str, list[Scaling]] = field(default_factory=dict)
+    factors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _absorb(work: nn.Module, constant: list[str], gates: dict[str, Gates], batches: list[Batch]) -> Todo:
+    """Let the network take in constant gates, each seen to leave the outputs as they are but for rounding."""
+    todo = Todo()
+    if not constant:
+        return todo
+    factors = Factors(work, record_of(work, Inputs((batches[0].inputs,))), constant)
+    wanted = outputs_of(work, batches[0])
+    for path in constant:
+        factor = gates[path].mean
+        scalings = absorb(work, factors, path, factor, batches[0], wanted)
+        if scalings is None:
+            todo.factors[path] = factor
+        else:
+            todo.scalings.extend(scalings)
+            todo.gone[path] = scalings
+    return todo
+
+
+def absorb(
+    work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Batch, wanted: list[Tensor]
+) -> list[Scaling] | None:
+    """Let the network take in the constant factor of an SE module, whose own goes to 1; None, with the network as it
+    was, if it can't."""
+    close = torch.finfo(wanted[0].dtype).eps ** 0.5
+    for find in (factors.backwards, factors.forwards):
+        scalings = find(path, factor)
+        if scalings is None:
+            continue
+        before = {s.path: work.get_parameter(s.path).clone() for s in scalings}
+        se = put_factor(work, path, torch.ones_like(factor))
+        for scaling in scalings:
+            scaling.apply(work)
+        if difference(outputs_of(work, batch), wanted) <= close:
+            return scalings
+        put(work, path, se)
+        for name, value in before.items():
+            work.get_parameter(name).copy_(value)
+    return None
+
+
+def _check_progress(todo: Todo, ses: dict[str, SEAttention], chosen: list[Site]) -> None:
+    if not todo.gone and all(ses[site.path].gate == "static" for site in chosen):
+        raise RetrofitError(
+            f"there is nothing left to fold: {', '.join(site.path for site in chosen[:3])}"
+            f"{', ...' if len(chosen) > 3 else ''} {'are constant factors' if len(chosen) > 1 else 'is a constant factor'} "
+            "already, which no weight can take in"
+        )
+
+
+# Carrying it out ------------------------------------------------------------------------------------------------------
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of another."""
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+
+
+def put_factor(model: nn.Module, path: str, factor: Tensor) -> nn.Module:
+    """Put a constant factor for each channel in the place of an SE module, which is returned."""
+    se = model.get_submodule(path)
+    assert isinstance(se, SEAttention)
+    parameter = next(se.parameters())
+    static = SEAttention(
+        se.channel, se.reduction, gate="static", channel_dim=se.channel_dim, inplace=se.inplace,
+        device=parameter.device, dtype=parameter.dtype,
+    )  # fmt: skip
+    assert static.factor is not None
+    with torch.no_grad():
+        static.factor.copy_(factor)
+    site = replace(vars(se)["site"], hidden=0, parameters=se.channel)
+    vars(static).update(site=site, plan=vars(se)["plan"])
+    put(model, path, static.train(se.training))
+    return se
+
+
+def carry_out(model: nn.Module, todo: Todo) -> None:
+    """Do to a retrofitted network what is to be done. If a class can't be derived, nothing has been done."""
+    modules = dict(model.named_modules())
+    blocks = [site.block for site in plan_of(model).sites if site.path in todo.gone]
+    try:
+        with isolated(model):
+            strip(model, [modules[path] for path in todo.gone])
+    except SpliceError as error:
+        raise RetrofitError(str(error)) from None
+    for path, factor in todo.factors.items():
+        put_factor(model, path, factor)
+    for scaling in todo.scalings:
+        scaling.apply(model)
+    left = [m for m in model.modules() if is_retrofitted(m)]
+    if left and blocks:
+        plan = _without(vars(left[0])["plan"], blocks, {vars(m)["site"].block for m in left})
+        for module in left:
+            vars(module)["plan"] = plan
+
+
+def _without(plan: Plan, blocks: list[str], left: set[str]) -> Plan:
+    """A plan that leaves out the blocks that have no SE any more, so that the retrofit can be made again as it is now."""
+    gone = [block for block in dict.fromkeys(blocks) if block not in left]
+    excluded = [*(plan.options.get("exclude") or []), *map(glob.escape, gone)]
+    skipped = (*plan.skipped, *(Skipped(block, "folded") for block in gone))
+    sites = tuple(site for site in plan.sites if site.block not in gone)
+    return replace(plan, sites=sites, skipped=skipped, options={**plan.options, "exclude": excluded or None})

@@ -1,0 +1,159 @@
+"""What is run over the data: the gates of each site, and what a change does to the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
+
+from ..attention import SEAttention
+from ..errors import RetrofitError
+from ..surgery.isolation import untouched_randomness
+
+__all__ = ["Batch", "Gates", "Reference", "batches_of", "difference", "gates_of", "outputs_of"]
+
+BATCH_SIZE = 32  # of a Dataset, which has none of its own
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Inputs, and the class of each where the data tells."""
+
+    inputs: Tensor
+    labels: Tensor | None
+
+
+def batches_of(data: Any, most: int, device: torch.device) -> list[Batch]:
+    """The first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device.
+
+    Raises:
+        RetrofitError: there is none.
+        TypeError: it holds something else.
+    """
+    if isinstance(data, (Tensor, str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise TypeError(f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}")
+    loader: Iterable[Any] = DataLoader(data, BATCH_SIZE) if isinstance(data, Dataset) else data
+    with untouched_randomness():  # a DataLoader draws a seed for its workers
+        found = [_batch(item, device) for item in islice(_items(loader), most)]
+    found = [batch for batch in found if len(batch.inputs)]
+    if not found:
+        raise RetrofitError(
+            "the data yields no batch, so there are no gates to look at; give some inputs of the network"
+        )
+    return found
+
+
+def _items(loader: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from loader
+    except TypeError as error:
+        if "default_collate" not in str(error):
+            raise
+        raise TypeError(
+            f"the data set's items can't be made a batch of; give it a transform to tensors: {error}"
+        ) from None
+
+
+def _batch(item: Any, device: torch.device) -> Batch:
+    inputs, *rest = item if isinstance(item, (tuple, list)) and item else (item,)
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            f"each batch must be a tensor, or a tuple or list that begins with one, got {type(inputs).__name__}"
+        )
+    labels = rest[0] if rest else None
+    usable = isinstance(labels, Tensor) and labels.shape == inputs.shape[:1] and not labels.is_floating_point()
+    return Batch(inputs.to(device), labels.to(device) if usable and isinstance(labels, Tensor) else None)
+
+
+# Gates ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """The gates of one site over the data.
+
+    Attributes:
+        mean: of each channel's gate, ``(C,)``, in float64.
+        spread: the standard deviation of a channel's gate between inputs, averaged over the channels.
+        between: how much of the gates' variance is between inputs, from 0 to 1; the rest is between channels.
+    """
+
+    mean: Tensor
+    spread: float
+    between: float
+
+
+def gates_of(model: nn.Module, ses: dict[str, SEAttention], batches: list[Batch]) -> dict[str, Gates]:
+    """The gates of SE modules, by path; those that are never called are left out."""
+    seen: dict[str, list[Tensor]] = {path: [] for path in ses}
+    hooks = [
+        se.register_forward_pre_hook(lambda se, args, path=path: seen[path].append(se.excite(args[0]).double().cpu()))
+        for path, se in ses.items()
+    ]
+    try:
+        for batch in batches:
+            model(batch.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {}
+    for path, gates in seen.items():
+        if gates:
+            values = torch.cat([g.flatten(0, -2) for g in gates])
+            inputs, total = values.var(0, correction=0), values.var(correction=0)
+            between = float(inputs.mean() / total) if total > 0 else 0.0
+            found[path] = Gates(values.mean(0), float(inputs.sqrt().mean()), between)
+    return found
+
+
+# Outputs --------------------------------------------------------------------------------------------------------------
+
+
+def outputs_of(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """All floating-point tensors that a model returns for a batch."""
+    leaves = tree_leaves(model(batch.inputs))
+    return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def difference(now: list[Tensor], before: list[Tensor]) -> float:
+    """The norm of the difference of some tensors, relative to that of the second."""
+    if [t.shape for t in now] != [t.shape for t in before]:
+        return float("inf")
+    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(now, before, strict=True))
+    size = sum(float(b.double().square().sum()) for b in before)
+    return (apart / size) ** 0.5 if size > 0 else apart**0.5
+
+
+class Reference:
+    """The outputs of a network as it is now, to compare with later."""
+
+    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+        self.model = model
+        self.batches = batches
+        self.outputs = [outputs_of(model, batch) for batch in batches]
+        if not any(self.outputs):
+            raise RetrofitError(f"{type(model).__name__} returns no tensor of floating-point numbers to compare")
+        if not all(t.isfinite().all() for found in self.outputs for t in found):
+            raise RetrofitError("the model's outputs on the data are not finite, so nothing can be compared")
+        self.accuracy = self._accuracy(self.outputs)
+
+    def compare(self) -> tuple[float, float | None]:
+        """How far the outputs are from those of the reference, relative to their norm; and the accuracy."""
+        outputs = [outputs_of(self.model, batch) for batch in self.batches]
+        flat = [[t for found in several for t in found] for several in (outputs, self.outputs)]
+        return difference(flat[0], flat[1]), self._accuracy(outputs)
+
+    def _accuracy(self, outputs: list[list[Tensor]]) -> float | None:
+        right = count = 0
+        for found, batch in zip(outputs, self.batches, strict=True):
+            if batch.labels is None or not found or found[0].dim() != 2 or len(found[0]) != len(batch.labels):
+                return None
+            right += int((found[0].argmax(1) == batch.labels).sum())
+            count += len(batch.labels)
+        return right / count if count else None

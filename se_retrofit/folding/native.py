@@ -1,0 +1,213 @@
+"""Retrofitted SE in the form that other libraries know, and back: the plain sigmoid instead of twice the sigmoid.
+
+``x * 2*sigmoid(W2 relu(W1 mean(x)))`` is ``(2x) * sigmoid(W2 relu((W1/2) mean(2x)))``. The network makes ``2x`` where the weight
+and bias of the norm or convolution before are doubled; or else what comes behind doubles its weights. Factors of two are
+exact in every floating-point format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import SEAttention, TwiceSigmoid
+from ..errors import RetrofitError
+from ..retrofit import has_se, plan_of
+from ..surgery.copying import copied
+from ..surgery.inputs import Inputs, from_description, tensors_in
+from ..surgery.isolation import isolated, untouched_randomness
+from ..surgery.planning import record_of
+from ..surgery.record import Record
+from ..surgery.undo import is_retrofitted
+from .factors import Factors
+from .matching import Gate, copy_layers, matched, parts_of
+from .measuring import difference
+
+__all__ = ["from_native", "to_native"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
+    """A retrofitted network with plain-sigmoid gates: its own copy, or a native SE network that takes all its weights.
+
+    Args:
+        model: a network that ``add_se`` made, with the gate ``"identity"`` or ``"sigmoid"``.
+        target: a native SE network, such as ``timm.create_model("seresnet50")``, whose layers and gates have the shapes of the
+            model's, in the same order of execution. It is not changed; its weights don't matter.
+
+    Returns:
+        Without a target, a copy of the model with ``gate="sigmoid"``. With one, a copy of the target, filled. Either
+        computes what the model does, which has been seen by running both.
+
+    Raises:
+        RetrofitError: the model is not retrofitted; a site's gate is a constant factor, or nothing around it can take a factor
+            of two; the target does not fit, with the site or layer; the outputs differ.
+        TypeError: one of them is no module.
+
+    Example:
+        >>> import timm, torch
+        >>> from se_retrofit import add_se, to_native
+        >>> model = add_se(timm.create_model("resnet18"), reduction=16, min_hidden=8).eval()
+        >>> native = to_native(model, timm.create_model("seresnet18"))
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> type(native.layer1[0].se).__name__, torch.allclose(native.eval()(x), model(x), atol=1e-4)
+        ('SEModule', True)
+    """
+    _check_retrofitted(model, "to_native")
+    if target is not None:
+        _check_native(target)
+    result = copied(model)
+    with isolated(model), untouched_randomness(), torch.no_grad():
+        record = _record(result)
+        ses = _ses(result)
+        twice = {path: se for path, se in ses.items() if se.gate == "identity"}
+        _scale(result, record, twice, 2.0)
+        for se in twice.values():
+            _set_gate(se, "sigmoid")
+        plan = plan_of(result)
+        for se in ses.values():
+            vars(se)["plan"] = replace(plan, options={**plan.options, "gate": "sigmoid"})
+        _check_same(model, result, record.inputs, "the network with plain-sigmoid gates")
+        if target is None:
+            return result
+        filled = copied(target)
+        pairs = matched(parts_of(_record(result)), parts_of(_record(filled, record.inputs)))
+        copy_layers(pairs, result, filled)
+        _check_same(model, filled, record.inputs, "the native network")
+    return filled
+
+
+def from_native(model: M, source: nn.Module) -> M:
+    """A retrofitted network with all the weights of a trained native SE network.
+
+    Args:
+        model: a network that ``add_se`` made, with the gate ``"identity"`` or ``"sigmoid"``; with ``bias=True`` where the native gates
+            have biases. It is not changed; its weights don't matter.
+        source: the native network, whose layers and gates have the shapes of the model's, in the same order of execution.
+
+    Returns:
+        A copy of the model that computes what the source does, which has been seen by running both.
+
+    Raises:
+        RetrofitError: the model is not retrofitted, the two do not fit, with the site or layer, or the outputs differ.
+        TypeError: one of them is no module.
+
+    Example:
+        >>> import timm, torch
+        >>> from se_retrofit import add_se, from_native
+        >>> source = timm.create_model("seresnet18").eval()
+        >>> model = add_se(timm.create_model("resnet18"), reduction=16, min_hidden=8, bias=True)
+        >>> filled = from_native(model, source).eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.allclose(filled(x), source(x), atol=1e-4)
+        True
+    """
+    _check_retrofitted(model, "from_native")
+    _check_native(source)
+    result = copied(model)
+    with isolated(model), untouched_randomness(), torch.no_grad():
+        record = _record(result)
+        pairs = matched(parts_of(record), parts_of(_record(source, record.inputs)))
+        copy_layers([(theirs, ours) for ours, theirs in pairs], source, result)
+        _scale(result, record, {path: se for path, se in _ses(result).items() if se.gate == "identity"}, 0.5)
+        _check_same(source, result, record.inputs, "the retrofitted network")
+    return result
+
+
+# Behind them ----------------------------------------------------------------------------------------------------------
+
+
+def _check_retrofitted(model: nn.Module, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not has_se(model):
+        raise RetrofitError(
+            f"{type(model).__name__} has no SE that add_se put in; {caller} takes a retrofitted network"
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise RetrofitError("the model is on the meta device and has no values; load weights first")
+    for path, se in _ses(model).items():
+        if se.gate == "static":
+            raise RetrofitError(
+                f"{path} has the gate 'static', a constant factor for each channel, which has no native form; "
+                "fold_se or remove_se first"
+            )
+
+
+def _check_native(network: nn.Module) -> None:
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"expected the native network as a torch.nn.Module, got {type(network).__name__}")
+    if has_se(network):
+        raise RetrofitError(
+            f"this {type(network).__name__} was retrofitted by add_se; give a network with SE of its own"
+        )
+
+
+def _ses(model: nn.Module) -> dict[str, SEAttention]:
+    return {path: m for path, m in model.named_modules() if is_retrofitted(m) and isinstance(m, SEAttention)}
+
+
+def _record(model: nn.Module, inputs: Inputs | None = None) -> Record:
+    """In the shapes that the retrofit was recorded on, as far as they are known."""
+    if inputs is None:
+        described = plan_of(model).inputs
+        inputs = None if described is None else from_description(described)
+    record = record_of(model, inputs)
+    parts = [part for part in parts_of(record) if isinstance(part, Gate)]
+    if not parts:
+        raise RetrofitError(
+            f"this {type(model).__name__} has no channel gate that was called, so there is nothing to match"
+        )
+    return record
+
+
+def _scale(model: nn.Module, record: Record, ses: dict[str, SEAttention], by: float) -> None:
+    """Multiply by a power of two what each SE module scales, or what it returns."""
+    factors = Factors(model, record)
+    todo = []
+    for path, se in ses.items():
+        factor = torch.full((se.channel,), by, dtype=torch.float64)
+        scalings = factors.backwards(path, factor)
+        squeezed = scalings is not None  # what SE looks at is larger, too
+        if scalings is None:
+            scalings = factors.forwards(path, factor)
+        if scalings is None:
+            raise RetrofitError(
+                f"the factor 2 of the gate at {path} can't be moved into the network: neither what makes the value that it "
+                "scales nor all that takes it can be multiplied"
+            )
+        todo.append((se, scalings, squeezed))
+    for se, scalings, squeezed in todo:
+        for scaling in scalings:
+            scaling.apply(model)
+        if squeezed:
+            assert isinstance(se.fc, nn.Sequential)
+            assert isinstance(se.fc[0], nn.Linear)
+            se.fc[0].weight.div_(by)
+
+
+def _set_gate(se: SEAttention, gate: str) -> None:
+    assert isinstance(se.fc, nn.Sequential)
+    assert isinstance(se.fc[3], TwiceSigmoid)
+    se.fc[3] = nn.Sigmoid()
+    se.gate = gate
+
+
+def _check_same(before: nn.Module, after: nn.Module, inputs: Inputs, what: str) -> None:
+    dtype = next((p.dtype for p in before.parameters() if p.is_floating_point()), torch.float32)
+    given = inputs.of_one().with_values(torch.Generator().manual_seed(0))
+    wanted, got = (_outputs(network, given, dtype) for network in (before, after))
+    apart = difference(got, wanted)
+    if not apart <= torch.finfo(dtype).eps ** 0.5:
+        raise RetrofitError(f"{what} computes something else: its outputs differ by {apart:.1e} of their norm")
+
+
+def _outputs(network: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    copy = copied(network, independent=True).eval()
+    device = next((p.device for p in copy.parameters()), torch.device("cpu"))
+    placed = copied(inputs, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype, copy=True))
+    return [t for t in tensors_in(copy(*placed.args, **placed.kwargs)) if t.is_floating_point()]

@@ -1,0 +1,116 @@
+"""Which parameters of one module to scale so that the module scales its output, or takes a scaled input, by channel.
+
+The answer is found by trying it on a copy in float64: a subclass that pads by itself passes, one that standardises its
+weight does not, and in a weight-normalised convolution it is the norm that is scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..surgery.copying import copied
+from ..surgery.record import Op
+
+__all__ = ["along", "scales_input", "scales_output"]
+
+Scales = dict[
+    str, Tensor
+]  # by the name of a parameter: what it is multiplied by, of a shape that broadcasts to its own
+
+CLOSE = 1e-9  # relative, in float64
+
+
+def along(factor: Tensor, dim: int, dims: int) -> Tensor:
+    """One factor for each index of a dim, in a shape that broadcasts over a tensor of ``dims`` dims."""
+    shape = [1] * dims
+    shape[dim] = -1
+    return factor.reshape(shape)
+
+
+def scales_output(module: nn.Module, op: Op, factor: Tensor, channel_dim: int) -> Scales | None:
+    """What to multiply a module's parameters by so that each channel of its output is multiplied by its factor."""
+    return _first_right(module, op, list(_for_output(module, len(factor))), None, factor, channel_dim)
+
+
+def scales_input(module: nn.Module, op: Op, factor: Tensor, channel_dim: int) -> Scales | None:
+    """What to multiply a module's parameters by so that it does to its input what it did to the input times the factor."""
+    return _first_right(module, op, list(_for_input(module, op, factor)), factor, None, channel_dim)
+
+
+def _for_output(module: nn.Module, channels: int) -> Iterator[dict[str, int]]:
+    """Candidates: parameters with the dim along which they are scaled; the bias goes with each."""
+    own = dict(module.named_parameters())
+    biases = {n: 0 for n, p in own.items() if n.split(".")[-1] == "bias" or n.startswith("parametrizations.bias.")}
+    for dim in (0, 1):  # a transposed convolution has its outputs in dim 1
+        for name, parameter in own.items():
+            if name not in biases and parameter.dim() > dim and parameter.shape[dim] == channels:
+                yield {name: dim, **biases}
+
+
+def _for_input(module: nn.Module, op: Op, factor: Tensor) -> Iterator[Scales]:
+    for name, parameter in module.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        conv, weight = op.conv, parameter
+        if conv is None or conv.groups == 1:
+            for dim in (1, 0):
+                if weight.shape[dim] == len(factor):
+                    yield {name: along(factor, dim, weight.dim())}
+        elif conv.transposed and weight.shape[0] == len(factor):
+            yield {name: along(factor, 0, weight.dim())}
+        elif weight.shape[:2] == (conv.outputs, conv.inputs // conv.groups) and conv.inputs == len(factor):
+            by_group = factor.reshape(conv.groups, -1).repeat_interleave(conv.outputs // conv.groups, 0)
+            yield {name: by_group.reshape(*by_group.shape, *[1] * (weight.dim() - 2))}
+
+
+def _first_right(
+    module: nn.Module, op: Op, candidates: list[dict[str, int]] | list[Scales],
+    before: Tensor | None, after: Tensor | None, channel_dim: int,
+) -> Scales | None:  # fmt: skip
+    """The first candidate with which a copy of the module, on random input, does what is wanted."""
+    if not candidates or not op.data:
+        return None
+    factor = before if before is not None else after
+    assert factor is not None
+    x = torch.rand(_small(op), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
+    try:
+        original = copied(module, lambda t: _in_float64(t), independent=True).eval()
+        with torch.no_grad():
+            wanted = original(x if before is None else x * along(factor, channel_dim, x.dim()))
+            if after is not None:
+                wanted = wanted * along(factor, channel_dim, wanted.dim())
+            for candidate in candidates:
+                scales = {
+                    n: along(factor, s, module.get_parameter(n).dim()) if isinstance(s, int) else s
+                    for n, s in candidate.items()
+                }
+                trial = copied(original, independent=True)
+                for name, scale in scales.items():
+                    trial.get_parameter(name).mul_(scale)
+                got = trial(x)
+                if (got - wanted).abs().max() <= CLOSE * wanted.abs().max():
+                    return scales
+    except Exception:  # a forward of any kind: one that can't be tried takes in no factor
+        return None
+    return None
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    value = tensor.detach().to("cpu", copy=True)
+    return value.double() if value.is_floating_point() else value
+
+
+def _small(op: Op) -> list[int]:
+    """The shape of a small input: one sample, and no more of its space than a kernel needs."""
+    shape = [int(s) for s in op.data[0].shape]
+    if op.conv is None or len(shape) <= len(op.conv.kernel):
+        return shape
+    dilation = getattr(op.module, "dilation", 1)
+    dims = len(op.conv.kernel)
+    dilations = dilation if isinstance(dilation, tuple) else (dilation,) * dims
+    for i, (k, d) in enumerate(zip(op.conv.kernel, dilations, strict=True)):
+        shape[len(shape) - dims + i] = min(shape[len(shape) - dims + i], 2 * d * (k - 1) + 3)
+    return [1, *shape[1:]] if len(shape) == dims + 2 else shape

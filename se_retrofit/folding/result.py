@@ -1,0 +1,133 @@
+"""What became of each site when SE was folded: a table, a picture, plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RetrofitError
+from ..inspection.lines import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["FoldReport", "FoldedSite"]
+
+_COLOURS = {"folded": "#16a34a", "factor": "#c2410c", "kept": "#64748b"}
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """What became of one site.
+
+    Attributes:
+        path, block: of the SE module and of its block.
+        channels: number of channels that it scales.
+        spread: the standard deviation of a channel's gate between inputs, averaged over the channels.
+        between: how much of the gates' variance is between inputs, from 0 to 1; the rest is between channels.
+        effect: the change of the outputs where this site alone has constant gates, relative to the outputs' norm.
+        verdict: ``"folded"``, ``"factor"`` (the gates are constant now, but nothing can take them in: a module with one factor for
+            each channel stays) or ``"kept"``.
+        into: the parameters that took the gates in.
+    """
+
+    path: str
+    block: str
+    channels: int
+    spread: float
+    between: float
+    effect: float
+    verdict: str
+    into: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What ``fold_se`` did; ``str`` is a table.
+
+    Attributes:
+        sites: those that were looked at, in the order of the plan.
+        missed: paths of SE modules that the data never reached; they are kept.
+        inputs: number of inputs that were run.
+        tolerance: the largest change of the outputs that was allowed.
+        change: the change of the outputs that was made, relative to their norm.
+        accuracy_before, accuracy_after: on the data, from 0 to 1; None where it has no labels.
+    """
+
+    sites: tuple[FoldedSite, ...]
+    missed: tuple[str, ...]
+    inputs: int
+    tolerance: float
+    change: float
+    accuracy_before: float | None
+    accuracy_after: float | None
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Paths of the SE modules that are gone."""
+        return tuple(site.path for site in self.sites if site.verdict == "folded")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, fit for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [["site", "channels", "spread", "between inputs", "effect", "verdict"]]
+        for site in self.sites:
+            into = f" into {', '.join(site.into[:2])}{', ...' if len(site.into) > 2 else ''}" if site.into else ""
+            rows.append(
+                [
+                    site.path,
+                    f"{site.channels:,}",
+                    f"{site.spread:.4f}",
+                    f"{site.between:.1%}",
+                    f"{site.effect:.2e}",
+                    {"folded": "folded" + into, "factor": "a constant factor stays", "kept": "kept"}[site.verdict],
+                ]
+            )
+        rows.insert(1, ["-" * max(len(row[i]) for row in rows) for i in range(len(rows[0]))])
+        counts = {verdict: sum(site.verdict == verdict for site in self.sites) for verdict in _COLOURS}
+        lines = [
+            *aligned(rows),
+            f"{counts['folded']} of {len(self.sites)} sites folded, {counts['factor']} left as constant factors, "
+            f"{counts['kept']} kept; over {self.inputs:,} inputs",
+            f"change of the outputs: {self.change:.2e} (allowed: {self.tolerance:g})",
+        ]
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            lines.append(f"accuracy: {self.accuracy_before:.2%} before, {self.accuracy_after:.2%} after")
+        if self.missed:
+            lines.append(f"never called on these inputs: {', '.join(self.missed)}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A figure with a bar a site: above how much its gates vary between inputs, below what constant gates do to the
+        outputs; the colour is the verdict.
+
+        Args:
+            path: where to save it, as an image of any format that matplotlib writes; None not to.
+
+        Raises:
+            RetrofitError: the folder does not exist, or matplotlib writes no such format.
+        """
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+
+        figure = Figure(figsize=(max(5.0, 1.5 + 0.45 * len(self.sites)), 5), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        places, colours = range(len(self.sites)), [_COLOURS[site.verdict] for site in self.sites]
+        upper.bar(places, [site.spread for site in self.sites], color=colours)
+        upper.set_ylabel("spread between inputs")
+        lower.bar(places, [site.effect for site in self.sites], color=colours)
+        lower.axhline(self.tolerance, color="#94a3b8", linewidth=0.8, linestyle="--")
+        lower.set_ylabel("effect on the outputs")
+        lower.set_xticks(places, [site.block or "(model)" for site in self.sites], rotation=45, ha="right", fontsize=8)
+        upper.legend(handles=[Patch(color=c, label=v) for v, c in _COLOURS.items()], fontsize=8, frameon=False)
+        if path is not None:
+            path = Path(path)
+            if not path.parent.is_dir():
+                raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
+            if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+                raise RetrofitError(f"{path} has no suffix that matplotlib writes, such as .png or .svg")
+            figure.savefig(path, dpi=120)
+        return figure

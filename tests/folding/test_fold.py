@@ -1,0 +1,331 @@
+"""What fold_se promises: constant gates vanish into the weights, others stay, and the model given is untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from constant_gates import relative, with_constant_gates, with_varying_gates
+from networks import (
+    NETWORKS,
+    Network,
+    assert_same_function,
+    assert_untouched,
+    random_states,
+    randomised,
+    se_modules,
+    snapshot,
+)
+from timm.layers import ScaledStdConv2d, StdConv2d
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from se_retrofit import (
+    RetrofitError,
+    add_se,
+    fold_se,
+    has_se,
+    load_retrofitted,
+    plan_of,
+    remove_se,
+    save_retrofitted,
+)
+from se_retrofit.models import Base
+
+KINDS = {
+    "residual": "torchvision/resnet18",
+    "inverted": "timm/mobilenetv2_100",  # ReLU6, which lets no factor through
+    "multi-branch": "torchvision/squeezenet1_1",
+    "rep-sum": "timm/repvgg_b0",
+    "chain": "torchvision/vgg11",
+    "convnext": "timm/convnext_atto",
+    "split": "torchvision/shufflenet_v2_x0_5",
+}
+
+
+def built(kind: str) -> tuple[nn.Module, Network]:
+    if kind == "dense":
+        small = torchvision.models.DenseNet(8, (2, 2, 2), 16, num_classes=10)
+        return randomised(small).eval(), Network("dense", 64)
+    network = NETWORKS[KINDS[kind]]
+    return network.build(), network
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "dense"])
+def test_constant_gates_vanish_into_a_plain_network_of_the_original_class(kind: str) -> None:
+    original, network = built(kind)
+    original.double()
+    model = with_constant_gates(add_se(original, bias=True))
+    x = network.input().double()
+    folded, report = fold_se(model, [x])
+    assert len(report.folded) == len(report.sites) == len(plan_of(model).sites)
+    assert not has_se(folded)
+    assert [(path, type(m)) for path, m in folded.named_modules()] == [
+        (p, type(m)) for p, m in original.named_modules()
+    ]
+    assert list(folded.state_dict()) == list(original.state_dict())
+    fresh = copy.deepcopy(original)
+    fresh.load_state_dict(folded.state_dict(), strict=True)
+    for inputs in (x, network.input(batch=1, wider=32).double() * 2):
+        assert relative(fresh(inputs), model(inputs)) < 1e-12
+        assert relative(original(inputs), model(inputs)) > 1e-3, "the gates have no effect to fold"
+
+
+# Networks of a user ---------------------------
+
+
+class Unit(nn.Module):
+    """A residual unit whose parts are given."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = conv, norm, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.act(self.norm(self.conv(x)))
+
+
+def own(*units: nn.Module) -> nn.Module:
+    return randomised(nn.Sequential(nn.Conv2d(3, 8, 3), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
+
+
+def conv(**options: Any) -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, padding=1, **options)
+
+
+def images(batch: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(4), dtype=dtype)
+
+
+def folded_from(network: nn.Module) -> tuple[nn.Module, nn.Module, Any]:
+    model = with_constant_gates(add_se(network.double().eval(), bias=True, example_inputs=images()))
+    folded, report = fold_se(model, [images()])
+    assert relative(folded(images()), model(images())) < 1e-12
+    return model, folded, report
+
+
+def test_a_weight_normalised_convolution_takes_the_gates_into_its_norm() -> None:
+    unit = Unit(nn.utils.parametrizations.weight_norm(conv()), nn.Identity(), nn.LeakyReLU())
+    _, folded, report = folded_from(own(unit))
+    assert report.sites[0].into == ("1.conv.parametrizations.weight.original0", "1.conv.bias")
+    assert not has_se(folded)
+
+
+def test_a_convolution_with_standardised_weights_takes_the_gates_into_its_gain() -> None:
+    _, _, report = folded_from(own(Unit(ScaledStdConv2d(8, 8, 3, padding=1), nn.Identity(), nn.ReLU())))
+    assert report.sites[0].into == ("1.conv.gain", "1.conv.bias")
+    _, _, report = folded_from(own(Unit(StdConv2d(8, 8, 3, padding=1), nn.Identity(), nn.ReLU())))
+    assert report.sites[0].verdict == "factor"
+
+
+def test_a_convolution_that_is_called_twice_takes_no_gates() -> None:
+    class Twice(Unit):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.act(self.conv(self.conv(x)))
+
+    _, folded, report = folded_from(own(Twice(conv(), nn.Identity(), nn.ReLU())))
+    assert [site.verdict for site in report.sites] == ["factor"]
+    assert [se.gate for se in se_modules(folded).values()] == ["static"]
+
+
+def test_a_weight_that_two_modules_share_takes_no_gates() -> None:
+    first, second = conv(), conv()
+    second.weight = first.weight
+    units = [Unit(c, nn.Identity(), nn.ReLU()) for c in (first, second)]
+    _, _, report = folded_from(own(*units))
+    assert [site.verdict for site in report.sites] == ["factor", "factor"]
+
+
+def test_a_block_that_is_called_twice_is_folded_once() -> None:
+    unit = Unit(conv(), nn.BatchNorm2d(8), nn.ReLU())
+    model, folded, report = folded_from(own(unit, unit))
+    assert [site.verdict for site in report.sites] == ["folded"]
+    assert torch.equal(folded[1].conv.weight, model[1].conv.weight)
+
+
+def test_a_value_that_something_else_takes_is_not_scaled() -> None:
+    class Shown(Unit):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            self.seen = y.detach().mean()
+            return x + self.act(y)
+
+    _, _, report = folded_from(own(Shown(conv(), nn.BatchNorm2d(8), nn.ReLU())))
+    assert [site.verdict for site in report.sites] == ["factor"]
+
+
+@pytest.mark.parametrize("act", [nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.ELU, nn.ReLU6])
+def test_no_factor_goes_through_an_activation_that_is_not_homogeneous(act: Callable[[], nn.Module]) -> None:
+    model, folded, report = folded_from(own(Unit(conv(), nn.BatchNorm2d(8), act())))
+    assert [site.verdict for site in report.sites] == ["factor"]
+    (left,) = se_modules(folded).values()
+    assert left.factor is not None
+    assert type(folded[1]) is type(model[1])
+    again, _ = fold_se(add_se(own(Unit(conv(), nn.BatchNorm2d(8), nn.ReLU())).double(), gate="static"), [images()])
+    assert not has_se(again)
+
+
+def test_static_gates_fold_exactly() -> None:
+    network = (
+        own(Unit(conv(), nn.BatchNorm2d(8), nn.ReLU()), Unit(conv(), nn.BatchNorm2d(8), nn.ReLU())).double().eval()
+    )
+    model = add_se(network, gate="static", example_inputs=images())
+    with torch.no_grad():
+        for se in se_modules(model).values():
+            se.factor.copy_(torch.rand(8) + 0.5)
+    folded, report = fold_se(model, [images()], tolerance=0)
+    assert not has_se(folded)
+    assert all(site.spread == site.effect == 0 for site in report.sites)
+    assert relative(folded(images()), model(images())) < 1e-12
+
+
+# Which sites ---------------------------
+
+
+def partly_varying() -> tuple[nn.Module, Tensor, tuple[str, str]]:
+    network = NETWORKS["torchvision/resnet18"]
+    model = with_constant_gates(add_se(network.build(), bias=True))
+    varying = ("layer2.0.se_attention", "layer3.1.se_attention")
+    return with_varying_gates(model, *varying), network.input(batch=4), varying
+
+
+def test_gates_that_vary_stay_and_the_others_go() -> None:
+    model, x, varying = partly_varying()
+    folded, report = fold_se(model, [x], tolerance=1e-4)
+    assert tuple(se_modules(folded)) == varying
+    assert {site.path for site in report.sites if site.verdict == "kept"} == set(varying)
+    for site in report.sites:
+        assert (site.effect > 1e-4) == (site.spread > 0.01) == (site.path in varying), site
+    assert report.change <= 1e-4
+    assert relative(folded(x), model(x)) < 1e-4
+    assert [site.path for site in plan_of(folded).sites] == list(varying)
+
+
+def test_what_is_left_can_be_folded_removed_saved_and_loaded(tmp_path: Path) -> None:
+    model, x, varying = partly_varying()
+    folded, _ = fold_se(model, [x], tolerance=1e-4)
+    base = Base.of("torchvision/resnet18", num_classes=10)
+    assert_same_function(load_retrofitted(save_retrofitted(folded, tmp_path / "saved", base=base)), folded, x)
+    assert not has_se(remove_se(folded))
+    everything, report = fold_se(folded, [x], tolerance=100)
+    assert report.folded == varying
+    assert not has_se(everything)
+
+
+def test_factors_that_are_left_are_saved_and_loaded(tmp_path: Path) -> None:
+    base = Base.of("torchvision/resnet18", num_classes=10)
+    x = NETWORKS["torchvision/resnet18"].input()
+    model = with_constant_gates(add_se(NETWORKS["torchvision/resnet18"].build(), bias=True, placement="post"))
+    folded, report = fold_se(model, [x])
+    # behind the second block of a stage there are convolutions alone: that of the next branch and that of its shortcut;
+    # a block with a projection is a sum of two norms
+    assert [site.verdict for site in report.sites] == ["factor", *["folded"] * 7]
+    assert report.sites[1].into == ("layer2.0.conv1.weight", "layer2.0.downsample.0.weight")
+    assert report.sites[2].into[::2] == ("layer2.0.bn2.weight", "layer2.0.downsample.1.weight")
+    assert report.sites[-1].into == ("fc.weight",)  # through the pooling
+    assert_same_function(load_retrofitted(save_retrofitted(folded, tmp_path / "saved", base=base)), folded, x)
+    with pytest.raises(RetrofitError, match=r"nothing left to fold: layer1.0.se_attention is a constant factor"):
+        fold_se(folded, [x])
+
+
+def test_only_the_sites_that_are_named_are_folded() -> None:
+    model, x, _ = partly_varying()
+    folded, report = fold_se(model, [x], sites=["layer1.*", "layer4.0.se_attention"])
+    assert report.folded == ("layer1.0.se_attention", "layer1.1.se_attention", "layer4.0.se_attention")
+    assert len(se_modules(folded)) == 5
+
+
+def test_accuracy_counts_where_there_are_labels() -> None:
+    model, x, _ = partly_varying()
+    labels = model(x).argmax(1)
+    _, report = fold_se(model, DataLoader(TensorDataset(x, labels), 2), tolerance=100, max_accuracy_loss=0)
+    assert report.accuracy_before == report.accuracy_after == 1.0
+    assert report.inputs == 4
+    assert "accuracy: 100.00% before, 100.00% after" in str(report)
+
+
+def test_the_report_is_a_table_and_a_picture(tmp_path: Path) -> None:
+    model, x, varying = partly_varying()
+    _, report = fold_se(model, TensorDataset(x), tolerance=1e-4)
+    lines = str(report).splitlines()
+    assert len(lines) == 2 + 8 + 2
+    assert [line.split()[0] for line in lines if line.endswith("kept")] == list(varying)
+    assert "6 of 8 sites folded, 0 left as constant factors, 2 kept; over 4 inputs" in lines
+    report.plot(tmp_path / "fold.png")
+    assert (tmp_path / "fold.png").stat().st_size > 5000
+    assert report.to_dict()["sites"][0]["verdict"] == "folded"
+    with pytest.raises(RetrofitError, match="no suffix that matplotlib writes"):
+        report.plot(tmp_path / "fold.txt")
+
+
+# What is not touched ---------------------------
+
+
+def test_the_model_and_the_random_states_are_untouched() -> None:
+    model, x, _ = partly_varying()
+    model.train()
+    before, states = snapshot(model), list(random_states())
+    folded, _ = fold_se(model, DataLoader(TensorDataset(x), 2, shuffle=True))
+    assert_untouched(model, before)
+    assert list(random_states()) == states
+    assert all(module.training for module in folded.modules())
+
+
+def test_in_place_the_parameters_are_the_same_objects() -> None:
+    model, x, _ = partly_varying()
+    bn = model.layer1[0].bn2
+    weight, wanted = bn.weight, fold_se(model, [x])[0]
+    same, _ = fold_se(model, [x], inplace=True)
+    assert same is model
+    assert model.layer1[0].bn2.weight is weight
+    assert_same_function(model, wanted, x)
+
+
+class Wrong:
+    def __iter__(self) -> Iterator[Any]:
+        yield {"image": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"data": []}, RetrofitError, "yields no batch"),
+        ({"data": [torch.empty(0, 3, 32, 32)]}, RetrofitError, "yields no batch"),
+        ({"data": torch.zeros(1, 3, 32, 32)}, TypeError, "data must be a Dataset"),
+        ({"data": Wrong()}, TypeError, "each batch must be a tensor"),
+        ({"data": [torch.full((1, 3, 32, 32), float("nan"))]}, RetrofitError, "not finite"),
+        ({"data": [torch.zeros(1, 4, 32, 32)]}, RuntimeError, "channels"),
+        ({"tolerance": -1}, RetrofitError, "tolerance must be at least 0"),
+        ({"tolerance": float("nan")}, RetrofitError, "tolerance must be at least 0"),
+        ({"tolerance": "1"}, TypeError, "tolerance must be a number"),
+        ({"max_accuracy_loss": -0.1}, RetrofitError, "max_accuracy_loss must be at least 0"),
+        ({"max_batches": 0}, RetrofitError, "max_batches must be at least 1"),
+        ({"max_batches": 1.5}, TypeError, "max_batches must be a positive int"),
+        ({"sites": "layer9.*"}, RetrofitError, "'layer9.*' matches none of the 8 sites"),
+        ({"sites": []}, RetrofitError, "sites is empty"),
+        ({"sites": 3}, TypeError, "sites must be a pattern"),
+    ],
+)
+def test_bad_input_is_refused_with_the_reason_and_changes_nothing(
+    options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    model, x, _ = partly_varying()
+    before = snapshot(model)
+    with pytest.raises(error, match=says.replace("*", r"\*")):
+        fold_se(model, **{"data": [x], "inplace": True, **options})
+    assert_untouched(model, before)
+
+
+def test_a_model_without_our_se_is_refused() -> None:
+    model, x, _ = partly_varying()
+    folded, _ = fold_se(model, [x], tolerance=100)
+    for other in (remove_se(model), folded):
+        with pytest.raises(RetrofitError, match="no SE that add_se put in"):
+            fold_se(other, [x])
+    with pytest.raises(TypeError, match="expected a torch"):
+        fold_se("resnet18", [x])  # type: ignore[type-var]
