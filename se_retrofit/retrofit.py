@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from .surgery.isolation import isolated
 from .surgery.placement import PLACEMENTS, Place
 from .surgery.planning import Surgery, SurgerySite, plan_surgery
 from .surgery.splice import SpliceError
-from .surgery.undo import is_retrofitted, strip
+from .surgery.undo import PLAN, is_retrofitted, lost_sites, strip
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
@@ -100,6 +101,7 @@ def add_se(
         if isinstance(error, SpliceError):
             raise RetrofitError(str(error)) from None
         raise
+    vars(target)[PLAN] = plan
     return target
 
 
@@ -168,6 +170,9 @@ def check_removable(model: nn.Module, caller: str) -> None:
 def has_se(model: nn.Module) -> bool:
     """Whether ``add_se`` has put SE into this model (a network's own, native SE does not count).
 
+    Warns:
+        UserWarning: modules with SE in them were replaced after the retrofit, and their SE is gone; it names the sites.
+
     Example:
         >>> import timm
         >>> from se_retrofit import add_se, has_se
@@ -175,7 +180,20 @@ def has_se(model: nn.Module) -> bool:
         >>> has_se(model), has_se(add_se(model))
         (False, True)
     """
+    warn_of_lost_sites(model)
     return any(map(is_retrofitted, model.modules()))
+
+
+def warn_of_lost_sites(model: nn.Module) -> None:
+    """Warn where modules with SE in them were replaced after the retrofit (a ReLU of VGG by a GELU, say)."""
+    lost = lost_sites(model)
+    if lost:
+        names = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
+        warnings.warn(
+            f"{len(lost)} SE modules that add_se put into {type(model).__name__} are gone ({names}): the modules that held "
+            "them were replaced after the retrofit. Replace modules first, then call add_se",
+            stacklevel=3,
+        )
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -262,7 +280,7 @@ def _check_model(model: Any) -> None:
         isinstance(m, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)) for m in model.modules()
     ):
         raise RetrofitError("the model is sharded by FSDP: retrofit it first, then shard it")
-    if has_se(model):
+    if any(map(is_retrofitted, model.modules())):
         raise RetrofitError(
             "the model has been retrofitted already: undo with remove_se(model) first, to retrofit it in another way"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RetrofitError
+from ..extras import extra
 from ..inspection.lines import aligned
 
 if TYPE_CHECKING:
@@ -110,8 +111,9 @@ class FoldReport:
         Raises:
             RetrofitError: the folder does not exist, or matplotlib writes no such format.
         """
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
+        with extra("inspect"):
+            from matplotlib.figure import Figure
+            from matplotlib.patches import Patch
 
         figure = Figure(figsize=(max(5.0, 1.5 + 0.45 * len(self.sites)), 5), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)

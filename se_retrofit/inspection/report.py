@@ -10,6 +10,7 @@ from torch import nn
 
 from ..attention import SEAttention
 from ..plan import Skipped
+from ..retrofit import warn_of_lost_sites
 from .costs import costs, human
 from .graphs import Inspection, inspect_model
 
@@ -233,6 +234,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs.
         TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
 
+    Warns:
+        UserWarning: modules with SE in them were replaced after the retrofit, and their SE is gone.
+
     Example:
         >>> import timm
         >>> from se_retrofit import add_se, report
@@ -245,7 +249,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         multiply-adds: 1.814 G -> 1.815 G (+0.05%) for one 3x224x224 input
         of layers alone: 1.814 G -> 1.814 G (+0.00%)
     """
-    return report_of(inspect_model(model, example_inputs))
+    inspection = inspect_model(model, example_inputs)
+    warn_of_lost_sites(model)
+    return report_of(inspection)
 
 
 def report_of(inspection: Inspection) -> Report:

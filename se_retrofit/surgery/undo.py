@@ -11,12 +11,29 @@ from ..attention import SEAttention
 from .derived import Recipe, RetrofittedBlock, derived_class
 from .graphs import graphs_of
 
-__all__ = ["is_retrofitted", "strip"]
+__all__ = ["PLAN", "is_retrofitted", "lost_sites", "strip"]
+
+PLAN = "_se_plan"  # the attribute by which the model that was retrofitted keeps the plan
 
 
 def is_retrofitted(module: nn.Module) -> bool:
     """Whether a module is an SE module that a retrofit put in."""
     return isinstance(module, SEAttention) and vars(module).get("site") is not None
+
+
+def lost_sites(model: nn.Module) -> list[str]:
+    """The paths of SE modules that are gone together with the module that held them, which was replaced after the retrofit."""
+    lost = []
+    for path, module in model.named_modules():
+        plan = vars(module).get(PLAN)
+        for site in plan.sites if plan is not None else ():
+            try:
+                found = is_retrofitted(module.get_submodule(site.path))
+            except AttributeError:
+                found = False
+            if not found:
+                lost.append(f"{path}.{site.path}" if path else site.path)
+    return lost
 
 
 def strip(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
@@ -32,10 +49,24 @@ def strip(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
             _strip_graphs(module, chosen)
         if id(module) in classes:
             object.__setattr__(module, "__class__", classes[id(module)])
+    _forget_sites(modules, None if only is None else chosen)
     for module in modules:
         for name, child in list(module._modules.items()):
             if child is not None and id(child) in chosen:
                 del module._modules[name]
+
+
+def _forget_sites(modules: list[nn.Module], chosen: set[int] | None) -> None:
+    """Take the chosen SE modules (None for all) out of the plan that the model keeps."""
+    for module in modules:
+        plan = vars(module).get(PLAN)
+        if plan is None:
+            continue
+        if chosen is None:
+            del vars(module)[PLAN]
+            continue
+        taken = {path for path, child in module.named_modules() if id(child) in chosen}
+        vars(module)[PLAN] = replace(plan, sites=tuple(site for site in plan.sites if site.path not in taken))
 
 
 def _class_without(module: RetrofittedBlock, chosen: set[int] | None) -> type:
