@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .methods import unwrapped
 
@@ -42,10 +43,12 @@ def isolated(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def untouched_randomness() -> Iterator[None]:
-    """Set the global generators back, as far as no other thread can have drawn from them."""
+    """Let torch's operations draw from a generator of our own, and set the global ones back, as far as no other thread can
+    have drawn from them."""
     before, alone = _global_states(), threading.active_count() == 1
     try:
-        yield
+        with _OwnDraws():
+            yield
     finally:
         _set_back(before, alone)
 
@@ -84,18 +87,7 @@ class PrivateRandomness:
 
     def draw(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation of ATen that draws random numbers, with our generator."""
-        if kwargs.get("generator") is None and str(kwargs.get("device", "cpu")) != "meta":
-            overload = _with_generator(function)
-            if overload is not None:
-                return overload(*args, **{**kwargs, "generator": self.generator})
-            outside = torch.get_rng_state()
-            torch.set_rng_state(self.generator.get_state())
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.generator.set_state(torch.get_rng_state())
-                torch.set_rng_state(outside)
-        return function(*args, **kwargs)
+        return _draw(function, args, kwargs, self.generator)
 
     def _listen(self, frame: types.FrameType, event: str, function: Any) -> None:
         if event not in ("c_call", "c_return", "c_exception"):
@@ -134,6 +126,38 @@ def _with_generator(function: Any) -> Any:
 _PYTHON: Any = vars(random)["_inst"]
 _NUMPY: Any = np.random.mtrand._rand
 _NUMPY_STATE, _SET_NUMPY_STATE = _NUMPY.get_state, _NUMPY.set_state
+
+
+def _draw(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], generator: torch.Generator) -> Any:
+    """Run an operation of ATen that draws random numbers on the CPU, with this generator."""
+    if kwargs.get("generator") is None and str(kwargs.get("device", "cpu")) != "meta":
+        overload = _with_generator(function)
+        if overload is not None:
+            return overload(*args, **{**kwargs, "generator": generator})
+        outside = torch.get_rng_state()
+        torch.set_rng_state(generator.get_state())
+        try:
+            return function(*args, **kwargs)
+        finally:
+            generator.set_state(torch.get_rng_state())
+            torch.set_rng_state(outside)
+    return function(*args, **kwargs)
+
+
+class _OwnDraws(TorchDispatchMode):
+    """While it is active, what this thread draws on the CPU comes from a generator of our own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        on_cpu = all(t.device.type == "cpu" for t in tensors) and str(kwargs.get("device") or "cpu") == "cpu"
+        if torch.Tag.nondeterministic_seeded in func.tags and on_cpu:
+            return _draw(func, args, kwargs, self.generator)
+        return func(*args, **kwargs)
 
 
 def _global_states() -> tuple[Any, ...]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import python_blocks as blocks
 import torch
-from networks import randomise_se, randomised
+from class_blocks import Rebuilt
+from networks import random_states, randomise_se, randomised
 from same_behaviour import Net
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
@@ -116,3 +117,17 @@ class Sized(nn.Module):
 
 def test_a_size_among_the_models_attributes_is_tried_first() -> None:
     assert plan_of(add_se(Sized())).inputs["args"][0]["tensor"] == [2, 3, 37, 37]
+
+
+def test_a_copy_that_is_built_anew_draws_no_global_numbers_while_other_threads_are_about() -> None:
+    model = Net(Rebuilt)
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)  # as a notebook's or a progress bar's
+    other.start()
+    try:
+        states = list(random_states())
+        add_se(model, 2, example_inputs=torch.zeros(1, 3, 9, 9))
+        assert list(random_states()) == states
+    finally:
+        stop.set()
+        other.join()
