@@ -24,6 +24,10 @@ def __getattr__(name: str) -> object:
         from . import folding
 
         return getattr(folding, name)
+    if name == "export":
+        from .exporting import export
+
+        return export
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -39,6 +43,7 @@ __all__ = [
     "add_se",
     "draw",
     "excitations",
+    "export",
     "fold_se",
     "from_native",
     "has_se",
