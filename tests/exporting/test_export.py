@@ -74,7 +74,9 @@ def test_the_source_of_a_folded_network_and_of_one_whose_base_is_not_known(tmp_p
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("format", "suffix"), [("pt2", "pt2"), ("torchscript", "pt"), ("onnx", "onnx")])
+@pytest.mark.parametrize(
+    ("format", "suffix"), [pytest.param("pt2", "pt2", marks=pytest.mark.sweep), ("torchscript", "pt"), ("onnx", "onnx")]
+)
 def test_programs_compute_the_same_at_other_sizes(format: str, suffix: str, tmp_path: Path) -> None:
     model = retrofitted()
     x, example = torch.randn(5, 3, 96, 64), torch.randn(2, 3, 64, 64)
