@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def export(
         write = {"onnx": _to_onnx, "pt2": _to_pt2, "torchscript": _to_torchscript}[format]
         with replaced_file(file) as fresh:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _no_thread_left():
                     run = write(copy, inputs, fresh)
             except RetrofitError:
                 raise
@@ -97,6 +99,18 @@ def export(
                 ) from error
             _compare(copy, run, inputs, format)
     return file
+
+
+@contextmanager
+def _no_thread_left() -> Iterator[None]:
+    """End the thread that tqdm, which torch.onnx uses, leaves running."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        for thread in set(threading.enumerate()) - before:
+            if type(thread).__name__ == "TMonitor" and hasattr(thread, "exit"):
+                thread.exit()
 
 
 def _example(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
