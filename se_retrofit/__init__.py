@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .attention import SEAttention
     from .errors import RetrofitError
+    from .exporting import export
     from .folding import fold_se, from_native, to_native
     from .inspection.drawing import draw
     from .inspection.excitations import excitations
@@ -26,6 +27,7 @@ __version__ = "0.2.0"
 _MODULES = {
     "attention": ("SEAttention",),
     "errors": ("RetrofitError",),
+    "exporting": ("export",),
     "folding": ("fold_se", "from_native", "to_native"),
     "inspection": ("draw", "excitations", "print_graph", "report"),
     "plan": ("Plan", "Site", "Skipped"),
@@ -44,6 +46,7 @@ __all__ = [
     "add_se",
     "draw",
     "excitations",
+    "export",
     "fold_se",
     "from_native",
     "has_se",

@@ -141,6 +141,8 @@ class Reference:
             raise RetrofitError(f"{type(model).__name__} returns no tensor of floating-point numbers to compare")
         if not all(t.isfinite().all() for found in self.outputs for t in found):
             raise RetrofitError("the model's outputs on the data are not finite, so nothing can be compared")
+        if not any(bool(t.any()) for found in self.outputs for t in found):
+            raise RetrofitError("the model's outputs on the data are all zero, so nothing can be compared")
         self.accuracy = self._accuracy(self.outputs)
 
     def compare(self) -> tuple[float, float | None]:

@@ -35,7 +35,10 @@ from se_retrofit import (
     remove_se,
     save_retrofitted,
 )
+from se_retrofit.folding.factors import Factors
 from se_retrofit.models import Base
+from se_retrofit.surgery.inputs import given_inputs
+from se_retrofit.surgery.planning import record_of
 
 KINDS = {
     "residual": "torchvision/resnet18",
@@ -56,7 +59,9 @@ def built(kind: str) -> tuple[nn.Module, Network]:
     return network.build(), network
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "dense"])
+@pytest.mark.parametrize(
+    "kind", [*(k for k in KINDS if k != "rep-sum"), "dense", pytest.param("rep-sum", marks=pytest.mark.sweep)]
+)
 def test_constant_gates_vanish_into_a_plain_network_of_the_original_class(kind: str) -> None:
     original, network = built(kind)
     original.double()
@@ -139,6 +144,23 @@ def test_a_weight_that_two_modules_share_takes_no_gates() -> None:
     units = [Unit(c, nn.Identity(), nn.ReLU()) for c in (first, second)]
     _, _, report = folded_from(own(*units))
     assert [site.verdict for site in report.sites] == ["factor", "factor"]
+
+
+def test_the_structure_alone_rules_out_weights_that_are_used_elsewhere() -> None:
+    """Without the comparison of outputs, which would catch it, too."""
+    first, second, apart = conv(), conv(), conv()
+    second.weight = first.weight
+    network = own(*(Unit(c, nn.Identity(), nn.ReLU()) for c in (first, second, apart))).double().eval()
+    model = add_se(network, example_inputs=images())
+    factors = Factors(model, record_of(model, given_inputs(images())))
+    factor = torch.full((8,), 2.0, dtype=torch.float64)
+    assert factors.backwards("1.se_attention", factor) is None
+    assert factors.backwards("2.se_attention", factor) is None
+    scalings = factors.backwards("3.se_attention", factor)
+    assert scalings is not None
+    assert [s.path for s in scalings] == ["3.conv.weight", "3.conv.bias"]
+    assert factors.forwards("1.se_attention", factor) is None  # an add takes it
+    assert factors.backwards("3.se_attention", -factor) is None  # a ReLU lets no negative factor through
 
 
 def test_a_block_that_is_called_twice_is_folded_once() -> None:
@@ -319,6 +341,14 @@ def test_bad_input_is_refused_with_the_reason_and_changes_nothing(
     with pytest.raises(error, match=says.replace("*", r"\*")):
         fold_se(model, **{"data": [x], "inplace": True, **options})
     assert_untouched(model, before)
+
+
+def test_a_model_whose_outputs_are_all_zero_is_refused() -> None:
+    model, x, _ = partly_varying()
+    nn.init.zeros_(model.fc.weight)
+    nn.init.zeros_(model.fc.bias)
+    with pytest.raises(RetrofitError, match="outputs on the data are all zero"):
+        fold_se(model, [x])
 
 
 def test_a_model_without_our_se_is_refused() -> None:

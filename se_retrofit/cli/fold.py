@@ -1,0 +1,69 @@
+"""``se-retrofit fold DIR --data ...``: fold SE that has become constant into the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..errors import RetrofitError
+from .app import app, say
+
+
+@app.command("fold")
+def fold_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder with a retrofitted network")],
+    data: Annotated[str, typer.Option(help="digits, a folder with train/ and val/, or a name of timm's")],
+    output: Annotated[Path | None, typer.Option(help="folder for the folded network; DIR-folded by default")] = None,
+    tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
+    max_accuracy_loss: Annotated[float, typer.Option(help="by how much the accuracy may fall, from 0 to 1")] = 0.005,
+    sites: Annotated[list[str] | None, typer.Option(help="only these sites or blocks, such as 'layer4.*'")] = None,
+    batches: Annotated[int, typer.Option(help="batches of 32 validation images that are looked at")] = 8,
+    image_size: Annotated[
+        int | None, typer.Option(help="height and width of the images, if not the network's own")
+    ] = None,
+    data_root: Annotated[Path, typer.Option(help="where timm's data sets are kept")] = Path("data"),
+    download: Annotated[bool, typer.Option("--download", help="fetch timm's data set where it is not there")] = False,
+    plot: Annotated[Path | None, typer.Option(help="write the picture: FILE.png, .svg or .pdf")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON")] = None,
+) -> None:
+    """Fold SE whose gates hardly depend on the image into the weights around it, and save the result.
+
+    The validation images decide. The result is loaded by load_retrofitted, as any other.
+    """
+    from ..atomic import replaced_directory
+    from ..finetune import FinetuneConfig, load_data
+    from ..finetune.data import stream
+    from ..finetune.datasets import transforms_for
+    from ..folding import fold_se
+    from ..models import Base
+    from ..saving import RECIPE, WEIGHTS, load_retrofitted, read_recipe, write_network
+
+    named: dict[str, Any] | None = read_recipe(folder)["base"]
+    base = None if named is None else Base(named["library"], named["name"], named["kwargs"])
+    network = load_retrofitted(folder)
+    for file in (plot, json_file):
+        if file is not None and not file.parent.is_dir():
+            raise RetrofitError(f"no folder {file.parent} to write {file.name} to")
+    parts = load_data(data, root=data_root, download=download, image_size=image_size)
+    transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False, base=base)
+    images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)
+    folded, report = fold_se(
+        network, images.batches(0), tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, sites=sites or None,
+        max_batches=batches, inplace=True,
+    )  # fmt: skip
+    target = output or folder.with_name(f"{folder.name}-folded")
+    with replaced_directory(target, (WEIGHTS, RECIPE)) as fresh:
+        write_network(folded, fresh, base=base)
+    console = Console()
+    say(console, report)
+    if plot is not None:
+        report.plot(plot)
+        say(console, f"drew {plot}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        say(console, f"wrote {json_file}")
+    say(console, f"saved to {target}")

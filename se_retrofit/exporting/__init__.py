@@ -1,0 +1,5 @@
+"""Retrofitted networks for other programs: ONNX, torch.export, TorchScript, and plain Python source."""
+
+from .export import FORMATS, export
+
+__all__ = ["FORMATS", "export"]

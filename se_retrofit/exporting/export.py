@@ -1,0 +1,186 @@
+"""Write a network in a format that runs without this package, read it back and compare."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..atomic import replaced_file
+from ..errors import RetrofitError
+from ..models import Base
+from ..retrofit import has_se, plan_of
+from ..surgery.copying import copied
+from ..surgery.inputs import Inputs, from_description, given_inputs, tensors_in
+from ..surgery.isolation import untouched_randomness
+from ..surgery.planning import record_of
+from .source import export_source
+
+__all__ = ["FORMATS", "export"]
+
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "source": ".py"}
+FORMATS = tuple(SUFFIXES)
+
+Run = Callable[[tuple[Tensor, ...]], list[Tensor]]  # an exported network
+
+
+def export(
+    model: nn.Module,
+    file: str | Path,
+    *,
+    format: str = "onnx",
+    example_inputs: Any = None,
+    base: Base | None = None,
+) -> Path:
+    """Export a network, retrofitted or folded, and see that what was written computes the same.
+
+    Args:
+        model: the network; it is exported in eval mode, from a copy on the CPU.
+        file: where to write.
+        format: ``"onnx"`` (by torch.onnx, with free batch and space where the network allows it; read back by onnxruntime, and
+            not compared where that is not installed), ``"pt2"`` (torch.export, of free size, too), ``"torchscript"`` (scripted, or
+            else traced), or ``"source"``: a Python file with the changed classes and SE in plain PyTorch, which loads the
+            weights from a ``.safetensors`` file of the same name beside it and needs PyTorch, safetensors and the network's
+            own library only.
+        example_inputs: a tensor or a tuple of positional inputs, so large that no feature map has a size of one, which torch.export
+            would hold fast. Without it, inputs of the shapes that the network was
+            retrofitted with, or such as it may take.
+        base: for the source, where the network came from; found from the model itself where it is timm's. Where
+            it is not known, the file's ``load`` asks for the bare network.
+
+    Returns:
+        The file.
+
+    Raises:
+        RetrofitError: the format is none of these, or can't hold this network, with the reason; what was written computes
+            something else. There is no new file then.
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> import tempfile, timm, torch
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.exporting import export
+        >>> model = add_se(timm.create_model("resnet10t", num_classes=10)).eval()
+        >>> file = export(model, tempfile.mkdtemp() + "/model.pt2", format="pt2", example_inputs=torch.randn(2, 3, 64, 64))
+        >>> torch.export.load(file).module()(torch.randn(5, 3, 64, 64)).shape
+        torch.Size([5, 10])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if format not in SUFFIXES:
+        raise RetrofitError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
+    if any(p.is_meta for p in model.parameters()):
+        raise RetrofitError("the model is on the meta device and has no values; load weights first")
+    file = Path(file)
+    with untouched_randomness(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on formats
+        copy = copied(model, lambda t: t.detach().to("cpu", copy=True)).eval()
+        inputs = _example(copy, example_inputs)
+        if format == "source":
+            return export_source(model, copy, file, inputs, base)
+        write = {"onnx": _to_onnx, "pt2": _to_pt2, "torchscript": _to_torchscript}[format]
+        with replaced_file(file) as fresh:
+            try:
+                with torch.no_grad(), _no_thread_left():
+                    run = write(copy, inputs, fresh)
+            except RetrofitError:
+                raise
+            except Exception as error:  # of every kind, from the exporters
+                first = (str(error).strip().splitlines() or [""])[0]
+                raise RetrofitError(
+                    f"{type(model).__name__} can't be exported as {format}: {type(error).__name__}: {first}"
+                ) from error
+            _compare(copy, run, inputs, format)
+    return file
+
+
+@contextmanager
+def _no_thread_left() -> Iterator[None]:
+    """End the thread that tqdm, which torch.onnx uses, leaves running."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        for thread in set(threading.enumerate()) - before:
+            if type(thread).__name__ == "TMonitor" and hasattr(thread, "exit"):
+                thread.exit()
+
+
+def _example(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
+    """Tensors with values, at least two in a batch: an exporter takes a size of one for a constant."""
+    inputs: Inputs | None = None
+    if example_inputs is not None:
+        inputs = given_inputs(example_inputs)
+    elif has_se(model) and plan_of(model).inputs is not None:
+        inputs = from_description(plan_of(model).inputs)
+    if inputs is None or inputs.is_meta:
+        inputs = record_of(model, inputs).inputs.with_values(torch.Generator().manual_seed(0))
+    if inputs.kwargs or not all(isinstance(a, Tensor) for a in inputs.args):
+        raise RetrofitError("only networks with tensors as positional inputs can be exported; give such example_inputs")
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tensors = (t.detach().cpu() for t in inputs.args)
+    typed = (t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    return tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in typed)
+
+
+def _free(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """All sizes but that of the channels may change, as far as the network allows it."""
+    auto = torch.export.Dim.AUTO
+    return tuple({d: auto for d in range(t.dim()) if d != 1} for t in inputs)
+
+
+def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run | None:
+    program = torch.onnx.export(
+        model, inputs, dynamo=True, verbose=False, dynamic_shapes=_free(inputs), external_data=False
+    )
+    assert program is not None
+    program.save(str(file))
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+
+    def run(given: tuple[Tensor, ...]) -> list[Tensor]:
+        arrays = {name: t.numpy() for name, t in zip(names, given, strict=True)}
+        return [torch.from_numpy(found) for found in session.run(None, arrays)]
+
+    return run
+
+
+def _to_pt2(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run:
+    torch.export.save(torch.export.export(model, inputs, dynamic_shapes=_free(inputs)), str(file))
+    module = torch.export.load(str(file)).module()
+    return lambda given: tensors_in(module(*given))
+
+
+def _to_torchscript(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run:
+    try:
+        script: Any = torch.jit.script(model)
+    except Exception:  # what scripting does not understand, tracing may
+        script = torch.jit.trace(model, inputs)
+    torch.jit.save(script, str(file))
+    module = torch.jit.load(str(file))
+    return lambda given: tensors_in(module(*given))
+
+
+def _compare(model: nn.Module, run: Run | None, inputs: tuple[Tensor, ...], format: str) -> None:
+    if run is None:
+        return
+    with torch.no_grad():
+        wanted, got = tensors_in(model(*inputs)), run(inputs)
+    tolerance = 1e-3 if format == "onnx" else 1e-4
+    close = len(got) == len(wanted) and all(
+        a.shape == b.shape and float((a.double() - b.double()).norm()) <= tolerance * (1e-6 + float(b.double().norm()))
+        for a, b in zip(got, wanted, strict=True)
+    )
+    if not close:
+        raise RetrofitError(f"what was exported as {format} computes something else than the network")

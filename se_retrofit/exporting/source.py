@@ -1,0 +1,252 @@
+"""A retrofitted network as a Python file of its own: the changed classes and SE in plain PyTorch, and the weights beside it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import runpy
+import textwrap
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+
+from ..atomic import replaced_file
+from ..attention import SEAttention, scale, squeeze
+from ..errors import RetrofitError
+from ..models import Base
+from ..plan import Site
+from ..retrofit import has_se, plan_of
+from ..saving import base_of, check_base, tensors_of, untied
+from ..surgery.copying import copied
+from ..surgery.derived import Recipe, RetrofittedBlock
+from ..surgery.inputs import tensors_in
+from ..surgery.methods import unwrapped
+from ..surgery.undo import strip
+
+__all__ = ["export_source"]
+
+_HEAD = '''"""{name} with Squeeze-and-Excitation. ``load()`` builds it and loads the weights, from the file beside this one."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+{imports}
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+WEIGHTS = Path(__file__).with_suffix(".safetensors")
+
+
+{squeeze}
+
+{scale}
+
+class SqueezeExcitation(nn.Module):
+    """Squeeze-and-Excitation (Hu et al., arXiv:1709.01507)."""
+
+    def __init__(self, channels: int, hidden: int, gate: str, bias: bool, channel_dim: int) -> None:
+        super().__init__()
+        self.gate, self.channel_dim = gate, channel_dim
+        if gate == "static":
+            self.factor = nn.Parameter(torch.ones(channels))
+        else:
+            self.fc = nn.Sequential(
+                nn.Linear(channels, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, channels, bias=bias), nn.Sigmoid()
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate == "static":
+            return scale(x, self.factor.expand(x.shape[0], -1), self.channel_dim)
+        gate = self.fc(squeeze(x, self.channel_dim))
+        return scale(x, 2.0 * gate if self.gate == "identity" else gate, self.channel_dim)
+
+
+def method_of(owner: type):
+    """The names in a method are those of the module that it was copied from, and its ``super()`` is that of its class."""
+
+    def moved(function: types.FunctionType) -> types.FunctionType:
+        code = function.__code__
+        cells = tuple(types.CellType(owner) for _ in code.co_freevars)  # of __class__ alone
+        names = vars(sys.modules[owner.__module__])
+        new = types.FunctionType(code, names, function.__name__, function.__defaults__, cells)
+        new.__kwdefaults__ = function.__kwdefaults__
+        return new
+
+    return moved
+
+'''
+
+_TAIL = '''
+# the SE modules: channels, hidden width, gate, whether there are biases, which dim holds the channels
+SITES = {sites}
+
+# the modules that call them
+BLOCKS = {{
+{blocks}
+}}
+
+# names of one and the same tensor
+TIED: dict[str, str] = {tied}
+
+
+def load({argument}) -> nn.Module:
+    """The network with its weights, in eval mode{argument_note}."""
+{build}
+    for path, options in SITES.items():
+        holder, _, name = path.rpartition(".")
+        model.get_submodule(holder).add_module(name, SqueezeExcitation(*options))
+    for path, cls in BLOCKS.items():
+        model.get_submodule(path).__class__ = cls
+    state = load_file(WEIGHTS)
+    state.update({{alias: state[name] for alias, name in TIED.items()}})
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data = tensor.data.to(state[name].dtype) if name in state else tensor.data
+    model.load_state_dict(state)
+    return model.eval()
+'''
+
+
+def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: tuple[Tensor, ...], base: Base | None) -> Path:
+    """Write the file and its weights, load them as a program would, and compare.
+
+    Raises:
+        RetrofitError: the network can't be written so, or computes something else; no file is left then.
+    """
+    if file.suffix != ".py":
+        raise RetrofitError(f"the source is a Python file, so its name must end in .py, got {file.name}")
+    if base is None:
+        base, _ = base_of(model)
+    else:
+        check_base(model, base)
+    stored, tied = untied(tensors_of(copy))
+    text = source_text(copy, base, tied)
+    with replaced_file(file) as fresh, replaced_file(file.with_suffix(".safetensors")) as weights:
+        save_file(stored, weights, {"format": "pt"})
+        fresh.write_text(text, encoding="utf-8")
+        _check(copy, fresh, base, inputs)
+    return file
+
+
+def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> str:
+    """The Python file of a network."""
+    classes: dict[Recipe, str] = {}
+    bodies: list[str] = []
+    blocks: list[str] = []
+    imports: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule) and has_se(module):
+            raise RetrofitError(
+                f"{path or 'the model'} is a GraphModule, whose code is generated and has no source to export"
+            )
+        if not isinstance(module, RetrofittedBlock):
+            continue
+        recipe: Recipe = type(module).se_recipe
+        if recipe not in classes:
+            taken = f"SE{recipe.base.__name__}"
+            same = sum(name.startswith(taken) for name in classes.values())
+            classes[recipe] = taken + (str(same + 1) if same else "")
+            _check_importable(recipe.base)
+            bodies.append(_class_text(type(module), recipe, classes[recipe]))
+            imports.update(_modules_of(recipe))
+        blocks.append(f"    {json.dumps(path)}: {classes[recipe]},")
+    sites = {s.path: _options(model, s) for s in plan_of(model).sites} if has_se(model) else {}
+    if base is not None:
+        imports.add(base.library)
+    head = _HEAD.format(
+        name=type(model).__name__, imports="".join(f"\nimport {m}" for m in sorted(imports)),
+        squeeze=inspect.getsource(squeeze), scale=inspect.getsource(scale),
+    )  # fmt: skip
+    tail = _TAIL.format(
+        sites=_pretty(sites), blocks="\n".join(blocks), tied=_pretty(tied),
+        argument="" if base is not None else "model: nn.Module",
+        argument_note="" if base is not None else "; give the bare network, whose weights don't matter",
+        build=_build_text(base),
+    )  # fmt: skip
+    return "\n".join([head, *bodies, tail])
+
+
+def _pretty(values: object) -> str:
+    if not isinstance(values, dict) or not values:
+        return "{}"
+    return "{\n" + "".join(f"    {key!r}: {value!r},\n" for key, value in values.items()) + "}"
+
+
+def _options(model: nn.Module, site: Site) -> tuple[int, int, str, bool, int]:
+    se = model.get_submodule(site.path)
+    assert isinstance(se, SEAttention)
+    bias = isinstance(se.fc, nn.Sequential) and se.fc[0].bias is not None
+    return se.channel, se.hidden, se.gate, bias, se.channel_dim
+
+
+def _build_text(base: Base | None) -> str:
+    if base is None:
+        return ""
+    builder = "timm.create_model" if base.library == "timm" else "torchvision.models.get_model"
+    arguments = ", ".join([repr(base.name), *(f"{key}={value!r}" for key, value in base.kwargs.items())])
+    return f"    model = {builder}({arguments})"
+
+
+# Classes --------------------------------------------------------------------------------------------------------------
+
+
+def _check_importable(cls: type) -> None:
+    if "<locals>" in cls.__qualname__ or cls.__module__ == "__main__":
+        raise RetrofitError(
+            f"the class {cls.__qualname__} of {cls.__module__} can't be imported by another program, so its source can't be exported; "
+            "move it to a module"
+        )
+
+
+def _modules_of(recipe: Recipe) -> Iterator[str]:
+    yield recipe.base.__module__
+    yield from (splice.owner.__module__ for splice in recipe.splices)
+
+
+def _class_text(derived: type, recipe: Recipe, name: str) -> str:
+    base = f"{recipe.base.__module__}.{recipe.base.__qualname__}"
+    lines = ["", f"class {name}({base}):"]
+    if not recipe.splices:
+        lines += [
+            "    def forward(self, *args, **kwargs):",
+            f"        return self.{recipe.returned}(super().forward(*args, **kwargs))",
+        ]
+    for method, owner in dict.fromkeys((s.method, s.owner) for s in recipe.splices):
+        function = vars(derived).get(method)
+        if not isinstance(function, types.FunctionType) or unwrapped(function) is not function:
+            raise RetrofitError(
+                f"{owner.__qualname__}.{method} is decorated, or reached by super(), so its source can't be exported by itself"
+            )
+        if set(function.__code__.co_freevars) - {"__class__"}:
+            raise RetrofitError(
+                f"{owner.__qualname__}.{method} uses variables of a function around it, so it can't be exported"
+            )
+        if any(n.startswith(f"_{owner.__name__.lstrip('_')}__") for n in function.__code__.co_names):
+            raise RetrofitError(
+                f"{owner.__qualname__}.{method} uses private names of its class, so it can't be exported"
+            )
+        lines.append(f"    @method_of({owner.__module__}.{owner.__qualname__})")
+        lines += textwrap.indent(textwrap.dedent(inspect.getsource(function)), "    ").rstrip().splitlines()
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _check(model: nn.Module, file: Path, base: Base | None, inputs: tuple[Tensor, ...]) -> None:
+    bare = []
+    if base is None:
+        bare = [copied(model)]
+        strip(bare[0])
+    try:
+        with torch.no_grad():
+            loaded = runpy.run_path(str(file))["load"](*bare)
+            wanted, got = tensors_in(model(*inputs)), tensors_in(loaded(*inputs))
+    except Exception as error:  # the file is code, which can raise anything
+        raise RetrofitError(f"the exported source does not run: {type(error).__name__}: {error}") from error
+    if not (len(wanted) == len(got) and all(map(torch.equal, wanted, got))):
+        raise RetrofitError("the exported source computes something else than the network")

@@ -1,0 +1,133 @@
+"""What is exported computes the same, and the source does so where this package is not installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, assert_untouched, random_states, randomise_se, se_modules, snapshot
+from torch import nn
+
+from se_retrofit import RetrofitError, add_se, export, fold_se
+from se_retrofit.models import Base
+
+SMALL = NETWORKS["torchvision/resnet18"]
+X = SMALL.input()
+
+# runs an exported source where neither this package nor a part of it can be imported
+PROGRAM = """
+import runpy, sys
+sys.modules["se_retrofit"] = None
+import torch
+loaded = runpy.run_path(sys.argv[1])["load"]()
+with torch.no_grad():
+    torch.save(loaded(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+def retrofitted(name: str = SMALL.name, **options: Any) -> nn.Module:
+    return randomise_se(add_se(NETWORKS[name].build(), example_inputs=NETWORKS[name].input(), **options))
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/mobilenetv2_100", pytest.param("torchvision/squeezenet1_1", marks=pytest.mark.sweep)]
+)
+def test_the_source_runs_without_this_package_and_gives_equal_outputs(name: str, tmp_path: Path) -> None:
+    model, x = retrofitted(name), NETWORKS[name].input()
+    file = export(model, tmp_path / "net.py", format="source", example_inputs=x, base=Base.of(name, num_classes=10))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.py", "net.safetensors"]
+    assert "se_retrofit" not in file.read_text()
+    torch.save(x, tmp_path / "x.pt")
+    arguments = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        PROGRAM,
+        *(str(tmp_path / n) for n in ("net.py", "x.pt", "y.pt")),
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "y.pt"), model(x))
+
+
+@pytest.mark.parametrize("options", [{"gate": "static"}, {"gate": "sigmoid", "bias": True}, {"placement": "pre"}])
+def test_the_source_holds_every_kind_of_gate(options: dict[str, Any], tmp_path: Path) -> None:
+    model = retrofitted(**options)
+    base = Base.of(SMALL.name, num_classes=10)
+    assert export(model, tmp_path / "net.py", format="source", example_inputs=X, base=base).exists()
+
+
+def test_the_source_of_a_folded_network_and_of_one_whose_base_is_not_known(tmp_path: Path) -> None:
+    model = retrofitted()
+    folded, _ = fold_se(model, [X], tolerance=100)
+    base = Base.of(SMALL.name, num_classes=10)
+    assert "BLOCKS = {\n\n}" in export(folded, tmp_path / "a.py", format="source", base=base).read_text()
+    text = export(model, tmp_path / "b.py", format="source", example_inputs=X).read_text()
+    assert "def load(model: nn.Module)" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("format", "suffix"), [pytest.param("pt2", "pt2", marks=pytest.mark.sweep), ("torchscript", "pt"), ("onnx", "onnx")]
+)
+def test_programs_compute_the_same_at_other_sizes(format: str, suffix: str, tmp_path: Path) -> None:
+    model = retrofitted()
+    x, example = torch.randn(5, 3, 96, 64), torch.randn(2, 3, 64, 64)
+    before, states, threads = snapshot(model), list(random_states()), threading.active_count()
+    file = export(model, tmp_path / f"net.{suffix}", format=format, example_inputs=example)
+    assert_untouched(model, before)
+    assert list(random_states()) == states
+    assert threading.active_count() == threads
+    if format == "pt2":
+        found = torch.export.load(file).module()(x)
+    elif format == "torchscript":
+        found = torch.jit.load(file)(x)
+    else:
+        session = pytest.importorskip("onnxruntime").InferenceSession(str(file))
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(found, model(x), rtol=1e-3, atol=1e-3)
+    assert len(se_modules(model)) == 8
+
+
+class OnlyInEager(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    model = retrofitted()
+    with pytest.raises(RetrofitError, match="format must be one of 'onnx', 'pt2', 'torchscript', 'source', got 'tf'"):
+        export(model, tmp_path / "net.tf", format="tf")
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module, got str"):
+        export("resnet18", tmp_path / "net.onnx")  # type: ignore[arg-type]
+    with pytest.raises(RetrofitError, match=r"must end in .py, got net.txt"):
+        export(model, tmp_path / "net.txt", format="source", example_inputs=X)
+    with pytest.raises(RetrofitError, match="does not build the network"):
+        export(model, tmp_path / "net.py", format="source", example_inputs=X, base=Base.of("torchvision/resnet34"))
+    broken = nn.Sequential(nn.Conv2d(3, 8, 3), OnlyInEager())
+    with pytest.raises(RetrofitError, match="Sequential can't be exported as pt2"):
+        export(broken, tmp_path / "net.pt2", format="pt2", example_inputs=X)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_of_a_class_that_cannot_be_imported_is_refused(tmp_path: Path) -> None:
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.conv(x)
+
+    model = add_se(nn.Sequential(nn.Conv2d(3, 8, 3), Unit()), example_inputs=X)
+    with pytest.raises(RetrofitError, match="can't be imported by another program"):
+        export(model, tmp_path / "net.py", format="source", example_inputs=X)
+    assert list(tmp_path.iterdir()) == []
