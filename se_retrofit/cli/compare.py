@@ -18,6 +18,7 @@ from .finetune import (
     Download,
     Epochs,
     Exclude,
+    Gate,
     ImageSize,
     Include,
     LearningRate,
@@ -50,6 +51,7 @@ def compare_command(
     arg: ModelArgs = None,
     reduction: Reduction = 8,
     placement: Placement = "auto",
+    gate: Gate = "identity",
     include: Include = None,
     exclude: Exclude = None,
     data_root: Root = Path("data"),
@@ -71,6 +73,7 @@ def compare_command(
     Started again, it goes on where it was.
     """
     from ..finetune import compare
+    from ..finetune.experiment import describe_data, file_digest
 
     named = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "image_size": image_size, "precision": precision,
@@ -79,12 +82,19 @@ def compare_command(
     recipe = read_config(config, named, set_)
     parts, recipe = open_data(data, data_root, download, recipe)
     build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
-    folder = output or Path("runs") / f"compare-{default_name(model, data)}"
-    options = {"reduction": reduction, "placement": placement, "include": include, "exclude": exclude}
+    options = {
+        "reduction": reduction, "placement": placement, "gate": gate, "include": include, "exclude": exclude,
+    }  # fmt: skip
+    if output is None:
+        details = [
+            base.library, base.name, base.kwargs, pretrained, None if checkpoint is None else file_digest(checkpoint),
+            options, recipe.to_dict(), describe_data(parts.train), describe_data(parts.val),
+        ]  # fmt: skip
+        output = Path("runs") / f"compare-{default_name(model, data, details)}"
     try:
         comparison = compare(
-            build, parts.train, parts.val, config=recipe, seeds=seeds, se_options=options, output_dir=folder, base=base
+            build, parts.train, parts.val, config=recipe, seeds=seeds, se_options=options, output_dir=output, base=base
         )
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
-    print(f"\n{comparison}\n\nwritten to {folder / 'comparison.json'}")
+    print(f"\n{comparison}\n\nwritten to {output / 'comparison.json'}")

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -84,7 +85,12 @@ def stream(
             )
         items = Transformed(data, transform)
         loader: DataLoader[Any] = DataLoader(
-            items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=ignore_ctrl_c
+            items,
+            batch_size,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            drop_last=train,
+            worker_init_fn=outlast_signals,
         )
         return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
     return DatasetStream(
@@ -101,9 +107,32 @@ def default_workers(data: Any, world: int) -> int:
     return max(1, min(8, (os.cpu_count() or 1) // here))
 
 
-def ignore_ctrl_c(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal. The main one finishes its step and needs the loading ones for it."""
+def outlast_signals(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all of a job. The main one finishes its
+    update and needs the loading processes for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_main_process_says_so, daemon=True).start()
+
+
+def _end_when_the_main_process_says_so() -> None:
+    """A loading process ends by the SIGTERM of the main one alone, which is how multiprocessing ends it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class Outlasting:
+    """The caller's ``worker_init_fn``, after ``outlast_signals``."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        outlast_signals(worker)
+        if self.then is not None:
+            self.then(worker)
 
 
 # Datasets
@@ -241,7 +270,7 @@ class DatasetStream:
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_ctrl_c,
+            worker_init_fn=outlast_signals,
         )
 
     def __len__(self) -> int:
@@ -288,7 +317,7 @@ class LoaderStream:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self.begin(epoch)
-        fetch = iter(self.loader)
+        fetch = self.start_workers()
         mine: Any = None
         for number in range(len(self) * self.world):
             seed_all(self.seed, SAMPLE, epoch, number)
@@ -301,6 +330,15 @@ class LoaderStream:
             if number % self.world == self.world - 1 and number // self.world >= start:
                 images, targets = pair(mine[0], self.name)
                 yield Batch(images, targets, torch.full((len(targets),), mine[1]), [])
+
+    def start_workers(self) -> Iterator[Any]:
+        """``iter(loader)``, with loading processes that outlast Ctrl-C and SIGTERM. The loader is left as it was."""
+        given = self.loader.worker_init_fn
+        self.loader.worker_init_fn = Outlasting(given)
+        try:
+            return iter(self.loader)
+        finally:
+            self.loader.worker_init_fn = given
 
     def begin(self, epoch: int) -> None:
         """Have the loader's shuffling depend on the epoch alone."""
