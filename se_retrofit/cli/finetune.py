@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 from ..errors import RetrofitError
 from .app import app
@@ -116,7 +115,8 @@ def finetune_command(
     }  # fmt: skip
     recipe = read_config(config, named, set_)
     if resume is not None:
-        given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
         command, recipe = read_run(resume, given)
     if command["model"] is None or command["data"] is None:
         raise RetrofitError("give a MODEL and --data, or --resume FOLDER to go on with a run")

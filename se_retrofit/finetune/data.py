@@ -71,6 +71,12 @@ def stream(
         TypeError: it is neither a Dataset nor a DataLoader.
     """
     if isinstance(data, DataLoader):
+        if train and data.persistent_workers:
+            raise RetrofitError(
+                f"{name} is a DataLoader with persistent_workers=True, whose workers keep random states from epoch to "
+                "epoch, so that a resumed run would see other images; give it persistent_workers=False, or give the "
+                "Dataset itself"
+            )
         return LoaderStream(data, name=name, train=train, seed=seed, rank=rank, world=world)
     if isinstance(data, (str, bytes)) or not (hasattr(data, "__getitem__") or isinstance(data, IterableDataset)):
         raise TypeError(
@@ -196,11 +202,26 @@ class Items(Dataset[tuple[Any, int, bool, list[str]]]):
                 return image, target, counts and not complaints, complaints
         raise RetrofitError(f"{MOST_REPLACEMENTS} images of {self.name} in a row can't be read; first {complaints[0]}")
 
+    def __getitems__(self, keys: list[tuple[int, int, bool]]) -> Any:
+        """A batch; of tensors in memory, where nothing is random or unreadable, in one piece."""
+        tensors, indices = in_memory(self.data, [index for _, index, _ in keys])
+        if len(tensors) < 2 or tensors[1].dim() != 1:
+            return [self[key] for key in keys]
+        images, targets = (tensor[indices] for tensor in tensors[:2])
+        return Batch(images, targets.long(), torch.tensor([counts for _, _, counts in keys]), [])
+
     def read(self, index: int) -> tuple[Any, int]:
         image, target = pair(self.data[index], self.name)
         if self.transform is not None and isinstance(image, Image.Image):
             image = self.transform(image)
         return image, target
+
+
+def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[int]]:
+    """The tensors behind a TensorDataset or a Subset of one, and where in them the items are; else no tensors."""
+    if type(data) is torch.utils.data.Subset:
+        return in_memory(data.dataset, [data.indices[index] for index in indices])
+    return (data.tensors if type(data) is TensorDataset else ()), indices
 
 
 class Transformed(IterableDataset[Any]):
@@ -237,7 +258,9 @@ def name_of(data: Any, index: int) -> str:
         return f"item {index}"
 
 
-def collate(items: list[tuple[Any, int, bool, list[str]]]) -> Batch:
+def collate(items: Batch | list[tuple[Any, int, bool, list[str]]]) -> Batch:
+    if isinstance(items, Batch):
+        return items
     images, targets, counts, complaints = zip(*items, strict=True)
     return Batch(
         default_collate(list(images)),
