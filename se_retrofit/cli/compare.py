@@ -44,7 +44,11 @@ from .finetune import (
 def compare_command(
     model: ModelName,
     data: Data,
-    seeds: Annotated[int, typer.Option(help="runs of each of the two networks")] = 3,
+    seeds: Annotated[int, typer.Option(help="runs of each network")] = 3,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="plain, se, static (a factor for each channel) or sigmoid (the paper's gate); repeat it"),
+    ] = None,
     output: Output = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
@@ -68,9 +72,9 @@ def compare_command(
     compile_: Compile = None,
     set_: Set = None,
 ) -> None:
-    """Does SE pay? Fine-tune a network with and without it, by the same recipe, and compare them seed by seed.
+    """Does SE help? Fine-tune a network with and without it, by the same recipe, and compare them seed by seed.
 
-    Started again, it goes on where it was.
+    Rerun the command to resume.
     """
     from ..finetune import compare
     from ..finetune.experiment import describe_data, file_digest
@@ -93,7 +97,15 @@ def compare_command(
         output = Path("runs") / f"compare-{default_name(model, data, details)}"
     try:
         comparison = compare(
-            build, parts.train, parts.val, config=recipe, seeds=seeds, se_options=options, output_dir=output, base=base
+            build,
+            parts.train,
+            parts.val,
+            config=recipe,
+            seeds=seeds,
+            se_options=options,
+            arms=arm or ("plain", "se", "static"),
+            output_dir=output,
+            base=base,
         )
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error

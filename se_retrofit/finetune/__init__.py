@@ -3,10 +3,11 @@
 Read ``loop.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
 ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
 ``parts.py`` what trains, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
-a person sees, ``compare.py`` the question whether SE pays.
+a person sees, ``compare.py`` the question whether SE helps,
+``experiment.py`` which experiment a folder holds.
 """
 
-from .compare import Comparison, compare
+from .compare import Comparison, Contrast, compare
 from .config import FinetuneConfig
 from .datasets import NamedData, load_data
 from .loop import FinetuneResult, evaluate, finetune
@@ -14,6 +15,7 @@ from .parts import new_head
 
 __all__ = [
     "Comparison",
+    "Contrast",
     "FinetuneConfig",
     "FinetuneResult",
     "NamedData",

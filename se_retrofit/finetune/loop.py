@@ -454,6 +454,22 @@ def evaluate(
         RetrofitError: data and network don't fit together.
         TypeError: an argument is of the wrong type.
     """
+    return _evaluated(model, data, config, base)[0]
+
+
+def right_answers(
+    model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
+) -> Tensor:
+    """Which images a classifier gets right, a bool tensor (images,), in the same order for each network.
+
+    Arguments and errors are those of ``evaluate``.
+    """
+    return _evaluated(model, data, config, base)[1]
+
+
+def _evaluated(
+    model: nn.Module, data: Any, config: FinetuneConfig | None, base: Base | None
+) -> tuple[dict[str, float], Tensor]:
     config = FinetuneConfig() if config is None else config
     setup.checked(model, config, None, False)
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
@@ -466,9 +482,10 @@ def evaluate(
         )  # fmt: skip
         to_device(model, accelerator.device, channels_last)
         log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
-        measured = _measure(model, batches, accelerator, channels_last, log)
+        right: list[Tensor] = []
+        measured = _measure(model, batches, accelerator, channels_last, log, right_images=right)
         assert measured is not None  # only an Interrupt ends it early
-        return measured
+        return measured, torch.cat(right)
 
 
 # Steps of the loop

@@ -148,14 +148,28 @@ def test_another_experiment_gets_another_folder(tmp_path: Path, monkeypatch: pyt
 
 def test_compare_prints_and_writes(tmp_path: Path) -> None:
     said = run(
-        "compare", "resnet10t", "--data", "digits", "--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path)
+        "compare",
+        "resnet10t",
+        "--data",
+        "digits",
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+        *SMALL,
+        "--output",
+        str(tmp_path),
+        "--arm",
+        "plain",
+        "--arm",
+        "se",
     )
     for piece in (
         "without SE",
         "with SE",
         "seed 0, accuracy %",
         "seed 1, accuracy %",
-        "ms a step",
+        "ms per step",
         "parameters",
         "interval",
     ):
