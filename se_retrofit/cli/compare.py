@@ -18,6 +18,7 @@ from .finetune import (
     Download,
     Epochs,
     Exclude,
+    Gate,
     ImageSize,
     Include,
     LearningRate,
@@ -43,13 +44,18 @@ from .finetune import (
 def compare_command(
     model: ModelName,
     data: Data,
-    seeds: Annotated[int, typer.Option(help="runs of each of the two networks")] = 3,
+    seeds: Annotated[int, typer.Option(help="runs of each network")] = 3,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="plain, se, static (a factor for each channel) or sigmoid (the paper's gate); repeat it"),
+    ] = None,
     output: Output = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     arg: ModelArgs = None,
     reduction: Reduction = 8,
     placement: Placement = "auto",
+    gate: Gate = "identity",
     include: Include = None,
     exclude: Exclude = None,
     data_root: Root = Path("data"),
@@ -66,11 +72,12 @@ def compare_command(
     compile_: Compile = None,
     set_: Set = None,
 ) -> None:
-    """Does SE pay? Fine-tune a network with and without it, by the same recipe, and compare them seed by seed.
+    """Does SE help? Fine-tune a network with and without it, by the same recipe, and compare them seed by seed.
 
-    Started again, it goes on where it was.
+    Rerun the command to resume.
     """
     from ..finetune import compare
+    from ..finetune.experiment import describe_data, file_digest
 
     named = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "image_size": image_size, "precision": precision,
@@ -79,12 +86,27 @@ def compare_command(
     recipe = read_config(config, named, set_)
     parts, recipe = open_data(data, data_root, download, recipe)
     build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
-    folder = output or Path("runs") / f"compare-{default_name(model, data)}"
-    options = {"reduction": reduction, "placement": placement, "include": include, "exclude": exclude}
+    options = {
+        "reduction": reduction, "placement": placement, "gate": gate, "include": include, "exclude": exclude,
+    }  # fmt: skip
+    if output is None:
+        details = [
+            base.library, base.name, base.kwargs, pretrained, None if checkpoint is None else file_digest(checkpoint),
+            options, recipe.to_dict(), describe_data(parts.train), describe_data(parts.val),
+        ]  # fmt: skip
+        output = Path("runs") / f"compare-{default_name(model, data, details)}"
     try:
         comparison = compare(
-            build, parts.train, parts.val, config=recipe, seeds=seeds, se_options=options, output_dir=folder, base=base
+            build,
+            parts.train,
+            parts.val,
+            config=recipe,
+            seeds=seeds,
+            se_options=options,
+            arms=arm or ("plain", "se", "static"),
+            output_dir=output,
+            base=base,
         )
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
-    print(f"\n{comparison}\n\nwritten to {folder / 'comparison.json'}")
+    print(f"\n{comparison}\n\nwritten to {output / 'comparison.json'}")

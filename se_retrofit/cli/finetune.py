@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from ..finetune import FinetuneConfig, NamedData
     from ..models import Base
 
-ModelName = Annotated[str, typer.Argument(help="resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME")]
-Data = Annotated[
-    str, typer.Option(help="digits, a folder with train/ and val/, or a name of timm's: torch/cifar10, hfds/...")
-]
+MODEL_HELP = "resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME"
+DATA_HELP = "digits, a folder with train/ and val/, or a name of timm's: torch/cifar10, hfds/..."
+ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
+Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Root = Annotated[Path, typer.Option(help="where timm's data sets are kept")]
 Download = Annotated[bool, typer.Option("--download", help="fetch timm's data set where it is not there")]
 Output = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
@@ -31,6 +31,7 @@ ModelArgs = Annotated[
 ]
 Reduction = Annotated[int, typer.Option(help="of the SE modules")]
 Placement = Annotated[str, typer.Option(help="auto, standard, pre, post, identity or 3x3")]
+Gate = Annotated[str, typer.Option(help="identity, sigmoid (the paper's, no identity) or static")]
 Include = Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'")]
 Exclude = Annotated[list[str] | None, typer.Option(help="not these blocks")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="the recipe as YAML; the options below go before it")]
@@ -48,18 +49,30 @@ Cpu = Annotated[bool | None, typer.Option("--cpu", help="stay on the CPU")]
 Compile = Annotated[bool | None, typer.Option("--compile", help="train through torch.compile")]
 
 
+# What run.yaml holds of a command, besides the recipe
+COMMAND = {
+    "model", "data", "data_root", "pretrained", "checkpoint", "arg", "plain", "reduction", "placement", "gate",
+    "include", "exclude",
+}  # fmt: skip
+
+
 @app.command("finetune")
 def finetune_command(
-    model: ModelName,
-    data: Data,
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     output: Output = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output folder")] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="go on with the run in this folder; network, SE, data and recipe are read from its run.yaml"),
+    ] = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     arg: ModelArgs = None,
     plain: Annotated[bool, typer.Option("--plain", help="without SE, for comparison")] = False,
     reduction: Reduction = 8,
     placement: Placement = "auto",
+    gate: Gate = "identity",
     include: Include = None,
     exclude: Exclude = None,
     data_root: Root = Path("data"),
@@ -78,7 +91,7 @@ def finetune_command(
     compile_: Compile = None,
     set_: Set = None,
 ) -> None:
-    """Retrofit a network and fine-tune it.
+    """Retrofit a network and fine-tune it. Give MODEL and --data, or --resume FOLDER alone.
 
     Under torchrun or accelerate launch the same command runs on several GPUs or machines. The result, in OUTPUT/best,
     is loaded by load_retrofitted.
@@ -86,6 +99,7 @@ def finetune_command(
     import torch
 
     from ..finetune import finetune
+    from ..finetune.experiment import describe_run
     from ..retrofit import add_se
 
     named = {
@@ -93,23 +107,41 @@ def finetune_command(
         "precision": precision, "workers": workers, "seed": seed, "early_stop": early_stop, "cpu": cpu,
         "compile": compile_,
     }  # fmt: skip
+    command: dict[str, Any] = {
+        "model": model, "data": str(Path(data).resolve()) if data and Path(data).is_dir() else data,
+        "data_root": str(data_root.resolve()), "pretrained": pretrained,
+        "checkpoint": None if checkpoint is None else str(checkpoint.resolve()), "arg": arg or [], "plain": plain,
+        "reduction": reduction, "placement": placement, "gate": gate, "include": include, "exclude": exclude,
+    }  # fmt: skip
     recipe = read_config(config, named, set_)
-    parts, recipe = open_data(data, data_root, download, recipe)
-    build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
+    if resume is not None:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        command, recipe = read_run(resume, given)
+    if command["model"] is None or command["data"] is None:
+        raise RetrofitError("give a MODEL and --data, or --resume FOLDER to go on with a run")
+    parts, recipe = open_data(command["data"], Path(command["data_root"]), download, recipe)
+    weights = None if command["checkpoint"] is None else Path(command["checkpoint"])
+    build, base = network_builder(command["model"], command["pretrained"], weights, command["arg"], recipe)
     # A seeded start, so that a run that is resumed, and each of many processes, has the same
     torch.manual_seed(recipe.seed)
     network = build()
-    if not plain:
-        network = add_se(network, reduction, placement=placement, include=include, exclude=exclude, inplace=True)
+    if not command["plain"]:
+        options = {name: command[name] for name in ("reduction", "placement", "gate", "include", "exclude")}
+        network = add_se(network, **options, inplace=True)
+    if resume is None and output is None:
+        details = [recipe.to_dict(), describe_run(network, parts.train, parts.val, base)]
+        output = Path("runs") / default_name(command["model"], command["data"], details)
     try:
         finetune(
             network,
             parts.train,
             parts.val,
             config=recipe,
-            output_dir=output or Path("runs") / default_name(model, data),
-            resume=resume,
+            output_dir=resume or output,
+            resume=resume is not None,
             base=base,
+            command=command,
         )
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
@@ -185,6 +217,37 @@ def network_builder(
     return build, Base(base.library, base.name, {**base.kwargs, "num_classes": recipe.num_classes})
 
 
-def default_name(model: str, data: str) -> str:
-    """A folder's name for a run."""
-    return f"{model}-{Path(data).name}".replace("/", "-").replace(":", "-")
+def default_name(model: str, data: str, details: Any) -> str:
+    """A folder's name for a run, which is another where ``details`` differ."""
+    from ..finetune.experiment import digest, plain
+
+    return f"{model}-{Path(data).name}".replace("/", "-").replace(":", "-") + f"-{digest(plain(details))[:8]}"
+
+
+def read_run(folder: Path, given: set[str]) -> tuple[dict[str, Any], FinetuneConfig]:
+    """The command and the recipe that ``run.yaml`` holds.
+
+    Raises:
+        RetrofitError: there is no run that the command line began, or options are repeated that it holds.
+    """
+    import yaml
+
+    from ..finetune import FinetuneConfig
+
+    repeated = sorted(given - {"resume", "download"})
+    if repeated:
+        options = ", ".join(name.rstrip("_").replace("_", "-") for name in repeated)
+        raise RetrofitError(f"--resume takes everything from {folder / 'run.yaml'}; leave out {options}")
+    try:
+        content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        command, fields = content["command"], content["config"]
+    except OSError as error:
+        raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise RetrofitError(f"{folder / 'run.yaml'} does not hold a command and a config: {error}") from error
+    if not isinstance(command, dict) or command.keys() != COMMAND:
+        raise RetrofitError(
+            f"the run in {folder} was not started from the command line; go on with it from Python: "
+            "finetune(..., output_dir=..., resume=True)"
+        )
+    return command, FinetuneConfig.from_dict(fields)

@@ -3,13 +3,14 @@
 Read ``loop.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
 ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
 ``parts.py`` what trains, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
-a person sees, ``compare.py`` the question whether SE pays.
+a person sees, ``compare.py`` the question whether SE helps,
+``experiment.py`` which experiment a folder holds.
 """
 
 from ..extras import extra
 
 with extra("finetune"):
-    from .compare import Comparison, compare
+    from .compare import Comparison, Contrast, compare
     from .config import FinetuneConfig
     from .datasets import NamedData, load_data
     from .loop import FinetuneResult, evaluate, finetune
@@ -17,6 +18,7 @@ with extra("finetune"):
 
 __all__ = [
     "Comparison",
+    "Contrast",
     "FinetuneConfig",
     "FinetuneResult",
     "NamedData",

@@ -30,12 +30,13 @@ from ..saving import (
     save_tensors,
     write_network,
 )
+from .experiment import check_same
 
 __all__ = ["LAST", "Progress", "has_checkpoint", "load_training", "save_training", "write_best"]
 
 LAST, BEST = "last", "best"
 TENSORS, STATE = "training.safetensors", "training.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -78,11 +79,11 @@ def save_training(
     model: nn.Module,
     progress: Progress,
     config: dict[str, Any],
+    experiment: dict[str, Any],
     parts: dict[str, Any],
     *,
     world: int,
     base: Base | None,
-    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write ``last/``: the network, how far the run has come, and the state dicts in ``parts``.
 
@@ -90,21 +91,24 @@ def save_training(
         RetrofitError: it can't be written; the checkpoint before it is untouched.
     """
     tree, tensors = split(parts)
-    state = {"format": FORMAT, "progress": asdict(progress), "config": config, "world": world, "parts": tree}
+    state = {
+        "format": FORMAT, "progress": asdict(progress), "config": config, "experiment": experiment, "world": world,
+        "parts": tree,
+    }  # fmt: skip
     with replaced_directory(output / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
-        write_network(model, fresh, base=base, state=weights)
+        write_network(model, fresh, base=base)
         save_tensors(tensors, fresh / TENSORS)
         (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def write_best(output: Path, model: nn.Module, *, base: Base | None, weights: dict[str, Tensor] | None = None) -> None:
+def write_best(output: Path, model: nn.Module, *, base: Base | None) -> None:
     """Write ``best/``, the network that is the run's result."""
     with replaced_directory(output / BEST, (WEIGHTS, RECIPE)) as fresh:
-        write_network(model, fresh, base=base, state=weights)
+        write_network(model, fresh, base=base)
 
 
 def load_training(
-    output: Path, model: nn.Module, config: dict[str, Any], *, world: int, free: set[str]
+    output: Path, model: nn.Module, config: dict[str, Any], experiment: dict[str, Any], *, world: int, free: set[str]
 ) -> tuple[Progress, dict[str, Any]]:
     """Read ``last/``: its weights go into ``model``, the rest is returned.
 
@@ -112,22 +116,24 @@ def load_training(
         output: the folder of the run.
         model: the network that the run started with.
         config: of the run that goes on; the saved one must agree but for the fields in ``free``.
+        experiment: as ``describe_run`` gives it; the saved one must agree.
         world: number of processes.
         free: names of config fields that may have changed.
 
     Raises:
-        RetrofitError: the checkpoint is broken, or of another network, config or number of processes. The model is
+        RetrofitError: the checkpoint is broken, or of another network, experiment, config or number of processes. The model is
             unchanged.
     """
     folder = settled(output / LAST)
     state = read_json(folder / STATE)
     shape: dict[str, tuple[type, ...]] = {
-        "format": (int,), "progress": (dict,), "config": (dict,), "world": (int,), "parts": (dict,),
+        "format": (int,), "progress": (dict,), "config": (dict,), "experiment": (dict,), "world": (int,), "parts": (dict,),
     }  # fmt: skip
     check_fields(state, shape, folder / STATE, FORMAT)
     names = {f.name for f in fields(Progress)}
     if state["progress"].keys() != names:
         raise RetrofitError(f"{folder / STATE}: progress must hold {', '.join(sorted(names))}")
+    check_same(state["experiment"], experiment, output)
     changed = [k for k in config if k not in free and state["config"].get(k) != config[k]]
     if changed:
         what = "; ".join(f"{k}: {state['config'].get(k)!r} then, {config[k]!r} now" for k in changed)
@@ -142,6 +148,20 @@ def load_training(
     parts = join(state["parts"], read_weights(folder / TENSORS))
     load_strictly(model, weights, str(folder / WEIGHTS))
     return Progress(**state["progress"]), parts
+
+
+def check_folders(output: Path) -> None:
+    """Raise before training where ``last/`` or ``best/`` hold files that a checkpoint would delete."""
+    for part, ours in ((LAST, (WEIGHTS, RECIPE, TENSORS, STATE)), (BEST, (WEIGHTS, RECIPE))):
+        folder = output / part
+        if folder.exists() and not folder.is_dir():
+            raise RetrofitError(f"{folder} is a file, and the run writes a folder there; give another output folder")
+        foreign = sorted(f.name for f in folder.iterdir() if f.name not in ours) if folder.is_dir() else []
+        if foreign:
+            raise RetrofitError(
+                f"{folder} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; "
+                "give another output folder"
+            )
 
 
 def load_best(output: Path) -> dict[str, Tensor]:
@@ -168,7 +188,11 @@ def check_space(output: Path, model: nn.Module, config: Any) -> None:
     weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
     # last: weights, about two of them for the optimizer, one for the average; best: one; twice while it is replaced
     need = weights * (2 * (3 + (config.ema_decay is not None)) + 2)
-    free = shutil.disk_usage(output).free
+    # what is there already will be replaced
+    there = sum(
+        f.stat().st_size for part in (LAST, BEST) if (output / part).is_dir() for f in (output / part).iterdir()
+    )
+    free = shutil.disk_usage(output).free + there
     if free < need:
         raise RetrofitError(
             f"{output} has {free / 2**20:,.0f} MiB left, and the checkpoints of this run need about "

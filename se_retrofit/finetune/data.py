@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -70,6 +71,12 @@ def stream(
         TypeError: it is neither a Dataset nor a DataLoader.
     """
     if isinstance(data, DataLoader):
+        if train and data.persistent_workers:
+            raise RetrofitError(
+                f"{name} is a DataLoader with persistent_workers=True, whose workers keep random states from epoch to "
+                "epoch, so that a resumed run would see other images; give it persistent_workers=False, or give the "
+                "Dataset itself"
+            )
         return LoaderStream(data, name=name, train=train, seed=seed, rank=rank, world=world)
     if isinstance(data, (str, bytes)) or not (hasattr(data, "__getitem__") or isinstance(data, IterableDataset)):
         raise TypeError(
@@ -84,7 +91,12 @@ def stream(
             )
         items = Transformed(data, transform)
         loader: DataLoader[Any] = DataLoader(
-            items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=ignore_ctrl_c
+            items,
+            batch_size,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            drop_last=train,
+            worker_init_fn=outlast_signals,
         )
         return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
     return DatasetStream(
@@ -101,9 +113,32 @@ def default_workers(data: Any, world: int) -> int:
     return max(1, min(8, (os.cpu_count() or 1) // here))
 
 
-def ignore_ctrl_c(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal. The main one finishes its step and needs the loading ones for it."""
+def outlast_signals(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all of a job. The main one finishes its
+    update and needs the loading processes for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_main_process_says_so, daemon=True).start()
+
+
+def _end_when_the_main_process_says_so() -> None:
+    """A loading process ends by the SIGTERM of the main one alone, which is how multiprocessing ends it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class Outlasting:
+    """The caller's ``worker_init_fn``, after ``outlast_signals``."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        outlast_signals(worker)
+        if self.then is not None:
+            self.then(worker)
 
 
 # Datasets
@@ -167,11 +202,26 @@ class Items(Dataset[tuple[Any, int, bool, list[str]]]):
                 return image, target, counts and not complaints, complaints
         raise RetrofitError(f"{MOST_REPLACEMENTS} images of {self.name} in a row can't be read; first {complaints[0]}")
 
+    def __getitems__(self, keys: list[tuple[int, int, bool]]) -> Any:
+        """A batch; of tensors in memory, where nothing is random or unreadable, in one piece."""
+        tensors, indices = in_memory(self.data, [index for _, index, _ in keys])
+        if len(tensors) < 2 or tensors[1].dim() != 1:
+            return [self[key] for key in keys]
+        images, targets = (tensor[indices] for tensor in tensors[:2])
+        return Batch(images, targets.long(), torch.tensor([counts for _, _, counts in keys]), [])
+
     def read(self, index: int) -> tuple[Any, int]:
         image, target = pair(self.data[index], self.name)
         if self.transform is not None and isinstance(image, Image.Image):
             image = self.transform(image)
         return image, target
+
+
+def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[int]]:
+    """The tensors behind a TensorDataset or a Subset of one, and where in them the items are; else no tensors."""
+    if type(data) is torch.utils.data.Subset:
+        return in_memory(data.dataset, [data.indices[index] for index in indices])
+    return (data.tensors if type(data) is TensorDataset else ()), indices
 
 
 class Transformed(IterableDataset[Any]):
@@ -208,7 +258,9 @@ def name_of(data: Any, index: int) -> str:
         return f"item {index}"
 
 
-def collate(items: list[tuple[Any, int, bool, list[str]]]) -> Batch:
+def collate(items: Batch | list[tuple[Any, int, bool, list[str]]]) -> Batch:
+    if isinstance(items, Batch):
+        return items
     images, targets, counts, complaints = zip(*items, strict=True)
     return Batch(
         default_collate(list(images)),
@@ -241,7 +293,7 @@ class DatasetStream:
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=ignore_ctrl_c,
+            worker_init_fn=outlast_signals,
         )
 
     def __len__(self) -> int:
@@ -288,7 +340,7 @@ class LoaderStream:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self.begin(epoch)
-        fetch = iter(self.loader)
+        fetch = self.start_workers()
         mine: Any = None
         for number in range(len(self) * self.world):
             seed_all(self.seed, SAMPLE, epoch, number)
@@ -301,6 +353,15 @@ class LoaderStream:
             if number % self.world == self.world - 1 and number // self.world >= start:
                 images, targets = pair(mine[0], self.name)
                 yield Batch(images, targets, torch.full((len(targets),), mine[1]), [])
+
+    def start_workers(self) -> Iterator[Any]:
+        """``iter(loader)``, with loading processes that outlast Ctrl-C and SIGTERM. The loader is left as it was."""
+        given = self.loader.worker_init_fn
+        self.loader.worker_init_fn = Outlasting(given)
+        try:
+            return iter(self.loader)
+        finally:
+            self.loader.worker_init_fn = given
 
     def begin(self, epoch: int) -> None:
         """Have the loader's shuffling depend on the epoch alone."""

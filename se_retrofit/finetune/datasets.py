@@ -97,13 +97,32 @@ def _from_folder(folder: Path) -> NamedData:
             f"it holds {', '.join(found[:5]) or 'no folders'}"
         )
     try:
-        parts = ImageFolder(str(train)), ImageFolder(str(val))
+        train_images = ImageFolder(str(train))
+        val_images = Subfolder(val, train_images.class_to_idx)
     except (FileNotFoundError, OSError) as error:
         raise RetrofitError(f"{folder} can't be read as folders of images: {error}") from error
-    if parts[0].classes != parts[1].classes:
-        odd = sorted(set(parts[0].classes) ^ set(parts[1].classes))
-        raise RetrofitError(f"{train} and {val} hold different classes; only one of them has {', '.join(odd[:5])}")
-    return NamedData(*parts, len(parts[0].classes))
+    return NamedData(train_images, val_images, len(train_images.classes))
+
+
+class Subfolder(ImageFolder):
+    """A folder of images with the class numbers of another one, of which it may lack some classes."""
+
+    def __init__(self, folder: Path, class_to_idx: dict[str, int]) -> None:
+        self.wanted = class_to_idx
+        super().__init__(str(folder), allow_empty=True)
+        self.classes = list(class_to_idx)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
+        unknown = [name for name in found if name not in self.wanted]
+        if unknown:
+            raise RetrofitError(
+                f"{directory} holds classes that the training folder lacks: {', '.join(unknown[:5])}; add them there, "
+                "or remove them here"
+            )
+        if not found:
+            raise FileNotFoundError(f"it holds no folder of a class: {directory}")
+        return found, {name: self.wanted[name] for name in found}
 
 
 def _from_timm(name: str, root: str | Path, download: bool) -> NamedData:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from .config import FinetuneConfig
 
-__all__ = ["Forward", "Interrupt", "engine", "fast_math", "is_sharded", "logits_of"]
+__all__ = ["Forward", "Interrupt", "engine", "fast_math", "logits_of", "refuse_sharding"]
 
 
 class Forward(nn.Module):
@@ -97,35 +97,44 @@ def _precision(config: FinetuneConfig, cpu: bool) -> str | None:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the parameters are spread over the processes (FSDP)."""
-    return bool(accelerator.distributed_type == DistributedType.FSDP)
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Raise where Accelerate was told to spread the parameters over the processes."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RetrofitError(
+            f"finetune runs on one device or with DistributedDataParallel, not with {kind.value}: each process needs "
+            "the whole network. Start it with torchrun, or with accelerate launch --multi_gpu"
+        )
 
 
 @contextlib.contextmanager
 def fast_math(config: FinetuneConfig) -> Iterator[None]:
     """TF32 and cuDNN's search for the fastest kernels, for the time of a run."""
-    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    convolutions = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = config.tf32
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  (torch's stubs lack it)
+    before = products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark
+    products.fp32_precision = convolutions.fp32_precision = "tf32" if config.tf32 else "ieee"
     torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.backends.cudnn.benchmark = benchmark
+        products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark = before
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM as a flag that the loop looks at between updates. A second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM as a flag that the loop looks at after each update; the person is told at once.
+
+    The third Ctrl-C stops the run without a checkpoint, but never while one is being written.
+    """
 
     PATIENCE = 1.0  # seconds; torchrun passes the terminal's own Ctrl-C on once more
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.signal: int | None = None
+        self.quiet = quiet
         self.since = 0.0
+        self.times = 0
+        self.writing = False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -135,10 +144,31 @@ class Interrupt:
         return self
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE:
-            raise KeyboardInterrupt
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
+            self.say("stopping: the update under way is finished, then a checkpoint is written")
+        elif number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE:
+            self.times, self.since = self.times + 1, time.monotonic()
+            if self.writing:
+                self.say("still stopping: the checkpoint is being written")
+            elif self.times == 1:
+                self.say("still stopping; another Ctrl-C stops at once and leaves the last checkpoint as it is")
+            else:
+                raise KeyboardInterrupt
+
+    def say(self, text: str) -> None:
+        # not by print, which must not be entered again from a signal handler
+        if not self.quiet and int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, f"{text}\n".encode())
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No Ctrl-C ends the body, which writes a checkpoint."""
+        self.writing = True
+        try:
+            yield
+        finally:
+            self.writing = False
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():

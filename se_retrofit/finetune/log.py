@@ -145,6 +145,7 @@ class Log:
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     """Loss and accuracy over the epochs, as a PNG."""
     from matplotlib.figure import Figure  # slow to import, and needed once
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
@@ -154,6 +155,7 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), marker=".", label=part)
                 axes.legend()
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(what)
         axes.grid(alpha=0.3)
     with replaced_file(path) as fresh:

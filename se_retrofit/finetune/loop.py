@@ -11,16 +11,19 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..atomic import replaced_file
 from ..errors import RetrofitError
 from ..models import Base
 from ..saving import check_base
@@ -30,7 +33,8 @@ from .checkpoint import Progress
 from .config import FinetuneConfig
 from .data import Batch, Stream, stream
 from .datasets import transforms_for
-from .engine import Forward, Interrupt, engine, fast_math, is_sharded, logits_of
+from .engine import Forward, Interrupt, engine, fast_math, logits_of, refuse_sharding
+from .experiment import describe_run, plain
 from .log import Log
 from .parts import (
     as_found,
@@ -38,12 +42,14 @@ from .parts import (
     count,
     head_size,
     kept_state,
+    layout_of,
     new_head,
     param_groups,
     se_modules,
     set_drop_path,
     set_modes,
     structure_of,
+    to_device,
 )
 from .randomness import EPOCH, UPDATE, kept_randomness, seed_all
 
@@ -51,6 +57,7 @@ __all__ = ["FinetuneResult", "evaluate", "finetune"]
 
 # These may be other than in the run that is resumed; all other fields decide the result.
 FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
+RUN = "run.yaml"
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's and Inception's auxiliary losses, as in the papers
 
 
@@ -92,6 +99,7 @@ def finetune(
     output_dir: str | Path | None = None,
     resume: bool = False,
     base: Base | None = None,
+    command: dict[str, Any] | None = None,
     quiet: bool = False,
 ) -> FinetuneResult:
     """Fine-tune a classifier, retrofitted or not, in place.
@@ -103,16 +111,18 @@ def finetune(
         val_data: the same, for validation; without it the last epoch is the result.
         config: the recipe.
         output_dir: folder for checkpoints, result, metrics and curves; None writes nothing.
-        resume: go on from the checkpoint in ``output_dir``; where there is none yet, start.
+        resume: go on from the checkpoint in ``output_dir``; where there is none yet, start. The network with its
+            starting weights, its SE, the data and the config must be those that the run began with.
         base: where the network came from before the retrofit, for the saved recipe; timm's networks tell it themselves.
+        command: what ``run.yaml`` is to hold besides, as plain data; the command line writes its options there.
         quiet: print nothing.
 
     Returns:
         The network and its history.
 
     Raises:
-        RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run; an
-            image can't be read; the loss is no longer finite.
+        RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run
+            (the message names what differs); an image can't be read; the loss is no longer finite.
         TypeError: an argument is of the wrong type.
         KeyboardInterrupt: Ctrl-C; a checkpoint has been written.
 
@@ -134,12 +144,11 @@ def finetune(
         wanted = stack.enter_context(as_found(model))
         stack.enter_context(kept_randomness())
         stack.enter_context(fast_math(config))
-        interrupt = stack.enter_context(Interrupt())
+        interrupt = stack.enter_context(Interrupt(quiet))
         accelerator = stack.enter_context(engine(config, None if output is None else str(output)))
         rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        sharded = is_sharded(accelerator)
-        if sharded and (config.ema_decay is not None or config.unfreeze_epoch is not None):
-            raise RetrofitError("ema_decay and unfreeze_epoch don't work with FSDP, which spreads the weights; use DDP")
+        refuse_sharding(accelerator)
+        experiment = _same_on_all(plain(describe_run(model, train_data, val_data, base)), accelerator)
 
         # Data
 
@@ -168,14 +177,14 @@ def finetune(
         progress = Progress()
         saved: dict[str, Any] = {}
         if resume and output is not None and disk.has_checkpoint(output):
-            progress, saved = disk.load_training(output, model, config.to_dict(), world=world, free=FREE_FIELDS)
+            progress, saved = disk.load_training(
+                output, model, config.to_dict(), experiment, world=world, free=FREE_FIELDS
+            )
         if base is not None:
             check_base(model, base)  # rather now than when the first epoch is to be saved
         channels_last = device.type == "cuda" if config.channels_last is None else config.channels_last
-        layout = torch.channels_last if channels_last else torch.preserve_format
-        if not sharded:
-            model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-        if world > 1 and not sharded:
+        to_device(model, device, channels_last)
+        if world > 1:
             _share(model.state_dict().values())  # the processes may have drawn other first weights
         ema = ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None
         tested = model if ema is None else ema.module
@@ -186,7 +195,7 @@ def finetune(
         choose_trainable(model, setup.part(config, config.epochs - 1), wanted)
         raw_optimizer = setup.optimizer(param_groups(
             model, weight_decay=config.weight_decay, se_lr_scale=config.se_lr_scale, head_lr_scale=config.head_lr_scale,
-        ), config, fused=device.type == "cuda" and not sharded)  # fmt: skip
+        ), config, fused=device.type == "cuda")  # fmt: skip
         schedule = setup.schedule(raw_optimizer, config, updates_per_epoch)
         mixup = None
         if config.mixup or config.cutmix:
@@ -206,7 +215,7 @@ def finetune(
         part = setup.part(config, progress.epoch)
         network, optimizer = begin(part)
         if saved:
-            setup.load_parts(saved, network, raw_optimizer, ema, accelerator)
+            setup.load_parts(saved, raw_optimizer, ema, accelerator)
         best_weights: dict[str, Tensor] | None = None
         if progress.best is not None and output is not None:
             best_weights = disk.load_best(output)
@@ -214,38 +223,30 @@ def finetune(
         # What is kept on disk
 
         def parts() -> dict[str, Any]:
-            kept = {"optimizer": setup.optimizer_state(network, raw_optimizer, accelerator)}
+            kept: dict[str, Any] = {"optimizer": raw_optimizer.state_dict()}
             if ema is not None:
                 kept["ema"] = ema.module.state_dict()
             if accelerator.scaler is not None:
                 kept["scaler"] = accelerator.scaler.state_dict()
             return kept
 
-        def full_weights() -> dict[str, Tensor] | None:
-            """The state dict where it is spread over the processes; all of them must ask."""
-            if not sharded:
-                return None
-            state = accelerator.get_state_dict(network)
-            return {key.removeprefix("model."): value for key, value in state.items()}
-
         def keep_checkpoint() -> None:
             if output is None:
                 return
             _check_weights(model, progress, output)
-            weights, state = full_weights(), parts()
             if rank == 0:
-                disk.save_training(
-                    output, model, progress, config.to_dict(), state, world=world, base=base, weights=weights
-                )
+                with interrupt.held():
+                    disk.save_training(
+                        output, model, progress, config.to_dict(), experiment, parts(), world=world, base=base
+                    )
             accelerator.wait_for_everyone()
 
         def keep_best() -> None:
             nonlocal best_weights
-            weights = full_weights()
-            if not sharded:
-                best_weights = kept_state(tested)
+            best_weights = kept_state(tested)
             if output is not None and rank == 0:
-                disk.write_best(output, tested, base=base, weights=weights)
+                with interrupt.held():
+                    disk.write_best(output, tested, base=base)
 
         columns = ["epoch", "train_loss", "train_accuracy", *(["val_loss", "val_accuracy"] if val else []), "lr",
                    "images_per_second", "seconds", *(["peak_memory_mb"] if device.type == "cuda" else [])]  # fmt: skip
@@ -255,16 +256,23 @@ def finetune(
         if output is not None and rank == 0:
             disk.check_space(output, model, config)
             config.to_yaml(output / "config.yaml")
+            if not saved:
+                _describe(output, command, experiment, config)
             log.resume(progress.updates)
         undo.pop_all()
         _introduce(log, model, config, accelerator, len(train), progress)
-        trackers = _start_trackers(accelerator, config)
+        for tracker in _start_trackers(accelerator, config):
+            stack.callback(tracker.finish)
 
         # The first evaluation: before any step, a retrofitted network is the one that it was made from
 
         log.header()
         if val is not None and not progress.history:
-            progress.history.append({"epoch": 0, **_measure(network, val, accelerator, layout, log)})
+            before = _measure(network, val, accelerator, channels_last, log, interrupt)
+            if before is None:
+                keep_checkpoint()
+                _leave(interrupt.signal, log, output)
+            progress.history.append({"epoch": 0, **before})
             log.row(progress.history[0])
             log.history(progress.history)
 
@@ -291,14 +299,15 @@ def finetune(
                 tally = torch.zeros(3, device=device)  # loss, correct, seen
                 for number, batch in enumerate(window):
                     _tell(batch, log)
-                    images, targets = _on_device(batch, device, layout)
+                    images, targets = _on_device(batch, device, channels_last)
                     inputs, labels = images, targets
                     if mixup is not None:
-                        inputs, labels = mixup(images.clone(), targets)  # works in place
+                        _check_targets(batch, mixup.num_classes)
+                        inputs, labels = _mixed(mixup, images, targets)
                     last = number == len(window) - 1
                     with contextlib.nullcontext() if last else accelerator.no_sync(network):
                         logits, auxiliary = logits_of(network(inputs))
-                        _check_targets(batch, logits)
+                        _check_targets(batch, logits.shape[1])
                         loss = criterion(logits, labels)
                         for more in auxiliary:
                             loss = loss + AUXILIARY_WEIGHT * criterion(more, labels)
@@ -317,7 +326,8 @@ def finetune(
                 if ema is not None:
                     ema.update(model, step=progress.updates)
                 pending.append(tally)
-                if progress.step % config.log_every and progress.step < updates_per_epoch:
+                told = interrupt.signal is not None and world == 1  # several processes stop together, at a look
+                if progress.step % config.log_every and progress.step < updates_per_epoch and not told:
                     continue
 
                 # A look at the loss: the only place where the loop waits for the device and for the other processes
@@ -340,16 +350,17 @@ def finetune(
                     "images_per_second": images_looked / (now - looked),
                 }
                 log.update(epoch + 1, progress.step, entry, progress.correct / progress.seen)
+                accelerator.log({"train/loss": entry["loss"], "train/lr": entry["lr"]}, step=progress.updates)
                 looked, pending = now, []
-                if (due or stop) and progress.step < updates_per_epoch:
+                if stop or (due and progress.step < updates_per_epoch):
                     keep_checkpoint()
                     saved_at = time.monotonic()
                     looked = time.perf_counter()
-                if stop and progress.step < updates_per_epoch:
+                if stop:
                     _leave(stop, log, output)
 
             # The end of an epoch: evaluate, keep what is best, write a checkpoint
-            if world > 1 and not sharded:
+            if world > 1:
                 # running statistics differ between the processes; what is evaluated must be what is saved
                 _share([*model.buffers(), *(ema.module.buffers() if ema is not None else ())])
             seconds = time.perf_counter() - began
@@ -364,7 +375,13 @@ def finetune(
             if device.type == "cuda":
                 row["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
             if val is not None:
-                row.update(_measure(network if ema is None else ema.module, val, accelerator, layout, log))
+                measured = _measure(
+                    network if ema is None else ema.module, val, accelerator, channels_last, log, interrupt
+                )
+                if measured is None:
+                    keep_checkpoint()  # of the epoch's last update: what is resumed begins with the evaluation
+                    _leave(interrupt.signal, log, output)
+                row.update(measured)
             progress.history.append(row)
             if step_times:
                 progress.step_seconds = statistics.median(step_times)
@@ -397,12 +414,10 @@ def finetune(
 
         # The result
 
-        if best_weights is None and output is not None and not sharded:
+        if best_weights is None and output is not None:
             best_weights = disk.load_best(output)
         if best_weights is not None:
             model.load_state_dict(best_weights)
-        for tracker in trackers:
-            tracker.finish()
         result = FinetuneResult(
             model=model,
             history=progress.history,
@@ -439,20 +454,38 @@ def evaluate(
         RetrofitError: data and network don't fit together.
         TypeError: an argument is of the wrong type.
     """
+    return _evaluated(model, data, config, base)[0]
+
+
+def right_answers(
+    model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
+) -> Tensor:
+    """Which images a classifier gets right, a bool tensor (images,), in the same order for each network.
+
+    Arguments and errors are those of ``evaluate``.
+    """
+    return _evaluated(model, data, config, base)[1]
+
+
+def _evaluated(
+    model: nn.Module, data: Any, config: FinetuneConfig | None, base: Base | None
+) -> tuple[dict[str, float], Tensor]:
     config = FinetuneConfig() if config is None else config
     setup.checked(model, config, None, False)
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
         channels_last = config.channels_last or (config.channels_last is None and accelerator.device.type == "cuda")
-        layout = torch.channels_last if channels_last else torch.preserve_format
         batches = stream(
             data, name="data", train=False, batch_size=config.batch_size, bad_images=config.bad_images,
             transform=transforms_for(model, config, train=False, base=base), seed=config.seed, workers=config.workers,
             rank=accelerator.process_index, world=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip
-        model.to(device=accelerator.device, memory_format=layout)  # type: ignore[call-overload]
+        to_device(model, accelerator.device, channels_last)
         log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
-        return _measure(model, batches, accelerator, layout, log)
+        right: list[Tensor] = []
+        measured = _measure(model, batches, accelerator, channels_last, log, right_images=right)
+        assert measured is not None  # only an Interrupt ends it early
+        return measured, torch.cat(right)
 
 
 # Steps of the loop
@@ -464,12 +497,10 @@ def _windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
         yield window
 
 
-def _on_device(batch: Batch, device: torch.device, layout: torch.memory_format) -> tuple[Tensor, Tensor]:
+def _on_device(batch: Batch, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
     images = batch.images
-    if layout == torch.channels_last and images.dim() == 4:
-        images = images.to(device, non_blocking=True, memory_format=layout)
-    else:
-        images = images.to(device, non_blocking=True)
+    layout = layout_of(images) if channels_last else torch.preserve_format
+    images = images.to(device, non_blocking=True, memory_format=layout)
     return images, batch.targets.to(device, non_blocking=True)
 
 
@@ -478,9 +509,22 @@ def _tell(batch: Batch, log: Log) -> None:
         log.warn(f"skipped an image that can't be read: {complaint}")
 
 
-def _check_targets(batch: Batch, logits: Tensor) -> None:
+def _mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixed images and their soft labels. timm mixes pairs: the last image of an odd batch stays as it is."""
+    pairs = len(targets) // 2 * 2
+    parts = []
+    if pairs:
+        parts.append(mixup(images[:pairs].clone(), targets[:pairs]))  # works in place
+    if pairs < len(targets):
+        labels = mixup_target(targets[pairs:].repeat(2), mixup.num_classes, 1.0, mixup.label_smoothing)[:1]
+        parts.append((images[pairs:], labels))
+    inputs, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return inputs, labels
+
+
+def _check_targets(batch: Batch, classes: int) -> None:
     """On the CPU: the same mistake found by a CUDA kernel ends the process."""
-    targets, classes = batch.targets, logits.shape[1]
+    targets = batch.targets
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
         raise RetrofitError(f"targets must be class numbers, got {targets.dtype} of shape {tuple(targets.shape)}")
     low, high = int(targets.min()), int(targets.max())
@@ -493,21 +537,38 @@ def _check_targets(batch: Batch, logits: Tensor) -> None:
 
 @torch.no_grad()
 def _measure(
-    network: nn.Module, data: Stream, accelerator: Accelerator, layout: torch.memory_format, log: Log
-) -> dict[str, float]:
-    """Loss and accuracy over all processes; each image counts once."""
+    network: nn.Module,
+    data: Stream,
+    accelerator: Accelerator,
+    channels_last: bool,
+    log: Log,
+    interrupt: Interrupt | None = None,
+    right_images: list[Tensor] | None = None,
+) -> dict[str, float] | None:
+    """Loss and accuracy over all processes; each image counts once.
+
+    None where ``interrupt`` ended it. Several processes, which must leave together, go through with it.
+    ``right_images`` gets, batch by batch, whether each image was classified correctly.
+    """
     network.eval()
     totals = torch.zeros(3, dtype=torch.float32, device=accelerator.device)
     for batch in data.batches(0):
+        if interrupt is not None and interrupt.signal is not None and accelerator.num_processes == 1:
+            return None
         _tell(batch, log)
-        images, targets = _on_device(batch, accelerator.device, layout)
+        images, targets = _on_device(batch, accelerator.device, channels_last)
         with accelerator.autocast():
             logits, _ = logits_of(network(images))
-        _check_targets(batch, logits)
+        _check_targets(batch, logits.shape[1])
         counts = batch.counts.to(accelerator.device, non_blocking=True)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        right = logits.argmax(1) == targets
-        totals += torch.stack([losses[counts].sum(), right[counts].sum(), counts.sum()])
+        right = (logits.argmax(1) == targets) & counts
+        # Not losses[counts], whose size the host would have to wait for
+        totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
+        if right_images is not None:
+            answers = accelerator.pad_across_processes(torch.where(counts, right.int(), -1), pad_index=-1)
+            answers = accelerator.gather(answers).cpu()
+            right_images.append(answers[answers >= 0].bool())
     loss, correct, seen = accelerator.reduce(totals, "sum").tolist()
     return {"val_loss": loss / max(seen, 1), "val_accuracy": correct / max(seen, 1)}
 
@@ -554,12 +615,12 @@ def _diverged(what: str, progress: Progress, update: int, step: int, output: Pat
     )
 
 
-def _leave(number: int, log: Log, output: Path | None) -> None:
+def _leave(number: int | None, log: Log, output: Path | None) -> NoReturn:
     where = f"; the checkpoint in {output / disk.LAST} is complete, resume goes on from it" if output else ""
     log.note(f"stopped{where}")
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise SystemExit(128 + (number or 0))
 
 
 @torch.no_grad()
@@ -567,6 +628,21 @@ def _share(tensors: Iterable[Tensor]) -> None:
     """Give all processes the values that the main one has."""
     for tensor in tensors:
         tensor.copy_(broadcast(tensor.clone()))
+
+
+def _same_on_all(value: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """What the main process says: the others may have drawn other first weights."""
+    if accelerator.num_processes == 1:
+        return value
+    said: dict[str, Any] = broadcast_object_list([value])[0]
+    return said
+
+
+def _describe(output: Path, command: dict[str, Any] | None, experiment: dict[str, Any], config: FinetuneConfig) -> None:
+    """Write ``run.yaml``: enough to repeat the run."""
+    content = {"command": command, "experiment": experiment, "config": config.to_dict()}
+    with replaced_file(output / RUN) as fresh:
+        fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 # What is said

@@ -253,6 +253,20 @@ def structure_of(model: nn.Module) -> Callable[[], None]:
     return restore
 
 
+def layout_of(value: torch.Tensor) -> torch.memory_format:
+    """Channels last, where a tensor has a layout of that kind: with four dims, and with five."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim(), torch.preserve_format)
+
+
+def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> None:
+    """Move the network; with ``channels_last`` the weights of its 2d and 3d convolutions get that layout."""
+    model.to(device=device)
+    if channels_last:
+        with torch.no_grad():
+            for value in (*model.parameters(), *model.buffers()):
+                value.data = value.data.to(memory_format=layout_of(value))
+
+
 def count(model: nn.Module, trainable: bool = False) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -35,6 +35,8 @@ def seed_all(*parts: int) -> None:
 def kept_randomness() -> Iterator[None]:
     """The caller's generators are, after the body, where they were before it."""
     python, numpy = random.getstate(), np.random.get_state()
+    if torch.cuda.is_available():
+        torch.cuda.init()  # a seed that is set before CUDA starts would take effect after the body
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(devices)):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,7 @@ from torch import nn
 from ..errors import RetrofitError
 from . import checkpoint as disk
 from .config import FinetuneConfig
-from .engine import is_sharded
-from .parts import (
-    trained_parts,
-)
+from .parts import trained_parts
 
 
 def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | None:
@@ -31,6 +29,11 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
         raise RetrofitError(
             f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"
         )
+    if any(type(value).__name__ == "DTensor" for value in (*model.parameters(), *model.buffers())):
+        raise RetrofitError(
+            "the model's parameters are spread over processes (fully_shard); finetune needs the whole network in each "
+            "process: give the model as it was before, and start it with torchrun for DistributedDataParallel"
+        )
     try:
         get_optimizer_class(config.optimizer, bind_defaults=False)
     except ValueError as error:
@@ -39,6 +42,7 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
         ) from error
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     schedule(probe, config, 1000)
+    rehearse(config)
     trained_parts(model, config.train)
     if output_dir is None:
         if resume:
@@ -51,7 +55,42 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RetrofitError(f"{output} can't be made: {error.strerror or error}") from error
+    disk.check_folders(output)
     return output
+
+
+def rehearse(config: FinetuneConfig) -> None:
+    """Make one update of two small parameters with the config's optimizer, write its state and load it again.
+
+    Raises:
+        RetrofitError: it can't be made, needs a closure, or has a state that a checkpoint can't hold.
+    """
+
+    def small() -> torch.optim.Optimizer:
+        with torch.random.fork_rng(devices=[]):
+            parameters = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+            return optimizer([{"params": parameters, "lr_scale": 1.0}], config, fused=False)
+
+    first = small()
+    for group in first.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.full_like(parameter, 0.1)
+    try:
+        first.step()
+    except Exception as error:  # each optimizer has its own words for it
+        raise RetrofitError(
+            f"optimizer {config.optimizer!r} can't make an update from gradients alone: {error}; take one that "
+            "needs no closure and no second derivative, such as adamw"
+        ) from error
+    try:
+        tree, tensors = disk.split({"optimizer": first.state_dict()})
+        again = disk.join(json.loads(json.dumps(tree)), tensors)
+        disk.load_optimizer(small(), again["optimizer"])
+    except Exception as error:  # neither does it matter here what can't be stored, but that it can't
+        raise RetrofitError(
+            f"the state of optimizer {config.optimizer!r} can't be written to a checkpoint and read again: {error}; "
+            "take another optimizer, such as adamw"
+        ) from error
 
 
 def part(config: FinetuneConfig, epoch: int) -> str:
@@ -64,7 +103,11 @@ def optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool)
     if not groups:
         raise RetrofitError("no parameter of the network requires a gradient; unfreeze what is to be trained")
     options = dict(config.optimizer_options)
-    if fused and config.optimizer.lower() in ("adam", "adamw", "sgd", "nesterov", "momentum"):
+    if (
+        fused
+        and "foreach" not in options
+        and config.optimizer.lower() in ("adam", "adamw", "sgd", "nesterov", "momentum")
+    ):
         options.setdefault("fused", True)
     try:
         return create_optimizer_v2(
@@ -75,7 +118,7 @@ def optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool)
             momentum=config.momentum,
             **options,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RetrofitError(f"optimizer {config.optimizer!r} can't be made with {options}: {error}") from error
 
 
@@ -110,30 +153,14 @@ def classes(classes: int | None) -> int:
     return classes
 
 
-def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> dict[str, Any]:
-    if not is_sharded(accelerator):
-        return dict(optimizer.state_dict())
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-    return get_optimizer_state_dict(
-        network, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-
-
 def load_parts(
     saved: dict[str, Any],
-    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: ModelEmaV3 | None,
     accelerator: Accelerator,
 ) -> None:
     """Put the saved state dicts back in place. timm's schedules have none: they go by the number of updates."""
-    if is_sharded(accelerator):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-        set_optimizer_state_dict(network, optimizer, saved["optimizer"], options=StateDictOptions(full_state_dict=True))
-    else:
-        disk.load_optimizer(optimizer, saved["optimizer"])
+    disk.load_optimizer(optimizer, saved["optimizer"])
     if ema is not None:
         ema.module.load_state_dict(saved["ema"])
     if accelerator.scaler is not None and "scaler" in saved:

@@ -1,5 +1,6 @@
-"""A fine-tune for the tests that need a process of its own: ``python run_tiny.py OUTPUT FIELDS [resume]``.
+"""A fine-tune for the tests that need a process of its own: ``python run_tiny.py OUTPUT FIELDS [resume] [loader]``.
 
+``loader`` among the flags: the data in a DataLoader of the caller's own.
 SE_TEST_DIE_AT: the update after which the process kills itself.
 """
 
@@ -13,6 +14,7 @@ import sys
 import torch
 from tiny import tiny_config, tiny_data, tiny_network
 from torch import nn
+from torch.utils.data import DataLoader
 
 from se_retrofit.finetune import finetune
 
@@ -34,4 +36,5 @@ if __name__ == "__main__":
     data, model, config = tiny_data(), tiny_network(), tiny_config(**json.loads(fields))
     if "SE_TEST_DIE_AT" in os.environ:
         die_at(model, int(os.environ["SE_TEST_DIE_AT"]), config.accumulate)
-    finetune(model, data.train, data.val, config=config, output_dir=output, resume="resume" in flags)
+    train = DataLoader(data.train, 32, num_workers=2) if "loader" in flags else data.train
+    finetune(model, train, data.val, config=config, output_dir=output, resume="resume" in flags)

@@ -246,7 +246,7 @@ def test_data_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
         load_data("torch/cifar10", root=tmp_path / "none")
     (folder / "val" / "green").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "val" / "green" / "0.png")
-    with pytest.raises(RetrofitError, match=r"only one of them has green"):
+    with pytest.raises(RetrofitError, match=r"holds classes that the training folder lacks: green"):
         load_data(folder)
 
 

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import se_retrofit.cli.compare
-import se_retrofit.cli.finetune  # noqa: F401  (registers the command)
+import se_retrofit.cli.finetune
+import se_retrofit.finetune
 from se_retrofit import RetrofitError, has_se, load_retrofitted
 from se_retrofit.cli.commands import app
 from se_retrofit.finetune import FinetuneConfig, evaluate, load_data
+from se_retrofit.models import Base
 
 SMALL = ["--image-size", "16", "--batch-size", "128", "--lr", "1e-3", "--cpu"]
 
@@ -35,9 +40,11 @@ def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path)
     accuracy = evaluate(model, load_data("digits", image_size=16).val)["val_accuracy"]
     assert f"best validation accuracy {accuracy:.2%}" in said
     assert FinetuneConfig.from_yaml(output / "config.yaml").num_classes == 10
-    assert "resumed" in run(
-        "finetune", "resnet18", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(output), "--resume"
-    )
+    assert "resumed" in run("finetune", "--resume", str(output))
+    with pytest.raises(RetrofitError, match=r"--resume takes everything from .*run.yaml; leave out epochs, model"):
+        run("finetune", "resnet18", "--epochs", "3", "--resume", str(output))
+    with pytest.raises(RetrofitError, match=r"holds no run to resume"):
+        run("finetune", "--resume", str(tmp_path))
 
 
 def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None:
@@ -59,6 +66,7 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
     for arguments, says in [
         (["nosuchnet", "--data", "digits"], "no model 'nosuchnet'"),
         (["resnet18", "--data", "digit"], "no data 'digit'"),
+        (["resnet18"], "give a MODEL and --data, or --resume FOLDER"),
         (["resnet18", "--data", "digits", "--set", "epoch=3"], "did you mean epochs"),
         (["resnet18", "--data", "digits", "--set", "epochs=many"], "epochs must be int"),
         (["resnet18", "--data", "digits", "--set", "epochs"], "NAME=VALUE"),
@@ -87,7 +95,7 @@ def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert (tmp_path / "last" / "training.json").exists()
-    assert "resumed in epoch 1, after update" in run(*arguments, "--resume")
+    assert "resumed in epoch 1, after update" in run("finetune", "--resume", str(tmp_path))
 
 
 def test_stochastic_depth_is_built_in_where_the_recipe_asks_for_it() -> None:
@@ -102,16 +110,66 @@ def test_stochastic_depth_is_built_in_where_the_recipe_asks_for_it() -> None:
     assert base.kwargs == {"in_chans": 1, "num_classes": 5}
 
 
+def test_a_run_is_repeated_from_its_description_alone(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(
+        "finetune", "resnet10t", "--data", "digits", "--epochs", "1", *SMALL, "--placement", "post", "--reduction", "4",
+        "--arg", "act_layer=gelu", "--seed", "3", "--output", str(first),
+    )  # fmt: skip
+    second.mkdir()
+    shutil.copy(first / "run.yaml", second)
+    run("finetune", "--resume", str(second))
+    a, b = (load_file(folder / "best" / "weights.safetensors") for folder in (first, second))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def test_another_experiment_gets_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """compare goes on with what its folder holds: with other weights, SE or recipe it must not find this one's."""
+    monkeypatch.chdir(tmp_path)
+    folders: list[Path] = []
+
+    def noted(*_: object, output_dir: Path, **__: object) -> str:
+        folders.append(output_dir)
+        return "a comparison"
+
+    monkeypatch.setattr(se_retrofit.finetune, "compare", noted)
+    torch.save(Base.of("resnet10t", num_classes=10).build().state_dict(), "weights.pth")
+    start = ["compare", "resnet10t", "--data", "digits", *SMALL]
+    variants = [
+        [], ["--checkpoint", "weights.pth"], ["--pretrained"], ["--placement", "identity"], ["--gate", "sigmoid"],
+        ["--arg", "act_layer=gelu"], ["--epochs", "3"], ["--seed", "1"], ["--image-size", "24"],
+    ]  # fmt: skip
+    for variant in [*variants, []]:
+        run(*start, *variant)
+    assert folders[-1] == folders[0]
+    assert len(set(folders)) == len(variants)
+
+
 def test_compare_prints_and_writes(tmp_path: Path) -> None:
     said = run(
-        "compare", "resnet10t", "--data", "digits", "--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path)
+        "compare",
+        "resnet10t",
+        "--data",
+        "digits",
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+        *SMALL,
+        "--output",
+        str(tmp_path),
+        "--arm",
+        "plain",
+        "--arm",
+        "se",
     )
     for piece in (
         "without SE",
         "with SE",
         "seed 0, accuracy %",
         "seed 1, accuracy %",
-        "ms a step",
+        "ms per step",
         "parameters",
         "interval",
     ):

@@ -1,0 +1,174 @@
+"""Which experiment a run is: the network and its starting weights, what ``add_se`` did, and the data.
+
+A folder that holds one experiment must not answer for another, so all of it is written with the checkpoint and
+compared before a run is resumed. The config is compared on its own, field by field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..errors import RetrofitError
+from ..models import Base
+from ..retrofit import has_se, plan_of
+from .data import UNREADABLE, name_of
+from .randomness import SAMPLE, kept_randomness, seed_all
+
+__all__ = ["check_same", "describe_data", "describe_run", "difference", "digest", "file_digest", "plain"]
+
+SAMPLES = 8  # items of a data set whose content is looked at
+DIGITS = 16  # of a hash, in hexadecimal
+
+
+def describe_run(model: nn.Module, train_data: Any, val_data: Any, base: Base | None) -> dict[str, Any]:
+    """All of an experiment but its config, as plain data that is equal for equal experiments."""
+    plan = plan_of(model) if has_se(model) else None
+    return {
+        "network": type(model).__name__,
+        "base": None if base is None else {"library": base.library, "name": base.name, "arguments": plain(base.kwargs)},
+        "starting weights": weights_digest(model),
+        "SE options": None if plan is None else plain(dict(plan.options)),
+        "SE sites": None if plan is None else digest(plain([asdict(site) for site in plan.sites])),
+        "training data": describe_data(train_data),
+        "validation data": None if val_data is None else describe_data(val_data),
+    }
+
+
+def describe_data(data: Any) -> dict[str, Any]:
+    """A fingerprint of a Dataset or DataLoader: its length, its classes, the names of its files, and the content of
+    a few samples."""
+    described: dict[str, Any] = {}
+    if isinstance(data, DataLoader):
+        described["batch size"] = data.batch_size
+        data = data.dataset
+    try:
+        length = len(data)
+    except TypeError:
+        length = None
+    described["length"] = length
+    classes = getattr(data, "classes", None)
+    if isinstance(classes, (list, tuple)):
+        described["classes"] = digest([str(name) for name in classes])
+    if length and hasattr(data, "__getitem__") and not isinstance(data, IterableDataset):
+        if name_of(data, 0) != "item 0":
+            # the last two parts of a path, CLASS/IMAGE: the data may have moved to another place
+            described["names"] = digest(["/".join(Path(name_of(data, at)).parts[-2:]) for at in range(length)])
+        looked_at = sorted({number * length // SAMPLES for number in range(SAMPLES)})
+        described["samples"] = digest([_content(data, at) for at in looked_at])
+    return described
+
+
+def _content(data: Any, index: int) -> str:
+    """A hash of one item; of an item that differs from one reading to the next, only that it does."""
+    found = []
+    with kept_randomness():
+        for _ in range(2):
+            seed_all(0, SAMPLE, 0, index)
+            try:
+                found.append(_hash(data[index]))
+            except (*UNREADABLE, RuntimeError):
+                found.append("unreadable")
+    return found[0] if found[0] == found[1] else "varies"
+
+
+def _hash(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return digest([_hash(entry) for entry in value])
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {_bytes_digest(_raw(value))}"
+    if isinstance(value, Image.Image):
+        return f"{value.mode} {value.size} {_bytes_digest(value.tobytes())}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {_bytes_digest(value.tobytes())}"
+    return str(value) if isinstance(value, (bool, int, float, str, np.number)) else type(value).__name__
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of the state dict: names, shapes and bits."""
+    total = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):  # what get_extra_state returned
+            continue
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(_raw(value))
+    return total.hexdigest()[:DIGITS]
+
+
+def _raw(value: Tensor) -> bytes:
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _bytes_digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:DIGITS]
+
+
+def file_digest(file: Path) -> str:
+    """A hash of a file's content.
+
+    Raises:
+        RetrofitError: it can't be read.
+    """
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()[:DIGITS]
+    except OSError as error:
+        raise RetrofitError(f"{file} can't be read: {error.strerror or error}") from error
+
+
+def digest(value: Any) -> str:
+    """A short hash of plain data."""
+    return _bytes_digest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def plain(value: Any) -> Any:
+    """What comes back when ``value`` is written as JSON and read again: tuples are lists then."""
+    return json.loads(json.dumps(value, sort_keys=True, default=str))
+
+
+def difference(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What sets two descriptions apart, one text for each field that differs."""
+    texts = []
+    for field in now:
+        before, after = saved.get(field), now[field]
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            texts += [
+                f"{field}, {key}: {before.get(key)!r} then, {after.get(key)!r} now"
+                for key in sorted(before.keys() | after.keys())
+                if before.get(key) != after.get(key)
+            ]
+        else:
+            texts.append(f"{field}: {before!r} then, {after!r} now")
+    return texts
+
+
+def check_same(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """Raise where a folder holds another experiment.
+
+    Raises:
+        RetrofitError: it does; the message names each field that differs.
+    """
+    differs = difference(saved, now)
+    if not differs:
+        return
+    hint = ""
+    if any(text.startswith("starting weights") for text in differs):
+        hint = (
+            "; a network with random weights is the same again only if torch.manual_seed is called before it is built"
+        )
+    raise RetrofitError(
+        f"{output} holds a run of another experiment ({'; '.join(differs)}); resume with the same network and data, "
+        f"or give a new folder{hint}"
+    )
