@@ -73,14 +73,10 @@ def test_the_scale_of_fp16_is_resumed(network: Network, config: Config, digits: 
 
 
 def test_global_settings_are_given_back(network: Network, config: Config, digits: NamedData) -> None:
-    before = (
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-    )
+    def settings() -> tuple[object, ...]:
+        convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        return torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark
+
+    before = settings()
     finetune(network(), digits.train, config=config(cpu=False, epochs=1), quiet=True)
-    assert before == (
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-    )
+    assert settings() == before
