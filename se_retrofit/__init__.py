@@ -7,6 +7,7 @@
 
 from .attention import SEAttention
 from .errors import RetrofitError
+from .fusion import Fusion, fuse_se, plan_fusion, unfuse_se
 from .plan import Plan, Site, Skipped
 from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
 from .saving import load_retrofitted, load_se, save_retrofitted, save_se
@@ -25,6 +26,7 @@ def __getattr__(name: str) -> object:
 __version__ = "0.2.0"
 
 __all__ = [
+    "Fusion",
     "InsertSE",
     "Plan",
     "RetrofitError",
@@ -34,9 +36,11 @@ __all__ = [
     "add_se",
     "draw",
     "excitations",
+    "fuse_se",
     "has_se",
     "load_retrofitted",
     "load_se",
+    "plan_fusion",
     "plan_of",
     "plan_se",
     "print_graph",
@@ -44,4 +48,5 @@ __all__ = [
     "report",
     "save_retrofitted",
     "save_se",
+    "unfuse_se",
 ]

@@ -39,7 +39,7 @@ class Splice:
         form: ``"wrap"``: the expression becomes the argument of the call; ``"after"``, ``"before"``: a statement of its own
             on the same line passes ``target`` through it.
         child: name of the SE module, a child of the instance.
-        target: the variable, for the two statements.
+        target: the variable, for the two statements; the norm.
     """
 
     owner: type
@@ -286,6 +286,10 @@ def _insertions(splices: list[Splice], self_name: str) -> Iterator[tuple[int, in
         call = f"{self_name}.{splice.child}("
         if splice.form == "wrap":
             yield last, end, ")"
+            yield first, column, call
+        elif splice.form == "norm":  # self.bn3(out) becomes self.se_attention(self.bn3, (out))
+            yield last, end, ")"
+            yield first, column + len(splice.target.encode()), ", "
             yield first, column, call
         elif splice.form == "after":
             yield last, end, f"; {splice.target} = {call}{splice.target})"
