@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .errors import RetrofitError
     from .exporting import export
     from .folding import fold_se, from_native, to_native
+    from .fusion import Fusion, fuse_se, plan_fusion, unfuse_se
     from .inspection.drawing import draw
     from .inspection.excitations import excitations
     from .inspection.printing import print_graph
@@ -29,6 +30,7 @@ _MODULES = {
     "errors": ("RetrofitError",),
     "exporting": ("export",),
     "folding": ("fold_se", "from_native", "to_native"),
+    "fusion": ("Fusion", "fuse_se", "plan_fusion", "unfuse_se"),
     "inspection": ("draw", "excitations", "print_graph", "report"),
     "plan": ("Plan", "Site", "Skipped"),
     "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
@@ -37,6 +39,7 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Fusion",
     "InsertSE",
     "Plan",
     "RetrofitError",
@@ -49,9 +52,11 @@ __all__ = [
     "export",
     "fold_se",
     "from_native",
+    "fuse_se",
     "has_se",
     "load_retrofitted",
     "load_se",
+    "plan_fusion",
     "plan_of",
     "plan_se",
     "print_graph",
@@ -60,6 +65,7 @@ __all__ = [
     "save_retrofitted",
     "save_se",
     "to_native",
+    "unfuse_se",
 ]
 
 

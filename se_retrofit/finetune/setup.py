@@ -134,7 +134,9 @@ def schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_p
         raise RetrofitError(
             f"schedule {config.schedule!r} can't be made with {config.schedule_options}: {error}"
         ) from error
-    if schedule is None and config.schedule != "none":  # what older versions of timm do with a name that they don't know
+    if (
+        schedule is None and config.schedule != "none"
+    ):  # what older versions of timm do with a name that they don't know
         raise RetrofitError(f"schedule {config.schedule!r} can't be made: timm's scheduler factory does not know it")
     if schedule is None:  # there is nobody to apply the scales of the groups
         for group in optimizer.param_groups:

@@ -294,7 +294,7 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
 
     def listen(path: str, se: Any) -> list[Any]:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x, dim = args[0], se.channel_dim % args[0].dim()
+            x, dim = args[-1], se.channel_dim % args[-1].dim()  # a fused SE is called with the norm before its input
             gathered[path].size = (
                 gathered[path].size or "x".join(str(s) for d, s in enumerate(x.shape) if d not in (0, dim)) or "1"
             )

@@ -39,7 +39,7 @@ class Splice:
         form: ``"wrap"``: the expression becomes the argument of the call; ``"after"``, ``"before"``: a statement of its own
             on the same line passes ``target`` through it.
         child: name of the SE module, a child of the instance.
-        target: the variable, for the two statements.
+        target: the variable, for the two statements; the norm.
     """
 
     owner: type
@@ -297,11 +297,15 @@ class _WithoutCalls(ast.NodeTransformer):
             and isinstance(node.func, ast.Attribute)
             and isinstance(node.func.value, ast.Name)
             and (node.func.value.id, node.func.attr in self.children) == (self.self_name, True)
-            and len(node.args) == 1
+            and len(node.args) in (1, 2)
         )
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        return self.visit(node.args[0]) if self.is_se(node) else self.generic_visit(node)
+        if not self.is_se(node):
+            return self.generic_visit(node)
+        if len(node.args) == 2:  # the norm and what it is called with
+            return self.visit(ast.Call(func=node.args[0], args=node.args[1:], keywords=[]))
+        return self.visit(node.args[0])
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
         value: Any = node.value
@@ -317,6 +321,10 @@ def _insertions(splices: list[Splice], self_name: str) -> Iterator[tuple[int, in
         call = f"{self_name}.{splice.child}("
         if splice.form == "wrap":
             yield last, end, ")"
+            yield first, column, call
+        elif splice.form == "norm":  # self.bn3(out) becomes self.se_attention(self.bn3, (out))
+            yield last, end, ")"
+            yield first, column + len(splice.target.encode()), ", "
             yield first, column, call
         elif splice.form == "after":
             yield last, end, f"; {splice.target} = {call}{splice.target})"

@@ -1,0 +1,298 @@
+"""A norm and the SE behind it as one map, for compiled training: ``fuse_se`` and ``unfuse_se``.
+
+The statistics of the norm and the squeeze of SE are sums of the same values u. From the mean and the variance of each
+image and channel follow the statistics of the batch (or of a group of channels), through the norm's affine map the
+squeeze, and from it the gate; what is left is one pass ``a[n, c] * u + b[n, c]``.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .attention import SEAttention
+from .errors import RetrofitError
+from .plan import Skipped
+from .surgery.copying import copied
+from .surgery.derived import Recipe, RetrofittedBlock, derived_class
+from .surgery.isolation import isolated
+from .surgery.methods import unwrapped
+from .surgery.splice import Splice, SpliceError, source_of, span_of
+from .surgery.undo import is_retrofitted
+
+__all__ = ["FusedSEAttention", "Fusion", "fuse_se", "plan_fusion", "unfuse_se"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FusedSEAttention(SEAttention):
+    """An SE module that is called with the norm before it and the norm's input: ``se(norm, u)``, not ``se(norm(u))``."""
+
+    def forward(self, norm: nn.Module, u: Tensor) -> Tensor:  # type: ignore[override]
+        if u.dim() < 3 or u.numel() == 0 or _why_no_norm(norm) is not None:  # a hook may have come since
+            return super().forward(norm(u))
+        values = u.flatten(2)
+        values = values.float() if u.dtype in (torch.float16, torch.bfloat16) else values
+        variances, means = torch.var_mean(values, -1, correction=0)  # (N, C)
+        if isinstance(norm, nn.GroupNorm):
+            a, b = _group_map(norm, means, variances)
+        else:
+            assert isinstance(norm, _BatchNorm)
+            batch = norm.training or norm.running_mean is None or norm.running_var is None
+            if batch and means.shape[0] * values.shape[2] == 1:
+                return super().forward(norm(u))  # raises the norm's own error
+            a, b = _batch_map(norm, means, variances, values.shape[2]) if batch else _frozen_map(norm)
+        squeezed = (a * means + b).to(u.dtype)
+        gate = self.factor.expand(u.shape[0], -1) if self.factor is not None else self.fc(squeezed)
+        gate = gate.to(values.dtype)
+        a, b = (a * gate).unsqueeze(-1), (b * gate).unsqueeze(-1)
+        return (a * values + b).to(u.dtype).view_as(u)
+
+
+def _affine(norm: Any, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors and summands of a norm."""
+    a = torch.rsqrt(variance + norm.eps)
+    a = a if norm.weight is None else a * norm.weight
+    b = -mean * a
+    return a, b if norm.bias is None else b + norm.bias
+
+
+def _frozen_map(norm: Any) -> tuple[Tensor, Tensor]:
+    return _affine(norm, norm.running_mean, norm.running_var)
+
+
+def _batch_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """By the statistics of the batch; the running ones follow as in the norm's own forward."""
+    mean = means.mean(0)
+    variance = variances.mean(0) + means.var(0, correction=0)
+    if norm.training and norm.track_running_stats:
+        with torch.no_grad():
+            factor: Any = 0.0 if norm.momentum is None else norm.momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if norm.momentum is None:
+                    factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+            if norm.running_mean is not None and norm.running_var is not None:
+                count = means.shape[0] * size
+                unbiased = variance.detach() * (count / (count - 1))
+                for running, new in ((norm.running_mean, mean.detach()), (norm.running_var, unbiased)):
+                    running.copy_(running * (1 - factor) + new * factor)
+    return _affine(norm, mean, variance)
+
+
+def _group_map(norm: nn.GroupNorm, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    images, channels = means.shape
+    m, v = (t.view(images, norm.num_groups, -1) for t in (means, variances))
+    mean = m.mean(-1, keepdim=True).expand_as(m).reshape(images, channels)
+    variance = v.mean(-1, keepdim=True) + m.var(-1, correction=0, keepdim=True)
+    return _affine(norm, mean, variance.expand_as(m).reshape(images, channels))
+
+
+def _why_no_norm(norm: Any) -> str | None:
+    """Why a module is no norm that can be fused; None where it is one."""
+    if not isinstance(norm, nn.Module):
+        return "what makes the value that SE scales is no module"
+    name, forward = type(norm).__name__, type(norm).forward
+    if forward not in (_BatchNorm.forward, nn.GroupNorm.forward) or "forward" in vars(norm):
+        return f"{name} is neither a BatchNorm nor a GroupNorm with PyTorch's own forward"
+    if hasattr(norm, "parametrizations"):
+        return f"{name} has parametrizations"
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
+    if any(len(registered) > 0 for registered in hooks):
+        return f"{name} has hooks, which expect to see its output"
+    return None
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What ``fuse_se`` does.
+
+    Attributes:
+        fused: paths of the SE modules that are fused with the norm before them.
+        skipped: paths of the others, each with the reason, as ``Skipped(block, reason)``.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, plan_fusion
+        >>> plan_fusion(add_se(timm.create_model("densenet121"), include="*denselayer1")).skipped[0].reason
+        "Conv2d is neither a BatchNorm nor a GroupNorm with PyTorch's own forward"
+    """
+
+    fused: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def plan_fusion(model: nn.Module) -> Fusion:
+    """The SE modules that ``fuse_se`` fuses, or has fused, and those that it leaves as they are.
+
+    Args:
+        model: a retrofitted network. It is not changed.
+
+    Raises:
+        TypeError: the argument is no module.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, plan_fusion
+        >>> plan_fusion(add_se(timm.create_model("resnet18"))).fused[:2]
+        ('layer1.0.se_attention', 'layer1.1.se_attention')
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    fused, reasons = [], {}
+    called = {}
+    for path, block in model.named_modules():
+        if isinstance(block, RetrofittedBlock):
+            for name in type(block).se_recipe.names:
+                called[f"{path}.{name}" if path else name] = (block, name)
+    for path, se in model.named_modules():
+        if is_retrofitted(se):
+            block, name = called.get(path, (None, ""))
+            reason = "SE is called by a graph or an nn.Sequential" if block is None else _why_not(block, name)
+            if reason is None:
+                fused.append(path)
+            else:
+                reasons[path] = reason
+    return Fusion(tuple(fused), tuple(Skipped(path, reason) for path, reason in reasons.items()))
+
+
+def fuse_se(model: M, *, inplace: bool = False) -> M:
+    """Run a norm and the SE behind it as one map, so that ``torch.compile`` reads their input once.
+
+    It is meant for compiled training. Without ``torch.compile`` it is slower than the network as it was. Outputs,
+    gradients and running statistics are equal to rounding, not bit for bit; parameters and state dict stay. The fused
+    network can't be scripted or traced by torch.fx: call ``unfuse_se`` first.
+
+    Args:
+        model: a network that ``add_se`` has retrofitted. It is left as it is unless ``inplace``.
+        inplace: change the given model; its parameters stay the same objects.
+
+    Returns:
+        The fused network: a deep copy, or ``model`` itself if ``inplace``. ``plan_fusion`` tells which SE modules are
+        fused and why others are not.
+
+    Raises:
+        RetrofitError: no SE module can be fused; the model is as it was.
+        TypeError: the argument is no module.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, fuse_se
+        >>> model = fuse_se(add_se(timm.create_model("resnet18")))
+        >>> type(model.layer1[0].se_attention).__name__
+        'FusedSEAttention'
+    """
+    fusion = plan_fusion(model)
+    if not fusion.fused:
+        reason = f": {fusion.skipped[0].block}: {fusion.skipped[0].reason}" if fusion.skipped else "; call add_se first"
+        raise RetrofitError(f"{type(model).__name__} has no SE behind a norm that can be fused{reason}")
+    target = model if inplace else copied(model)
+    fused = set(fusion.fused)
+    changed: list[tuple[Any, Recipe, set[str]]] = []
+    for path, block in target.named_modules():
+        if isinstance(block, RetrofittedBlock) and "se_recipe" in vars(type(block)):
+            recipe = type(block).se_recipe
+            names = {n for n in recipe.names if (f"{path}.{n}" if path else n) in fused}
+            splices = tuple(_fused(s) if s.child in names and s.form == "wrap" else s for s in recipe.splices)
+            changed.append((block, replace(recipe, splices=splices), names))
+    _put(target, changed, FusedSEAttention)
+    return target
+
+
+def unfuse_se(model: M, *, inplace: bool = False) -> M:
+    """Undo ``fuse_se``: norm and SE run one after the other again, with all that they have learned.
+
+    Args:
+        model: a fused network.
+        inplace: change the given model instead of a copy.
+
+    Raises:
+        RetrofitError: no SE module of the model is fused.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, fuse_se, unfuse_se
+        >>> model = unfuse_se(fuse_se(add_se(timm.create_model("resnet18"))))
+        >>> type(model.layer1[0].se_attention).__name__
+        'SEAttention'
+    """
+    if not isinstance(model, nn.Module) or not any(isinstance(m, FusedSEAttention) for m in model.modules()):
+        raise RetrofitError(f"{type(model).__name__} has no SE that fuse_se has fused, so there is nothing to undo")
+    target = model if inplace else copied(model)
+    changed: list[tuple[Any, Recipe, set[str]]] = []
+    for block in target.modules():
+        if isinstance(block, RetrofittedBlock) and "se_recipe" in vars(type(block)):
+            recipe = type(block).se_recipe
+            names = {s.child for s in recipe.splices if s.form == "norm"}
+            splices = tuple(replace(s, form="wrap", target="") if s.form == "norm" else s for s in recipe.splices)
+            changed.append((block, replace(recipe, splices=splices), names))
+    _put(target, changed, SEAttention)
+    return target
+
+
+def _put(model: nn.Module, changed: list[tuple[Any, Recipe, set[str]]], cls: type) -> None:
+    try:
+        with isolated(model):  # deriving a class may fill a registry
+            classes = [derived_class(recipe) for _, recipe, _ in changed]
+    except SpliceError as error:
+        raise RetrofitError(str(error)) from None
+    for (block, _, names), derived in zip(changed, classes, strict=True):
+        object.__setattr__(block, "__class__", derived)
+        for name in names:
+            object.__setattr__(block._modules[name], "__class__", cls)
+
+
+def _why_not(block: Any, name: str) -> str | None:
+    """Why the SE module of this name is not fused in a block; None where it is, or can be."""
+    cls, se = type(block), block._modules[name]
+    if "se_recipe" not in vars(cls):
+        return f"the class of its block was changed after the retrofit, to {cls.__name__}"
+    splices = [s for s in cls.se_recipe.splices if s.child == name]
+    if all(s.form == "norm" for s in splices) and isinstance(se, FusedSEAttention) and splices:
+        return None
+    if type(se) is not SEAttention:
+        return f"it is of the class {type(se).__name__}"
+    if not splices or any(s.form != "wrap" for s in splices):
+        return "SE does not wrap an expression of the block's code"
+    for splice in splices:
+        child = _norm_called(splice)
+        if child is None:
+            return "the expression that SE wraps is no call of a norm of the block"
+        reason = _why_no_norm(block._modules.get(child))
+        if reason is not None:
+            return reason
+        if se.channel_dim == -1:
+            return "its channels are in the last dim"
+    return None
+
+
+def _norm_called(splice: Splice) -> str | None:
+    """The child that the spliced expression calls with one positional argument; None where it is another expression."""
+    function = unwrapped(vars(splice.owner)[splice.method])
+    assert function is not None
+    source = source_of(function)
+    first, last, column, end = splice.span
+    wanted = (first + source.first, last + source.first, column, end)
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call) or span_of(node) != wanted:
+            continue
+        callee, text = node.func, source.text(node)
+        if not isinstance(callee, ast.Attribute) or not isinstance(callee.value, ast.Name):
+            return None
+        if callee.value.id != function.__code__.co_varnames[0] or node.keywords or len(node.args) != 1:
+            return None
+        if isinstance(node.args[0], (ast.Starred, ast.GeneratorExp)) or text[:-1].rstrip().endswith(","):
+            return None
+        return callee.attr if text.startswith(f"{source.text(callee)}(") else None
+    return None
+
+
+def _fused(splice: Splice) -> Splice:
+    function = unwrapped(vars(splice.owner)[splice.method])
+    assert function is not None
+    return replace(splice, form="norm", target=f"{function.__code__.co_varnames[0]}.{_norm_called(splice)}")
