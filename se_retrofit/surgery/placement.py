@@ -8,24 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .blocks import (
-    FoundBlock,
-    chain_units,
-    core_of,
-    dense_layers,
-    dual_path,
-    gated_after,
-    inverted_core,
-    is_gate,
-    is_pointwise,
-    is_prediction,
-    multi_branch,
-    name_of,
-    projects,
-    rep_sum,
-    residual_unit,
-    split_unit,
-)
+from .blocks import FoundBlock, gated_after, is_gate, is_pointwise, name_of
+from .branches import chain_units, is_prediction, multi_branch, rep_sum
+from .bypass import dense_layers, dual_path, residual_unit, split_unit
+from .inverted import core_of, inverted_core, projects
 from .operations import innermost, only_user
 from .record import Call, Op, Record
 

@@ -1,0 +1,83 @@
+"""The core of the inverted bottleneck, with a bypass around it or without."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .blocks import FoundBlock, is_gate, is_pointwise, next_after
+from .operations import only_user, real_users
+from .record import Op, Record
+
+__all__ = ["InvertedCore", "core_of", "inverted_core", "projects"]
+
+
+@dataclass(frozen=True, eq=False)
+class InvertedCore:
+    """``depthwise conv -> norm -> activation -> pointwise conv``, the core of the inverted bottleneck (Sandler et al.,
+    arXiv:1801.04381; with SE in it: Tan et al., arXiv:1807.11626): the value that goes into the projection, the operation
+    that takes it, and the projection's own value."""
+
+    value: Op
+    taker: Op
+    projection: Op
+
+
+def inverted_core(conv: Op) -> InvertedCore | None:
+    """The core that begins with this depthwise conv."""
+    if conv.conv is None or not conv.conv.depthwise or conv.pooled:
+        return None
+    op, acted = conv, False
+    padded: tuple[Op, Op] | None = None  # what is padded before the projection, and the padding that takes it
+    while True:
+        users = real_users(op)
+        gates = [u for u in users if is_gate(u)]
+        if gates and all(u in gates or u.pooled for u in users):
+            op = gates[0]
+            continue
+        pieces = [only_user(u) for u in users if u.role == "part"]
+        if len(users) == len(pieces) > 1 and all(p is not None and is_pointwise(p) for p in pieces):
+            joined = only_user(pieces[0]) if pieces[0] is not None else None  # a projection in groups (MixNet)
+            return InvertedCore(op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
+        if len(users) != 1:
+            return None
+        user = users[0]
+        if is_pointwise(user):
+            return InvertedCore(*(padded or (op, user)), user) if acted else None
+        if user.role == "pad":  # padding for any kernel, which for one of size 1 is none
+            padded, op = padded or (op, user), user
+            continue
+        padded = None
+        if user.role == "cat":  # kernels of several sizes side by side (MixConv)
+            if not all(i.conv is not None and i.conv.depthwise for i in user.data):
+                return None
+        elif user.role == "act":
+            acted = True
+        elif user.role not in ("norm", "pass", "affine", "pool", "shape") or len(user.data) != 1:
+            return None
+        op = user
+
+
+def projects(op: Op) -> bool:
+    """Whether a pointwise conv is linear: no non-linearity follows it."""
+    following = next_after(op, ("norm", "pass", "affine", "shape"))
+    return following is None or following.role != "act"
+
+
+def core_of(record: Record, block: FoundBlock) -> InvertedCore | None:
+    """The core of a residual unit that is an inverted bottleneck."""
+    ops = list(record.select(block.region))
+    spatial = [op for op in ops if op.spatial_conv]
+    if not all(op.conv is not None and op.conv.depthwise for op in spatial):
+        return None
+    cores = {core.projection: core for core in map(inverted_core, spatial) if core is not None}
+    if len(cores) != 1:
+        return None
+    projection, core = cores.popitem()
+    if not projection.bit & block.region or not projects(projection):
+        return None
+    later = [
+        op
+        for op in ops
+        if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.pooled
+    ]
+    return None if later else core
