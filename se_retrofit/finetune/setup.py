@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..errors import RetrofitError
+from ..retrofit import warn_of_lost_sites
 from . import checkpoint as disk
 from .config import FinetuneConfig
 from .parts import trained_parts
@@ -23,6 +24,7 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
     """The output folder, after the arguments were looked at; nothing has been changed yet."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+    warn_of_lost_sites(model)
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"config must be a FinetuneConfig, got {config!r} of type {type(config).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
@@ -42,7 +44,7 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
         ) from error
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     schedule(probe, config, 1000)
-    rehearse(config)
+    try_optimizer(config)
     trained_parts(model, config.train)
     if output_dir is None:
         if resume:
@@ -59,7 +61,7 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
     return output
 
 
-def rehearse(config: FinetuneConfig) -> None:
+def try_optimizer(config: FinetuneConfig) -> None:
     """Make one update of two small parameters with the config's optimizer, write its state and load it again.
 
     Raises:

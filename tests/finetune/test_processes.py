@@ -77,6 +77,7 @@ def test_two_processes_follow_the_loss_curve_of_one_with_the_doubled_batch(one_p
     assert done.stdout.count("best validation accuracy") == 1
 
 
+@pytest.mark.sweep
 def test_two_processes_resume_to_the_same_weights(tmp_path: Path) -> None:
     fields = {**RECIPE, "batch_size": 16, "freeze_bn": False, "mixup": 0.4, "checkpoint_minutes": 0.0, "ema_decay": 0.9}
     whole = launch(2, tmp_path / "whole", fields)

@@ -55,6 +55,7 @@ def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in timing} for row in history]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("workers", [0, 2])
 def test_after_three_kills_the_weights_are_those_of_a_run_that_was_never_stopped(
     tmp_path: Path, workers: int, network: Network
