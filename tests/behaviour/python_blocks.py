@@ -49,6 +49,17 @@ class NumpyRandom(Block):
         return x + out / np.sqrt(2)
 
 
+class ManifoldMixup(Block):
+    """The inputs of the block are mixed among the images of the batch, at random."""
+
+    def forward(self, x):
+        if self.training and np.random.rand() < 0.8:
+            share, other = np.random.beta(2.0, 2.0), torch.randperm(x.shape[0])
+            x = share * x + (1 - share) * x[other]
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
 class TorchRandomItem(Block):
     def forward(self, x):
         out = self.bn2(self.conv2(self.branch(x)))

@@ -137,6 +137,21 @@ class CondConv(nn.Module):
         return x + F.relu(self.norm(out))
 
 
+class DynamicConv(CondConv):
+    """The same with a softmax over the kernels, behind a small network (dynamic convolution)."""
+
+    def __init__(self, channels: int = 8, experts: int = 3) -> None:
+        super().__init__(channels, experts)
+        self.route = nn.Sequential(nn.Linear(channels, 4), nn.ReLU(), nn.Linear(4, experts))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        attention = F.softmax(self.route(F.adaptive_avg_pool2d(x, 1).flatten(1)) / 30, dim=1)
+        weight = torch.mm(attention, self.weight.view(attention.shape[1], -1)).view(-1, c, 3, 3)
+        out = F.conv2d(x.view(1, -1, h, w), weight, padding=1, groups=b).view(b, -1, h, w)
+        return x + F.relu(self.norm(out))
+
+
 class PreActivated(nn.Module):
     """An in-place ReLU comes first in the branch, and so changes what the skip sees."""
 

@@ -62,7 +62,7 @@ def test_a_dual_path_block_has_se_on_what_goes_into_both_paths() -> None:
     check(model, sizes=((2, 3, 12, 12), (1, 3, 9, 14)))
 
 
-@pytest.mark.parametrize("block", [blocks.Experts, blocks.CondConv], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("block", [blocks.Experts, blocks.CondConv, blocks.DynamicConv], ids=lambda cls: cls.__name__)
 def test_a_mixture_of_experts_is_no_channel_attention(block: type[nn.Module]) -> None:
     check(Net(block))
 
