@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import TMonitor
 
 from ..atomic import replaced_file
 from ..errors import RetrofitError
@@ -109,7 +110,7 @@ def _no_thread_left() -> Iterator[None]:
         yield
     finally:
         for thread in set(threading.enumerate()) - before:
-            if type(thread).__name__ == "TMonitor" and hasattr(thread, "exit"):
+            if isinstance(thread, TMonitor):
                 thread.exit()
 
 
