@@ -17,7 +17,7 @@ from timing import interleaved, machine, milliseconds, ratio, table
 from torch import Tensor, nn
 
 from se_retrofit import SEAttention, add_se
-from se_retrofit.identity import redraw_vectors
+from se_retrofit.verify import redraw_vectors
 
 PLAIN, NATIVE, RETROFITTED = "plain", "native SE", "retrofitted"
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from se_retrofit import add_se, excitations
-from se_retrofit.demo import SmallResNet, load_digits, train
+from se_retrofit.cli.demo_network import SmallResNet, load_digits, train
 
 torch.manual_seed(0)
 digits = load_digits()

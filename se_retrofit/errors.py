@@ -1,6 +1,11 @@
-"""The one error that the package raises on purpose."""
+"""The one error that the package raises on purpose, and its case of a package that is not installed."""
 
-__all__ = ["RetrofitError"]
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["RetrofitError", "extra"]
 
 
 class RetrofitError(ValueError):
@@ -9,3 +14,29 @@ class RetrofitError(ValueError):
     The message says what was given, what was expected and what to do. Whenever it is raised, the model that was
     given is as it was before the call.
     """
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Imports inside it are of packages that an extra installs.
+
+    Args:
+        name: of the extra in ``pyproject.toml``: ``"finetune"``, ``"inspect"`` or ``"cli"``.
+
+    Raises:
+        RetrofitError: a package is missing; the message names it and the extra.
+
+    Example:
+        >>> from se_retrofit.errors import extra
+        >>> with extra("inspect"):
+        ...     import graphviz
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == __package__:
+            raise  # a mistake of our own
+        raise RetrofitError(
+            f"the package {error.name.partition('.')[0]} is not installed; install what this needs with "
+            f"pip install 'se-retrofit[{name}]'"
+        ) from error

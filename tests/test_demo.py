@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import se_retrofit.cli.demo as command
 from se_retrofit.cli.commands import app
 from se_retrofit.cli.demo import verdict
-from se_retrofit.demo import SmallResNet, load_digits, predict, train
+from se_retrofit.cli.demo_network import SmallResNet, load_digits, predict, train
 
 
 def run_demo(*arguments: str) -> str:

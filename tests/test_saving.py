@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-import se_retrofit.atomic
+import se_retrofit.saving.atomic
+import se_retrofit.saving.tensors
 from se_retrofit import (
     RetrofitError,
     SEAttention,
@@ -248,9 +249,9 @@ def test_a_kill_at_any_moment_leaves_a_network_that_loads(
 
     with monkeypatch.context() as patch:
         # a killed process tidies nothing up
-        patch.setattr(se_retrofit.atomic, "_remove", lambda path: None)
+        patch.setattr(se_retrofit.saving.atomic, "_remove", lambda path: None)
         if moment == "while it writes":
-            patch.setattr(se_retrofit.saving, "save_tensors", dies_writing)
+            patch.setattr(se_retrofit.saving.tensors, "save_tensors", dies_writing)
         else:
             patch.setattr(Path, "rename", dies)
         with pytest.raises(Killed):
@@ -269,7 +270,7 @@ def test_a_disk_that_refuses_leaves_the_old_network(saved: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(se_retrofit.saving, "save_tensors", full)
+        patch.setattr(se_retrofit.saving.tensors, "save_tensors", full)
         with pytest.raises(
             RetrofitError, match=r"can't be written: No space left on device; what was there before is untouched"
         ):

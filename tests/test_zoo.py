@@ -14,11 +14,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, SEAttention, add_se
-from se_retrofit.cli.commands import app
 from se_retrofit.surgery.planning import record_of
-from se_retrofit.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
-from se_retrofit.zoo.check import KINDS, CheckFailed, inspect_model
-from se_retrofit.zoo.tables import BEGIN, END, RowWriter, family_table, summary_line
+from tools.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
+from tools.zoo.check import KINDS, CheckFailed, inspect_model
+from tools.zoo.command import app
+from tools.zoo.tables import BEGIN, END, RowWriter, family_table, summary_line
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn a great deal while they build networks
 
@@ -168,7 +168,7 @@ def test_rows_survive_the_csv_file(tmp_path: Path) -> None:
 def test_a_csv_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "zoo.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(RetrofitError, match="was not written by se-retrofit zoo"):
+    with pytest.raises(RetrofitError, match=r"was not written by python -m tools\.zoo"):
         read_rows(path)
 
 
@@ -224,7 +224,6 @@ def test_families_are_summed_up() -> None:
 
 def test_the_command_writes_both_files_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     arguments = [
-        "zoo",
         "torchvision/alexnet",
         "torchvision/squeezenet1_1",
         "test_vit",
@@ -251,6 +250,6 @@ def test_the_command_writes_both_files_and_goes_on_where_it_stopped(tmp_path: Pa
 
 
 def test_the_command_names_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["zoo", "torchvision/alexnet", "--output", str(tmp_path / "none" / "zoo")])
+    result = CliRunner().invoke(app, ["torchvision/alexnet", "--output", str(tmp_path / "none" / "zoo")])
     assert isinstance(result.exception, RetrofitError)
     assert "there is no folder" in str(result.exception)

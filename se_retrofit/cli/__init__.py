@@ -3,8 +3,7 @@
 import sys
 
 from .. import __version__
-from ..errors import RetrofitError
-from ..extras import extra
+from ..errors import RetrofitError, extra
 
 __all__ = ["main"]
 

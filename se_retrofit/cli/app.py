@@ -37,10 +37,10 @@ def say(console: Console, text: Any = "") -> None:
     console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def run() -> None:
+def run(application: typer.Typer = app) -> None:
     """Run the command that the arguments name."""
     try:
-        app()
+        application()
     except RetrofitError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

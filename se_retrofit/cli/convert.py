@@ -11,11 +11,10 @@ from rich.console import Console
 from torch import nn
 
 from ..errors import RetrofitError
-from ..identity import compare, redraw_vectors, se_matters
 from ..models import Base, load_checkpoint
-from ..photographs import prepared_for
 from ..plan import Plan
 from ..retrofit import add_se, plan_of
+from ..verify import compare, prepared_for, redraw_vectors, se_matters
 from .app import app, say
 
 HELP = """

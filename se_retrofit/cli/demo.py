@@ -15,11 +15,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..attention import SEAttention
-from ..demo import Digits, SmallResNet, load_digits, predict, train
 from ..errors import RetrofitError
-from ..identity import compare
 from ..retrofit import add_se, plan_of
+from ..verify import compare
 from .app import app, say
+from .demo_network import Digits, SmallResNet, load_digits, predict, train
 
 HELP = """
 Train a small network on real data, retrofit it, fine-tune it: the whole job in half a minute, on the CPU.

@@ -31,7 +31,8 @@ def export_command(
     from ..exporting.export import SUFFIXES
     from ..folding import to_native
     from ..models import Base
-    from ..saving import load_retrofitted, read_recipe
+    from ..saving import load_retrofitted
+    from ..saving.recipe import read_recipe
 
     if format not in SUFFIXES:
         raise RetrofitError(f"--format must be one of {', '.join(SUFFIXES)}, got {format!r}")

@@ -34,13 +34,15 @@ def fold_command(
 
     The validation images decide. The result is loaded by load_retrofitted, as any other.
     """
-    from ..atomic import replaced_directory
     from ..finetune import FinetuneConfig, load_data
     from ..finetune.data import stream
     from ..finetune.datasets import transforms_for
     from ..folding import fold_se
     from ..models import Base
-    from ..saving import RECIPE, WEIGHTS, load_retrofitted, read_recipe, write_network
+    from ..saving import load_retrofitted
+    from ..saving.atomic import replaced_directory
+    from ..saving.networks import write_network
+    from ..saving.recipe import RECIPE, WEIGHTS, read_recipe
 
     named: dict[str, Any] | None = read_recipe(folder)["base"]
     base = None if named is None else Base(named["library"], named["name"], named["kwargs"])

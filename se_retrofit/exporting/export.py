@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import TMonitor
 
-from ..atomic import replaced_file
 from ..errors import RetrofitError
 from ..models import Base
 from ..retrofit import has_se, plan_of
+from ..saving.atomic import replaced_file
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs, from_description, given_inputs, tensors_in
 from ..surgery.isolation import untouched_randomness

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
-from ..atomic import replaced_file
 from ..attention import SEAttention, scale, squeeze
 from ..errors import RetrofitError
 from ..models import Base
 from ..plan import Site
 from ..retrofit import has_se, plan_of
-from ..saving import base_of, check_base, tensors_of, untied
+from ..saving.atomic import replaced_file
+from ..saving.base import base_of, check_base
+from ..saving.tensors import tensors_of, untied
 from ..surgery.copying import copied
 from ..surgery.derived import Recipe, RetrofittedBlock
 from ..surgery.inputs import tensors_in

@@ -7,7 +7,7 @@ a person sees, ``compare.py`` the question whether SE helps,
 ``experiment.py`` which experiment a folder holds.
 """
 
-from ..extras import extra
+from ..errors import extra
 
 with extra("finetune"):
     from .compare import Comparison, Contrast, compare

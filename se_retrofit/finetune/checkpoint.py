@@ -16,20 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..atomic import replaced_directory, settled
 from ..errors import RetrofitError
 from ..models import Base
-from ..saving import (
-    RECIPE,
-    WEIGHTS,
-    check_fields,
-    load_strictly,
-    read_json,
-    read_recipe,
-    read_weights,
-    save_tensors,
-    write_network,
-)
+from ..saving.atomic import replaced_directory, settled
+from ..saving.networks import write_network
+from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_json, read_recipe
+from ..saving.tensors import load_strictly, read_weights, save_tensors
 from .experiment import check_same
 
 __all__ = ["LAST", "Progress", "has_checkpoint", "load_training", "save_training", "write_best"]

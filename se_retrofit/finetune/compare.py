@@ -14,10 +14,10 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from ..atomic import replaced_file
 from ..errors import RetrofitError
 from ..models import Base
 from ..retrofit import add_se
+from ..saving.atomic import replaced_file
 from .config import FinetuneConfig
 from .loop import FinetuneResult, finetune, right_answers
 from .randomness import EPOCH, kept_randomness, seed_all

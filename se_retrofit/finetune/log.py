@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..atomic import replaced_file
 from ..errors import RetrofitError
+from ..saving.atomic import replaced_file
 
 __all__ = ["Log", "plot_curves"]
 

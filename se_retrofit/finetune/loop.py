@@ -23,10 +23,10 @@ from timm.data.mixup import mixup_target
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..atomic import replaced_file
 from ..errors import RetrofitError
 from ..models import Base
-from ..saving import check_base
+from ..saving.atomic import replaced_file
+from ..saving.base import check_base
 from . import checkpoint as disk
 from . import setup
 from .checkpoint import Progress

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RetrofitError
-from ..extras import extra
+from ..errors import RetrofitError, extra
 from ..inspection.lines import aligned
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..attention import SEAttention
-from ..errors import RetrofitError
-from ..extras import extra
+from ..errors import RetrofitError, extra
 from .graphs import BlockGraph, BlockPair, Inspection, describe, find_block, inspect_model
 
 with extra("inspect"):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..errors import RetrofitError
-from ..extras import extra
+from ..errors import RetrofitError, extra
 from ..retrofit import plan_of
 from ..surgery.undo import is_retrofitted
 from .lines import aligned

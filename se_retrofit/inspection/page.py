@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import RetrofitError
-from ..extras import extra
+from ..errors import RetrofitError, extra
 from .costs import human
 from .difference import difference_of
 from .drawing import INSTALL, drawing_of, has_graphviz, svg_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from se_retrofit import RetrofitError, SEAttention, add_se, excitations, plan_of
-from se_retrofit.demo import SmallResNet, load_digits, train
+from se_retrofit.cli.demo_network import SmallResNet, load_digits, train
 from se_retrofit.inspection import Excitations
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from se_retrofit.zoo import Row, entries, read_rows
+from tools.zoo import Row, entries, read_rows
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))

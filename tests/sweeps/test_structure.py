@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from se_retrofit.zoo import Entry, Row, entries, read_rows, walk
-from se_retrofit.zoo.check import CONVERTED, FAILED, inspect_model
-from se_retrofit.zoo.tables import summary_line
+from tools.zoo import Entry, Row, entries, read_rows, walk
+from tools.zoo.check import CONVERTED, FAILED, inspect_model
+from tools.zoo.tables import summary_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,11 +67,11 @@ def rows() -> list[Row]:
 def test_every_name_is_converted_or_refused_for_a_reason(rows: list[Row]) -> None:
     assert {row.name: row.verdict for row in rows if row.verdict.startswith(FAILED)} == {}
     listed = {row.name: (row.verdict, row.kinds) for row in read_rows(ROOT / "docs" / "zoo.csv")}
-    assert listed, "docs/zoo.csv is missing: se-retrofit zoo --output docs/zoo"
+    assert listed, "docs/zoo.csv is missing: python -m tools.zoo --output docs/zoo"
     found = {row.name: (row.verdict, row.kinds) for row in rows}
     # other versions of the libraries have names that the table lacks
     differing = {name: found[name] for name in found.keys() & listed.keys() if found[name] != listed[name]}
-    assert differing == {}, "docs/zoo.csv is out of date: se-retrofit zoo --output docs/zoo --fresh"
+    assert differing == {}, "docs/zoo.csv is out of date: python -m tools.zoo --output docs/zoo --fresh"
 
 
 def test_symbolic_trace_works_wherever_it_works_on_the_original(rows: list[Row]) -> None:

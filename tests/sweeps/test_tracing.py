@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from se_retrofit import add_se
-from se_retrofit.zoo import Entry, Row, entries, read_rows, walk
-from se_retrofit.zoo.check import CONVERTED, FAILED
+from tools.zoo import Entry, Row, entries, read_rows, walk
+from tools.zoo.check import CONVERTED, FAILED
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from se_retrofit import SEAttention
-from se_retrofit.identity import compare, redraw_vectors, se_matters
 from se_retrofit.models import Base
-from se_retrofit.photographs import photographs, prepared_for
+from se_retrofit.verify import compare, photographs, prepared_for, redraw_vectors, se_matters
 
 
 def network(dropout: float = 0.0) -> nn.Module:

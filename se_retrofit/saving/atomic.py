@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from .errors import RetrofitError
+from ..errors import RetrofitError
 
 __all__ = ["replaced_directory", "replaced_file", "settled", "sync"]
 

@@ -1,4 +1,4 @@
-"""``se-retrofit zoo``: retrofit every network of torchvision and timm, and tabulate how it went."""
+"""``python -m tools.zoo``: retrofit every network of torchvision and timm, and tabulate how it went."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..errors import RetrofitError
-from ..zoo.check import FAILED, Row
-from ..zoo.names import Entry, entries
-from ..zoo.tables import RowWriter, family_table, read_rows, summary_line, write_markdown
-from ..zoo.walk import walk
-from .app import app
+from se_retrofit.errors import RetrofitError
+
+from .check import FAILED, Row
+from .names import Entry, entries
+from .tables import RowWriter, family_table, read_rows, summary_line, write_markdown
+from .walk import walk
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 HELP = """
 Retrofit networks of timm and torchvision by name, with random weights, check each, and tabulate how it went.
@@ -23,15 +25,15 @@ A walk that was cut off goes on where it stopped when called again with the same
 
 Examples:
 
-- `se-retrofit zoo 'resnet*'`
-- `se-retrofit zoo 'torchvision/*' --jobs 4`
-- `se-retrofit zoo --output zoo --jobs 8` (all names: zoo.csv and zoo.md)
+- `python -m tools.zoo 'resnet*'`
+- `python -m tools.zoo 'torchvision/*' --jobs 4`
+- `python -m tools.zoo --output zoo --jobs 8` (all names: zoo.csv and zoo.md)
 
 Exit codes: 0, each network was converted or refused for a reason; 1, some failed; 2, wrong usage.
 """
 
 
-@app.command("zoo", help=HELP)
+@app.command(help=HELP)
 def zoo(
     patterns: list[str] = typer.Argument(
         None, help="Models, as shell patterns: 'resnet*', 'torchvision/*'. Default: all."

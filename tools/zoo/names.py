@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ..errors import RetrofitError
+from se_retrofit.errors import RetrofitError
 
 __all__ = ["Entry", "entries"]
 
@@ -78,7 +78,7 @@ def entries(patterns: Iterable[str] = ()) -> list[Entry]:
         RetrofitError: a pattern matches no name.
 
     Example:
-        >>> from se_retrofit.zoo import entries
+        >>> from tools.zoo import entries
         >>> [entry.name for entry in entries(["torchvision/resnet1*"])]
         ['torchvision/resnet101', 'torchvision/resnet152', 'torchvision/resnet18']
     """

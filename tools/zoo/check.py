@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..attention import SEAttention
-from ..errors import RetrofitError
-from ..plan import Plan
-from ..retrofit import add_se, plan_of, remove_se
-from ..surgery.inputs import from_description
-from ..surgery.planning import record_of
-from ..surgery.record import Record
-from ..surgery.undo import is_retrofitted
+from se_retrofit.attention import SEAttention
+from se_retrofit.errors import RetrofitError
+from se_retrofit.plan import Plan
+from se_retrofit.retrofit import add_se, plan_of, remove_se
+from se_retrofit.surgery.inputs import from_description
+from se_retrofit.surgery.planning import record_of
+from se_retrofit.surgery.record import Record
+from se_retrofit.surgery.undo import is_retrofitted
+
 from .names import Entry
 
 __all__ = ["CONVERTED", "FAILED", "HAS_ATTENTION", "KINDS", "NO_BLOCKS", "Row", "check", "inspect_model"]
@@ -74,7 +75,7 @@ def check(entry: Entry) -> Row:
     classes and keys. Whatever goes wrong, even a bug, is the row's verdict.
 
     Example:
-        >>> from se_retrofit.zoo import check, entries
+        >>> from tools.zoo import check, entries
         >>> row = check(entries(["torchvision/resnet18"])[0])
         >>> row.verdict, row.kinds
         ('converted', {'residual': 8})

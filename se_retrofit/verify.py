@@ -1,4 +1,4 @@
-"""Do two networks compute the same? Run on the same inputs, compared bit for bit."""
+"""Whether two networks compute the same: run on the same inputs, compared bit for bit, on two real photographs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import timm.data
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from .attention import SEAttention
+from .errors import RetrofitError, extra
+from .models import Base
 
-__all__ = ["Comparison", "compare", "redraw_vectors", "se_matters"]
+__all__ = ["PHOTOGRAPHS", "Comparison", "compare", "photographs", "prepared_for", "redraw_vectors", "se_matters"]
+
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+FRAMES = 16  # of the still film that a video network gets: what the smallest of torchvision's were trained on
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def compare(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, tra
 
     Example:
         >>> import torch
-        >>> from se_retrofit.identity import compare
+        >>> from se_retrofit.verify import compare
         >>> net = torch.nn.Linear(4, 2)
         >>> compare(net, net, (torch.randn(3, 4),))
         Comparison(equal=True, values=6, difference=0.0, finite=True)
@@ -75,7 +82,7 @@ def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> C
     Example:
         >>> import torch
         >>> from se_retrofit import SEAttention
-        >>> from se_retrofit.identity import se_matters
+        >>> from se_retrofit.verify import se_matters
         >>> se_matters(SEAttention(8, gate="identity"), (torch.randn(1, 8, 4, 4),)).equal
         False
     """
@@ -114,7 +121,7 @@ def redraw_vectors(model: nn.Module, seed: int = 0) -> None:
 
     Example:
         >>> import torch
-        >>> from se_retrofit.identity import redraw_vectors
+        >>> from se_retrofit.verify import redraw_vectors
         >>> norm = torch.nn.BatchNorm2d(3)
         >>> redraw_vectors(norm)
         >>> bool((norm.running_var != 1).all())
@@ -161,3 +168,68 @@ def _difference(wanted: Tensor, got: Tensor) -> float:
         return 0.0
     scale = wanted.double().abs().max().item()
     return (wanted.double() - got.double()).abs().max().item() / (scale or 1.0)
+
+
+def photographs() -> list[Any]:
+    """The photographs that scikit-learn ships, a temple in China and a flower, 640x427, as PIL images.
+
+    Example:
+        >>> from se_retrofit.verify import photographs
+        >>> [image.size for image in photographs()]
+        [(640, 427), (640, 427)]
+    """
+    from PIL import Image
+
+    with extra("cli"):
+        from sklearn.datasets import load_sample_image
+
+    return [Image.fromarray(load_sample_image(name)) for name in PHOTOGRAPHS]
+
+
+def prepared_for(model: nn.Module, base: Base) -> tuple[Any, ...]:
+    """Both photographs as the positional arguments of ``model``, resized and normalised by its library's own rules.
+
+    Args:
+        model: a network built from ``base``.
+        base: says which library's rules, and for which task: a batch of images, a list of images for detection,
+            films that stand still for video, and the photographs as two frames for optical flow.
+
+    Raises:
+        RetrofitError: the model takes something else than images.
+
+    Example:
+        >>> from se_retrofit.models import Base
+        >>> from se_retrofit.verify import prepared_for
+        >>> base = Base.of("torchvision/resnet18")
+        >>> [x.shape for x in prepared_for(base.build(), base)]
+        [torch.Size([2, 3, 224, 224])]
+    """
+    images = photographs()
+    if base.library == "timm":
+        return (torch.stack([_timm_transform(model)(image) for image in images]),)
+    transform = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()
+    task = type(transform).__name__
+    if task in ("ImageClassification", "SemanticSegmentation"):
+        return (torch.stack([transform(image) for image in images]),)
+    if task == "ObjectDetection":
+        return ([transform(image) for image in images],)
+    tensors = [torchvision.transforms.functional.pil_to_tensor(image) for image in images]
+    if task == "VideoClassification":
+        return (torch.stack([transform(image.expand(FRAMES, -1, -1, -1)) for image in tensors]),)
+    if task == "OpticalFlow":
+        # its networks want sides that are multiples of 8
+        first, second = (image[:, :424].unsqueeze(0) for image in tensors)
+        return tuple(transform(first, second))
+    raise RetrofitError(f"{base} takes inputs of the kind {task}; no photograph can be prepared for that")
+
+
+def _timm_transform(model: nn.Module) -> Any:
+    config = timm.data.resolve_data_config({}, model=model)
+    transform = timm.data.create_transform(**config)
+    channels = config["input_size"][0]
+
+    def apply(image: Any) -> Tensor:
+        pixels = transform(image)
+        return pixels if channels == 3 else pixels.mean(0, keepdim=True).expand(channels, -1, -1)
+
+    return apply

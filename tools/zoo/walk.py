@@ -44,7 +44,7 @@ def walk(
         One row for each entry, in the order in which they end.
 
     Example:
-        >>> from se_retrofit.zoo import entries, walk
+        >>> from tools.zoo import entries, walk
         >>> [row.verdict for row in walk(entries(["torchvision/alexnet"]))]
         ['converted']
     """

@@ -13,7 +13,8 @@ import timm
 import torch
 import torchvision
 
-from ..errors import RetrofitError
+from se_retrofit.errors import RetrofitError
+
 from .check import CONVERTED, FAILED, HAS_ATTENTION, KINDS, NO_BLOCKS, Row
 
 __all__ = ["RowWriter", "family_table", "read_rows", "summary_line", "write_markdown"]
@@ -31,7 +32,7 @@ COLUMNS = (
     "seconds",
 )
 
-BEGIN, END = "<!-- se-retrofit zoo: begin -->", "<!-- se-retrofit zoo: end -->"
+BEGIN, END = "<!-- python -m tools.zoo: begin -->", "<!-- python -m tools.zoo: end -->"
 
 
 # CSV --------------------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def read_rows(path: Path) -> list[Row]:
     whole = text[: text.rfind("\n") + 1]  # a walk that was killed may have left half a line at the end
     reader = csv.DictReader(io.StringIO(whole))
     if tuple(reader.fieldnames or ()) not in ((), COLUMNS):
-        raise RetrofitError(f"{path} was not written by se-retrofit zoo (of this version): its columns are others")
+        raise RetrofitError(f"{path} was not written by python -m tools.zoo (of this version): its columns are others")
     try:
         return [_row(cells) for cells in reader]
     except (TypeError, ValueError, KeyError) as error:

@@ -43,7 +43,7 @@ class SmallResNet(nn.Module):
 
     Example:
         >>> import torch
-        >>> from se_retrofit.demo import SmallResNet
+        >>> from se_retrofit.cli.demo_network import SmallResNet
         >>> SmallResNet()(torch.randn(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
@@ -81,7 +81,7 @@ def load_digits() -> Digits:
     """The 1797 handwritten digits that scikit-learn ships: 1198 to train on, 599 to validate on, always the same.
 
     Example:
-        >>> from se_retrofit.demo import load_digits
+        >>> from se_retrofit.cli.demo_network import load_digits
         >>> load_digits().val_images.shape
         torch.Size([599, 1, 8, 8])
     """

@@ -1,0 +1,14 @@
+"""Retrofitted networks on disk: the weights as safetensors, and a recipe that says how to build the network again.
+
+A folder that ``save_retrofitted`` writes holds two files and no pickle::
+
+    weights.safetensors   every entry of the state dict; tied tensors once
+    recipe.json           format, base (library, name, arguments), add_se options, plan, tied names, versions
+
+``save_se`` writes one file, the SE modules alone: a few percent of the network, to be put on the same base again.
+"""
+
+from .modules import load_se, save_se
+from .networks import load_retrofitted, save_retrofitted
+
+__all__ = ["load_retrofitted", "load_se", "save_retrofitted", "save_se"]

@@ -1,0 +1,97 @@
+"""Where a network comes from: found from the network itself, or checked against what the caller says."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RetrofitError
+from ..models import Base
+from ..plan import Site
+from ..retrofit import has_se, plan_of
+from .rebuild import belongs_to
+from .tensors import tensors_of
+
+__all__ = ["base_of", "check_base"]
+
+
+def base_of(
+    model: nn.Module, state: dict[str, Tensor] | None = None, sites: tuple[Site, ...] | None = None
+) -> tuple[Base | None, str]:
+    """Where a network comes from, as far as it tells itself, and if it doesn't, why not.
+
+    timm's networks carry their architecture's name. That a rebuilt one has the same layers is checked, because
+    arguments such as ``output_stride`` leave no trace in the name.
+    """
+    state = tensors_of(model) if state is None else state
+    if sites is None:
+        sites = plan_of(model).sites if has_se(model) else ()
+    config = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, dict) else None
+    if not name or not isinstance(config, dict):
+        return None, f"{type(model).__module__}.{type(model).__qualname__} does not tell the name that it was built by"
+    if config.get("tag"):  # the tag brings the mean, std and size that the weights were trained with
+        name = f"{name}.{config['tag']}"
+    kwargs: dict[str, Any] = {}
+    if isinstance(getattr(model, "num_classes", None), int):
+        kwargs["num_classes"] = model.num_classes
+    first = config.get("first_conv")
+    weight = state.get(f"{first}.weight") if isinstance(first, str) else None
+    if weight is not None and weight.dim() > 1 and weight.shape[1] != config.get("input_size", (3,))[0]:
+        kwargs["in_chans"] = weight.shape[1]
+    base = Base("timm", name, kwargs)
+    problem = _difference(base, model, state, sites)
+    if problem:
+        return None, f"timm's {name} with {kwargs} is another network than the one that was saved: {problem}"
+    return base, ""
+
+
+def check_base(model: nn.Module, base: Base, state: dict[str, Tensor] | None = None) -> None:
+    """Raise unless ``base`` builds ``model`` without its SE."""
+    if not isinstance(base, Base):
+        raise TypeError(f"base must be a name such as 'timm/resnet18', or a Base, got {base!r}")
+    sites = plan_of(model).sites if has_se(model) else ()
+    problem = _difference(base, model, tensors_of(model) if state is None else state, sites)
+    if problem:
+        raise RetrofitError(f"base={base!r} does not build the network that is to be saved: {problem}")
+
+
+def _difference(base: Base, model: nn.Module, state: dict[str, Tensor], sites: tuple[Site, ...]) -> str:
+    """What sets the network that ``base`` builds apart from ``model`` without its SE; empty where nothing does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            try:
+                with torch.device("meta"):  # costs neither time nor memory
+                    other = base.build()
+            except RuntimeError:  # a network whose constructor computes with tensors
+                other = base.build()
+        except Exception as error:
+            return f"it can't be built: {error}"
+    ours = {k: tuple(v.shape) for k, v in state.items() if not belongs_to(k, sites)}
+    theirs = {k: tuple(v.shape) for k, v in other.state_dict().items()}
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
+            return (
+                f"{key} has the shape {ours.get(key, 'none')} in the network and {theirs.get(key, 'none')} in the base"
+            )
+    own, rebuilt = _layers(model, sites), _layers(other, ())
+    for path in [*own, *rebuilt]:
+        if own.get(path) != rebuilt.get(path):
+            return f"{path} is {own.get(path, 'none')} in the network and {rebuilt.get(path, 'none')} in the base"
+    return ""
+
+
+def _layers(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, str]:
+    """Each layer (module without children) as text. Dropout is left out: its rate is no part of the saved network."""
+    return {
+        path: f"{type(module).__name__}({module.extra_repr()})"
+        for path, module in model.named_modules()
+        if not any(module.children())
+        and not isinstance(module, nn.Identity)
+        and not type(module).__name__.startswith(("Drop", "StochasticDepth"))
+        and not belongs_to(path, sites)
+    }

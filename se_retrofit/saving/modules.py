@@ -1,0 +1,123 @@
+"""The SE modules alone on disk: one file, a few percent of the network, to be put on the same base again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from ..errors import RetrofitError
+from ..retrofit import has_se, plan_of
+from .atomic import replaced_file
+from .rebuild import belongs_to, check_plan, options_again, retrofit_again
+from .recipe import FORMAT, check_fields
+from .tensors import check_keys, read_weights, retype, tensors_of, untied, write_tensors
+
+__all__ = ["load_se", "save_se"]
+
+
+def save_se(model: nn.Module, file: str | Path) -> Path:
+    """Save the SE modules alone, to put them on the same base network again with ``load_se``.
+
+    Everything else (a new head, batch-norm statistics) is left out: for a network of which more than the SE modules was
+    trained, use ``save_retrofitted``.
+
+    Args:
+        model: a network that ``add_se`` made.
+        file: the file to write, ``.safetensors``.
+
+    Returns:
+        The file.
+
+    Raises:
+        RetrofitError: the model has no SE modules, or the file can't be written.
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from se_retrofit import add_se, load_se, save_se
+        >>> base = timm.create_model("resnet10t")
+        >>> file = save_se(add_se(base), tempfile.mkdtemp() + "/se.safetensors")
+        >>> model = load_se(base, file)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+    if not has_se(model):
+        raise RetrofitError(f"this {type(model).__name__} has no SE modules to save; retrofit it first: add_se(model)")
+    plan = plan_of(model)
+    state = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan.sites)}
+    stored, tied = untied(state)
+    header = {"format": FORMAT, "add_se": dict(plan.options), "sites": plan.to_dict()["sites"], "tied": tied}
+    header["inputs"] = plan.inputs
+    with replaced_file(Path(file)) as fresh:
+        write_tensors(stored, fresh, {"se_retrofit": json.dumps(header)})
+    return Path(file)
+
+
+def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
+    """Put saved SE modules on a network: on a bare one by the same surgery, on a retrofitted one in place of its own.
+
+    Args:
+        model: the base network that the SE modules were trained on, bare or retrofitted with the same options.
+        file: what ``save_se`` wrote.
+        example_inputs: for ``add_se``, in the place of inputs of the shapes that the network was retrofitted with.
+        inplace: change ``model`` itself instead of a copy.
+
+    Returns:
+        The retrofitted network.
+
+    Raises:
+        RetrofitError: the file is missing, cut short or of a newer format, or its SE modules don't fit this network,
+            which is then unchanged.
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from se_retrofit import add_se, load_se, plan_of, save_se
+        >>> base = timm.create_model("resnet10t")
+        >>> model = load_se(base, save_se(add_se(base, reduction=4), tempfile.mkdtemp() + "/se.safetensors"))
+        >>> plan_of(model).options["reduction"]
+        4
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+    file = Path(file)
+    state = read_weights(file)
+    header = _read_se_header(file)
+    for alias, kept in header["tied"].items():
+        state[alias] = state[kept]
+    if has_se(model):
+        check_plan(plan_of(model).sites, header["sites"], str(file))
+        own = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan_of(model).sites)}
+        check_keys(own, state, str(file))
+        result = model if inplace else copy.deepcopy(model)
+    else:
+        # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
+        options = options_again(header["add_se"], header["inputs"], example_inputs, file)
+        retrofitted = retrofit_again(model, options, header["sites"], str(file), inplace=False)
+        own = {k: v for k, v in tensors_of(retrofitted).items() if belongs_to(k, plan_of(retrofitted).sites)}
+        check_keys(own, state, str(file))
+        result = retrofitted
+        if inplace:
+            result = retrofit_again(model, options, header["sites"], str(file), inplace=True)
+    retype(result, state)
+    result.load_state_dict(state, strict=False)
+    return result
+
+
+def _read_se_header(file: Path) -> dict[str, Any]:
+    with safe_open(file, "pt") as handle:
+        text = (handle.metadata() or {}).get("se_retrofit")
+    if text is None:
+        raise RetrofitError(f"{file} holds no SE modules by save_se; a whole network is loaded by load_retrofitted")
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RetrofitError(f"{file} has a broken header: {error}") from error
+    fields = {"format": (int,), "add_se": (dict,), "sites": (list,), "tied": (dict,), "inputs": (dict, type(None))}
+    check_fields(header, fields, file)
+    return dict(header)

@@ -1,0 +1,165 @@
+"""A whole network on disk: a folder with its weights and the recipe to build it again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import RetrofitError
+from ..models import Base
+from ..retrofit import has_se, plan_of
+from .atomic import replaced_directory, settled
+from .base import base_of, check_base
+from .rebuild import options_again, retrofit_again
+from .recipe import FORMAT, RECIPE, WEIGHTS, read_recipe, version_of
+from .tensors import load_strictly, read_weights, tensors_of, untied, write_tensors
+
+__all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
+
+
+def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
+    """Save a retrofitted network: its weights, and the recipe to build it.
+
+    An existing folder of this kind is replaced, in one step: whoever reads it finds the old network or the new one.
+
+    Args:
+        model: a network that ``add_se`` made.
+        directory: the folder to write; its parents are made.
+        base: where the network came from before the retrofit: a name such as ``"torchvision/resnet18"``, or with
+            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. Found from the model itself where it is timm's. Where
+            it is not known, loading asks for the bare network.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RetrofitError: the model has no SE modules; ``base`` builds another network; the folder holds other files or
+            can't be written.
+        TypeError: ``model`` is not an nn.Module, or ``base`` neither a name nor a ``Base``.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from se_retrofit import add_se, load_retrofitted, save_retrofitted
+        >>> model = add_se(timm.create_model("resnet10t", num_classes=10))
+        >>> folder = save_retrofitted(model, tempfile.mkdtemp())
+        >>> sorted(file.name for file in folder.iterdir())
+        ['recipe.json', 'weights.safetensors']
+        >>> type(load_retrofitted(folder)).__name__
+        'ResNet'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+    if not has_se(model):
+        raise RetrofitError(
+            f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "
+            "add_se returns the retrofitted network: model = add_se(model)"
+        )
+    with replaced_directory(Path(directory), (WEIGHTS, RECIPE)) as fresh:
+        write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
+    return Path(directory)
+
+
+def load_retrofitted(
+    directory: str | Path, *, base: nn.Module | Base | str | None = None, example_inputs: Any = None
+) -> nn.Module:
+    """Build the network that ``save_retrofitted`` saved: the base, the same surgery, the weights.
+
+    Args:
+        directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
+        base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its weights don't
+            matter, all of them are replaced.
+        example_inputs: for ``add_se``, in the place of inputs of the shapes that the network was retrofitted with.
+
+    Returns:
+        The network, on the CPU (or where ``base`` is), in eval mode.
+
+    Raises:
+        RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; it was written by
+            a newer format; the base is not known; the retrofit no longer gives the plan that was saved; the
+            weights don't fit.
+
+    Example:
+        >>> import tempfile, timm, torch
+        >>> from se_retrofit import add_se, load_retrofitted, save_retrofitted
+        >>> model = add_se(timm.create_model("resnet10t", num_classes=10)).eval()
+        >>> again = load_retrofitted(save_retrofitted(model, tempfile.mkdtemp()))
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.equal(model(x), again(x))
+        True
+    """
+    folder = settled(Path(directory))
+    recipe = read_recipe(folder)
+    state = read_weights(folder / WEIGHTS)
+    for alias, kept in recipe["tied"].items():
+        if kept not in state:
+            raise RetrofitError(f"{folder / RECIPE}: {alias} is tied to {kept}, which {WEIGHTS} does not hold")
+        state[alias] = state[kept]
+    model = _bare(recipe, Base.of(base) if isinstance(base, str) else base, folder)
+    if recipe["plan"] is not None:
+        options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
+        model = retrofit_again(model, options, recipe["plan"]["sites"], str(folder), inplace=True)
+    load_strictly(model, state, str(folder / WEIGHTS))
+    return model.eval()
+
+
+def write_network(
+    model: nn.Module,
+    folder: Path,
+    *,
+    base: Base | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write weights and recipe of a network, retrofitted or not, into an existing folder.
+
+    ``state`` is the state dict, where the model's own is spread over processes.
+    """
+    state = tensors_of(model) if state is None else state
+    plan = plan_of(model) if has_se(model) else None
+    sites = plan.sites if plan else ()
+    if base is not None:
+        check_base(model, base, state)
+        note = ""
+    else:
+        base, note = base_of(model, state, sites)
+    stored, tied = untied(state)
+    recipe = {
+        "format": FORMAT,
+        "base": None if base is None else {"library": base.library, "name": base.name, "kwargs": base.kwargs},
+        "base_note": note,
+        "add_se": None if plan is None else dict(plan.options),
+        "plan": None if plan is None else {k: v for k, v in plan.to_dict().items() if k != "options"},
+        "tied": tied,
+        "versions": {name: version_of(name) for name in ("se-retrofit", "torch", "torchvision", "timm")},
+    }
+    try:
+        text = json.dumps(recipe, indent=2)
+    except TypeError as error:
+        raise RetrofitError(
+            f"the recipe can't be written as JSON: {error}; the arguments of base and add_se must be plain data"
+        ) from error
+    write_tensors(stored, folder / WEIGHTS, {"format": "pt"})
+    (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+
+
+def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module:
+    """The base network, anew."""
+    if isinstance(base, nn.Module):
+        return copy.deepcopy(base)
+    if base is None:
+        if recipe["base"] is None:
+            reason = f" ({recipe['base_note']})" if recipe["base_note"] else ""
+            raise RetrofitError(
+                f"{folder} does not say how to build its base network{reason}; "
+                "give the bare one: load_retrofitted(directory, base=model)"
+            )
+        base = Base(**recipe["base"])
+    if not isinstance(base, Base):
+        raise TypeError(f"base must be a network, a name or a Base, got {base!r} of type {type(base).__name__}")
+    try:
+        return base.build()
+    except Exception as error:
+        raise RetrofitError(f"the base network of {folder}, {base!r}, can't be built: {error}") from error

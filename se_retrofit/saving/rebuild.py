@@ -1,0 +1,75 @@
+"""Repeat the surgery that a file tells of, and check that it gives the plan that was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RetrofitError
+from ..plan import Plan, Site
+from ..retrofit import add_se, plan_of
+from ..surgery.inputs import from_description
+
+__all__ = ["belongs_to", "check_plan", "options_again", "retrofit_again"]
+
+
+def options_again(saved: dict[str, Any], inputs: Any, example_inputs: Any, where: Path) -> dict[str, Any]:
+    """The arguments of ``add_se``, with inputs of the shapes that were saved unless others are given."""
+    if example_inputs is None and inputs is not None:
+        try:
+            example_inputs = from_description(inputs)
+        except ValueError as error:
+            raise RetrofitError(f"{where}: the inputs can't be made again: {error}; or give example_inputs") from error
+    return {**saved, "example_inputs": example_inputs}
+
+
+def retrofit_again(
+    model: nn.Module, options: dict[str, Any], sites: list[Any], where: str, *, inplace: bool
+) -> nn.Module:
+    try:
+        retrofitted = add_se(model, **options, inplace=inplace)
+    except (RetrofitError, TypeError) as error:
+        raise RetrofitError(f"the retrofit of {where} can't be made again on this base: {error}") from error
+    _leave_factors(retrofitted, options, sites)
+    check_plan(plan_of(retrofitted).sites, sites, where)
+    return retrofitted
+
+
+def _leave_factors(model: nn.Module, options: dict[str, Any], sites: list[Any]) -> None:
+    """Where a fold has left constant factors, put such in the place of SE."""
+    saved = {site["path"] for site in sites if isinstance(site, dict) and site.get("hidden") == 0 and "path" in site}
+    if options.get("gate") != "static" and saved:
+        from ..folding.fold import put_factor  # imported when it is used
+
+        for site in plan_of(model).sites:
+            if site.path in saved:
+                put_factor(model, site.path, torch.ones(site.channels))
+
+
+def check_plan(sites: tuple[Site, ...], saved: list[Any], where: str) -> None:
+    """Raise unless the sites are those that were saved, in every respect that the weights or the function depend on."""
+
+    def essence(site: Any) -> tuple[Any, ...]:
+        try:
+            return tuple(site[k] for k in ("path", "after", "channels", "hidden", "channel_dim"))
+        except (TypeError, KeyError) as error:
+            raise RetrofitError(f"{where}: a site of the plan is broken: {site!r}") from error
+
+    then = [essence(site) for site in saved]
+    now = [essence(site) for site in Plan(sites, ()).to_dict()["sites"]]
+    lost = [s for s in then if s not in now]
+    new = [s for s in now if s not in then]
+    if lost or new:
+        raise RetrofitError(
+            f"the plan of {where} no longer fits: {len(lost)} of its {len(then)} SE modules have no place here"
+            + (f", first {lost[0]}" if lost else "")
+            + (f"; {len(new)} places are new, first {new[0]}" if new else "")
+            + "; is this the same base, and the version that it was saved with?"
+        )
+
+
+def belongs_to(key: str, sites: tuple[Site, ...]) -> bool:
+    return any(key == site.path or key.startswith(f"{site.path}.") for site in sites)

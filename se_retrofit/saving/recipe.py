@@ -1,0 +1,96 @@
+"""What a recipe holds, and reading one: every field is checked."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ..errors import RetrofitError
+
+__all__ = ["FORMAT", "RECIPE", "RECIPE_FIELDS", "WEIGHTS", "check_fields", "read_json", "read_recipe", "version_of"]
+
+FORMAT = 2
+WEIGHTS = "weights.safetensors"
+RECIPE = "recipe.json"
+
+RECIPE_FIELDS: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "base": (dict, type(None)),
+    "base_note": (str,),
+    "add_se": (dict, type(None)),
+    "plan": (dict, type(None)),
+    "tied": (dict,),
+    "versions": (dict,),
+}
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe of a folder, checked field by field.
+
+    Raises:
+        RetrofitError: it is missing, no JSON, of a newer format, or has missing, unknown or ill-typed fields.
+    """
+    if not folder.is_dir():
+        raise RetrofitError(f"no folder {folder}; give the folder that save_retrofitted or a fine-tune wrote")
+    recipe = read_json(folder / RECIPE)
+    check_fields(recipe, RECIPE_FIELDS, folder / RECIPE)
+    if recipe["base"] is not None:
+        check_fields(recipe["base"], {"library": (str,), "name": (str,), "kwargs": (dict,)}, f"{folder / RECIPE}: base")
+    if (recipe["plan"] is None) != (recipe["add_se"] is None):
+        raise RetrofitError(f"{folder / RECIPE}: add_se and plan must both be given or both be null")
+    if recipe["plan"] is not None:
+        check_fields(
+            recipe["plan"],
+            {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))},
+            f"{folder / RECIPE}: plan",
+        )
+    if not all(isinstance(v, str) for v in recipe["tied"].values()):
+        raise RetrofitError(f"{folder / RECIPE}: tied must map names to names")
+    return recipe
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or a ``RetrofitError`` that says what is wrong with it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RetrofitError(
+            f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RetrofitError(f"{path} can't be read, it may be cut short: {error}") from error
+
+
+def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, newest: int = FORMAT) -> None:
+    """Raise unless ``data`` is a mapping with exactly these fields, of these types, and of a format that we know."""
+    if not isinstance(data, dict):
+        raise RetrofitError(f"{where} must hold a mapping, got {type(data).__name__}")
+    if "format" in fields:
+        # Before anything else: a newer format may well have other fields.
+        version = data.get("format")
+        if isinstance(version, int) and version > newest:
+            raise RetrofitError(
+                f"{where} is of format {version}, newer than this se-retrofit {version_of('se-retrofit')} reads "
+                f"(up to {newest}); upgrade: pip install -U se-retrofit"
+            )
+        if type(version) is int and version < newest:
+            raise RetrofitError(
+                f"{where} is of format {version}, which se-retrofit {version_of('se-retrofit')} no longer reads (it reads "
+                f"{newest}); load it with the version that wrote it, and save its state dict"
+            )
+    missing, unknown = sorted(fields.keys() - data.keys()), sorted(data.keys() - fields.keys())
+    if missing or unknown:
+        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+        raise RetrofitError(f"{where} has not the fields of format {newest}; {'; '.join(parts)}")
+    for name, types in fields.items():
+        if not isinstance(data[name], types) or (isinstance(data[name], bool) and bool not in types):
+            raise RetrofitError(f"{where}: {name} is of type {type(data[name]).__name__}, expected {types[0].__name__}")
+
+
+def version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown"  # run from a checkout that is not installed

@@ -1,0 +1,5 @@
+from se_retrofit.cli.app import run
+
+from .command import app
+
+run(app)
