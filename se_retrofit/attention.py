@@ -158,6 +158,8 @@ class SEAttention(nn.Module):
         Args:
             generator: of the CPU, whatever device the weights are on; None for torch's own.
         """
+        if next(self.parameters()).is_meta:
+            return  # no values to draw, and torch takes long to draw none
         if self.factor is not None:
             init.ones_(self.factor)
             return

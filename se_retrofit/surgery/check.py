@@ -68,8 +68,13 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], 
             result.difference = min(call.end, len(before.ops) - 1)
             return result
     result.called = set(scaled)
+    users: dict[Op, list[Op]] = {}
+    for op in after.ops:
+        for source in dict.fromkeys(after.edges[op.index]):
+            users.setdefault(source, []).append(op)
+    returned = {output for call in after.calls for output in call.outputs}
     for path, places in expected.items():
-        problem = _problem(places, scaled.get(path, []), same, after)
+        problem = _problem(places, scaled.get(path, []), same, users, returned)
         if problem is not None:
             result.wrong[path] = problem
     return result
@@ -102,8 +107,10 @@ def _like(op: Op, places: list[Place], calls: set[Call]) -> bool:
     return any(kind == (p.op.name, p.op.path, p.op.call.path, p.op.channel_dim, p.op.channels) for p in places)
 
 
-def _problem(places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op], after: Record) -> str | None:
-    """What is wrong about the calls of one SE module."""
+def _problem(
+    places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op], users: dict[Op, list[Op]], returned: set[Op]
+) -> str | None:
+    """What is wrong about the calls of one SE module, by who takes each value and which are returned."""
     if not scaled:
         return "its SE would not be called" if places else None
     wanted = {place.op: place for place in places}
@@ -119,14 +126,13 @@ def _problem(places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op
                 if several
                 else "the value that SE should recalibrate is not the result of one expression"
             )
-        users = [u for u in after.ops if se in after.edges[u.index]]
         if place.users is not None:
-            if {same[u] for u in users} != set(place.users):
+            if {same[u] for u in users.get(se, [])} != set(place.users):
                 return "the operand that SE should recalibrate can't be told from the others"
             continue
-        if any(given in after.edges[u.index] for u in after.ops[se.index + 1 :]):
+        if any(user.index > se.index for user in users.get(given, [])):
             return "a part of its code would go on with the value that SE has not scaled"
-        if not users and not any(se in call.outputs for call in after.calls):
+        if se not in users and se not in returned:
             return "the value that SE should recalibrate is changed in place, under a name that can't be told"
     if wanted:
         return "the value is made by other code in another call"

@@ -8,8 +8,10 @@ weak references to a module of the model point to its copy.
 from __future__ import annotations
 
 import copy
+import copyreg
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -51,19 +53,24 @@ class _Converted(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is Tensor.__deepcopy__:
             tensor, memo = args
-            if id(tensor) not in memo:
-                with torch._C.DisableTorchFunction():
-                    new: Tensor = self.convert(tensor)
-                    if isinstance(tensor, nn.Parameter):
-                        new = nn.Parameter(new, tensor.requires_grad)
-                    elif tensor.requires_grad and (new.is_floating_point() or new.is_complex()):
-                        new.requires_grad_()
-                memo[id(tensor)] = new
-            return memo[id(tensor)]
+            if id(tensor) in memo:
+                return memo[id(tensor)]
+            with torch._C.DisableTorchFunction():
+                return _converted(tensor, memo, self.convert)
         if func is Tensor.clone:  # a Parameter's own __deepcopy__ clones its data
             with torch._C.DisableTorchFunction():
                 return self.convert(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _converted(tensor: Tensor, memo: dict[int, Any], convert: Convert) -> Tensor:
+    new = convert(tensor)
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, tensor.requires_grad)
+    elif tensor.requires_grad and (new.is_floating_point() or new.is_complex()):
+        new.requires_grad_()
+    memo[id(tensor)] = new
+    return new
 
 
 def copied(value: T, convert: Convert | None = None, *, independent: bool = False) -> T:
@@ -85,17 +92,24 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
             )
     if convert is None:
         with untouched_randomness():  # a __deepcopy__ may build anew, and so draw weights
-            return _copied(value, independent)
+            return _copied(value, None, independent)
     with torch.utils._python_dispatch._disable_current_modes(), _Converted(convert):
-        return _copied(value, independent)
+        return _copied(value, convert, independent)
 
 
-def _copied(value: T, independent: bool) -> T:
+def _copied(value: T, convert: Convert | None, independent: bool) -> T:
     modules = list(value.modules()) if isinstance(value, nn.Module) else []
-    forced = [m for m in modules if _answers_anything(m) or (independent and _copies_itself(m))]
+    if (
+        modules
+        and all(map(_is_plain, {type(m) for m in modules}))
+        and not any("__deepcopy__" in vars(m) for m in modules)
+    ):
+        forced = modules
+    else:
+        forced = [m for m in modules if _answers_anything(m) or (independent and _copies_itself(m))]
     given = {id(m): type(m).__new__(type(m)) for m in forced}  # what the copy is to hold in the place of an object
     try:
-        result, memo = _deep_copy(value, modules, given, independent, forced)
+        result, memo = _deep_copy(value, modules, given, convert, independent, forced)
     except Exception as error:
         if not independent:
             raise RetrofitError(
@@ -103,12 +117,12 @@ def _copied(value: T, independent: bool) -> T:
                 "Retrofit it in place: add_se(model, ..., inplace=True)"
             ) from error
         given.update(_what_cannot_be_copied(modules))
-        result, memo = _deep_copy(value, modules, given, independent, forced)
+        result, memo = _deep_copy(value, modules, given, convert, independent, forced)
     shared = _shared(modules, result)
     if shared:
         forced += shared
         given.update({id(module): type(module).__new__(type(module)) for module in shared})
-        result, memo = _deep_copy(value, modules, given, independent, forced)
+        result, memo = _deep_copy(value, modules, given, convert, independent, forced)
     _point_weak_references(modules, memo)
     if not independent:
         _point_functions(modules, memo)
@@ -116,18 +130,67 @@ def _copied(value: T, independent: bool) -> T:
 
 
 def _deep_copy(
-    value: T, modules: list[nn.Module], given: dict[int, Any], independent: bool, forced: list[nn.Module]
-) -> tuple[T, dict[int, Any]]:
+    value: T, modules: list[nn.Module], given: dict[int, Any], convert: Convert | None, independent: bool,
+    forced: list[nn.Module],
+) -> tuple[T, dict[int, Any]]:  # fmt: skip
     memo = dict(given)
     functions = _with_empty_cells(modules, memo) if independent else []
     result = copy.deepcopy(value, memo)
-    for module in forced:  # copied by us, whatever its class says
-        vars(memo[id(module)]).clear()
-        vars(memo[id(module)]).update({k: copy.deepcopy(v, memo) for k, v in vars(module).items()})
+    for module in reversed(forced):  # copied by us, whatever its class says; children before their parents
+        new = memo[id(module)]
+        vars(new).clear()
+        state = {k: _copy_of(v, memo, convert) for k, v in vars(module).items()}
+        if forced is modules:
+            new.__setstate__(state)
+        else:
+            vars(new).update(state)
     for original, new in functions:
         for before, after in zip(original.__closure__, new.__closure__, strict=True):
             after.cell_contents = _copied_or_shared(before, memo)
     return result, memo
+
+
+_ATOMS = (int, float, bool, str, type(None))
+
+
+def _copy_of(value: Any, memo: dict[int, Any], convert: Convert | None) -> Any:
+    """``copy.deepcopy`` of what stands on a module, with short ways for what nearly all that is: a module has a dozen
+    containers of hooks, as a rule empty, and ``copy.deepcopy`` takes each apart."""
+    cls = type(value)
+    if cls in _ATOMS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if cls is dict:
+        new: Any = {}
+        memo[id(value)] = new
+        for key, item in value.items():
+            new[_copy_of(key, memo, convert)] = _copy_of(item, memo, convert)
+        return new
+    if cls in (OrderedDict, set) and not value:
+        new = memo[id(value)] = cls()
+        return new
+    if convert is not None and cls in (Tensor, nn.Parameter):
+        with torch._C.DisableTorchFunction():
+            return _converted(value, memo, convert)
+    return copy.deepcopy(value, memo)
+
+
+def _is_plain(cls: type) -> bool:
+    """Whether ``copy.deepcopy`` makes a bare instance of a class of modules and copies what stands on it."""
+    own: Any = cls
+    return (
+        cls not in copyreg.dispatch_table
+        and own.__new__ is object.__new__
+        and own.__reduce_ex__ is object.__reduce_ex__
+        and own.__reduce__ is object.__reduce__
+        and own.__getstate__ is nn.Module.__getstate__
+        and own.__setstate__.__module__.startswith("torch.nn.")
+        and own.__getattr__ is nn.Module.__getattr__
+        and own.__getattribute__ is object.__getattribute__
+        and not any(hasattr(cls, name) for name in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
+        and not copyreg._slotnames(cls)  # type: ignore[attr-defined]
+    )
 
 
 def _shared(modules: list[nn.Module], result: Any) -> list[nn.Module]:

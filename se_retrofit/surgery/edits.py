@@ -107,7 +107,7 @@ def _statements(source: Source, node: ast.AST, op: Op) -> Iterator[tuple[str, as
         yield "after", node, source.text(node.target)
         return
     yield "wrap", node, ""
-    statement = next((s for s in ast.walk(source.tree) if isinstance(s, ast.Expr) and s.value is node), None)
+    statement = next((s for s in source.nodes if isinstance(s, ast.Expr) and s.value is node), None)
     if statement is not None and op.inplace and isinstance(node, ast.Call):  # F.relu_(x), whose result nobody takes
         arguments = [*node.args[:1], *([node.func.value] if isinstance(node.func, ast.Attribute) else [])]
         for target in arguments:
@@ -187,7 +187,7 @@ def _as_returned(path: str, module: nn.Module) -> Iterator[Edit | SpliceError]:
     if method is not None and method.self_name is not None:
         try:
             source = source_of(method.function)
-            returns = [r for r in _own_nodes(source.tree) if isinstance(r, ast.Return) and r.value is not None]
+            returns = [r for r in source.own_nodes if isinstance(r, ast.Return) and r.value is not None]
             if len(returns) == 1:
                 span = span_of(returns[0].value)
                 span = (span[0] - source.first, span[1] - source.first, span[2], span[3])
@@ -195,14 +195,6 @@ def _as_returned(path: str, module: nn.Module) -> Iterator[Edit | SpliceError]:
         except SpliceError:
             pass
     yield Edit(path, "return")
-
-
-def _own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a function without those of the functions in it."""
-    for node in ast.iter_child_nodes(tree):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
-            yield node
-            yield from _own_nodes(node)
 
 
 def _in_graph(call: Call, op: Op, users: frozenset[Op] | None) -> Edit | SpliceError:

@@ -91,13 +91,16 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device, nn.Module)
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device, nn.Module, type)
+_HOLDS_NOTHING = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size))
 
 
 def _collect(value: Any, found: list[Tensor], depth: int) -> None:
+    if type(value) in _HOLDS_NOTHING:  # nearly all arguments are either
+        return
     if isinstance(value, Tensor):
         found.append(value)
-    elif isinstance(value, (*_PLAIN, type)) or depth > 6:
+    elif isinstance(value, _PLAIN) or depth > 6:
         return
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:

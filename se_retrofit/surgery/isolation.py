@@ -8,6 +8,7 @@ that no generator has to be set back behind the back of another thread.
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import sys
 import threading
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .methods import unwrapped
 
-__all__ = ["PrivateRandomness", "isolated", "untouched_randomness"]
+__all__ = ["PrivateRandomness", "isolated", "untouched_randomness", "without_collections"]
 
 
 @contextmanager
@@ -39,6 +40,19 @@ def isolated(model: nn.Module) -> Iterator[Callable[[], None]]:
             yield saved.restore
     finally:
         saved.restore()
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Put off the collection of cyclic garbage. A record is made of some hundred thousand small objects that all stay; to look
+    through them again and again, and through all of torch, took a third of the surgery's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

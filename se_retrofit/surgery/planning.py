@@ -17,11 +17,13 @@ from .check import Comparison, compare
 from .copying import copied, on_cpu, on_meta
 from .edits import Edit, apply_edits, named, ways
 from .inputs import Inputs, candidate_inputs, given_inputs
-from .isolation import isolated
+from .isolation import isolated, without_collections
+from .meta import MetaOperations
 from .methods import forget_methods
 from .operations import read
 from .placement import Place, find_places
-from .record import NeedsValues, Record, record
+from .record import Record
+from .recording import NeedsValues, record
 from .splice import SpliceError
 from .undo import strip
 
@@ -73,7 +75,7 @@ def plan_surgery(model: nn.Module, placement: str, example_inputs: Any, choose: 
         RetrofitError: the model can't be copied, or run on the inputs.
     """
     forget_methods()
-    with isolated(model) as clean, _disable_current_modes():
+    with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = _Runs.find(model, example_inputs, clean)
         found = find_places(read(runs.evaluation), placement)
         skipped = dict(found.skipped)
@@ -89,7 +91,7 @@ def record_of(model: nn.Module, inputs: Inputs | None = None, *, without_se: boo
     Raises:
         RetrofitError: the model can't be copied, or run on the inputs.
     """
-    with isolated(model) as clean, _disable_current_modes():
+    with isolated(model) as clean, _disable_current_modes(), without_collections():
         if without_se:
             model = copied(model, on_meta if inputs is not None and inputs.is_meta else on_cpu, independent=True)
             strip(model)
@@ -109,6 +111,7 @@ class _Runs:
     clean: Callable[[], None]
     evaluation: Record
     training: Record | None = None
+    on_meta: MetaOperations = field(default_factory=MetaOperations)
 
     @classmethod
     def find(
@@ -151,9 +154,10 @@ class _Runs:
         evaluation_only: bool,
     ) -> _Runs:  # fmt: skip
         clean()
-        runs = cls(model, given, convert, clean, _evaluated(copy, inputs))
+        on_meta = MetaOperations()
+        runs = cls(model, given, convert, clean, _evaluated(copy, inputs, on_meta), on_meta=on_meta)
         if not evaluation_only and runs.evaluation.broke_off is None:
-            training = _trained(copy, inputs)
+            training = _trained(copy, inputs, on_meta)
             if training.broke_off is None:  # on these inputs it may not: a detector wants targets
                 runs.training = training
         return runs
@@ -164,17 +168,18 @@ class _Runs:
         prepare(copy)
         self.clean()
         inputs = self.evaluation.inputs
-        return _evaluated(copy, inputs), None if self.training is None else _trained(copy, inputs)
+        evaluation = _evaluated(copy, inputs, self.on_meta)
+        return evaluation, None if self.training is None else _trained(copy, inputs, self.on_meta)
 
 
-def _evaluated(copy: nn.Module, inputs: Inputs) -> Record:
+def _evaluated(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations) -> Record:
     with torch.no_grad():
-        return record(copy.eval(), inputs)
+        return record(copy.eval(), inputs, on_meta)
 
 
-def _trained(copy: nn.Module, inputs: Inputs) -> Record:
+def _trained(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations) -> Record:
     with torch.enable_grad():
-        return record(copy.train(), inputs)
+        return record(copy.train(), inputs, on_meta)
 
 
 # Finding edits that are right -----------------------------------------------------------------------------------------

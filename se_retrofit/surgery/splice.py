@@ -62,6 +62,16 @@ class Source:
     first: int
     tree: ast.FunctionDef | ast.AsyncFunctionDef
 
+    @functools.cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """All nodes of the tree, the outer ones first."""
+        return tuple(ast.walk(self.tree))
+
+    @functools.cached_property
+    def own_nodes(self) -> tuple[ast.AST, ...]:
+        """The same without those of functions and classes in the function."""
+        return tuple(_own_nodes(self.tree))
+
     def text(self, node: ast.AST) -> str:
         a, b, c, d = span_of(node)
         lines = [line.encode() for line in self.lines[a - self.first : b - self.first + 1]]
@@ -72,6 +82,13 @@ class Source:
     @property
     def digest(self) -> str:
         return hashlib.sha256("".join(self.lines).encode()).hexdigest()[:16]
+
+
+def _own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            yield node
+            yield from _own_nodes(node)
 
 
 @functools.lru_cache(maxsize=512)
@@ -211,7 +228,7 @@ def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
         raise SpliceError("the place of the expression is not known")
     line, end_line, column, end_column = position
     wanted = (line, end_line, column, end_column)
-    nodes = [n for n in ast.walk(source.tree) if isinstance(n, (ast.expr, ast.AugAssign))]
+    nodes = [n for n in source.nodes if isinstance(n, (ast.expr, ast.AugAssign))]
     for node in nodes:
         if span_of(node) == wanted:
             return node
