@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,29 +21,62 @@ from .log import Log
 from .parts import as_found, to_device
 from .randomness import kept_randomness
 from .run import placed, uses_channels_last
+from .scores import Answers, ClassReport, class_report_of, scores_of
 
-__all__ = ["check_targets", "evaluate", "measure", "right_answers"]
+__all__ = ["check_targets", "class_report", "evaluate", "hits", "measure", "right_answers"]
 
 
 def evaluate(
     model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
 ) -> dict[str, float]:
-    """Loss and accuracy of a classifier on a Dataset or a DataLoader, as the fine-tune measures them.
+    """Loss, accuracy and the other scores of a classifier on a Dataset or a DataLoader, as the fine-tune measures them.
 
     Args:
         model: the network; it is moved to the device where it is run, and stays there.
         data: as for ``finetune``.
-        config: for batch size, image size, precision and the like.
+        config: for batch size, image size, precision, ``multi_label`` and the like.
         base: as for ``finetune``; tells the transforms of torchvision's networks.
 
     Returns:
-        ``{"val_loss": ..., "val_accuracy": ...}``
+        ``val_loss``, ``val_accuracy``, ``val_precision``, ``val_recall``, ``val_f1`` (means over the classes), with more
+        than five classes ``val_top5``; with ``multi_label`` ``val_map`` instead.
 
     Raises:
         RetrofitError: data and network don't fit together.
         TypeError: an argument is of the wrong type.
     """
-    return _evaluated(model, data, config, base)[0]
+    return scores_of(_evaluated(model, data, config, base))
+
+
+def class_report(
+    model: nn.Module,
+    data: Any,
+    *,
+    names: Sequence[str] | None = None,
+    config: FinetuneConfig | None = None,
+    base: Base | None = None,
+) -> ClassReport:
+    """How well each class is recognised, and which are confused.
+
+    Args:
+        model, data, config, base: as for ``evaluate``.
+        names: of the classes, in the order of their numbers; None for the numbers.
+
+    Raises:
+        RetrofitError: data and network don't fit together; there is another number of names.
+        TypeError: an argument is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> from se_retrofit.finetune import FinetuneConfig, class_report
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
+        >>> data = TensorDataset(torch.randn(8, 3, 1, 1), torch.arange(8) % 2)
+        >>> report = class_report(model, data, names=["cat", "dog"], config=FinetuneConfig(cpu=True))
+        >>> [row["images"] for row in report.classes], int(report.confusion.sum())
+        ([4, 4], 8)
+    """
+    return class_report_of(_evaluated(model, data, config, base), names)
 
 
 def right_answers(
@@ -52,12 +86,10 @@ def right_answers(
 
     Arguments and errors are those of ``evaluate``.
     """
-    return _evaluated(model, data, config, base)[1]
+    return _evaluated(model, data, config, base).right
 
 
-def _evaluated(
-    model: nn.Module, data: Any, config: FinetuneConfig | None, base: Base | None
-) -> tuple[dict[str, float], Tensor]:
+def _evaluated(model: nn.Module, data: Any, config: FinetuneConfig | None, base: Base | None) -> Answers:
     config = FinetuneConfig() if config is None else config
     setup.checked(model, config, None, False)
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
@@ -70,10 +102,9 @@ def _evaluated(
         channels_last = uses_channels_last(config, accelerator.device)
         to_device(model, accelerator.device, channels_last)
         log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
-        right: list[Tensor] = []
-        measured = measure(model, batches, accelerator, channels_last, log, right_images=right)
-        assert measured is not None  # only an Interrupt ends it early
-        return measured, torch.cat(right)
+        answers = measure(model, batches, accelerator, channels_last, log, config.multi_label)
+        assert answers is not None  # only an Interrupt ends it early
+        return answers
 
 
 @torch.no_grad()
@@ -83,16 +114,17 @@ def measure(
     accelerator: Accelerator,
     channels_last: bool,
     log: Log,
+    multi_label: bool,
     interrupt: Interrupt | None = None,
-    right_images: list[Tensor] | None = None,
-) -> dict[str, float] | None:
-    """Loss and accuracy over all processes; each image counts once.
+) -> Answers | None:
+    """What a network says about each image of all processes; each image counts once.
 
     None where ``interrupt`` ended it. Several processes, which must leave together, go through with it.
-    ``right_images`` gets, batch by batch, whether each image was classified correctly.
     """
     network.eval()
     totals = torch.zeros(3, dtype=torch.float32, device=accelerator.device)
+    said: list[tuple[Tensor, ...]] = []
+    classes = 0
     for batch in data.batches(0):
         if interrupt is not None and interrupt.signal is not None and accelerator.num_processes == 1:
             return None
@@ -100,25 +132,67 @@ def measure(
         images, targets = placed(batch, accelerator.device, channels_last)
         with accelerator.autocast():
             logits, _ = logits_of(network(images))
-        check_targets(batch, logits.shape[1])
+        classes = logits.shape[1]
+        check_targets(batch, classes, multi_label)
         counts = batch.counts.to(accelerator.device, non_blocking=True)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        right = (logits.argmax(1) == targets) & counts
+        losses = losses_of(logits.float(), targets, multi_label)
+        right = hits(logits, targets, multi_label) * counts
         # Not losses[counts], whose size the host would have to wait for
         totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
-        if right_images is not None:
-            answers = accelerator.pad_across_processes(torch.where(counts, right.int(), -1), pad_index=-1)
-            answers = accelerator.gather(answers).cpu()
-            right_images.append(answers[answers >= 0].bool())
-    loss, correct, seen = accelerator.reduce(totals, "sum").tolist()
-    return {"val_loss": loss / max(seen, 1), "val_accuracy": correct / max(seen, 1)}
+        said.append((counts, *answer(logits.float(), targets, multi_label)))
+    loss, right_count, seen = accelerator.reduce(totals, "sum").tolist()
+    counts, answers, targets, *top5 = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
+    return Answers(
+        loss / max(seen, 1), right_count / max(seen, 1), classes, multi_label, answers[counts], targets[counts],
+        top5[0][counts] if top5 else None,
+    )  # fmt: skip
 
 
-def check_targets(batch: Batch, classes: int) -> None:
+def losses_of(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
+    """Of each image, (N,)."""
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def hits(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
+    """Whether the class of each image is right, or the share of its labels that are, (N,)."""
+    if multi_label:
+        return ((logits > 0) == (targets > 0.5)).float().mean(1)
+    return logits.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))
+
+
+def answer(logits: Tensor, targets: Tensor, multi_label: bool) -> tuple[Tensor, ...]:
+    """What is kept of each image: little, as there may be many images and classes."""
+    if multi_label:
+        return logits.sigmoid(), targets
+    targets = targets if targets.dim() == 1 else targets.argmax(1)
+    if logits.shape[1] <= 5:
+        return logits.argmax(1), targets
+    return logits.argmax(1), targets, (logits.topk(5).indices == targets[:, None]).any(1)
+
+
+def gathered(parts: list[Tensor], accelerator: Accelerator) -> Tensor:
+    """The values of all processes, on the CPU; where they have unequal many, followed by zeros (which don't count)."""
+    whole = torch.cat(parts)
+    if accelerator.num_processes > 1:
+        whole = accelerator.gather(accelerator.pad_across_processes(whole))
+    return whole.cpu()
+
+
+def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None:
     """On the CPU: the same mistake found by a CUDA kernel ends the process."""
     targets = batch.targets
+    got = f"{targets.dtype} of shape {tuple(targets.shape)}"
+    if multi_label or (targets.dim() == 2 and targets.is_floating_point()):
+        if tuple(targets.shape) != (len(batch.images), classes) or targets.is_complex():
+            raise RetrofitError(f"targets must be vectors of {classes} labels, one for each class, got {got}")
+        if not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise RetrofitError("the labels of an image must be from 0 to 1")
+        return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
-        raise RetrofitError(f"targets must be class numbers, got {targets.dtype} of shape {tuple(targets.shape)}")
+        hint = "; for several labels an image set multi_label=True in the config" if targets.dim() == 2 else ""
+        raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
         raise RetrofitError(
