@@ -26,15 +26,16 @@ class FusedSEAttention(SEAttention):
             return super().forward(norm(u))
         if isinstance(norm, _BatchNorm):
             norm._check_input_dim(u)
-        values = u.flatten(2)
-        values = values.float() if u.dtype in (torch.float16, torch.bfloat16) else values
-        variances, means = torch.var_mean(values, -1, correction=0)  # (N, C)
-        found = affine_map(norm, means, variances, values.shape[2])
+        # not flattened: the gradient of a view is in another layout than u, and would have to be copied
+        spatial = tuple(range(2, u.dim()))
+        values = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
+        variances, means = torch.var_mean(values, spatial, correction=0)  # (N, C)
+        found = affine_map(norm, means, variances, u.shape[2:].numel())
         if found is None:
             return super().forward(norm(u))
         a, b = found
         squeezed = (a * means + b).to(u.dtype)
         gate = self.factor.expand(u.shape[0], -1) if self.factor is not None else self.fc(squeezed)
         gate = gate.to(values.dtype)
-        a, b = (a * gate).unsqueeze(-1), (b * gate).unsqueeze(-1)
-        return (a * values + b).to(u.dtype).view_as(u)
+        shape = (*gate.shape, *(1 for _ in spatial))
+        return ((a * gate).view(shape) * values + (b * gate).view(shape)).to(u.dtype)
