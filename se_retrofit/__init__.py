@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .inspection.report import report
     from .plan import Plan, Site, Skipped
     from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
-    from .saving import load_retrofitted, load_se, save_retrofitted, save_se
+    from .saving import from_pretrained, load_retrofitted, load_se, push_to_hub, save_retrofitted, save_se
 
 __version__ = "0.2.0"
 
@@ -34,7 +34,7 @@ _MODULES = {
     "inspection": ("draw", "excitations", "print_graph", "report"),
     "plan": ("Plan", "Site", "Skipped"),
     "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
-    "saving": ("load_retrofitted", "load_se", "save_retrofitted", "save_se"),
+    "saving": ("from_pretrained", "load_retrofitted", "load_se", "push_to_hub", "save_retrofitted", "save_se"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -52,6 +52,7 @@ __all__ = [
     "export",
     "fold_se",
     "from_native",
+    "from_pretrained",
     "fuse_se",
     "has_se",
     "load_retrofitted",
@@ -60,6 +61,7 @@ __all__ = [
     "plan_of",
     "plan_se",
     "print_graph",
+    "push_to_hub",
     "remove_se",
     "report",
     "save_retrofitted",

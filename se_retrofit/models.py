@@ -1,26 +1,33 @@
-"""Networks by name: ``resnet50``, ``timm/resnet50``, ``torchvision/resnet50``."""
+"""Networks by name: ``resnet50``, ``timm/resnet50``, ``torchvision/resnet50``; and retrofitted ones as timm's own."""
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import inspect
+import sys
 import warnings
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import timm
 import torch
 import torchvision
+from timm.models import DefaultCfg
 from torch import nn
 
 from .errors import RetrofitError
+from .retrofit import add_se
 
-__all__ = ["Base", "load_checkpoint"]
+__all__ = ["TIMM_PREFIX", "Base", "load_checkpoint", "register_timm"]
 
 LIBRARIES = ("timm", "torchvision")
 # timm's own prefixes, which it resolves itself; what follows them holds slashes of its own
 TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
+TIMM_PREFIX = "se_retrofit_"  # of the names that register_timm gives; timm drops what stands before a slash
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,64 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         listed = "; ".join(f"{what}: {_few(keys)}" for what, keys in problems.items() if keys)
         raise RetrofitError(f"{path.name} does not fit {type(model).__name__}: {listed}")
     model.load_state_dict(state)
+
+
+def register_timm(*patterns: str) -> list[str]:
+    """Register retrofitted networks with timm, so that ``timm.create_model`` and timm's scripts build them by name.
+
+    ``resnet50`` becomes ``se_retrofit_resnet50``, with the same pretrained tags: with ``pretrained=True``, the base gets its
+    weights before the retrofit. Keyword arguments that begin with ``se_`` go to ``add_se``, all others to timm. Nothing else
+    of timm changes; registering a name again changes nothing.
+
+    Args:
+        patterns: shell-style patterns of timm's architectures, such as ``"resnet*"``; without any, all of them.
+
+    Returns:
+        The new names, sorted. Whether a network can be retrofitted shows when it is built.
+
+    Raises:
+        RetrofitError: a pattern matches no architecture of timm.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit.models import register_timm
+        >>> register_timm("resnet18")
+        ['se_retrofit_resnet18']
+        >>> model = timm.create_model("se_retrofit_resnet18", num_classes=10, se_reduction=16)
+        >>> type(model).__name__, model.layer1[0].se_attention.hidden
+        ('ResNet', 4)
+    """
+    names: set[str] = set()
+    every = [name for name in timm.list_models() if not name.startswith(TIMM_PREFIX)]
+    for pattern in patterns or ("*",):
+        found = fnmatch.filter(every, pattern)
+        if not found:
+            close = _close_names(pattern, ("timm",))
+            hint = f"; close names: {', '.join(close)}" if close else ""
+            raise RetrofitError(f"the pattern {pattern!r} matches no architecture of timm{hint}")
+        names.update(found)
+    for name in sorted(names):
+        if not timm.is_model(TIMM_PREFIX + name):
+            _register(name)
+    return sorted(TIMM_PREFIX + name for name in names)
+
+
+def _register(name: str) -> None:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        options = {key.removeprefix("se_"): kwargs.pop(key) for key in list(kwargs) if key.startswith("se_")}
+        return add_se(timm.models.model_entrypoint(name)(pretrained=pretrained, **kwargs), **options)
+
+    build.__name__ = build.__qualname__ = TIMM_PREFIX + name
+    # timm finds the pretrained tags of a name in the module of its builder
+    home = ModuleType(f"{__name__}.timm.{name}")
+    cfgs = {cfg.tag or "": cfg for cfg in timm.models.get_arch_pretrained_cfgs(name).values()}
+    vars(home)["default_cfgs"] = {build.__name__: DefaultCfg(tags=deque(cfgs), cfgs=cfgs)} if cfgs else {}
+    build.__module__ = home.__name__
+    sys.modules[home.__name__] = home
+    try:
+        timm.models.register_model(build)
+    finally:
+        del sys.modules[home.__name__]
 
 
 def _few(keys: list[str], most: int = 4) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Plan", "Site", "Skipped"]
+__all__ = ["FOLDED", "Plan", "Site", "Skipped"]
+
+FOLDED = "folded"  # why fold_se leaves out a block, or one site of a block that keeps others
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A block that gets no SE, and why.
+    """A block that gets no SE, and why; after a fold, also the path of a site that its block keeps no more.
 
     Example:
         >>> import torchvision

@@ -22,6 +22,7 @@ from ..surgery.copying import copied
 from ..surgery.inputs import Inputs, from_description, given_inputs, tensors_in
 from ..surgery.isolation import untouched_randomness
 from ..surgery.planning import record_of
+from .plain_form import use_plain_form
 from .source import export_source
 
 __all__ = ["FORMATS", "export"]
@@ -41,6 +42,9 @@ def export(
     base: Base | None = None,
 ) -> Path:
     """Export a network, retrofitted or folded, and see that what was written computes the same.
+
+    SE with the gate ``"sigmoid"`` (``to_native`` gives it) is written as 1x1 convolutions on maps of size one, the form whose
+    pattern quantisers know; except in the source, which keeps its parameters' names.
 
     Args:
         model: the network; it is exported in eval mode, from a copy on the CPU.
@@ -86,6 +90,8 @@ def export(
         inputs = _example(copy, example_inputs)
         if format == "source":
             return export_source(model, copy, file, inputs, base)
+        original = copied(copy)
+        use_plain_form(copy)
         write = {"onnx": _to_onnx, "pt2": _to_pt2, "torchscript": _to_torchscript}[format]
         with replaced_file(file) as fresh:
             try:
@@ -98,7 +104,7 @@ def export(
                 raise RetrofitError(
                     f"{type(model).__name__} can't be exported as {format}: {type(error).__name__}: {first}"
                 ) from error
-            _compare(copy, run, inputs, format)
+            _compare(original, run, inputs, format)
     return file
 
 

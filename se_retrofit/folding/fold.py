@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..plan import Plan, Site, Skipped
+from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs
@@ -275,7 +275,7 @@ def put_factor(model: nn.Module, path: str, factor: Tensor) -> nn.Module:
 def carry_out(model: nn.Module, todo: Todo) -> None:
     """Do to a retrofitted network what is to be done. If a class can't be derived, nothing has been done."""
     modules = dict(model.named_modules())
-    blocks = [site.block for site in plan_of(model).sites if site.path in todo.gone]
+    gone = [site for site in plan_of(model).sites if site.path in todo.gone]
     try:
         with isolated(model):
             strip(model, [modules[path] for path in todo.gone])
@@ -286,16 +286,19 @@ def carry_out(model: nn.Module, todo: Todo) -> None:
     for scaling in todo.scalings:
         scaling.apply(model)
     left = [m for m in model.modules() if is_retrofitted(m)]
-    if left and blocks:
-        plan = _without(vars(left[0])["plan"], blocks, {vars(m)["site"].block for m in left})
+    if left and gone:
+        plan = _without(vars(left[0])["plan"], gone, {vars(m)["site"].block for m in left})
         for module in left:
             vars(module)["plan"] = plan
 
 
-def _without(plan: Plan, blocks: list[str], left: set[str]) -> Plan:
-    """A plan that leaves out the blocks that have no SE any more, so that the retrofit can be made again as it is now."""
-    gone = [block for block in dict.fromkeys(blocks) if block not in left]
-    excluded = [*(plan.options.get("exclude") or []), *map(glob.escape, gone)]
-    skipped = (*plan.skipped, *(Skipped(block, "folded") for block in gone))
-    sites = tuple(site for site in plan.sites if site.block not in gone)
+def _without(plan: Plan, gone: list[Site], left: set[str]) -> Plan:
+    """A plan that leaves out what has been folded, so that the retrofit can be made again as it is now: blocks without SE
+    are excluded, and of those that have some left, the sites that went are noted."""
+    blocks = [block for block in dict.fromkeys(site.block for site in gone) if block not in left]
+    excluded = [*(plan.options.get("exclude") or []), *map(glob.escape, blocks)]
+    noted = [*blocks, *(site.path for site in gone if site.block in left)]
+    skipped = (*plan.skipped, *(Skipped(path, FOLDED) for path in noted))
+    paths = {site.path for site in gone}
+    sites = tuple(site for site in plan.sites if site.path not in paths)
     return replace(plan, sites=sites, skipped=skipped, options={**plan.options, "exclude": excluded or None})

@@ -14,7 +14,7 @@ from ..errors import RetrofitError
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
 from .rebuild import belongs_to, check_plan, options_again, retrofit_again
-from .recipe import FORMAT, check_fields
+from .recipe import FORMAT, PLAN_FIELDS, check_fields
 from .tensors import check_keys, read_weights, retype, tensors_of, untied, write_tensors
 
 __all__ = ["load_se", "save_se"]
@@ -51,8 +51,8 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     plan = plan_of(model)
     state = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan.sites)}
     stored, tied = untied(state)
-    header = {"format": FORMAT, "add_se": dict(plan.options), "sites": plan.to_dict()["sites"], "tied": tied}
-    header["inputs"] = plan.inputs
+    sites = {key: value for key, value in plan.to_dict().items() if key != "options"}
+    header = {"format": FORMAT, "add_se": dict(plan.options), **sites, "tied": tied}
     with replaced_file(Path(file)) as fresh:
         write_tensors(stored, fresh, {"se_retrofit": json.dumps(header)})
     return Path(file)
@@ -98,12 +98,12 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
     else:
         # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
         options = options_again(header["add_se"], header["inputs"], example_inputs, file)
-        retrofitted = retrofit_again(model, options, header["sites"], str(file), inplace=False)
+        retrofitted = retrofit_again(model, options, header, str(file), inplace=False)
         own = {k: v for k, v in tensors_of(retrofitted).items() if belongs_to(k, plan_of(retrofitted).sites)}
         check_keys(own, state, str(file))
         result = retrofitted
         if inplace:
-            result = retrofit_again(model, options, header["sites"], str(file), inplace=True)
+            result = retrofit_again(model, options, header, str(file), inplace=True)
     retype(result, state)
     result.load_state_dict(state, strict=False)
     return result
@@ -118,6 +118,6 @@ def _read_se_header(file: Path) -> dict[str, Any]:
         header = json.loads(text)
     except json.JSONDecodeError as error:
         raise RetrofitError(f"{file} has a broken header: {error}") from error
-    fields = {"format": (int,), "add_se": (dict,), "sites": (list,), "tied": (dict,), "inputs": (dict, type(None))}
+    fields: dict[str, tuple[type, ...]] = {"format": (int,), "add_se": (dict,), "tied": (dict,), **PLAN_FIELDS}
     check_fields(header, fields, file)
     return dict(header)

@@ -101,7 +101,7 @@ def load_retrofitted(
     model = _bare(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     if recipe["plan"] is not None:
         options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
-        model = retrofit_again(model, options, recipe["plan"]["sites"], str(folder), inplace=True)
+        model = retrofit_again(model, options, recipe["plan"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     return model.eval()
 

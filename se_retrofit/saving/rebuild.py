@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import RetrofitError
-from ..plan import Plan, Site
+from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import add_se, plan_of
 from ..surgery.inputs import from_description
+from ..surgery.undo import is_retrofitted, strip
 
 __all__ = ["belongs_to", "check_plan", "options_again", "retrofit_again"]
 
@@ -27,15 +29,28 @@ def options_again(saved: dict[str, Any], inputs: Any, example_inputs: Any, where
 
 
 def retrofit_again(
-    model: nn.Module, options: dict[str, Any], sites: list[Any], where: str, *, inplace: bool
+    model: nn.Module, options: dict[str, Any], plan: dict[str, Any], where: str, *, inplace: bool
 ) -> nn.Module:
+    """Retrofit a bare network as the saved plan says, a fold included."""
     try:
         retrofitted = add_se(model, **options, inplace=inplace)
     except (RetrofitError, TypeError) as error:
         raise RetrofitError(f"the retrofit of {where} can't be made again on this base: {error}") from error
-    _leave_factors(retrofitted, options, sites)
-    check_plan(plan_of(retrofitted).sites, sites, where)
+    _take_out_folded(retrofitted, plan["skipped"])
+    _leave_factors(retrofitted, options, plan["sites"])
+    check_plan(plan_of(retrofitted).sites, plan["sites"], where)
     return retrofitted
+
+
+def _take_out_folded(model: nn.Module, skipped: list[Any]) -> None:
+    """Where a fold took some of a block's sites and left others, take out the same again."""
+    noted = {skip.get("block") for skip in skipped if isinstance(skip, dict) and skip.get("reason") == FOLDED}
+    gone = [site.path for site in plan_of(model).sites if site.path in noted]
+    if gone:
+        strip(model, [model.get_submodule(path) for path in gone])
+        again = tuple(Skipped(path, FOLDED) for path in gone)
+        for module in filter(is_retrofitted, model.modules()):
+            vars(module)["plan"] = replace(vars(module)["plan"], skipped=(*vars(module)["plan"].skipped, *again))
 
 
 def _leave_factors(model: nn.Module, options: dict[str, Any], sites: list[Any]) -> None:

@@ -9,7 +9,17 @@ from typing import Any
 
 from ..errors import RetrofitError
 
-__all__ = ["FORMAT", "RECIPE", "RECIPE_FIELDS", "WEIGHTS", "check_fields", "read_json", "read_recipe", "version_of"]
+__all__ = [
+    "FORMAT",
+    "PLAN_FIELDS",
+    "RECIPE",
+    "RECIPE_FIELDS",
+    "WEIGHTS",
+    "check_fields",
+    "read_json",
+    "read_recipe",
+    "version_of",
+]
 
 FORMAT = 2
 WEIGHTS = "weights.safetensors"
@@ -24,6 +34,7 @@ RECIPE_FIELDS: dict[str, tuple[type, ...]] = {
     "tied": (dict,),
     "versions": (dict,),
 }
+PLAN_FIELDS: dict[str, tuple[type, ...]] = {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))}
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
@@ -41,11 +52,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     if (recipe["plan"] is None) != (recipe["add_se"] is None):
         raise RetrofitError(f"{folder / RECIPE}: add_se and plan must both be given or both be null")
     if recipe["plan"] is not None:
-        check_fields(
-            recipe["plan"],
-            {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))},
-            f"{folder / RECIPE}: plan",
-        )
+        check_fields(recipe["plan"], PLAN_FIELDS, f"{folder / RECIPE}: plan")
     if not all(isinstance(v, str) for v in recipe["tied"].values()):
         raise RetrofitError(f"{folder / RECIPE}: tied must map names to names")
     return recipe

@@ -31,9 +31,11 @@ from se_retrofit import (
     fold_se,
     has_se,
     load_retrofitted,
+    load_se,
     plan_of,
     remove_se,
     save_retrofitted,
+    save_se,
 )
 from se_retrofit.folding.factors import Factors
 from se_retrofit.models import Base
@@ -237,6 +239,38 @@ def test_what_is_left_can_be_folded_removed_saved_and_loaded(tmp_path: Path) -> 
     everything, report = fold_se(folded, [x], tolerance=100)
     assert report.folded == varying
     assert not has_se(everything)
+
+
+class Pair(nn.Module):
+    """A block of a chain that has two sites."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(x)))
+
+
+def test_a_block_of_which_one_of_two_sites_is_folded_is_saved_and_loaded(tmp_path: Path) -> None:
+    layers = nn.Sequential(Pair(3, 8), Pair(8, 16), nn.Conv2d(16, 4, 1))
+    base, x = randomised(layers).eval(), torch.randn(4, 3, 16, 16)
+    model = with_constant_gates(add_se(base, bias=True, example_inputs=x))
+    varying = "1.se_attention"
+    folded, report = fold_se(with_varying_gates(model, varying), [x], tolerance=1e-4)
+    assert [site.path for site in plan_of(folded).sites] == [varying]
+    assert report.folded == ("0.se_attention", "0.se_attention_2", "1.se_attention_2")
+    saved = save_retrofitted(folded, tmp_path / "saved")
+    loaded = load_retrofitted(saved, base=base)
+    assert_same_function(loaded, folded, x)
+    again = load_retrofitted(save_retrofitted(loaded, tmp_path / "again"), base=base)  # what was loaded tells as much
+    assert_same_function(again, folded, x)
+    bare = load_se(fold_se(model, [x], tolerance=1e-4)[0], save_se(folded, tmp_path / "se.safetensors"))
+    assert_same_function(bare, folded, x)
+    alone = load_se(base, tmp_path / "se.safetensors")
+    assert [site.path for site in plan_of(alone).sites] == [varying]
 
 
 def test_factors_that_are_left_are_saved_and_loaded(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torchvision
 from torch import nn
 
 from se_retrofit.errors import RetrofitError
+from se_retrofit.models import TIMM_PREFIX
 
 __all__ = ["Entry", "entries"]
 
@@ -100,7 +101,7 @@ def entries(patterns: Iterable[str] = ()) -> list[Entry]:
 
 def _timm_entries() -> list[Entry]:
     found = []
-    for model in timm.list_models():
+    for model in timm.list_models(exclude_filters=f"{TIMM_PREFIX}*"):
         module = timm.model_entrypoint(model).__module__
         found.append(Entry("timm", module.rpartition(".")[2], model))
     return found

@@ -1,0 +1,27 @@
+"""``se-retrofit push DIR REPO``: a saved network on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .app import app, say
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what convert or finetune wrote")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="created where there is none")],
+    private: Annotated[bool | None, typer.Option(help="of a repository that is created")] = None,
+    revision: Annotated[str | None, typer.Option(help="the branch to push to")] = None,
+) -> None:
+    """Upload a saved network to the Hugging Face hub, with a model card that holds the plan's table.
+
+    The account is that of `hf auth login`, or of the environment variable HF_TOKEN.
+    """
+    from ..saving.hub import push_to_hub
+
+    say(Console(), f"uploaded to {push_to_hub(folder, repo, private=private, revision=revision)}")

@@ -1,0 +1,41 @@
+"""``se-retrofit timm SCRIPT ...``: timm's own scripts, with retrofitted networks among the names that they know."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+
+HELP = """
+Run a script of timm (train.py, validate.py, benchmark.py) that can build retrofitted networks by name.
+
+Each architecture of timm is there a second time with the prefix `se_retrofit_`, and with the same pretrained tags. Options of
+the retrofit are model arguments that begin with `se_`.
+
+Examples:
+
+- `se-retrofit timm train.py --data-dir DATA --model se_retrofit_resnet50.a1_in1k --pretrained`
+- `se-retrofit timm train.py --data-dir DATA --model se_retrofit_resnet50 --model-kwargs se_reduction=16`
+- `torchrun --nproc_per_node=4 --no-python se-retrofit timm train.py --data-dir DATA --model se_retrofit_resnet50`
+"""
+
+# what follows the script is for the script
+OPEN = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@app.command("timm", help=HELP, context_settings=OPEN)
+def timm_command(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="of a checkout of timm, or your own")],
+) -> None:
+    from ..models import register_timm
+
+    register_timm()
+    sys.argv = [str(script), *context.args]
+    sys.path.insert(0, str(script.resolve().parent))  # as for `python SCRIPT`
+    runpy.run_path(str(script), run_name="__main__")

@@ -1,0 +1,94 @@
+"""Quantisers find SE in what is exported, and int8 costs a network with SE no more than one without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import randomise_se, randomised
+from torch import Tensor, nn
+
+from se_retrofit import add_se, export, to_native
+from se_retrofit.attention import SEAttention
+from se_retrofit.exporting.plain_form import PlainSE, use_plain_form
+
+onnx = pytest.importorskip("onnx")
+
+IMAGES = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+def network() -> nn.Module:
+    layers = nn.Conv2d(3, 16, 3), Block(16), Block(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    return randomised(nn.Sequential(*layers)).eval()
+
+
+def with_se() -> nn.Module:
+    return randomise_se(add_se(network(), example_inputs=IMAGES[:2]))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+def test_the_plain_form_computes_what_se_does(dims: int, last: bool) -> None:
+    se = SEAttention(8, 2, gate="sigmoid", bias=dims == 2, channel_dim=-1 if last else -1 - dims).double()
+    nn.init.normal_(se.fc[2].weight)
+    holder = nn.Sequential(se)
+    shape = (2, 5, 6, 7)[: 1 + dims]
+    x = torch.randn(*shape, 8) if last else torch.randn(2, 8, *shape[1:])
+    wanted = holder(x.double())
+    use_plain_form(holder)
+    assert isinstance(holder[0], PlainSE)
+    torch.testing.assert_close(holder(x.double()), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_native_form_has_the_pattern_that_nncf_ignores(tmp_path: Path) -> None:
+    graph = onnx.load(export(to_native(with_se()), tmp_path / "net.onnx", example_inputs=IMAGES[:2])).graph
+    takers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            takers.setdefault(name, []).append(node)
+    means = [node for node in graph.node if node.op_type == "ReduceMean"][:2]
+    for mean in means:
+        chain, node = [], mean
+        while node.op_type != "Mul":
+            (node,) = takers[node.output[0]]
+            chain.append((node.op_type, len(node.input)))
+        assert chain == [("Conv", 3), ("Relu", 1), ("Conv", 3), ("Sigmoid", 1), ("Mul", 2)]  # each layer with its bias
+        assert mean.input[0] in node.input
+
+
+@pytest.mark.filterwarnings("ignore")  # onnxruntime's own
+def test_int8_changes_a_network_with_se_hardly_more_than_a_plain_one(tmp_path: Path) -> None:
+    plain, retrofitted = change_by_int8(network(), tmp_path), change_by_int8(to_native(with_se()), tmp_path)
+    assert 0 < retrofitted < 2 * plain < 0.2
+
+
+def change_by_int8(model: nn.Module, folder: Path) -> float:
+    """How much static quantisation by onnxruntime changes the outputs, relative to their norm."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    file = export(model, folder / "float.onnx", example_inputs=IMAGES[:2])
+    name = onnxruntime.InferenceSession(file).get_inputs()[0].name
+
+    class Calibration(CalibrationDataReader):
+        left = iter([{name: images.numpy()} for images in IMAGES.split(16)])
+
+        def get_next(self) -> Any:
+            return next(self.left, None)
+
+    quantize_static(file, folder / "int8.onnx", Calibration(), quant_format=QuantFormat.QDQ, per_channel=True)
+    (found,) = onnxruntime.InferenceSession(folder / "int8.onnx").run(None, {name: IMAGES.numpy()})
+    wanted = model(IMAGES).detach()
+    return float((torch.from_numpy(found) - wanted).norm() / wanted.norm())
