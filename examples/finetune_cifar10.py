@@ -29,7 +29,7 @@ config = FinetuneConfig(
     crop_scale=0.6,
     mixup=0.2,
     ema_decay=0.999,
-    early_stop=8,
+    patience=8,
 )
 result = finetune(model, data.train, data.val, config=config, output_dir=options.output, resume=True)
 print(f"{result.best_accuracy:.2%} in epoch {result.best_epoch}, stopped by {result.stopped}")

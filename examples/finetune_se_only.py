@@ -23,9 +23,9 @@ torch.manual_seed(0)
 base = timm.create_model("resnet10t", num_classes=10)
 finetune(base, data.train, data.val, config=FinetuneConfig(epochs=options.epochs, lr=1e-3))
 
-# train="se+head" trains the classifier too; unfreeze_epoch=N all of it from epoch N on
+# trainable="se+head" trains the classifier too; unfreeze_epoch=N all of it from epoch N on
 model = add_se(base)
-result = finetune(model, data.train, data.val, config=FinetuneConfig(epochs=options.epochs, train="se", lr=1e-3))
+result = finetune(model, data.train, data.val, config=FinetuneConfig(epochs=options.epochs, trainable="se", lr=1e-3))
 
 trained = model.state_dict()
 print("all else as it was:", all(torch.equal(value, trained[key]) for key, value in base.state_dict().items()))

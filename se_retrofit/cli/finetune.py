@@ -81,12 +81,12 @@ def finetune_command(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
-    train: Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")] = None,
+    trainable: Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")] = None,
     image_size: ImageSize = None,
     precision: Precision = None,
     workers: Workers = None,
     seed: Seed = None,
-    early_stop: Annotated[int | None, typer.Option(help="stop after so many epochs without a better accuracy")] = None,
+    patience: Annotated[int | None, typer.Option(help="stop after so many epochs without a better accuracy")] = None,
     cpu: Cpu = None,
     compile_: Compile = None,
     set_: Set = None,
@@ -103,8 +103,8 @@ def finetune_command(
     from ..retrofit import add_se
 
     named = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "train": train, "image_size": image_size,
-        "precision": precision, "workers": workers, "seed": seed, "early_stop": early_stop, "cpu": cpu,
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "trainable": trainable, "image_size": image_size,
+        "precision": precision, "workers": workers, "seed": seed, "patience": patience, "cpu": cpu,
         "compile": compile_,
     }  # fmt: skip
     command: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Fine-tune retrofitted networks: ``finetune(model, train_data, val_data, config=FinetuneConfig(...))``.
 
-Read ``loop.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
-``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
+Read ``train.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
+``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``metrics.py`` evaluation, ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
 ``parts.py`` what trains, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
 a person sees, ``compare.py`` the question whether SE helps,
 ``experiment.py`` which experiment a folder holds.
@@ -13,8 +13,10 @@ with extra("finetune"):
     from .compare import Comparison, Contrast, compare
     from .config import FinetuneConfig
     from .datasets import NamedData, load_data
-    from .loop import FinetuneResult, evaluate, finetune
+    from .metrics import evaluate
     from .parts import new_head
+    from .run import FinetuneResult
+    from .train import finetune
 
 __all__ = [
     "Comparison",

@@ -19,8 +19,10 @@ from ..models import Base
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file
 from .config import FinetuneConfig
-from .loop import FinetuneResult, finetune, right_answers
+from .metrics import right_answers
 from .randomness import EPOCH, kept_randomness, seed_all
+from .run import FinetuneResult
+from .train import finetune
 
 __all__ = ["Arm", "Comparison", "Contrast", "compare"]
 
@@ -268,8 +270,10 @@ def compare(
         raise TypeError(f"seeds must be a positive int, got {seeds!r}")
     if seeds < 1:
         raise RetrofitError(f"seeds must be at least 1, got {seeds}")
-    if config.train != "all":
-        raise RetrofitError(f'a network without SE can\'t be trained with train="{config.train}"; compare with "all"')
+    if config.trainable != "all":
+        raise RetrofitError(
+            f'a network without SE can\'t be trained with trainable="{config.trainable}"; compare with "all"'
+        )
     unknown = [name for name in arms if name not in ARMS]
     if unknown or "plain" not in arms or len(set(arms)) < max(2, len(arms)):
         raise RetrofitError(

@@ -23,7 +23,7 @@ class FinetuneConfig:
     Args:
         epochs: passes over the training data.
         batch_size: images a step and process.
-        accumulate: batches whose gradients are added up before the weights change.
+        grad_accum_steps: batches whose gradients are added up before the weights change.
         optimizer: any name that timm's optimizer factory knows.
         lr: learning rate at its peak.
         se_lr_scale: multiplies ``lr`` for the SE modules.
@@ -33,11 +33,11 @@ class FinetuneConfig:
         optimizer_options: further arguments of the optimizer.
         clip_grad: the gradient's norm is clipped to this; None for no clipping.
         schedule: any name that timm's scheduler factory knows.
-        warmup: part of the run in which the learning rate rises from a hundredth of ``lr``.
+        warmup_ratio: part of the run in which the learning rate rises from a hundredth of ``lr``.
         min_lr: where the schedule ends.
         schedule_options: further arguments of timm's ``create_scheduler_v2``.
-        train: what is trained: ``"all"``, ``"se"`` or ``"se+head"``.
-        unfreeze_epoch: the first epoch (counted from 1) in which all is trained, whatever ``train`` says.
+        trainable: what is trained: ``"all"``, ``"se"`` or ``"se+head"``.
+        unfreeze_epoch: the first epoch (counted from 1) in which all is trained, whatever ``trainable`` says.
         freeze_bn: leave the running statistics of the norms as they are.
         num_classes: give the network a new head for so many classes, where it has another number; None keeps the head.
         label_smoothing: in [0, 1).
@@ -61,7 +61,7 @@ class FinetuneConfig:
         workers: processes that load data; None for as many as the CPU has cores, at most 8, and none for tensors that
             are in memory already.
         seed: of everything random.
-        early_stop: stop when so many epochs in a row brought no better validation accuracy; None for never.
+        patience: stop when so many epochs in a row brought no better validation accuracy; None for never.
         checkpoint_minutes: at least so often is a checkpoint written within an epoch; 0 for at every log line.
         log_every: updates between two looks at the loss (each look waits for the GPU).
         trackers: of Accelerate's, such as ``("tensorboard", "wandb")``.
@@ -72,14 +72,14 @@ class FinetuneConfig:
 
     Example:
         >>> from se_retrofit.finetune import FinetuneConfig
-        >>> config = FinetuneConfig(epochs=5, train="se+head", unfreeze_epoch=3)
+        >>> config = FinetuneConfig(epochs=5, trainable="se+head", unfreeze_epoch=3)
         >>> FinetuneConfig.from_yaml(config.to_yaml()) == config
         True
     """
 
     epochs: int = 20
     batch_size: int = 64
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     optimizer: str = "adamw"
     lr: float = 2e-4
     se_lr_scale: float = 5.0
@@ -89,10 +89,10 @@ class FinetuneConfig:
     optimizer_options: dict[str, Any] = field(default_factory=dict)
     clip_grad: float | None = 1.0
     schedule: str = "cosine"
-    warmup: float = 0.05
+    warmup_ratio: float = 0.05
     min_lr: float = 0.0
     schedule_options: dict[str, Any] = field(default_factory=dict)
-    train: str = "all"
+    trainable: str = "all"
     unfreeze_epoch: int | None = None
     freeze_bn: bool = False
     num_classes: int | None = None
@@ -115,7 +115,7 @@ class FinetuneConfig:
     cpu: bool = False
     workers: int | None = None
     seed: int = 0
-    early_stop: int | None = None
+    patience: int | None = None
     checkpoint_minutes: float = 10.0
     log_every: int = 10
     trackers: tuple[str, ...] = ()
@@ -127,9 +127,9 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise RetrofitError(f"{name} must be {expected}, got {value!r}")
-        if self.unfreeze_epoch is not None and self.train == "all":
+        if self.unfreeze_epoch is not None and self.trainable == "all":
             raise RetrofitError(
-                f'unfreeze_epoch={self.unfreeze_epoch} needs train="se" or "se+head": "all" freezes nothing'
+                f'unfreeze_epoch={self.unfreeze_epoch} needs trainable="se" or "se+head": "all" freezes nothing'
             )
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise RetrofitError(
@@ -197,7 +197,7 @@ def _one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
 
 
 AT_LEAST_1 = (
-    "epochs", "batch_size", "accumulate", "unfreeze_epoch", "num_classes", "image_size", "early_stop", "log_every",
+    "epochs", "batch_size", "grad_accum_steps", "unfreeze_epoch", "num_classes", "image_size", "patience", "log_every",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "se_lr_scale", "head_lr_scale", "weight_decay", "momentum", "min_lr", "mixup", "cutmix", "color_jitter", "workers",
@@ -207,11 +207,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda v: v >= 1, "at least 1") for name in AT_LEAST_1},
     **{name: (lambda v: v > 0, "above 0") for name in ("lr", "clip_grad")},
     **{name: (lambda v: v >= 0, "0 or more") for name in NOT_NEGATIVE},
-    **{name: (lambda v: 0 <= v < 1, "at least 0 and below 1") for name in ("warmup", "label_smoothing", "drop_path")},
+    **{name: (lambda v: 0 <= v < 1, "at least 0 and below 1") for name in ("warmup_ratio", "label_smoothing", "drop_path")},
     **{name: (lambda v: 0 <= v <= 1, "in [0, 1]") for name in ("hflip", "random_erasing")},
     "crop_scale": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "ema_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
-    "train": _one_of("all", "se", "se+head"),
+    "trainable": _one_of("all", "se", "se+head"),
     "bad_images": _one_of("error", "skip"),
     "precision": _one_of("auto", "fp32", "bf16", "fp16"),
 }  # fmt: skip

@@ -7,13 +7,17 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import RetrofitError
 from ..saving.atomic import replaced_file
+from .data import Batch
+
+if TYPE_CHECKING:
+    from .run import FinetuneResult
 
 __all__ = ["Log", "plot_curves"]
 
@@ -71,6 +75,11 @@ class Log:
             self.note(text)
         else:
             print(f"process {self.rank}: {text}", file=sys.stderr)
+
+    def complain(self, batch: Batch) -> None:
+        """Name the images of a batch that could not be read."""
+        for complaint in batch.complaints:
+            self.warn(f"skipped an image that can't be read: {complaint}")
 
     def resume(self, updates: int) -> None:
         """Cut ``updates.jsonl`` back to what the checkpoint knows of."""
@@ -137,6 +146,17 @@ class Log:
         path = self._file(CURVES)
         if path is not None:
             plot_curves(history, path)
+
+    def summarise(self, result: FinetuneResult) -> None:
+        """The last lines: how good it became, and where it is."""
+        if result.best_accuracy is not None:
+            first = result.history[0].get("val_accuracy") if result.history[0]["epoch"] == 0 else None
+            before = f" (before training {first:.2%})" if first is not None else ""
+            self.note(f"best validation accuracy {result.best_accuracy:.2%} in epoch {result.best_epoch}{before}")
+        if result.stopped == "early stop":
+            self.note(f"stopped early, after epoch {result.history[-1]['epoch']}")
+        if result.directory is not None:
+            self.note(f"result: {result.directory} (load_retrofitted), curves and metrics beside it")
 
     def _file(self, name: str) -> Path | None:
         return self.output / name if self.output is not None and self.rank == 0 else None

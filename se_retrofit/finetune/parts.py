@@ -144,11 +144,11 @@ def trained_parts(model: nn.Module, train: str) -> list[nn.Module]:
     modules, heads = se_modules(model), head_of(model)
     if not modules:
         raise RetrofitError(
-            f'train="{train}" needs SE modules, and this {type(model).__name__} has none; retrofit it first: '
+            f'trainable="{train}" needs SE modules, and this {type(model).__name__} has none; retrofit it first: '
             "model = add_se(model)"
         )
     if train == "se+head" and not heads:
-        raise RetrofitError(f'train="se+head": no head found in {type(model).__name__}; take "se" or "all"')
+        raise RetrofitError(f'trainable="se+head": no head found in {type(model).__name__}; take "se" or "all"')
     return modules if train == "se" else modules + heads
 
 
@@ -173,7 +173,7 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float, se_lr_scale: float, head_lr_scale: float
+    model: nn.Module, weight_decay: float, se_lr_scale: float, head_lr_scale: float
 ) -> list[dict[str, Any]]:
     """Parameters that require a gradient, in groups: SE, head and body, each with and without weight decay.
 

@@ -1,23 +1,58 @@
-"""What is made before the first step: the checks, the optimizer and its schedule, the state of a run that goes on."""
+"""Setup: the checks, the network, the optimizer and its schedule, the state of a run that is resumed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..errors import RetrofitError
+from ..models import Base
 from ..retrofit import warn_of_lost_sites
+from ..saving.atomic import replaced_file
+from ..saving.base import check_base
 from . import checkpoint as disk
+from .checkpoint import Progress
 from .config import FinetuneConfig
-from .parts import trained_parts
+from .data import Stream, stream
+from .datasets import transforms_for
+from .engine import Interrupt, engine, fast_math, refuse_sharding
+from .experiment import describe_run, plain
+from .log import Log
+from .parts import (
+    as_found,
+    choose_trainable,
+    count,
+    head_size,
+    new_head,
+    param_groups,
+    se_modules,
+    set_drop_path,
+    structure_of,
+    to_device,
+    trained_parts,
+)
+from .randomness import EPOCH, kept_randomness, seed_all
+from .run import Run, share, uses_channels_last
+
+__all__ = ["body_lr", "checked", "start_run", "trainable_in"]
+
+# These may be other than in the run that is resumed; all other fields decide the result.
+FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
+RUN = "run.yaml"
 
 
 def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | None:
@@ -45,7 +80,7 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     schedule(probe, config, 1000)
     try_optimizer(config)
-    trained_parts(model, config.train)
+    trained_parts(model, config.trainable)
     if output_dir is None:
         if resume:
             raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
@@ -59,6 +94,177 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
         raise RetrofitError(f"{output} can't be made: {error.strerror or error}") from error
     disk.check_folders(output)
     return output
+
+
+@contextlib.contextmanager
+def start_run(
+    model: nn.Module,
+    train_data: Any,
+    val_data: Any,
+    config: FinetuneConfig,
+    output: Path | None,
+    *,
+    resume: bool,
+    base: Base | None,
+    command: dict[str, Any] | None,
+    quiet: bool,
+) -> Iterator[Run]:
+    """All that a fine-tune needs before its first step, put away again at the end.
+
+    Whatever is found wrong on the way leaves the network with the structure that it had.
+    """
+    with contextlib.ExitStack() as stack:
+        wanted = stack.enter_context(as_found(model))
+        stack.enter_context(kept_randomness())
+        stack.enter_context(fast_math(config))
+        interrupt = stack.enter_context(Interrupt(quiet))
+        accelerator = stack.enter_context(engine(config, None if output is None else str(output)))
+        refuse_sharding(accelerator)
+        experiment = same_on_all(plain(describe_run(model, train_data, val_data, base)), accelerator)
+        train = batches_of(train_data, "train_data", model, config, base, accelerator)
+        val = None if val_data is None else batches_of(val_data, "val_data", model, config, base, accelerator)
+        undo = stack.enter_context(contextlib.ExitStack())
+        undo.callback(structure_of(model))
+        classes = fit_head(model, config, wanted)
+        progress = Progress()
+        saved: dict[str, Any] = {}
+        if resume and output is not None and disk.has_checkpoint(output):
+            progress, saved = disk.load_training(
+                output, model, config.to_dict(), experiment, world=accelerator.num_processes, free=FREE_FIELDS
+            )
+        if base is not None:
+            check_base(model, base)  # rather now than when the first epoch is to be saved
+        to_device(model, accelerator.device, uses_channels_last(config, accelerator.device))
+        if accelerator.num_processes > 1:
+            share(model.state_dict().values())  # the processes may have drawn other first weights
+        run = Run(
+            model, config, accelerator, interrupt, wanted, output, base, experiment, train, val, progress,
+            **learning(model, config, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
+            log=log_of(config, output, len(train), val is not None, accelerator, quiet),
+        )  # fmt: skip
+        run.choose(trainable_in(config, progress.epoch))
+        if saved:
+            restore(run, saved)
+        stack.enter_context(run.log)
+        if output is not None and run.rank == 0:
+            prepare_folder(run, output, command, resumed=bool(saved))
+        undo.pop_all()
+        introduce(run)
+        for tracker in start_trackers(accelerator, config):
+            stack.callback(tracker.finish)
+        yield run
+
+
+def learning(
+    model: nn.Module, config: FinetuneConfig, wanted: dict[str, bool], batches: int, classes: int | None, *, fused: bool
+) -> dict[str, Any]:
+    """The parts of a run by which the network learns."""
+    # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
+    choose_trainable(model, trainable_in(config, config.epochs - 1), wanted)
+    groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale)
+    raw_optimizer = optimizer(groups, config, fused)
+    mixing = bool(config.mixup or config.cutmix)  # which smooths the labels itself
+    return {
+        "raw_optimizer": raw_optimizer,
+        "schedule": schedule(raw_optimizer, config, math.ceil(batches / config.grad_accum_steps)),
+        "ema": ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None,
+        "criterion": nn.CrossEntropyLoss(label_smoothing=0.0 if mixing else config.label_smoothing),
+        "mixup": mixup_of(config, classes),
+    }
+
+
+def log_of(
+    config: FinetuneConfig, output: Path | None, batches: int, validates: bool, accelerator: Accelerator, quiet: bool
+) -> Log:
+    measured = ["val_loss", "val_accuracy"] if validates else []
+    memory = ["peak_memory_mb"] if accelerator.device.type == "cuda" else []
+    columns = ["epoch", "train_loss", "train_accuracy", *measured, "lr", "images_per_second", "seconds", *memory]
+    updates = math.ceil(batches / config.grad_accum_steps)
+    return Log(
+        output, epochs=config.epochs, updates=updates, columns=columns, rank=accelerator.process_index, quiet=quiet
+    )
+
+
+def batches_of(
+    data: Any, name: str, model: nn.Module, config: FinetuneConfig, base: Base | None, accelerator: Accelerator
+) -> Stream:
+    train = name == "train_data"
+    return stream(
+        data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
+        transform=transforms_for(model, config, train=train, base=base), seed=config.seed, workers=config.workers,
+        rank=accelerator.process_index, world=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )  # fmt: skip
+
+
+def fit_head(model: nn.Module, config: FinetuneConfig, wanted: dict[str, bool]) -> int | None:
+    """Give the network the head and the stochastic depth of the config; the number of classes, where it is known."""
+    seed_all(config.seed, EPOCH)
+    classes = head_size(model)
+    if config.num_classes is not None and config.num_classes != classes:
+        new_head(model, config.num_classes)
+        wanted.update({name: True for name, _ in model.named_parameters() if name not in wanted})
+    if config.drop_path is not None:
+        set_drop_path(model, config.drop_path)
+    return config.num_classes or classes
+
+
+def mixup_of(config: FinetuneConfig, classes: int | None) -> Mixup | None:
+    if not (config.mixup or config.cutmix):
+        return None
+    if classes is None:
+        raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
+
+
+def restore(run: Run, saved: dict[str, Any]) -> None:
+    """Put the saved state dicts back in place. timm's schedules have none: they go by the number of updates."""
+    disk.load_optimizer(run.raw_optimizer, saved["optimizer"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(saved["ema"])
+    if run.accelerator.scaler is not None and "scaler" in saved:
+        run.accelerator.scaler.load_state_dict(saved["scaler"])
+    if run.progress.best is not None and run.output is not None:
+        run.best_weights = disk.load_best(run.output)
+
+
+def prepare_folder(run: Run, output: Path, command: dict[str, Any] | None, *, resumed: bool) -> None:
+    """Write what a run's folder holds from the start. ``run.yaml`` is enough to repeat the run."""
+    disk.check_space(output, run.model, run.config)
+    run.config.to_yaml(output / "config.yaml")
+    if not resumed:
+        content = {"command": command, "experiment": run.experiment, "config": run.config.to_dict()}
+        with replaced_file(output / RUN) as fresh:
+            fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    run.log.resume(run.progress.updates)
+
+
+def same_on_all(value: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """What the main process says: the others may have drawn other first weights."""
+    if accelerator.num_processes == 1:
+        return value
+    said: dict[str, Any] = broadcast_object_list([value])[0]
+    return said
+
+
+def introduce(run: Run) -> None:
+    model, config, progress = run.model, run.config, run.progress
+    modules = len(se_modules(model))
+    se = f"{modules} SE modules" if modules else "no SE modules: it is trained as it is"
+    run.log.note(f"{type(model).__name__}, {se}; {count(model):,} parameters, {count(model, True):,} of them trained")
+    precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
+    processes = f", {run.world} processes" if run.world > 1 else ""
+    run.log.note(f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch")
+    if progress.updates:
+        run.log.note(f"resumed in epoch {min(progress.epoch + 1, config.epochs)}, after update {progress.updates}")
+
+
+def start_trackers(accelerator: Accelerator, config: FinetuneConfig) -> list[Any]:
+    if not config.trackers:
+        return []
+    flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.to_dict().items()}
+    accelerator.init_trackers("se-retrofit", config=flat)
+    return list(accelerator.trackers) if accelerator.is_main_process else []
 
 
 def try_optimizer(config: FinetuneConfig) -> None:
@@ -95,10 +301,10 @@ def try_optimizer(config: FinetuneConfig) -> None:
         ) from error
 
 
-def part(config: FinetuneConfig, epoch: int) -> str:
+def trainable_in(config: FinetuneConfig, epoch: int) -> str:
     """What is trained in an epoch (from 0)."""
     unfrozen = config.unfreeze_epoch is not None and epoch + 1 >= config.unfreeze_epoch
-    return "all" if unfrozen else config.train
+    return "all" if unfrozen else config.trainable
 
 
 def optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
@@ -125,7 +331,7 @@ def optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool)
 
 
 def schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
-    warmup: Any = config.warmup * config.epochs  # timm says int, and takes fractions
+    warmup: Any = config.warmup_ratio * config.epochs  # timm says int, and takes fractions
     try:
         schedule, _ = create_scheduler_v2(
             optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
@@ -151,23 +357,3 @@ def body_lr(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     scale = group.get("lr_scale", 1.0)
     return float(group["lr"]) / scale if scale else 0.0
-
-
-def classes(classes: int | None) -> int:
-    if classes is None:
-        raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
-    return classes
-
-
-def load_parts(
-    saved: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    ema: ModelEmaV3 | None,
-    accelerator: Accelerator,
-) -> None:
-    """Put the saved state dicts back in place. timm's schedules have none: they go by the number of updates."""
-    disk.load_optimizer(optimizer, saved["optimizer"])
-    if ema is not None:
-        ema.module.load_state_dict(saved["ema"])
-    if accelerator.scaler is not None and "scaler" in saved:
-        accelerator.scaler.load_state_dict(saved["scaler"])

@@ -35,6 +35,6 @@ if __name__ == "__main__":
     output, fields, *flags = sys.argv[1:]
     data, model, config = tiny_data(), tiny_network(), tiny_config(**json.loads(fields))
     if "SE_TEST_DIE_AT" in os.environ:
-        die_at(model, int(os.environ["SE_TEST_DIE_AT"]), config.accumulate)
+        die_at(model, int(os.environ["SE_TEST_DIE_AT"]), config.grad_accum_steps)
     train = DataLoader(data.train, 32, num_workers=2) if "loader" in flags else data.train
     finetune(model, train, data.val, config=config, output_dir=output, resume="resume" in flags)

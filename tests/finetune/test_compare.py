@@ -157,8 +157,8 @@ def test_a_comparison_goes_on_where_it_was(network: Network, config: Config, dig
 def test_mistakes_are_refused(network: Network, config: Config, digits: NamedData) -> None:
     with pytest.raises(RetrofitError, match=r"seeds must be at least 1"):
         compare(network(se=False), digits.train, digits.val, seeds=0)
-    with pytest.raises(RetrofitError, match=r"can't be trained with train=\"se\""):
-        compare(network(se=False), digits.train, digits.val, config=config(train="se"))
+    with pytest.raises(RetrofitError, match=r"can't be trained with trainable=\"se\""):
+        compare(network(se=False), digits.train, digits.val, config=config(trainable="se"))
     with pytest.raises(RetrofitError, match=r"needs validation data"):
         compare(network(se=False), digits.train, None)
     for arms in (("se",), ("plain",), ("plain", "bigger"), ("plain", "se", "se")):

@@ -53,7 +53,7 @@ def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None
     run(
         "finetune", "torchvision/squeezenet1_1", "--data", "digits", "--config", str(tmp_path / "recipe.yaml"),
         "--epochs", "1",
-        "--set", "optimizer=sgd", "--set", "optimizer_options={nesterov: true}", "--train", "se+head", *SMALL,
+        "--set", "optimizer=sgd", "--set", "optimizer_options={nesterov: true}", "--trainable", "se+head", *SMALL,
         "--image-size", "32", "--output", str(output), "--reduction", "4",
     )  # fmt: skip
     recipe = FinetuneConfig.from_yaml(output / "config.yaml")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from se_retrofit import RetrofitError, add_se
 from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune
 from se_retrofit.finetune.engine import fast_math
-from se_retrofit.finetune.loop import _mixed
+from se_retrofit.finetune.train import mixed
 
 Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
@@ -59,10 +59,10 @@ def test_mixup_takes_odd_batches_and_batches_of_one(network: Network, config: Co
 
 def test_the_odd_image_of_a_mixed_batch_keeps_its_class() -> None:
     images, targets = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4])
-    mixed, labels = _mixed(Mixup(1.0, num_classes=5, label_smoothing=0.0), images, targets)
-    assert mixed.shape == images.shape
+    blend, labels = mixed(Mixup(1.0, num_classes=5, label_smoothing=0.0), images, targets)
+    assert blend.shape == images.shape
     assert labels.shape == (5, 5)
-    assert torch.equal(mixed[4], images[4])
+    assert torch.equal(blend[4], images[4])
     assert torch.equal(labels[4], torch.eye(5)[4])
 
 

@@ -20,8 +20,8 @@ RECIPE = {
     "optimizer": "sgd",
     "lr": 0.005,
     "clip_grad": None,  # clipping would hide a wrong factor
-    "accumulate": 2,
-    "early_stop": 2,
+    "grad_accum_steps": 2,
+    "patience": 2,
 }
 
 

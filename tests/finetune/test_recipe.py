@@ -11,7 +11,7 @@ from se_retrofit.finetune import FinetuneConfig
 
 def test_yaml_keeps_every_field(tmp_path: Path) -> None:
     config = FinetuneConfig(
-        epochs=3, lr=1e-4, train="se", unfreeze_epoch=2, drop_path=0.1, optimizer_options={"betas": [0.9, 0.95]},
+        epochs=3, lr=1e-4, trainable="se", unfreeze_epoch=2, drop_path=0.1, optimizer_options={"betas": [0.9, 0.95]},
         trackers=("tensorboard",), ema_decay=0.99, channels_last=True, clip_grad=None,
     )  # fmt: skip
     config.to_yaml(tmp_path / "recipe.yaml")
@@ -34,12 +34,12 @@ def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be above 0"),
-        ({"train": "head"}, "train must be one of 'all', 'se', 'se\\+head', got 'head'"),
+        ({"trainable": "head"}, "trainable must be one of 'all', 'se', 'se\\+head', got 'head'"),
         ({"precision": "fp8"}, "precision must be one of"),
         ({"bad_images": "ignore"}, "bad_images must be one of"),
         ({"label_smoothing": 1.0}, "label_smoothing must be"),
         ({"ema_decay": 1.0}, "ema_decay must be"),
-        ({"warmup": -0.1}, "warmup must be"),
+        ({"warmup_ratio": -0.1}, "warmup_ratio must be"),
         ({"crop_scale": 0.0}, "crop_scale must be"),
         ({"unfreeze_epoch": 3}, "freezes nothing"),
         ({"mixup": 0.2, "batch_size": 7}, "batch_size must be even"),
@@ -52,7 +52,7 @@ def test_values_out_of_range_are_refused(fields: dict[str, Any], says: str) -> N
 
 @pytest.mark.parametrize(
     "fields",
-    [{"epochs": 1.5}, {"epochs": True}, {"lr": "fast"}, {"freeze_bn": 1}, {"trackers": "wandb"}, {"early_stop": "3"}],
+    [{"epochs": 1.5}, {"epochs": True}, {"lr": "fast"}, {"freeze_bn": 1}, {"trackers": "wandb"}, {"patience": "3"}],
 )
 def test_values_of_the_wrong_type_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"{next(iter(fields))} must be"):

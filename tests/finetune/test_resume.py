@@ -26,7 +26,7 @@ Config = Callable[..., FinetuneConfig]
 
 # Everything that has state or is random: average, mixup, accumulation, a phase that unfreezes
 DEMANDING = {
-    "epochs": 4, "batch_size": 16, "accumulate": 2, "mixup": 0.4, "cutmix": 0.4, "ema_decay": 0.95, "train": "se+head",
+    "epochs": 4, "batch_size": 16, "grad_accum_steps": 2, "mixup": 0.4, "cutmix": 0.4, "ema_decay": 0.95, "trainable": "se+head",
     "unfreeze_epoch": 2, "checkpoint_minutes": 0.0,
 }  # fmt: skip
 
@@ -242,7 +242,7 @@ def limited(*args, **kwargs):
     saves.append(1)
     save(*args, **kwargs)
 disk.save_training = limited
-finetune(tiny_network(), data.train, data.val, config=tiny_config(train="se"), output_dir={str(tmp_path)!r}, quiet=True)
+finetune(tiny_network(), data.train, data.val, config=tiny_config(trainable="se"), output_dir={str(tmp_path)!r}, quiet=True)
 """
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE.parents[1], check=False
@@ -257,7 +257,7 @@ finetune(tiny_network(), data.train, data.val, config=tiny_config(train="se"), o
     load_retrofitted(tmp_path / "last", base=network(se=False))
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
     again = finetune(
-        network(), digits.train, digits.val, config=config(train="se"), output_dir=tmp_path, resume=True, quiet=True
+        network(), digits.train, digits.val, config=config(trainable="se"), output_dir=tmp_path, resume=True, quiet=True
     )
     assert again.stopped == "epochs"
 

@@ -67,7 +67,7 @@ def test_training_se_leaves_all_else_bit_for_bit(
 ) -> None:
     model = network()
     before = state_of(model)
-    finetune(model, digits.train, digits.val, config=config(train=train, ema_decay=ema), quiet=True)
+    finetune(model, digits.train, digits.val, config=config(trainable=train, ema_decay=ema), quiet=True)
     after = model.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == se_keys(model) | ({"fc.weight", "fc.bias"} if train == "se+head" else set())
@@ -78,7 +78,7 @@ def test_unfreezing_trains_the_rest_from_that_epoch_on(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:
     frozen = network()
-    recipe = config(train="se", epochs=3, unfreeze_epoch=3, schedule="constant")
+    recipe = config(trainable="se", epochs=3, unfreeze_epoch=3, schedule="constant")
     body = "layer1.0.conv1.weight"
     before = frozen.state_dict()[body].clone()
     seen = []
@@ -149,7 +149,7 @@ def test_accumulating_two_batches_is_one_batch_of_both(network: Network, config:
     whole, halves = network(), network()
     recipe = config(epochs=1, freeze_bn=True, optimizer="sgd", lr=5e-3, clip_grad=None)  # clipping would hide a factor
     finetune(whole, digits.train, config=recipe, quiet=True)
-    finetune(halves, digits.train, config=recipe.replace(batch_size=16, accumulate=2), quiet=True)
+    finetune(halves, digits.train, config=recipe.replace(batch_size=16, grad_accum_steps=2), quiet=True)
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(value, halves.state_dict()[key], rtol=1e-4, atol=1e-5)
 
@@ -168,7 +168,7 @@ def test_se_and_head_have_their_own_learning_rate_and_norms_no_decay(network: Ne
 
 def test_early_stop(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
     # so small a rate that nothing gets better
-    recipe = config(epochs=20, lr=1e-12, early_stop=2, freeze_bn=True)
+    recipe = config(epochs=20, lr=1e-12, patience=2, freeze_bn=True)
     result = finetune(network(), digits.train, digits.val, config=recipe, output_dir=tmp_path, quiet=True)
     assert result.stopped == "early stop"
     assert [row["epoch"] for row in result.history] == [0, 1, 2, 3]
@@ -305,7 +305,7 @@ def test_a_data_loader_trains(network: Network, config: Config, digits: NamedDat
         ({"schedule": "plateau"}, "only supports step per epoch"),
         ({"optimizer_options": {"wings": 2}}, "optimizer 'adamw' can't be made"),
         ({"drop_path": 0.1}, "built without stochastic depth"),
-        ({"early_stop": 2}, "early_stop needs validation data"),
+        ({"patience": 2}, "patience needs validation data"),
     ],
 )
 def test_mistakes_in_the_recipe_leave_the_network_as_it_was(
@@ -319,8 +319,8 @@ def test_mistakes_in_the_recipe_leave_the_network_as_it_was(
 
 
 def test_se_cannot_be_trained_where_there_is_none(network: Network, config: Config, digits: NamedData) -> None:
-    with pytest.raises(RetrofitError, match=r'train="se" needs SE modules.*add_se'):
-        finetune(network(se=False), digits.train, config=config(train="se"), quiet=True)
+    with pytest.raises(RetrofitError, match=r'trainable="se" needs SE modules.*add_se'):
+        finetune(network(se=False), digits.train, config=config(trainable="se"), quiet=True)
 
 
 def test_classes_that_the_network_does_not_have_are_named(network: Network, config: Config) -> None:
@@ -377,7 +377,7 @@ def test_a_loss_that_is_no_longer_finite_stops_and_keeps_the_last_good_checkpoin
 def test_weights_that_are_no_longer_finite_are_not_kept(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:
-    recipe = config(epochs=1, optimizer="sgd", lr=1e30, clip_grad=None, warmup=0.0, schedule="constant")
+    recipe = config(epochs=1, optimizer="sgd", lr=1e30, clip_grad=None, warmup_ratio=0.0, schedule="constant")
     with pytest.raises(RetrofitError, match=r"lower lr"):
         finetune(network(), digits.train, config=recipe, output_dir=tmp_path, quiet=True)
     assert not (tmp_path / "last").exists()
