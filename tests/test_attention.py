@@ -146,6 +146,65 @@ def test_the_memory_format_of_the_input_is_kept() -> None:
     assert SEAttention(8, 2)(x).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("gate", ["sigmoid", "identity"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_without_a_gradient_the_values_are_the_same_bit_for_bit(
+    layout: torch.memory_format, gate: str, inplace: bool
+) -> None:
+    se = _draw(SEAttention(16, 4, gate=gate, bias=True, inplace=inplace))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(3, 16, 9, 7).to(dtype).to(memory_format=layout)
+        wanted = se.to(dtype)(x)
+        assert wanted.requires_grad
+        for no_grad in (torch.no_grad, torch.inference_mode):
+            with no_grad():
+                given = x.clone()
+                got = se(given)
+            assert got.equal(wanted)
+            assert got.stride() == wanted.stride()
+            assert (got.data_ptr() == given.data_ptr()) is inplace
+            assert inplace or given.equal(x)
+
+
+class Halved(SEAttention):
+    def excite(self, x: Tensor) -> Tensor:
+        return super().excite(x) / 2
+
+
+class Constant(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.full_like(z, 0.25)
+
+
+def test_without_a_gradient_hooks_replaced_layers_and_subclasses_count_all_the_same() -> None:
+    x = torch.randn(2, 16, 5, 5)
+    seen: list[object] = []
+    with torch.no_grad():
+        for index in range(4):
+            se = SEAttention(16, 4)
+            se.fc[index].register_forward_hook(lambda *_: seen.append("after"))
+            se.fc[index].register_forward_pre_hook(lambda *_: seen.append("before"))
+            se(x)
+            assert seen == ["before", "after"]
+            seen.clear()
+        se = SEAttention(16, 4)
+        with_handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+        try:
+            se(x)
+        finally:
+            with_handle.remove()
+        assert {se, se.fc, *se.fc} == set(seen)
+        se.fc[3] = Constant()
+        assert se(x).equal(0.25 * x)
+        se = _draw(SEAttention(16, 4))
+        halved = Halved(16, 4)
+        halved.load_state_dict(se.state_dict())
+        assert torch.allclose(halved(x), se(x) / 2)
+        graph = torch.fx.symbolic_trace(se)  # a trace without gradients holds with them
+        assert any(node.op == "call_module" and node.target == "fc.0" for node in graph.graph.nodes)
+
+
 def test_device_and_dtype_are_those_asked_for() -> None:
     se = SEAttention(8, 2, device="meta", dtype=torch.float16)
     assert {(p.device.type, p.dtype) for p in se.parameters()} == {("meta", torch.float16)}

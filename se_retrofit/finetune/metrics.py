@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,15 +14,17 @@ from ..models import Base
 from . import setup
 from .config import FinetuneConfig
 from .data import Batch, Stream, stream
-from .datasets import transforms_for
 from .engine import Interrupt, engine, fast_math, logits_of
 from .log import Log
 from .parts import as_found, to_device
 from .randomness import kept_randomness
 from .run import placed, uses_channels_last
-from .scores import Answers, ClassReport, class_report_of, scores_of
+from .scores import Answers, scores_of
+from .transforms import transforms_for
 
-__all__ = ["check_targets", "class_report", "evaluate", "hits", "measure", "right_answers"]
+__all__ = ["answers", "check_targets", "evaluate", "hits", "measure"]
+
+MOST_LIKELY = 5  # classes of each image that are kept
 
 
 def evaluate(
@@ -45,51 +46,14 @@ def evaluate(
         RetrofitError: data and network don't fit together.
         TypeError: an argument is of the wrong type.
     """
-    return scores_of(_evaluated(model, data, config, base))
+    return scores_of(answers(model, data, config=config, base=base))
 
 
-def class_report(
-    model: nn.Module,
-    data: Any,
-    *,
-    names: Sequence[str] | None = None,
-    config: FinetuneConfig | None = None,
-    base: Base | None = None,
-) -> ClassReport:
-    """How well each class is recognised, and which are confused.
-
-    Args:
-        model, data, config, base: as for ``evaluate``.
-        names: of the classes, in the order of their numbers; None for the numbers.
-
-    Raises:
-        RetrofitError: data and network don't fit together; there is another number of names.
-        TypeError: an argument is of the wrong type.
-
-    Example:
-        >>> import torch
-        >>> from torch.utils.data import TensorDataset
-        >>> from se_retrofit.finetune import FinetuneConfig, class_report
-        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 2))
-        >>> data = TensorDataset(torch.randn(8, 3, 1, 1), torch.arange(8) % 2)
-        >>> report = class_report(model, data, names=["cat", "dog"], config=FinetuneConfig(cpu=True))
-        >>> [row["images"] for row in report.classes], int(report.confusion.sum())
-        ([4, 4], 8)
-    """
-    return class_report_of(_evaluated(model, data, config, base), names)
-
-
-def right_answers(
-    model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
-) -> Tensor:
-    """Which images a classifier gets right, a bool tensor (images,), in the same order for each network.
+def answers(model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None) -> Answers:
+    """What a classifier says about each image, in the same order for each network.
 
     Arguments and errors are those of ``evaluate``.
     """
-    return _evaluated(model, data, config, base).right
-
-
-def _evaluated(model: nn.Module, data: Any, config: FinetuneConfig | None, base: Base | None) -> Answers:
     config = FinetuneConfig() if config is None else config
     setup.checked(model, config, None, False)
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
@@ -102,9 +66,9 @@ def _evaluated(model: nn.Module, data: Any, config: FinetuneConfig | None, base:
         channels_last = uses_channels_last(config, accelerator.device)
         to_device(model, accelerator.device, channels_last)
         log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
-        answers = measure(model, batches, accelerator, channels_last, log, config.multi_label)
-        assert answers is not None  # only an Interrupt ends it early
-        return answers
+        found = measure(model, batches, accelerator, channels_last, log, config.multi_label)
+        assert found is not None  # only an Interrupt ends it early
+        return found
 
 
 @torch.no_grad()
@@ -141,11 +105,9 @@ def measure(
         totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
         said.append((counts, *answer(logits.float(), targets, multi_label)))
     loss, right_count, seen = accelerator.reduce(totals, "sum").tolist()
-    counts, answers, targets, *top5 = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
-    return Answers(
-        loss / max(seen, 1), right_count / max(seen, 1), classes, multi_label, answers[counts], targets[counts],
-        top5[0][counts] if top5 else None,
-    )  # fmt: skip
+    counts, found, targets = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
+    accuracy = right_count / max(seen, 1)
+    return Answers(loss / max(seen, 1), accuracy, classes, multi_label, found[counts], targets[counts])
 
 
 def losses_of(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
@@ -162,14 +124,13 @@ def hits(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
     return logits.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))
 
 
-def answer(logits: Tensor, targets: Tensor, multi_label: bool) -> tuple[Tensor, ...]:
+def answer(logits: Tensor, targets: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
     """What is kept of each image: little, as there may be many images and classes."""
     if multi_label:
         return logits.sigmoid(), targets
-    targets = targets if targets.dim() == 1 else targets.argmax(1)
-    if logits.shape[1] <= 5:
-        return logits.argmax(1), targets
-    return logits.argmax(1), targets, (logits.topk(5).indices == targets[:, None]).any(1)
+    likely = logits.topk(min(MOST_LIKELY, logits.shape[1]), dim=1).indices
+    likely[:, 0] = logits.argmax(1)  # which of equals comes first must not depend on how many are asked for
+    return likely, targets if targets.dim() == 1 else targets.argmax(1)
 
 
 def gathered(parts: list[Tensor], accelerator: Accelerator) -> Tensor:

@@ -29,7 +29,6 @@ from .checkpoint import Progress
 from .config import FinetuneConfig
 from .criteria import Criterion, criterion_of, describe_criterion
 from .data import Stream, stream
-from .datasets import transforms_for
 from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
 from .log import Log
@@ -48,6 +47,7 @@ from .parts import (
 )
 from .randomness import EPOCH, kept_randomness, seed_all
 from .run import Run, share, uses_channels_last
+from .transforms import note_images, transforms_for
 
 __all__ = ["body_lr", "checked", "start_run", "trainable_in"]
 
@@ -132,6 +132,7 @@ def start_run(
         undo = stack.enter_context(contextlib.ExitStack())
         undo.callback(structure_of(model))
         classes = fit_head(model, config, wanted)
+        note_images(model, train_data, config, base)
         progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
         if base is not None:
             check_base(model, base)  # rather now than when the first epoch is to be saved

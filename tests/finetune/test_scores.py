@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import sklearn.metrics
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from se_retrofit import RetrofitError
-from se_retrofit.finetune import FinetuneConfig, class_report, evaluate
+from se_retrofit.finetune import FinetuneConfig, evaluate, evaluate_closely
 
 CLASSES = 7
 CONFIG = FinetuneConfig(cpu=True, batch_size=16)
@@ -63,38 +62,22 @@ def test_scores_of_classes_agree_with_scikit_learn(loader: bool) -> None:
     )
 
 
-def test_each_class_and_the_confusion_matrix_agree_with_scikit_learn() -> None:
-    logits, targets = one_class()
-    names = [f"class {number}" for number in range(CLASSES)]
-    report = class_report(Answers(), TensorDataset(logits[:, :, None, None], targets), names=names, config=CONFIG)
-    said, true = logits.argmax(1).numpy(), targets.numpy()
-    expected = sklearn.metrics.precision_recall_fscore_support(
-        true, said, labels=range(CLASSES), average=None, zero_division=0.0
-    )
-    for column, values in zip(("precision", "recall", "f1", "images"), expected, strict=True):
-        assert [row[column] for row in report.classes] == pytest.approx(list(values), rel=1e-6), column
-    assert [row["class"] for row in report.classes] == names
-    confusion = sklearn.metrics.confusion_matrix(true, said, labels=range(CLASSES))
-    assert np.array_equal(report.confusion.numpy(), confusion)
-    assert len(str(report).splitlines()) == 1 + CLASSES
-
-
 def test_scores_of_several_labels_agree_with_scikit_learn() -> None:
     logits, targets = several_labels()
     config = CONFIG.replace(multi_label=True, criterion="bce")
-    report = class_report(Answers(), TensorDataset(logits[:, :, None, None], targets), config=config)
+    data = TensorDataset(logits[:, :, None, None], targets)
+    scores = evaluate(Answers(), data, config=config)
     said, true, probable = (logits > 0).long().numpy(), targets.numpy(), logits.sigmoid().numpy()
-    assert report.scores["val_f1"] == pytest.approx(
+    assert scores["val_f1"] == pytest.approx(
         sklearn.metrics.f1_score(true, said, average="macro", zero_division=0.0), rel=1e-6
     )
     held = [label for label in range(CLASSES) if true[:, label].any()]
     assert len(held) == CLASSES - 1
     average = sklearn.metrics.average_precision_score(true[:, held], probable[:, held], average="macro")
-    assert report.scores["val_map"] == pytest.approx(average, rel=1e-5)
-    assert report.scores["val_accuracy"] == pytest.approx((said == true).mean())
-    assert report.classes[2]["average_precision"] is None
-    matrices = sklearn.metrics.multilabel_confusion_matrix(true, said)
-    assert np.array_equal(report.confusion.numpy(), matrices)
+    assert scores["val_map"] == pytest.approx(average, rel=1e-5)
+    assert scores["val_accuracy"] == pytest.approx((said == true).mean())
+    with pytest.raises(RetrofitError, match="evaluate_closely is for one class an image"):
+        evaluate_closely(Answers(), data, config=config)
 
 
 def test_soft_labels_count_as_their_greatest_class() -> None:
@@ -104,9 +87,3 @@ def test_soft_labels_count_as_their_greatest_class() -> None:
     scores = evaluate(Answers(), TensorDataset(logits[:, :, None, None], soft), config=CONFIG)
     assert scores["val_f1"] == hard["val_f1"]
     assert scores["val_loss"] > hard["val_loss"]
-
-
-def test_another_number_of_names_is_refused() -> None:
-    logits, targets = one_class()
-    with pytest.raises(RetrofitError, match="2 names of classes for a network of 7"):
-        class_report(Answers(), TensorDataset(logits[:, :, None, None], targets), names=["a", "b"], config=CONFIG)

@@ -1,9 +1,4 @@
-"""A norm and the SE behind it as one map, for compiled training: ``fuse_se`` and ``unfuse_se``.
-
-The statistics of the norm and the squeeze of SE are sums of the same values u. From the mean and the variance of each
-image and channel follow the statistics of the batch (or of a group of channels), through the norm's affine map the
-squeeze, and from it the gate; what is left is one pass ``a[n, c] * u + b[n, c]``.
-"""
+"""Which SE modules of a network can be fused, and the change of their blocks' classes to and fro."""
 
 from __future__ import annotations
 
@@ -11,101 +6,23 @@ import ast
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from .attention import SEAttention
-from .errors import RetrofitError
-from .plan import Skipped
-from .surgery.copying import copied
-from .surgery.derived import Recipe, RetrofittedBlock, derived_class
-from .surgery.isolation import isolated
-from .surgery.methods import unwrapped
-from .surgery.splice import Splice, SpliceError, source_of, span_of
-from .surgery.undo import is_retrofitted
+from ..attention import SEAttention
+from ..errors import RetrofitError
+from ..plan import Skipped
+from ..surgery.copying import copied
+from ..surgery.derived import Recipe, RetrofittedBlock, derived_class
+from ..surgery.isolation import isolated
+from ..surgery.methods import unwrapped
+from ..surgery.splice import Splice, SpliceError, source_of, span_of
+from ..surgery.undo import is_retrofitted
+from .attention import FusedSEAttention
+from .norms import why_no_norm
 
-__all__ = ["FusedSEAttention", "Fusion", "fuse_se", "plan_fusion", "unfuse_se"]
+__all__ = ["Fusion", "fuse_se", "plan_fusion", "unfuse_se"]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class FusedSEAttention(SEAttention):
-    """An SE module that is called with the norm before it and the norm's input: ``se(norm, u)``, not ``se(norm(u))``."""
-
-    def forward(self, norm: nn.Module, u: Tensor) -> Tensor:  # type: ignore[override]
-        if u.dim() < 3 or u.numel() == 0 or _why_no_norm(norm) is not None:  # a hook may have come since
-            return super().forward(norm(u))
-        values = u.flatten(2)
-        values = values.float() if u.dtype in (torch.float16, torch.bfloat16) else values
-        variances, means = torch.var_mean(values, -1, correction=0)  # (N, C)
-        if isinstance(norm, nn.GroupNorm):
-            a, b = _group_map(norm, means, variances)
-        else:
-            assert isinstance(norm, _BatchNorm)
-            batch = norm.training or norm.running_mean is None or norm.running_var is None
-            if batch and means.shape[0] * values.shape[2] == 1:
-                return super().forward(norm(u))  # raises the norm's own error
-            a, b = _batch_map(norm, means, variances, values.shape[2]) if batch else _frozen_map(norm)
-        squeezed = (a * means + b).to(u.dtype)
-        gate = self.factor.expand(u.shape[0], -1) if self.factor is not None else self.fc(squeezed)
-        gate = gate.to(values.dtype)
-        a, b = (a * gate).unsqueeze(-1), (b * gate).unsqueeze(-1)
-        return (a * values + b).to(u.dtype).view_as(u)
-
-
-def _affine(norm: Any, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors and summands of a norm."""
-    a = torch.rsqrt(variance + norm.eps)
-    a = a if norm.weight is None else a * norm.weight
-    b = -mean * a
-    return a, b if norm.bias is None else b + norm.bias
-
-
-def _frozen_map(norm: Any) -> tuple[Tensor, Tensor]:
-    return _affine(norm, norm.running_mean, norm.running_var)
-
-
-def _batch_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """By the statistics of the batch; the running ones follow as in the norm's own forward."""
-    mean = means.mean(0)
-    variance = variances.mean(0) + means.var(0, correction=0)
-    if norm.training and norm.track_running_stats:
-        with torch.no_grad():
-            factor: Any = 0.0 if norm.momentum is None else norm.momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if norm.momentum is None:
-                    factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-            if norm.running_mean is not None and norm.running_var is not None:
-                count = means.shape[0] * size
-                unbiased = variance.detach() * (count / (count - 1))
-                for running, new in ((norm.running_mean, mean.detach()), (norm.running_var, unbiased)):
-                    running.copy_(running * (1 - factor) + new * factor)
-    return _affine(norm, mean, variance)
-
-
-def _group_map(norm: nn.GroupNorm, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    images, channels = means.shape
-    m, v = (t.view(images, norm.num_groups, -1) for t in (means, variances))
-    mean = m.mean(-1, keepdim=True).expand_as(m).reshape(images, channels)
-    variance = v.mean(-1, keepdim=True) + m.var(-1, correction=0, keepdim=True)
-    return _affine(norm, mean, variance.expand_as(m).reshape(images, channels))
-
-
-def _why_no_norm(norm: Any) -> str | None:
-    """Why a module is no norm that can be fused; None where it is one."""
-    if not isinstance(norm, nn.Module):
-        return "what makes the value that SE scales is no module"
-    name, forward = type(norm).__name__, type(norm).forward
-    if forward not in (_BatchNorm.forward, nn.GroupNorm.forward) or "forward" in vars(norm):
-        return f"{name} is neither a BatchNorm nor a GroupNorm with PyTorch's own forward"
-    if hasattr(norm, "parametrizations"):
-        return f"{name} has parametrizations"
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    if any(len(registered) > 0 for registered in hooks):
-        return f"{name} has hooks, which expect to see its output"
-    return None
 
 
 @dataclass(frozen=True)
@@ -120,7 +37,7 @@ class Fusion:
         >>> import timm
         >>> from se_retrofit import add_se, plan_fusion
         >>> plan_fusion(add_se(timm.create_model("densenet121"), include="*denselayer1")).skipped[0].reason
-        "Conv2d is neither a BatchNorm nor a GroupNorm with PyTorch's own forward"
+        'Conv2d is no norm whose map of each channel is known to be affine'
     """
 
     fused: tuple[str, ...]
@@ -263,11 +180,11 @@ def _why_not(block: Any, name: str) -> str | None:
         child = _norm_called(splice)
         if child is None:
             return "the expression that SE wraps is no call of a norm of the block"
-        reason = _why_no_norm(block._modules.get(child))
+        reason = why_no_norm(block._modules.get(child))
         if reason is not None:
             return reason
         if se.channel_dim == -1:
-            return "its channels are in the last dim"
+            return "its channels are in the last dim, where a batch norm or a group norm has none"
     return None
 
 
@@ -278,7 +195,7 @@ def _norm_called(splice: Splice) -> str | None:
     source = source_of(function)
     first, last, column, end = splice.span
     wanted = (first + source.first, last + source.first, column, end)
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not isinstance(node, ast.Call) or span_of(node) != wanted:
             continue
         callee, text = node.func, source.text(node)

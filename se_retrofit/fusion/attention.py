@@ -1,0 +1,41 @@
+"""The SE module of a fused block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..attention import SEAttention
+from .norms import affine_map, parts, why_no_norm
+
+__all__ = ["FusedSEAttention"]
+
+
+class FusedSEAttention(SEAttention):
+    """An SE module that is called with the norm before it and the norm's input: ``se(norm, u)``, not ``se(norm(u))``. In the
+    norm's place may be a module that ends in one, such as a sequence of convolution and norm."""
+
+    def forward(self, norm: nn.Module, u: Tensor) -> Tensor:  # type: ignore[override]
+        if why_no_norm(norm) is not None:  # a hook may have come since
+            return super().forward(norm(u))
+        before, norm = parts(norm)
+        for module in before:
+            u = module(u)
+        if u.dim() < 3 or u.shape[1:].numel() == 0:
+            return super().forward(norm(u))
+        if isinstance(norm, _BatchNorm):
+            norm._check_input_dim(u)
+        # not flattened: the gradient of a view is in another layout than u, and would have to be copied
+        spatial = tuple(range(2, u.dim()))
+        values = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
+        variances, means = torch.var_mean(values, spatial, correction=0)  # (N, C)
+        found = affine_map(norm, means, variances, u.shape[2:].numel())
+        if found is None:
+            return super().forward(norm(u))
+        a, b = found
+        squeezed = (a * means + b).to(u.dtype)
+        gate = self.factor.expand(u.shape[0], -1) if self.factor is not None else self.fc(squeezed)
+        gate = gate.to(values.dtype)
+        shape = (*gate.shape, *(1 for _ in spatial))
+        return ((a * gate).view(shape) * values + (b * gate).view(shape)).to(u.dtype)

@@ -1,0 +1,172 @@
+"""Norms as one factor and one summand for each channel (of each image), told by the means and variances of the images'
+channels; and which modules are such norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.layers
+import torch
+import torchvision
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..surgery.roles import is_sequential
+
+__all__ = ["affine_map", "needs_statistics", "parts", "why_no_norm"]
+
+
+# The kinds of norm whose map of each channel is affine, by their forward.
+_KINDS: dict[Any, str] = {
+    _BatchNorm.forward: "batch",
+    timm.layers.BatchNormAct2d.forward: "batch",
+    nn.SyncBatchNorm.forward: "sync",
+    timm.layers.SyncBatchNormAct.forward: "sync",
+    torchvision.ops.FrozenBatchNorm2d.forward: "frozen",
+    timm.layers.FrozenBatchNormAct2d.forward: "frozen",
+    nn.GroupNorm.forward: "group",
+    timm.layers.GroupNorm.forward: "group",
+    timm.layers.GroupNorm1.forward: "group",
+    timm.layers.GroupNormAct.forward: "group",
+}
+
+
+def parts(module: Any) -> tuple[list[nn.Module], Any]:
+    """The modules that a module runs one after the other, and the last of them, where a norm may be."""
+    before: list[nn.Module] = []
+    while isinstance(module, nn.Module) and "forward" not in vars(module) and not _hooked(module):
+        if is_sequential(module) and len(module._modules):
+            *inner, last = module.children()
+            before += inner
+        elif type(module).forward is timm.layers.ConvNormAct.forward and module.aa is None:
+            before.append(module.conv)
+            last = module.bn
+        else:
+            break
+        module = last
+    return before, module
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(registered) > 0 for registered in hooks)
+
+
+def why_no_norm(module: Any) -> str | None:
+    """Why SE behind a module can't be fused with the norm in which that ends; None where it can."""
+    norm = parts(module)[1]
+    if not isinstance(norm, nn.Module):
+        return "what makes the value that SE scales is no module"
+    name = type(norm).__name__
+    if _hooked(norm):
+        return f"{name} has hooks, which expect to see its output"
+    if "forward" in vars(norm):
+        return f"{name} has a forward of its own"
+    if type(norm).forward not in _KINDS:
+        if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+            return (
+                f"{name} has statistics of each position over the channels: the mean of its output over the positions "
+                "does not follow from sums of its input"
+            )
+        return f"{name} is no norm whose map of each channel is known to be affine"
+    for inner in (getattr(norm, "drop", None), getattr(norm, "act", None)):
+        if inner is not None and type(inner) is not nn.Identity:
+            return (
+                f"{name} ends in {type(inner).__name__}: the mean of its output does not follow from that of its input"
+            )
+    if getattr(norm, "_fast_norm", False):
+        return f"{name} computes its statistics in half precision"
+    if hasattr(norm, "parametrizations"):
+        return f"{name} has parametrizations"
+    return None
+
+
+def needs_statistics(norm: Any) -> bool:
+    """Whether a batch norm normalizes by the statistics of the batch, as it does in training."""
+    return norm.training or norm.running_mean is None or norm.running_var is None
+
+
+def affine_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
+    """The factor and the summand of each channel; the running statistics follow as in the norm's own forward.
+
+    Args:
+        norm: one that ``why_no_norm`` has nothing against.
+        means, variances: of each image and channel, ``(N, C)``; variances without Bessel's correction.
+        size: number of positions that they are of.
+
+    Returns:
+        Two tensors of shape ``(C,)``, or ``(N, C)`` for a group norm; None where the norm has to raise its own error.
+    """
+    kind = _KINDS[type(norm).forward]
+    if kind == "group":
+        return _group(norm, means, variances)
+    if kind == "frozen" or not needs_statistics(norm):
+        return _affine(norm, norm.running_mean, norm.running_var)
+    group = _process_group(norm) if kind == "sync" else None
+    if group is None:
+        if means.shape[0] * size == 1:
+            return None
+        mean = means.mean(0)
+        return _batch(norm, mean, variances.mean(0) + means.var(0, correction=0), means.shape[0] * size)
+    # two sums, not one of squares: what is left of the difference of large squares is no variance
+    images = means.new_full((1,), means.shape[0])
+    *total, count = _Sum.apply(torch.cat([means.sum(0), images]), group).split([means.shape[1], 1])
+    mean = total[0] / count
+    within = (variances + (means - mean).square()).sum(0)
+    return _batch(norm, mean, _Sum.apply(within, group) / count, count.detach() * size)
+
+
+def _affine(norm: Any, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    a = torch.rsqrt(variance + norm.eps)
+    a = a if norm.weight is None else a * norm.weight
+    b = -mean * a
+    return a, b if norm.bias is None else b + norm.bias
+
+
+def _batch(norm: Any, mean: Tensor, variance: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+    if norm.training and norm.track_running_stats:
+        with torch.no_grad():
+            factor: Any = 0.0 if norm.momentum is None else norm.momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if norm.momentum is None:
+                    factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+            if norm.running_mean is not None and norm.running_var is not None:
+                unbiased = variance.detach() * (count / (count - 1))
+                for running, new in ((norm.running_mean, mean.detach()), (norm.running_var, unbiased)):
+                    running.copy_(running * (1 - factor) + new * factor)
+    return _affine(norm, mean, variance)
+
+
+def _group(norm: nn.GroupNorm, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    images, channels = means.shape
+    m, v = (t.view(images, norm.num_groups, -1) for t in (means, variances))
+    mean = m.mean(-1, keepdim=True).expand_as(m).reshape(images, channels)
+    variance = v.mean(-1, keepdim=True) + m.var(-1, correction=0, keepdim=True)
+    return _affine(norm, mean, variance.expand_as(m).reshape(images, channels))
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def _process_group(norm: Any) -> Any:
+    """The processes over which a SyncBatchNorm takes its statistics; None where there is just one, or it is in eval mode."""
+    if not (norm.training and distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over processes. Each process has a loss of its own; the gradient is that of their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Sum.apply(gradient, ctx.group), None

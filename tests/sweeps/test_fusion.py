@@ -1,0 +1,114 @@
+"""Fused networks of both libraries compute what they did, and go on to: outputs, gradients, running statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from se_retrofit import add_se, fuse_se, plan_fusion
+from se_retrofit.models import Base
+from se_retrofit.verify import redraw_vectors
+
+pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
+
+NETWORKS = {
+    **dict.fromkeys(
+        (
+            "timm/resnet10t", "timm/resnet18", "timm/resnet26", "timm/resnet34", "timm/resnet50_gn",
+            "timm/resnetblur18", "timm/resnext26ts", "timm/resnext50_32x4d", "timm/res2net50_14w_8s",
+            "timm/res2next50", "timm/dla34", "timm/hrnet_w18_small", "timm/cspresnet50", "timm/gernet_s",
+            "timm/regnetx_002", "torchvision/resnet18", "torchvision/resnext50_32x4d",
+            "torchvision/wide_resnet50_2", "torchvision/regnet_x_400mf",
+        ),
+        (3, 64, 64),
+    ),
+    "torchvision/r3d_18": (3, 8, 32, 32),
+}  # fmt: skip
+
+
+def forward_backward(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The outputs, the gradients, and the buffers after a forward in the mode in which the network is."""
+    net.zero_grad()
+    output = net(x)
+    nn.functional.cross_entropy(output, torch.arange(len(x))).backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return gradients | {"": output.detach()} | {f"{k} (buffer)": v.clone() for k, v in net.named_buffers()}
+
+
+def difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Relative; the largest of those of the outputs, of all gradients together, and of all buffers together."""
+    assert got.keys() == wanted.keys()
+    worst = 0.0
+    for kind in ("output", "gradient", "buffer"):
+        keys = [
+            k for k in wanted if kind == ("output" if not k else "buffer" if k.endswith("(buffer)") else "gradient")
+        ]
+        a, b = (torch.cat([side[k].double().flatten() for k in keys] or [torch.ones(1)]) for side in (got, wanted))
+        worst = max(worst, float((a - b).norm() / b.norm()))
+    return worst
+
+
+def retrofitted(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = add_se(Base.of(name).build())
+    redraw_vectors(net)
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            if ".se_attention" in key:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert plan_fusion(net).fused
+    return net.double()
+
+
+def train(nets: list[nn.Module], x: Tensor, steps: int) -> None:
+    for net in nets:
+        optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
+        for _ in range(steps):
+            forward_backward(net, x)
+            optimizer.step()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fused_equals_unfused_before_and_after_twenty_steps(name: str, training: bool) -> None:
+    net = retrofitted(name).train(training)
+    x = torch.randn(4, *NETWORKS[name], dtype=torch.float64)
+    for layout in [torch.contiguous_format] + [torch.channels_last] * (x.dim() == 4):
+        one = copy.deepcopy(net).to(memory_format=layout)
+        fused, given = fuse_se(one), x.to(memory_format=layout)
+        before = difference(forward_backward(fused, given), forward_backward(one, given))
+        train([fused, one], given, 20)
+        after = difference(forward_backward(fused, given), forward_backward(one, given))
+        print(f"{name} float64 {layout} training={training}: {before:.1e}, after 20 steps {after:.1e}", flush=True)
+        assert before <= 1e-12
+        assert after <= 1e-11
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_float32_fused_is_as_near_to_float64_as_unfused(name: str) -> None:
+    net = retrofitted(name).train()
+    x = torch.randn(4, *NETWORKS[name], dtype=torch.float64)
+    for steps in (0, 20):
+        train([net], x, steps)
+        exact = forward_backward(copy.deepcopy(net), x)
+        one = copy.deepcopy(net).float()
+        fused = fuse_se(one)
+        mine, others = (difference(forward_backward(m, x.float()), exact) for m in (fused, one))
+        print(f"{name} float32 after {steps} steps: fused {mine:.1e}, unfused {others:.1e}", flush=True)
+        assert mine <= max(1e-5, 3 * others)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_under_autocast_fused_is_as_near_to_float64_as_unfused(name: str) -> None:
+    net = retrofitted(name).train()
+    x = torch.randn(4, *NETWORKS[name], dtype=torch.float64)
+    exact = copy.deepcopy(net)(x)
+    one = copy.deepcopy(net).float()
+    fused = fuse_se(one)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mine, others = ((m(x.float()).double() - exact).norm() / exact.norm() for m in (fused, one))
+    print(f"{name} bfloat16: fused {mine:.1e}, unfused {others:.1e}", flush=True)
+    assert mine <= 3 * others
