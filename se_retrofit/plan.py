@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .tables import aligned
+
 __all__ = ["FOLDED", "Plan", "Site", "Skipped"]
 
 FOLDED = "folded"  # why fold_se leaves out a block, or one site of a block that keeps others
@@ -120,15 +122,7 @@ class Plan:
             )
             for site in self.sites
         ]
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-        def line(row: tuple[str, ...]) -> str:
-            cells = [
-                cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            return "  ".join(cells).rstrip()
-
-        lines = [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]
+        lines = aligned([header, *rows], left=3, rule=True)
         lines.append(f"{len(self.sites)} SE modules, {self.parameters:,} parameters")
         if self.skipped:
             lines.append("skipped:")

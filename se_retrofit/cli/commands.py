@@ -1,6 +1,6 @@
 """All commands: importing this file registers them with the application."""
 
-from . import compare, convert, demo, export, finetune, fold, inspect, push, timm_scripts
+from . import compare, convert, demo, evaluate, export, finetune, fold, inspect, predict, push, timm_scripts  # noqa: F401
 from .app import app, run
 
-__all__ = ["app", "compare", "convert", "demo", "export", "finetune", "fold", "inspect", "push", "run", "timm_scripts"]
+__all__ = ["app", "run"]

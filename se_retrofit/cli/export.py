@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 
 from .app import app, say
+from .folders import FOLDER_HELP, network_in
 
 
 @app.command("export")
 def export_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder with a retrofitted or folded network")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
     format: Annotated[str, typer.Option(help="onnx, pt2, torchscript or source")],
     output: Annotated[Path | None, typer.Option(help="the file; beside DIR and of its name by default")] = None,
     input_size: Annotated[str | None, typer.Option(help="one input, without the batch, such as 3x224x224")] = None,
@@ -41,9 +42,10 @@ def export_command(
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", input_size):
             raise typer.BadParameter(f"{input_size!r} is no size such as 3x224x224", param_hint="--input-size")
         example = torch.rand(2, *map(int, input_size.split("x")), generator=torch.Generator().manual_seed(0))
-    named = read_recipe(folder)["base"]
+    saved = network_in(folder)
+    named = read_recipe(saved)["base"]
     base = None if named is None else Base(named["library"], named["name"], named["kwargs"])
-    network = load_retrofitted(folder)
+    network = load_retrofitted(saved)
     if native:
         network = to_native(network)
     file = output or folder.with_name(folder.name + SUFFIXES[format])

@@ -184,6 +184,8 @@ def open_data(data: str, root: Path, download: bool, recipe: FinetuneConfig) -> 
     from ..finetune import load_data
 
     parts = load_data(data, root=root, download=download, image_size=recipe.image_size)
+    if parts.note:
+        typer.echo(parts.note)
     if recipe.num_classes is None:
         if parts.num_classes is None:
             raise RetrofitError(f"{data} does not tell its number of classes: --set num_classes=...")

@@ -11,11 +11,12 @@ from rich.console import Console
 
 from ..errors import RetrofitError
 from .app import app, say
+from .folders import FOLDER_HELP, network_in
 
 
 @app.command("fold")
 def fold_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a folder with a retrofitted network")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
     data: Annotated[str, typer.Option(help="digits, a folder with train/ and val/, or a name of timm's")],
     output: Annotated[Path | None, typer.Option(help="folder for the folded network; DIR-folded by default")] = None,
     tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
@@ -36,7 +37,7 @@ def fold_command(
     """
     from ..finetune import FinetuneConfig, load_data
     from ..finetune.data import stream
-    from ..finetune.datasets import transforms_for
+    from ..finetune.transforms import transforms_for
     from ..folding import fold_se
     from ..models import Base
     from ..saving import load_retrofitted
@@ -44,9 +45,10 @@ def fold_command(
     from ..saving.networks import write_network
     from ..saving.recipe import RECIPE, WEIGHTS, read_recipe
 
-    named: dict[str, Any] | None = read_recipe(folder)["base"]
+    saved = network_in(folder)
+    named: dict[str, Any] | None = read_recipe(saved)["base"]
     base = None if named is None else Base(named["library"], named["name"], named["kwargs"])
-    network = load_retrofitted(folder)
+    network = load_retrofitted(saved)
     for file in (plot, json_file):
         if file is not None and not file.parent.is_dir():
             raise RetrofitError(f"no folder {file.parent} to write {file.name} to")

@@ -27,6 +27,7 @@ from ..inspection.report import Report, report_of
 from ..models import Base
 from ..retrofit import add_se
 from .app import app, say
+from .folders import network_in
 
 HELP = """
 Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graph, code and picture.
@@ -152,7 +153,7 @@ def _network(model: str, options: dict[str, Any], num_classes: int | None, examp
             )
         from ..saving import load_retrofitted
 
-        return load_retrofitted(folder)
+        return load_retrofitted(network_in(folder))
     if model.startswith((".", "/", "~")) or model.endswith("/"):
         raise RetrofitError(f"no folder {model}")
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))

@@ -9,11 +9,12 @@ import typer
 from rich.console import Console
 
 from .app import app, say
+from .folders import FOLDER_HELP, network_in
 
 
 @app.command("push")
 def push_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what convert or finetune wrote")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="created where there is none")],
     private: Annotated[bool | None, typer.Option(help="of a repository that is created")] = None,
     revision: Annotated[str | None, typer.Option(help="the branch to push to")] = None,
@@ -24,4 +25,4 @@ def push_command(
     """
     from ..saving.hub import push_to_hub
 
-    say(Console(), f"uploaded to {push_to_hub(folder, repo, private=private, revision=revision)}")
+    say(Console(), f"uploaded to {push_to_hub(network_in(folder), repo, private=private, revision=revision)}")

@@ -13,20 +13,27 @@ with extra("finetune"):
     from .compare import Comparison, Contrast, compare
     from .config import FinetuneConfig
     from .datasets import NamedData, load_data
+    from .evaluation import Evaluation, Prediction, evaluate_closely, predict
     from .metrics import evaluate
     from .parts import new_head
     from .run import FinetuneResult
     from .train import finetune
+    from .transforms import transform_of
 
 __all__ = [
     "Comparison",
     "Contrast",
+    "Evaluation",
     "FinetuneConfig",
     "FinetuneResult",
     "NamedData",
+    "Prediction",
     "compare",
     "evaluate",
+    "evaluate_closely",
     "finetune",
     "load_data",
     "new_head",
+    "predict",
+    "transform_of",
 ]

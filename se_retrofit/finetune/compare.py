@@ -18,8 +18,9 @@ from ..errors import RetrofitError
 from ..models import Base
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file
+from ..tables import aligned
 from .config import FinetuneConfig
-from .metrics import right_answers
+from .metrics import answers as answers_of
 from .randomness import EPOCH, kept_randomness, seed_all
 from .run import FinetuneResult
 from .train import finetune
@@ -208,14 +209,7 @@ class Comparison:
             ["ms per step", *(milliseconds(arm) for arm in arms)],
             ["parameters", *(f"{arm.parameters:,}" for arm in arms)],
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in rows
-        ]
-        return "\n\n".join(["\n".join(line.rstrip() for line in lines), *map(str, self.contrasts)])
+        return "\n\n".join(["\n".join(aligned(rows, left=1)), *map(str, self.contrasts)])
 
 
 def compare(
@@ -306,7 +300,8 @@ def compare(
                 base=base,
                 quiet=quiet,
             )
-            answers[name].append(right_answers(result.model, val_data, config=recipe, base=base))
+            _, rows = answers_of(result.model, val_data, config=recipe, base=base)
+            answers[name].append(rows[:, 0] == rows[:, 1])
             # the weights are on the disk or not wanted, and the memory is
             runs[name].append(replace(result, model=nn.Identity()))
     comparison = Comparison({name: _arm(runs[name], answers[name]) for name in arms}, numbers)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from timm.data import create_dataset
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from ..errors import RetrofitError
-from ..models import Base
-from .config import FinetuneConfig
 
-__all__ = ["NamedData", "load_data", "transforms_for"]
+__all__ = ["NamedData", "load_data"]
 
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 VALIDATION = ("val", "validation", "valid", "test")  # folders that are looked for, in this order
@@ -29,28 +23,38 @@ VALIDATION = ("val", "validation", "valid", "test")  # folders that are looked f
 
 @dataclass(frozen=True)
 class NamedData:
-    """Training and validation data, and the number of classes (None where the data does not tell)."""
+    """Training and validation data, and the number of classes (None where the data does not tell).
+
+    ``note`` says what was done to it, such as a split; empty where nothing was.
+    """
 
     train: Any
     val: Any
     num_classes: int | None
+    note: str = ""
 
 
 def load_data(
-    name: str | Path, *, root: str | Path = "data", download: bool = False, image_size: int | None = None
+    name: str | Path,
+    *,
+    root: str | Path = "data",
+    download: bool = False,
+    image_size: int | None = None,
+    val_fraction: float = 0.2,
 ) -> NamedData:
     """Data for ``finetune`` by name.
 
     Args:
         name: ``digits`` (scikit-learn's 1,797 handwritten digits, which come with it); a folder that holds
-            ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``; or a name of timm's dataset factory: ``torch/cifar10``,
+            ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone, which is split; or a name of timm's dataset factory: ``torch/cifar10``,
             ``hfds/OWNER/NAME``, ...
         root: where timm's factory keeps its data.
         download: let it fetch what is not there.
         image_size: of the digits, 32 by default. Other data gets the network's own size, or ``config.image_size``.
+        val_fraction: the part of each class that is kept for validation where a folder is split; always the same images.
 
     Raises:
-        RetrofitError: there is no such data.
+        RetrofitError: there is no such data, or a class has too few images to be split.
 
     Example:
         >>> from se_retrofit.finetune import load_data
@@ -62,7 +66,7 @@ def load_data(
         return _digits(image_size or 32)
     if str(name).lower().startswith(TIMM_PREFIXES) and not Path(name).is_dir():
         return _from_timm(str(name), root, download)
-    return _from_folder(Path(name))
+    return _from_folder(Path(name), val_fraction)
 
 
 def _digits(size: int) -> NamedData:
@@ -82,7 +86,7 @@ def _upscaled(pixels: Tensor, size: int) -> Tensor:
     return images.repeat(1, 3, 1, 1)
 
 
-def _from_folder(folder: Path) -> NamedData:
+def _from_folder(folder: Path, val_fraction: float) -> NamedData:
     if not folder.is_dir():
         raise RetrofitError(
             f"no data {str(folder)!r}: give digits, a folder with train/ and val/, or a name of timm's dataset factory "
@@ -90,18 +94,41 @@ def _from_folder(folder: Path) -> NamedData:
         )
     train = folder / "train"
     val = next((folder / name for name in VALIDATION if (folder / name).is_dir()), None)
-    if not train.is_dir() or val is None:
-        found = sorted(f.name for f in folder.iterdir() if f.is_dir())
-        raise RetrofitError(
-            f"{folder} must hold the folders train and val, each with one folder of images a class; "
-            f"it holds {', '.join(found[:5]) or 'no folders'}"
-        )
     try:
-        train_images = ImageFolder(str(train))
-        val_images = Subfolder(val, train_images.class_to_idx)
-    except (FileNotFoundError, OSError) as error:
+        if train.is_dir() and val is not None:
+            train_images = ImageFolder(str(train))
+            return NamedData(train_images, Subfolder(val, train_images.class_to_idx), len(train_images.classes))
+        if not train.is_dir() and val is None and any(entry.is_dir() for entry in folder.iterdir()):
+            return _split(ImageFolder(str(folder)), folder, val_fraction)
+    except OSError as error:
         raise RetrofitError(f"{folder} can't be read as folders of images: {error}") from error
-    return NamedData(train_images, val_images, len(train_images.classes))
+    found = sorted(f.name for f in folder.iterdir() if f.is_dir())
+    raise RetrofitError(
+        f"{folder} must hold the folders train and val, each with one folder of images a class, or the folders of the "
+        f"classes alone; it holds {', '.join(found[:5]) or 'no folders'}"
+    )
+
+
+def _split(images: ImageFolder, folder: Path, val_fraction: float) -> NamedData:
+    """A part of each class for validation: the same images in every run."""
+    if not 0 < val_fraction < 1:
+        raise RetrofitError(f"val_fraction must be above 0 and below 1, got {val_fraction}")
+    train: list[int] = []
+    val: list[int] = []
+    generator = torch.Generator().manual_seed(0)
+    for number, name in enumerate(images.classes):
+        members = [index for index, target in enumerate(images.targets) if target == number]
+        kept = max(1, round(val_fraction * len(members)))
+        if kept >= len(members):
+            raise RetrofitError(
+                f"{folder / name} has {len(members)} images, too few to train on some and validate on others; add more, or "
+                "give a folder with train/ and val/"
+            )
+        order = torch.randperm(len(members), generator=generator).tolist()
+        val += sorted(members[place] for place in order[:kept])
+        train += sorted(members[place] for place in order[kept:])
+    note = f"{folder} has no train/ and val/: {len(val):,} of its {len(images):,} images, of each class, are for validation"
+    return NamedData(Subset(images, train), Subset(images, val), len(images.classes), note)
 
 
 class Subfolder(ImageFolder):
@@ -147,59 +174,3 @@ def _count_classes(data: Any) -> int | None:
         if hasattr(feature, "num_classes"):
             return int(feature.num_classes)
     return None
-
-
-def transforms_for(
-    model: nn.Module, config: FinetuneConfig, *, train: bool, base: Base | None = None
-) -> Callable[[Any], Any]:
-    """timm's transforms with the network's own size, mean, std and interpolation; for training, with the config's
-    augmentation. Where neither the network nor ``base`` tells them, ImageNet's usual ones."""
-    own = _data_config(model, base)
-    channels, *size = own["input_size"]
-    if config.image_size is not None:
-        size = [config.image_size, config.image_size]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # timm's remarks on interpolation
-        transform = create_transform(
-            (channels, *size),
-            is_training=train,
-            scale=(config.crop_scale, 1.0),
-            hflip=config.hflip,
-            color_jitter=config.color_jitter,
-            auto_augment=config.auto_augment,
-            re_prob=config.random_erasing,
-            interpolation=own["interpolation"],
-            mean=own["mean"],
-            std=own["std"],
-            crop_pct=own["crop_pct"],
-            crop_mode=own["crop_mode"],
-        )
-    return Prepared(transform, "L" if channels == 1 else "RGB")
-
-
-class Prepared:
-    """A transform, after the image got the mode that the network takes. (A function in a function can't be pickled.)"""
-
-    def __init__(self, transform: Callable[[Any], Any], mode: str) -> None:
-        self.transform, self.mode = transform, mode
-
-    def __call__(self, image: Image.Image) -> Any:
-        return self.transform(image if image.mode == self.mode else image.convert(self.mode))
-
-
-def _data_config(model: nn.Module, base: Base | None) -> dict[str, Any]:
-    config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, dict) and config:
-        return dict(resolve_data_config({}, pretrained_cfg=config))
-    default = dict(resolve_data_config({"input_size": (3, 224, 224)}))
-    if base is None or base.library != "torchvision":
-        return default
-    try:
-        preset = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()
-        size, mean, std = preset.crop_size[0], tuple(preset.mean), tuple(preset.std)
-        return {
-            **default, "input_size": (3, size, size), "mean": mean, "std": std,
-            "crop_pct": size / preset.resize_size[0], "interpolation": preset.interpolation.value,
-        }  # fmt: skip
-    except (AttributeError, ValueError, IndexError):  # no weights, or weights of another task
-        return default

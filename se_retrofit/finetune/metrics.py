@@ -14,14 +14,16 @@ from ..models import Base
 from . import setup
 from .config import FinetuneConfig
 from .data import Batch, Stream, stream
-from .datasets import transforms_for
 from .engine import Interrupt, engine, fast_math, logits_of
 from .log import Log
 from .parts import as_found, to_device
 from .randomness import kept_randomness
 from .run import placed, uses_channels_last
+from .transforms import transforms_for
 
-__all__ = ["check_targets", "evaluate", "measure", "right_answers"]
+__all__ = ["answers", "check_targets", "evaluate", "measure"]
+
+MOST_LIKELY = 5  # classes of each image that are kept
 
 
 def evaluate(
@@ -42,22 +44,17 @@ def evaluate(
         RetrofitError: data and network don't fit together.
         TypeError: an argument is of the wrong type.
     """
-    return _evaluated(model, data, config, base)[0]
+    return answers(model, data, config=config, base=base)[0]
 
 
-def right_answers(
+def answers(
     model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
-) -> Tensor:
-    """Which images a classifier gets right, a bool tensor (images,), in the same order for each network.
+) -> tuple[dict[str, float], Tensor]:
+    """What ``evaluate`` gives, and for each image its class and the classes that the network takes for the most likely,
+    the first first: ``(images, 1 + 5)``, fewer where there are fewer classes, in the same order for each network.
 
     Arguments and errors are those of ``evaluate``.
     """
-    return _evaluated(model, data, config, base)[1]
-
-
-def _evaluated(
-    model: nn.Module, data: Any, config: FinetuneConfig | None, base: Base | None
-) -> tuple[dict[str, float], Tensor]:
     config = FinetuneConfig() if config is None else config
     setup.checked(model, config, None, False)
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
@@ -70,10 +67,10 @@ def _evaluated(
         channels_last = uses_channels_last(config, accelerator.device)
         to_device(model, accelerator.device, channels_last)
         log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
-        right: list[Tensor] = []
-        measured = measure(model, batches, accelerator, channels_last, log, right_images=right)
+        found: list[Tensor] = []
+        measured = measure(model, batches, accelerator, channels_last, log, found=found)
         assert measured is not None  # only an Interrupt ends it early
-        return measured, torch.cat(right)
+        return measured, torch.cat(found)
 
 
 @torch.no_grad()
@@ -84,12 +81,12 @@ def measure(
     channels_last: bool,
     log: Log,
     interrupt: Interrupt | None = None,
-    right_images: list[Tensor] | None = None,
+    found: list[Tensor] | None = None,
 ) -> dict[str, float] | None:
     """Loss and accuracy over all processes; each image counts once.
 
     None where ``interrupt`` ended it. Several processes, which must leave together, go through with it.
-    ``right_images`` gets, batch by batch, whether each image was classified correctly.
+    ``found`` gets, batch by batch, the rows of ``answers``.
     """
     network.eval()
     totals = torch.zeros(3, dtype=torch.float32, device=accelerator.device)
@@ -106,10 +103,12 @@ def measure(
         right = (logits.argmax(1) == targets) & counts
         # Not losses[counts], whose size the host would have to wait for
         totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
-        if right_images is not None:
-            answers = accelerator.pad_across_processes(torch.where(counts, right.int(), -1), pad_index=-1)
-            answers = accelerator.gather(answers).cpu()
-            right_images.append(answers[answers >= 0].bool())
+        if found is not None:
+            likely = logits.topk(min(MOST_LIKELY, logits.shape[1]), dim=1).indices
+            likely[:, 0] = logits.argmax(1)  # which of equals comes first must not depend on how many are asked for
+            rows = torch.cat([torch.where(counts, targets, -1)[:, None], likely], dim=1)
+            rows = accelerator.gather(accelerator.pad_across_processes(rows, pad_index=-1)).cpu()
+            found.append(rows[rows[:, 0] >= 0])
     loss, correct, seen = accelerator.reduce(totals, "sum").tolist()
     return {"val_loss": loss / max(seen, 1), "val_accuracy": correct / max(seen, 1)}
 

@@ -28,7 +28,6 @@ from . import checkpoint as disk
 from .checkpoint import Progress
 from .config import FinetuneConfig
 from .data import Stream, stream
-from .datasets import transforms_for
 from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
 from .log import Log
@@ -47,6 +46,7 @@ from .parts import (
 )
 from .randomness import EPOCH, kept_randomness, seed_all
 from .run import Run, share, uses_channels_last
+from .transforms import note_images, transforms_for
 
 __all__ = ["body_lr", "checked", "start_run", "trainable_in"]
 
@@ -126,6 +126,7 @@ def start_run(
         undo = stack.enter_context(contextlib.ExitStack())
         undo.callback(structure_of(model))
         classes = fit_head(model, config, wanted)
+        note_images(model, train_data, config, base)
         progress = Progress()
         saved: dict[str, Any] = {}
         if resume and output is not None and disk.has_checkpoint(output):

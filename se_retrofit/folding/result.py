@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RetrofitError, extra
-from ..inspection.lines import aligned
+from ..tables import aligned
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,10 +86,9 @@ class FoldReport:
                     {"folded": "folded" + into, "factor": "a constant factor stays", "kept": "kept"}[site.verdict],
                 ]
             )
-        rows.insert(1, ["-" * max(len(row[i]) for row in rows) for i in range(len(rows[0]))])
         counts = {verdict: sum(site.verdict == verdict for site in self.sites) for verdict in _COLOURS}
         lines = [
-            *aligned(rows),
+            *aligned(rows, rule=True),
             f"{counts['folded']} of {len(self.sites)} sites folded, {counts['factor']} left as constant factors, "
             f"{counts['kept']} kept; over {self.inputs:,} inputs",
             f"change of the outputs: {self.change:.2e} (allowed: {self.tolerance:g})",

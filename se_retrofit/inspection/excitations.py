@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from ..errors import RetrofitError, extra
 from ..retrofit import plan_of
 from ..surgery.undo import is_retrofitted
-from .lines import aligned
+from ..tables import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

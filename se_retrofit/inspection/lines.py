@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Line", "aligned", "show"]
+__all__ = ["Line", "show"]
 
 SE_STYLE = "bold dark_orange"
 
@@ -24,13 +24,6 @@ class Line:
 
     def __str__(self) -> str:
         return (("> " if self.se else "  ") + self.text).rstrip()
-
-
-def aligned(rows: Iterable[list[str]]) -> list[str]:
-    """Rows of cells as lines, in columns."""
-    rows = list(rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def show(lines: Iterable[Line], file: IO[str] | None = None, console: Console | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from ..attention import SEAttention
+from ..tables import aligned
 from .difference import sources
 from .graphs import (
     BlockPair,
@@ -21,7 +22,7 @@ from .graphs import (
     inspect_model,
     join,
 )
-from .lines import Line, aligned, show
+from .lines import Line, show
 
 __all__ = ["block_lines", "print_graph", "tree_lines"]
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..attention import SEAttention
 from ..plan import Skipped
 from ..retrofit import warn_of_lost_sites
+from ..tables import aligned
 from .costs import costs, human
 from .graphs import Inspection, inspect_model
 
@@ -147,21 +148,10 @@ class Report:
 
     def __str__(self) -> str:
         header, rows = self.cells()
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-        def line(row: list[str]) -> str:
-            cells = [
-                c.rjust(w) if i >= FIRST_NUMBER else c.ljust(w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            return "  ".join(cells).rstrip()
-
         lines = [
             f"{self.model} with Squeeze-and-Excitation",
             "",
-            line(header),
-            "  ".join("-" * w for w in widths),
-            *map(line, rows),
+            *aligned([header, *rows], left=FIRST_NUMBER, rule=True),
             "",
         ]
         lines += [f"{heading:<19}{text}" for heading, text in self.summary()]

@@ -15,7 +15,7 @@ from ..retrofit import has_se, plan_of
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base
 from .rebuild import options_again, retrofit_again
-from .recipe import FORMAT, RECIPE, WEIGHTS, read_recipe, version_of
+from .recipe import FORMAT, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, untied, write_tensors
 
 __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
@@ -103,6 +103,8 @@ def load_retrofitted(
         options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
         model = retrofit_again(model, options, recipe["plan"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
+    if recipe["images"] is not None:
+        vars(model)[IMAGES] = recipe["images"]
     return model.eval()
 
 
@@ -133,6 +135,7 @@ def write_network(
         "add_se": None if plan is None else dict(plan.options),
         "plan": None if plan is None else {k: v for k, v in plan.to_dict().items() if k != "options"},
         "tied": tied,
+        "images": vars(model).get(IMAGES),
         "versions": {name: version_of(name) for name in ("se-retrofit", "torch", "torchvision", "timm")},
     }
     try:

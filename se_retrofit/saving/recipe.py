@@ -25,6 +25,8 @@ FORMAT = 2
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.json"
 
+IMAGES = "_se_images"  # the attribute by which a fine-tuned network tells how its images are prepared
+
 RECIPE_FIELDS: dict[str, tuple[type, ...]] = {
     "format": (int,),
     "base": (dict, type(None)),
@@ -32,7 +34,17 @@ RECIPE_FIELDS: dict[str, tuple[type, ...]] = {
     "add_se": (dict, type(None)),
     "plan": (dict, type(None)),
     "tied": (dict,),
+    "images": (dict, type(None)),
     "versions": (dict,),
+}
+IMAGE_FIELDS: dict[str, tuple[type, ...]] = {
+    "input_size": (list,),
+    "mean": (list,),
+    "std": (list,),
+    "interpolation": (str,),
+    "crop_pct": (float, int),
+    "crop_mode": (str,),
+    "classes": (list, type(None)),
 }
 PLAN_FIELDS: dict[str, tuple[type, ...]] = {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))}
 
@@ -55,6 +67,9 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         check_fields(recipe["plan"], PLAN_FIELDS, f"{folder / RECIPE}: plan")
     if not all(isinstance(v, str) for v in recipe["tied"].values()):
         raise RetrofitError(f"{folder / RECIPE}: tied must map names to names")
+
+    if recipe["images"] is not None:
+        check_fields(recipe["images"], IMAGE_FIELDS, f"{folder / RECIPE}: images")
     return recipe
 
 

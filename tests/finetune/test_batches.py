@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from se_retrofit import RetrofitError, add_se
 from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, load_data
 from se_retrofit.finetune.data import Batch, Stream, stream
-from se_retrofit.finetune.datasets import transforms_for
+from se_retrofit.finetune.transforms import transforms_for
 from se_retrofit.models import Base
 
 Config = Callable[..., FinetuneConfig]

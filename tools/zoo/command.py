@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from se_retrofit.errors import RetrofitError
+from se_retrofit.tables import aligned
 
 from .check import FAILED, Row
 from .names import Entry, entries
@@ -101,8 +102,6 @@ def _print(rows: list[Row], console: Console) -> None:
             table.append((row.name, row.verdict, kinds, f"{row.extra:,}" if row.sites else ""))
     else:
         table = [line[:-1] for line in family_table(rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    for line in table:
-        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for line in aligned(table):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(summary_line(rows), markup=False, highlight=False, soft_wrap=True)

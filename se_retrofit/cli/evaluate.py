@@ -1,0 +1,57 @@
+"""``se-retrofit evaluate DIR --data ...``: how good a fine-tuned network is, class by class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .app import app, say
+from .finetune import BatchSize, Cpu, Data, Download, Root, Workers
+from .folders import FOLDER_HELP, network_in
+
+SPLITS = ("val", "train")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
+    data: Data,
+    data_root: Root = Path("data"),
+    download: Download = False,
+    split: Annotated[str, typer.Option(help="val or train")] = "val",
+    confusion: Annotated[
+        Path | None, typer.Option(help="draw the confusion matrix into this file (.png, .svg)")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="write all figures into this file, as JSON")] = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    cpu: Cpu = None,
+) -> None:
+    """Evaluate a saved network: accuracy, and for each class precision, recall and F1.
+
+    Images are prepared as in the fine-tune's validation.
+    """
+    from ..finetune import FinetuneConfig, evaluate_closely, load_data
+    from ..saving import load_retrofitted
+    from ..saving.atomic import replaced_file
+
+    if split not in SPLITS:
+        raise typer.BadParameter(f"must be one of {', '.join(SPLITS)}, got {split!r}", param_hint="--split")
+    network = load_retrofitted(network_in(folder))
+    named = {"batch_size": batch_size, "workers": workers, "cpu": cpu}
+    config = FinetuneConfig.from_dict({name: value for name, value in named.items() if value is not None})
+    parts = load_data(data, root=data_root, download=download)
+    if parts.note:
+        say(Console(), parts.note)
+    found = evaluate_closely(network, getattr(parts, split), config=config)
+    say(Console(), found)
+    if confusion is not None:
+        say(Console(), f"wrote {found.plot(confusion)}")
+    if output is not None:
+        with replaced_file(output) as fresh:
+            fresh.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        say(Console(), f"wrote {output}")

@@ -1,0 +1,42 @@
+"""``se-retrofit predict DIR IMAGES...``: classify images by a fine-tuned network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .folders import FOLDER_HELP, network_in
+
+
+@app.command("predict")
+def predict_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
+    images: Annotated[list[Path], typer.Argument(help="files, or folders of them")],
+    top: Annotated[int, typer.Option(min=1, help="classes of each image")] = 1,
+    output: Annotated[Path | None, typer.Option(help="write the CSV into this file instead of printing it")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images that run together")] = 64,
+    cpu: Annotated[bool, typer.Option("--cpu", help="stay on the CPU")] = False,
+) -> None:
+    """Classify images; prints CSV: file, class, probability.
+
+    Images are prepared as in the fine-tune's validation.
+    """
+    import torch
+
+    from ..finetune.evaluation import predict, write_predictions
+    from ..saving import load_retrofitted
+    from ..saving.atomic import replaced_file
+
+    network = load_retrofitted(network_in(folder))
+    if torch.accelerator.is_available() and not cpu:
+        network.to(torch.accelerator.current_accelerator())
+    predictions = predict(network, images, top=top, batch_size=batch_size)
+    if output is None:
+        write_predictions(predictions, sys.stdout, top)
+        return
+    with replaced_file(output) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
+        write_predictions(predictions, file, top)

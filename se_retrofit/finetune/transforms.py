@@ -1,0 +1,155 @@
+"""How images are prepared for a network: in training, in validation, and wherever it is used later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torchvision
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from ..errors import RetrofitError
+from ..models import Base
+from ..saving.recipe import IMAGES
+from .config import FinetuneConfig
+from .data import MOST_REPLACEMENTS, UNREADABLE
+
+__all__ = ["class_names", "note_images", "transform_of", "transforms_for"]
+
+SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def transform_of(model: nn.Module) -> Callable[[Any], Any]:
+    """The transform by which a fine-tuned network wants its images: PIL image to tensor, as in its validation.
+
+    Args:
+        model: a network that ``finetune`` trained on PIL images, or that was loaded from its result.
+
+    Raises:
+        RetrofitError: it was not fine-tuned on images, so how they were prepared is not known.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from PIL import Image
+        >>> from se_retrofit import add_se, load_retrofitted, save_retrofitted
+        >>> from se_retrofit.finetune import FinetuneConfig, finetune, transform_of
+        >>> pictures = [(Image.new("RGB", (40, 30), color), color == "red") for color in ("red", "blue") * 4]
+        >>> model = add_se(timm.create_model("resnet10t", num_classes=2))
+        >>> config = FinetuneConfig(epochs=1, batch_size=4, image_size=64, workers=0)
+        >>> _ = finetune(model, pictures, config=config, quiet=True)
+        >>> again = load_retrofitted(save_retrofitted(model, tempfile.mkdtemp()))
+        >>> transform_of(again)(Image.new("RGB", (40, 30))).shape
+        torch.Size([3, 64, 64])
+    """
+    settings = vars(model).get(IMAGES)
+    if settings is None:
+        raise RetrofitError(
+            f"this {type(model).__name__} does not tell how its images are prepared: it was not fine-tuned on PIL images by "
+            "finetune; for a network of timm, timm.data.create_transform(**timm.data.resolve_data_config({}, model=model)) "
+            "gives the transform of its pretrained weights"
+        )
+    return _transform(settings)
+
+
+def class_names(model: nn.Module) -> list[str] | None:
+    """The names of the classes that a network was fine-tuned on, None where they are not known."""
+    names = vars(model).get(IMAGES, {}).get("classes")
+    return None if names is None else list(names)
+
+
+def note_images(model: nn.Module, data: Any, config: FinetuneConfig, base: Base | None) -> None:
+    """Have the network tell how its images are prepared, where the data are PIL images."""
+    if not gives_images(data):
+        vars(model).pop(IMAGES, None)
+        return
+    vars(model)[IMAGES] = {**_settings(model, config, base), "classes": _class_names_of(data)}
+
+
+def gives_images(data: Any) -> bool:
+    """Whether the items of a data set are PIL images, which go through the transform."""
+    if isinstance(data, (DataLoader, IterableDataset, TensorDataset)):
+        return False
+    for index in range(min(len(data), MOST_REPLACEMENTS)):
+        try:
+            item = data[index]
+        except UNREADABLE:
+            continue
+        return isinstance(item, (tuple, list)) and len(item) > 0 and isinstance(item[0], Image.Image)
+    return False
+
+
+def _class_names_of(data: Any) -> list[str] | None:
+    for owner in (data, getattr(data, "reader", None), getattr(data, "dataset", None)):
+        names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)
+        if isinstance(names, dict):
+            names = sorted(names, key=names.__getitem__)
+        if isinstance(names, (list, tuple)):
+            return [str(name) for name in names]
+    return None
+
+
+def transforms_for(
+    model: nn.Module, config: FinetuneConfig, *, train: bool, base: Base | None = None
+) -> Callable[[Any], Any]:
+    """timm's transforms with the network's own size, mean, std and interpolation; for training, with the config's
+    augmentation. Where neither the network nor ``base`` tells them, ImageNet's usual ones."""
+    augmentation = {
+        "scale": (config.crop_scale, 1.0),
+        "hflip": config.hflip,
+        "color_jitter": config.color_jitter,
+        "auto_augment": config.auto_augment,
+        "re_prob": config.random_erasing,
+    }
+    return _transform(_settings(model, config, base), is_training=train, **augmentation)
+
+
+def _transform(settings: dict[str, Any], **options: Any) -> Callable[[Any], Any]:
+    chosen = {name: settings[name] for name in SETTINGS}
+    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's remarks on interpolation
+        transform = create_transform(**chosen, **options)
+    return Prepared(transform, "L" if chosen["input_size"][0] == 1 else "RGB")
+
+
+class Prepared:
+    """A transform, after the image got the mode that the network takes. (A function in a function can't be pickled.)"""
+
+    def __init__(self, transform: Callable[[Any], Any], mode: str) -> None:
+        self.transform, self.mode = transform, mode
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(image if image.mode == self.mode else image.convert(self.mode))
+
+
+def _settings(model: nn.Module, config: FinetuneConfig, base: Base | None) -> dict[str, Any]:
+    """Size, mean and the like, as plain data."""
+    own = {name: value for name, value in _own_settings(model, base).items() if name in SETTINGS}
+    if config.image_size is not None:
+        own["input_size"] = (own["input_size"][0], config.image_size, config.image_size)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+
+
+def _own_settings(model: nn.Module, base: Base | None) -> dict[str, Any]:
+    noted = vars(model).get(IMAGES)
+    if noted is not None:
+        return dict(noted)
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config:
+        return dict(resolve_data_config({}, pretrained_cfg=config))
+    default = dict(resolve_data_config({"input_size": (3, 224, 224)}))
+    if base is None or base.library != "torchvision":
+        return default
+    try:
+        preset = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()
+        size, mean, std = preset.crop_size[0], tuple(preset.mean), tuple(preset.std)
+        return {
+            **default, "input_size": (3, size, size), "mean": mean, "std": std,
+            "crop_pct": size / preset.resize_size[0], "interpolation": preset.interpolation.value,
+        }  # fmt: skip
+    except (AttributeError, ValueError, IndexError):  # no weights, or weights of another task
+        return default

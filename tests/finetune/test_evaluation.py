@@ -1,0 +1,177 @@
+"""A result stands alone: it knows its classes and transform, is evaluated class by class, and classifies files."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sklearn.metrics
+import timm
+import torch
+from pictures import make_folder
+from PIL import Image
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchvision.datasets import ImageFolder
+from typer.testing import CliRunner, Result
+
+from se_retrofit import RetrofitError, add_se, load_retrofitted, save_retrofitted
+from se_retrofit.cli.commands import app
+from se_retrofit.finetune import (
+    FinetuneConfig,
+    NamedData,
+    evaluate,
+    evaluate_closely,
+    finetune,
+    load_data,
+    predict,
+    transform_of,
+)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """The folder of a run on red and blue pictures."""
+    data = load_data(pictures)
+    torch.manual_seed(0)
+    model = add_se(timm.create_model("resnet10t", num_classes=2))
+    config = FinetuneConfig(epochs=2, batch_size=8, image_size=64, workers=0, crop_scale=0.8, cpu=True)
+    folder = tmp_path_factory.mktemp("run")
+    finetune(model, data.train, data.val, config=config, output_dir=folder, quiet=True)
+    return folder
+
+
+def test_the_result_gives_the_transform_of_its_validation(result: Path, pictures: Path) -> None:
+    model = load_retrofitted(result / "best")
+    data = load_data(pictures).val
+    image = data[0][0]
+    prepared = transform_of(model)(image)
+    assert prepared.shape == (3, 64, 64)
+    config = timm.data.resolve_data_config({"input_size": (3, 64, 64)}, model=timm.create_model("resnet10t"))
+    assert torch.equal(prepared, timm.data.create_transform(**config)(image))
+    # so evaluation needs to be told no size, and gives what the run measured
+    best = max(json.loads(line)["val_accuracy"] for line in (result / "metrics.jsonl").read_text().splitlines())
+    assert evaluate(model, data, config=FinetuneConfig(cpu=True, workers=0))["val_accuracy"] == best
+    again = load_retrofitted(save_retrofitted(copy.deepcopy(model), result.parent / "again"))
+    assert torch.equal(transform_of(again)(image), prepared)
+
+
+def test_a_network_that_was_trained_on_tensors_does_not_pretend_to_know(
+    network: Callable[[], nn.Module], config: Callable[..., FinetuneConfig], digits: NamedData
+) -> None:
+    model = network()
+    finetune(model, digits.train, config=config(epochs=1), quiet=True)
+    with pytest.raises(RetrofitError, match="does not tell how its images are prepared"):
+        transform_of(model)
+
+
+def test_the_figures_agree_with_scikit_learn() -> None:
+    torch.manual_seed(1)
+    images, targets = torch.randn(60, 3, 16, 16), torch.randint(0, 7, (60,))
+    model = timm.create_model("resnet10t", num_classes=8).eval()  # the last class has no images
+    found = evaluate_closely(model, TensorDataset(images, targets), config=FinetuneConfig(cpu=True, batch_size=7))
+    with torch.no_grad():
+        scores = model(images)
+    predicted = scores.argmax(1)
+    labels = range(len(found.classes))
+    assert found.accuracy == pytest.approx(sklearn.metrics.accuracy_score(targets, predicted))
+    assert found.top5 == pytest.approx(sklearn.metrics.top_k_accuracy_score(targets, scores, k=5, labels=range(8)))
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(scores, targets)), rel=1e-5)
+    assert found.confusion.tolist() == sklearn.metrics.confusion_matrix(targets, predicted, labels=labels).tolist()
+    assert found.macro_f1 == pytest.approx(
+        sklearn.metrics.f1_score(
+            targets, predicted, labels=sorted(set(targets.tolist())), average="macro", zero_division=0
+        )
+    )
+    recalls = sklearn.metrics.recall_score(targets, predicted, labels=labels, average=None, zero_division=0)
+    assert [scores.recall for scores in found.classes] == pytest.approx(recalls.tolist())
+
+
+def test_evaluate_prints_a_table_and_draws_the_confusion(result: Path, pictures: Path, tmp_path: Path) -> None:
+    said = run(
+        "evaluate", result, "--data", pictures, "--confusion", tmp_path / "confusion.png", "--output", tmp_path / "e.json",
+        "--cpu", "--workers", "0",
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    lines = said.output.splitlines()
+    assert lines[0].split() == ["class", "images", "precision", "recall", "F1"]
+    assert [line.split()[:2] for line in lines[2:4]] == [["blue", "5"], ["red", "5"]]
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert f"10 images: accuracy {figures['accuracy']:.2%}, mean F1" in lines[4]
+    assert figures["confusion"][0][0] + figures["confusion"][0][1] == 5
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert picture.size[0] > 300
+
+
+def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, tmp_path: Path) -> None:
+    said = run(
+        "predict", result / "best", pictures / "val", pictures / "train" / "red" / "0.jpg", "--top", "2", "--cpu"
+    )
+    assert said.exit_code == 0, said.output
+    rows = list(csv.DictReader(said.output.splitlines()))
+    assert [Path(row["file"]).parent.name for row in rows] == ["blue"] * 5 + ["red"] * 6
+    model = load_retrofitted(result / "best")
+    with Image.open(rows[7]["file"]) as image, torch.no_grad():
+        shares = model(transform_of(model)(image)[None]).softmax(1)[0]
+    assert rows[7]["class_1"] == ("blue", "red")[int(shares.argmax())]
+    assert float(rows[7]["probability_1"]) == pytest.approx(float(shares.max()), abs=1e-5)
+    assert float(rows[7]["probability_1"]) + float(rows[7]["probability_2"]) == pytest.approx(1, abs=1e-5)
+    written = run("predict", result, pictures / "val", "--output", tmp_path / "p.csv", "--cpu")
+    assert written.output == ""
+    assert (tmp_path / "p.csv").read_text().splitlines()[0] == "file,class,probability"
+    assert len(list(predict(model, [pictures / "val"], batch_size=3))) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (("predict", "RUN", "nowhere.jpg"), "no file or folder nowhere.jpg", 1),
+        (("predict", "RUN", "README"), "can't be read as an image", 1),
+        (("predict", "RUN", "empty"), "empty holds no images", 1),
+        (("predict", "empty", "README"), "holds no network that convert, finetune or fold wrote", 1),
+        (("evaluate", "empty", "--data", "digits"), "holds no network that convert, finetune or fold wrote", 1),
+        (("evaluate", "RUN", "--data", "digits", "--split", "test"), "must be one of val, train, got 'test'", 2),
+        (("predict", "RUN", "README", "--top", "0"), "--top", 2),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], said: str, code: int, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "README").write_text("no image")
+    found = run(*(result if argument == "RUN" else argument for argument in arguments))
+    if code == 2:
+        assert found.exit_code == 2
+        assert said in found.output
+    else:
+        assert isinstance(found.exception, RetrofitError)
+        assert said in str(found.exception)
+
+
+def test_a_folder_of_classes_alone_is_split_the_same_way_every_time(pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures / "train", tmp_path / "flowers")
+    first, second = (load_data(tmp_path / "flowers", val_fraction=0.25) for _ in range(2))
+    assert first.val.indices == second.val.indices
+    assert sorted([*first.train.indices, *first.val.indices]) == list(range(24))
+    targets = ImageFolder(str(tmp_path / "flowers")).targets
+    assert [targets[index] for index in first.val.indices] == [0] * 3 + [1] * 3  # of each class as many
+    assert "6 of its 24 images, of each class, are for validation" in first.note
+    for file in sorted((tmp_path / "flowers" / "red").iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(RetrofitError, match=r"flowers.red has 1 images, too few"):
+        load_data(tmp_path / "flowers")
