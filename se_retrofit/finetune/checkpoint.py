@@ -107,7 +107,8 @@ def load_training(
     Args:
         output: the folder of the run.
         model: the network that the run started with.
-        config: of the run that goes on; the saved one must agree but for the fields in ``free``.
+        config: of the run that goes on; the saved one must agree but for the fields in ``free``. A run that is over may
+            have more epochs now.
         experiment: as ``describe_run`` gives it; the saved one must agree.
         world: number of processes.
         free: names of config fields that may have changed.
@@ -126,6 +127,9 @@ def load_training(
     if state["progress"].keys() != names:
         raise RetrofitError(f"{folder / STATE}: progress must hold {', '.join(sorted(names))}")
     check_same(state["experiment"], experiment, output)
+    if state["progress"]["finished"] and config["epochs"] > state["config"].get("epochs", config["epochs"]):
+        free = free | {"epochs"}  # a run that is over may be extended
+        state["progress"]["finished"] = None
     changed = [k for k in config if k not in free and state["config"].get(k) != config[k]]
     if changed:
         what = "; ".join(f"{k}: {state['config'].get(k)!r} then, {config[k]!r} now" for k in changed)

@@ -28,6 +28,8 @@ class FinetuneConfig:
         lr: learning rate at its peak.
         se_lr_scale: multiplies ``lr`` for the SE modules.
         head_lr_scale: multiplies ``lr`` for the classifier.
+        layer_decay: multiplies ``lr`` once more for each layer further from the head, so that early layers change less; None
+            for the same everywhere.
         weight_decay: for weights; norms and biases get none.
         momentum: of optimizers that have one.
         optimizer_options: further arguments of the optimizer.
@@ -67,6 +69,7 @@ class FinetuneConfig:
         tf32: let float32 products on CUDA use TF32.
         channels_last: memory format NHWC; None for: on CUDA.
         compile: train through ``torch.compile``.
+        find_unused_parameters: let several processes train a network of which a step may leave parameters unused.
         cpu: stay on the CPU.
         workers: processes that load data; None for as many as the CPU has cores, at most 8, and none for tensors that
             are in memory already.
@@ -94,6 +97,7 @@ class FinetuneConfig:
     lr: float = 2e-4
     se_lr_scale: float = 5.0
     head_lr_scale: float = 5.0
+    layer_decay: float | None = None
     weight_decay: float = 0.05
     momentum: float = 0.9
     optimizer_options: dict[str, Any] = field(default_factory=dict)
@@ -130,6 +134,7 @@ class FinetuneConfig:
     tf32: bool = True
     channels_last: bool | None = None
     compile: bool = False
+    find_unused_parameters: bool = False
     cpu: bool = False
     workers: int | None = None
     seed: int = 0
@@ -245,7 +250,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda v: v >= 0, "0 or more") for name in NOT_NEGATIVE},
     **{name: (lambda v: 0 <= v < 1, "at least 0 and below 1") for name in ("warmup_ratio", "label_smoothing", "drop_path")},
     **{name: (lambda v: 0 <= v <= 1, "in [0, 1]") for name in ("hflip", "random_erasing", "distillation_weight")},
-    "crop_scale": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    **{name: (lambda v: 0 < v <= 1, "above 0 and at most 1") for name in ("crop_scale", "layer_decay")},
     "ema_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "trainable": _one_of("all", "se", "se+head"),
     "bad_images": _one_of("error", "skip"),

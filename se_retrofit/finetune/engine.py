@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
@@ -69,6 +69,7 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
             project_dir=project_dir,
             dynamo_backend="inductor" if config.compile else None,
             step_scheduler_with_optimizer=False,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
         )
     except (ValueError, ImportError) as error:
         raise RetrofitError(f"Accelerate can't set up this run: {error}") from error

@@ -175,7 +175,7 @@ def learning(
     """The parts of a run by which the network learns."""
     # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
     choose_trainable(model, trainable_in(config, config.epochs - 1), wanted)
-    groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale)
+    groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
     raw_optimizer = optimizer(groups, config, fused)
     return {
         "raw_optimizer": raw_optimizer,

@@ -1,6 +1,7 @@
 """A fine-tune for the tests that need a process of its own: ``python run_tiny.py OUTPUT FIELDS [resume] [loader]``.
 
-``loader`` among the flags: the data in a DataLoader of the caller's own.
+``loader`` among the flags: the data in a DataLoader of the caller's own; ``unused``: a network with a layer that its forward
+does not call.
 SE_TEST_DIE_AT: the update after which the process kills itself.
 """
 
@@ -36,5 +37,7 @@ if __name__ == "__main__":
     data, model, config = tiny_data(), tiny_network(), tiny_config(**json.loads(fields))
     if "SE_TEST_DIE_AT" in os.environ:
         die_at(model, int(os.environ["SE_TEST_DIE_AT"]), config.grad_accum_steps)
+    if "unused" in flags:
+        model.unused = nn.Linear(2, 2)
     train = DataLoader(data.train, 32, num_workers=2) if "loader" in flags else data.train
     finetune(model, train, data.val, config=config, output_dir=output, resume="resume" in flags)

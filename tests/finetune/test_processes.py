@@ -96,3 +96,10 @@ def test_a_run_is_not_resumed_by_another_number_of_processes(one_process: Path) 
     done = launch(2, one_process, {**RECIPE, "batch_size": 32}, "resume")
     assert done.returncode != 0
     assert "holds a run of 1 processes, and these are 2" in done.stderr
+
+
+def test_two_processes_train_a_network_with_unused_parameters_where_they_are_told_so(tmp_path: Path) -> None:
+    fields = {"epochs": 1, "batch_size": 16}
+    assert launch(2, tmp_path / "not told", fields, "unused").returncode != 0
+    told = launch(2, tmp_path / "told", {**fields, "find_unused_parameters": True}, "unused")
+    assert told.returncode == 0, told.stderr

@@ -279,3 +279,20 @@ def test_an_output_folder_that_cannot_be_made_is_named(
     (tmp_path / "file").write_text("")
     with pytest.raises(RetrofitError, match=r"file/run can't be made: Not a directory"):
         finetune(network(), digits.train, config=config(), output_dir=tmp_path / "file" / "run", quiet=True)
+
+
+def test_a_run_that_is_over_is_extended(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
+    recipe = config(epochs=1, schedule="constant", warmup_ratio=0.0)  # so that the length changes no learning rate
+    whole = finetune(network(), digits.train, digits.val, config=recipe.replace(epochs=3), quiet=True)
+    finetune(network(), digits.train, digits.val, config=recipe, output_dir=tmp_path, quiet=True)
+    longer = recipe.replace(epochs=3)
+    extended = finetune(
+        network(), digits.train, digits.val, config=longer, output_dir=tmp_path, resume=True, quiet=True
+    )
+    assert without_times(extended.history) == without_times(whole.history)
+    assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in extended.model.state_dict().items())
+    with pytest.raises(RetrofitError, match="epochs: 3 then, 2 now"):
+        finetune(
+            network(), digits.train, digits.val, config=recipe.replace(epochs=2), output_dir=tmp_path, resume=True,
+            quiet=True,
+        )  # fmt: skip

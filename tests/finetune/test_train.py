@@ -168,6 +168,28 @@ def test_se_and_head_have_their_own_learning_rate_and_norms_no_decay(network: Ne
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
+def test_with_layer_decay_layers_learn_the_more_slowly_the_further_they_are_from_the_head(network: Network) -> None:
+    from se_retrofit.finetune.parts import param_groups
+
+    model = network()
+    groups = param_groups(model, 0.1, 5.0, 2.0, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert scale[id(model.fc.weight)] == 2.0
+    depths = [model.conv1, *(layer[0].conv1 for layer in (model.layer1, model.layer2, model.layer3, model.layer4))]
+    scales = [scale[id(conv.weight)] for conv in depths]
+    assert scales == [0.5 ** (5 - depth) for depth in range(5)]
+    se = next(p for n, p in model.layer2.named_parameters() if "se_attention" in n)
+    assert scale[id(se)] == 5.0 * scale[id(model.layer2[0].conv1.weight)]
+
+
+def test_layer_decay_is_refused_where_no_layers_are_known(config: Config) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    data = TensorDataset(torch.randn(32, 3, 2, 2), torch.arange(32) % 3)
+    with pytest.raises(RetrofitError, match="timm finds no layers in Sequential"):
+        finetune(model, data, config=config(layer_decay=0.7), quiet=True)
+
+
 def test_early_stop(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
     # so small a rate that nothing gets better
     recipe = config(epochs=20, lr=1e-12, patience=2, freeze_bn=True)
