@@ -300,8 +300,7 @@ def compare(
                 base=base,
                 quiet=quiet,
             )
-            _, rows = answers_of(result.model, val_data, config=recipe, base=base)
-            answers[name].append(rows[:, 0] == rows[:, 1])
+            answers[name].append(answers_of(result.model, val_data, config=recipe, base=base).right)
             # the weights are on the disk or not wanted, and the memory is
             runs[name].append(replace(result, model=nn.Identity()))
     comparison = Comparison({name: _arm(runs[name], answers[name]) for name in arms}, numbers)

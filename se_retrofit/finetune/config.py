@@ -40,6 +40,16 @@ class FinetuneConfig:
         unfreeze_epoch: the first epoch (counted from 1) in which all is trained, whatever ``trainable`` says.
         freeze_bn: leave the running statistics of the norms as they are.
         num_classes: give the network a new head for so many classes, where it has another number; None keeps the head.
+        multi_label: an image may have several classes: its target is a vector of 0 and 1, one for each class.
+        criterion: the loss: ``"cross_entropy"``, ``"bce"`` (binary cross-entropy of each class) or ``"focal"``.
+        class_weights: ``"balanced"`` weighs the rare classes higher in the loss, by the training data; None for equally.
+        focal_gamma: how much less the focal loss counts what is classified well already.
+        distillation_weight: the teacher's part in the loss, where ``finetune`` is given one.
+        distillation_temperature: by which the logits of both are divided.
+        sampling: ``"shuffle"`` shows each image once an epoch; ``"balanced"`` draws as many images, each class as often
+            as the others.
+        best_metric: by which the best epoch is chosen: ``"accuracy"``, ``"loss"``, ``"top5"``, ``"precision"``,
+            ``"recall"``, ``"f1"`` (the last three averaged over the classes) or, with ``multi_label``, ``"map"``.
         label_smoothing: in [0, 1).
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of cutmix; 0 for none.
@@ -96,6 +106,14 @@ class FinetuneConfig:
     unfreeze_epoch: int | None = None
     freeze_bn: bool = False
     num_classes: int | None = None
+    multi_label: bool = False
+    criterion: str = "cross_entropy"
+    class_weights: str | None = None
+    focal_gamma: float = 2.0
+    distillation_weight: float = 0.5
+    distillation_temperature: float = 4.0
+    sampling: str = "shuffle"
+    best_metric: str = "accuracy"
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -131,9 +149,27 @@ class FinetuneConfig:
             raise RetrofitError(
                 f'unfreeze_epoch={self.unfreeze_epoch} needs trainable="se" or "se+head": "all" freezes nothing'
             )
+        self._check_labels()
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise RetrofitError(
                 f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}"
+            )
+
+    def _check_labels(self) -> None:
+        if self.multi_label and self.criterion == "cross_entropy":
+            raise RetrofitError(
+                'multi_label=True needs criterion="bce" or "focal": cross-entropy is for one class an image'
+            )
+        if self.multi_label and (self.mixup or self.cutmix or self.sampling == "balanced"):
+            raise RetrofitError('mixup, cutmix and sampling="balanced" need one class an image, not multi_label=True')
+        if self.class_weights and (self.criterion == "bce") != self.multi_label:
+            raise RetrofitError(
+                'class_weights go with criterion="bce" where multi_label=True, and with "cross_entropy" and "focal" '
+                f"elsewhere; got criterion={self.criterion!r}, multi_label={self.multi_label}"
+            )
+        if self.best_metric == "map" and not self.multi_label:
+            raise RetrofitError(
+                'best_metric="map" needs multi_label=True; for one class an image take "f1" or "recall"'
             )
 
     def replace(self, **changes: Any) -> FinetuneConfig:
@@ -201,18 +237,22 @@ AT_LEAST_1 = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "se_lr_scale", "head_lr_scale", "weight_decay", "momentum", "min_lr", "mixup", "cutmix", "color_jitter", "workers",
-    "seed", "checkpoint_minutes",
+    "seed", "checkpoint_minutes", "focal_gamma",
 )  # fmt: skip
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{name: (lambda v: v >= 1, "at least 1") for name in AT_LEAST_1},
-    **{name: (lambda v: v > 0, "above 0") for name in ("lr", "clip_grad")},
+    **{name: (lambda v: v > 0, "above 0") for name in ("lr", "clip_grad", "distillation_temperature")},
     **{name: (lambda v: v >= 0, "0 or more") for name in NOT_NEGATIVE},
     **{name: (lambda v: 0 <= v < 1, "at least 0 and below 1") for name in ("warmup_ratio", "label_smoothing", "drop_path")},
-    **{name: (lambda v: 0 <= v <= 1, "in [0, 1]") for name in ("hflip", "random_erasing")},
+    **{name: (lambda v: 0 <= v <= 1, "in [0, 1]") for name in ("hflip", "random_erasing", "distillation_weight")},
     "crop_scale": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "ema_decay": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "trainable": _one_of("all", "se", "se+head"),
     "bad_images": _one_of("error", "skip"),
+    "criterion": _one_of("cross_entropy", "bce", "focal"),
+    "class_weights": _one_of("balanced"),
+    "sampling": _one_of("shuffle", "balanced"),
+    "best_metric": _one_of("accuracy", "loss", "top5", "precision", "recall", "f1", "map"),
     "precision": _one_of("auto", "fp32", "bf16", "fp16"),
 }  # fmt: skip
 

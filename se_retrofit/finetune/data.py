@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
+from .targets import image_weights, targets_together
 
 __all__ = ["Batch", "Stream", "stream"]
 
@@ -27,7 +28,7 @@ MOST_REPLACEMENTS = 10
 
 
 class Batch(NamedTuple):
-    """Images, their classes, and which of them count (a filler in the last batch, or in place of an unreadable image,
+    """Images, their classes (numbers, or a vector for each image), and which of them count (a filler in the last batch, or in place of an unreadable image,
     does not); ``complaints`` name the images that could not be read."""
 
     images: Tensor
@@ -54,6 +55,7 @@ def stream(
     batch_size: int,
     transform: Callable[[Any], Any] | None,
     bad_images: str = "error",
+    balanced: bool = False,
     seed: int = 0,
     workers: int | None = None,
     rank: int = 0,
@@ -70,6 +72,11 @@ def stream(
             processes.
         TypeError: it is neither a Dataset nor a DataLoader.
     """
+    if balanced and train and isinstance(data, (DataLoader, IterableDataset)):
+        raise RetrofitError(
+            f'sampling="balanced" needs a Dataset with indices as {name}, got {type(data).__name__}; give the Dataset, '
+            'or a DataLoader with a WeightedRandomSampler and sampling="shuffle"'
+        )
     if isinstance(data, DataLoader):
         if train and data.persistent_workers:
             raise RetrofitError(
@@ -101,7 +108,7 @@ def stream(
         return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
     return DatasetStream(
         data, name=name, train=train, batch_size=batch_size, transform=transform, bad_images=bad_images,
-        seed=seed, workers=workers, rank=rank, world=world, pin_memory=pin_memory,
+        weights=image_weights(data) if balanced and train else None, seed=seed, workers=workers, rank=rank, world=world, pin_memory=pin_memory,
     )  # fmt: skip
 
 
@@ -150,7 +157,11 @@ class Order(Sampler[list[tuple[int, int, bool]]]):
     The batches of all processes together are those of one process with a batch that many times larger.
     """
 
-    def __init__(self, length: int, batch_size: int, *, train: bool, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self, length: int, batch_size: int, *, train: bool, seed: int, rank: int, world: int,
+        weights: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.weights = weights
         self.length, self.train, self.seed, self.rank, self.world = length, train, seed, rank, world
         whole = length // (batch_size * world)
         if train and whole == 0:  # fewer images than one batch: they make one smaller batch
@@ -166,7 +177,10 @@ class Order(Sampler[list[tuple[int, int, bool]]]):
         order = list(range(self.length))
         if self.train:
             generator = torch.Generator().manual_seed(derive(self.seed, ORDER, self.epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
+            if self.weights is None:
+                order = torch.randperm(self.length, generator=generator).tolist()
+            else:
+                order = torch.multinomial(self.weights, self.length, replacement=True, generator=generator).tolist()
         for number in range(self.start, self.count):
             first = (number * self.world + self.rank) * self.batch_size
             places = range(first, first + self.batch_size)
@@ -205,12 +219,17 @@ class Items(Dataset[tuple[Any, int, bool, list[str]]]):
     def __getitems__(self, keys: list[tuple[int, int, bool]]) -> Any:
         """A batch; of tensors in memory, where nothing is random or unreadable, in one piece."""
         tensors, indices = in_memory(self.data, [index for _, index, _ in keys])
-        if len(tensors) < 2 or tensors[1].dim() != 1:
+        if len(tensors) < 2 or tensors[1].dim() not in (1, 2):
             return [self[key] for key in keys]
         images, targets = (tensor[indices] for tensor in tensors[:2])
-        return Batch(images, targets.long(), torch.tensor([counts for _, _, counts in keys]), [])
+        return Batch(
+            images,
+            targets.long() if targets.dim() == 1 else targets,
+            torch.tensor([counts for _, _, counts in keys]),
+            [],
+        )
 
-    def read(self, index: int) -> tuple[Any, int]:
+    def read(self, index: int) -> tuple[Any, Any]:
         image, target = pair(self.data[index], self.name)
         if self.transform is not None and isinstance(image, Image.Image):
             image = self.transform(image)
@@ -264,7 +283,7 @@ def collate(items: Batch | list[tuple[Any, int, bool, list[str]]]) -> Batch:
     images, targets, counts, complaints = zip(*items, strict=True)
     return Batch(
         default_collate(list(images)),
-        torch.as_tensor([int(target) for target in targets]),
+        targets_together(targets),
         torch.tensor(counts),
         list(itertools.chain.from_iterable(complaints)),
     )
@@ -275,7 +294,7 @@ class DatasetStream:
 
     def __init__(
         self, data: Any, *, name: str, train: bool, batch_size: int, transform: Callable[[Any], Any] | None,
-        bad_images: str, seed: int, workers: int, rank: int, world: int, pin_memory: bool,
+        bad_images: str, weights: Tensor | None, seed: int, workers: int, rank: int, world: int, pin_memory: bool,
     ) -> None:  # fmt: skip
         try:
             length = len(data)
@@ -285,7 +304,7 @@ class DatasetStream:
             raise RetrofitError(f"{name} holds {length} images, fewer than there are processes ({world})")
         self.name, self.bad_images = name, bad_images
         self.named: set[str] = set()
-        self.order = Order(length, batch_size, train=train, seed=seed, rank=rank, world=world)
+        self.order = Order(length, batch_size, train=train, seed=seed, rank=rank, world=world, weights=weights)
         self.loader = DataLoader(
             Items(data, transform, seed=seed, name=name),
             batch_sampler=self.order,

@@ -130,10 +130,14 @@ def evaluate_closely(
         >>> found.images, len(found.classes), found.confusion.shape
         (360, 10, torch.Size([10, 10]))
     """
-    measured, rows = answers(model, data, config=config, base=base)
-    targets, likely = rows[:, 0], rows[:, 1:]
+    if config is not None and config.multi_label:
+        raise RetrofitError(
+            "evaluate_closely is for one class an image; with multi_label=True evaluate gives precision, recall, F1 and mAP"
+        )
+    found = answers(model, data, config=config, base=base)
+    targets, likely = found.targets, found.said
     names = class_names(model) or getattr(data, "classes", None)
-    size = max(int(rows.max()) + 1, len(names or ()))
+    size = max(found.classes, len(names or ()))
     names = [str(name) for name in names] if names else [str(number) for number in range(size)]
     labels = list(range(size))
     scores = precision_recall_fscore_support(targets, likely[:, 0], labels=labels, zero_division=0.0)
@@ -143,8 +147,8 @@ def evaluate_closely(
     )
     return Evaluation(
         images=len(targets),
-        loss=measured["val_loss"],
-        accuracy=measured["val_accuracy"],
+        loss=found.loss,
+        accuracy=found.accuracy,
         top5=float((likely == targets[:, None]).any(1).float().mean()) if size > 5 else None,
         classes=classes,
         confusion=torch.as_tensor(confusion_matrix(targets, likely[:, 0], labels=labels)),

@@ -19,9 +19,10 @@ from .log import Log
 from .parts import as_found, to_device
 from .randomness import kept_randomness
 from .run import placed, uses_channels_last
+from .scores import Answers, scores_of
 from .transforms import transforms_for
 
-__all__ = ["answers", "check_targets", "evaluate", "measure"]
+__all__ = ["answers", "check_targets", "evaluate", "hits", "measure"]
 
 MOST_LIKELY = 5  # classes of each image that are kept
 
@@ -29,29 +30,27 @@ MOST_LIKELY = 5  # classes of each image that are kept
 def evaluate(
     model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
 ) -> dict[str, float]:
-    """Loss and accuracy of a classifier on a Dataset or a DataLoader, as the fine-tune measures them.
+    """Loss, accuracy and the other scores of a classifier on a Dataset or a DataLoader, as the fine-tune measures them.
 
     Args:
         model: the network; it is moved to the device where it is run, and stays there.
         data: as for ``finetune``.
-        config: for batch size, image size, precision and the like.
+        config: for batch size, image size, precision, ``multi_label`` and the like.
         base: as for ``finetune``; tells the transforms of torchvision's networks.
 
     Returns:
-        ``{"val_loss": ..., "val_accuracy": ...}``
+        ``val_loss``, ``val_accuracy``, ``val_precision``, ``val_recall``, ``val_f1`` (means over the classes), with more
+        than five classes ``val_top5``; with ``multi_label`` ``val_map`` instead.
 
     Raises:
         RetrofitError: data and network don't fit together.
         TypeError: an argument is of the wrong type.
     """
-    return answers(model, data, config=config, base=base)[0]
+    return scores_of(answers(model, data, config=config, base=base))
 
 
-def answers(
-    model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
-) -> tuple[dict[str, float], Tensor]:
-    """What ``evaluate`` gives, and for each image its class and the classes that the network takes for the most likely,
-    the first first: ``(images, 1 + 5)``, fewer where there are fewer classes, in the same order for each network.
+def answers(model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None) -> Answers:
+    """What a classifier says about each image, in the same order for each network.
 
     Arguments and errors are those of ``evaluate``.
     """
@@ -67,10 +66,9 @@ def answers(
         channels_last = uses_channels_last(config, accelerator.device)
         to_device(model, accelerator.device, channels_last)
         log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
-        found: list[Tensor] = []
-        measured = measure(model, batches, accelerator, channels_last, log, found=found)
-        assert measured is not None  # only an Interrupt ends it early
-        return measured, torch.cat(found)
+        found = measure(model, batches, accelerator, channels_last, log, config.multi_label)
+        assert found is not None  # only an Interrupt ends it early
+        return found
 
 
 @torch.no_grad()
@@ -80,16 +78,17 @@ def measure(
     accelerator: Accelerator,
     channels_last: bool,
     log: Log,
+    multi_label: bool,
     interrupt: Interrupt | None = None,
-    found: list[Tensor] | None = None,
-) -> dict[str, float] | None:
-    """Loss and accuracy over all processes; each image counts once.
+) -> Answers | None:
+    """What a network says about each image of all processes; each image counts once.
 
     None where ``interrupt`` ended it. Several processes, which must leave together, go through with it.
-    ``found`` gets, batch by batch, the rows of ``answers``.
     """
     network.eval()
     totals = torch.zeros(3, dtype=torch.float32, device=accelerator.device)
+    said: list[tuple[Tensor, ...]] = []
+    classes = 0
     for batch in data.batches(0):
         if interrupt is not None and interrupt.signal is not None and accelerator.num_processes == 1:
             return None
@@ -97,27 +96,64 @@ def measure(
         images, targets = placed(batch, accelerator.device, channels_last)
         with accelerator.autocast():
             logits, _ = logits_of(network(images))
-        check_targets(batch, logits.shape[1])
+        classes = logits.shape[1]
+        check_targets(batch, classes, multi_label)
         counts = batch.counts.to(accelerator.device, non_blocking=True)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        right = (logits.argmax(1) == targets) & counts
+        losses = losses_of(logits.float(), targets, multi_label)
+        right = hits(logits, targets, multi_label) * counts
         # Not losses[counts], whose size the host would have to wait for
         totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
-        if found is not None:
-            likely = logits.topk(min(MOST_LIKELY, logits.shape[1]), dim=1).indices
-            likely[:, 0] = logits.argmax(1)  # which of equals comes first must not depend on how many are asked for
-            rows = torch.cat([torch.where(counts, targets, -1)[:, None], likely], dim=1)
-            rows = accelerator.gather(accelerator.pad_across_processes(rows, pad_index=-1)).cpu()
-            found.append(rows[rows[:, 0] >= 0])
-    loss, correct, seen = accelerator.reduce(totals, "sum").tolist()
-    return {"val_loss": loss / max(seen, 1), "val_accuracy": correct / max(seen, 1)}
+        said.append((counts, *answer(logits.float(), targets, multi_label)))
+    loss, right_count, seen = accelerator.reduce(totals, "sum").tolist()
+    counts, found, targets = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
+    accuracy = right_count / max(seen, 1)
+    return Answers(loss / max(seen, 1), accuracy, classes, multi_label, found[counts], targets[counts])
 
 
-def check_targets(batch: Batch, classes: int) -> None:
+def losses_of(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
+    """Of each image, (N,)."""
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def hits(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
+    """Whether the class of each image is right, or the share of its labels that are, (N,)."""
+    if multi_label:
+        return ((logits > 0) == (targets > 0.5)).float().mean(1)
+    return logits.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))
+
+
+def answer(logits: Tensor, targets: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """What is kept of each image: little, as there may be many images and classes."""
+    if multi_label:
+        return logits.sigmoid(), targets
+    likely = logits.topk(min(MOST_LIKELY, logits.shape[1]), dim=1).indices
+    likely[:, 0] = logits.argmax(1)  # which of equals comes first must not depend on how many are asked for
+    return likely, targets if targets.dim() == 1 else targets.argmax(1)
+
+
+def gathered(parts: list[Tensor], accelerator: Accelerator) -> Tensor:
+    """The values of all processes, on the CPU; where they have unequal many, followed by zeros (which don't count)."""
+    whole = torch.cat(parts)
+    if accelerator.num_processes > 1:
+        whole = accelerator.gather(accelerator.pad_across_processes(whole))
+    return whole.cpu()
+
+
+def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None:
     """On the CPU: the same mistake found by a CUDA kernel ends the process."""
     targets = batch.targets
+    got = f"{targets.dtype} of shape {tuple(targets.shape)}"
+    if multi_label or (targets.dim() == 2 and targets.is_floating_point()):
+        if tuple(targets.shape) != (len(batch.images), classes) or targets.is_complex():
+            raise RetrofitError(f"targets must be vectors of {classes} labels, one for each class, got {got}")
+        if not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise RetrofitError("the labels of an image must be from 0 to 1")
+        return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
-        raise RetrofitError(f"targets must be class numbers, got {targets.dtype} of shape {tuple(targets.shape)}")
+        hint = "; for several labels an image set multi_label=True in the config" if targets.dim() == 2 else ""
+        raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
         raise RetrofitError(

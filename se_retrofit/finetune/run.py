@@ -23,6 +23,7 @@ from ..models import Base
 from . import checkpoint as disk
 from .checkpoint import Progress
 from .config import FinetuneConfig
+from .criteria import Criterion
 from .data import Batch, Stream
 from .engine import Forward, Interrupt
 from .log import Log
@@ -38,9 +39,10 @@ class FinetuneResult:
     Attributes:
         model: the network that was given, with the weights of the best epoch (the last, without validation data).
         history: a row for each epoch, as in ``metrics.jsonl``; row 0 is the evaluation before any step.
-        best_accuracy: the best validation accuracy, and ``best_epoch`` where it was reached, from 1; None without
-            validation data.
-        stopped: ``"epochs"`` when all were run, ``"early stop"`` when accuracy no longer rose.
+        best_epoch: the epoch that was best by the config's ``best_metric``, from 1; None without validation data.
+        best_score: the value of that metric then.
+        best_accuracy: the validation accuracy then.
+        stopped: ``"epochs"`` when all were run, ``"early stop"`` when it no longer became better.
         directory: ``output_dir/best``, which ``load_retrofitted`` loads; None where nothing was written.
         updates: how often the weights changed.
         step_seconds: median time of an update, loading included; None for runs too short to tell.
@@ -51,6 +53,7 @@ class FinetuneResult:
     model: nn.Module
     history: list[dict[str, Any]]
     best_accuracy: float | None
+    best_score: float | None
     best_epoch: int | None
     stopped: str
     directory: Path | None
@@ -90,7 +93,8 @@ class Run:
     raw_optimizer: torch.optim.Optimizer
     schedule: Any
     ema: ModelEmaV3 | None
-    criterion: nn.Module
+    criterion: Criterion
+    teacher: nn.Module | None
     mixup: Mixup | None
     log: Log
     trainable: str = ""
@@ -195,10 +199,12 @@ class Run:
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         progress = self.progress
+        best_row = next((row for row in progress.history if row["epoch"] == progress.best_epoch), {})
         return FinetuneResult(
             model=self.model,
             history=progress.history,
-            best_accuracy=progress.best,
+            best_accuracy=best_row.get("val_accuracy"),
+            best_score=progress.best,
             best_epoch=progress.best_epoch,
             stopped=progress.finished or "epochs",
             directory=None if self.output is None else self.output / disk.BEST,
@@ -221,7 +227,8 @@ def uses_channels_last(config: FinetuneConfig, device: torch.device) -> bool:
 def placed(batch: Batch, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
     layout = layout_of(batch.images) if channels_last else torch.preserve_format
     images = batch.images.to(device, non_blocking=True, memory_format=layout)
-    return images, batch.targets.to(device, non_blocking=True)
+    targets = batch.targets if batch.targets.dim() == 1 else batch.targets.float()
+    return images, targets.to(device, non_blocking=True)
 
 
 @torch.no_grad()

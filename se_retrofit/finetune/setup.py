@@ -27,6 +27,7 @@ from ..saving.base import check_base
 from . import checkpoint as disk
 from .checkpoint import Progress
 from .config import FinetuneConfig
+from .criteria import Criterion, criterion_of, describe_criterion
 from .data import Stream, stream
 from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
@@ -108,6 +109,8 @@ def start_run(
     base: Base | None,
     command: dict[str, Any] | None,
     quiet: bool,
+    criterion: Criterion | None = None,
+    teacher: nn.Module | None = None,
 ) -> Iterator[Run]:
     """All that a fine-tune needs before its first step, put away again at the end.
 
@@ -115,24 +118,22 @@ def start_run(
     """
     with contextlib.ExitStack() as stack:
         wanted = stack.enter_context(as_found(model))
+        if teacher is not None:
+            stack.enter_context(as_found(teacher))
         stack.enter_context(kept_randomness())
         stack.enter_context(fast_math(config))
         interrupt = stack.enter_context(Interrupt(quiet))
         accelerator = stack.enter_context(engine(config, None if output is None else str(output)))
         refuse_sharding(accelerator)
-        experiment = same_on_all(plain(describe_run(model, train_data, val_data, base)), accelerator)
+        experiment = describe_run(model, train_data, val_data, base) | describe_criterion(criterion, teacher)
+        experiment = same_on_all(plain(experiment), accelerator)
         train = batches_of(train_data, "train_data", model, config, base, accelerator)
         val = None if val_data is None else batches_of(val_data, "val_data", model, config, base, accelerator)
         undo = stack.enter_context(contextlib.ExitStack())
         undo.callback(structure_of(model))
         classes = fit_head(model, config, wanted)
         note_images(model, train_data, config, base)
-        progress = Progress()
-        saved: dict[str, Any] = {}
-        if resume and output is not None and disk.has_checkpoint(output):
-            progress, saved = disk.load_training(
-                output, model, config.to_dict(), experiment, world=accelerator.num_processes, free=FREE_FIELDS
-            )
+        progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
         if base is not None:
             check_base(model, base)  # rather now than when the first epoch is to be saved
         to_device(model, accelerator.device, uses_channels_last(config, accelerator.device))
@@ -141,6 +142,8 @@ def start_run(
         run = Run(
             model, config, accelerator, interrupt, wanted, output, base, experiment, train, val, progress,
             **learning(model, config, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
+            criterion=on_device(criterion_of(config, criterion, train_data, classes), accelerator.device),
+            teacher=None if teacher is None else teacher.to(accelerator.device).eval(),
             log=log_of(config, output, len(train), val is not None, accelerator, quiet),
         )  # fmt: skip
         run.choose(trainable_in(config, progress.epoch))
@@ -156,6 +159,16 @@ def start_run(
         yield run
 
 
+def load_saved(
+    output: Path | None, model: nn.Module, config: FinetuneConfig, experiment: dict[str, Any], accelerator: Accelerator
+) -> tuple[Progress, dict[str, Any]]:
+    """How far the run in ``output`` has come, and its state dicts; the weights go into ``model``."""
+    if output is None or not disk.has_checkpoint(output):
+        return Progress(), {}
+    world = accelerator.num_processes
+    return disk.load_training(output, model, config.to_dict(), experiment, world=world, free=FREE_FIELDS)
+
+
 def learning(
     model: nn.Module, config: FinetuneConfig, wanted: dict[str, bool], batches: int, classes: int | None, *, fused: bool
 ) -> dict[str, Any]:
@@ -164,20 +177,23 @@ def learning(
     choose_trainable(model, trainable_in(config, config.epochs - 1), wanted)
     groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale)
     raw_optimizer = optimizer(groups, config, fused)
-    mixing = bool(config.mixup or config.cutmix)  # which smooths the labels itself
     return {
         "raw_optimizer": raw_optimizer,
         "schedule": schedule(raw_optimizer, config, math.ceil(batches / config.grad_accum_steps)),
         "ema": ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None,
-        "criterion": nn.CrossEntropyLoss(label_smoothing=0.0 if mixing else config.label_smoothing),
         "mixup": mixup_of(config, classes),
     }
+
+
+def on_device(criterion: Criterion, device: torch.device) -> Criterion:
+    return criterion.to(device) if isinstance(criterion, nn.Module) else criterion
 
 
 def log_of(
     config: FinetuneConfig, output: Path | None, batches: int, validates: bool, accelerator: Accelerator, quiet: bool
 ) -> Log:
-    measured = ["val_loss", "val_accuracy"] if validates else []
+    chosen_by = [f"val_{config.best_metric}"] if config.best_metric not in ("loss", "accuracy") else []
+    measured = ["val_loss", "val_accuracy", *chosen_by] if validates else []
     memory = ["peak_memory_mb"] if accelerator.device.type == "cuda" else []
     columns = ["epoch", "train_loss", "train_accuracy", *measured, "lr", "images_per_second", "seconds", *memory]
     updates = math.ceil(batches / config.grad_accum_steps)
@@ -192,6 +208,7 @@ def batches_of(
     train = name == "train_data"
     return stream(
         data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
+        balanced=config.sampling == "balanced",
         transform=transforms_for(model, config, train=train, base=base), seed=config.seed, workers=config.workers,
         rank=accelerator.process_index, world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",

@@ -19,12 +19,14 @@ from ..errors import RetrofitError
 from ..models import Base
 from . import setup
 from .config import FinetuneConfig
+from .criteria import Criterion, checked_criterion, distillation_loss
 from .data import Batch
 from .engine import logits_of
-from .metrics import check_targets, measure
+from .metrics import check_targets, hits, measure
 from .parts import count, set_modes
 from .randomness import UPDATE, seed_all
 from .run import FinetuneResult, Run, share
+from .scores import higher_is_better, scores_of
 
 __all__ = ["finetune"]
 
@@ -42,12 +44,15 @@ def finetune(
     base: Base | None = None,
     command: dict[str, Any] | None = None,
     quiet: bool = False,
+    criterion: Criterion | None = None,
+    teacher: nn.Module | None = None,
 ) -> FinetuneResult:
     """Fine-tune a classifier, retrofitted or not, in place.
 
     Args:
         model: the network; it ends on the device that it was trained on.
-        train_data: a Dataset of (image, class) pairs, or a DataLoader. A Dataset's PIL images get the transforms of the
+        train_data: a Dataset of (image, class) pairs, or a DataLoader. A class is a number, or a vector: soft labels, or
+            0 and 1 with the config's ``multi_label``. A Dataset's PIL images get the transforms of the
             network's own config (size, mean, std, interpolation); tensors are taken as they are.
         val_data: the same, for validation; without it the last epoch is the result.
         config: the recipe.
@@ -57,6 +62,11 @@ def finetune(
         base: where the network came from before the retrofit, for the saved recipe; timm's networks tell it themselves.
         command: what ``run.yaml`` is to hold besides, as plain data; the command line writes its options there.
         quiet: print nothing.
+        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean; None for the
+            config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``)
+            all the same.
+        teacher: a network for the same classes, whose answers to the same images are learned, too, by the config's
+            ``distillation_weight``. It is moved to the device and not changed.
 
     Returns:
         The network and its history.
@@ -78,12 +88,14 @@ def finetune(
         2
     """
     config = FinetuneConfig() if config is None else config
+    checked_criterion(criterion, teacher, model)
     output = setup.checked(model, config, output_dir, resume)
     if config.patience is not None and val_data is None:
         raise RetrofitError("patience needs validation data")
     with setup.start_run(
-        model, train_data, val_data, config, output, resume=resume, base=base, command=command, quiet=quiet
-    ) as run:
+        model, train_data, val_data, config, output, resume=resume, base=base, command=command, quiet=quiet,
+        criterion=criterion, teacher=teacher,
+    ) as run:  # fmt: skip
         evaluate_before_training(run)
         for epoch in range(run.progress.epoch, config.epochs if run.progress.finished is None else 0):
             train_epoch(run, epoch)
@@ -166,13 +178,20 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs, labels = images, targets
     if run.mixup is not None:
         check_targets(batch, run.mixup.num_classes)
+        if targets.dim() != 1:
+            raise RetrofitError("mixup and cutmix need class numbers as targets, and these are vectors")
         inputs, labels = mixed(run.mixup, images, targets)
     logits, auxiliary = logits_of(run.network(inputs))
-    check_targets(batch, logits.shape[1])
+    check_targets(batch, logits.shape[1], run.config.multi_label)
     loss = run.criterion(logits, labels)
     for more in auxiliary:
         loss = loss + AUXILIARY_WEIGHT * run.criterion(more, labels)
-    return loss, (logits.detach().argmax(1) == targets).sum()
+    if run.teacher is not None:
+        with torch.no_grad(), run.accelerator.autocast():
+            taught, _ = logits_of(run.teacher(inputs))
+        weight = run.config.distillation_weight
+        loss = (1 - weight) * loss + weight * distillation_loss(logits, taught, run.config)
+    return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
 
 
 def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,11 +260,16 @@ def validate(run: Run, network: nn.Module) -> dict[str, float]:
     """Loss and accuracy on the validation data. A signal ends it, after a checkpoint of the last update: what is resumed
     begins with the evaluation."""
     assert run.val is not None
-    measured = measure(network, run.val, run.accelerator, run.channels_last, run.log, run.interrupt)
-    if measured is None:
+    answers = measure(
+        network, run.val, run.accelerator, run.channels_last, run.log, run.config.multi_label, run.interrupt
+    )
+    if answers is None:
         run.keep_checkpoint()
         run.leave(run.interrupt.signal)
-    return measured
+    scores = scores_of(answers)
+    if f"val_{run.config.best_metric}" not in scores:
+        raise RetrofitError(f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {answers.classes}")
+    return scores
 
 
 def finish_epoch(run: Run, epoch: int) -> None:
@@ -293,9 +317,11 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
     progress.history.append(row)
     run.note_pace()
     if run.val is not None:
-        improved = progress.best is None or row["val_accuracy"] > progress.best
+        score = row[f"val_{config.best_metric}"]
+        sign = 1 if higher_is_better(config.best_metric) else -1
+        improved = progress.best is None or sign * score > sign * progress.best
         if improved:
-            progress.best, progress.best_epoch = row["val_accuracy"], row["epoch"]
+            progress.best, progress.best_epoch = score, row["epoch"]
         progress.stale = 0 if improved else progress.stale + 1
     progress.epoch, progress.step = row["epoch"], 0
     progress.loss = progress.correct = progress.seen = 0.0

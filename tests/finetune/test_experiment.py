@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from se_retrofit import RetrofitError, add_se
 from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+from se_retrofit.finetune.criteria import describe_criterion
 from se_retrofit.finetune.experiment import describe_data, describe_run
 
 Network = Callable[..., nn.Module]
@@ -79,7 +80,10 @@ def test_what_a_run_was_is_written_beside_it(
 ) -> None:
     written = yaml.safe_load((finished / "run.yaml").read_text())
     assert written["config"] == config(epochs=1).to_dict()
-    assert written["experiment"] == describe_run(network(), digits.train, digits.val, None)
+    assert written["experiment"] == {
+        **describe_run(network(), digits.train, digits.val, None),
+        **describe_criterion(None, None),
+    }
 
 
 def test_a_data_set_is_the_same_after_it_was_moved_and_another_after_an_image_was_changed(tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ def retrofitted(name: str) -> nn.Module:
     return net.double()
 
 
+def rounded(net: nn.Module) -> nn.Module:
+    """A copy whose parameters differ by a few roundings."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + 1e-15 * torch.randn_like(parameter))
+    return other
+
+
 def train(nets: list[nn.Module], x: Tensor, steps: int) -> None:
     for net in nets:
         optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
@@ -80,11 +89,21 @@ def test_fused_equals_unfused_before_and_after_twenty_steps(name: str, training:
         one = copy.deepcopy(net).to(memory_format=layout)
         fused, given = fuse_se(one), x.to(memory_format=layout)
         before = difference(forward_backward(fused, given), forward_backward(one, given))
-        train([fused, one], given, 20)
-        after = difference(forward_backward(fused, given), forward_backward(one, given))
-        print(f"{name} float64 {layout} training={training}: {before:.1e}, after 20 steps {after:.1e}", flush=True)
+        control = rounded(one)  # how far rounding alone leads in these steps
+        train([fused, one, control], given, 20)
+        wanted = forward_backward(one, given)
+        after = difference(forward_backward(fused, given), wanted)
+        drift = difference(forward_backward(control, given), wanted)
+        fused.load_state_dict(one.state_dict())
+        again = difference(forward_backward(fused, given), forward_backward(one, given))
+        print(
+            f"{name} float64 {layout} training={training}: {before:.1e}, after 20 steps {again:.1e} from the same state, "
+            f"{after:.1e} from states of its own, where rounding alone gives {drift:.1e}",
+            flush=True,
+        )
         assert before <= 1e-12
-        assert after <= 1e-11
+        assert again <= 1e-12
+        assert after <= max(1e-12, 30 * drift)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -1,0 +1,145 @@
+"""What is minimised: cross-entropy, binary cross-entropy, the focal loss, the caller's own, and a teacher's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from ..errors import RetrofitError
+from .config import FinetuneConfig
+from .experiment import weights_digest
+from .targets import class_counts
+
+__all__ = ["Criterion", "FocalLoss", "checked_criterion", "criterion_of", "describe_criterion", "distillation_loss"]
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class FocalLoss(nn.Module):
+    """Cross-entropy in which images that are classified well already count less.
+
+    ``loss = -(1 - p) ** gamma * log(p)`` with the probability ``p`` of the image's class (Lin et al., "Focal Loss for
+    Dense Object Detection", https://arxiv.org/abs/1708.02002).
+
+    Args:
+        gamma: 0 is cross-entropy; the paper takes 2.
+        weight: how much an image of each class counts, (classes,).
+        label_smoothing: as in ``nn.CrossEntropyLoss``.
+
+    Shape:
+        Logits (N, classes) and class numbers (N,) or soft labels (N, classes) give a scalar, the mean; with ``weight``
+        the weighted mean.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit.finetune.criteria import FocalLoss
+        >>> logits, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+        >>> torch.allclose(FocalLoss(gamma=0)(logits, targets), torch.nn.functional.cross_entropy(logits, targets))
+        True
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, gamma: float = 2.0, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.gamma, self.label_smoothing = gamma, label_smoothing
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        labels = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).to(logits.dtype)
+        # An image counts by its own class. PyTorch's cross-entropy weighs the smoothed labels themselves, so that a
+        # heavy class would be the answer to every image.
+        weights = logits.new_ones(len(logits)) if self.weight is None else labels @ self.weight.to(labels.dtype)
+        if targets.dim() == 1:
+            labels = labels * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[1]
+        log_p = F.log_softmax(logits, dim=1)
+        losses = (-labels * (1 - log_p.exp()) ** self.gamma * log_p).sum(1)
+        return (weights * losses).sum() / weights.sum()
+
+
+class MultiLabelFocalLoss(nn.Module):
+    """The focal loss of each label by itself, averaged over images and labels."""
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return sigmoid_focal_loss(logits, targets, alpha=-1, gamma=self.gamma, reduction="mean")
+
+
+def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: Any, classes: int | None) -> Criterion:
+    """The loss of a run: the caller's own, or that of the config.
+
+    Raises:
+        RetrofitError: the classes are to be balanced, and the data does not tell how many images each has.
+    """
+    if given is not None:
+        return given
+    # mixup smooths the labels itself; yes and no of separate labels are not smoothed
+    smoothing = 0.0 if config.mixup or config.cutmix or config.multi_label else config.label_smoothing
+    weight = None
+    if config.class_weights is not None:
+        counts, images = class_counts(train_data, classes, config.multi_label)
+        # of separate labels: how many images lack it for one that has it; of classes: as scikit-learn's "balanced"
+        few = counts.clamp(min=1)
+        weight = (images - counts) / few if config.multi_label else images / (len(counts) * few)
+    if config.criterion == "cross_entropy" and weight is None:
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
+    if config.criterion == "bce":
+        if config.multi_label:
+            return nn.BCEWithLogitsLoss(pos_weight=weight)
+        return BinaryCrossEntropy(smoothing=smoothing)
+    if config.multi_label:
+        return MultiLabelFocalLoss(config.focal_gamma)
+    gamma = config.focal_gamma if config.criterion == "focal" else 0.0  # which is cross-entropy
+    return FocalLoss(gamma, weight, smoothing)
+
+
+def distillation_loss(logits: Tensor, taught: Tensor, config: FinetuneConfig) -> Tensor:
+    """How far the softened probabilities are from the teacher's, times the temperature's square (Hinton et al.,
+    "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531)."""
+    if logits.shape != taught.shape:
+        raise RetrofitError(
+            f"the teacher's logits are of shape {tuple(taught.shape)}, the network's of {tuple(logits.shape)}; "
+            "the teacher must know the same classes"
+        )
+    temperature = config.distillation_temperature
+    logits, taught = logits.float() / temperature, taught.float() / temperature
+    if config.multi_label:
+        loss = F.binary_cross_entropy_with_logits(logits, taught.sigmoid())
+    else:
+        loss = F.kl_div(logits.log_softmax(1), taught.log_softmax(1), log_target=True, reduction="batchmean")
+    return loss * temperature**2
+
+
+def describe_criterion(given: Criterion | None, teacher: nn.Module | None) -> dict[str, Any]:
+    """What of an experiment neither its data nor its config tells."""
+    described: dict[str, Any] = {"criterion": None, "teacher": None if teacher is None else weights_digest(teacher)}
+    if isinstance(given, nn.Module):
+        described["criterion"] = f"{given} {weights_digest(given)}"
+    elif given is not None:
+        described["criterion"] = getattr(given, "__qualname__", type(given).__qualname__)
+    return described
+
+
+def checked_criterion(given: Any, teacher: Any, model: nn.Module) -> None:
+    """Raise where a criterion or a teacher is none."""
+    if given is not None and not callable(given):
+        raise TypeError(
+            f"criterion must be a function of (logits, targets), got {given!r}; a loss by name is the config's: "
+            'FinetuneConfig(criterion="focal")'
+        )
+    if isinstance(given, nn.Module) and any(True for _ in given.parameters()):
+        raise RetrofitError(
+            f"the criterion {type(given).__name__} has parameters, which would not be trained; make them buffers"
+        )
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher must be an nn.Module, got {teacher!r} of type {type(teacher).__name__}")
+    if teacher is model:
+        raise RetrofitError("the network can't be its own teacher; give a copy (copy.deepcopy)")

@@ -1,0 +1,72 @@
+"""The targets of a data set without its images: how many images each class has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+
+from ..errors import RetrofitError
+
+__all__ = ["class_counts", "image_weights", "targets_of", "targets_together"]
+
+
+def targets_together(targets: Sequence[Any]) -> Tensor:
+    """Class numbers as (N,), vectors as (N, classes)."""
+    first = torch.as_tensor(targets[0])
+    if first.dim() == 1 and len(first) > 1:
+        return torch.stack([torch.as_tensor(target) for target in targets])
+    return torch.as_tensor([int(target) for target in targets])
+
+
+def targets_of(data: Any) -> Tensor | None:
+    """The targets of all items, (images,) or (images, classes), where the data set tells them without loading images:
+    torchvision's data sets, ``TensorDataset``, and subsets and concatenations of such."""
+    if isinstance(data, DataLoader):
+        return targets_of(data.dataset)
+    if isinstance(data, Subset):
+        inner = targets_of(data.dataset)
+        return None if inner is None else inner[list(data.indices)]
+    if isinstance(data, ConcatDataset):
+        parts = [targets_of(part) for part in data.datasets]
+        return None if any(part is None for part in parts) else torch.cat([part for part in parts if part is not None])
+    if type(data) is TensorDataset and len(data.tensors) > 1:
+        return data.tensors[1].cpu()
+    for values in (getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
+        if values is not None and len(values) == len(data):
+            return torch.as_tensor(values)
+    return None
+
+
+def _samples(data: Any) -> list[Any]:
+    """``(file, class)`` pairs of torchvision's folders and of timm's readers."""
+    samples = getattr(data, "samples", None) or getattr(getattr(data, "reader", None), "samples", None)
+    fits = isinstance(samples, list) and samples and isinstance(samples[0], (tuple, list)) and len(samples[0]) > 1
+    return samples if fits else []  # type: ignore[return-value]
+
+
+def class_counts(data: Any, classes: int | None, multi_label: bool) -> tuple[Tensor, int]:
+    """How many images each class has, (classes,), and how many there are.
+
+    Raises:
+        RetrofitError: the data does not tell.
+    """
+    targets = targets_of(data)
+    if targets is None or targets.dim() != (2 if multi_label else 1):
+        kind = "a vector for each image" if multi_label else "one class number for each image"
+        raise RetrofitError(
+            f"train_data ({type(data).__name__}) does not tell its targets: a balanced run needs a Dataset with "
+            f"`targets` or `samples`, {kind}, or a criterion with weights of your own"
+        )
+    if multi_label:
+        return (targets > 0.5).sum(0).float(), len(targets)
+    return torch.bincount(targets.long(), minlength=classes or 0).float(), len(targets)
+
+
+def image_weights(data: Any) -> Tensor:
+    """For each image one over the number of images of its class."""
+    counts, _ = class_counts(data, None, False)
+    return 1 / counts.double()[targets_of(data).long()]  # type: ignore[union-attr]
