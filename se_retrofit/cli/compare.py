@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .finetune import (
+from .finetune import default_name, network_builder, open_data, read_config
+from .options import (
     BatchSize,
+    Bias,
     Checkpoint,
     Compile,
     ConfigFile,
@@ -22,40 +24,41 @@ from .finetune import (
     ImageSize,
     Include,
     LearningRate,
+    MinHidden,
     ModelArgs,
-    ModelName,
-    Output,
+    ModelOrFolder,
     Placement,
     Precision,
     Pretrained,
     Reduction,
     Root,
+    RunFolder,
     Seed,
     Set,
     Workers,
-    default_name,
-    network_builder,
-    open_data,
-    read_config,
+    se_options,
 )
 
 
 @app.command("compare")
 def compare_command(
-    model: ModelName,
+    context: typer.Context,
+    model: ModelOrFolder,
     data: Data,
     seeds: Annotated[int, typer.Option(help="runs of each network")] = 3,
     arm: Annotated[
         list[str] | None,
         typer.Option(help="plain, se, static (a factor for each channel) or sigmoid (the paper's gate); repeat it"),
     ] = None,
-    output: Output = None,
+    output: RunFolder = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     arg: ModelArgs = None,
     reduction: Reduction = 8,
     placement: Placement = "auto",
     gate: Gate = "identity",
+    bias: Bias = False,
+    min_hidden: MinHidden = 4,
     include: Include = None,
     exclude: Exclude = None,
     data_root: Root = Path("data"),
@@ -86,9 +89,7 @@ def compare_command(
     recipe = read_config(config, named, set_)
     parts, recipe = open_data(data, data_root, download, recipe)
     build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
-    options = {
-        "reduction": reduction, "placement": placement, "gate": gate, "include": include, "exclude": exclude,
-    }  # fmt: skip
+    options = se_options(context)
     if output is None:
         details = [
             base.library, base.name, base.kwargs, pretrained, None if checkpoint is None else file_digest(checkpoint),

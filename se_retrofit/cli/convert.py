@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,20 @@ from ..plan import Plan
 from ..retrofit import add_se, plan_of
 from ..verify import compare, prepared_for, redraw_vectors, se_matters
 from .app import app, say
+from .options import (
+    MODEL_HELP,
+    Bias,
+    Checkpoint,
+    Exclude,
+    Gate,
+    Include,
+    MinHidden,
+    NumClasses,
+    Placement,
+    Pretrained,
+    Reduction,
+    se_options,
+)
 
 HELP = """
 Retrofit a timm or torchvision network, print what was inserted, and check on two photographs that it computes the same.
@@ -33,39 +47,32 @@ Exit codes: 0, the outputs are equal bit for bit; 1, they are not, or it can't b
 
 @app.command("convert", help=HELP, no_args_is_help=True)
 def convert(
-    model: str = typer.Argument(help="A name such as resnet50, timm/resnet50 or torchvision/resnet50."),
-    pretrained: bool = typer.Option(False, "--pretrained", help="Start from the library's weights (downloaded by it)."),
-    checkpoint: Path | None = typer.Option(None, help="Start from your weights: .safetensors, or torch.save's."),
-    num_classes: int | None = typer.Option(
-        None, min=1, help="Number of classes, where it is not the library's default."
-    ),
-    reduction: int = typer.Option(8, min=1, help="SE's reduction ratio."),
-    placement: str = typer.Option("auto", help="Where SE goes: auto, standard, pre, post, identity or 3x3."),
-    gate: str = typer.Option("identity", help="identity keeps the function; sigmoid, the paper's, does not."),
-    bias: bool = typer.Option(False, "--bias", help="Give SE's two linear layers biases."),
-    min_hidden: int = typer.Option(4, min=1, help="The least width between SE's two layers."),
-    include: list[str] = typer.Option([], help="Only blocks whose path matches, e.g. 'layer4.*'. May be repeated."),
-    exclude: list[str] = typer.Option([], help="Not the blocks whose path matches. May be repeated."),
-    output: Path | None = typer.Option(
-        None, help="Save the result: FILE.safetensors (weights), or a folder (with its recipe)."
-    ),
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+    num_classes: NumClasses = None,
+    reduction: Reduction = 8,
+    placement: Placement = "auto",
+    gate: Gate = "identity",
+    bias: Bias = False,
+    min_hidden: MinHidden = 4,
+    include: Include = None,
+    exclude: Exclude = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="save the network into this folder")] = None,
 ) -> None:
     console = Console()
     if pretrained and checkpoint is not None:
         raise typer.BadParameter("give --pretrained or --checkpoint, not both")
     if output is not None:
         check_output(output)
-    options: dict[str, Any] = {
-        "reduction": reduction, "placement": placement, "gate": gate, "bias": bias, "min_hidden": min_hidden,
-        "include": include or None, "exclude": exclude or None,
-    }  # fmt: skip
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))
     original = base.build(pretrained)
     if checkpoint is not None:
         load_checkpoint(original, checkpoint)
     inputs = prepared_for(original, base)
 
-    retrofitted = add_se(original, **options)
+    retrofitted = add_se(original, **se_options(context))
     plan = plan_of(retrofitted)
     say(console, f"{base}: {type(original).__name__}")
     say(console, plan)
@@ -75,7 +82,10 @@ def convert(
         console, original, retrofitted, inputs, random_weights=not pretrained and checkpoint is None, gate=gate
     )
     if output is not None:
-        save(console, retrofitted, base, output)
+        from ..saving import save_retrofitted
+
+        save_retrofitted(retrofitted, output, base=base)
+        say(console, f'saved {output}. To load it: se_retrofit.load_retrofitted("{output}")')
     if not same:
         raise typer.Exit(1)
 
@@ -142,25 +152,7 @@ def first_line(error: Exception) -> str:
 
 def check_output(output: Path) -> None:
     """Find out before the work, not after it, that the result can't be written."""
-    if output.suffix and output.suffix != ".safetensors":
-        raise typer.BadParameter(f"{output} is neither a .safetensors file nor a folder", param_hint="--output")
-    parent = output.parent
-    if not parent.is_dir():
-        raise RetrofitError(f"no folder {parent} to write {output.name} to")
-    if output.is_dir() if output.suffix else output.is_file():
-        raise RetrofitError(f"{output} exists and is {'a folder' if output.suffix else 'a file'}")
-
-
-def save(console: Console, model: nn.Module, base: Base, output: Path) -> None:
-    if output.suffix == ".safetensors":
-        from safetensors.torch import save_model
-
-        save_model(model, str(output))
-        size = output.stat().st_size / 2**20
-        say(console, f"saved {output} ({size:.1f} MiB). To load it: retrofit the network with the same options, then")
-        say(console, f'  safetensors.torch.load_model(model, "{output}")')
-        return
-    from ..saving import save_retrofitted
-
-    save_retrofitted(model, output, base=base)
-    say(console, f'saved {output}. To load it: se_retrofit.load_retrofitted("{output}")')
+    if not output.parent.is_dir():
+        raise RetrofitError(f"no folder {output.parent} to write {output.name} to")
+    if output.is_file():
+        raise RetrofitError(f"{output} exists and is a file; give the name of a folder")

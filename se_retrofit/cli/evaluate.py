@@ -10,15 +10,15 @@ import typer
 from rich.console import Console
 
 from .app import app, say
-from .finetune import BatchSize, Cpu, Data, Download, Root, Workers
-from .folders import FOLDER_HELP, network_in
+from .folders import network_in
+from .options import BatchSize, Cpu, Data, Download, Folder, Root, Workers
 
 SPLITS = ("val", "train")
 
 
 @app.command("evaluate")
 def evaluate_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
+    folder: Folder,
     data: Data,
     data_root: Root = Path("data"),
     download: Download = False,

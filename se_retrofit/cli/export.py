@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from .app import app, say
-from .folders import FOLDER_HELP, network_in
+from .folders import network_in
+from .options import Folder, InputSize, example_of
 
 
 @app.command("export")
 def export_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
-    format: Annotated[str, typer.Option(help="onnx, pt2, torchscript or source")],
+    folder: Folder,
+    format: Annotated[Literal["onnx", "pt2", "torchscript", "source"], typer.Option(help="of the file")],
     output: Annotated[Path | None, typer.Option(help="the file; beside DIR and of its name by default")] = None,
-    input_size: Annotated[str | None, typer.Option(help="one input, without the batch, such as 3x224x224")] = None,
+    input_size: InputSize = None,
     native: Annotated[bool, typer.Option("--native", help="with plain-sigmoid gates, by exact powers of two")] = False,
 ) -> None:
     """Export a saved network, and see that what was written computes the same.
@@ -27,7 +27,6 @@ def export_command(
     """
     import torch
 
-    from ..errors import RetrofitError
     from ..exporting import export
     from ..exporting.export import SUFFIXES
     from ..folding import to_native
@@ -35,13 +34,10 @@ def export_command(
     from ..saving import load_retrofitted
     from ..saving.recipe import read_recipe
 
-    if format not in SUFFIXES:
-        raise RetrofitError(f"--format must be one of {', '.join(SUFFIXES)}, got {format!r}")
     example = None
     if input_size is not None:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", input_size):
-            raise typer.BadParameter(f"{input_size!r} is no size such as 3x224x224", param_hint="--input-size")
-        example = torch.rand(2, *map(int, input_size.split("x")), generator=torch.Generator().manual_seed(0))
+        like = example_of(input_size)
+        example = torch.rand(like.shape, generator=torch.Generator().manual_seed(0))
     saved = network_in(folder)
     named = read_recipe(saved)["base"]
     base = None if named is None else Base(named["library"], named["name"], named["kwargs"])

@@ -10,6 +10,40 @@ import typer
 
 from ..errors import RetrofitError
 from .app import app
+from .folders import network_in
+from .options import (
+    DATA_HELP,
+    FOLDER_HELP,
+    MODEL_HELP,
+    SE_OPTIONS,
+    BatchSize,
+    Bias,
+    Checkpoint,
+    Compile,
+    ConfigFile,
+    Cpu,
+    Download,
+    Epochs,
+    Exclude,
+    Gate,
+    ImageSize,
+    Include,
+    LearningRate,
+    MinHidden,
+    ModelArgs,
+    Placement,
+    Precision,
+    Pretrained,
+    Reduction,
+    Root,
+    RunFolder,
+    Seed,
+    Set,
+    Workers,
+    given,
+    refuse_for_folder,
+    se_options,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,51 +51,16 @@ if TYPE_CHECKING:
     from ..finetune import FinetuneConfig, NamedData
     from ..models import Base
 
-MODEL_HELP = "resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME"
-DATA_HELP = "digits, a folder with train/ and val/, or a name of timm's: torch/cifar10, hfds/..."
-ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
-Data = Annotated[str, typer.Option(help=DATA_HELP)]
-Root = Annotated[Path, typer.Option(help="where timm's data sets are kept")]
-Download = Annotated[bool, typer.Option("--download", help="fetch timm's data set where it is not there")]
-Output = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="start from the library's own weights")]
-Checkpoint = Annotated[Path | None, typer.Option(help="start from a checkpoint of the bare network")]
-ModelArgs = Annotated[
-    list[str] | None, typer.Option("--arg", help="NAME=VALUE for the network's constructor; repeat it for more")
-]
-Reduction = Annotated[int, typer.Option(help="of the SE modules")]
-Placement = Annotated[str, typer.Option(help="auto, standard, pre, post, identity or 3x3")]
-Gate = Annotated[str, typer.Option(help="identity, sigmoid (the paper's, no identity) or static")]
-Include = Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'")]
-Exclude = Annotated[list[str] | None, typer.Option(help="not these blocks")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="the recipe as YAML; the options below go before it")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, any field; repeat it for more")
-]
-Epochs = Annotated[int | None, typer.Option(help="passes over the data")]
-BatchSize = Annotated[int | None, typer.Option(help="images a step and process")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="peak learning rate")]
-ImageSize = Annotated[int | None, typer.Option(help="height and width of the images, if not the network's own")]
-Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")]
-Workers = Annotated[int | None, typer.Option(help="processes that load data")]
-Seed = Annotated[int | None, typer.Option(help="of everything random")]
-Cpu = Annotated[bool | None, typer.Option("--cpu", help="stay on the CPU")]
-Compile = Annotated[bool | None, typer.Option("--compile", help="train through torch.compile")]
-
-
 # What run.yaml holds of a command, besides the recipe
-COMMAND = {
-    "model", "data", "data_root", "pretrained", "checkpoint", "arg", "plain", "reduction", "placement", "gate",
-    "include", "exclude",
-}  # fmt: skip
+COMMAND = {"model", "data", "data_root", "pretrained", "checkpoint", "arg", "plain", *SE_OPTIONS}
 
 
 @app.command("finetune")
 def finetune_command(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL|DIR", help=f"{MODEL_HELP}; or {FOLDER_HELP}")] = None,
     data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
-    output: Output = None,
+    output: RunFolder = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="go on with the run in this folder; network, SE, data and recipe are read from its run.yaml"),
@@ -73,6 +72,8 @@ def finetune_command(
     reduction: Reduction = 8,
     placement: Placement = "auto",
     gate: Gate = "identity",
+    bias: Bias = False,
+    min_hidden: MinHidden = 4,
     include: Include = None,
     exclude: Exclude = None,
     data_root: Root = Path("data"),
@@ -91,7 +92,8 @@ def finetune_command(
     compile_: Compile = None,
     set_: Set = None,
 ) -> None:
-    """Retrofit a network and fine-tune it. Give MODEL and --data, or --resume FOLDER alone.
+    """Retrofit a network and fine-tune it. Give MODEL and --data, or --resume FOLDER alone. A network that convert, finetune or
+    fold wrote is trained as it is.
 
     Under torchrun or accelerate launch the same command runs on several GPUs or machines. The result, in OUTPUT/best,
     is loaded by load_retrofitted.
@@ -107,17 +109,16 @@ def finetune_command(
         "precision": precision, "workers": workers, "seed": seed, "patience": patience, "cpu": cpu,
         "compile": compile_,
     }  # fmt: skip
-    command: dict[str, Any] = {
-        "model": model, "data": str(Path(data).resolve()) if data and Path(data).is_dir() else data,
-        "data_root": str(data_root.resolve()), "pretrained": pretrained,
+    command = {
+        "model": absolute(model), "data": absolute(data), "data_root": str(data_root.resolve()), "pretrained": pretrained,
         "checkpoint": None if checkpoint is None else str(checkpoint.resolve()), "arg": arg or [], "plain": plain,
-        "reduction": reduction, "placement": placement, "gate": gate, "include": include, "exclude": exclude,
+        **se_options(context),
     }  # fmt: skip
+    if model is not None and Path(model).is_dir():
+        refuse_for_folder(context, "plain", "pretrained", "checkpoint", "arg")
     recipe = read_config(config, named, set_)
     if resume is not None:
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-        command, recipe = read_run(resume, given)
+        command, recipe = read_run(resume, set(given(context)))
     if command["model"] is None or command["data"] is None:
         raise RetrofitError("give a MODEL and --data, or --resume FOLDER to go on with a run")
     parts, recipe = open_data(command["data"], Path(command["data_root"]), download, recipe)
@@ -126,9 +127,8 @@ def finetune_command(
     # A seeded start, so that a run that is resumed, and each of many processes, has the same
     torch.manual_seed(recipe.seed)
     network = build()
-    if not command["plain"]:
-        options = {name: command[name] for name in ("reduction", "placement", "gate", "include", "exclude")}
-        network = add_se(network, **options, inplace=True)
+    if not command["plain"] and not Path(command["model"]).is_dir():
+        network = add_se(network, **{name: command[name] for name in SE_OPTIONS}, inplace=True)
     if resume is None and output is None:
         details = [recipe.to_dict(), describe_run(network, parts.train, parts.val, base)]
         output = Path("runs") / default_name(command["model"], command["data"], details)
@@ -148,6 +148,11 @@ def finetune_command(
 
 
 # What finetune and compare share
+
+
+def absolute(name: str | None) -> str | None:
+    """A folder by its absolute path, any other name as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def read_config(file: Path | None, named: dict[str, Any], settings: list[str] | None) -> FinetuneConfig:
@@ -198,7 +203,16 @@ def network_builder(
 ) -> tuple[Callable[[], nn.Module], Base]:
     """A function that builds the bare network, and the base that the saved recipe names."""
     from ..models import Base, load_checkpoint
+    from ..saving import load_retrofitted
+    from ..saving.recipe import read_recipe
 
+    if Path(name).is_dir():
+        saved = network_in(Path(name))
+        named = read_recipe(saved)["base"]
+        if named is None:
+            raise RetrofitError(f"{saved} does not say how to build its base network; fine-tune it from Python")
+        kwargs = {**named["kwargs"], "num_classes": recipe.num_classes}
+        return lambda: load_retrofitted(saved), Base(named["library"], named["name"], kwargs)
     if pretrained and checkpoint is not None:
         raise RetrofitError("--pretrained and --checkpoint exclude each other")
     kwargs = read_settings(arg, "--arg")

@@ -11,23 +11,22 @@ from rich.console import Console
 
 from ..errors import RetrofitError
 from .app import app, say
-from .folders import FOLDER_HELP, network_in
+from .folders import network_in
+from .options import Data, Download, Folder, ImageSize, Root
 
 
 @app.command("fold")
 def fold_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
-    data: Annotated[str, typer.Option(help="digits, a folder with train/ and val/, or a name of timm's")],
+    folder: Folder,
+    data: Data,
     output: Annotated[Path | None, typer.Option(help="folder for the folded network; DIR-folded by default")] = None,
     tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
     max_accuracy_loss: Annotated[float, typer.Option(help="by how much the accuracy may fall, from 0 to 1")] = 0.005,
     sites: Annotated[list[str] | None, typer.Option(help="only these sites or blocks, such as 'layer4.*'")] = None,
     batches: Annotated[int, typer.Option(help="batches of 32 validation images that are looked at")] = 8,
-    image_size: Annotated[
-        int | None, typer.Option(help="height and width of the images, if not the network's own")
-    ] = None,
-    data_root: Annotated[Path, typer.Option(help="where timm's data sets are kept")] = Path("data"),
-    download: Annotated[bool, typer.Option("--download", help="fetch timm's data set where it is not there")] = False,
+    image_size: ImageSize = None,
+    data_root: Root = Path("data"),
+    download: Download = False,
     plot: Annotated[Path | None, typer.Option(help="write the picture: FILE.png, .svg or .pdf")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON")] = None,
 ) -> None:

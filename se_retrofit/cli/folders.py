@@ -6,9 +6,7 @@ from pathlib import Path
 
 from ..errors import RetrofitError
 
-__all__ = ["FOLDER_HELP", "network_in"]
-
-FOLDER_HELP = "what convert, finetune or fold wrote: a saved network, or a run's folder"
+__all__ = ["network_in"]
 
 
 def network_in(folder: Path) -> Path:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from torch import nn
@@ -18,22 +16,37 @@ from torch import nn
 from ..errors import RetrofitError
 from ..inspection import drawing
 from ..inspection.difference import difference_lines
-from ..inspection.graphs import find_block, inspect_model
+from ..inspection.graphs import BlockPair, find_block, inspect_model
 from ..inspection.lines import show
 from ..inspection.page import check_target as check_page
 from ..inspection.page import page
 from ..inspection.printing import block_lines, tree_lines
-from ..inspection.report import Report, report_of
+from ..inspection.report import report_of
 from ..models import Base
 from ..retrofit import add_se
 from .app import app, say
 from .folders import network_in
+from .options import (
+    Bias,
+    Exclude,
+    Gate,
+    Include,
+    InputSize,
+    MinHidden,
+    ModelOrFolder,
+    NumClasses,
+    Placement,
+    Reduction,
+    example_of,
+    refuse_for_folder,
+    se_options,
+)
 
 HELP = """
 Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graph, code and picture.
 
-MODEL is a name, whose network is built (with random weights) and retrofitted for the occasion, or a folder that a
-retrofitted network was saved to.
+MODEL is a name, whose network is built (with random weights) and retrofitted for this, or a folder that
+`convert`, `finetune` or `fold` wrote.
 
 Examples:
 
@@ -49,65 +62,36 @@ Exit codes: 0, done; 1, it can't be done; 2, wrong usage.
 
 @app.command("inspect", help=HELP, no_args_is_help=True)
 def inspect(
-    model: str = typer.Argument(metavar="MODEL_OR_DIR", help="A name such as resnet50 or timm/resnet50, or a folder."),
-    block: str | None = typer.Option(None, help="Path of one block, such as layer1.0, for --graph, --diff and --draw."),
-    graph: bool = typer.Option(
-        False, "--graph", help="Print the tree of modules; with --block, that block's graph and code."
-    ),
-    diff: bool = typer.Option(
-        False, "--diff", help="Print the blocks' code before and after, as a diff; each distinct block once."
-    ),
-    draw: Path | None = typer.Option(None, help="Draw the blocks before and after: FILE.svg, .png, .pdf or .dot."),
-    html: Path | None = typer.Option(
-        None, help="Write all of it as one page, FILE.html, that opens without a network."
-    ),
-    json_file: Path | None = typer.Option(None, "--json", help="Write the report as JSON; - for standard output."),
-    input_size: str | None = typer.Option(
-        None, help="One input, without the batch, such as 3x224x224, where the usual does not fit."
-    ),
-    num_classes: int | None = typer.Option(
-        None, min=1, help="Number of classes, where it is not the library's default."
-    ),
-    reduction: int | None = typer.Option(
-        None, min=1, help="SE's reduction ratio (8); this and the options below go with a name."
-    ),
-    placement: str | None = typer.Option(
-        None, help="Where SE goes (auto): auto, standard, pre, post, identity or 3x3."
-    ),
-    gate: str | None = typer.Option(None, help="The gate (identity): identity or sigmoid."),
-    bias: bool = typer.Option(False, "--bias", help="Give SE's two linear layers biases."),
-    min_hidden: int | None = typer.Option(None, min=1, help="The least width between SE's two layers (4)."),
-    include: list[str] = typer.Option([], help="Only blocks whose path matches, e.g. 'layer4.*'. May be repeated."),
-    exclude: list[str] = typer.Option([], help="Not the blocks whose path matches. May be repeated."),
+    context: typer.Context,
+    model: ModelOrFolder,
+    block: Annotated[str | None, typer.Option(help="path of one block, for --graph, --diff and --draw")] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="print the tree of modules; with --block, that block's graph and code")
+    ] = False,
+    diff: Annotated[
+        bool, typer.Option("--diff", help="print the blocks' code before and after, each distinct block once")
+    ] = False,
+    draw: Annotated[Path | None, typer.Option(help="draw blocks before and after: FILE.svg, .png, .pdf, .dot")] = None,
+    html: Annotated[Path | None, typer.Option(help="write all of it as one page, FILE.html")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
+    input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    reduction: Reduction = 8,
+    placement: Placement = "auto",
+    gate: Gate = "identity",
+    bias: Bias = False,
+    min_hidden: MinHidden = 4,
+    include: Include = None,
+    exclude: Exclude = None,
 ) -> None:
-    # find out before the work, not after it, that a result can't be written
-    if draw is not None:
-        drawing.check_target(draw)
-    if html is not None:
-        check_page(html)
+    check_targets(draw, html, json_file)
+    inspection = inspect_model(network_of(context, model), None if input_size is None else example_of(input_size))
     to_stdout = str(json_file) == "-"
-    if json_file is not None and not to_stdout and not json_file.parent.is_dir():
-        raise RetrofitError(f"no folder {json_file.parent} to write {json_file.name} to")
-    example = None if input_size is None else _example(input_size)
-    options: dict[str, Any] = {
-        "reduction": reduction,
-        "placement": placement,
-        "gate": gate,
-        "bias": bias or None,
-        "min_hidden": min_hidden,
-        "include": include or None,
-        "exclude": exclude or None,
-    }
-    options = {name: value for name, value in options.items() if value is not None}
-    network = _network(model, options, num_classes, example)
-
-    inspection = inspect_model(network, example)
     console = Console(stderr=to_stdout)
     groups = inspection.distinct() if block is None else [[find_block(inspection, block)]]
-    report: Report | None = None
-    if html is not None or json_file is not None or not (graph or diff or block):
-        report = report_of(inspection)
-    if report is not None and not (graph or diff or block or to_stdout):
+    in_words = not (graph or diff or block)
+    report = report_of(inspection) if html is not None or json_file is not None or in_words else None
+    if report is not None and in_words and not to_stdout:
         if console.is_terminal:
             console.print(report)
         else:
@@ -115,12 +99,7 @@ def inspect(
     if graph or (block is not None and not diff):
         show(tree_lines(inspection) if block is None else block_lines(groups[0][0]), console=console)
     if diff:
-        for number, (pair, *others) in enumerate(groups):
-            if number or graph:
-                console.print()
-            show(difference_lines(pair), console=console)
-            if others:
-                say(console, f"  like it: {', '.join(other.path for other in others)}")
+        print_differences(console, groups, after_graph=graph)
     if draw is not None:
         with _writing(draw):
             drawing.write(inspection, groups, draw)
@@ -129,42 +108,52 @@ def inspect(
         with _writing(html):
             html.write_text(page(inspection, report), encoding="utf-8")
         say(console, f"wrote {html}")
-    if json_file is not None:
-        assert report is not None
-        text = json.dumps({"network": model, **report.to_dict()}, indent=2)
-        if to_stdout:
-            sys.stdout.write(text + "\n")
-        else:
-            with _writing(json_file):
-                json_file.write_text(text + "\n", encoding="utf-8")
-            say(console, f"wrote {json_file}")
+    if json_file is not None and report is not None:
+        write_json(console, {"network": model, **report.to_dict()}, json_file)
 
 
-def _network(model: str, options: dict[str, Any], num_classes: int | None, example: Any) -> nn.Module:
+def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) -> None:
+    """Find out before the work, not after it, that a result can't be written."""
+    if draw is not None:
+        drawing.check_target(draw)
+    if html is not None:
+        check_page(html)
+    if json_file is not None and str(json_file) != "-" and not json_file.parent.is_dir():
+        raise RetrofitError(f"no folder {json_file.parent} to write {json_file.name} to")
+
+
+def print_differences(console: Console, groups: list[list[BlockPair]], *, after_graph: bool) -> None:
+    for number, (pair, *others) in enumerate(groups):
+        if number or after_graph:
+            console.print()
+        show(difference_lines(pair), console=console)
+        if others:
+            say(console, f"  like it: {', '.join(other.path for other in others)}")
+
+
+def write_json(console: Console, data: dict[str, Any], file: Path) -> None:
+    text = json.dumps(data, indent=2) + "\n"
+    if str(file) == "-":
+        sys.stdout.write(text)
+        return
+    with _writing(file):
+        file.write_text(text, encoding="utf-8")
+    say(console, f"wrote {file}")
+
+
+def network_of(context: typer.Context, model: str) -> nn.Module:
     """The retrofitted network that is meant: built and retrofitted, or loaded."""
-    folder = Path(model)
-    if folder.is_dir():
-        if options or num_classes is not None:
-            given = ", ".join(
-                f"--{name.replace('_', '-')}" for name in [*options, *(["num_classes"] if num_classes else [])]
-            )
-            raise typer.BadParameter(
-                f"{given} can't be given for a folder: the network in it has been retrofitted already"
-            )
+    if Path(model).is_dir():
+        refuse_for_folder(context, "num_classes")
         from ..saving import load_retrofitted
 
-        return load_retrofitted(network_in(folder))
+        return load_retrofitted(network_in(Path(model)))
     if model.startswith((".", "/", "~")) or model.endswith("/"):
         raise RetrofitError(f"no folder {model}")
+    num_classes, size = context.params["num_classes"], context.params["input_size"]
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))
-    return add_se(base.build(), **options, example_inputs=example, inplace=True)
-
-
-def _example(size: str) -> torch.Tensor:
-    """A batch of two inputs of a size such as ``3x224x224``; only its shape is read."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):
-        raise typer.BadParameter(f"{size!r} is no size such as 3x224x224", param_hint="--input-size")
-    return torch.empty(2, *map(int, size.split("x")), device="meta")
+    example = None if size is None else example_of(size)
+    return add_se(base.build(), **se_options(context), example_inputs=example, inplace=True)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .folders import FOLDER_HELP, network_in
+from .folders import network_in
+from .options import Folder
 
 
 @app.command("predict")
 def predict_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
+    folder: Folder,
     images: Annotated[list[Path], typer.Argument(help="files, or folders of them")],
     top: Annotated[int, typer.Option(min=1, help="classes of each image")] = 1,
     output: Annotated[Path | None, typer.Option(help="write the CSV into this file instead of printing it")] = None,

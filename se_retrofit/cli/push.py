@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from .app import app, say
-from .folders import FOLDER_HELP, network_in
+from .folders import network_in
+from .options import Folder
 
 
 @app.command("push")
 def push_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)],
+    folder: Folder,
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="created where there is none")],
     private: Annotated[bool | None, typer.Option(help="of a repository that is created")] = None,
     revision: Annotated[str | None, typer.Option(help="the branch to push to")] = None,

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
 from typer.testing import CliRunner, Result
 
-from se_retrofit import RetrofitError, add_se, load_retrofitted, save_retrofitted
+from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of, save_retrofitted
 from se_retrofit.cli.commands import app
 from se_retrofit.finetune import (
     FinetuneConfig,
@@ -175,3 +175,19 @@ def test_a_folder_of_classes_alone_is_split_the_same_way_every_time(pictures: Pa
         file.unlink()
     with pytest.raises(RetrofitError, match=r"flowers.red has 1 images, too few"):
         load_data(tmp_path / "flowers")
+
+
+def test_what_convert_wrote_is_fine_tuned_as_it_is(tmp_path: Path) -> None:
+    converted = tmp_path / "converted"
+    assert (
+        run("convert", "timm/test_resnet", "--reduction", "4", "--include", "layer4.*", "--output", converted).exit_code
+        == 0
+    )
+    arguments = ("--data", "digits", "--image-size", "32", "--epochs", "1", "--cpu", "--output", tmp_path / "run")
+    said = run("finetune", converted, *arguments)
+    assert said.exit_code == 0, said.output
+    trained = load_retrofitted(tmp_path / "run" / "best")
+    assert [site.block for site in plan_of(trained).sites] == ["layer4.0"]
+    assert plan_of(trained).options["reduction"] == 4
+    assert trained.num_classes == 10
+    assert run("finetune", converted, "--reduction", "8", *arguments).exit_code == 2
