@@ -241,8 +241,9 @@ def test_digits_are_split_in_the_same_way_each_time() -> None:
 def test_data_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RetrofitError, match=r"no data 'digit': give digits, a folder"):
         load_data("digit")
-    with pytest.raises(RetrofitError, match=r"must hold the folders train and val.*it holds blue, red"):
-        load_data(folder / "train")
+    (folder / "odd" / "test").mkdir(parents=True)
+    with pytest.raises(RetrofitError, match=r"must hold the folders train and val.*it holds test"):
+        load_data(folder / "odd")
     with pytest.raises(RetrofitError, match=r"timm can't open 'torch/cifar10'.*--download"):
         load_data("torch/cifar10", root=tmp_path / "none")
     (folder / "val" / "green").mkdir()
