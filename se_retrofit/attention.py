@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import init
 
-from .errors import RetrofitError
+from .errors import RetrofitError, brief
 
 __all__ = ["GATES", "SEAttention", "hidden_width", "parameter_count"]
 
@@ -128,7 +128,7 @@ class SEAttention(nn.Module):
         check_options(reduction, gate, bias, min_hidden)
         check_positive("channel", channel)
         if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
-            raise TypeError(f"channel_dim must be an int, got {channel_dim!r}")
+            raise TypeError(f"channel_dim must be an int, got {brief(channel_dim)}")
         if channel_dim == 0:
             raise RetrofitError("channel_dim=0 is the batch; give 1 for (N, C, *spatial) or -1 for (N, *spatial, C)")
         self.channel = channel
@@ -251,7 +251,7 @@ def _draw(weight: Tensor, std: float, generator: torch.Generator | None) -> None
 def check_positive(name: str, value: int) -> None:
     """Raise unless ``value`` is an int of at least 1 (True is none)."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a positive int, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a positive int, got {brief(value)} of type {type(value).__name__}")
     if value < 1:
         raise RetrofitError(f"{name} must be at least 1, got {value}")
 
@@ -261,8 +261,8 @@ def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> Non
     check_positive("reduction", reduction)
     check_positive("min_hidden", min_hidden)
     if not isinstance(bias, bool):
-        raise TypeError(f"bias must be True or False, got {bias!r}")
+        raise TypeError(f"bias must be True or False, got {brief(bias)}")
     if not isinstance(gate, str):
-        raise TypeError(f"gate must be a string, got {gate!r}")
+        raise TypeError(f"gate must be a string, got {brief(gate)}")
     if gate not in GATES:
-        raise RetrofitError(f"gate must be one of {', '.join(map(repr, GATES))}, got {gate!r}")
+        raise RetrofitError(f"gate must be one of {', '.join(map(repr, GATES))}, got {brief(gate)}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["RetrofitError", "extra"]
+__all__ = ["RetrofitError", "brief", "extra"]
 
 
 class RetrofitError(ValueError):
@@ -40,3 +41,16 @@ def extra(name: str) -> Iterator[None]:
             f"the package {error.name.partition('.')[0]} is not installed; install what this needs with "
             f"pip install 'se-retrofit[{name}]'"
         ) from error
+
+
+def brief(value: object) -> str:
+    """A value for an error message: its repr in one line, cut short where it is long, as those of networks and tensors are.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit.errors import brief
+        >>> brief("three"), brief(torch.zeros(2, 2))
+        ("'three'", 'tensor([[0., 0.],         [0., 0.]])')
+    """
+    shorten = reprlib.Repr(maxother=60, maxstring=60, maxlist=6, maxtuple=6, maxdict=6)
+    return shorten.repr(value).replace("\n", " ")

@@ -19,7 +19,7 @@ import torchvision
 from timm.models import DefaultCfg
 from torch import nn
 
-from .errors import RetrofitError
+from .errors import RetrofitError, brief
 from .retrofit import add_se
 
 __all__ = ["TIMM_PREFIX", "Base", "load_checkpoint", "register_timm"]
@@ -68,7 +68,7 @@ class Base:
             ('timm/resnet50', 'torchvision/googlenet')
         """
         if not isinstance(name, str):
-            raise TypeError(f"a model's name must be a string, got {name!r} of type {type(name).__name__}")
+            raise TypeError(f"a model's name must be a string, got {brief(name)} of type {type(name).__name__}")
         if name.split(":")[0] in TIMM_SCHEMES:
             return cls("timm", name, kwargs)
         library, _, model = name.rpartition("/")

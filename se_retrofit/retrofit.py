@@ -16,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .attention import SEAttention, check_options, hidden_width, parameter_count
-from .errors import RetrofitError
+from .errors import RetrofitError, brief
 from .plan import Plan, Site, Skipped
 from .surgery.copying import copied
 from .surgery.derived import RetrofittedBlock
@@ -287,11 +287,15 @@ def _check_model(model: Any) -> None:
 
 
 def _check_arguments(reduction: Any, placement: Any, gate: Any, bias: Any, min_hidden: Any) -> None:
+    if isinstance(reduction, (torch.Tensor, tuple, list, dict)):
+        raise TypeError(
+            f"reduction must be a positive int, got {brief(reduction)}; inputs are given by name: example_inputs=..."
+        )
     check_options(reduction, gate, bias, min_hidden)
     if not isinstance(placement, str):
-        raise TypeError(f"placement must be a string, got {placement!r}")
+        raise TypeError(f"placement must be a string, got {brief(placement)}")
     if placement not in PLACEMENTS:
-        raise RetrofitError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}")
+        raise RetrofitError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {brief(placement)}")
 
 
 def _patterns(name: str, patterns: Patterns) -> list[str]:
@@ -299,7 +303,7 @@ def _patterns(name: str, patterns: Patterns) -> list[str]:
         return []
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, (list, tuple, set)) or not all(isinstance(p, str) for p in several):
-        raise TypeError(f"{name} must be a pattern of block paths or a list of them, got {patterns!r}")
+        raise TypeError(f"{name} must be a pattern of block paths or a list of them, got {brief(patterns)}")
     return list(several)
 
 

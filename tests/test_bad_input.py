@@ -213,3 +213,9 @@ def test_the_pass_takes_graph_modules_only() -> None:
     assert_untouched(model, before)
     with pytest.raises(RetrofitError, match="reduction"):
         InsertSE(reduction=0)(torch.fx.symbolic_trace(model))
+
+
+def test_inputs_in_the_place_of_the_reduction_are_told_their_name_and_not_printed_whole() -> None:
+    with pytest.raises(TypeError, match=r"reduction must be a positive int.*example_inputs=") as caught:
+        add_se(torchvision.models.resnet18(), torch.rand(1, 3, 64, 64))  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 200

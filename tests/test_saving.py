@@ -325,7 +325,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "other plan": (
         lambda d: edit(d, lambda r: r["plan"]["sites"][0].update(path="layer9.0.se_attention")),
-        r"no longer fits: 1 of its 4 SE modules have no place here, first \('layer9.0.se_attention'.*1 places are new",
+        r"no longer fits: 1 of its 4 SE modules were not found in this base, first \('layer9.0.se_attention'.*1 places are new",
     ),
     "other options": (lambda d: edit(d, lambda r: r["add_se"].update(reduction=2)), "no longer fits: 4 of its 4"),
     "broken site": (

@@ -96,11 +96,11 @@ def verdict(with_se: Tensor, without: Tensor) -> str:
     """Whether SE made a difference, in words: a sign test on the images that only one of the two gets right."""
     won, lost = int((with_se & ~without).sum()), int((without & ~with_se).sum())
     if won == lost == 0:
-        return "With and without SE, the same images are right: on data this easy, one run can't tell whether SE pays."
+        return "With and without SE, the same images are right: on data this easy, one run can't tell whether SE helps."
     said = f"Only with SE right: {won} images; only without: {lost}. "
     # two standard deviations of a fair coin thrown won + lost times
     if abs(won - lost) <= 2 * (won + lost) ** 0.5:
-        return said + "That is within the noise: on data this easy, one run can't tell whether SE pays."
+        return said + "That is within the noise: on data this easy, one run can't tell whether SE helps."
     return said + f"More than chance gives in one run, in favour of {'SE' if won > lost else 'the plain network'}."
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import TMonitor
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
@@ -66,7 +66,7 @@ def export(
     Raises:
         RetrofitError: the format is none of these, or can't hold this network, with the reason; what was written computes
             something else. There is no new file then.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not an nn.Module.
 
     Example:
         >>> import tempfile, timm, torch
@@ -80,7 +80,7 @@ def export(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if format not in SUFFIXES:
-        raise RetrofitError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
+        raise RetrofitError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {brief(format)}")
     if any(p.is_meta for p in model.parameters()):
         raise RetrofitError("the model is on the meta device and has no values; load weights first")
     file = Path(file)

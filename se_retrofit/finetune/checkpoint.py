@@ -137,7 +137,9 @@ def load_training(
             f"{output} holds a run with another config ({what}); resume with the same, or give a new folder"
         )
     if state["world"] != world:
-        raise RetrofitError(f"{output} holds a run of {state['world']} processes, and these are {world}; start as many")
+        raise RetrofitError(
+            f"{output} was started with {state['world']} processes, now running with {world}; use {state['world']}"
+        )
     recipe = read_recipe(folder)
     weights = read_weights(folder / WEIGHTS)
     weights.update({alias: weights[kept] for alias, kept in recipe["tied"].items() if kept in weights})

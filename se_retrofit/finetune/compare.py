@@ -14,7 +14,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..models import Base
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file
@@ -261,7 +261,7 @@ def compare(
     """
     config = FinetuneConfig() if config is None else config
     if isinstance(seeds, bool) or not isinstance(seeds, int):
-        raise TypeError(f"seeds must be a positive int, got {seeds!r}")
+        raise TypeError(f"seeds must be a positive int, got {brief(seeds)}")
     if seeds < 1:
         raise RetrofitError(f"seeds must be at least 1, got {seeds}")
     if config.trainable != "all":
@@ -295,7 +295,7 @@ def compare(
                 val_data,
                 config=recipe,
                 output_dir=None if output is None else output / f"{name}-{seed}",
-                # a comparison takes long: when it is started again it goes on where it was
+                # a comparison takes long: rerunning it resumes
                 resume=output is not None,
                 base=base,
                 quiet=quiet,

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 
 __all__ = ["FinetuneConfig"]
 
@@ -73,7 +73,7 @@ class FinetuneConfig:
         cpu: stay on the CPU.
         workers: processes that load data; None for as many as the CPU has cores, at most 8, and none for tensors that
             are in memory already.
-        seed: of everything random.
+        seed: random seed.
         patience: stop when so many epochs in a row brought no better validation accuracy; None for never.
         checkpoint_minutes: at least so often is a checkpoint written within an epoch; 0 for at every log line.
         log_every: updates between two looks at the loss (each look waits for the GPU).
@@ -149,7 +149,7 @@ class FinetuneConfig:
         for name, (holds, expected) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
-                raise RetrofitError(f"{name} must be {expected}, got {value!r}")
+                raise RetrofitError(f"{name} must be {expected}, got {brief(value)}")
         if self.unfreeze_epoch is not None and self.trainable == "all":
             raise RetrofitError(
                 f'unfreeze_epoch={self.unfreeze_epoch} needs trainable="se" or "se+head": "all" freezes nothing'
@@ -286,4 +286,4 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
         return dict(value)
     if kind == "tuple" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
         return tuple(value)
-    raise TypeError(f"{name} must be {annotation}, got {value!r} of type {type(value).__name__}")
+    raise TypeError(f"{name} must be {annotation}, got {brief(value)} of type {type(value).__name__}")

@@ -10,7 +10,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from .config import FinetuneConfig
 from .experiment import weights_digest
 from .targets import class_counts
@@ -132,7 +132,7 @@ def checked_criterion(given: Any, teacher: Any, model: nn.Module) -> None:
     """Raise where a criterion or a teacher is none."""
     if given is not None and not callable(given):
         raise TypeError(
-            f"criterion must be a function of (logits, targets), got {given!r}; a loss by name is the config's: "
+            f"criterion must be a function of (logits, targets), got {brief(given)}; a loss by name is the config's: "
             'FinetuneConfig(criterion="focal")'
         )
     if isinstance(given, nn.Module) and any(True for _ in given.parameters()):
@@ -140,6 +140,6 @@ def checked_criterion(given: Any, teacher: Any, model: nn.Module) -> None:
             f"the criterion {type(given).__name__} has parameters, which would not be trained; make them buffers"
         )
     if teacher is not None and not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher must be an nn.Module, got {teacher!r} of type {type(teacher).__name__}")
+        raise TypeError(f"teacher must be an nn.Module, got {brief(teacher)} of type {type(teacher).__name__}")
     if teacher is model:
         raise RetrofitError("the network can't be its own teacher; give a copy (copy.deepcopy)")

@@ -19,7 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
 from ..saving.atomic import replaced_file
@@ -59,10 +59,10 @@ RUN = "run.yaml"
 def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | None:
     """The output folder, after the arguments were looked at; nothing has been changed yet."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module, got {brief(model)} of type {type(model).__name__}")
     warn_of_lost_sites(model)
     if not isinstance(config, FinetuneConfig):
-        raise TypeError(f"config must be a FinetuneConfig, got {config!r} of type {type(config).__name__}")
+        raise TypeError(f"config must be a FinetuneConfig, got {brief(config)} of type {type(config).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
         raise RetrofitError(
             f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"

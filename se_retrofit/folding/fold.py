@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import SEAttention
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.copying import copied
@@ -115,11 +115,11 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any)
     check_removable(model, "fold_se")
     for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
+            raise TypeError(f"{name} must be a number, got {brief(value)}")
         if not value >= 0:
             raise RetrofitError(f"{name} must be at least 0, got {value}")
     if isinstance(max_batches, bool) or not isinstance(max_batches, int):
-        raise TypeError(f"max_batches must be a positive int, got {max_batches!r}")
+        raise TypeError(f"max_batches must be a positive int, got {brief(max_batches)}")
     if max_batches < 1:
         raise RetrofitError(f"max_batches must be at least 1, got {max_batches}")
     if any(p.is_meta for p in model.parameters()):
@@ -131,7 +131,7 @@ def _chosen(plan: Plan, sites: Any) -> list[Site]:
         return list(plan.sites)
     patterns = [sites] if isinstance(sites, str) else sites
     if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"sites must be a pattern of paths or a list of them, got {sites!r}")
+        raise TypeError(f"sites must be a pattern of paths or a list of them, got {brief(sites)}")
     chosen = []
     for pattern in patterns:
         found = [s for s in plan.sites if fnmatch.fnmatchcase(s.path, pattern) or fnmatch.fnmatchcase(s.block, pattern)]

@@ -46,7 +46,7 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
     Raises:
         RetrofitError: the model is not retrofitted; a site's gate is a constant factor, or nothing around it can take a factor
             of two; the target does not fit, with the site or layer; the outputs differ.
-        TypeError: one of them is no module.
+        TypeError: one of them is not an nn.Module.
 
     Example:
         >>> import timm, torch
@@ -94,7 +94,7 @@ def from_native(model: M, source: nn.Module) -> M:
 
     Raises:
         RetrofitError: the model is not retrofitted, the two do not fit, with the site or layer, or the outputs differ.
-        TypeError: one of them is no module.
+        TypeError: one of them is not an nn.Module.
 
     Example:
         >>> import timm, torch

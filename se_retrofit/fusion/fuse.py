@@ -51,7 +51,7 @@ def plan_fusion(model: nn.Module) -> Fusion:
         model: a retrofitted network. It is not changed.
 
     Raises:
-        TypeError: the argument is no module.
+        TypeError: the argument is not an nn.Module.
 
     Example:
         >>> import timm
@@ -95,7 +95,7 @@ def fuse_se(model: M, *, inplace: bool = False) -> M:
 
     Raises:
         RetrofitError: no SE module can be fused; the model is as it was.
-        TypeError: the argument is no module.
+        TypeError: the argument is not an nn.Module.
 
     Example:
         >>> import timm

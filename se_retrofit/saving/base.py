@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..models import Base
 from ..plan import Site
 from ..retrofit import has_se, plan_of
@@ -52,7 +52,7 @@ def base_of(
 def check_base(model: nn.Module, base: Base, state: dict[str, Tensor] | None = None) -> None:
     """Raise unless ``base`` builds ``model`` without its SE."""
     if not isinstance(base, Base):
-        raise TypeError(f"base must be a name such as 'timm/resnet18', or a Base, got {base!r}")
+        raise TypeError(f"base must be a name such as 'timm/resnet18', or a Base, got {brief(base)}")
     sites = plan_of(model).sites if has_se(model) else ()
     problem = _difference(base, model, tensors_of(model) if state is None else state, sites)
     if problem:

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
 from .rebuild import belongs_to, check_plan, options_again, retrofit_again
@@ -35,7 +35,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
 
     Raises:
         RetrofitError: the model has no SE modules, or the file can't be written.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not an nn.Module.
 
     Example:
         >>> import tempfile, timm
@@ -45,7 +45,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
         >>> model = load_se(base, file)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module, got {brief(model)} of type {type(model).__name__}")
     if not has_se(model):
         raise RetrofitError(f"this {type(model).__name__} has no SE modules to save; retrofit it first: add_se(model)")
     plan = plan_of(model)
@@ -73,7 +73,7 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
     Raises:
         RetrofitError: the file is missing, cut short or of a newer format, or its SE modules don't fit this network,
             which is then unchanged.
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not an nn.Module.
 
     Example:
         >>> import tempfile, timm
@@ -84,7 +84,7 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
         4
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module, got {brief(model)} of type {type(model).__name__}")
     file = Path(file)
     state = read_weights(file)
     header = _read_se_header(file)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_directory, settled
@@ -52,7 +52,7 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
         'ResNet'
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {model!r} of type {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module, got {brief(model)} of type {type(model).__name__}")
     if not has_se(model):
         raise RetrofitError(
             f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "
@@ -161,7 +161,7 @@ def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -
             )
         base = Base(**recipe["base"])
     if not isinstance(base, Base):
-        raise TypeError(f"base must be a network, a name or a Base, got {base!r} of type {type(base).__name__}")
+        raise TypeError(f"base must be a network, a name or a Base, got {brief(base)} of type {type(base).__name__}")
     try:
         return base.build()
     except Exception as error:

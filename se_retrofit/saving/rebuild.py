@@ -79,7 +79,7 @@ def check_plan(sites: tuple[Site, ...], saved: list[Any], where: str) -> None:
     new = [s for s in now if s not in then]
     if lost or new:
         raise RetrofitError(
-            f"the plan of {where} no longer fits: {len(lost)} of its {len(then)} SE modules have no place here"
+            f"the plan of {where} no longer fits: {len(lost)} of its {len(then)} SE modules were not found in this base"
             + (f", first {lost[0]}" if lost else "")
             + (f"; {len(new)} places are new, first {new[0]}" if new else "")
             + "; is this the same base, and the version that it was saved with?"

@@ -105,7 +105,7 @@ def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, 
     missing, unknown = sorted(fields.keys() - data.keys()), sorted(data.keys() - fields.keys())
     if missing or unknown:
         parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
-        raise RetrofitError(f"{where} has not the fields of format {newest}; {'; '.join(parts)}")
+        raise RetrofitError(f"{where} does not match format {newest}; {'; '.join(parts)}")
     for name, types in fields.items():
         if not isinstance(data[name], types) or (isinstance(data[name], bool) and bool not in types):
             raise RetrofitError(f"{where}: {name} is of type {type(data[name]).__name__}, expected {types[0].__name__}")
