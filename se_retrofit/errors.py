@@ -50,7 +50,8 @@ def brief(value: object) -> str:
         >>> import torch
         >>> from se_retrofit.errors import brief
         >>> brief("three"), brief(torch.zeros(2, 2))
-        ("'three'", 'tensor([[0., 0.],         [0., 0.]])')
+        ("'three'", 'tensor([[0., 0.], [0., 0.]])')
     """
-    shorten = reprlib.Repr(maxother=60, maxstring=60, maxlist=6, maxtuple=6, maxdict=6)
-    return shorten.repr(value).replace("\n", " ")
+    shorten = reprlib.Repr()
+    shorten.maxother = shorten.maxstring = 60
+    return " ".join(shorten.repr(value).split())

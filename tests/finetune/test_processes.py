@@ -95,7 +95,7 @@ def test_two_processes_resume_to_the_same_weights(tmp_path: Path) -> None:
 def test_a_run_is_not_resumed_by_another_number_of_processes(one_process: Path) -> None:
     done = launch(2, one_process, {**RECIPE, "batch_size": 32}, "resume")
     assert done.returncode != 0
-    assert "holds a run of 1 processes, and these are 2" in done.stderr
+    assert "was started with 1 processes, now running with 2" in done.stderr
 
 
 def test_two_processes_train_a_network_with_unused_parameters_where_they_are_told_so(tmp_path: Path) -> None:
