@@ -140,6 +140,7 @@ def crash_or_hang(entry: Entry) -> Row:
     return Row(entry.name, entry.family, "converted")
 
 
+@pytest.mark.sweep
 def test_a_crash_or_a_hang_is_that_models_row_and_the_walk_goes_on() -> None:
     todo = [Entry("mine", "mine", model) for model in ("good", "crashes", "fine", "hangs", "well")]
     verdicts = {row.name: row.verdict for row in walk(todo, jobs=2, timeout=2.0, startup=60.0, checker=crash_or_hang)}
@@ -222,6 +223,7 @@ def test_families_are_summed_up() -> None:
 # The command ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sweep
 def test_the_command_writes_both_files_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     arguments = [
         "torchvision/alexnet",

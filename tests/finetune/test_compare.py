@@ -109,6 +109,7 @@ def test_the_table_holds_all_that_was_asked() -> None:
         assert piece in printed
 
 
+@pytest.mark.sweep
 def test_both_arms_start_from_the_same_weights_and_take_as_many_steps(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:

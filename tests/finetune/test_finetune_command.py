@@ -79,6 +79,7 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.sweep
 def test_ctrl_c_leaves_130_and_a_checkpoint_from_which_it_goes_on(tmp_path: Path) -> None:
     code = "from se_retrofit.cli.commands import app; app()"
     arguments = ["finetune", "resnet10t", "--data", "digits", "--epochs", "2", *SMALL, "--output", str(tmp_path)]
@@ -146,6 +147,7 @@ def test_another_experiment_gets_another_folder(tmp_path: Path, monkeypatch: pyt
     assert len(set(folders)) == len(variants)
 
 
+@pytest.mark.sweep
 def test_compare_prints_and_writes(tmp_path: Path) -> None:
     said = run(
         "compare",

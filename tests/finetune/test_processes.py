@@ -61,6 +61,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.sweep
 def test_two_processes_follow_the_loss_curve_of_one_with_the_doubled_batch(one_process: Path, tmp_path: Path) -> None:
     done = launch(2, tmp_path, {**RECIPE, "batch_size": 16})
     assert done.returncode == 0, done.stderr
@@ -92,12 +93,14 @@ def test_two_processes_resume_to_the_same_weights(tmp_path: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a), folder
 
 
+@pytest.mark.sweep
 def test_a_run_is_not_resumed_by_another_number_of_processes(one_process: Path) -> None:
     done = launch(2, one_process, {**RECIPE, "batch_size": 32}, "resume")
     assert done.returncode != 0
     assert "was started with 1 processes, now running with 2" in done.stderr
 
 
+@pytest.mark.sweep
 def test_two_processes_train_a_network_with_unused_parameters_where_they_are_told_so(tmp_path: Path) -> None:
     fields = {"epochs": 1, "batch_size": 16}
     assert launch(2, tmp_path / "not told", fields, "unused").returncode != 0

@@ -29,7 +29,7 @@ def progress_in(output: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("loader", ["", "loader"])
+@pytest.mark.parametrize("loader", [pytest.param("", marks=pytest.mark.sweep), "loader"])
 def test_sigterm_to_the_process_group_with_loading_workers_writes_a_checkpoint(tmp_path: Path, loader: str) -> None:
     path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     fields = {"epochs": 500, "checkpoint_minutes": 100.0, "workers": 2}

@@ -226,6 +226,7 @@ def test_it_prints_a_table_with_a_row_for_each_epoch(
     assert "best validation accuracy" in lines[-1]
 
 
+@pytest.mark.sweep
 def test_schedule_none_and_others_of_timm(network: Network, config: Config, digits: NamedData) -> None:
     for name in ("none", "cosine", "step", "constant", "poly", "rsqrt"):
         result = finetune(network(), digits.train, digits.val, config=config(epochs=1, schedule=name), quiet=True)

@@ -99,6 +99,7 @@ def test_mistakes_are_one_error_and_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.sweep
 def test_a_mistake_is_a_line_not_a_traceback() -> None:
     call = [sys.executable, "-m", "se_retrofit", *SMALL, "--block", "layer9"]
     result = subprocess.run(call, capture_output=True, text=True)

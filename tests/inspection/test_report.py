@@ -96,6 +96,7 @@ def test_left_out_blocks_are_listed_with_reasons() -> None:
     assert "layer4.1: excluded" in str(found)
 
 
+@pytest.mark.sweep
 def test_a_network_that_needs_values_is_counted_on_a_copy_that_has_them() -> None:
     model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None)
     found = report(add_se(model))
