@@ -21,12 +21,20 @@ NETWORKS = {
             "timm/resnetblur18", "timm/resnext26ts", "timm/resnext50_32x4d", "timm/res2net50_14w_8s",
             "timm/res2next50", "timm/dla34", "timm/hrnet_w18_small", "timm/cspresnet50", "timm/gernet_s",
             "timm/regnetx_002", "torchvision/resnet18", "torchvision/resnext50_32x4d",
-            "torchvision/wide_resnet50_2", "torchvision/regnet_x_400mf",
+            "torchvision/resnet34", "torchvision/regnet_x_400mf",
         ),
         (3, 64, 64),
     ),
     "torchvision/r3d_18": (3, 8, 32, 32),
 }  # fmt: skip
+# whose training is followed for some steps
+SMALL = (
+    "timm/resnet10t",
+    "timm/resnetblur18",
+    "timm/regnetx_002",
+    "torchvision/resnet18",
+    "torchvision/regnet_x_400mf",
+)
 
 
 def forward_backward(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -80,36 +88,42 @@ def train(nets: list[nn.Module], x: Tensor, steps: int) -> None:
             optimizer.step()
 
 
+def both(net: nn.Module, x: Tensor) -> tuple[float, float]:
+    """How far fused is from unfused in one step, and how far a few roundings of the weights lead from it.
+
+    With random weights and frozen statistics the logits of a deep network are huge, and its gradients are what is left when
+    almost equal numbers are subtracted: there no two orders of summation agree to 1e-12.
+    """
+    wanted = forward_backward(net, x)
+    rounding = difference(forward_backward(rounded(net), x), wanted)
+    return difference(forward_backward(fuse_se(net), x), wanted), rounding
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_fused_equals_unfused_before_and_after_twenty_steps(name: str, training: bool) -> None:
+def test_fused_equals_unfused(name: str, training: bool) -> None:
     net = retrofitted(name).train(training)
     x = torch.randn(4, *NETWORKS[name], dtype=torch.float64)
-    layouts = [torch.contiguous_format] + [torch.channels_last] * (x.dim() == 4)
-    for layout in layouts:
-        one = copy.deepcopy(net).to(memory_format=layout)
-        fused, given = fuse_se(one), x.to(memory_format=layout)
-        before = difference(forward_backward(fused, given), forward_backward(one, given))
-        assert before <= 1e-12
-        if layout is not layouts[0 if training else -1]:
-            continue  # each layout is trained in one of the modes
-        control = rounded(one)  # how far rounding alone leads in these steps
-        train([fused, one, control], given, 20)
-        wanted = forward_backward(one, given)
-        after = difference(forward_backward(fused, given), wanted)
-        drift = difference(forward_backward(control, given), wanted)
-        fused.load_state_dict(one.state_dict())
-        again = difference(forward_backward(fused, given), forward_backward(one, given))
-        print(
-            f"{name} float64 {layout} training={training}: {before:.1e}, after 20 steps {again:.1e} from the same state, "
-            f"{after:.1e} from states of its own, where rounding alone gives {drift:.1e}",
-            flush=True,
-        )
-        assert again <= 1e-12
-        assert after <= max(1e-12, 30 * drift)
+    for layout in [torch.contiguous_format] + [torch.channels_last] * (x.dim() == 4):
+        found, rounding = both(copy.deepcopy(net).to(memory_format=layout), x.to(memory_format=layout))
+        print(f"{name} float64 {layout} training={training}: {found:.1e}, rounding alone {rounding:.1e}", flush=True)
+        assert found <= max(1e-12, 30 * rounding)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", SMALL)
+def test_fused_equals_unfused_after_twenty_steps(name: str, training: bool) -> None:
+    net = retrofitted(name).train(training)
+    x = torch.randn(4, *NETWORKS[name], dtype=torch.float64)
+    fused = fuse_se(net)
+    train([fused, net], x, 20)
+    fused.load_state_dict(net.state_dict())
+    found = difference(forward_backward(fused, x), forward_backward(net, x))
+    print(f"{name} float64 training={training}: {found:.1e} after 20 steps, from the same state", flush=True)
+    assert found <= 1e-12
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_in_float32_fused_is_as_near_to_float64_as_unfused(name: str) -> None:
     net = retrofitted(name).train()
     x = torch.randn(4, *NETWORKS[name], dtype=torch.float64)
