@@ -20,6 +20,7 @@ import importlib.util
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def main() -> None:
 
 def difference(before: float, model: nn.Module, data: TensorDataset, test: TensorDataset, tool: str) -> str:
     """What becomes of the accuracy, in points."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings():
+    # the tools leave files in the working directory
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             run = TOOLS[tool](model, data, Path(folder))
