@@ -46,8 +46,8 @@ def with_onnxruntime(model: nn.Module, data: TensorDataset, folder: Path) -> Run
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Calibration(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = ({"input": images.numpy()} for images in batches(data))
+        def __init__(self, name: str) -> None:
+            self.left = ({name: images.numpy()} for images in batches(data))
 
         def get_next(self) -> Any:
             return next(self.left, None)
@@ -55,11 +55,8 @@ def with_onnxruntime(model: nn.Module, data: TensorDataset, folder: Path) -> Run
     file = export(model, folder / "float.onnx", example_inputs=data.tensors[0][:2])
     name = onnxruntime.InferenceSession(file).get_inputs()[0].name
     quant_pre_process(file, folder / "prepared.onnx", skip_symbolic_shape=True)
-    reader = Calibration()
-    reader.left = ({name: images.numpy()} for images in batches(data))
-    quantize_static(
-        folder / "prepared.onnx", folder / "int8.onnx", reader, quant_format=QuantFormat.QDQ, per_channel=True
-    )
+    files = folder / "prepared.onnx", folder / "int8.onnx"
+    quantize_static(*files, Calibration(name), quant_format=QuantFormat.QDQ, per_channel=True)
     session = onnxruntime.InferenceSession(folder / "int8.onnx", providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 

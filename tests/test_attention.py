@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -203,6 +205,17 @@ def test_without_a_gradient_hooks_replaced_layers_and_subclasses_count_all_the_s
         assert torch.allclose(halved(x), se(x) / 2)
         graph = torch.fx.symbolic_trace(se)  # a trace without gradients holds with them
         assert any(node.op == "call_module" and node.target == "fc.0" for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize(("gate", "other"), [("identity", "sigmoid"), ("sigmoid", "identity")])
+def test_without_a_gradient_the_gate_is_that_of_the_layers_that_are_there(gate: str, other: str) -> None:
+    se, x = _draw(SEAttention(16, 4, gate=gate)), torch.randn(2, 16, 5, 5)
+    layers = [*se.fc[:3], SEAttention(16, 4, gate=other).fc[3]]
+    for fc in (nn.Sequential(*layers), nn.Sequential(OrderedDict(zip("abcd", layers, strict=True)))):
+        se.fc = fc
+        wanted = se(x)
+        with torch.no_grad():
+            assert se(x).equal(wanted)
 
 
 def test_device_and_dtype_are_those_asked_for() -> None:

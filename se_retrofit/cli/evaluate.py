@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from .app import app, say
-from .folders import network_in
-from .options import BatchSize, Cpu, Data, Download, Folder, Root, Workers
-
-SPLITS = ("val", "train")
+from .folders import network_in, run_settings
+from .options import BatchSize, Cpu, Data, Download, Folder, ImageSize, Root, Workers
 
 
 @app.command("evaluate")
@@ -22,29 +20,30 @@ def evaluate_command(
     data: Data,
     data_root: Root = Path("data"),
     download: Download = False,
-    split: Annotated[str, typer.Option(help="val or train")] = "val",
+    split: Annotated[Literal["val", "train"], typer.Option(help="which part of the data")] = "val",
     confusion: Annotated[
         Path | None, typer.Option(help="draw the confusion matrix into this file (.png, .svg)")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="write all figures into this file, as JSON")] = None,
+    image_size: ImageSize = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     cpu: Cpu = None,
 ) -> None:
     """Evaluate a saved network: accuracy, and for each class precision, recall and F1.
 
-    Images are prepared as in the fine-tune's validation.
+    Images are prepared as in the fine-tune's validation; of a run's folder, its recipe tells the image size.
     """
     from ..finetune import FinetuneConfig, evaluate_closely, load_data
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_file
 
-    if split not in SPLITS:
-        raise typer.BadParameter(f"must be one of {', '.join(SPLITS)}, got {split!r}", param_hint="--split")
-    network = load_retrofitted(network_in(folder))
-    named = {"batch_size": batch_size, "workers": workers, "cpu": cpu}
-    config = FinetuneConfig.from_dict({name: value for name, value in named.items() if value is not None})
-    parts = load_data(data, root=data_root, download=download)
+    saved = network_in(folder)
+    network = load_retrofitted(saved)
+    named = {"image_size": image_size, "batch_size": batch_size, "workers": workers, "cpu": cpu}
+    chosen = {name: value for name, value in named.items() if value is not None}
+    config = FinetuneConfig.from_dict({**run_settings(saved), **chosen})
+    parts = load_data(data, root=data_root, download=download, image_size=config.image_size)
     if parts.note:
         say(Console(), parts.note)
     found = evaluate_closely(network, getattr(parts, split), config=config)

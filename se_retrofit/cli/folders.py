@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import RetrofitError
 
-__all__ = ["network_in"]
+__all__ = ["network_in", "run_settings"]
+
+# of a run's recipe: what decides how its network is evaluated
+SETTINGS = ("image_size", "batch_size", "precision", "multi_label")
 
 
 def network_in(folder: Path) -> Path:
@@ -23,3 +27,14 @@ def network_in(folder: Path) -> Path:
             return candidate
     what = "holds no network that convert, finetune or fold wrote" if folder.is_dir() else "is no folder"
     raise RetrofitError(f"{folder} {what}; {RECIPE} is looked for in it and in {folder / 'best'}")
+
+
+def run_settings(saved: Path) -> dict[str, Any]:
+    """How the run that a saved network is the result of evaluated it; nothing where it is not in a run's folder."""
+    from ..finetune import FinetuneConfig
+
+    file = saved.parent / "config.yaml"
+    if saved.name != "best" or not file.is_file():
+        return {}
+    recipe = FinetuneConfig.from_yaml(file).to_dict()
+    return {name: recipe[name] for name in SETTINGS}

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -22,14 +21,15 @@ from .config import FinetuneConfig
 from .data import UNREADABLE
 from .metrics import answers
 from .parts import as_found
-from .transforms import class_names, transform_of
+from .scores import confusion_of, each_class, scores_of
+from .transforms import class_names, class_names_of, transform_of
 
 __all__ = ["ClassScores", "Evaluation", "Prediction", "evaluate_closely", "predict", "write_predictions"]
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One class: how many of its images there are, and precision, recall and F1 (scikit-learn's, 0 where undefined)."""
+    """One class: how many of its images there are, and precision, recall and F1, 0 where undefined."""
 
     name: str
     images: int
@@ -47,6 +47,7 @@ class Evaluation:
         loss: cross-entropy, the mean over the images.
         accuracy: the share that is classified correctly.
         top5: the share whose class is among the five most likely ones; None with five classes or fewer.
+        macro_f1: the mean F1 over the classes that have images or were an answer, as ``evaluate`` gives it.
         classes: each class that the network knows.
         confusion: (classes, classes), counts; rows are the true classes, columns the predicted ones.
     """
@@ -55,14 +56,9 @@ class Evaluation:
     loss: float
     accuracy: float
     top5: float | None
+    macro_f1: float
     classes: tuple[ClassScores, ...]
     confusion: Tensor
-
-    @property
-    def macro_f1(self) -> float:
-        """The mean F1 over the classes that have images."""
-        scores = [scores.f1 for scores in self.classes if scores.images]
-        return sum(scores) / len(scores)
 
     def __str__(self) -> str:
         rows = [("class", "images", "precision", "recall", "F1")]
@@ -135,23 +131,18 @@ def evaluate_closely(
             "evaluate_closely is for one class an image; with multi_label=True evaluate gives precision, recall, F1 and mAP"
         )
     found = answers(model, data, config=config, base=base)
-    targets, likely = found.targets, found.said
-    names = class_names(model) or getattr(data, "classes", None)
-    size = max(found.classes, len(names or ()))
-    names = [str(name) for name in names] if names else [str(number) for number in range(size)]
-    labels = list(range(size))
-    scores = precision_recall_fscore_support(targets, likely[:, 0], labels=labels, zero_division=0.0)
-    classes = tuple(
-        ClassScores(name, int(images), float(precision), float(recall), float(f1))
-        for name, precision, recall, f1, images in zip(names, *scores, strict=True)
-    )
+    names = class_names(model) or class_names_of(data) or []
+    names = [*names, *(str(number) for number in range(len(names), found.classes))]  # a head for more classes
+    each, scores = each_class(found), scores_of(found)
+    figures = zip(names, *(each[name].tolist() for name in ("images", "precision", "recall", "f1")), strict=False)
     return Evaluation(
-        images=len(targets),
+        images=len(found.targets),
         loss=found.loss,
         accuracy=found.accuracy,
-        top5=float((likely == targets[:, None]).any(1).float().mean()) if size > 5 else None,
-        classes=classes,
-        confusion=torch.as_tensor(confusion_matrix(targets, likely[:, 0], labels=labels)),
+        top5=scores.get("val_top5"),
+        macro_f1=scores["val_f1"],
+        classes=tuple(ClassScores(*figure) for figure in figures),
+        confusion=confusion_of(found),
     )
 
 

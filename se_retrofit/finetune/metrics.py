@@ -20,7 +20,7 @@ from .parts import as_found, to_device
 from .randomness import kept_randomness
 from .run import placed, uses_channels_last
 from .scores import Answers, scores_of
-from .transforms import transforms_for
+from .transforms import check_classes, transforms_for
 
 __all__ = ["answers", "check_targets", "evaluate", "hits", "measure"]
 
@@ -56,6 +56,7 @@ def answers(model: nn.Module, data: Any, *, config: FinetuneConfig | None = None
     """
     config = FinetuneConfig() if config is None else config
     setup.checked(model, config, None, False)
+    check_classes(model, data)
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
         batches = stream(
             data, name="data", train=False, batch_size=config.batch_size, bad_images=config.bad_images,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import extra
 
-__all__ = ["Answers", "higher_is_better", "scores_of"]
+__all__ = ["Answers", "confusion_of", "each_class", "higher_is_better", "scores_of"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def scores_of(answers: Answers) -> dict[str, float]:
     scores = {"val_loss": answers.loss, "val_accuracy": answers.accuracy}
     if not answers.multi_label and answers.classes > 5:
         scores["val_top5"] = float((answers.said == answers.targets[:, None]).any(1).double().mean())
-    each = _each_class(answers)
+    each = each_class(answers)
     known = (each["images"] + each["answered"]) > 0
     for name in ("precision", "recall", "f1"):
         scores[f"val_{name}"] = float(each[name][known].mean()) if known.any() else 0.0
@@ -58,8 +58,16 @@ def scores_of(answers: Answers) -> dict[str, float]:
     return scores
 
 
-def _each_class(answers: Answers) -> dict[str, Tensor]:
-    """Figures of each class, (classes,)."""
+def confusion_of(answers: Answers) -> Tensor:
+    """How many images of each class (rows) are taken for each (columns), (classes, classes)."""
+    with extra("finetune"):
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(answers.said[:, 0], answers.targets, answers.classes, validate_args=False)
+
+
+def each_class(answers: Answers) -> dict[str, Tensor]:
+    """Figures of each class, (classes,): how many images it has and how often it was the answer, precision, recall, F1."""
     with extra("finetune"):
         from torchmetrics.functional import classification as metrics
 

@@ -18,7 +18,7 @@ from ..saving.recipe import IMAGES
 from .config import FinetuneConfig
 from .data import MOST_REPLACEMENTS, UNREADABLE
 
-__all__ = ["class_names", "note_images", "transform_of", "transforms_for"]
+__all__ = ["check_classes", "class_names", "class_names_of", "note_images", "transform_of", "transforms_for"]
 
 SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -66,7 +66,21 @@ def note_images(model: nn.Module, data: Any, config: FinetuneConfig, base: Base 
     if not gives_images(data):
         vars(model).pop(IMAGES, None)
         return
-    vars(model)[IMAGES] = {**_settings(model, config, base), "classes": _class_names_of(data)}
+    vars(model)[IMAGES] = {**_settings(model, config, base), "classes": class_names_of(data)}
+
+
+def check_classes(model: nn.Module, data: Any) -> None:
+    """Raise where the data numbers its classes otherwise than the data that the network was fine-tuned on."""
+    known, given = class_names(model), class_names_of(data)
+    if known is not None and given is not None and known != given:
+        raise RetrofitError(
+            f"the network was fine-tuned on the classes {_few(known)}, and the data has {_few(given)}; their numbers must agree: "
+            "give data with the same classes (a folder for each, even if it is empty)"
+        )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def gives_images(data: Any) -> bool:
@@ -82,7 +96,8 @@ def gives_images(data: Any) -> bool:
     return False
 
 
-def _class_names_of(data: Any) -> list[str] | None:
+def class_names_of(data: Any) -> list[str] | None:
+    """The names of a data set's classes in the order of their numbers, None where it does not tell."""
     for owner in (data, getattr(data, "reader", None), getattr(data, "dataset", None)):
         names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)
         if isinstance(names, dict):

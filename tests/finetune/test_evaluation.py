@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of, save_retrofitted
 from se_retrofit.cli.commands import app
+from se_retrofit.cli.folders import run_settings
 from se_retrofit.finetune import (
     FinetuneConfig,
     NamedData,
@@ -93,9 +94,7 @@ def test_the_figures_agree_with_scikit_learn() -> None:
     assert found.loss == pytest.approx(float(nn.functional.cross_entropy(scores, targets)), rel=1e-5)
     assert found.confusion.tolist() == sklearn.metrics.confusion_matrix(targets, predicted, labels=labels).tolist()
     assert found.macro_f1 == pytest.approx(
-        sklearn.metrics.f1_score(
-            targets, predicted, labels=sorted(set(targets.tolist())), average="macro", zero_division=0
-        )
+        sklearn.metrics.f1_score(targets, predicted, average="macro", zero_division=0)
     )
     recalls = sklearn.metrics.recall_score(targets, predicted, labels=labels, average=None, zero_division=0)
     assert [scores.recall for scores in found.classes] == pytest.approx(recalls.tolist())
@@ -144,7 +143,7 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
         (("predict", "RUN", "empty"), "empty holds no images", 1),
         (("predict", "empty", "README"), "holds no network that convert, finetune or fold wrote", 1),
         (("evaluate", "empty", "--data", "digits"), "holds no network that convert, finetune or fold wrote", 1),
-        (("evaluate", "RUN", "--data", "digits", "--split", "test"), "must be one of val, train, got 'test'", 2),
+        (("evaluate", "RUN", "--data", "digits", "--split", "test"), "--split", 2),
         (("predict", "RUN", "README", "--top", "0"), "--top", 2),
     ],
 )
@@ -191,3 +190,39 @@ def test_what_convert_wrote_is_fine_tuned_as_it_is(tmp_path: Path) -> None:
     assert plan_of(trained).options["reduction"] == 4
     assert trained.num_classes == 10
     assert run("finetune", converted, "--reduction", "8", *arguments).exit_code == 2
+
+
+def test_a_run_is_evaluated_at_the_size_that_it_was_trained_at(
+    network: Callable[[], nn.Module], config: Callable[..., FinetuneConfig], tmp_path: Path
+) -> None:
+    data = load_data("digits", image_size=16)  # of tensors nothing else tells the size
+    recipe = config(epochs=1, image_size=16)
+    best = finetune(network(), data.train, data.val, config=recipe, output_dir=tmp_path / "run", base=None, quiet=True)
+    saved = tmp_path / "run" / "best"
+    recipe_file = json.loads((saved / "recipe.json").read_text())
+    assert recipe_file["base"] is None  # the tiny network is of no library
+    assert run_settings(saved)["image_size"] == 16
+    assert run_settings(tmp_path / "run" / "last") == {}
+    again = load_retrofitted(saved, base=network(se=False))
+    chosen = FinetuneConfig.from_dict({**run_settings(saved), "cpu": True})
+    assert evaluate(again, data.val, config=chosen)["val_accuracy"] == best.best_accuracy
+
+
+def test_data_with_other_classes_is_refused_rather_than_miscounted(
+    result: Path, pictures: Path, tmp_path: Path
+) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(pictures / part / "red", tmp_path / part / "green")
+        shutil.copytree(pictures / part / "red", tmp_path / part / "red")
+    said = run("evaluate", result, "--data", tmp_path, "--cpu")
+    assert isinstance(said.exception, RetrofitError)
+    assert "fine-tuned on the classes blue, red, and the data has green, red" in str(said.exception)
+
+
+def test_a_head_for_more_classes_than_the_data_names_is_evaluated(pictures: Path) -> None:
+    found = evaluate_closely(
+        timm.create_model("resnet10t", num_classes=4), load_data(pictures).val,
+        config=FinetuneConfig(cpu=True, workers=0, image_size=32),
+    )  # fmt: skip
+    assert [scores.name for scores in found.classes] == ["blue", "red", "2", "3"]
+    assert found.confusion.shape == (4, 4)
