@@ -21,3 +21,18 @@ def fixed_seed() -> Iterator[None]:
     yield
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() is torch.float32
+
+
+@pytest.fixture
+def timm_registry_as_before() -> Iterator[None]:
+    """timm's registry is global: what a test adds goes again."""
+    from timm.models import _registry
+
+    tables = [
+        value for name, value in vars(_registry).items() if name.startswith("_m") and isinstance(value, (dict, set))
+    ]
+    before = [table.copy() for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)

@@ -20,6 +20,8 @@ import typer
 import se_retrofit
 from se_retrofit.cli.commands import app
 
+pytestmark = pytest.mark.usefixtures("timm_registry_as_before")
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?P<comment><!--[^>]*-->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)

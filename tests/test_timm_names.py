@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from timm.models import _registry
 
 from se_retrofit import RetrofitError, SEAttention, plan_of
 from se_retrofit.models import TIMM_PREFIX, register_timm
+
+pytestmark = pytest.mark.usefixtures("timm_registry_as_before")
 
 # what train.py and validate.py do with a model, without their data loading
 SCRIPT = """
@@ -45,19 +45,6 @@ if not args.checkpoint:
 model.eval()
 print(type(model).__name__, float(model(images).detach().double().norm()))
 """
-
-
-@pytest.fixture(autouse=True)
-def registry_as_before() -> Iterator[None]:
-    """timm's registry is global: what a test adds goes again."""
-    tables = [
-        value for name, value in vars(_registry).items() if name.startswith("_m") and isinstance(value, (dict, set))
-    ]
-    before = [table.copy() for table in tables]
-    yield
-    for table, content in zip(tables, before, strict=True):
-        table.clear()
-        table.update(content)
 
 
 def test_a_registered_name_builds_the_retrofitted_network() -> None:
