@@ -86,6 +86,8 @@ def given_inputs(example_inputs: Any) -> Inputs:
 
 def tensors_in(value: Any) -> list[Tensor]:
     """All tensors in a structure of tuples, lists, dicts, dataclasses and plain objects, in order."""
+    if type(value) is Tensor:
+        return [value]
     found: list[Tensor] = []
     _collect(value, found, 0)
     return found
@@ -96,9 +98,10 @@ _HOLDS_NOTHING = frozenset((str, int, float, bool, type(None), torch.dtype, torc
 
 
 def _collect(value: Any, found: list[Tensor], depth: int) -> None:
-    if type(value) in _HOLDS_NOTHING:  # nearly all arguments are either
+    cls = type(value)
+    if cls in _HOLDS_NOTHING:  # nearly all arguments are either
         return
-    if isinstance(value, Tensor):
+    if cls is Tensor or isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, _PLAIN) or depth > 6:
         return

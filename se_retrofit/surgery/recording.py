@@ -64,11 +64,15 @@ class _Recorder(TorchDispatchMode):
         self.known: dict[int, Op] = {}
         self.kept: list[Tensor] = []  # ids are of living tensors
         self.by_storage: dict[int, list[Tensor]] = {}
-        self.paths = {id(m): path for path, m in result.model.named_modules()}
+        modules = list(result.model.named_modules())
+        self.paths = {id(m): path for path, m in modules}
         self.stale: dict[int, tuple[str, tuple[Op, ...]]] = {}  # tensors whose data was changed under another name
         self.later: dict[int, tuple[Any, ...]] = {}  # second outputs, operations once something takes them
         self.tensor_paths = {
-            id(t): path for path, t in (*result.model.named_parameters(), *result.model.named_buffers())
+            id(t): f"{path}.{name}" if path else name
+            for own in ("_buffers", "_parameters")  # the name as a parameter counts, and of several names the first
+            for path, module in reversed(modules)
+            for name, t in reversed(getattr(module, own).items())
         }
         self.stack: list[Call] = []
         self.one: nn.Module | None = None  # the module being run that counts as one operation
@@ -99,7 +103,7 @@ class _Recorder(TorchDispatchMode):
         self.result.calls.append(call)
         self.stack.append(call)
 
-    def end(self, module: nn.Module, output: Any) -> None:
+    def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.one is not None:
             if self.one is module:
                 if output is None:  # it raised
@@ -144,7 +148,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        output = self.run(func, args, kwargs)
+        given = tensors_in((args, kwargs))
+        output = self.run(func, args, kwargs, given)
         if not self.stack:
             return output
         changes = func._schema.is_mutable
@@ -155,7 +160,7 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.detach.default:  # the same value; autograd does it to what it saves, too
             self.keep(output, self.op_of(args[0]))
             return output
-        inputs = [] if _makes(func) else tensors_in((args, kwargs))
+        inputs = [] if _makes(func) else given
         operations = tuple(self.op_of(t) for t in inputs)
         written = _written(func, args, kwargs) if changes else []
         where = _frames(self.stack[-1], 0)
@@ -180,11 +185,11 @@ class _Recorder(TorchDispatchMode):
             self.change_aliases(written, {id(t) for t in written})
         return output
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tensors = tensors_in((args, kwargs))
-        if any(t.device.type == "meta" for t in tensors):
-            if any(t.device.type != "meta" for t in tensors):
-                if func._schema.is_mutable and any(t.device.type != "meta" for t in _written(func, args, kwargs)):
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
+        on_meta = [t.is_meta for t in given]
+        if any(on_meta):
+            if not all(on_meta):
+                if func._schema.is_mutable and not all(t.is_meta for t in _written(func, args, kwargs)):
                     raise self.needs(NeedsValues("a tensor with values is changed by one without"))
                 args, kwargs = all_on_meta(args), all_on_meta(kwargs)
             try:
@@ -312,10 +317,8 @@ def record(model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = No
         for module in {id(m): m for m in model.modules()}.values():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # it takes no such hooks; its operations are its caller's
-            begin = lambda m, args, kwargs: recorder.begin(m, args, kwargs)  # noqa: E731
-            end = lambda m, args, kwargs, output: recorder.end(m, output)  # noqa: E731
-            handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-            handles.append(module.register_forward_hook(end, with_kwargs=True, always_call=True))
+            handles.append(module.register_forward_pre_hook(recorder.begin, with_kwargs=True))
+            handles.append(module.register_forward_hook(recorder.end, with_kwargs=True, always_call=True))
         args, kwargs = inputs.args, inputs.kwargs
         try:
             with recorder:
