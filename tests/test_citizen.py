@@ -236,6 +236,7 @@ def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.sweep
 def test_torch_compile_in_train_mode_and_with_another_batch() -> None:
     model = _small().train()
     compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)

@@ -54,8 +54,8 @@ def test_the_surgery_saving_and_reports_as_text_need_no_extra(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("package", "name", "code"),
     [
-        ("accelerate", "finetune", "import se_retrofit.finetune"),
-        ("graphviz", "inspect", "from se_retrofit import draw"),
+        pytest.param("accelerate", "finetune", "import se_retrofit.finetune", marks=pytest.mark.sweep),
+        pytest.param("graphviz", "inspect", "from se_retrofit import draw", marks=pytest.mark.sweep),
         ("jinja2", "inspect", "from se_retrofit.inspection import write_page"),
     ],
 )

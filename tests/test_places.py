@@ -189,10 +189,12 @@ def test_other_placements_leave_other_kinds_of_block_out_and_say_so() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "torchvision/regnet_x_400mf",
-        "torchvision/mobilenet_v2",
+        "torchvision/resnet18",
         "timm/convnext_atto",
-        "timm/dla34",
+        *(
+            pytest.param(n, marks=pytest.mark.sweep)
+            for n in ("torchvision/regnet_x_400mf", "torchvision/mobilenet_v2", "timm/dla34")
+        ),
     ],
 )
 def test_each_placement_keeps_the_outputs(name: str, placement: str) -> None:
@@ -245,7 +247,16 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+# One for each kind; the sweeps take the others, too.
+EVERY_TIME = (
+    "torchvision/resnet18", "torchvision/squeezenet1_1", "torchvision/shufflenet_v2_x0_5", "timm/mnasnet_100", "timm/repvgg_b0",
+    "timm/convnext_atto",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.sweep) for name in BLOCKS]
+)
 def test_each_block_of_the_network_gets_one_se_and_nothing_else_does(name: str) -> None:
     model = NETWORKS[name].build()
     plan = plan_se(model)

@@ -59,13 +59,20 @@ def test_a_network_is_built_without_memory_where_its_constructor_lets_it() -> No
 
 
 # They take several seconds each: the recorder has to compute on a copy with values, or there are hundreds of blocks.
-SLOW = ("torchvision/fasterrcnn_resnet50_fpn", "torchvision/ssdlite320_mobilenet_v3_large", "torchvision/raft_small",
-        "timm/inception_resnet_v2", "timm/inception_v4")  # fmt: skip
+# One or two for each kind of block; the sweeps take the others, too.
+EVERY_TIME = (
+    "torchvision/resnet50", "torchvision/googlenet", "torchvision/shufflenet_v2_x1_0", "torchvision/squeezenet1_1",
+    "torchvision/quantized_mobilenet_v2", "torchvision/fcn_resnet50", "timm/densenet121", "timm/repvgg_a0", "timm/convnext_atto",
+    "timm/dla34", "timm/resnext50_32x4d", "timm/swin_tiny_patch4_window7_224", "timm/mobilenetv3_large_100",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "expected",
-    [pytest.param(row, id=row["name"], marks=pytest.mark.sweep if row["name"] in SLOW else ()) for row in EXPECTED],
+    [
+        pytest.param(row, id=row["name"], marks=() if row["name"] in EVERY_TIME else pytest.mark.sweep)
+        for row in EXPECTED
+    ],
 )
 def test_se_goes_where_it_went(expected: dict[str, str]) -> None:
     """A change of placement shows up in the diff of zoo_expected.csv."""
@@ -85,7 +92,7 @@ UNITS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UNITS)
+@pytest.mark.parametrize("name", [*UNITS[:4], *(pytest.param(name, marks=pytest.mark.sweep) for name in UNITS[4:])])
 def test_every_residual_unit_has_one_se_or_channel_attention_of_its_own(name: str) -> None:
     (entry,) = entries([name])
     model = add_se(entry.build(), inplace=True)

@@ -253,7 +253,7 @@ def compare(
         >>> import timm
         >>> from se_retrofit.finetune import FinetuneConfig, compare, load_data
         >>> data = load_data("digits", image_size=8)
-        >>> make = lambda: timm.create_model("resnet10t", num_classes=10)
+        >>> make = lambda: timm.create_model("test_resnet", num_classes=10)
         >>> config = FinetuneConfig(epochs=1, batch_size=120)
         >>> comparison = compare(make, data.val, data.val, config=config, seeds=2, arms=("plain", "se"), quiet=True)
         >>> len(comparison.contrasts[0].differences)

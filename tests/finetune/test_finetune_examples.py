@@ -51,6 +51,7 @@ def test_the_se_only_example_runs(run: Callable[..., str]) -> None:
     assert "base and file give the same accuracy: True" in said
 
 
+@pytest.mark.sweep
 def test_the_multi_gpu_example_runs_with_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -148,6 +148,7 @@ def test_a_users_native_network_is_filled_and_read() -> None:
     assert relative(to_native(plain, target)(images()), plain(images())) < 1e-12
 
 
+@pytest.mark.sweep
 def test_torchvisions_bottlenecks_fill_timms() -> None:
     bare = randomised(torchvision.models.resnet50(num_classes=10)).double().eval()
     model = randomise_se(add_se(bare, reduction=16, min_hidden=8, example_inputs=images()))
