@@ -4,10 +4,9 @@ would do."""
 from __future__ import annotations
 
 import fnmatch
-import sys
+import glob
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,15 +14,16 @@ from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .attention import SEAttention, check_options, hidden_width, parameter_count
-from .errors import RetrofitError, brief
+from .attention import SEAttention, hidden_width, parameter_count
+from .errors import RetrofitError
 from .plan import Plan, Site, Skipped
+from .surgery.arguments import Options, Patterns, check_model, check_module, patterns_of
 from .surgery.copying import copied
 from .surgery.derived import RetrofittedBlock
 from .surgery.edits import apply_edits
-from .surgery.inputs import describe
+from .surgery.inputs import describe, from_description
 from .surgery.isolation import isolated
-from .surgery.placement import PLACEMENTS, Place
+from .surgery.placement import Place
 from .surgery.planning import Surgery, SurgerySite, plan_surgery
 from .surgery.splice import SpliceError
 from .surgery.undo import PLAN, is_retrofitted, lost_sites, strip
@@ -31,7 +31,6 @@ from .surgery.undo import PLAN, is_retrofitted, lost_sites, strip
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
 M = TypeVar("M", bound=nn.Module)
-Patterns = str | Iterable[str] | None
 
 
 def add_se(
@@ -45,6 +44,7 @@ def add_se(
     include: Patterns = None,
     exclude: Patterns = None,
     example_inputs: Any = None,
+    plan: Plan | None = None,
     inplace: bool = False,
 ) -> M:
     """Put Squeeze-and-Excitation into each convolutional block of a network, where the SE paper puts it.
@@ -66,6 +66,9 @@ def add_se(
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, ``(args, kwargs)``, or any
             other object that the model takes. Only shapes and dtypes are read, unless the forward itself looks at values.
             Without it the model's config, sizes in its own attributes and then usual sizes are tried.
+        plan: what ``plan_se`` returned, of this model or of another that has its sites: those and its options, instead of
+            the options above, and inputs of its shapes unless ``example_inputs`` are given. Blocks may have been taken out
+            of it (``dataclasses.replace(plan, sites=...)``).
         inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
 
     Returns:
@@ -90,7 +93,11 @@ def add_se(
           )
         )
     """
-    plan, surgery = _prepare(model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs)
+    options = Options(reduction, placement, gate, bias, min_hidden, include, exclude)
+    if plan is None:
+        plan, surgery = _prepare(model, options, example_inputs)
+    else:
+        plan, surgery = _prepare_again(model, plan, options, example_inputs)
     target = model if inplace else copied(model)
     modules = _build(target, plan, surgery)
     try:
@@ -128,7 +135,7 @@ def plan_se(
         >>> len(plan.sites), plan.sites[0].path, plan.sites[0].after
         (8, 'layer1.0.se_attention', 'bn2')
     """
-    return _prepare(model, reduction, placement, gate, bias, min_hidden, include, exclude, example_inputs)[0]
+    return _prepare(model, Options(reduction, placement, gate, bias, min_hidden, include, exclude), example_inputs)[0]
 
 
 def remove_se(model: M, *, inplace: bool = False) -> M:
@@ -148,7 +155,7 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
         >>> list(remove_se(add_se(model)).state_dict()) == list(model.state_dict())
         True
     """
-    _check_module(model)
+    check_module(model)
     if not has_se(model):
         raise RetrofitError(f"{type(model).__name__} has no SE that add_se put in, so there is nothing to remove")
     check_removable(model, "remove_se")
@@ -246,75 +253,11 @@ class InsertSE(PassBase):
 # Behind them ------------------------------------------------------------------
 
 
-def _check_module(model: Any) -> None:
-    if isinstance(model, type):
-        raise TypeError(
-            f"expected a model, got the class {model.__name__}; make an instance of it: {model.__name__}(...)"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-
-
-def _check_model(model: Any) -> None:
-    _check_module(model)
-    name = type(model).__name__
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise RetrofitError(f"the model is wrapped in {name}: retrofit model.module, then wrap the result")
-    # importing either module takes seconds; a model that is of such a class has imported it
-    dynamo, fsdp = sys.modules.get("torch._dynamo.eval_frame"), sys.modules.get("torch.distributed.fsdp")
-    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
-        raise RetrofitError(
-            "the model was compiled by torch.compile: retrofit the model itself (model._orig_mod), then compile the result"
-        )
-    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        raise RetrofitError(
-            f"the model is scripted or traced by torch.jit ({name}): retrofit the Python model, then script it"
-        )
-    for path, parameter in model.named_parameters():
-        if parameter.is_complex():
-            raise RetrofitError(
-                f"the model computes with complex numbers (parameter {path} is of dtype {parameter.dtype}), for which SE's "
-                "sigmoid gate is not defined"
-            )
-    if fsdp is not None and any(
-        isinstance(m, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)) for m in model.modules()
-    ):
-        raise RetrofitError("the model is sharded by FSDP: retrofit it first, then shard it")
-    if any(map(is_retrofitted, model.modules())):
-        raise RetrofitError(
-            "the model has been retrofitted already: undo with remove_se(model) first, to retrofit it in another way"
-        )
-
-
-def _check_arguments(reduction: Any, placement: Any, gate: Any, bias: Any, min_hidden: Any) -> None:
-    if isinstance(reduction, (torch.Tensor, tuple, list, dict)):
-        raise TypeError(
-            f"reduction must be a positive int, got {brief(reduction)}; inputs are given by name: example_inputs=..."
-        )
-    check_options(reduction, gate, bias, min_hidden)
-    if not isinstance(placement, str):
-        raise TypeError(f"placement must be a string, got {brief(placement)}")
-    if placement not in PLACEMENTS:
-        raise RetrofitError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {brief(placement)}")
-
-
-def _patterns(name: str, patterns: Patterns) -> list[str]:
-    if patterns is None:
-        return []
-    several = [patterns] if isinstance(patterns, str) else patterns
-    if not isinstance(several, (list, tuple, set)) or not all(isinstance(p, str) for p in several):
-        raise TypeError(f"{name} must be a pattern of block paths or a list of them, got {brief(patterns)}")
-    return list(several)
-
-
-def _prepare(
-    model: nn.Module, reduction: int, placement: str, gate: str, bias: bool, min_hidden: int,
-    include: Patterns, exclude: Patterns, example_inputs: Any,
-) -> tuple[Plan, Surgery]:  # fmt: skip
+def _prepare(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Surgery]:
     """Find out all that is to be done; touch nothing."""
-    _check_model(model)
-    _check_arguments(reduction, placement, gate, bias, min_hidden)
-    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
+    check_model(model)
+    options.check()
+    included, excluded = patterns_of("include", options.include), patterns_of("exclude", options.exclude)
     nothing: list[str] = []
 
     def choose(places: list[Place], skipped: dict[str, str]) -> list[Place]:
@@ -323,20 +266,41 @@ def _prepare(
             return places
         return _chosen(places, skipped, included, excluded)
 
-    surgery = plan_surgery(model, placement, example_inputs, choose)
+    surgery = plan_surgery(model, options.placement, example_inputs, choose)
     if not surgery.sites:
         raise RetrofitError(_why_nothing(model, surgery.attended if nothing else 0, surgery.skipped))
-    options = {
-        "reduction": reduction, "placement": placement, "gate": gate, "bias": bias, "min_hidden": min_hidden,
-        "include": included or None, "exclude": excluded or None,
-    }  # fmt: skip
-    sites = [_site(site, reduction, gate, bias, min_hidden) for site in _in_order(surgery)]
+    sites = [_site(site, options) for site in _in_order(surgery)]
     called: dict[str, int] = {}
     for index, call in enumerate(surgery.record.calls):
         called.setdefault(call.path, index)
     left = sorted(surgery.skipped.items(), key=lambda item: called.get(item[0], len(called)))
     skipped = tuple(Skipped(block, reason) for block, reason in left)
-    return Plan(tuple(sites), skipped, options, describe(surgery.inputs)), surgery
+    noted = asdict(replace(options, include=included or None, exclude=excluded or None))
+    return Plan(tuple(sites), skipped, noted, describe(surgery.inputs)), surgery
+
+
+def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs: Any) -> tuple[Plan, Surgery]:
+    """The same for the sites of a plan that was made before."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
+    if options != Options():
+        raise RetrofitError("the options are those of the plan; give plan= alone, or make a new one with plan_se(...)")
+    if example_inputs is None and plan.inputs is not None:
+        example_inputs = from_description(plan.inputs)
+    chosen = Options(**plan.options)
+    again, surgery = _prepare(model, chosen, example_inputs)
+    wanted, found = ([(s.path, s.after, s.channels) for s in p.sites] for p in (plan, again))
+    if wanted != found and set(wanted) < set(found):  # some were taken out of the plan
+        blocks = [glob.escape(block) for block in dict.fromkeys(site.block for site in plan.sites)]
+        again, surgery = _prepare(model, replace(chosen, include=blocks, exclude=None), example_inputs)
+        found = [(s.path, s.after, s.channels) for s in again.sites]
+    if wanted != found:
+        apart = sorted({path for path, *_ in set(wanted) ^ set(found)})
+        raise RetrofitError(
+            f"the plan does not fit {type(model).__name__}: it has {len(wanted)} sites, and the model {len(found)}; they differ "
+            f"at {', '.join(apart[:3])}. Make a plan of this model with plan_se(...); the sites of a block go together"
+        )
+    return again, surgery
 
 
 def _chosen(places: list[Place], skipped: dict[str, str], included: list[str], excluded: list[str]) -> list[Place]:
@@ -365,11 +329,11 @@ def _in_order(surgery: Surgery) -> list[SurgerySite]:
     return sorted(surgery.sites, key=lambda site: site.place.op.index)
 
 
-def _site(site: SurgerySite, reduction: int, gate: str, bias: bool, min_hidden: int) -> Site:
-    place = site.place
-    hidden = 0 if gate == "static" else hidden_width(place.channels, reduction, min_hidden)
+def _site(site: SurgerySite, options: Options) -> Site:
+    place, gate = site.place, options.gate
+    hidden = 0 if gate == "static" else hidden_width(place.channels, options.reduction, options.min_hidden)
     assert place.op.channel_dim is not None
-    parameters = parameter_count(place.channels, hidden, gate, bias)
+    parameters = parameter_count(place.channels, hidden, gate, options.bias)
     return Site(
         site.path, place.block, place.kind, _after(place), place.channels, hidden, parameters, place.op.channel_dim
     )

@@ -1,0 +1,95 @@
+"""What may be given to the verbs of the retrofit: which models, which options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention import check_options
+from ..errors import RetrofitError, brief
+from .placement import PLACEMENTS
+from .undo import is_retrofitted
+
+__all__ = ["Options", "Patterns", "check_model", "check_module", "patterns_of"]
+
+Patterns = str | Iterable[str] | None
+
+
+def check_module(model: Any) -> None:
+    if isinstance(model, type):
+        raise TypeError(
+            f"expected a model, got the class {model.__name__}; make an instance of it: {model.__name__}(...)"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_model(model: Any) -> None:
+    check_module(model)
+    name = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise RetrofitError(f"the model is wrapped in {name}: retrofit model.module, then wrap the result")
+    # importing either module takes seconds; a model that is of such a class has imported it
+    dynamo, fsdp = sys.modules.get("torch._dynamo.eval_frame"), sys.modules.get("torch.distributed.fsdp")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        raise RetrofitError(
+            "the model was compiled by torch.compile: retrofit the model itself (model._orig_mod), then compile the result"
+        )
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise RetrofitError(
+            f"the model is scripted or traced by torch.jit ({name}): retrofit the Python model, then script it"
+        )
+    for path, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise RetrofitError(
+                f"the model computes with complex numbers (parameter {path} is of dtype {parameter.dtype}), for which SE's "
+                "sigmoid gate is not defined"
+            )
+    if fsdp is not None and any(
+        isinstance(m, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)) for m in model.modules()
+    ):
+        raise RetrofitError("the model is sharded by FSDP: retrofit it first, then shard it")
+    if any(map(is_retrofitted, model.modules())):
+        raise RetrofitError(
+            "the model has been retrofitted already: undo with remove_se(model) first, to retrofit it in another way"
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a retrofit, as they were given."""
+
+    reduction: Any = 8
+    placement: Any = "auto"
+    gate: Any = "identity"
+    bias: Any = False
+    min_hidden: Any = 4
+    include: Any = None
+    exclude: Any = None
+
+    def check(self) -> None:
+        if isinstance(self.reduction, (torch.Tensor, tuple, list, dict)):
+            raise TypeError(
+                f"reduction must be a positive int, got {brief(self.reduction)}; inputs are given by name: example_inputs=..."
+            )
+        check_options(self.reduction, self.gate, self.bias, self.min_hidden)
+        if not isinstance(self.placement, str):
+            raise TypeError(f"placement must be a string, got {brief(self.placement)}")
+        if self.placement not in PLACEMENTS:
+            raise RetrofitError(
+                f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {brief(self.placement)}"
+            )
+
+
+def patterns_of(name: str, patterns: Patterns) -> list[str]:
+    if patterns is None:
+        return []
+    several = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(several, (list, tuple, set)) or not all(isinstance(p, str) for p in several):
+        raise TypeError(f"{name} must be a pattern of block paths or a list of them, got {brief(patterns)}")
+    return list(several)
