@@ -98,16 +98,19 @@ _HOLDS_NOTHING = frozenset((str, int, float, bool, type(None), torch.dtype, torc
 
 
 def _collect(value: Any, found: list[Tensor], depth: int) -> None:
-    cls = type(value)
-    if cls in _HOLDS_NOTHING:  # nearly all arguments are either
+    if type(value) in _HOLDS_NOTHING:
         return
-    if cls is Tensor or isinstance(value, Tensor):
+    if isinstance(value, Tensor):
         found.append(value)
     elif isinstance(value, _PLAIN) or depth > 6:
         return
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
-            _collect(item, found, depth + 1)
+            cls = type(item)  # looked at here, because nearly all of what is collected is in a tuple
+            if cls is Tensor:
+                found.append(item)
+            elif cls not in _HOLDS_NOTHING:
+                _collect(item, found, depth + 1)
     elif isinstance(value, dict):
         for item in value.values():
             _collect(item, found, depth + 1)

@@ -196,7 +196,7 @@ def _set_back(before: tuple[Any, ...], alone: bool, numpy_is_ours: bool = False)
 
 def _names_numpys_random(model: nn.Module) -> bool:
     """Whether a function or a method of the model's code takes ``random`` from something."""
-    own = {cls for m in model.modules() for cls in type(m).__mro__ if not cls.__module__.startswith("torch.")}
+    own = [cls for cls in _classes(model) if not cls.__module__.startswith("torch.")]
     methods = [f for cls in own for f in vars(cls).values() if isinstance(f, types.FunctionType)]
     called = {name for f in methods for name in f.__code__.co_names}
     helpers = [scope[name] for scope in _namespaces(model) for name in called & scope.keys()]
@@ -241,10 +241,15 @@ def _is_foreign(name: str) -> bool:
     return name.partition(".")[0] not in _LIBRARIES
 
 
+def _classes(model: nn.Module) -> set[type]:
+    """The classes of a model's modules, and those that they are derived from."""
+    return {cls for own in {type(module) for module in model.modules()} for cls in own.__mro__}
+
+
 def _namespaces(model: nn.Module) -> list[dict[str, Any]]:
     """The globals of all modules in which a class of the model is defined; torch's own are left out."""
     found: dict[int, dict[str, Any]] = {}
-    for cls in {c for m in model.modules() for c in type(m).__mro__}:
+    for cls in _classes(model):
         if cls.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
         module = sys.modules.get(cls.__module__)
@@ -264,7 +269,7 @@ class _SavedState:
         self.namespaces = [(scope, dict(scope)) for scope in _namespaces(model)]
         self.classes = [
             (cls, dict(vars(cls)))
-            for cls in {c for m in model.modules() for c in type(m).__mro__}
+            for cls in _classes(model)
             if cls.__module__.partition(".")[0] not in ("torch", "builtins")
         ]
         self.containers: dict[int, tuple[Any, Any]] = {}

@@ -65,6 +65,7 @@ class _Recorder(TorchDispatchMode):
         self.kept: list[Tensor] = []  # ids are of living tensors
         self.by_storage: dict[int, list[Tensor]] = {}
         modules = list(result.model.named_modules())
+        self.modules = [m for _, m in modules]
         self.paths = {id(m): path for path, m in modules}
         self.stale: dict[int, tuple[str, tuple[Op, ...]]] = {}  # tensors whose data was changed under another name
         self.later: dict[int, tuple[Any, ...]] = {}  # second outputs, operations once something takes them
@@ -313,12 +314,13 @@ def record(model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = No
     result = Record(model, inputs)
     with PrivateRandomness(model) as randomness:
         recorder = _Recorder(result, randomness, on_meta or MetaOperations())
-        handles = []
-        for module in {id(m): m for m in model.modules()}.values():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # it takes no such hooks; its operations are its caller's
-            handles.append(module.register_forward_pre_hook(recorder.begin, with_kwargs=True))
-            handles.append(module.register_forward_hook(recorder.end, with_kwargs=True, always_call=True))
+        # a script module takes no such hooks; its operations are its caller's
+        hooked = [m for m in recorder.modules if not isinstance(m, torch.jit.ScriptModule)]
+        for module in hooked:  # as register_forward_hook does it, without an object for each of thousands of hooks
+            module._forward_pre_hooks[_HOOK] = recorder.begin
+            module._forward_hooks[_HOOK] = recorder.end
+            for flags in _flags_of_hooks(module):
+                flags[_HOOK] = True
         args, kwargs = inputs.args, inputs.kwargs
         try:
             with recorder:
@@ -329,14 +331,28 @@ def record(model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = No
             result.broke_in = recorder.failed_in
             result.broke_off = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         finally:
-            for handle in handles:
-                handle.remove()
+            for module in hooked:
+                del module._forward_pre_hooks[_HOOK], module._forward_hooks[_HOOK]
+                for flags in _flags_of_hooks(module):
+                    del flags[_HOOK]
             for call in result.calls:
                 call.end = call.end or len(result.ops)
             result.edges = [op.inputs for op in result.ops]
     if recorder.needed_values is not None:
         raise NeedsValues(str(recorder.needed_values)) from recorder.needed_values
     return result
+
+
+_HOOK: Any = "recorder"  # where PyTorch has a running number
+
+
+def _flags_of_hooks(module: nn.Module) -> tuple[dict[int, bool], ...]:
+    """Where PyTorch notes that a hook takes keyword arguments, and that it is called after an error, too."""
+    return (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
 
 
 def _asks_for_values(error: Exception, inputs: Inputs) -> bool:
