@@ -41,6 +41,7 @@ class FinetuneConfig:
         trainable: what is trained: ``"all"``, ``"se"`` or ``"se+head"``.
         unfreeze_epoch: the first epoch (counted from 1) in which all is trained, whatever ``trainable`` says.
         freeze_bn: leave the running statistics of the norms as they are.
+        sync_batch_norm: with several processes on GPUs, let batch norms take their statistics over the batches of all.
         num_classes: give the network a new head for so many classes, where it has another number; None keeps the head.
         multi_label: an image may have several classes: its target is a vector of 0 and 1, one for each class.
         criterion: the loss: ``"cross_entropy"``, ``"bce"`` (binary cross-entropy of each class) or ``"focal"``.
@@ -68,7 +69,7 @@ class FinetuneConfig:
             fp32 elsewhere.
         tf32: let float32 products on CUDA use TF32.
         channels_last: memory format NHWC; None for: on CUDA.
-        compile: train through ``torch.compile``.
+        compile: train through ``torch.compile``, with SE and the norm before it fused (``fuse_se``).
         find_unused_parameters: let several processes train a network of which a step may leave parameters unused.
         cpu: stay on the CPU.
         workers: processes that load data; None for as many as the CPU has cores, at most 8, and none for tensors that
@@ -109,6 +110,7 @@ class FinetuneConfig:
     trainable: str = "all"
     unfreeze_epoch: int | None = None
     freeze_bn: bool = False
+    sync_batch_norm: bool = False
     num_classes: int | None = None
     multi_label: bool = False
     criterion: str = "cross_entropy"
@@ -154,6 +156,8 @@ class FinetuneConfig:
             raise RetrofitError(
                 f'unfreeze_epoch={self.unfreeze_epoch} needs trainable="se" or "se+head": "all" freezes nothing'
             )
+        if self.sync_batch_norm and self.freeze_bn:
+            raise RetrofitError("sync_batch_norm=True shares statistics that freeze_bn=True leaves unused; take one")
         self._check_labels()
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise RetrofitError(

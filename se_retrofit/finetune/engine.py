@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from .config import FinetuneConfig
 
+BACKEND = "inductor"  # of torch.compile
+
 __all__ = ["Forward", "Interrupt", "engine", "fast_math", "logits_of", "refuse_sharding"]
 
 
@@ -67,7 +69,7 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
             mixed_precision=_precision(config, cpu),
             log_with=list(config.trackers) or None,
             project_dir=project_dir,
-            dynamo_backend="inductor" if config.compile else None,
+            dynamo_backend=BACKEND if config.compile else None,
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
         )

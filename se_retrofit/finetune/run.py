@@ -26,6 +26,7 @@ from .config import FinetuneConfig
 from .criteria import Criterion
 from .data import Batch, Stream
 from .engine import Forward, Interrupt
+from .form import TrainingForm
 from .log import Log
 from .parts import choose_trainable, count, kept_state, layout_of
 
@@ -72,6 +73,7 @@ class Run:
         wanted: the network's own ``requires_grad`` flags.
         output: the run's folder, None for none; ``base`` and ``experiment`` are written into it.
         train, val: this process's batches.
+        form: the classes that modules have during a training step.
         raw_optimizer: holds the state; ``optimizer`` is the same one wrapped by Accelerate.
         trainable: what is trained now.
         best_weights: the state dict of the best epoch so far, on the CPU.
@@ -96,6 +98,7 @@ class Run:
     criterion: Criterion
     teacher: nn.Module | None
     mixup: Mixup | None
+    form: TrainingForm
     log: Log
     trainable: str = ""
     best_weights: dict[str, Tensor] | None = None

@@ -31,6 +31,7 @@ from .criteria import Criterion, criterion_of, describe_criterion
 from .data import Stream, stream
 from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
+from .form import check_sync, training_form
 from .log import Log
 from .parts import (
     as_found,
@@ -125,6 +126,7 @@ def start_run(
         interrupt = stack.enter_context(Interrupt(quiet))
         accelerator = stack.enter_context(engine(config, None if output is None else str(output)))
         refuse_sharding(accelerator)
+        check_sync(model, config, accelerator.num_processes, accelerator.device.type)
         experiment = describe_run(model, train_data, val_data, base) | describe_criterion(criterion, teacher)
         experiment = same_on_all(plain(experiment), accelerator)
         train = batches_of(train_data, "train_data", model, config, base, accelerator)
@@ -144,6 +146,7 @@ def start_run(
             **learning(model, config, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
             criterion=on_device(criterion_of(config, criterion, train_data, classes), accelerator.device),
             teacher=None if teacher is None else teacher.to(accelerator.device).eval(),
+            form=training_form(model, config),
             log=log_of(config, output, len(train), val is not None, accelerator, quiet),
         )  # fmt: skip
         run.choose(trainable_in(config, progress.epoch))

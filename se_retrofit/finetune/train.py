@@ -155,7 +155,8 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
     for number, batch in enumerate(batches):
         run.log.complain(batch)
         last = number == len(batches) - 1
-        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.network):
+        # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
+        with run.form, contextlib.nullcontext() if last else run.accelerator.no_sync(run.network):
             loss, correct = loss_of(run, batch)
             run.accelerator.backward(loss / len(batches))
         seen = torch.full_like(correct, len(batch.targets))

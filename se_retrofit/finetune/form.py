@@ -1,0 +1,97 @@
+"""The classes that modules have during a training step: norms over all processes, and SE fused with the norm before it.
+
+A class is changed, and nothing else: parameters, buffers, hooks and names stay the same objects. Outside of a step the
+network is the caller's own, so what is evaluated, averaged and saved needs no conversion.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import RetrofitError
+from ..fusion import fuse_se, plan_fusion
+from ..retrofit import has_se
+from .config import FinetuneConfig
+
+__all__ = ["TrainingForm", "check_sync", "training_form"]
+
+
+class SyncNorm(nn.SyncBatchNorm):
+    process_group = None  # all of them
+
+
+class SyncNormAct(SyncBatchNormAct):
+    process_group = None
+
+
+# The norms that have a counterpart over all processes, by their forward
+SYNCHRONIZED: dict[Any, type] = {_BatchNorm.forward: SyncNorm, BatchNormAct2d.forward: SyncNormAct}
+
+
+class TrainingForm:
+    """A context in which some modules are of other classes.
+
+    Args:
+        changes: modules, each with its own class and the one in its place.
+    """
+
+    def __init__(self, changes: list[tuple[nn.Module, type, type]]) -> None:
+        self.changes = changes
+
+    def __enter__(self) -> None:
+        for module, _, other in self.changes:
+            object.__setattr__(module, "__class__", other)
+
+    def __exit__(self, *error: object) -> None:
+        for module, own, _ in self.changes:
+            object.__setattr__(module, "__class__", own)
+
+
+def training_form(model: nn.Module, config: FinetuneConfig) -> TrainingForm:
+    """The form in which ``config`` has a network trained; the network itself is left as it is."""
+    own = [(module, type(module)) for module in model.modules()]
+    try:
+        if config.sync_batch_norm:
+            for module, cls in own:
+                if isinstance(module, _BatchNorm) and cls.forward in SYNCHRONIZED:
+                    object.__setattr__(module, "__class__", SYNCHRONIZED[cls.forward])
+        if config.compile and has_se(model) and plan_fusion(model).fused:
+            fuse_se(model, inplace=True)
+        return TrainingForm([(module, cls, type(module)) for module, cls in own if type(module) is not cls])
+    finally:
+        for module, cls in own:
+            object.__setattr__(module, "__class__", cls)
+
+
+def check_sync(model: nn.Module, config: FinetuneConfig, world: int, device: str) -> None:
+    """Raise where ``sync_batch_norm`` can't be had.
+
+    Raises:
+        RetrofitError: there is one process; the processes are on the CPU; the network has no batch norm; or it has one
+            of a class that has no counterpart.
+    """
+    if not config.sync_batch_norm:
+        return
+    if world == 1:
+        raise RetrofitError(
+            "sync_batch_norm=True shares the norms' statistics between processes, and there is one process; start several "
+            "with torchrun, or leave it out"
+        )
+    if device == "cpu":
+        raise RetrofitError(
+            "sync_batch_norm=True: PyTorch's SyncBatchNorm runs on accelerators alone, and these processes are on the "
+            "CPU; leave it out, or take a larger batch_size or freeze_bn=True"
+        )
+    norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    others = [
+        f"{path} ({type(module).__name__})"
+        for path, module in norms.items()
+        if type(module).forward not in SYNCHRONIZED and not isinstance(module, nn.SyncBatchNorm)
+    ]
+    if others or not norms:
+        what = f"has batch norms of other classes: {', '.join(others[:3])}" if others else "has no batch norm"
+        raise RetrofitError(f"sync_batch_norm=True: {type(model).__name__} {what}; leave it out")
