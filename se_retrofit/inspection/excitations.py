@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError, extra
 from ..retrofit import plan_of
+from ..surgery.copying import has_values
 from ..surgery.undo import is_retrofitted
 from ..tables import aligned
 
@@ -271,7 +272,8 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         max_batches: stop after so many.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or the loader yields nothing.
+        RetrofitError: the model has no SE that ``add_se`` put in, or no values (on the meta device, or of fake
+            tensors); or the loader yields nothing.
         TypeError: the model is none, or a batch is neither a tensor nor begins with one.
 
     Example:
@@ -286,6 +288,10 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     blocks = {site.path: site.block for site in plan_of(model).sites}
     ses = {path: module for path, module in model.named_modules() if is_retrofitted(module)}
+    for name, parameter in model.named_parameters():
+        if not has_values(parameter):
+            kind = "on the meta device" if parameter.is_meta else "a fake tensor"
+            raise RetrofitError(f"{name} is {kind}, so there are no gates to look at; load weights first")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     gathered: OrderedDict[str, _Statistics] = OrderedDict((path, _Statistics()) for path in ses)
     labels: Tensor | None = None
