@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from ..models import Base
 from . import checkpoint as disk
+from .callbacks import Callbacks
 from .checkpoint import Progress
 from .config import FinetuneConfig
 from .criteria import Criterion
@@ -100,6 +101,7 @@ class Run:
     mixup: Mixup | None
     form: TrainingForm
     log: Log
+    callbacks: Callbacks
     trainable: str = ""
     best_weights: dict[str, Tensor] | None = None
     saved_at: float = field(default_factory=time.monotonic)
@@ -120,6 +122,13 @@ class Run:
     def tested(self) -> nn.Module:
         """The network that is evaluated and kept: the average of the weights, where there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    @property
+    def lr(self) -> float:
+        """The learning rate without the scales of SE and head."""
+        group = self.raw_optimizer.param_groups[0]
+        scale = group.get("lr_scale", 1.0)
+        return float(group["lr"]) / scale if scale else 0.0
 
     def choose(self, trainable: str) -> None:
         """Train this part of the network from here on. The wrappers are made anew: DDP must know what is trained."""

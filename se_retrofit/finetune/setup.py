@@ -25,6 +25,7 @@ from ..retrofit import warn_of_lost_sites
 from ..saving.atomic import replaced_file
 from ..saving.base import check_base
 from . import checkpoint as disk
+from .callbacks import Callbacks
 from .checkpoint import Progress
 from .config import FinetuneConfig
 from .criteria import Criterion, criterion_of, describe_criterion
@@ -50,7 +51,7 @@ from .randomness import EPOCH, kept_randomness, seed_all
 from .run import Run, share, uses_channels_last
 from .transforms import note_images, transforms_for
 
-__all__ = ["body_lr", "checked", "start_run", "trainable_in"]
+__all__ = ["checked", "start_run", "trainable_in"]
 
 # These may be other than in the run that is resumed; all other fields decide the result.
 FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
@@ -112,6 +113,7 @@ def start_run(
     quiet: bool,
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
+    callbacks: Callbacks,
 ) -> Iterator[Run]:
     """All that a fine-tune needs before its first step, put away again at the end.
 
@@ -147,6 +149,7 @@ def start_run(
             criterion=on_device(criterion_of(config, criterion, train_data, classes), accelerator.device),
             teacher=None if teacher is None else teacher.to(accelerator.device).eval(),
             form=training_form(model, config),
+            callbacks=callbacks,
             log=log_of(config, output, len(train), val is not None, accelerator, quiet),
         )  # fmt: skip
         run.choose(trainable_in(config, progress.epoch))
@@ -371,10 +374,3 @@ def schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_p
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
     return schedule
-
-
-def body_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate without the scales of SE and head."""
-    group = optimizer.param_groups[0]
-    scale = group.get("lr_scale", 1.0)
-    return float(group["lr"]) / scale if scale else 0.0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from ..models import Base
 from . import setup
+from .callbacks import Callbacks, call, checked_callbacks
 from .config import FinetuneConfig
 from .criteria import Criterion, checked_criterion, distillation_loss
 from .data import Batch
@@ -46,6 +47,7 @@ def finetune(
     quiet: bool = False,
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
+    callbacks: Callbacks | None = None,
 ) -> FinetuneResult:
     """Fine-tune a classifier, retrofitted or not, in place.
 
@@ -67,6 +69,7 @@ def finetune(
             all the same.
         teacher: a network for the same classes, whose answers to the same images are learned, too, by the config's
             ``distillation_weight``. It is moved to the device and not changed.
+        callbacks: functions of yours, called after each update, evaluation and epoch; not part of the experiment.
 
     Returns:
         The network and its history.
@@ -89,12 +92,13 @@ def finetune(
     """
     config = FinetuneConfig() if config is None else config
     checked_criterion(criterion, teacher, model)
+    callbacks = checked_callbacks(callbacks)
     output = setup.checked(model, config, output_dir, resume)
     if config.patience is not None and val_data is None:
         raise RetrofitError("patience needs validation data")
     with setup.start_run(
         model, train_data, val_data, config, output, resume=resume, base=base, command=command, quiet=quiet,
-        criterion=criterion, teacher=teacher,
+        criterion=criterion, teacher=teacher, callbacks=callbacks,
     ) as run:  # fmt: skip
         evaluate_before_training(run)
         for epoch in range(run.progress.epoch, config.epochs if run.progress.finished is None else 0):
@@ -114,6 +118,7 @@ def evaluate_before_training(run: Run) -> None:
     run.progress.history.append({"epoch": 0, **measured})
     run.log.row(run.progress.history[0])
     run.log.history(run.progress.history)
+    call(run.callbacks.after_evaluation, run, 0)
 
 
 def train_epoch(run: Run, epoch: int) -> None:
@@ -121,7 +126,9 @@ def train_epoch(run: Run, epoch: int) -> None:
     begin_epoch(run, epoch)
     start = run.progress.step * run.config.grad_accum_steps
     for batches in windows(run.train.batches(epoch, start), run.config.grad_accum_steps):
-        run.pending.append(update(run, batches))
+        tally = update(run, batches)
+        run.pending.append(tally)
+        call(run.callbacks.after_update, run, epoch + 1, tally[0] / tally[2])
         if is_time_to_look(run):
             look(run, epoch)
 
@@ -232,7 +239,7 @@ def look(run: Run, epoch: int) -> None:
         "update": progress.updates,
         "epoch": epoch + 1,
         "loss": sum(loss for loss, _, _ in sums) / images,
-        "lr": setup.body_lr(run.raw_optimizer),
+        "lr": run.lr,
         "images_per_second": images / (now - run.looked),
     }
     run.log.update(epoch + 1, progress.step, entry, progress.correct / progress.seen)
@@ -290,6 +297,9 @@ def finish_epoch(run: Run, epoch: int) -> None:
     run.log.row(row)
     run.log.history(run.progress.history)
     run.accelerator.log({k: v for k, v in row.items() if v is not None}, step=run.progress.updates)
+    if run.val is not None:
+        call(run.callbacks.after_evaluation, run, epoch + 1)
+    call(run.callbacks.after_epoch, run, epoch + 1)
     if run.progress.finished is None:
         # Processes may have been told at different moments: all leave together or none does
         _, stop, _ = agree(run, False)
@@ -303,7 +313,7 @@ def training_row(run: Run, epoch: int) -> dict[str, Any]:
         "epoch": epoch + 1,
         "train_loss": progress.loss / progress.seen,
         "train_accuracy": progress.correct / progress.seen,
-        "lr": setup.body_lr(run.raw_optimizer),
+        "lr": run.lr,
         "images_per_second": (progress.seen - run.seen_before) / seconds,
         "seconds": seconds,
     }
@@ -338,4 +348,5 @@ def finish(run: Run) -> FinetuneResult:
     run.log.history(run.progress.history)
     run.log.curves(run.progress.history)
     run.log.summarise(result)
+    call(run.callbacks.after_training, run, run.progress.epoch)
     return result
