@@ -256,10 +256,12 @@ def prepare_folder(run: Run, output: Path, command: dict[str, Any] | None, *, re
     """Write what a run's folder holds from the start. ``run.yaml`` is enough to repeat the run."""
     disk.check_space(output, run.model, run.config)
     run.config.to_yaml(output / "config.yaml")
-    if not resumed:
-        content = {"command": command, "experiment": run.experiment, "config": run.config.to_dict()}
-        with replaced_file(output / RUN) as fresh:
-            fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    file = output / RUN
+    content = {"command": command, "experiment": run.experiment, "config": run.config.to_dict()}
+    if resumed and file.is_file():  # with the command that began it; it may have been extended
+        content = {**yaml.safe_load(file.read_text(encoding="utf-8")), "config": run.config.to_dict()}
+    with replaced_file(file) as fresh:
+        fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     run.log.resume(run.progress.updates)
 
 
