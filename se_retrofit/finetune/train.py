@@ -23,8 +23,9 @@ from .config import FinetuneConfig
 from .criteria import Criterion, checked_criterion, distillation_loss
 from .data import Batch
 from .engine import logits_of
+from .freezing import set_modes, trained_in
 from .metrics import check_targets, hits, measure
-from .parts import count, set_modes
+from .parts import count
 from .randomness import UPDATE, seed_all
 from .run import FinetuneResult, Run, share
 from .scores import higher_is_better, scores_of
@@ -134,13 +135,12 @@ def train_epoch(run: Run, epoch: int) -> None:
 
 
 def begin_epoch(run: Run, epoch: int) -> None:
-    trainable = setup.trainable_in(run.config, epoch)
-    if trainable != run.trainable:
-        run.choose(trainable)
-        run.log.note(
-            f"epoch {epoch + 1}: the whole network is trained from here on, {count(run.model, True):,} parameters"
-        )
-    set_modes(run.model, run.trainable, run.config.freeze_bn)
+    trained = trained_in(run.config, run.stages, epoch)
+    if trained != run.trained:
+        run.choose(trained)
+        what = trained.stages[-1].name if trained.stages else "the whole network"
+        run.log.note(f"epoch {epoch + 1}: {what} is trained from here on, {count(run.model, True):,} parameters")
+    set_modes(run.model, trained, run.config.freeze_bn)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.began = run.looked = time.perf_counter()
