@@ -17,6 +17,7 @@ from ..errors import RetrofitError, extra
 from ..retrofit import plan_of
 from ..surgery.undo import is_retrofitted
 from ..tables import aligned
+from .moments import Moments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -226,27 +227,18 @@ def _give_room(axes: Axes) -> None:
 
 
 class _Statistics:
-    """Mean and spread of one site's gates, gathered batch by batch (by Chan's update: nothing cancels out)."""
+    """One site's gates: their moments, and for each label the sum of the gates of its inputs."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros(())
-        self.low, self.high = float("inf"), float("-inf")
+        self.moments = Moments()
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, int] = {}
         self.size = ""
 
     def add(self, gates: Tensor, labels: Tensor | None) -> None:
         gates = gates.detach().flatten(0, -2).to("cpu", torch.float64)
-        number, mean = len(gates), gates.mean(0)
-        squares = (gates - mean).square().sum(0)
-        if self.count:
-            delta, total = mean - self.mean, self.count + number
-            squares = self.squares + squares + delta.square() * self.count * number / total
-            mean = self.mean + delta * number / total
-        self.count, self.mean, self.squares = self.count + number, mean, squares
-        self.low, self.high = min(self.low, float(gates.min())), max(self.high, float(gates.max()))
-        if labels is not None and len(labels) == number:
+        self.moments.add(gates)
+        if labels is not None and len(labels) == len(gates):
             for label in labels.unique().tolist():
                 own = gates[labels == label]
                 self.sums[label] = self.sums.get(label, 0) + own.sum(0)
@@ -254,8 +246,10 @@ class _Statistics:
 
     def result(self, path: str, block: str) -> SiteExcitation:
         means = {label: self.sums[label] / self.counts[label] for label in sorted(self.sums)}
-        std = (self.squares / self.count).sqrt()
-        return SiteExcitation(path, block, self.size, self.count, self.mean, std, self.low, self.high, means)
+        seen = self.moments
+        return SiteExcitation(
+            path, block, self.size, seen.count, seen.mean, seen.std, float(seen.low), float(seen.high), means
+        )
 
 
 def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> Excitations:
@@ -321,8 +315,8 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
             module.training = flag
     if not inputs:
         raise RetrofitError("the loader yields no batch, so there are no gates to look at")
-    sites = tuple(gathered[path].result(path, blocks[path]) for path in blocks if gathered[path].count)
-    return Excitations(sites, inputs, tuple(path for path in blocks if not gathered[path].count))
+    sites = tuple(gathered[path].result(path, blocks[path]) for path in blocks if gathered[path].moments.count)
+    return Excitations(sites, inputs, tuple(path for path in blocks if not gathered[path].moments.count))
 
 
 def _parted(batch: Any) -> tuple[Any, Tensor | None]:
