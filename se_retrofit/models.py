@@ -13,9 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 import torchvision
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from timm.models import DefaultCfg
 from torch import nn
 
@@ -26,7 +28,8 @@ __all__ = ["TIMM_PREFIX", "Base", "load_checkpoint", "register_timm"]
 
 LIBRARIES = ("timm", "torchvision")
 # timm's own prefixes, which it resolves itself; what follows them holds slashes of its own
-TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
+HUB_SCHEMES = ("hf-hub", "hf_hub")
+TIMM_SCHEMES = (*HUB_SCHEMES, "local-dir")
 TIMM_PREFIX = "se_retrofit_"  # of the names that register_timm gives; timm drops what stands before a slash
 
 
@@ -91,8 +94,12 @@ class Base:
 
         Raises:
             RetrofitError: the library can't build it so: an argument it doesn't take, no pretrained weights of that
-                name, no way to download them. The message holds the library's own.
+                name, no way to download them. The message holds the library's own. A network of the hub is looked for
+                once: where it is neither in the cache nor to be reached, nothing is tried again.
         """
+        scheme, _, repository = self.name.partition(":")
+        if self.library == "timm" and scheme in HUB_SCHEMES:
+            _check_hub(repository)
         try:
             with warnings.catch_warnings():
                 # torchvision's GoogLeNet and Inception announce another initialisation for some later version
@@ -114,6 +121,24 @@ class Base:
         if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
             kwargs["weights_backbone"] = None
         return builder(**{**kwargs, **self.kwargs})
+
+
+def _check_hub(repository: str) -> None:
+    """Raise where a repository of the Hugging Face hub is not in the cache and the hub can't be reached, which the hub's client
+    finds out by several tries, each after a longer wait."""
+    name, _, revision = repository.partition("@")
+    try:
+        if huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision or None) is None:
+            url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision or None)
+            huggingface_hub.get_hf_file_metadata(url, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return  # the hub has answered, or the name is none: timm has the words for it
+    except Exception as error:  # what is raised depends on the hub's HTTP client
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RetrofitError(
+            f"{name} is not in the cache of the Hugging Face hub, and the hub can't be reached: {reason}. Connect to it "
+            "(HF_HUB_OFFLINE and HF_ENDPOINT tell how), or give a folder that holds the network: local-dir:PATH"
+        ) from error
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:

@@ -18,7 +18,7 @@ from .attention import SEAttention, hidden_width, parameter_count
 from .errors import RetrofitError
 from .plan import Plan, Site, Skipped
 from .surgery.arguments import Options, Patterns, check_model, check_module, patterns_of
-from .surgery.copying import copied
+from .surgery.copying import copied, mode_of
 from .surgery.derived import RetrofittedBlock
 from .surgery.edits import apply_edits
 from .surgery.inputs import describe, from_description
@@ -368,20 +368,22 @@ def _build(model: nn.Module, plan: Plan, surgery: Surgery) -> dict[str, SEAttent
     """The SE modules, by path; the global random state is left as it is."""
     options, built = plan.options, {}
     places = {site.path: site.place for site in surgery.sites}
-    fallback = next((p.device for p in model.parameters()), torch.device("cpu"))
+    fallback = next(model.parameters(), torch.empty(0))
     generator = torch.Generator()
     generator.set_state(torch.get_rng_state())
     for site in plan.sites:
         block = _nearest(model, site)
-        device = next((p.device for p in block.parameters()), fallback)
+        like = next(block.parameters(), fallback)
         with _disable_current_modes():
             se = SEAttention(
                 site.channels, options["reduction"], gate=options["gate"], bias=options["bias"],
                 min_hidden=options["min_hidden"], channel_dim=site.channel_dim, inplace=places[site.path].overwritten,
                 dtype=places[site.path].op.dtype, device="meta",
             )  # fmt: skip
-        if device.type != "meta":
-            se.to_empty(device=device).init_weights(generator)
+            if not like.is_meta:
+                with mode_of(like):
+                    se._apply(lambda t, device=like.device: torch.empty(t.shape, dtype=t.dtype, device=device))
+                    se.init_weights(generator)
         se.train(block.training)
         vars(se).update(site=site, plan=plan)
         built[site.path] = se

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,47 @@ def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch: pytest.Monk
     monkeypatch.setattr("timm.create_model", refuse)
     with pytest.raises(RetrofitError, match="no route to host"):
         Base.of("timm/resnet18").build(pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [({"HF_HUB_OFFLINE": "1"}, "offline mode"), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "refused")],
+    ids=["told to be offline", "not reached"],
+)
+def test_a_network_of_the_hub_fails_at_once_where_the_hub_is_not_reached(
+    tmp_path: Path, variables: dict[str, str], said: str
+) -> None:
+    # in a process of its own: the hub's client reads the variables when it is imported
+    program = """
+import socket
+from se_retrofit import RetrofitError
+from se_retrofit.models import Base
+tries, connect = [], socket.socket.connect
+socket.socket.connect = lambda *a: tries.append(a) or connect(*a)
+try:
+    Base.of("hf-hub:someone/net@v1").build()
+except RetrofitError as error:
+    print(len(tries), error)
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_HOME": str(tmp_path), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    tries, _, message = done.stdout.partition(" ")
+    assert int(tries) <= 2  # the client tries a refused connection anew at once; with its waits it comes to 8 in 23 s
+    assert message.startswith("someone/net is not in the cache of the Hugging Face hub, and the hub can't be reached: ")
+    assert said in message
+
+
+def test_a_network_of_the_hub_that_is_in_the_cache_is_built_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"architecture": "resnet10t", "num_classes": 7}')
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a, **k: str(config))
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *a, **k: str(config))
+    assert Base.of("hf-hub:someone/net").build()(torch.randn(1, 3, 64, 64)).shape == (1, 7)
 
 
 def small() -> nn.Module:

@@ -63,7 +63,9 @@ def finetune_command(
     output: RunFolder = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="go on with the run in this folder; network, SE, data and recipe are read from its run.yaml"),
+        typer.Option(
+            help="go on with the run in this folder; network, SE, data and recipe are read from its run.yaml; larger --epochs extend a run that is over"
+        ),
     ] = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
@@ -119,6 +121,7 @@ def finetune_command(
     recipe = read_config(config, named, set_)
     if resume is not None:
         command, recipe = read_run(resume, set(given(context)))
+        recipe = recipe if epochs is None else recipe.replace(epochs=epochs)  # to extend a run that is over
     if command["model"] is None or command["data"] is None:
         raise RetrofitError("give a MODEL and --data, or --resume FOLDER to go on with a run")
     parts, recipe = open_data(command["data"], Path(command["data_root"]), download, recipe)
@@ -250,10 +253,10 @@ def read_run(folder: Path, given: set[str]) -> tuple[dict[str, Any], FinetuneCon
 
     from ..finetune import FinetuneConfig
 
-    repeated = sorted(given - {"resume", "download"})
+    repeated = sorted(given - {"resume", "download", "epochs"})
     if repeated:
         options = ", ".join(name.rstrip("_").replace("_", "-") for name in repeated)
-        raise RetrofitError(f"--resume takes everything from {folder / 'run.yaml'}; leave out {options}")
+        raise RetrofitError(f"--resume takes all but --epochs from {folder / 'run.yaml'}; leave out {options}")
     try:
         content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
         command, fields = content["command"], content["config"]

@@ -40,6 +40,8 @@ class FinetuneConfig:
         schedule_options: further arguments of timm's ``create_scheduler_v2``.
         trainable: what is trained: ``"all"``, ``"se"`` or ``"se+head"``.
         unfreeze_epoch: the first epoch (counted from 1) in which all is trained, whatever ``trainable`` says.
+        unfreeze_every: epochs between two stages of the network that are unfrozen, from the last to the first, where
+            ``trainable`` is ``"se"`` or ``"se+head"``; None for none.
         freeze_bn: leave the running statistics of the norms as they are.
         sync_batch_norm: with several processes on GPUs, let batch norms take their statistics over the batches of all.
         num_classes: give the network a new head for so many classes, where it has another number; None keeps the head.
@@ -109,6 +111,7 @@ class FinetuneConfig:
     schedule_options: dict[str, Any] = field(default_factory=dict)
     trainable: str = "all"
     unfreeze_epoch: int | None = None
+    unfreeze_every: int | None = None
     freeze_bn: bool = False
     sync_batch_norm: bool = False
     num_classes: int | None = None
@@ -152,16 +155,24 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise RetrofitError(f"{name} must be {expected}, got {brief(value)}")
-        if self.unfreeze_epoch is not None and self.trainable == "all":
-            raise RetrofitError(
-                f'unfreeze_epoch={self.unfreeze_epoch} needs trainable="se" or "se+head": "all" freezes nothing'
-            )
+        self._check_unfreezing()
         if self.sync_batch_norm and self.freeze_bn:
             raise RetrofitError("sync_batch_norm=True shares statistics that freeze_bn=True leaves unused; take one")
         self._check_labels()
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise RetrofitError(
                 f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}"
+            )
+
+    def _check_unfreezing(self) -> None:
+        for name in ("unfreeze_epoch", "unfreeze_every"):
+            value = getattr(self, name)
+            if value is not None and self.trainable == "all":
+                raise RetrofitError(f'{name}={value} needs trainable="se" or "se+head": "all" freezes nothing')
+        if self.unfreeze_epoch is not None and self.unfreeze_every is not None:
+            raise RetrofitError(
+                f"unfreeze_epoch={self.unfreeze_epoch} unfreezes all at once, unfreeze_every={self.unfreeze_every} stage by "
+                "stage; take one"
             )
 
     def _check_labels(self) -> None:
@@ -242,7 +253,7 @@ def _one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
 
 
 AT_LEAST_1 = (
-    "epochs", "batch_size", "grad_accum_steps", "unfreeze_epoch", "num_classes", "image_size", "patience", "log_every",
+    "epochs", "batch_size", "grad_accum_steps", "unfreeze_epoch", "unfreeze_every", "num_classes", "image_size", "patience", "log_every",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "se_lr_scale", "head_lr_scale", "weight_decay", "momentum", "min_lr", "mixup", "cutmix", "color_jitter", "workers",

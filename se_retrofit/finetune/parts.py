@@ -10,7 +10,6 @@ import torch
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torchvision.ops import StochasticDepth
 
 from ..attention import SEAttention
@@ -18,13 +17,10 @@ from ..errors import RetrofitError
 
 __all__ = [
     "as_found",
-    "choose_trainable",
     "head_of",
     "new_head",
     "param_groups",
     "set_drop_path",
-    "set_modes",
-    "trained_parts",
 ]
 
 TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
@@ -121,56 +117,6 @@ def _resized(layer: nn.Module, outputs: int) -> nn.Module:
     assert isinstance(layer, nn.Conv2d)
     size, bias = layer.kernel_size, layer.bias is not None
     return nn.Conv2d(layer.in_channels, outputs, size, layer.stride, layer.padding, bias=bias, **where)  # type: ignore[arg-type]
-
-
-def choose_trainable(model: nn.Module, train: str, given: dict[str, bool]) -> None:
-    """Set ``requires_grad``: ``"all"`` leaves it as ``given``, ``"se"`` and ``"se+head"`` freeze all else.
-
-    Raises:
-        RetrofitError: there is nothing of that kind in the network.
-    """
-    chosen = {id(p) for part in trained_parts(model, train) for p in part.parameters()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(given.get(name, True) if train == "all" else id(parameter) in chosen)
-
-
-def trained_parts(model: nn.Module, train: str) -> list[nn.Module]:
-    """The modules that ``train`` names.
-
-    Raises:
-        RetrofitError: there is nothing of that kind in the network.
-    """
-    if train == "all":
-        return [model]
-    modules, heads = se_modules(model), head_of(model)
-    if not modules:
-        raise RetrofitError(
-            f'trainable="{train}" needs SE modules, and this {type(model).__name__} has none; retrofit it first: '
-            "model = add_se(model)"
-        )
-    if train == "se+head" and not heads:
-        raise RetrofitError(f'trainable="se+head": no head found in {type(model).__name__}; take "se" or "all"')
-    return modules if train == "se" else modules + heads
-
-
-def set_modes(model: nn.Module, train: str, freeze_bn: bool) -> None:
-    """Training mode, but for what is to stay as it is.
-
-    Where the body is frozen, all of it that keeps buffers (running statistics, power iterations) is in eval mode, so
-    that they stay bit for bit; ``freeze_bn`` does it to the norms everywhere.
-    """
-    model.train()
-    trained = {id(m) for part in trained_parts(model, train) for m in part.modules()}
-    for module in model.modules():
-        frozen = id(module) not in trained and any(True for _ in module.buffers(recurse=False))
-        if frozen or (freeze_bn and keeps_statistics(module)):
-            module.eval()
-
-
-def keeps_statistics(module: nn.Module) -> bool:
-    """Whether it is a norm with running statistics, of torch's kind or by the names of its buffers."""
-    own = dict(module.named_buffers(recurse=False))
-    return isinstance(module, _NormBase) or any(name.startswith("running_") for name in own)
 
 
 def param_groups(

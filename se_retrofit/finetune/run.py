@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from ..models import Base
 from . import checkpoint as disk
+from .callbacks import Callbacks
 from .checkpoint import Progress
 from .config import FinetuneConfig
 from .criteria import Criterion
 from .data import Batch, Stream
 from .engine import Forward, Interrupt
 from .form import TrainingForm
+from .freezing import Stage, Trained, choose_trainable
 from .log import Log
-from .parts import choose_trainable, count, kept_state, layout_of
+from .parts import count, kept_state, layout_of
 
 __all__ = ["FinetuneResult", "Run", "share"]
 
@@ -75,7 +77,8 @@ class Run:
         train, val: this process's batches.
         form: the classes that modules have during a training step.
         raw_optimizer: holds the state; ``optimizer`` is the same one wrapped by Accelerate.
-        trainable: what is trained now.
+        stages: what ``unfreeze_every`` unfreezes, from the last stage to the first.
+        trained: what is trained now.
         best_weights: the state dict of the best epoch so far, on the CPU.
         pending: loss, correct and seen of updates that have not been looked at yet, on the device.
         looked, began: when the last look and the epoch began; ``seen_before`` is what had been seen then.
@@ -100,7 +103,9 @@ class Run:
     mixup: Mixup | None
     form: TrainingForm
     log: Log
-    trainable: str = ""
+    callbacks: Callbacks
+    stages: tuple[Stage, ...] = ()
+    trained: Trained | None = None
     best_weights: dict[str, Tensor] | None = None
     saved_at: float = field(default_factory=time.monotonic)
     pending: list[Tensor] = field(default_factory=list)
@@ -121,10 +126,17 @@ class Run:
         """The network that is evaluated and kept: the average of the weights, where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def choose(self, trainable: str) -> None:
+    @property
+    def lr(self) -> float:
+        """The learning rate without the scales of SE and head."""
+        group = self.raw_optimizer.param_groups[0]
+        scale = group.get("lr_scale", 1.0)
+        return float(group["lr"]) / scale if scale else 0.0
+
+    def choose(self, trained: Trained) -> None:
         """Train this part of the network from here on. The wrappers are made anew: DDP must know what is trained."""
-        self.trainable = trainable
-        choose_trainable(self.model, trainable, self.wanted)
+        self.trained = trained
+        choose_trainable(self.model, trained, self.wanted)
         self.accelerator.free_memory()
         self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.raw_optimizer)
 

@@ -25,6 +25,7 @@ from ..retrofit import warn_of_lost_sites
 from ..saving.atomic import replaced_file
 from ..saving.base import check_base
 from . import checkpoint as disk
+from .callbacks import Callbacks
 from .checkpoint import Progress
 from .config import FinetuneConfig
 from .criteria import Criterion, criterion_of, describe_criterion
@@ -32,10 +33,10 @@ from .data import Stream, stream
 from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
 from .form import check_sync, training_form
+from .freezing import Stage, choose_trainable, stages_of, trained_ever, trained_in, trained_parts
 from .log import Log
 from .parts import (
     as_found,
-    choose_trainable,
     count,
     head_size,
     new_head,
@@ -44,13 +45,12 @@ from .parts import (
     set_drop_path,
     structure_of,
     to_device,
-    trained_parts,
 )
 from .randomness import EPOCH, kept_randomness, seed_all
 from .run import Run, share, uses_channels_last
 from .transforms import note_images, transforms_for
 
-__all__ = ["body_lr", "checked", "start_run", "trainable_in"]
+__all__ = ["checked", "start_run"]
 
 # These may be other than in the run that is resumed; all other fields decide the result.
 FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
@@ -83,6 +83,7 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
     schedule(probe, config, 1000)
     try_optimizer(config)
     trained_parts(model, config.trainable)
+    stages_of(model, config)
     if output_dir is None:
         if resume:
             raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
@@ -112,6 +113,7 @@ def start_run(
     quiet: bool,
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
+    callbacks: Callbacks,
 ) -> Iterator[Run]:
     """All that a fine-tune needs before its first step, put away again at the end.
 
@@ -135,6 +137,7 @@ def start_run(
         undo.callback(structure_of(model))
         classes = fit_head(model, config, wanted)
         note_images(model, train_data, config, base)
+        stages = stages_of(model, config)
         progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
         if base is not None:
             check_base(model, base)  # rather now than when the first epoch is to be saved
@@ -143,13 +146,14 @@ def start_run(
             share(model.state_dict().values())  # the processes may have drawn other first weights
         run = Run(
             model, config, accelerator, interrupt, wanted, output, base, experiment, train, val, progress,
-            **learning(model, config, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
+            **learning(model, config, stages, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
             criterion=on_device(criterion_of(config, criterion, train_data, classes), accelerator.device),
             teacher=None if teacher is None else teacher.to(accelerator.device).eval(),
             form=training_form(model, config),
+            callbacks=callbacks, stages=stages,
             log=log_of(config, output, len(train), val is not None, accelerator, quiet),
         )  # fmt: skip
-        run.choose(trainable_in(config, progress.epoch))
+        run.choose(trained_in(config, stages, min(progress.epoch, config.epochs - 1)))
         if saved:
             restore(run, saved)
         stack.enter_context(run.log)
@@ -173,11 +177,13 @@ def load_saved(
 
 
 def learning(
-    model: nn.Module, config: FinetuneConfig, wanted: dict[str, bool], batches: int, classes: int | None, *, fused: bool
-) -> dict[str, Any]:
+    model: nn.Module, config: FinetuneConfig, stages: tuple[Stage, ...], wanted: dict[str, bool], batches: int,
+    classes: int | None, *, fused: bool,
+) -> dict[str, Any]:  # fmt: skip
     """The parts of a run by which the network learns."""
     # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
-    choose_trainable(model, trainable_in(config, config.epochs - 1), wanted)
+    # That holds for stages that this run does not reach, too: it may be extended.
+    choose_trainable(model, trained_ever(config, stages), wanted)
     groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
     raw_optimizer = optimizer(groups, config, fused)
     return {
@@ -253,10 +259,12 @@ def prepare_folder(run: Run, output: Path, command: dict[str, Any] | None, *, re
     """Write what a run's folder holds from the start. ``run.yaml`` is enough to repeat the run."""
     disk.check_space(output, run.model, run.config)
     run.config.to_yaml(output / "config.yaml")
-    if not resumed:
-        content = {"command": command, "experiment": run.experiment, "config": run.config.to_dict()}
-        with replaced_file(output / RUN) as fresh:
-            fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    file = output / RUN
+    content = {"command": command, "experiment": run.experiment, "config": run.config.to_dict()}
+    if resumed and file.is_file():  # with the command that began it; it may have been extended
+        content = {**yaml.safe_load(file.read_text(encoding="utf-8")), "config": run.config.to_dict()}
+    with replaced_file(file) as fresh:
+        fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     run.log.resume(run.progress.updates)
 
 
@@ -276,8 +284,19 @@ def introduce(run: Run) -> None:
     precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     processes = f", {run.world} processes" if run.world > 1 else ""
     run.log.note(f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch")
+    if run.stages:
+        run.log.note(unfreezing(run))
     if progress.updates:
         run.log.note(f"resumed in epoch {min(progress.epoch + 1, config.epochs)}, after update {progress.updates}")
+
+
+def unfreezing(run: Run) -> str:
+    """When each stage is unfrozen, and which are not."""
+    every, epochs = run.config.unfreeze_every or 1, run.config.epochs
+    begins = [(stage.name, (number + 1) * every + 1) for number, stage in enumerate(run.stages)]
+    reached = "; ".join(f"{name} from epoch {epoch} on" for name, epoch in begins if epoch <= epochs)
+    never = "; ".join(name for name, epoch in begins if epoch > epochs)
+    return f"trained besides: {reached or 'nothing'}" + (f". {epochs} epochs are too few for {never}" if never else "")
 
 
 def start_trackers(accelerator: Accelerator, config: FinetuneConfig) -> list[Any]:
@@ -320,12 +339,6 @@ def try_optimizer(config: FinetuneConfig) -> None:
             f"the state of optimizer {config.optimizer!r} can't be written to a checkpoint and read again: {error}; "
             "take another optimizer, such as adamw"
         ) from error
-
-
-def trainable_in(config: FinetuneConfig, epoch: int) -> str:
-    """What is trained in an epoch (from 0)."""
-    unfrozen = config.unfreeze_epoch is not None and epoch + 1 >= config.unfreeze_epoch
-    return "all" if unfrozen else config.trainable
 
 
 def optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
@@ -371,10 +384,3 @@ def schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_p
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
     return schedule
-
-
-def body_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate without the scales of SE and head."""
-    group = optimizer.param_groups[0]
-    scale = group.get("lr_scale", 1.0)
-    return float(group["lr"]) / scale if scale else 0.0

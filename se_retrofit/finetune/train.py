@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from ..models import Base
 from . import setup
+from .callbacks import Callbacks, call, checked_callbacks
 from .config import FinetuneConfig
 from .criteria import Criterion, checked_criterion, distillation_loss
 from .data import Batch
 from .engine import logits_of
+from .freezing import set_modes, trained_in
 from .gates import listening, log_gates
 from .metrics import check_targets, hits, measure
-from .parts import count, set_modes
+from .parts import count
 from .randomness import UPDATE, seed_all
 from .run import FinetuneResult, Run, share
 from .scores import higher_is_better, scores_of
@@ -47,6 +49,7 @@ def finetune(
     quiet: bool = False,
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
+    callbacks: Callbacks | None = None,
 ) -> FinetuneResult:
     """Fine-tune a classifier, retrofitted or not, in place.
 
@@ -68,6 +71,7 @@ def finetune(
             all the same.
         teacher: a network for the same classes, whose answers to the same images are learned, too, by the config's
             ``distillation_weight``. It is moved to the device and not changed.
+        callbacks: functions of yours, called after each update, evaluation and epoch; not part of the experiment.
 
     Returns:
         The network and its history.
@@ -90,12 +94,13 @@ def finetune(
     """
     config = FinetuneConfig() if config is None else config
     checked_criterion(criterion, teacher, model)
+    callbacks = checked_callbacks(callbacks)
     output = setup.checked(model, config, output_dir, resume)
     if config.patience is not None and val_data is None:
         raise RetrofitError("patience needs validation data")
     with setup.start_run(
         model, train_data, val_data, config, output, resume=resume, base=base, command=command, quiet=quiet,
-        criterion=criterion, teacher=teacher,
+        criterion=criterion, teacher=teacher, callbacks=callbacks,
     ) as run:  # fmt: skip
         evaluate_before_training(run)
         for epoch in range(run.progress.epoch, config.epochs if run.progress.finished is None else 0):
@@ -115,6 +120,7 @@ def evaluate_before_training(run: Run) -> None:
     run.progress.history.append({"epoch": 0, **measured})
     run.log.row(run.progress.history[0])
     run.log.history(run.progress.history)
+    call(run.callbacks.after_evaluation, run, 0)
 
 
 def train_epoch(run: Run, epoch: int) -> None:
@@ -122,19 +128,20 @@ def train_epoch(run: Run, epoch: int) -> None:
     begin_epoch(run, epoch)
     start = run.progress.step * run.config.grad_accum_steps
     for batches in windows(run.train.batches(epoch, start), run.config.grad_accum_steps):
-        run.pending.append(update(run, batches))
+        tally = update(run, batches)
+        run.pending.append(tally)
+        call(run.callbacks.after_update, run, epoch + 1, tally[0] / tally[2])
         if is_time_to_look(run):
             look(run, epoch)
 
 
 def begin_epoch(run: Run, epoch: int) -> None:
-    trainable = setup.trainable_in(run.config, epoch)
-    if trainable != run.trainable:
-        run.choose(trainable)
-        run.log.note(
-            f"epoch {epoch + 1}: the whole network is trained from here on, {count(run.model, True):,} parameters"
-        )
-    set_modes(run.model, run.trainable, run.config.freeze_bn)
+    trained = trained_in(run.config, run.stages, epoch)
+    if trained != run.trained:
+        run.choose(trained)
+        what = trained.stages[-1].name if trained.stages else "the whole network"
+        run.log.note(f"epoch {epoch + 1}: {what} is trained from here on, {count(run.model, True):,} parameters")
+    set_modes(run.model, trained, run.config.freeze_bn)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     run.began = run.looked = time.perf_counter()
@@ -233,7 +240,7 @@ def look(run: Run, epoch: int) -> None:
         "update": progress.updates,
         "epoch": epoch + 1,
         "loss": sum(loss for loss, _, _ in sums) / images,
-        "lr": setup.body_lr(run.raw_optimizer),
+        "lr": run.lr,
         "images_per_second": images / (now - run.looked),
     }
     run.log.update(epoch + 1, progress.step, entry, progress.correct / progress.seen)
@@ -262,7 +269,7 @@ def validate(run: Run) -> dict[str, Any]:
     """Scores on the validation data, and what the gates did there. A signal ends it, after a checkpoint of the last update:
     what is resumed begins with the evaluation."""
     assert run.val is not None
-    network = run.network if run.ema is None or not run.progress.updates else run.ema.module
+    network = run.network if run.ema is None else run.ema.module
     with listening(run.tested) as gates:
         answers = measure(
             network, run.val, run.accelerator, run.channels_last, run.log, run.config.multi_label, run.interrupt
@@ -295,6 +302,9 @@ def finish_epoch(run: Run, epoch: int) -> None:
     run.log.row(row)
     run.log.history(run.progress.history)
     run.accelerator.log({k: v for k, v in row.items() if v is not None and k != "gates"}, step=run.progress.updates)
+    if run.val is not None:
+        call(run.callbacks.after_evaluation, run, epoch + 1)
+    call(run.callbacks.after_epoch, run, epoch + 1)
     if run.progress.finished is None:
         # Processes may have been told at different moments: all leave together or none does
         _, stop, _ = agree(run, False)
@@ -308,7 +318,7 @@ def training_row(run: Run, epoch: int) -> dict[str, Any]:
         "epoch": epoch + 1,
         "train_loss": progress.loss / progress.seen,
         "train_accuracy": progress.correct / progress.seen,
-        "lr": setup.body_lr(run.raw_optimizer),
+        "lr": run.lr,
         "images_per_second": (progress.seen - run.seen_before) / seconds,
         "seconds": seconds,
     }
@@ -343,4 +353,5 @@ def finish(run: Run) -> FinetuneResult:
     run.log.history(run.progress.history)
     run.log.pictures(run.progress.history)
     run.log.summarise(result)
+    call(run.callbacks.after_training, run, run.progress.epoch)
     return result

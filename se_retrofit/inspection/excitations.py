@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError, extra
 from ..retrofit import plan_of
+from ..surgery.copying import has_values
 from ..surgery.undo import is_retrofitted
 from ..tables import aligned
+from .gate_log import gates_of
 from .moments import Moments
 
 if TYPE_CHECKING:
@@ -229,8 +231,8 @@ def _give_room(axes: Axes) -> None:
 class _Statistics:
     """One site's gates: their moments, and for each label the sum of the gates of its inputs."""
 
-    def __init__(self) -> None:
-        self.moments = Moments()
+    def __init__(self, channels: int) -> None:
+        self.moments = Moments(channels, torch.float64)
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, int] = {}
         self.size = ""
@@ -248,7 +250,7 @@ class _Statistics:
         means = {label: self.sums[label] / self.counts[label] for label in sorted(self.sums)}
         seen = self.moments
         return SiteExcitation(
-            path, block, self.size, seen.count, seen.mean, seen.std, float(seen.low), float(seen.high), means
+            path, block, self.size, int(seen.rows), seen.mean, seen.std, float(seen.low), float(seen.high), means
         )
 
 
@@ -265,7 +267,8 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         max_batches: stop after so many.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or the loader yields nothing.
+        RetrofitError: the model has no SE that ``add_se`` put in, or no values (on the meta device, or of fake
+            tensors); or the loader yields nothing.
         TypeError: the model is none, or a batch is neither a tensor nor begins with one.
 
     Example:
@@ -280,8 +283,12 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     blocks = {site.path: site.block for site in plan_of(model).sites}
     ses = {path: module for path, module in model.named_modules() if is_retrofitted(module)}
+    for name, parameter in model.named_parameters():
+        if not has_values(parameter):
+            kind = "on the meta device" if parameter.is_meta else "a fake tensor"
+            raise RetrofitError(f"{name} is {kind}, so there are no gates to look at; load weights first")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    gathered: OrderedDict[str, _Statistics] = OrderedDict((path, _Statistics()) for path in ses)
+    gathered: OrderedDict[str, _Statistics] = OrderedDict((path, _Statistics(se.channel)) for path, se in ses.items())
     labels: Tensor | None = None
     inputs = 0
 
@@ -292,10 +299,7 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
                 gathered[path].size or "x".join(str(s) for d, s in enumerate(x.shape) if d not in (0, dim)) or "1"
             )
 
-        def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
-            gathered[path].add(gates, labels)
-
-        return [se.register_forward_pre_hook(see), se.fc.register_forward_hook(hear)]
+        return [se.register_forward_pre_hook(see), gates_of(se, lambda gates: gathered[path].add(gates, labels))]
 
     training = [(module, module.training) for module in model.modules()]
     hooks: list[Any] = []
@@ -315,8 +319,8 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
             module.training = flag
     if not inputs:
         raise RetrofitError("the loader yields no batch, so there are no gates to look at")
-    sites = tuple(gathered[path].result(path, blocks[path]) for path in blocks if gathered[path].moments.count)
-    return Excitations(sites, inputs, tuple(path for path in blocks if not gathered[path].moments.count))
+    sites = tuple(gathered[path].result(path, blocks[path]) for path in blocks if gathered[path].moments.rows)
+    return Excitations(sites, inputs, tuple(path for path in blocks if not gathered[path].moments.rows))
 
 
 def _parted(batch: Any) -> tuple[Any, Tensor | None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from .moments import Moments
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GateLogger", "GateSummary", "plot_gates"]
+__all__ = ["GateLogger", "GateSummary", "gates_of", "plot_gates"]
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -58,6 +59,23 @@ class GateSummary:
         }
 
 
+def gates_of(se: Any, take: Callable[[Tensor], object]) -> RemovableHandle:
+    """Call ``take`` with an SE module's gates, ``(N, C)`` without their gradients, each time that it runs; until the handle's
+    ``remove``."""
+
+    def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
+        take(gates.detach().flatten(0, -2))
+
+    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # a fused SE is called with the norm before its input
+        take(se.factor.detach().expand(len(args[-1]), -1))
+
+    handle: RemovableHandle = (
+        se.fc.register_forward_hook(hear) if se.factor is None else se.register_forward_pre_hook(read)
+    )
+    return handle
+
+
 class GateLogger:
     """Gathers the gates of a retrofitted network while it runs, in a training loop of your own.
 
@@ -65,8 +83,8 @@ class GateLogger:
     ``write`` asks for it, so that a batch costs a few small operations and no waiting. ``finetune`` logs gates by itself.
 
     Args:
-        model: a network that ``add_se`` has retrofitted. Wrapped ones (DDP, ``torch.compile``) are given before they are
-            wrapped. Networks that are compiled as a whole must be compiled while the logger listens.
+        model: a network that ``add_se`` has retrofitted; of a wrapped one (DDP, ``torch.compile``), the network inside. Compiled
+            code hears only a logger that was there when it was compiled, so make the logger before the first step.
         every: listen to each ``every``-th call of a site only.
 
     Raises:
@@ -96,43 +114,29 @@ class GateLogger:
         plan_of(model)  # raises where there is no SE
         self.every = every
         self._ses: dict[str, Any] = {path: se for path, se in model.named_modules() if is_retrofitted(se)}
-        self._calls = dict.fromkeys(self._ses, 0)
-        self._moments = {path: Moments() for path in self._ses}
-        self._hooks: list[RemovableHandle] = [self._listen(path, se) for path, se in self._ses.items()]
+        self.reset()
+        self._hooks = [gates_of(se, partial(self._take, path)) for path, se in self._ses.items()]
 
-    def _listen(self, path: str, se: Any) -> RemovableHandle:
-        def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
+    def _take(self, path: str, gates: Tensor) -> None:
+        if self.every > 1:  # else nothing is counted, so that compiled code sees no number change
             self._calls[path] += 1
-            if (self._calls[path] - 1) % self.every == 0:
-                self._moments[path].add(gates.detach().flatten(0, -2).float())
-
-        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._calls[path] += 1
-
-        # a static gate looks at no input: its factors are read when they are asked for
-        hook: RemovableHandle = (
-            se.fc.register_forward_hook(hear) if se.factor is None else se.register_forward_pre_hook(count)
-        )
-        return hook
+            if (self._calls[path] - 1) % self.every:
+                return
+        self._moments[path].add(gates)
 
     def summary(self) -> dict[str, GateSummary]:
         """By the path of each SE module that has run since the last ``reset``, in the order of the network's modules, what its
         gates did."""
-        found = {}
-        for path, se in self._ses.items():
-            if se.factor is not None and self._calls[path]:
-                factor = se.factor.detach().float().cpu()
-                low, high = float(factor.min()), float(factor.max())
-                found[path] = GateSummary(path, self._calls[path], factor, torch.zeros_like(factor), low, high)
-            elif seen := self._moments[path].count:
-                m = self._moments[path]
-                found[path] = GateSummary(path, seen, m.mean.cpu(), m.std.cpu(), float(m.low), float(m.high))
-        return found
+        return {
+            path: GateSummary(path, int(m.rows), m.mean.cpu(), m.std.cpu(), float(m.low), float(m.high))
+            for path, m in self._moments.items()
+            if m.rows
+        }
 
     def reset(self) -> None:
         """Forget what was gathered, for the next epoch."""
         self._calls = dict.fromkeys(self._ses, 0)
-        self._moments = {path: Moments() for path in self._ses}
+        self._moments = {path: Moments(se.channel) for path, se in self._ses.items()}
 
     def write(self, writer: Any, step: int, *, tag: str = "gates") -> None:
         """Write the summary to TensorBoard: for each site a histogram of its channels' mean gates, and the variation

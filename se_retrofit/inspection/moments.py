@@ -11,35 +11,48 @@ __all__ = ["Moments"]
 class Moments:
     """Statistics over the rows of all batches, gathered by Chan's update, in which nothing cancels out.
 
-    Everything stays on the device and in the format of the values, so that adding a batch waits for nothing.
+    Adding a batch reads no number from the device and takes no branch that depends on what came before, so it waits for
+    nothing and compiles once.
+
+    Args:
+        columns: how many there are, ``C``.
+        dtype: of the statistics.
 
     Attributes:
-        count: number of rows so far.
-        mean: of each column, ``(C,)``; valid after the first batch.
+        rows: number of rows so far, as a tensor without dims.
+        mean: of each column, ``(C,)``.
         low, high: the smallest and the largest value of all, as tensors without dims.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.low = self.high = self._squares = torch.zeros(())
+    def __init__(self, columns: int, dtype: torch.dtype = torch.float32) -> None:
+        self.rows = torch.zeros((), dtype=dtype)
+        self.mean = torch.zeros(columns, dtype=dtype)
+        self._squares = torch.zeros(columns, dtype=dtype)
+        self.low, self.high = (torch.full((), limit, dtype=dtype) for limit in (float("inf"), float("-inf")))
 
+    @torch.no_grad()
     def add(self, values: Tensor) -> None:
-        """Take in a batch, ``(N, C)``; one without rows changes nothing."""
+        """Take in a batch, ``(N, C)``, on whose device the statistics are from then on; one without rows changes nothing."""
         number = len(values)
         if not number:
             return
+        if self.mean.device != values.device:
+            self._move(values.device)
+        values = values.to(self.mean.dtype)
         mean = values.mean(0)
-        squares = (values - mean).square().sum(0)
         low, high = values.aminmax()
-        if self.count:
-            delta, total = mean - self.mean, self.count + number
-            squares = self._squares + squares + delta.square() * self.count * number / total
-            mean = self.mean + delta * number / total
-            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        self.count, self.mean, self._squares = self.count + number, mean, squares
-        self.low, self.high = low, high
+        share = number / (self.rows + number)
+        delta = mean - self.mean
+        self._squares = self._squares + (values - mean).square().sum(0) + delta.square() * self.rows * share
+        self.mean = self.mean + delta * share
+        self.rows = self.rows + number
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
     @property
     def std(self) -> Tensor:
-        """The standard deviation of each column over the rows, ``(C,)``."""
-        return (self._squares / self.count).sqrt()
+        """The standard deviation of each column over the rows, ``(C,)``; NaN before the first."""
+        return (self._squares / self.rows).sqrt()
+
+    def _move(self, device: torch.device) -> None:
+        for name in ("rows", "mean", "_squares", "low", "high"):
+            setattr(self, name, getattr(self, name).to(device))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
+from ..surgery.copying import has_values
 
 __all__ = [
     "check_keys",
@@ -30,8 +31,9 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise RetrofitError(f"{key} in the state dict is a {type(value).__name__}; only tensors can be saved")
-        if value.is_meta:
-            raise RetrofitError(f"{key} is on the meta device and has no values to save; load weights first")
+        if not has_values(value):
+            kind = "on the meta device" if value.is_meta else "a fake tensor"
+            raise RetrofitError(f"{key} is {kind} and has no values; load weights first")
     return state
 
 

@@ -7,6 +7,7 @@ weak references to a module of the model point to its copy.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import types
@@ -17,12 +18,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.overrides import TorchFunctionMode
 
 from ..errors import RetrofitError
 from .isolation import untouched_randomness
 
-__all__ = ["copied", "on_cpu", "on_meta"]
+__all__ = ["copied", "has_values", "mode_of", "on_cpu", "on_meta"]
 
 T = TypeVar("T")
 Convert = Callable[[Tensor], Tensor]
@@ -41,6 +43,16 @@ def on_cpu(tensor: Tensor) -> Tensor:
     if tensor.device.type == "meta":
         return torch.zeros(tensor.size(), dtype=tensor.dtype)
     return tensor.detach().to("cpu", copy=True)
+
+
+def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The mode in which tensors like this one are made: a fake tensor's own, on whose devices nothing is allocated."""
+    return maybe_get_fake_mode(tensor) or contextlib.nullcontext()
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is more to a tensor than its form; a meta or fake one has no values."""
+    return not tensor.is_meta and maybe_get_fake_mode(tensor) is None
 
 
 class _Converted(TorchFunctionMode):
@@ -134,6 +146,8 @@ def _deep_copy(
     forced: list[nn.Module],
 ) -> tuple[T, dict[int, Any]]:  # fmt: skip
     memo = dict(given)
+    for mode in {maybe_get_fake_mode(tensor) for module in modules for tensor in module.parameters(recurse=False)}:
+        memo[id(mode)] = mode  # the copy of a fake tensor is of the same mode
     functions = _with_empty_cells(modules, memo) if independent else []
     result = copy.deepcopy(value, memo)
     for module in reversed(forced):  # copied by us, whatever its class says; children before their parents

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .methods import unwrapped
 
@@ -175,7 +175,8 @@ class _OwnDraws(TorchDispatchMode):
 
 
 def _global_states() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.initial_seed()
+    with _disable_current_modes():
+        return random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.initial_seed()
 
 
 def _set_back(before: tuple[Any, ...], alone: bool, numpy_is_ours: bool = False) -> None:
@@ -183,9 +184,10 @@ def _set_back(before: tuple[Any, ...], alone: bool, numpy_is_ours: bool = False)
     With other threads about, a state that moved is theirs."""
     python, numpy, state, seed = before
     now: Any
-    if torch.initial_seed() != seed or (alone and not torch.equal(torch.get_rng_state(), state)):
-        torch.default_generator.manual_seed(seed)
-        torch.set_rng_state(state)
+    with _disable_current_modes():  # a FakeTensorMode of the caller's takes no real tensors, and states are such
+        if torch.initial_seed() != seed or (alone and not torch.equal(torch.get_rng_state(), state)):
+            torch.default_generator.manual_seed(seed)
+            torch.set_rng_state(state)
     if alone and random.getstate() != python:
         random.setstate(python)
     if alone or numpy_is_ours:  # calls of NumPy's generator are not told to sys.setprofile

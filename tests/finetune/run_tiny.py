@@ -2,7 +2,7 @@
 
 ``loader`` among the flags: the data in a DataLoader of the caller's own; ``unused``: a network with a layer that its forward
 does not call.
-SE_TEST_DIE_AT: the update after which the process kills itself.
+SE_TEST_DIE_AT: the update after which the process kills itself. SE_TEST_ENDS: a folder in which each process notes how it ends.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from tiny import tiny_config, tiny_data, tiny_network
@@ -40,4 +41,9 @@ if __name__ == "__main__":
     if "unused" in flags:
         model.unused = nn.Linear(2, 2)
     train = DataLoader(data.train, 32, num_workers=2) if "loader" in flags else data.train
-    finetune(model, train, data.val, config=config, output_dir=output, resume="resume" in flags)
+    try:
+        finetune(model, train, data.val, config=config, output_dir=output, resume="resume" in flags)
+    except BaseException as error:
+        if "SE_TEST_ENDS" in os.environ:
+            (Path(os.environ["SE_TEST_ENDS"]) / os.environ["RANK"]).write_text(repr(error))
+        raise

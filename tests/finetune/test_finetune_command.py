@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -41,10 +43,24 @@ def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path)
     assert f"best validation accuracy {accuracy:.2%}" in said
     assert FinetuneConfig.from_yaml(output / "config.yaml").num_classes == 10
     assert "resumed" in run("finetune", "--resume", str(output))
-    with pytest.raises(RetrofitError, match=r"--resume takes everything from .*run.yaml; leave out epochs, model"):
-        run("finetune", "resnet18", "--epochs", "3", "--resume", str(output))
+    with pytest.raises(RetrofitError, match=r"--resume takes all but --epochs from .*run.yaml; leave out lr, model"):
+        run("finetune", "resnet18", "--lr", "3", "--resume", str(output))
     with pytest.raises(RetrofitError, match=r"holds no run to resume"):
         run("finetune", "--resume", str(tmp_path))
+
+
+def test_a_run_that_is_over_is_extended_and_resumed_as_the_longer_one(tmp_path: Path) -> None:
+    run("finetune", "timm/test_resnet", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(tmp_path))
+    command = yaml.safe_load((tmp_path / "run.yaml").read_text())["command"]
+    run("finetune", "--resume", str(tmp_path), "--epochs", "2")
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == [0, 1, 2]
+    run("finetune", "--resume", str(tmp_path))
+    described = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert described["command"] == command
+    assert described["config"]["epochs"] == 2
+    with pytest.raises(RetrofitError, match="epochs: 2 then, 1 now"):
+        run("finetune", "--resume", str(tmp_path), "--epochs", "1")
 
 
 def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,23 @@ RECIPE = {
 }
 
 
-def launch(
-    processes: int, output: Path, fields: dict[str, Any], *flags: str, **env: str
-) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = [
+    return [
         "-m",
         "torch.distributed.run",
         f"--nproc_per_node={processes}",
         "--master_addr=127.0.0.1",
         f"--master_port={port}",
     ]
-    launcher = torchrun if processes > 1 else []
+
+
+def launch(
+    processes: int, output: Path, fields: dict[str, Any], *flags: str, **env: str
+) -> subprocess.CompletedProcess[str]:
+    launcher = torchrun(processes) if processes > 1 else []
     path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, *launcher, str(HERE / "run_tiny.py"), str(output), json.dumps(fields), *flags],
@@ -106,3 +111,31 @@ def test_two_processes_train_a_network_with_unused_parameters_where_they_are_tol
     assert launch(2, tmp_path / "not told", fields, "unused").returncode != 0
     told = launch(2, tmp_path / "told", {**fields, "find_unused_parameters": True}, "unused")
     assert told.returncode == 0, told.stderr
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("group", [False, True], ids=["torchrun", "group"])
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, "SystemExit(143)"), (signal.SIGINT, "KeyboardInterrupt()")], ids=str
+)
+def test_a_signal_to_torchrun_or_to_all_writes_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, end: str, group: bool
+) -> None:
+    output, ends = tmp_path / "run", tmp_path / "ends"
+    ends.mkdir()
+    fields = {"epochs": 500, "batch_size": 16, "workers": 1, "checkpoint_minutes": 100.0}
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    process = subprocess.Popen(
+        [sys.executable, *torchrun(2), str(HERE / "run_tiny.py"), str(output), json.dumps(fields)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "SE_TEST_ENDS": str(ends)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    updates = output / "updates.jsonl"
+    while process.poll() is None and not (updates.exists() and len(updates.read_text().splitlines()) >= 3):
+        time.sleep(0.01)
+    (os.killpg if group else os.kill)(process.pid, number)
+    said = process.communicate(timeout=120)[0]
+    # torchrun itself ends with 1, whatever its processes end with
+    assert {rank.name: rank.read_text() for rank in ends.iterdir()} == {"0": end, "1": end}, said
+    assert said.count("the checkpoint in") == 1
+    assert json.loads((output / "last" / "training.json").read_text())["progress"]["updates"] >= 3

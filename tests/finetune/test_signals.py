@@ -29,8 +29,19 @@ def progress_in(output: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("loader", [pytest.param("", marks=pytest.mark.sweep), "loader"])
-def test_sigterm_to_the_process_group_with_loading_workers_writes_a_checkpoint(tmp_path: Path, loader: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "loader"),
+    [
+        (signal.SIGTERM, 143, "loader"),
+        pytest.param(signal.SIGTERM, 143, "", marks=pytest.mark.sweep),
+        # by its own handler Python ends itself by the signal, which a shell tells as 130
+        pytest.param(signal.SIGINT, -signal.SIGINT, "loader", marks=pytest.mark.sweep),
+        pytest.param(signal.SIGINT, -signal.SIGINT, "", marks=pytest.mark.sweep),
+    ],
+)
+def test_a_signal_to_the_process_group_with_loading_workers_writes_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, code: int, loader: str
+) -> None:
     path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     fields = {"epochs": 500, "checkpoint_minutes": 100.0, "workers": 2}
     process = subprocess.Popen(
@@ -41,9 +52,9 @@ def test_sigterm_to_the_process_group_with_loading_workers_writes_a_checkpoint(t
     updates = tmp_path / "updates.jsonl"
     while process.poll() is None and not (updates.exists() and len(updates.read_text().splitlines()) >= 3):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, said
+    assert process.returncode == code, said
     assert "stopping: " in said
     assert progress_in(tmp_path)["updates"] >= 3
 

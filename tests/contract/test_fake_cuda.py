@@ -1,0 +1,130 @@
+"""Networks on a CUDA that isn't there: a tensor on the wrong device shows without a GPU.
+
+A ``FakeTensorMode`` has shapes, dtypes and devices but no values, and refuses an operation on tensors of two devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.densenet import DenseNet
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from se_retrofit import (
+    RetrofitError,
+    add_se,
+    excitations,
+    fuse_se,
+    has_se,
+    load_se,
+    plan_of,
+    plan_se,
+    remove_se,
+    report,
+    save_retrofitted,
+    save_se,
+    unfuse_se,
+)
+
+pytestmark = [
+    # copy.deepcopy of a tensor asks for its address, of a fake one, too
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor:UserWarning"),
+]
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "residual": lambda: timm.create_model("resnet10t"),
+    "inverted": lambda: timm.create_model("mobilenetv2_035"),
+    "ConvNeXt": lambda: timm.create_model("convnext_atto"),
+    "dense": lambda: DenseNet(growth_rate=8, block_config=(2, 2)),
+}
+
+
+@pytest.fixture
+def mode() -> FakeTensorMode:
+    return FakeTensorMode()
+
+
+def on_fake_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The network with fake tensors of its shapes in place of its own. Some can't be built of them from the start: their
+    constructors read values."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+
+    with mode:
+        return model._apply(fake)
+
+
+@pytest.fixture(params=list(KINDS))
+def network(request: pytest.FixtureRequest, mode: FakeTensorMode) -> nn.Module:
+    return on_fake_cuda(KINDS[request.param](), mode)
+
+
+@pytest.fixture(params=["in the mode", "outside of it"])
+def where(request: pytest.FixtureRequest, mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
+    return mode if request.param == "in the mode" else contextlib.nullcontext()
+
+
+def runs_on_cuda(model: nn.Module, mode: FakeTensorMode) -> bool:
+    """All that comes out of a forward is on the model's device. A backward needs a real one: autograd has a thread for each."""
+    with mode:
+        x = torch.randn(2, 3, 64, 64, device="cuda")
+        y = model.train()(x)
+        with torch.no_grad():
+            z = model.eval()(x)
+    return {str(t.device) for t in (y, z, *model.parameters(), *model.buffers())} == {"cuda:0"}
+
+
+@pytest.mark.parametrize("gate", ["identity", "sigmoid", "static"])
+def test_every_se_parameter_is_on_the_models_device(network: nn.Module, mode: FakeTensorMode, gate: str) -> None:
+    before = torch.get_rng_state()
+    model = add_se(network, gate=gate)
+    new = model.state_dict().keys() - network.state_dict().keys()
+    assert len(new) >= len(plan_se(network).sites)
+    assert {str(model.state_dict()[key].device) for key in new} == {"cuda:0"}
+    assert all(value.fake_mode is mode for value in model.state_dict().values())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert runs_on_cuda(model, mode)
+
+
+def test_the_surgery_does_on_cuda_what_it_does_elsewhere(
+    network: nn.Module, mode: FakeTensorMode, where: contextlib.AbstractContextManager[Any]
+) -> None:
+    keys = list(network.state_dict())
+    with where:
+        model = add_se(network, inplace=True)
+        assert has_se(model)
+        assert [row.path for row in report(model).rows] == [site.path for site in plan_of(model).sites]
+        assert runs_on_cuda(model, mode)
+        remove_se(model, inplace=True)
+        assert runs_on_cuda(model, mode)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_fused_network_runs_on_cuda(mode: FakeTensorMode, where: contextlib.AbstractContextManager[Any]) -> None:
+    model = on_fake_cuda(KINDS["residual"](), mode)
+    with where:
+        fused = fuse_se(add_se(model))
+        assert runs_on_cuda(fused, mode)
+        assert runs_on_cuda(unfuse_se(fused), mode)
+
+
+def test_what_needs_values_says_that_there_are_none(tmp_path: Path, mode: FakeTensorMode) -> None:
+    model = add_se(on_fake_cuda(KINDS["residual"](), mode))
+    file = save_se(add_se(KINDS["residual"]()), tmp_path / "real.safetensors")
+    with pytest.raises(RetrofitError, match="is a fake tensor and has no values"):
+        load_se(model, file)
+    with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor and has no values"):
+        save_retrofitted(model, tmp_path / "saved")
+    with pytest.raises(RetrofitError, match="is a fake tensor and has no values"):
+        save_se(model, tmp_path / "se.safetensors")
+    with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor, so there are no gates to look at"):
+        excitations(model, [torch.randn(1, 3, 64, 64)])
+    assert list(tmp_path.iterdir()) == [file]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, NamedData, evaluate, finetune
+
+Network = Callable[..., nn.Module]
+Config = Callable[..., FinetuneConfig]
+Same = Callable[[dict[str, Any], dict[str, Any]], bool]
+
+
+def test_each_event_is_told_with_its_facts(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
+    told: list[tuple[str, Facts]] = []
+
+    def teller(event: str) -> Callable[[Facts], None]:
+        return lambda facts: told.append((event, facts))
+
+    events = ("update", "evaluation", "epoch", "training")
+    callbacks = Callbacks(**{f"after_{event}": teller(event) for event in events})
+    model = network()
+    recipe = config(log_every=3, ema_decay=0.9)
+    result = finetune(
+        model, digits.train, digits.val, config=recipe, output_dir=tmp_path, quiet=True, callbacks=callbacks
+    )
+    updates = [("update", 1)] * 8, [("update", 2)] * 8
+    ends = [[("evaluation", epoch), ("epoch", epoch)] for epoch in (1, 2)]
+    expected = [("evaluation", 0), *updates[0], *ends[0], *updates[1], *ends[1], ("training", 2)]
+    assert [(event, facts.epoch) for event, facts in told] == expected
+    steps = [facts for event, facts in told if event == "update"]
+    assert [facts.update for facts in steps] == list(range(1, 17))
+    losses = torch.stack([facts.loss for facts in steps])
+    assert losses[8:].mean().item() == pytest.approx(result.history[2]["train_loss"])
+    assert all(facts.model is model and facts.tested is not model for facts in steps)
+    assert [dict(row) for row in told[-1][1].history] == result.history
+    with pytest.raises(TypeError):
+        told[-1][1].history[-1]["val_loss"] = 0.0  # type: ignore[index]
+
+
+def test_a_run_with_callbacks_that_evaluate_and_draw_gives_the_same_weights(
+    network: Network, config: Config, digits: NamedData, same: Same
+) -> None:
+    def look(facts: Facts) -> None:
+        torch.rand(3)
+        if facts.loss is None:
+            evaluate(facts.model, few, config=config())
+
+    few = Subset(digits.val, range(16))
+    recipe = config(mixup=0.4, epochs=1, batch_size=16)
+    told, untold = network(drop_rate=0.2), network(drop_rate=0.2)
+    train = Subset(digits.train, range(64))
+    finetune(told, train, few, config=recipe, quiet=True, callbacks=Callbacks(look, look, look, look))
+    finetune(untold, train, few, config=recipe, quiet=True)
+    assert same(told.state_dict(), untold.state_dict())
+
+
+@pytest.mark.parametrize("event", ["after_update", "after_evaluation", "after_epoch", "after_training"])
+def test_what_a_callback_raises_ends_the_run_and_it_goes_on_without_the_callback(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path, same: Same, event: str
+) -> None:
+    train, few = Subset(digits.train, range(64)), Subset(digits.val, range(16))
+    recipe = config(trainable="se", epochs=1)
+    handler, mode = signal.getsignal(signal.SIGTERM), torch.get_rng_state()
+
+    def fail(facts: Facts) -> None:
+        raise ZeroDivisionError(event)
+
+    model = network().eval()
+    with pytest.raises(ZeroDivisionError, match=event):
+        finetune(
+            model, train, few, config=recipe, output_dir=tmp_path, quiet=True,
+            callbacks=Callbacks(**{event: fail}),
+        )  # fmt: skip
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert torch.equal(torch.get_rng_state(), mode)
+    assert not model.training
+    assert all(p.requires_grad for p in model.parameters())
+    again, whole = network(), network()
+    finetune(again, train, few, config=recipe, output_dir=tmp_path, resume=True, quiet=True)
+    finetune(whole, train, few, config=recipe, quiet=True)
+    assert same(again.state_dict(), whole.state_dict())
+
+
+def test_what_is_no_callback_is_refused(network: Network, config: Config, digits: NamedData) -> None:
+    with pytest.raises(TypeError, match=r"after_epoch must be a function of the run's facts, got 3"):
+        Callbacks(after_epoch=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"callbacks must be Callbacks\(after_epoch=\.\.\., \.\.\.\), got"):
+        finetune(network(), digits.train, config=config(), callbacks=print, quiet=True)  # type: ignore[arg-type]
