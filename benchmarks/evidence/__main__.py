@@ -92,9 +92,10 @@ def main() -> int:
     tasks = [options.data] if options.data else options.tasks
     if not options.only_page:
         run(list(units_of(bench, options.studies, tasks, options.networks, options.seeds, options.arms)), options.jobs)
-    from .page import write_page
+    from .page import Selection, write_page
 
-    write_page(bench, options.page, tasks, options.networks, options.seeds, options.arms)
+    reader = Bench(options.folder, bench.setting, only_reads=True)
+    write_page(options.page, Selection(reader, tasks, options.networks, options.seeds, options.arms))
     print(f"{options.page} written")
     return 0
 

@@ -44,24 +44,24 @@ def gradmax_run(bench: Bench, task: str, network: str, seed: int, init: str, epo
         "epochs": epochs,
         "lr": GRADMAX_LR,
     }
-    if run not in bench.results:
-        data = bench.task(task)
 
-        def build(base: nn.Module, example: Tensor) -> nn.Module:
-            model = ARMS["SE"].build(base, example)
-            if init == "gradmax":
-                for path, signals in collect(model, data.train, IMAGES).items():
-                    se = model.get_submodule(path)
-                    assert isinstance(se, SEAttention)
-                    with torch.no_grad():
-                        first = se.get_parameter("fc.0.weight")
-                        first.copy_(first_layer(signals, first))
-            return model
+    def build(base: nn.Module, example: Tensor) -> nn.Module:
+        model = ARMS["SE"].build(base, example)
+        if init == "gradmax":
+            for path, signals in collect(model, bench.task(task).train, IMAGES).items():
+                se = model.get_submodule(path)
+                assert isinstance(se, SEAttention)
+                with torch.no_grad():
+                    first = se.get_parameter("fc.0.weight")
+                    first.copy_(first_layer(signals, first))
+        return model
 
-        arm = Arm("", build)
+    def carry_out() -> dict[str, Any]:
+        arm, data = Arm("", build), bench.task(task)
         model = arm.prepare(bench.base(task, network, seed), data.train.images[:1], seed)
-        bench.results.add(run, bench.outcome(model, data, arm, GRADMAX_LR, seed, epochs))
-    return bench.results[run]
+        return bench.trained(model, data, arm, GRADMAX_LR, seed, epochs)
+
+    return bench.outcome_of(run, carry_out)
 
 
 def gradmax_study(bench: Bench, task: str, network: str, seeds: int) -> Iterator[None]:

@@ -1,131 +1,217 @@
-"""The tables and pictures of docs/evidence.md, from the raw results. The prose around them is written by hand and stays."""
+"""The tables of docs/evidence.md, from the raw results. The prose around them is written by hand and stays."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
-
-from scipy.stats import t
+from statistics import fmean
+from typing import Any, TypeVar
 
 from .arms import ARMS
-from .study import RATES, Bench
+from .difference import Difference
+from .gradmax import EPOCHS, gradmax_run
+from .pictures import draw_differences, draw_tasks
+from .scores import SCORES
+from .sites import DEPTH, Scored, rank_correlation, scored
+from .studies import GRADMAX_TASKS, NETWORK, SEEDS
+from .study import RATES, Bench, Missing
 
-__all__ = ["Difference", "differences", "write_page"]
+__all__ = ["Selection", "write_page"]
 
-NOT_SEARCHED = ("plain",)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences, in points, with half the width of its 95% interval (Student's t)."""
+class Selection:
+    """Which results the page shows: those of these tasks, networks and arms, where all seeds are there.
 
-    mean: float
-    half: float
-    count: int
+    Args:
+        bench: one that only reads; what has not been run is left out.
+    """
 
-    @classmethod
-    def of(cls, values: list[float]) -> Difference:
-        if len(values) < 2:
-            return cls(fmean(values), float("nan"), len(values))
-        half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-        return cls(fmean(values), half, len(values))
+    bench: Bench
+    tasks: list[str]
+    networks: list[str]
+    seeds: int
+    arms: list[str]
 
-    def __str__(self) -> str:
-        text = f"{self.mean:+.2f} ± {self.half:.2f}"
-        return f"**{text}**" if abs(self.mean) > self.half else text
+    def run(self, task: str, network: str, seed: int, arm: str) -> dict[str, Any]:
+        return self.bench.go_on(task, network, seed, arm, self.bench.best_lr(task, network, arm))
+
+    def cells(self) -> list[tuple[str, str]]:
+        """Networks and tasks all of whose runs are there."""
+        return [(n, t) for n in self.networks for t in self.tasks if self._is_complete(n, t)]
+
+    def differences(self, task: str, network: str, arm: str, against: str) -> list[float]:
+        """For each seed, the accuracy of an arm above that of another, in points."""
+        pairs = ((self.run(task, network, s, arm), self.run(task, network, s, against)) for s in range(self.seeds))
+        return [100 * (run["accuracy"] - other["accuracy"]) for run, other in pairs]
+
+    def by_cell(self, arm: str, against: str) -> dict[str, Difference]:
+        """The differences of all cells, by their names, and last that of their means."""
+        found = {f"{n}, {t}": Difference.of(self.differences(t, n, arm, against)) for n, t in self.cells()}
+        if len(found) > 1:
+            found["all"] = Difference.of([d.mean for d in found.values()])
+        return found
+
+    def _is_complete(self, network: str, task: str) -> bool:
+        try:
+            for seed in range(self.seeds):
+                for arm in self.arms:
+                    self.run(task, network, seed, arm)
+        except Missing:
+            return False
+        return True
 
 
-def differences(bench: Bench, task: str, network: str, seeds: int, arm: str, against: str) -> list[float]:
-    """For each seed, the accuracy of an arm above that of another, in points."""
-    return [
-        100
-        * (_run(bench, task, network, seed, arm)["accuracy"] - _run(bench, task, network, seed, against)["accuracy"])
-        for seed in range(seeds)
-    ]
+def write_page(page: Path, chosen: Selection, *, pictures: bool = True) -> None:
+    """Fill in what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and draw the pictures beside the page. A page that
+    is missing is made.
 
-
-def _run(bench: Bench, task: str, network: str, seed: int, arm: str) -> dict[str, Any]:
-    return bench.go_on(task, network, seed, arm, bench.best_lr(task, network, arm))
-
-
-def write_page(bench: Bench, page: Path, tasks: list[str], networks: list[str], seeds: int, arms: list[str]) -> None:
-    """Fill in what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; a page that is missing is made."""
-    parts = {
-        "setting": lambda: _setting(bench, seeds),
-        "against-plain": lambda: _against(bench, tasks, networks, seeds, _whole(arms), "plain"),
-        "against-static": lambda: _against(bench, tasks, networks, seeds, ["SE"], "static factors"),
-        "parts-only": lambda: _against(bench, tasks, networks, seeds, _only(arms), "head only"),
-        "costs": lambda: _costs(bench, tasks, networks, seeds, arms),
+    Args:
+        page: a Markdown file.
+        chosen: what it shows.
+        pictures: whether they are drawn.
+    """
+    parts: dict[str, Callable[[Selection], str]] = {
+        "setting": _setting,
+        "against-plain": lambda c: _against(c, [a for a in c.arms if ARMS[a].trains == "all"], "plain"),
+        "against-static": lambda c: _against(c, ["SE"], "static factors"),
+        "parts-only": lambda c: _against(c, [a for a in c.arms if ARMS[a].trains != "all"], "head only"),
+        "costs": _costs,
+        "sites": _sites,
+        "gradmax": _gradmax,
     }
-    text = page.read_text(encoding="utf-8") if page.exists() else _skeleton(parts)
+    text = page.read_text(encoding="utf-8") if page.exists() else _skeleton(list(parts))
     for name, make in parts.items():
         marks = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if marks.search(text):
-            made = make()
+            made = make(chosen)
             text = marks.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)  # type: ignore[misc]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")
+    if pictures:
+        _draw(page, chosen)
 
 
-def _skeleton(parts: dict[str, Callable[[], str]]) -> str:
+def _draw(page: Path, chosen: Selection) -> None:
+    if {"SE", "plain", "static factors"} <= set(chosen.arms) and chosen.cells():
+        compared = {f"SE - {control}": chosen.by_cell("SE", control) for control in ("plain", "static factors")}
+        draw_differences(compared, page.with_name(f"{page.stem}-differences.svg"))
+    draw_tasks({task: chosen.bench.task(task) for task in chosen.tasks}, page.with_name(f"{page.stem}-tasks.png"))
+
+
+def _skeleton(parts: list[str]) -> str:
     sections = (
         f"## {name.replace('-', ' ').capitalize()}\n\n<!-- begin {name} -->\n<!-- end {name} -->\n" for name in parts
     )
     return "# Does SE help?\n\n" + "\n".join(sections)
 
 
-def _whole(arms: list[str]) -> list[str]:
-    return [a for a in arms if ARMS[a].trains == "all" and a != "plain"]
-
-
-def _only(arms: list[str]) -> list[str]:
-    return [a for a in arms if ARMS[a].trains != "all" and a != "head only"]
-
-
-def _setting(bench: Bench, seeds: int) -> str:
-    s = bench.setting
+def _setting(chosen: Selection) -> str:
+    s = chosen.bench.setting
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     return (
-        f"{s.train:,} images to train on, {s.test:,} to test on, {s.base_epochs} epochs from scratch, then {s.epochs} more for each arm; "
-        f"{seeds} seeds; learning rates {rates}, chosen for each arm, task and network by the validation accuracy of one further seed."
+        f"{s.train:,} images to train on, {s.test:,} to test on, {s.base_epochs} epochs from scratch, then {s.epochs} more "
+        f"for each arm; {chosen.seeds} seeds; learning rates {rates}, chosen for each arm, task and network by the validation "
+        f"accuracy of one further seed."
     )
 
 
-def _against(bench: Bench, tasks: list[str], networks: list[str], seeds: int, arms: list[str], control: str) -> str:
+def _against(chosen: Selection, arms: list[str], control: str) -> str:
     """One row per task and network, and the mean over all of them."""
-    rows, means = [], {arm: [] for arm in arms}  # type: ignore[var-annotated]
-    for network in networks:
-        for task in tasks:
-            level = 100 * fmean(_run(bench, task, network, seed, control)["accuracy"] for seed in range(seeds))
-            cells = [network, task, f"{level:.1f}"]
-            for arm in arms:
-                found = Difference.of(differences(bench, task, network, seeds, arm, control))
-                means[arm].append(found.mean)
-                cells.append(str(found))
-            rows.append(cells)
-    rows.append(["all", f"{len(rows)} rows", "", *(str(Difference.of(means[arm])) for arm in arms)])
+    arms = [arm for arm in arms if arm != control]
+    if control not in chosen.arms or not arms or not chosen.cells():
+        return "No results yet."
+    columns = [chosen.by_cell(arm, control) for arm in arms]
+    rows = []
+    for network, task in chosen.cells():
+        level = 100 * fmean(chosen.run(task, network, seed, control)["accuracy"] for seed in range(chosen.seeds))
+        rows.append([network, task, f"{level:.1f}", *(str(column[f"{network}, {task}"]) for column in columns)])
+    if len(rows) > 1:
+        rows.append(["all", f"{len(rows)} rows", "", *(str(column["all"]) for column in columns)])
     return _table(["network", "task", f"{control}, %", *arms], rows)
 
 
-def _costs(bench: Bench, tasks: list[str], networks: list[str], seeds: int, arms: list[str]) -> str:
+def _costs(chosen: Selection) -> str:
+    """What each arm starts from, and what a training takes, over all cells and seeds."""
+    seeds = range(chosen.seeds)
     rows = []
-    for arm in arms:
-        runs = [
-            (_run(bench, k, n, s, arm), _run(bench, k, n, s, "plain"))
-            for n in networks
-            for k in tasks
-            for s in range(seeds)
-        ]
-        start = 100 * fmean(run["start_accuracy"] for run, _ in runs)
-        time = fmean(run["cpu_seconds"] / plain["cpu_seconds"] for run, plain in runs)
-        rows.append([arm, f"{start:.1f}", f"{100 * fmean(run['accuracy'] for run, _ in runs):.1f}", f"{time:.2f}"])
-    return _table(["arm", "accuracy before, %", "after, %", "time of training / plain"], rows)
+    for arm in chosen.arms:
+        runs = [chosen.run(t, n, s, arm) for n, t in chosen.cells() for s in seeds]
+        plain = [chosen.run(t, n, s, chosen.arms[0]) for n, t in chosen.cells() for s in seeds]
+        if not runs:
+            return "No results yet."
+        time = fmean(run["cpu_seconds"] / other["cpu_seconds"] for run, other in zip(runs, plain, strict=True))
+        start, after = (100 * fmean(run[name] for run in runs) for name in ("start_accuracy", "accuracy"))
+        rows.append([arm, f"{start:.1f}", f"{after:.1f}", f"{time:.2f}"])
+    return _table(["arm", "accuracy before, %", "after, %", f"time of training / {chosen.arms[0]}"], rows)
+
+
+def _sites(chosen: Selection) -> str:
+    """Rank correlations of the scores with the gains of single sites, by task, and over all bases. What one base's gains say of
+    another's tells how much of a gain belongs to the site at all."""
+    found: dict[str, list[Scored]] = {}
+    for task in chosen.tasks:
+        if bases := list(_present(lambda seed, task=task: scored(chosen.bench, task, NETWORK, seed))):  # type: ignore[misc]
+            found[task] = bases
+    if not found:
+        return "No results yet."
+    by_task = {task: [base.correlations() for base in bases] for task, bases in found.items()}
+    rows = [_row(name, {task: [c[name] for c in each] for task, each in by_task.items()}) for name in (*SCORES, DEPTH)]
+    pairs = {
+        task: [rank_correlation(a.gains, b.gains) for a, b in combinations(bases, 2)] for task, bases in found.items()
+    }
+    if all(pairs.values()):
+        means = [fmean(values) for values in pairs.values()]
+        rows.append(["gains with another base", *(f"{mean:+.2f}" for mean in means), f"{fmean(means):+.2f}"])
+    largest = [fmean(max(base.gains) for base in bases) for bases in found.values()]
+    rows.append(["largest gain of a site, nats", *(f"{gain:.3f}" for gain in largest), f"{fmean(largest):.3f}"])
+    return _table(["score", *found, f"all {sum(map(len, found.values()))} bases"], rows)
+
+
+def _row(name: str, by_task: dict[str, list[float]]) -> list[str]:
+    overall = Difference.of([value for values in by_task.values() for value in values])
+    return [name, *(f"{fmean(values):+.2f}" for values in by_task.values()), str(overall)]
+
+
+def _gradmax(chosen: Selection) -> str:
+    """Accuracy of GradMax's first layer above that of a random one, by task and number of epochs."""
+    rows, everything = [], {epochs: [] for epochs in EPOCHS}  # type: ignore[var-annotated]
+    for task in (t for t in chosen.tasks if t in GRADMAX_TASKS):
+        cells = []
+        for epochs in EPOCHS:
+
+            def difference(seed: int, task: str = task, epochs: int = epochs) -> float:
+                made, drawn = (gradmax_run(chosen.bench, task, NETWORK, seed, i, epochs) for i in ("gradmax", "random"))
+                return 100 * float(made["accuracy"] - drawn["accuracy"])
+
+            values = list(_present(difference))
+            if not values:
+                break
+            everything[epochs] += values
+            cells.append(str(Difference.of(values)))
+        else:
+            rows.append([task, *cells])
+    if not rows:
+        return "No results yet."
+    rows.append(["all", *(str(Difference.of(values)) for values in everything.values())])
+    return _table(["task", *(f"after {n} epoch{'s' * (n > 1)}" for n in EPOCHS)], rows)
+
+
+def _present(of_seed: Callable[[int], T]) -> Iterator[T]:
+    """What there is for the seeds of the second and the third study."""
+    for seed in range(SEEDS):
+        try:
+            yield of_seed(seed)
+        except Missing:
+            continue
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], f"|{' --- |' * len(header)}", *lines[1:]])

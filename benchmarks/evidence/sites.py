@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from .scores import SCORES
 from .signals import collect
 from .study import Bench
 
-__all__ = ["correlations", "site_gains", "sites_study"]
+__all__ = ["DEPTH", "Scored", "rank_correlation", "scored", "site_gains", "sites_study"]
 
+DEPTH = "how deep the block is"
 SITE_LR = 2e-3
 IMAGES = 1000  # that the scores look at
 
@@ -31,12 +33,14 @@ def site_run(bench: Bench, task: str, network: str, seed: int, block: str | None
     """Training SE in one block and the head, or the head alone as the control, on images that the base has not seen."""
     epochs = bench.setting.epochs
     run = {"study": "sites", **bench.description(task, network, seed), "block": block, "epochs": epochs, "lr": SITE_LR}
-    if run not in bench.results:
+
+    def carry_out() -> dict[str, Any]:
         data = bench.task(task)
         arm = Arm("", with_se(include=block), "se") if block is not None else ARMS["head only"]
         model = arm.prepare(bench.base(task, network, seed), data.train.images[:1], seed)
-        bench.results.add(run, bench.outcome(model, data, arm, SITE_LR, seed, epochs, data.fresh))
-    return bench.results[run]
+        return bench.trained(model, data, arm, SITE_LR, seed, epochs, data.fresh)
+
+    return bench.outcome_of(run, carry_out)
 
 
 def site_gains(bench: Bench, task: str, network: str, seed: int) -> dict[str, float]:
@@ -52,21 +56,41 @@ def site_gains(bench: Bench, task: str, network: str, seed: int) -> dict[str, fl
     return {block: gain(block) for block in blocks}
 
 
-def correlations(bench: Bench, task: str, network: str, seed: int) -> dict[str, float]:
-    """Spearman's rank correlation of each score with the gains, over the blocks of one base."""
+@dataclass(frozen=True)
+class Scored:
+    """One base's blocks, in the network's order.
+
+    Attributes:
+        gains: of each block, measured, in nats.
+        scores: by the name of each score, its value for each block.
+    """
+
+    gains: list[float]
+    scores: dict[str, list[float]]
+
+    def correlations(self) -> dict[str, float]:
+        """Spearman's rank correlation of each score with the gains; that of how deep a block is, for comparison."""
+        scores: dict[str, Sequence[float]] = {**self.scores, DEPTH: range(len(self.gains))}
+        return {name: rank_correlation(values, self.gains) for name, values in scores.items()}
+
+
+def rank_correlation(these: Sequence[float], those: Sequence[float]) -> float:
+    return float(spearmanr(these, those)[0])
+
+
+def scored(bench: Bench, task: str, network: str, seed: int) -> Scored:
+    """The gains and the scores of all blocks of one base."""
     run = {"study": "scores", **bench.description(task, network, seed), "epochs": bench.setting.epochs, "lr": SITE_LR}
-    if run not in bench.results:
+
+    def carry_out() -> dict[str, Any]:
         gains, data = site_gains(bench, task, network, seed), bench.task(task)
         assert data.fresh is not None
         model = add_se(bench.base(task, network, seed), example_inputs=data.train.images[:1])
         seen = {path.rpartition(".")[0]: s for path, s in collect(model, data.fresh, IMAGES).items()}
-        found = {
-            name: float(spearmanr([score(seen[b]) for b in gains], list(gains.values()))[0])
-            for name, score in SCORES.items()
-        }
-        bench.results.add(run, {"correlations": found, "largest_gain": max(gains.values())})
-    outcome: dict[str, Any] = bench.results[run]
-    return {**outcome["correlations"], "largest_gain": outcome["largest_gain"]}
+        scores = {name: [score(seen[block]) for block in gains] for name, score in SCORES.items()}
+        return {"gains": list(gains.values()), "scores": scores}
+
+    return Scored(**bench.outcome_of(run, carry_out))
 
 
 def sites_study(bench: Bench, task: str, network: str, seeds: int) -> Iterator[None]:
@@ -77,5 +101,5 @@ def sites_study(bench: Bench, task: str, network: str, seeds: int) -> Iterator[N
         for block in (None, *blocks):
             site_run(bench, task, network, seed, block)
             yield
-        correlations(bench, task, network, seed)
+        scored(bench, task, network, seed)
         yield

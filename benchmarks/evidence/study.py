@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .results import Results
 from .tasks import Part, Task, folder_task, load
 from .training import measured, train
 
-__all__ = ["Bench", "Setting", "arms_study"]
+__all__ = ["RATES", "Bench", "Missing", "Setting", "arms_study"]
 
 RATES = (5e-4, 2e-3, 8e-3)  # of the search, the same for each arm
 SEARCH_SEED = 100  # none of the seeds whose results count
@@ -47,12 +47,23 @@ class Setting:
     image_size: int = 24
 
 
+class Missing(LookupError):
+    """A run that has not been carried out is needed where none may be."""
+
+
 @dataclass(frozen=True)
 class Bench:
-    """Where trained bases and finished runs are found again."""
+    """Where trained bases and finished runs are found again.
+
+    Attributes:
+        folder: of ``results.jsonl`` and of the trained bases.
+        setting: what all runs share.
+        only_reads: whether a run that is missing raises :class:`Missing` instead of being carried out.
+    """
 
     folder: Path
     setting: Setting
+    only_reads: bool = False
 
     @property
     def results(self) -> Results:
@@ -66,6 +77,14 @@ class Bench:
         setting = asdict(self.setting)
         del setting["epochs"]  # of what comes after the base
         return {"task": task, "network": network, "seed": seed, **setting}
+
+    def outcome_of(self, run: Mapping[str, Any], carry_out: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """What came of a run, which is carried out where that isn't known yet."""
+        if run not in self.results:
+            if self.only_reads:
+                raise Missing(f"{dict(run)} has not been carried out.")
+            self.results.add(run, carry_out())
+        return self.results[run]
 
     def base(self, task: str, network: str, seed: int) -> nn.Module:
         """The network trained from scratch; kept on disk."""
@@ -93,13 +112,15 @@ class Bench:
         """One run of an arm, or what it came to before."""
         epochs = self.setting.epochs if epochs is None else epochs
         run = {"study": "arms", **self.description(task, network, seed), "arm": arm, "lr": lr, "epochs": epochs}
-        if run not in self.results:
+
+        def carry_out() -> dict[str, Any]:
             data = self.task(task)
             model = ARMS[arm].prepare(self.base(task, network, seed), data.train.images[:1], seed)
-            self.results.add(run, self.outcome(model, data, ARMS[arm], lr, seed, epochs))
-        return self.results[run]
+            return self.trained(model, data, ARMS[arm], lr, seed, epochs)
 
-    def outcome(
+        return self.outcome_of(run, carry_out)
+
+    def trained(
         self, model: nn.Module, data: Task, arm: Arm, lr: float, seed: int, epochs: int, part: Part | None = None
     ) -> dict[str, Any]:
         """Train a network that an arm has prepared, on the training images or on others; measure it before and after."""

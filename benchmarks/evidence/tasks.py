@@ -209,8 +209,11 @@ def digits(train: int) -> Task:
     order = torch.randperm(len(images), generator=generator)
     light = 0.5 + 1.5 * torch.rand(len(images), 1, 1, 1, generator=generator)
     images = (images + 1) * light - 1 + 0.3 * torch.randn(images.shape, generator=generator)
-    parts = (order[:train], order[train : train + train // 2], order[900:])
-    return Task(*(Part(images[part].contiguous(), labels[part]) for part in parts))
+    train_part, val, test = (
+        Part(images[part].contiguous(), labels[part])
+        for part in (order[:train], order[train : train + train // 2], order[900:])
+    )
+    return Task(train_part, val, test)
 
 
 def folder_task(data: str, image_size: int) -> Task:

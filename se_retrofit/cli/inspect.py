@@ -15,13 +15,15 @@ from torch import nn
 
 from ..errors import RetrofitError
 from ..inspection import drawing
+from ..inspection.conditions import Condition, WrongExpression
 from ..inspection.difference import difference_lines
 from ..inspection.graphs import BlockPair, find_block, inspect_model
 from ..inspection.lines import show
+from ..inspection.modules import module_lines
 from ..inspection.page import check_target as check_page
 from ..inspection.page import page
 from ..inspection.printing import block_lines, tree_lines
-from ..inspection.report import report_of
+from ..inspection.report import TOTALS, Report, report_of
 from ..models import Base
 from ..retrofit import add_se
 from .app import app, say
@@ -55,9 +57,14 @@ Examples:
 - `se-retrofit inspect timm/dla34 --diff`
 - `se-retrofit inspect my-network/ --html my-network.html --draw my-network.svg`
 - `se-retrofit inspect mobilenet_v2 --input-size 3x160x160 --json -`
+- `se-retrofit inspect resnet50 --modules --depth 2 --measure`
+- `se-retrofit inspect my-network/ --fail-if 'sites < 16 or parameters_after > 1.2 * parameters_before'`
 
-Exit codes: 0, done; 1, it can't be done; 2, wrong usage.
-"""
+--fail-if takes numbers, + - * /, comparisons, `and`, `or`, `not`, and the totals by name:
+NAMES.
+
+Exit codes: 0, done; 1, it can't be done, or the condition of --fail-if holds; 2, wrong usage.
+""".replace("NAMES", ", ".join(f"`{name}`" for name in TOTALS))
 
 
 @app.command("inspect", help=HELP, no_args_is_help=True)
@@ -71,6 +78,16 @@ def inspect(
     diff: Annotated[
         bool, typer.Option("--diff", help="print the blocks' code before and after, each distinct block once")
     ] = False,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="print each module's parameters, output shape and multiply-adds")
+    ] = False,
+    depth: Annotated[int | None, typer.Option(min=0, help="for --modules: those in at most so many others")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="measure milliseconds and what is saved for the backward pass, too")
+    ] = False,
+    fail_if: Annotated[
+        list[str] | None, typer.Option(help="exit with 1 if this holds, such as 'sites < 16'; repeat it for more")
+    ] = None,
     draw: Annotated[Path | None, typer.Option(help="draw blocks before and after: FILE.svg, .png, .pdf, .dot")] = None,
     html: Annotated[Path | None, typer.Option(help="write all of it as one page, FILE.html")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
@@ -84,18 +101,24 @@ def inspect(
     include: Include = None,
     exclude: Exclude = None,
 ) -> None:
+    if depth is not None and not modules:
+        raise typer.BadParameter("is for --modules", param_hint="--depth")
     check_targets(draw, html, json_file)
+    conditions = conditions_of(fail_if or [], measure)
     inspection = inspect_model(network_of(context, model), None if input_size is None else example_of(input_size))
     to_stdout = str(json_file) == "-"
     console = Console(stderr=to_stdout)
     groups = inspection.distinct() if block is None else [[find_block(inspection, block)]]
-    in_words = not (graph or diff or block)
-    report = report_of(inspection) if html is not None or json_file is not None or in_words else None
+    in_words = not (graph or diff or block or modules)
+    needed = in_words or modules or html is not None or json_file is not None or conditions
+    report = report_of(inspection, measure=measure) if needed else None
     if report is not None and in_words and not to_stdout:
         if console.is_terminal:
             console.print(report)
         else:
             say(console, report)
+    if report is not None and modules:
+        show(module_lines(report.modules, depth), console=console)
     if graph or (block is not None and not diff):
         show(tree_lines(inspection) if block is None else block_lines(groups[0][0]), console=console)
     if diff:
@@ -110,6 +133,34 @@ def inspect(
         say(console, f"wrote {html}")
     if json_file is not None and report is not None:
         write_json(console, {"network": model, **report.to_dict()}, json_file)
+    if report is not None:
+        check_conditions(conditions, report)
+
+
+def conditions_of(texts: list[str], measure: bool) -> list[Condition]:
+    """The conditions of --fail-if, found to be right before the work."""
+    conditions = []
+    for text in texts:
+        try:
+            condition = Condition.read(text, TOTALS)
+        except WrongExpression as error:
+            raise typer.BadParameter(str(error), param_hint="--fail-if") from None
+        measured = [name for name in condition.names if name in ("milliseconds", "saved_bytes")]
+        if measured and not measure:
+            raise typer.BadParameter(f"{measured[0]} is measured with --measure only", param_hint="--fail-if")
+        conditions.append(condition)
+    return conditions
+
+
+def check_conditions(conditions: list[Condition], report: Report) -> None:
+    """Raise if one of them holds."""
+    for condition in conditions:
+        try:
+            holds = condition.holds(report.totals)
+        except WrongExpression as error:
+            raise typer.BadParameter(str(error), param_hint="--fail-if") from None
+        if holds:
+            raise RetrofitError(f"--fail-if {condition.text!r} holds: {condition.told(report.totals)}")
 
 
 def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) -> None:

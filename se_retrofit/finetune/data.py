@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import struct
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
 from .targets import image_weights, targets_together
+from .workers import AfterOurs, begin_worker
 
 __all__ = ["Batch", "Stream", "stream"]
 
@@ -103,7 +102,7 @@ def stream(
             num_workers=workers,
             pin_memory=pin_memory,
             drop_last=train,
-            worker_init_fn=outlast_signals,
+            worker_init_fn=begin_worker,
         )
         return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
     return DatasetStream(
@@ -118,34 +117,6 @@ def default_workers(data: Any, world: int) -> int:
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return max(1, min(8, (os.cpu_count() or 1) // here))
-
-
-def outlast_signals(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all of a job. The main one finishes its
-    update and needs the loading processes for it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_main_process_says_so, daemon=True).start()
-
-
-def _end_when_the_main_process_says_so() -> None:
-    """A loading process ends by the SIGTERM of the main one alone, which is how multiprocessing ends it."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-class Outlasting:
-    """The caller's ``worker_init_fn``, after ``outlast_signals``."""
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
-
-    def __call__(self, worker: int) -> None:
-        outlast_signals(worker)
-        if self.then is not None:
-            self.then(worker)
 
 
 # Datasets
@@ -312,7 +283,7 @@ class DatasetStream:
             num_workers=workers,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=outlast_signals,
+            worker_init_fn=begin_worker,
         )
 
     def __len__(self) -> int:
@@ -374,9 +345,9 @@ class LoaderStream:
                 yield Batch(images, targets, torch.full((len(targets),), mine[1]), [])
 
     def start_workers(self) -> Iterator[Any]:
-        """``iter(loader)``, with loading processes that outlast Ctrl-C and SIGTERM. The loader is left as it was."""
+        """``iter(loader)``, with loading processes that begin with ``begin_worker``. The loader is left as it was."""
         given = self.loader.worker_init_fn
-        self.loader.worker_init_fn = Outlasting(given)
+        self.loader.worker_init_fn = AfterOurs(given)
         try:
             return iter(self.loader)
         finally:

@@ -23,6 +23,7 @@ from ..surgery.isolation import isolated
 from ..surgery.record import Record
 from ..surgery.undo import strip
 from .graphs import Inspection, batch_size
+from .measuring import watched
 
 __all__ = ["Costs", "SiteCost", "costs"]
 
@@ -39,12 +40,13 @@ class SiteCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of the whole network for one input, ``before`` and ``after``; None where the network can't be run to its end
-    without data. ``inputs`` says what one input is."""
+    """Cost of the whole network for one input, ``before`` and ``after``, and after by the path of each ``modules``; None
+    where the network can't be run to its end without data. ``inputs`` says what one input is."""
 
     before: int | None
     after: int | None
     sites: dict[str, SiteCost]
+    modules: dict[str, int] | None
     inputs: str
 
     @property
@@ -71,29 +73,33 @@ def costs(inspection: Inspection) -> Costs:
     before = _count(inspection.model, record, strip)
     after = _count(inspection.model, record, None)
     return Costs(
-        None if before is None else before // batch,
-        None if after is None else after // batch,
+        None if before is None else before[""] // batch,
+        None if after is None else after[""] // batch,
         sites,
+        None if after is None else {path: number // batch for path, number in after.items()},
         _describe((*record.inputs.args, *record.inputs.kwargs.values())),
     )
 
 
-def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None] | None) -> int | None:
-    """The multiply-adds of one more run like the recorded one."""
+def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None] | None) -> dict[str, int] | None:
+    """The multiply-adds of one more run like the recorded one, by module."""
     inputs = record.inputs
     with isolated(model), _disable_current_modes():
         copy = copied(model, on_meta if inputs.is_meta else on_cpu, independent=True).eval()
         if prepare is not None:
             prepare(copy)
+        sums: dict[str, int] = {}
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
-                copy(*inputs.args, **inputs.kwargs)
+                count = counter.get_total_flops
+                with watched(copy, count, lambda before: count() - before, sums):
+                    copy(*inputs.args, **inputs.kwargs)
         except (
             RuntimeError,
             NotImplementedError,
         ):  # the record may mix tensors of meta and of the CPU; a plain run not
             return None
-    return counter.get_total_flops() // 2
+    return {path: flops // 2 for path, flops in sums.items()}
 
 
 def _describe(args: tuple[Any, ...]) -> str:

@@ -15,6 +15,8 @@ from .difference import difference_of
 from .drawing import INSTALL, drawing_of, has_graphviz, svg_of
 from .graphs import BlockPair, Inspection, inspect_model
 from .lines import Line
+from .modules import FIRST_NUMBER as FIRST_MODULE_NUMBER
+from .modules import HEADER, ModuleRow, cells_of
 from .printing import headline, source_lines, tree_lines
 from .report import FIRST_NUMBER, Report, percent, report_of
 
@@ -92,7 +94,27 @@ def page(inspection: Inspection, report: Report | None = None) -> str:
         version=__version__,
         blocks=[_block(inspection, group) for group in inspection.distinct()],
         tree=_lines(tree_lines(inspection)),
+        **_modules(report.modules),
     )
+
+
+def _modules(rows: tuple[ModuleRow, ...]) -> dict[str, Any]:
+    """The table of modules as a tree, which is open down to the stages, and how wide its columns are."""
+    cells = [cells_of(row) for row in rows]
+    kept = [i for i in range(len(HEADER)) if any(row[i] for row in cells)]
+    widths = [max(len(row[i]) for row in (HEADER, *cells)) for i in kept]
+    nodes: dict[str, dict[str, Any]] = {
+        row.path: {"cells": [texts[i] for i in kept], "se": row.se, "open": row.depth < 1, "parts": []}
+        for row, texts in zip(rows, cells, strict=True)
+    }
+    for row in rows[1:]:
+        nodes[row.path.rpartition(".")[0]]["parts"].append(nodes[row.path])
+    return {
+        "modules": nodes[""],
+        "module_header": [HEADER[i] for i in kept],
+        "module_numbers": FIRST_MODULE_NUMBER,
+        "module_widths": " ".join(f"{width + 2}ch" for width in widths),
+    }
 
 
 def _cards(report: Report) -> list[dict[str, str]]:

@@ -14,6 +14,8 @@ from ..retrofit import warn_of_lost_sites
 from ..tables import aligned
 from .costs import costs, human
 from .graphs import Inspection, inspect_model
+from .measuring import measured
+from .modules import ModuleRow, module_lines, module_rows, size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -67,6 +69,9 @@ class Report:
         inputs: one input of the network, as its shape: the multiply-adds are for one.
         multiply_adds_before, multiply_adds_after: of convolutions, linear layers and matrix products; None if unknown.
         squeeze_scale: multiply-adds of SE's squeezes and scales, one for each value, which these leave out.
+        modules: one row per module, the network itself first.
+        milliseconds, saved_bytes: of the whole network for one input, where they were measured (see ``ModuleRow``).
+        measured: on what that was, in words.
     """
 
     model: str
@@ -81,12 +86,30 @@ class Report:
     multiply_adds_before: int | None
     multiply_adds_after: int | None
     squeeze_scale: int
+    modules: tuple[ModuleRow, ...]
+    milliseconds: float | None = None
+    saved_bytes: int | None = None
+    measured: str | None = None
+
+    @property
+    def totals(self) -> dict[str, float | None]:
+        """The totals by name; None for one that is not known."""
+        return {
+            "sites": len(self.rows),
+            "skipped": len(self.skipped),
+            **{name: getattr(self, name) for name in TOTALS[2:]},
+        }
+
+    def module_table(self, depth: int | None = None) -> str:
+        """The modules as a table of text; with ``depth``, only those that are in at most so many others."""
+        return "\n".join(str(line) for line in module_lines(self.modules, depth))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
         data = asdict(self)
         data["rows"] = [{**row, "shape": list(row["shape"])} for row in data["rows"]]
         data["skipped"] = list(data["skipped"])
+        data["modules"] = [{**row, "shapes": [list(shape) for shape in row["shapes"]]} for row in data["modules"]]
         return data
 
     def to_json(self) -> str:
@@ -103,7 +126,7 @@ class Report:
         ]
         if self.multiply_adds_before is None or self.multiply_adds_after is None:
             lines.append(("multiply-adds", "unknown: the network can't be run to its end without data"))
-            return lines
+            return lines + self._measured()
         before, layers = self.multiply_adds_before, self.multiply_adds_after
         after = layers + self.squeeze_scale
         lines += [
@@ -113,7 +136,18 @@ class Report:
             ),
             ("  of layers alone", f"{human(before)} -> {human(layers)} (+{percent(layers - before, before)})"),
         ]
-        return lines
+        return lines + self._measured()
+
+    def _measured(self) -> list[tuple[str, str]]:
+        if self.milliseconds is None:
+            return []
+        ses = [row for row in self.modules if row.se]
+        time = sum(row.milliseconds or 0.0 for row in ses)
+        lines = [("time", f"{self.milliseconds:.2f} ms, of which SE {time:.2f} ms ({self.measured})")]
+        if self.saved_bytes is None:
+            return [*lines, ("saved for backward", "unknown: the network can't be run in train mode on these inputs")]
+        saved = sum(row.saved_bytes or 0 for row in ses)
+        return [*lines, ("saved for backward", f"{size(self.saved_bytes)}, of which SE {size(saved)}")]
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The table as text: its header and its rows."""
@@ -200,6 +234,10 @@ class Report:
 
 
 FIRST_NUMBER = 6
+TOTALS = (
+    "sites", "skipped", "parameters_before", "parameters_after", "trainable_before", "trainable_after",
+    "multiply_adds_before", "multiply_adds_after", "squeeze_scale", "milliseconds", "saved_bytes",
+)  # fmt: skip
 _STYLES = {"SE after": "dark_orange", "block": "bold"}
 
 
@@ -212,16 +250,22 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})"
 
 
-def report(model: nn.Module, example_inputs: Any = None) -> Report:
+def report(model: nn.Module, example_inputs: Any = None, *, measure: bool = False) -> Report:
     """What a retrofit put where in a model, and what it costs.
 
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
         example_inputs: a tensor or a tuple of positional inputs, of which only shapes and dtypes are read: the
             multiply-adds are for these. Without it: the model's own config, then usual sizes, as in ``add_se``.
+        measure: measure milliseconds, on the device on which the model is, and what autograd saves for the backward pass,
+            too. Copies of the model are run for this.
+
+    Returns:
+        The report: a row for each site and for each module, and totals.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs.
+        RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs, or it is to be measured
+            and has no values to compute with.
         TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
 
     Warns:
@@ -241,12 +285,14 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     """
     inspection = inspect_model(model, example_inputs)
     warn_of_lost_sites(model)
-    return report_of(inspection)
+    return report_of(inspection, measure=measure)
 
 
-def report_of(inspection: Inspection) -> Report:
+def report_of(inspection: Inspection, *, measure: bool = False) -> Report:
     """The report on a model that has been inspected already."""
     model, plan, cost = inspection.model, inspection.plan, costs(inspection)
+    found = measured(model, inspection.record) if measure else None
+    milliseconds, saved = (None, None) if found is None else (found.milliseconds, found.saved_bytes)
     by_path = {site.path: pair for pair in inspection.blocks for site in pair.sites}
     rows = []
     for site in plan.sites:
@@ -288,4 +334,8 @@ def report_of(inspection: Inspection) -> Report:
         multiply_adds_before=cost.before,
         multiply_adds_after=cost.after,
         squeeze_scale=cost.squeeze_scale,
+        modules=module_rows(model, inspection.record, cost.modules, milliseconds, saved),
+        milliseconds=None if milliseconds is None else milliseconds[""],
+        saved_bytes=None if saved is None else saved[""],
+        measured=None if found is None else found.where,
     )

@@ -1,4 +1,4 @@
-"""What the fine-tune puts on the device, on a CUDA that isn't there: see tests/test_fake_cuda.py."""
+"""What the fine-tune puts on the device, on a CUDA that isn't there: see tests/contract/test_fake_cuda.py."""
 
 from __future__ import annotations
 

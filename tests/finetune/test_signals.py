@@ -59,6 +59,56 @@ def test_a_signal_to_the_process_group_with_loading_workers_writes_a_checkpoint(
     assert progress_in(tmp_path)["updates"] >= 3
 
 
+LOADS = """
+import multiprocessing, os, signal, sys, time
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from se_retrofit.finetune.data import stream
+
+def begin(worker):
+    if sys.argv[2] == "killed" and worker == 1:
+        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        time.sleep(0.2)  # PyTorch's own watch of the main process begins after this, and takes its heir for it
+
+if __name__ == "__main__":
+    data = TensorDataset(torch.zeros(40, 1), torch.zeros(40))
+    loader = DataLoader(data, 2, num_workers=2, worker_init_fn=begin, multiprocessing_context=sys.argv[1])
+    batches = stream(loader, name="train_data", train=True, batch_size=2, transform=None).batches(0)
+    next(batches)
+    if sys.argv[2] == "killed":
+        time.sleep(100)
+    # ends here with loading processes, as after an error
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no processes of this kind")
+@pytest.mark.parametrize(
+    ("context", "end"),
+    [
+        ("fork", "killed"),
+        *(
+            pytest.param(context, end, marks=pytest.mark.sweep)
+            for context, end in [
+                ("fork", "exits"), ("forkserver", "killed"), ("forkserver", "exits"), ("spawn", "killed"), ("spawn", "exits"),
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_loading_processes_end_with_the_main_process(tmp_path: Path, context: str, end: str) -> None:
+    script = tmp_path / "loads.py"
+    script.write_text(LOADS)
+    with subprocess.Popen(
+        [sys.executable, str(script), context, end], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            process.communicate(timeout=120)  # the pipe is closed when the last process has ended
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == (-signal.SIGKILL if end == "killed" else 0)
+
+
 class Interrupting(Dataset[Any]):
     """A data set that presses Ctrl-C at its nth reading of an item of the second half."""
 

@@ -6,22 +6,18 @@ Which ones these are is read from docs/zoo.csv, the result of the last walk over
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from numeric import check_promises, tensors
 from torch import nn
 
 from tools.zoo import Row, entries, read_rows
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from numeric import check_promises, tensors  # noqa: E402
-
 pytestmark = [
     pytest.mark.sweep,
     pytest.mark.filterwarnings("ignore"),  # the libraries warn a great deal while they build networks

@@ -22,7 +22,7 @@ from se_retrofit.cli.commands import app
 
 pytestmark = pytest.mark.usefixtures("timm_registry_as_before")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?P<comment><!--[^>]*-->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 # written on the line above a fence: the code in it can't run in a test, and why

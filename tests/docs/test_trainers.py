@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 # what each needs, and what it must say
 TRAINERS = {
     "trainer_detection.py": (None, ["8 SE modules", "the loss has fallen: True", "same boxes: True"]),

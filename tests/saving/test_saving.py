@@ -198,7 +198,7 @@ def test_a_saved_network_loads_in_a_fresh_process(saved: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     with torch.no_grad():
         assert float(done.stdout) == pytest.approx(float(load_retrofitted(saved)(torch.ones(1, 3, 64, 64)).sum()))

@@ -1,0 +1,53 @@
+"""Loading processes that outlast signals and never outlive the main process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["AfterOurs", "begin_worker"]
+
+LOOK = 1.0  # seconds between two looks at the main process
+
+
+def begin_worker(worker: int) -> None:
+    """What a loading process begins with, as ``worker_init_fn`` of a DataLoader.
+
+    Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all of a job. The main one finishes its
+    update and needs the loading processes for it: they end by its SIGTERM alone, which is how multiprocessing ends
+    them, or when it is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    """PyTorch's own watch asks for the parent's number only after this: where the main process is killed before, it would
+    watch the heir and wait for work forever."""
+    main = multiprocessing.parent_process()
+    while main is not None and main.is_alive():
+        if not hasattr(signal, "sigtimedwait"):
+            time.sleep(LOOK)
+            continue
+        told = signal.sigtimedwait({signal.SIGTERM}, LOOK)
+        if told is not None and told.si_pid == main.pid:  # not os.getppid(), which may be a fork server
+            break
+    os._exit(0)
+
+
+class AfterOurs:
+    """The caller's ``worker_init_fn``, after ``begin_worker``."""
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        begin_worker(worker)
+        if self.then is not None:
+            self.then(worker)

@@ -1,0 +1,149 @@
+"""docs/evidence.md shows what its raw results say, and the command behind it can be stopped, continued and trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import NormalDist
+
+import pytest
+import torch
+
+from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.difference import Difference
+from benchmarks.evidence.networks import NETWORKS
+from benchmarks.evidence.page import Selection, write_page
+from benchmarks.evidence.results import Results
+from benchmarks.evidence.scores import SCORES
+from benchmarks.evidence.signals import Signals, collect
+from benchmarks.evidence.study import Bench, Missing, Setting
+from benchmarks.evidence.tasks import GENERATED, load
+from se_retrofit import add_se
+
+ROOT = Path(__file__).parents[2]
+TABLE = re.compile(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
+SMALL = ["--train", "100", "--test", "100", "--base-epochs", "1", "--epochs", "1", "--seeds", "2", "--jobs", "1"]
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    committed = (ROOT / "docs" / "evidence.md").read_text()
+    page = tmp_path / "evidence.md"
+    page.write_text(TABLE.sub(r"<!-- begin \1 -->\nold\n<!-- end \1 -->", committed))
+    bench = Bench(ROOT / "benchmarks" / "evidence", Setting(), only_reads=True)
+    write_page(page, Selection(bench, [*GENERATED, "digits"], list(NETWORKS), 5, list(ARMS)), pictures=False)
+    assert len(TABLE.findall(committed)) == 7
+    assert page.read_text() == committed
+
+
+def test_a_run_is_found_again_by_all_it_depends_on_and_a_cut_line_is_left_aside(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    Results(path).add({"arm": "SE", "seed": 0}, {"accuracy": 0.5})
+    with path.open("a") as file:
+        file.write('{"run": {"arm": "SE", "se')  # as a kill leaves it
+    results = Results(path)
+    results.add({"seed": 1, "arm": "SE"}, {"accuracy": 0.6})
+    again = Results(path)
+    assert again[{"arm": "SE", "seed": 1}] == {"accuracy": 0.6}
+    assert {"seed": 0, "arm": "SE"} in again
+    assert {"seed": 2, "arm": "SE"} not in again
+    assert {"seed": 0, "arm": "plain"} not in again
+
+
+def test_a_bench_that_only_reads_carries_nothing_out(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Setting(train=50, test=50), only_reads=True)
+    with pytest.raises(Missing, match="has not been carried out"):
+        bench.go_on("scale", "residual", 0, "plain", 1e-3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_intervals_hold_the_true_difference_as_often_as_they_say() -> None:
+    draws = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0)) + 0.7
+    held = [abs((d := Difference.of(row)).mean - 0.7) <= d.half for row in draws.tolist()]
+    share = sum(held) / len(held)
+    spread = NormalDist().inv_cdf(0.9995) * math.sqrt(0.95 * 0.05 / len(held))
+    assert abs(share - 0.95) < spread
+    assert str(Difference(0.5, 0.25, 5)) == "**+0.50 ± 0.25**"
+    assert not Difference.of([1.0]).clear  # one seed proves nothing
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_arm_but_that_with_the_gate_of_a_half_starts_where_its_base_stands(name: str) -> None:
+    data = load("clutter", 20, 20)
+    torch.manual_seed(0)
+    base = NETWORKS[name](data.classes).eval()
+    images = data.train.images
+    for arm in ARMS.values():
+        model = arm.prepare(base, images[:1], 0).eval()
+        same = torch.equal(model(images), base(images))
+        assert same == (arm.name != "SE, gate of 0.5"), arm.name
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert (trained == sum(p.numel() for p in model.parameters())) == (arm.trains == "all")
+
+
+def test_a_site_s_signals_are_the_slopes_of_the_loss_and_stay_whatever_the_batches() -> None:
+    data = load("clutter", 40, 10)
+    torch.manual_seed(0)
+    model = add_se(NETWORKS["residual"](10).double(), example_inputs=data.train.images[:1].double())
+    part = type(data.train)(data.train.images.double(), data.train.labels)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    seen = collect(model, part, 40)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    site, se = next(((p, m) for p, m in model.named_modules() if p in seen))
+    slopes, step = [], 1e-5
+    for sign in (1, -1):
+        gates = torch.ones(seen[site].gradients.shape[1], dtype=torch.float64)
+        gates[3] += sign * step
+        hook = se.fc.register_forward_hook(lambda module, args, out, gates=gates: gates.expand_as(out))  # type: ignore[union-attr,operator]
+        slopes.append(torch.nn.functional.cross_entropy(model(part.images), part.labels, reduction="none").detach())
+        hook.remove()
+    numeric = (slopes[0] - slopes[1]) / (2 * step)
+    torch.testing.assert_close(seen[site].gradients[:, 3], numeric, rtol=1e-5, atol=1e-8)
+
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    shuffled = collect(model, type(part)(part.images[order], part.labels[order]), 40)
+    for name in ("static, |E g|²", "covariance, |Cov(g, s)|²", "nuclear norm of Cov(g, s)", "E |g|²"):
+        assert SCORES[name](shuffled[site]) == pytest.approx(SCORES[name](seen[site]), rel=1e-8)
+
+
+def test_the_covariance_s_score_is_zero_on_average_where_gradients_and_images_have_nothing_to_do_with_each_other() -> (
+    None
+):
+    torch.manual_seed(0)
+
+    def score(dependent: bool) -> float:
+        squeezed = torch.randn(30, 4, dtype=torch.float64)
+        gradients = torch.randn(30, 4, dtype=torch.float64) + dependent * 0.5 * squeezed
+        return SCORES["covariance, |Cov(g, s)|²"](Signals(gradients, squeezed))
+
+    alone = torch.tensor([score(False) for _ in range(400)])
+    together = torch.tensor([score(True) for _ in range(400)])
+    assert abs(alone.mean()) < 4 * alone.std() / 20
+    assert together.mean() > 20 * alone.std() / 20
+
+
+@pytest.mark.sweep
+def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(tmp_path: Path) -> None:
+    page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "benchmarks.evidence", *SMALL, "--folder", str(tmp_path), "--page", str(page)]
+    command += ["--tasks", "texture", "--networks", "residual"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    written, rows = page.read_text(), results.read_text().splitlines()
+    assert "No results yet" not in written
+    assert {p.name for p in tmp_path.iterdir()} >= {"page-differences.svg", "page-tasks.png", "bases"}
+
+    results.write_text("\n".join(rows[:-1]) + "\n")  # as if it had been stopped before the last run
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+    def facts(line: str) -> dict[str, object]:
+        row = json.loads(line)
+        del row["outcome"]["cpu_seconds"]
+        return row  # type: ignore[no-any-return]
+
+    again = results.read_text().splitlines()
+    assert again[:-1] == rows[:-1]
+    assert facts(again[-1]) == facts(rows[-1])
