@@ -164,8 +164,10 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
         last = number == len(batches) - 1
         # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
         with run.form, contextlib.nullcontext() if last else run.accelerator.no_sync(run.network):
+            run.kept.note()
             loss, correct = loss_of(run, batch)
-            run.accelerator.backward(loss / len(batches))
+            with run.kept.through_backward():
+                run.accelerator.backward(loss / len(batches))
         seen = torch.full_like(correct, len(batch.targets))
         tally += torch.stack([loss.detach() * len(batch.targets), correct, seen])
     if run.config.clip_grad is not None:

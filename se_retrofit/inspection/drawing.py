@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from ..attention import SEAttention
 from ..errors import RetrofitError, extra
+from ..paths import writable
 from .graphs import BlockGraph, BlockPair, Inspection, describe, find_block, inspect_model
 
 with extra("inspect"):
@@ -87,8 +88,7 @@ def check_target(path: str | Path) -> Path:
         raise RetrofitError(
             f"{path} ends in no format that can be drawn: .dot, .gv, {', '.join(f'.{f}' for f in FORMATS)}"
         )
-    if not path.parent.is_dir():
-        raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
+    writable(path)
     if path.suffix not in TEXT_SUFFIXES and not has_graphviz():
         raise RetrofitError(
             f"{path.suffix} needs Graphviz's program dot, which is not on the PATH: install it ({INSTALL}), "

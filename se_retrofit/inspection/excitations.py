@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError, extra
+from ..paths import save_figure
 from ..retrofit import plan_of
 from ..surgery.copying import has_values
 from ..surgery.undo import is_retrofitted
@@ -170,13 +171,7 @@ class Excitations:
             _plot_stage(left, stage)
             _plot_site(right, stage[-1])
         if path is not None:
-            path = Path(path)
-            if not path.parent.is_dir():
-                raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
-            formats = figure.canvas.get_supported_filetypes()
-            if path.suffix[1:].lower() not in formats:
-                raise RetrofitError(f"{path} has no suffix that matplotlib writes: {', '.join(sorted(formats))}")
-            figure.savefig(path, dpi=120)
+            save_figure(figure, path)
         return figure
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import RetrofitError, extra
+from ..paths import writable
 from .costs import human
 from .difference import difference_of
 from .drawing import INSTALL, has_graphviz, sides_of
@@ -65,9 +66,7 @@ def check_target(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in (".html", ".htm"):
         raise RetrofitError(f"{path} does not end in .html, which the page is")
-    if not path.parent.is_dir():
-        raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
-    return path
+    return writable(path)
 
 
 def page(inspection: Inspection, report: Report | None = None) -> str:
