@@ -32,6 +32,7 @@ from .options import (
     MinHidden,
     ModelArgs,
     Placement,
+    Plain,
     Precision,
     Pretrained,
     Reduction,
@@ -39,6 +40,7 @@ from .options import (
     RunFolder,
     Seed,
     Set,
+    Trainable,
     Workers,
     given,
     refuse_for_folder,
@@ -70,7 +72,7 @@ def finetune_command(
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     arg: ModelArgs = None,
-    plain: Annotated[bool, typer.Option("--plain", help="without SE, for comparison")] = False,
+    plain: Plain = False,
     reduction: Reduction = 8,
     placement: Placement = "auto",
     gate: Gate = "identity",
@@ -84,7 +86,7 @@ def finetune_command(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
-    trainable: Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")] = None,
+    trainable: Trainable = None,
     image_size: ImageSize = None,
     precision: Precision = None,
     workers: Workers = None,
@@ -100,11 +102,8 @@ def finetune_command(
     Under torchrun or accelerate launch the same command runs on several GPUs or machines. The result, in OUTPUT/best,
     is loaded by load_retrofitted.
     """
-    import torch
-
     from ..finetune import finetune
     from ..finetune.experiment import describe_run
-    from ..retrofit import add_se
 
     named = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "trainable": trainable, "image_size": image_size,
@@ -125,13 +124,7 @@ def finetune_command(
     if command["model"] is None or command["data"] is None:
         raise RetrofitError("give a MODEL and --data, or --resume FOLDER to resume a run")
     parts, recipe = open_data(command["data"], Path(command["data_root"]), download, recipe)
-    weights = None if command["checkpoint"] is None else Path(command["checkpoint"])
-    build, base = network_builder(command["model"], command["pretrained"], weights, command["arg"], recipe)
-    # A seeded start, so that a run that is resumed, and each of many processes, has the same
-    torch.manual_seed(recipe.seed)
-    network = build()
-    if not command["plain"] and not Path(command["model"]).is_dir():
-        network = add_se(network, **{name: command[name] for name in SE_OPTIONS}, inplace=True)
+    network, base = starting_network(command, recipe)
     if resume is None and output is None:
         details = [recipe.to_dict(), describe_run(network, parts.train, parts.val, base)]
         output = Path("runs") / default_name(command["model"], command["data"], details)
@@ -150,7 +143,23 @@ def finetune_command(
         raise typer.Exit(130) from error
 
 
-# What finetune and compare share
+# What finetune, find-lr and compare share
+
+
+def starting_network(command: dict[str, Any], recipe: FinetuneConfig) -> tuple[nn.Module, Base]:
+    """The network that a command trains, and its base."""
+    import torch
+
+    from ..retrofit import add_se
+
+    weights = None if command["checkpoint"] is None else Path(command["checkpoint"])
+    build, base = network_builder(command["model"], command["pretrained"], weights, command["arg"], recipe)
+    # A seeded start, so that a run that is resumed, and each of many processes, has the same
+    torch.manual_seed(recipe.seed)
+    network = build()
+    if not command["plain"] and not Path(command["model"]).is_dir():
+        network = add_se(network, **{name: command[name] for name in SE_OPTIONS}, inplace=True)
+    return network, base
 
 
 def absolute(name: str | None) -> str | None:

@@ -25,6 +25,7 @@ Checkpoint = Annotated[Path | None, typer.Option(help="start from a checkpoint o
 ModelArgs = Annotated[
     list[str] | None, typer.Option("--arg", help="NAME=VALUE for the network's constructor; repeat it for more")
 ]
+Plain = Annotated[bool, typer.Option("--plain", help="without SE, for comparison")]
 NumClasses = Annotated[int | None, typer.Option(min=1, help="number of classes, if not the library's default")]
 InputSize = Annotated[str | None, typer.Option(help="one input, without the batch, such as 3x224x224")]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
@@ -54,6 +55,7 @@ Set = Annotated[
 Epochs = Annotated[int | None, typer.Option(help="passes over the data")]
 BatchSize = Annotated[int | None, typer.Option(help="images a step and process")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="peak learning rate")]
+Trainable = Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")]
 ImageSize = Annotated[int | None, typer.Option(help="height and width of the images, if not the network's own")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")]
 Workers = Annotated[int | None, typer.Option(help="processes that load data")]
