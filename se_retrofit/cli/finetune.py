@@ -66,7 +66,7 @@ def finetune_command(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="go on with the run in this folder; network, SE, data and recipe are read from its run.yaml; larger --epochs extend a run that is over"
+            help="resume the run in this folder; network, SE, data and recipe are read from its run.yaml; a larger --epochs extends a finished run"
         ),
     ] = None,
     pretrained: Pretrained = False,
@@ -122,7 +122,7 @@ def finetune_command(
         command, recipe = read_run(resume, set(given(context)))
         recipe = recipe if epochs is None else recipe.replace(epochs=epochs)  # to extend a run that is over
     if command["model"] is None or command["data"] is None:
-        raise RetrofitError("give a MODEL and --data, or --resume FOLDER to go on with a run")
+        raise RetrofitError("give a MODEL and --data, or --resume FOLDER to resume a run")
     parts, recipe = open_data(command["data"], Path(command["data_root"]), download, recipe)
     network, base = starting_network(command, recipe)
     if resume is None and output is None:
@@ -205,7 +205,7 @@ def open_data(data: str, root: Path, download: bool, recipe: FinetuneConfig) -> 
         typer.echo(parts.note)
     if recipe.num_classes is None:
         if parts.num_classes is None:
-            raise RetrofitError(f"{data} does not tell its number of classes: --set num_classes=...")
+            raise RetrofitError(f"the number of classes of {data} is not known: give it with --set num_classes=...")
         recipe = recipe.replace(num_classes=parts.num_classes)
     return parts, recipe
 
@@ -226,7 +226,7 @@ def network_builder(
         kwargs = {**named["kwargs"], "num_classes": recipe.num_classes}
         return lambda: load_retrofitted(saved), Base(named["library"], named["name"], kwargs)
     if pretrained and checkpoint is not None:
-        raise RetrofitError("--pretrained and --checkpoint exclude each other")
+        raise RetrofitError("give --pretrained or --checkpoint, not both")
     kwargs = read_settings(arg, "--arg")
     base = Base.of(name, **kwargs)
     if recipe.drop_path is not None and base.library == "timm":
@@ -265,7 +265,7 @@ def read_run(folder: Path, given: set[str]) -> tuple[dict[str, Any], FinetuneCon
     repeated = sorted(given - {"resume", "download", "epochs"})
     if repeated:
         options = ", ".join(name.rstrip("_").replace("_", "-") for name in repeated)
-        raise RetrofitError(f"--resume takes all but --epochs from {folder / 'run.yaml'}; leave out {options}")
+        raise RetrofitError(f"--resume reads every option but --epochs from {folder / 'run.yaml'}; remove {options}")
     try:
         content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
         command, fields = content["command"], content["config"]
@@ -275,7 +275,7 @@ def read_run(folder: Path, given: set[str]) -> tuple[dict[str, Any], FinetuneCon
         raise RetrofitError(f"{folder / 'run.yaml'} does not hold a command and a config: {error}") from error
     if not isinstance(command, dict) or command.keys() != COMMAND:
         raise RetrofitError(
-            f"the run in {folder} was not started from the command line; go on with it from Python: "
+            f"the run in {folder} was not started from the command line; resume it from Python: "
             "finetune(..., output_dir=..., resume=True)"
         )
     return command, FinetuneConfig.from_dict(fields)

@@ -81,9 +81,7 @@ def refuse_for_folder(context: typer.Context, *more: str) -> None:
     """Raise where options of the retrofit, or ``more``, are given for a network that has its SE already."""
     wrong = [f"--{name.replace('_', '-')}" for name in given(context) if name in (*SE_OPTIONS, *more)]
     if wrong:
-        raise typer.BadParameter(
-            f"{', '.join(wrong)}: the network in the folder has been built and retrofitted already"
-        )
+        raise typer.BadParameter(f"{', '.join(wrong)}: the network in the folder is built and retrofitted already")
 
 
 def example_of(size: str) -> torch.Tensor:
@@ -91,5 +89,5 @@ def example_of(size: str) -> torch.Tensor:
     import torch
 
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):
-        raise typer.BadParameter(f"{size!r} is no size such as 3x224x224", param_hint="--input-size")
+        raise typer.BadParameter(f"{size!r} is not a size such as 3x224x224", param_hint="--input-size")
     return torch.empty(2, *map(int, size.split("x")), device="meta")
