@@ -7,22 +7,23 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from se_retrofit import add_se, excitations
-from se_retrofit.cli.demo_network import SmallResNet, load_digits, train
+from se_retrofit.cli.demo_network import SmallResNet
+from se_retrofit.finetune import FinetuneConfig, finetune, load_data
 
 torch.manual_seed(0)
-digits = load_digits()
-loader = DataLoader(TensorDataset(digits.val_images, digits.val_labels), batch_size=100)
+digits = load_data("digits", image_size=8)
+loader = DataLoader(digits.val, batch_size=100)
 model = SmallResNet()
-train(model, digits, epochs=2, lr=5e-3, seed=0, on_epoch=lambda epoch, loss: None)
+finetune(model, digits.train, config=FinetuneConfig(epochs=2, lr=5e-3, cpu=True), quiet=True)
 
 model = add_se(model)
 print("before fine-tuning")
 print(excitations(model, loader))
 
-train(model, digits, epochs=2, lr=1e-3, seed=1, on_epoch=lambda epoch, loss: None)
+finetune(model, digits.train, config=FinetuneConfig(epochs=2, seed=1, cpu=True), quiet=True)
 gates = excitations(model, loader)
 print("\nafter fine-tuning")
 print(gates)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .fusion import Fusion, fuse_se, plan_fusion, unfuse_se
     from .inspection.drawing import draw
     from .inspection.excitations import excitations
+    from .inspection.gate_log import GateLogger
     from .inspection.printing import print_graph
     from .inspection.report import report
     from .plan import Plan, Site, Skipped
@@ -31,7 +32,7 @@ _MODULES = {
     "exporting": ("export",),
     "folding": ("fold_se", "from_native", "to_native"),
     "fusion": ("Fusion", "fuse_se", "plan_fusion", "unfuse_se"),
-    "inspection": ("draw", "excitations", "print_graph", "report"),
+    "inspection": ("GateLogger", "draw", "excitations", "print_graph", "report"),
     "plan": ("Plan", "Site", "Skipped"),
     "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
     "saving": ("from_pretrained", "load_retrofitted", "load_se", "push_to_hub", "save_retrofitted", "save_se"),
@@ -40,6 +41,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Fusion",
+    "GateLogger",
     "InsertSE",
     "Plan",
     "RetrofitError",

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import RetrofitError
 from ..models import Base, load_checkpoint
+from ..paths import writable
 from ..plan import Plan
 from ..retrofit import add_se, plan_of
 from ..verify import compare, prepared_for, redraw_vectors, se_matters
@@ -152,7 +153,5 @@ def first_line(error: Exception) -> str:
 
 def check_output(output: Path) -> None:
     """Find out before the work, not after it, that the result can't be written."""
-    if not output.parent.is_dir():
-        raise RetrofitError(f"no folder {output.parent} to write {output.name} to")
-    if output.is_file():
+    if writable(output).is_file():
         raise RetrofitError(f"{output} exists and is a file; give the name of a folder")

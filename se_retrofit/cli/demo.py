@@ -11,15 +11,16 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from ..attention import SEAttention
 from ..errors import RetrofitError
+from ..inspection import excitations
 from ..retrofit import add_se, plan_of
+from ..tables import aligned
 from ..verify import compare
 from .app import app, say
-from .demo_network import Digits, SmallResNet, load_digits, predict, train
+from .demo_network import SmallResNet
 
 HELP = """
 Train a small network on real data, retrofit it, fine-tune it: the whole job in half a minute, on the CPU.
@@ -41,18 +42,21 @@ def demo(
     epochs: int = typer.Option(5, min=1, help="Epochs of the first training, and of the fine-tuning after it."),
     reduction: int = typer.Option(8, min=1, help="SE's reduction ratio."),
 ) -> None:
+    from ..finetune import load_data
+
     started = time.perf_counter()
     console = Console()
-    digits = load_digits()
+    digits = load_data("digits", image_size=8)
+    images = digits.val.tensors[0]
     torch.manual_seed(seed)
 
     heading(console, "1. A trained network")
     model: nn.Module = SmallResNet()
-    say(console, f"SmallResNet, {parameters(model):,} parameters, on {len(digits.train_images):,} handwritten digits; "
-                 f"{len(digits.val_images)} others to validate on.")  # fmt: skip
+    say(console, f"SmallResNet, {parameters(model):,} parameters, on {len(digits.train):,} handwritten digits; "
+                 f"{len(digits.val)} others to validate on.")  # fmt: skip
     with progress(console, "training", epochs) as on_epoch:
-        train(model, digits, epochs=epochs, lr=5e-3, seed=seed, on_epoch=on_epoch)
-    results = {"trained network": (parameters(model), right(model, digits))}
+        train(model, digits.train, epochs=epochs, lr=5e-3, seed=seed, on_epoch=on_epoch)
+    results = {"trained network": (parameters(model), right(model, digits.val))}
 
     heading(console, f"2. model = add_se(model, reduction={reduction})")
     retrofitted = add_se(model, reduction)
@@ -60,34 +64,33 @@ def demo(
 
     heading(console, "3. Still the same function?")
     for mode in ("eval", "train"):
-        comparison = compare(model, retrofitted, (digits.val_images,), training=mode == "train")
+        comparison = compare(model, retrofitted, (images,), training=mode == "train")
         if not comparison.equal:
             raise RetrofitError(
                 f"in {mode} mode, outputs differ by {comparison.difference:.1e}: a bug, please report it"
             )
         say(console, f"Yes, in {mode} mode: torch.equal on all {comparison.values:,} outputs "
-                     f"for the {len(digits.val_images)} validation images.")  # fmt: skip
-    results["retrofitted, not yet fine-tuned"] = parameters(retrofitted), right(retrofitted, digits)
-    low, high = gate_range(retrofitted, digits.val_images)
+                     f"for the {len(images)} validation images.")  # fmt: skip
+    results["retrofitted, not yet fine-tuned"] = parameters(retrofitted), right(retrofitted, digits.val)
+    low, high = gate_range(retrofitted, images)
     say(console, f"Gates: from {low} to {high}.")
 
     heading(console, "4. Fine-tuning, with SE and, for comparison, without")
-    # the same further training for both: else whatever more epochs bring would look like SE's merit
+    # the same further training for both, at the default rate of FinetuneConfig: else whatever more epochs bring would look like SE's merit
     networks = {"with SE": retrofitted, "without SE": copy.deepcopy(model)}
     for name, network in networks.items():
         with progress(console, name, epochs) as on_epoch:
-            train(network, digits, epochs=epochs, lr=1e-3, seed=seed + 1, on_epoch=on_epoch)
-        results[f"fine-tuned {name}"] = parameters(network), right(network, digits)
-    low, high = gate_range(retrofitted, digits.val_images)
+            train(network, digits.train, epochs=epochs, lr=2e-4, seed=seed + 1, on_epoch=on_epoch)
+        results[f"fine-tuned {name}"] = parameters(network), right(network, digits.val)
+    low, high = gate_range(retrofitted, images)
     say(console, f"Gates: from {low:.2f} to {high:.2f}.")
 
     heading(console, "5. Result")
-    table = Table("", box=None, pad_edge=False)
-    for column in ("parameters", "right", "accuracy"):
-        table.add_column(column, justify="right")
+    rows = [("", "parameters", "right", "accuracy")]
     for name, (size, hits) in results.items():
-        table.add_row(name, f"{size:,}", f"{int(hits.sum())}/{len(hits)}", f"{hits.float().mean():.2%}")
-    console.print(table)
+        rows.append((name, f"{size:,}", f"{int(hits.sum())}/{len(hits)}", f"{hits.float().mean():.2%}"))
+    for line in aligned(rows, left=1):
+        say(console, line)
     say(console, verdict(results["fine-tuned with SE"][1], results["fine-tuned without SE"][1]))
     say(console, f"\n{time.perf_counter() - started:.0f} seconds. Next: se-retrofit convert resnet50")
 
@@ -104,9 +107,28 @@ def verdict(with_se: Tensor, without: Tensor) -> str:
     return said + f"More than chance gives in one run, in favour of {'SE' if won > lost else 'the plain network'}."
 
 
-def right(model: nn.Module, digits: Digits) -> Tensor:
-    """For each validation image, whether the model gets it right."""
-    return predict(model, digits.val_images).argmax(1) == digits.val_labels
+def train(
+    model: nn.Module,
+    data: TensorDataset,
+    *,
+    epochs: int,
+    lr: float,
+    seed: int,
+    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> None:
+    """Train the network in place. The same seed gives the same batches, whatever the network."""
+    from ..finetune import Callbacks, FinetuneConfig, finetune
+
+    config = FinetuneConfig(epochs=epochs, lr=lr, seed=seed, cpu=True, label_smoothing=0.0)
+    told = Callbacks(after_epoch=lambda facts: on_epoch(facts.epoch, facts.history[-1]["train_loss"]))
+    finetune(model, data, config=config, callbacks=told, quiet=True)
+
+
+@torch.no_grad()
+def right(model: nn.Module, data: TensorDataset) -> Tensor:
+    """For each image, whether the network gets it right."""
+    images, labels = data.tensors
+    return model.eval()(images).argmax(1) == labels
 
 
 def parameters(model: nn.Module) -> int:
@@ -115,16 +137,8 @@ def parameters(model: nn.Module) -> int:
 
 def gate_range(model: nn.Module, images: Tensor) -> tuple[float, float]:
     """The smallest and the largest gate in all SE modules over all images."""
-    gates: list[Tensor] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda se, args: gates.append(se.excite(args[0])))
-        for module in model.modules()
-        if isinstance(module, SEAttention)
-    ]
-    predict(model, images)
-    for hook in hooks:
-        hook.remove()
-    return min(gate.min().item() for gate in gates), max(gate.max().item() for gate in gates)
+    sites = excitations(model, [images]).sites
+    return min(site.low for site in sites), max(site.high for site in sites)
 
 
 def heading(console: Console, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import RetrofitError
+from ..paths import writable
 from .app import app, say
 from .folders import network_in
 from .options import Data, Download, Folder, ImageSize, Root
@@ -49,8 +49,8 @@ def fold_command(
     base = None if named is None else Base(named["library"], named["name"], named["kwargs"])
     network = load_retrofitted(saved)
     for file in (plot, json_file):
-        if file is not None and not file.parent.is_dir():
-            raise RetrofitError(f"no folder {file.parent} to write {file.name} to")
+        if file is not None:
+            writable(file)
     parts = load_data(data, root=data_root, download=download, image_size=image_size)
     transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False, base=base)
     images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)

@@ -25,6 +25,7 @@ from ..inspection.page import page
 from ..inspection.printing import block_lines, tree_lines
 from ..inspection.report import TOTALS, Report, report_of
 from ..models import Base
+from ..paths import writable
 from ..retrofit import add_se
 from .app import app, say
 from .folders import network_in
@@ -169,8 +170,8 @@ def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) 
         drawing.check_target(draw)
     if html is not None:
         check_page(html)
-    if json_file is not None and str(json_file) != "-" and not json_file.parent.is_dir():
-        raise RetrofitError(f"no folder {json_file.parent} to write {json_file.name} to")
+    if json_file is not None and str(json_file) != "-":
+        writable(json_file)
 
 
 def print_differences(console: Console, groups: list[list[BlockPair]], *, after_graph: bool) -> None:

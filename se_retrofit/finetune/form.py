@@ -1,11 +1,14 @@
-"""The classes that modules have during a training step: norms over all processes, and SE fused with the norm before it.
+"""The classes that modules have during a training step: norms over all processes, SE fused with the norm before it, and
+blocks whose activations are recomputed.
 
-A class is changed, and nothing else: parameters, buffers, hooks and names stay the same objects. Outside of a step the
-network is the caller's own, so what is evaluated, averaged and saved needs no conversion.
+A class is changed (and switches of the network's own for recomputing), and nothing else: parameters, buffers, hooks and
+names stay the same objects. Outside of a step the network is the caller's own, so what is evaluated, averaged and saved
+needs no conversion.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import BatchNormAct2d, SyncBatchNormAct
@@ -16,6 +19,7 @@ from ..errors import RetrofitError
 from ..fusion import fuse_se, plan_fusion
 from ..retrofit import has_se
 from .config import FinetuneConfig
+from .recomputing import recompute_activations
 
 __all__ = ["TrainingForm", "check_sync", "training_form"]
 
@@ -32,39 +36,71 @@ class SyncNormAct(SyncBatchNormAct):
 SYNCHRONIZED: dict[Any, type] = {_BatchNorm.forward: SyncNorm, BatchNormAct2d.forward: SyncNormAct}
 
 
+@dataclass(frozen=True)
+class Change:
+    """A module, and its class and its plain attributes outside of a step and during it."""
+
+    module: nn.Module
+    own: type
+    other: type
+    attributes: dict[str, tuple[Any, Any]]
+
+
+ABSENT = object()
+
+
 class TrainingForm:
-    """A context in which some modules are of other classes.
+    """A context in which some modules are of other classes, and have other attributes."""
 
-    Args:
-        changes: modules, each with its own class and the one in its place.
-    """
-
-    def __init__(self, changes: list[tuple[nn.Module, type, type]]) -> None:
+    def __init__(self, changes: list[Change]) -> None:
         self.changes = changes
 
     def __enter__(self) -> None:
-        for module, _, other in self.changes:
-            object.__setattr__(module, "__class__", other)
+        for change in self.changes:
+            object.__setattr__(change.module, "__class__", change.other)
+            _set(change.module, {name: during for name, (_, during) in change.attributes.items()})
 
     def __exit__(self, *error: object) -> None:
-        for module, own, _ in self.changes:
-            object.__setattr__(module, "__class__", own)
+        for change in self.changes:
+            object.__setattr__(change.module, "__class__", change.own)
+            _set(change.module, {name: before for name, (before, _) in change.attributes.items()})
+
+
+def _set(module: nn.Module, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is ABSENT:
+            vars(module).pop(name, None)
+        else:
+            vars(module)[name] = value
 
 
 def training_form(model: nn.Module, config: FinetuneConfig) -> TrainingForm:
-    """The form in which ``config`` has a network trained; the network itself is left as it is."""
-    own = [(module, type(module)) for module in model.modules()]
+    """The form in which ``config`` has a network trained; the network itself is left as it is.
+
+    Raises:
+        RetrofitError: its activations are to be recomputed, and it has no blocks for that.
+    """
+    own = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
         if config.sync_batch_norm:
-            for module, cls in own:
+            for module, cls, _ in own:
                 if isinstance(module, _BatchNorm) and cls.forward in SYNCHRONIZED:
                     object.__setattr__(module, "__class__", SYNCHRONIZED[cls.forward])
         if config.compile and has_se(model) and plan_fusion(model).fused:
             fuse_se(model, inplace=True)
-        return TrainingForm([(module, cls, type(module)) for module, cls in own if type(module) is not cls])
+        if config.grad_checkpointing:
+            recompute_activations(model)
+        changes = [Change(m, cls, type(m), _differing(before, vars(m))) for m, cls, before in own]
+        return TrainingForm([c for c in changes if c.own is not c.other or c.attributes])
     finally:
-        for module, cls in own:
+        for module, cls, before in own:
             object.__setattr__(module, "__class__", cls)
+            _set(module, {name: values[0] for name, values in _differing(before, vars(module)).items()})
+
+
+def _differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    names = [name for name in before | after if before.get(name, ABSENT) is not after.get(name, ABSENT)]
+    return {name: (before.get(name, ABSENT), after.get(name, ABSENT)) for name in names}
 
 
 def check_sync(model: nn.Module, config: FinetuneConfig, world: int, device: str) -> None:

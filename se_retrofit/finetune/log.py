@@ -15,13 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..errors import RetrofitError
 from ..saving.atomic import replaced_file
 from .data import Batch
+from .gates import draw_gates
 
 if TYPE_CHECKING:
     from .run import FinetuneResult
 
 __all__ = ["Log", "plot_curves"]
 
-METRICS, CSV, UPDATES, CURVES = "metrics.jsonl", "metrics.csv", "updates.jsonl", "curves.png"
+METRICS, CSV, UPDATES = "metrics.jsonl", "metrics.csv", "updates.jsonl"
+CURVES, GATES = "curves.png", "gates.png"
 PLAIN_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar in
 
 COLUMNS = {
@@ -147,10 +149,11 @@ class Log:
             writer.writeheader()
             writer.writerows(history)
 
-    def curves(self, history: list[dict[str, Any]]) -> None:
-        path = self._file(CURVES)
-        if path is not None:
-            plot_curves(history, path)
+    def pictures(self, history: list[dict[str, Any]]) -> None:
+        curves, gates = self._file(CURVES), self._file(GATES)
+        if curves is not None and gates is not None:
+            plot_curves(history, curves)
+            draw_gates(history, gates)
 
     def summarise(self, result: FinetuneResult) -> None:
         """The last lines: how good it became, and where it is."""

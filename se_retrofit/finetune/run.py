@@ -31,6 +31,7 @@ from .form import TrainingForm
 from .freezing import Stage, Trained, choose_trainable
 from .log import Log
 from .parts import count, kept_state, layout_of
+from .recomputing import Kept
 
 __all__ = ["FinetuneResult", "Run", "share"]
 
@@ -76,6 +77,7 @@ class Run:
         output: the run's folder, None for none; ``base`` and ``experiment`` are written into it.
         train, val: this process's batches.
         form: the classes that modules have during a training step.
+        kept: the buffers that a recomputing backward pass must not change.
         raw_optimizer: holds the state; ``optimizer`` is the same one wrapped by Accelerate.
         stages: what ``unfreeze_every`` unfreezes, from the last stage to the first.
         trained: what is trained now.
@@ -102,6 +104,7 @@ class Run:
     teacher: nn.Module | None
     mixup: Mixup | None
     form: TrainingForm
+    kept: Kept
     log: Log
     callbacks: Callbacks
     stages: tuple[Stage, ...] = ()

@@ -47,13 +47,14 @@ from .parts import (
     to_device,
 )
 from .randomness import EPOCH, kept_randomness, seed_all
+from .recomputing import Kept
 from .run import Run, share, uses_channels_last
 from .transforms import note_images, transforms_for
 
 __all__ = ["checked", "start_run"]
 
 # These may be other than in the run that is resumed; all other fields decide the result.
-FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
+FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images", "grad_checkpointing"}
 RUN = "run.yaml"
 
 
@@ -126,11 +127,9 @@ def start_run(
         stack.enter_context(kept_randomness())
         stack.enter_context(fast_math(config))
         interrupt = stack.enter_context(Interrupt(quiet))
-        accelerator = stack.enter_context(engine(config, None if output is None else str(output)))
-        refuse_sharding(accelerator)
-        check_sync(model, config, accelerator.num_processes, accelerator.device.type)
-        experiment = describe_run(model, train_data, val_data, base) | describe_criterion(criterion, teacher)
-        experiment = same_on_all(plain(experiment), accelerator)
+        accelerator = stack.enter_context(checked_engine(model, config, output))
+        described = describe_run(model, train_data, val_data, base) | describe_criterion(criterion, teacher)
+        experiment = same_on_all(plain(described), accelerator)
         train = batches_of(train_data, "train_data", model, config, base, accelerator)
         val = None if val_data is None else batches_of(val_data, "val_data", model, config, base, accelerator)
         undo = stack.enter_context(contextlib.ExitStack())
@@ -149,7 +148,7 @@ def start_run(
             **learning(model, config, stages, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
             criterion=on_device(criterion_of(config, criterion, train_data, classes), accelerator.device),
             teacher=None if teacher is None else teacher.to(accelerator.device).eval(),
-            form=training_form(model, config),
+            form=training_form(model, config), kept=Kept(model, config.grad_checkpointing),
             callbacks=callbacks, stages=stages,
             log=log_of(config, output, len(train), val is not None, accelerator, quiet),
         )  # fmt: skip
@@ -164,6 +163,15 @@ def start_run(
         for tracker in start_trackers(accelerator, config):
             stack.callback(tracker.finish)
         yield run
+
+
+@contextlib.contextmanager
+def checked_engine(model: nn.Module, config: FinetuneConfig, output: Path | None) -> Iterator[Accelerator]:
+    """The Accelerator of a run, which suits the network and the config."""
+    with engine(config, None if output is None else str(output)) as accelerator:
+        refuse_sharding(accelerator)
+        check_sync(model, config, accelerator.num_processes, accelerator.device.type)
+        yield accelerator
 
 
 def load_saved(

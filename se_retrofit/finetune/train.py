@@ -24,6 +24,7 @@ from .criteria import Criterion, checked_criterion, distillation_loss
 from .data import Batch
 from .engine import logits_of
 from .freezing import set_modes, trained_in
+from .gates import listening, log_gates
 from .metrics import check_targets, hits, measure
 from .parts import count
 from .randomness import UPDATE, seed_all
@@ -115,7 +116,7 @@ def evaluate_before_training(run: Run) -> None:
     run.log.header()
     if run.val is None or run.progress.history:
         return
-    measured = validate(run, run.network)
+    measured = validate(run)
     run.progress.history.append({"epoch": 0, **measured})
     run.log.row(run.progress.history[0])
     run.log.history(run.progress.history)
@@ -164,8 +165,10 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
         last = number == len(batches) - 1
         # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
         with run.form, contextlib.nullcontext() if last else run.accelerator.no_sync(run.network):
+            run.kept.note()
             loss, correct = loss_of(run, batch)
-            run.accelerator.backward(loss / len(batches))
+            with run.kept.through_backward():
+                run.accelerator.backward(loss / len(batches))
         seen = torch.full_like(correct, len(batch.targets))
         tally += torch.stack([loss.detach() * len(batch.targets), correct, seen])
     if run.config.clip_grad is not None:
@@ -264,20 +267,24 @@ def agree(run: Run, due: bool) -> tuple[list[tuple[float, float, float]], int, b
     return [(loss, correct, seen) for loss, correct, seen in sums], int(stop), wanted > 0
 
 
-def validate(run: Run, network: nn.Module) -> dict[str, float]:
-    """Loss and accuracy on the validation data. A signal ends it, after a checkpoint of the last update: what is resumed
-    begins with the evaluation."""
+def validate(run: Run) -> dict[str, Any]:
+    """Scores on the validation data, and what the gates did there. A signal ends it, after a checkpoint of the last update:
+    what is resumed begins with the evaluation."""
     assert run.val is not None
-    answers = measure(
-        network, run.val, run.accelerator, run.channels_last, run.log, run.config.multi_label, run.interrupt
-    )
+    network = run.network if run.ema is None else run.ema.module
+    with listening(run.tested) as gates:
+        answers = measure(
+            network, run.val, run.accelerator, run.channels_last, run.log, run.config.multi_label, run.interrupt
+        )
     if answers is None:
         run.keep_checkpoint()
         run.leave(run.interrupt.signal)
     scores = scores_of(answers)
     if f"val_{run.config.best_metric}" not in scores:
         raise RetrofitError(f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {answers.classes}")
-    return scores
+    if gates is None:
+        return scores
+    return {**scores, "gates": log_gates(gates, run.accelerator.trackers, run.progress.updates)}
 
 
 def finish_epoch(run: Run, epoch: int) -> None:
@@ -287,7 +294,7 @@ def finish_epoch(run: Run, epoch: int) -> None:
         share([*run.model.buffers(), *(run.ema.module.buffers() if run.ema is not None else ())])
     row = training_row(run, epoch)
     if run.val is not None:
-        row.update(validate(run, run.network if run.ema is None else run.ema.module))
+        row.update(validate(run))
     take_note(run, row)
     run.check_weights()
     # best before last: after a kill between the two, the epoch's end is done again and gives the same
@@ -296,7 +303,7 @@ def finish_epoch(run: Run, epoch: int) -> None:
     run.keep_checkpoint()
     run.log.row(row)
     run.log.history(run.progress.history)
-    run.accelerator.log({k: v for k, v in row.items() if v is not None}, step=run.progress.updates)
+    run.accelerator.log({k: v for k, v in row.items() if v is not None and k != "gates"}, step=run.progress.updates)
     if run.val is not None:
         call(run.callbacks.after_evaluation, run, epoch + 1)
     call(run.callbacks.after_epoch, run, epoch + 1)
@@ -346,7 +353,7 @@ def finish(run: Run) -> FinetuneResult:
     """The result, after its last files and words."""
     result = run.result()
     run.log.history(run.progress.history)
-    run.log.curves(run.progress.history)
+    run.log.pictures(run.progress.history)
     run.log.summarise(result)
     call(run.callbacks.after_training, run, run.progress.epoch)
     return result

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RetrofitError, extra
+from ..errors import extra
+from ..paths import save_figure
 from ..tables import aligned
 
 if TYPE_CHECKING:
@@ -124,10 +125,5 @@ class FoldReport:
         lower.set_xticks(places, [site.block or "(model)" for site in self.sites], rotation=45, ha="right", fontsize=8)
         upper.legend(handles=[Patch(color=c, label=v) for v, c in _COLOURS.items()], fontsize=8, frameon=False)
         if path is not None:
-            path = Path(path)
-            if not path.parent.is_dir():
-                raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
-            if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-                raise RetrofitError(f"{path} has no suffix that matplotlib writes, such as .png or .svg")
-            figure.savefig(path, dpi=120)
+            save_figure(figure, path)
         return figure

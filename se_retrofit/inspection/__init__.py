@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from .difference import difference, print_difference
 from .excitations import Excitations, excitations
+from .gate_log import GateLogger, GateSummary, plot_gates
 from .graphs import BlockGraph, BlockPair, block_graphs
 from .printing import print_graph
 from .report import Report, report
@@ -16,11 +17,14 @@ __all__ = [
     "BlockGraph",
     "BlockPair",
     "Excitations",
+    "GateLogger",
+    "GateSummary",
     "Report",
     "block_graphs",
     "difference",
     "draw",
     "excitations",
+    "plot_gates",
     "print_difference",
     "print_graph",
     "report",

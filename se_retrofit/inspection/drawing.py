@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -12,12 +13,13 @@ from torch import fx, nn
 
 from ..attention import SEAttention
 from ..errors import RetrofitError, extra
+from ..paths import writable
 from .graphs import BlockGraph, BlockPair, Inspection, describe, find_block, inspect_model
 
 with extra("inspect"):
     import graphviz
 
-__all__ = ["draw", "drawing_of", "has_graphviz", "svg_of"]
+__all__ = ["draw", "drawing_of", "has_graphviz", "sides_of"]
 
 FORMATS = ("svg", "png", "pdf")
 TEXT_SUFFIXES = (".dot", ".gv")
@@ -86,8 +88,7 @@ def check_target(path: str | Path) -> Path:
         raise RetrofitError(
             f"{path} ends in no format that can be drawn: .dot, .gv, {', '.join(f'.{f}' for f in FORMATS)}"
         )
-    if not path.parent.is_dir():
-        raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
+    writable(path)
     if path.suffix not in TEXT_SUFFIXES and not has_graphviz():
         raise RetrofitError(
             f"{path.suffix} needs Graphviz's program dot, which is not on the PATH: install it ({INSTALL}), "
@@ -96,18 +97,11 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
-def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]], title: bool = True) -> graphviz.Digraph:
-    """The first block of each group, before and after; without ``title``, nothing says which blocks they are."""
+def _canvas() -> graphviz.Digraph:
     drawing = graphviz.Digraph("retrofit")
     drawing.attr(
         fontname=_FONT, fontsize="13", rankdir="TB", nodesep="0.25", ranksep="0.3", labelloc="t", bgcolor="white"
     )
-    if title:
-        plan = inspection.plan
-        name = type(inspection.model).__name__
-        drawing.attr(
-            label=f"{name}: {len(plan.sites)} SE modules, {plan.parameters:,} parameters more\\n ", fontsize="18"
-        )
     drawing.attr(
         "node",
         fontname=_FONT,
@@ -119,17 +113,22 @@ def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]], title:
         margin="0.12,0.06",
     )
     drawing.attr("edge", fontname=_FONT, fontsize="9", fontcolor="#64748b", color="#64748b", arrowsize="0.6")
+    return drawing
+
+
+def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]]) -> graphviz.Digraph:
+    """The first block of each group, before and after."""
+    drawing, plan = _canvas(), inspection.plan
+    title = f"{type(inspection.model).__name__}: {len(plan.sites)} SE modules, {plan.parameters:,} parameters more\\n "
+    drawing.attr(label=title, fontsize="18")
     for number, group in enumerate(groups):
         pair = group[0]
         with drawing.subgraph(name=f"cluster_{number}") as cluster:
-            if title:
-                cluster.attr(
-                    label=graphviz.escape(_caption(group)), style="rounded", color="#cbd5e1", fontsize="13", margin="14"
-                )
-            else:
-                cluster.attr(peripheries="0")
+            cluster.attr(
+                label=graphviz.escape(_caption(group)), style="rounded", color="#cbd5e1", fontsize="13", margin="14"
+            )
             # Graphviz sets unconnected clusters from right to left
-            for word, block in (("after", pair.after), ("before", pair.before)):
+            for word in ("after", "before"):
                 with cluster.subgraph(name=f"cluster_{number}_{word}") as side:
                     side.attr(
                         label=word,
@@ -139,17 +138,33 @@ def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]], title:
                         fontsize="12",
                         margin="10",
                     )
-                    if block is None:
+                    if pair.failure is not None:
                         side.node(f"{number}_{word}", f"no graph: {pair.failure}", shape="plaintext")
                     else:
-                        _draw_block(side, block, f"{number}_{word}_")
+                        _draw_side(side, pair, word, f"{number}_{word}_")
     return drawing
 
 
-def svg_of(drawing: graphviz.Digraph) -> str:
-    """A drawing as an ``<svg>`` element."""
-    text = _render(drawing, "svg").decode()
-    return text[text.index("<svg") :]
+def sides_of(pair: BlockPair) -> list[str]:
+    """A block before and after, as two ``<svg>`` elements of one size, whose nodes are in line. Their nodes have classes for what
+    they do, by which a page can colour them."""
+    texts, sizes = [], []
+    for word in ("before", "after"):
+        drawing = _canvas()
+        drawing.attr(bgcolor="transparent")
+        _draw_side(drawing, pair, word, f"{word}_")
+        text = _render(drawing, "svg").decode()
+        # ids are unique within a drawing, not within the page
+        texts.append(re.sub(r' id="[^"]*"', "", text[text.index("<svg") :]))
+        sizes.append([float(n) for n in re.findall(r'viewBox="\S+ \S+ (\S+) (\S+)"', text)[0]])
+    width, height = (max(size) for size in zip(*sizes, strict=True))
+    sides = []
+    for text, (own, _) in zip(texts, sizes, strict=True):
+        size = f'width="{width:.0f}pt" height="{height:.0f}pt"'
+        box = f'viewBox="{(own - width) / 2:.2f} 0 {width:.2f} {height:.2f}"'
+        text = re.sub(r'width="[^"]*" height="[^"]*"\s+viewBox="[^"]*"', f"{size} {box}", text, count=1)
+        sides.append(text)
+    return sides
 
 
 def _render(drawing: graphviz.Digraph, form: str) -> bytes:
@@ -169,53 +184,94 @@ def _caption(group: list[BlockPair]) -> str:
     return text
 
 
-def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, prefix: str) -> None:
+def _draw_side(drawing: graphviz.Digraph, pair: BlockPair, word: str, prefix: str) -> None:
+    """A block before or after. Before, there is a gap where SE will be, so that the nodes of the two are in line."""
+    assert pair.before is not None
+    assert pair.after is not None
+    block, nodes = pair.after, {node: node for node in pair.after.graph.nodes}
+    if word == "before":
+        ses = set(pair.after.ses)
+        rest = [node for node in nodes if node not in ses]
+        block = pair.before
+        if len(rest) == len(block.graph.nodes):
+            nodes = dict(zip(rest, block.graph.nodes, strict=True))
+        else:
+            nodes = {node: node for node in block.graph.nodes}
+    _draw_block(drawing, block, nodes, prefix)
+
+
+def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, nodes: dict[fx.Node, fx.Node], prefix: str) -> None:
+    """Draw some nodes as connected as they are, each as the node of the block that it is mapped to, or as a gap."""
     given = block.graph.find_nodes(op="placeholder")
     several = given if len(given) > 2 else []  # a list of feature maps is drawn as one input
     labelled: set[fx.Node] = set()
-    for node in block.graph.nodes:
-        if node in several[1:]:
+    order = next(iter(nodes)).graph.nodes
+    for place in order:
+        node = nodes.get(place)
+        if node is not None and node in several[1:]:
             continue
-        name = prefix + node.name
-        _draw_node(drawing, block, node, name)
-        shapes: dict[fx.Node, list[str]] = {}
-        for source in node.all_input_nodes:
-            origin = several[0] if source in several else source
-            shapes.setdefault(origin, []).append(block.shape(source).replace("x", "\u00d7"))
-        for origin, flowing in shapes.items():
-            shape = ", ".join(flowing[:2]) + (", ..." if len(flowing) > 2 else "")
-            touches_se = isinstance(block.modules.get(node), SEAttention) or isinstance(
-                block.modules.get(origin), SEAttention
+        if node is None:
+            drawing.node(prefix + place.name, " \n ", style="invis")
+        else:
+            _draw_node(drawing, block, node, prefix + place.name)
+        flowing: dict[fx.Node, list[str]] = {}
+        for source in place.all_input_nodes:
+            made = nodes.get(source)
+            origin = (
+                next(p for p in order if nodes.get(p) is several[0]) if made is not None and made in several else source
             )
-            style = {"color": _SE_LINE, "penwidth": "1.8", "fontcolor": _SE_LINE} if touches_se else {}
+            shape = block.shape(made if made is not None else nodes[source.all_input_nodes[0]])
+            flowing.setdefault(origin, []).append(shape.replace("x", "\u00d7"))
+        for origin, shapes in flowing.items():
             # a skip carries what another arrow says already, and its label would lie far from both of its ends
-            label = "" if origin in labelled and block.kind(node) in _JOINS else f" {shape} "
+            known = origin in labelled and node is not None and block.kind(node) in _JOINS
             labelled.add(origin)
-            drawing.edge(prefix + origin.name, name, label=label, **style)
+            # out of a gap, where the label has been before, its place is kept
+            label = (
+                ""
+                if known
+                else " "
+                if nodes.get(origin) is None
+                else f" {', '.join(shapes[:2])}{', ...' if len(shapes) > 2 else ''} "
+            )
+            ends = [nodes.get(origin), node]
+            drawing.edge(prefix + origin.name, prefix + place.name, label=label, **_edge_style(block, ends))
+
+
+def _edge_style(block: BlockGraph, ends: list[fx.Node | None]) -> dict[str, str]:
+    """How the edge between two nodes looks; None is a gap, through which it goes on."""
+    if any(isinstance(block.modules.get(end), SEAttention) for end in ends if end is not None):
+        return {"class": "se", "color": _SE_LINE, "penwidth": "1.8", "fontcolor": _SE_LINE}
+    if ends[1] is None:
+        return {"headclip": "false", "arrowhead": "none"}
+    return {"tailclip": "false"} if ends[0] is None else {}
 
 
 def _draw_node(drawing: graphviz.Digraph, block: BlockGraph, node: fx.Node, name: str) -> None:
     module, kind = block.modules.get(node), block.kind(node)
     if isinstance(module, SEAttention):
         label = f"{describe(module)}\n{node.target}".replace("->", "→")
-        drawing.node(
-            name, graphviz.escape(label), fillcolor=_SE_FILL, color=_SE_LINE, penwidth="2", fontname="Helvetica-Bold"
-        )
+        style = {"fillcolor": _SE_FILL, "color": _SE_LINE, "penwidth": "2", "fontname": "Helvetica-Bold"}
+        drawing.node(name, graphviz.escape(label), **{"class": "se"}, **style)
     elif module is not None:
         label = f"{node.target}\n{describe(module)}".replace("->", "→")
-        drawing.node(name, graphviz.escape(label), fillcolor=_FILLS[_role(module, kind)])
+        role = _role(module, kind)
+        drawing.node(name, graphviz.escape(label), fillcolor=_FILLS[role], **{"class": role})
     elif node.op in ("placeholder", "output"):
         words = f"input {node.name}" if node.op == "placeholder" else "output"
-        drawing.node(name, graphviz.escape(words), shape="oval", fillcolor="#ffffff")
+        drawing.node(name, graphviz.escape(words), shape="oval", fillcolor="#ffffff", **{"class": "other"})
     elif kind in _JOINS:
         symbol = {"+=": "+", "*": "\u00d7", "*=": "\u00d7", "concat": "cat"}.get(kind, kind)
-        drawing.node(
-            name, symbol, shape="circle", fillcolor="#fde68a", fontsize="14", margin="0.02", height="0.36", width="0.36"
-        )
+        style = {"shape": "circle", "fontsize": "14", "margin": "0.02", "height": "0.36", "width": "0.36"}
+        drawing.node(name, symbol, fillcolor="#fde68a", **{"class": "join"}, **style)
     elif node.op == "get_attr":
-        drawing.node(name, graphviz.escape(str(node.target)), style="filled", fillcolor="#f1f5f9", fontsize="10")
+        label = str(node.target)
+        drawing.node(
+            name, graphviz.escape(label), style="filled", fillcolor="#f1f5f9", fontsize="10", **{"class": "other"}
+        )
     else:
-        drawing.node(name, graphviz.escape(kind), fillcolor=_FILLS[_role(None, kind)])
+        role = _role(None, kind)
+        drawing.node(name, graphviz.escape(kind), fillcolor=_FILLS[role], **{"class": role})
 
 
 def _role(module: nn.Module | None, kind: str) -> str:

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import RetrofitError, extra
+from ..paths import save_figure
 from ..retrofit import plan_of
 from ..surgery.copying import has_values
 from ..surgery.undo import is_retrofitted
 from ..tables import aligned
+from .gate_log import gates_of
+from .moments import Moments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,13 +173,7 @@ class Excitations:
             _plot_stage(left, stage)
             _plot_site(right, stage[-1])
         if path is not None:
-            path = Path(path)
-            if not path.parent.is_dir():
-                raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
-            formats = figure.canvas.get_supported_filetypes()
-            if path.suffix[1:].lower() not in formats:
-                raise RetrofitError(f"{path} has no suffix that matplotlib writes: {', '.join(sorted(formats))}")
-            figure.savefig(path, dpi=120)
+            save_figure(figure, path)
         return figure
 
 
@@ -227,27 +224,18 @@ def _give_room(axes: Axes) -> None:
 
 
 class _Statistics:
-    """Mean and spread of one site's gates, gathered batch by batch (by Chan's update: nothing cancels out)."""
+    """One site's gates: their moments, and for each label the sum of the gates of its inputs."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = self.squares = torch.zeros(())
-        self.low, self.high = float("inf"), float("-inf")
+    def __init__(self, channels: int) -> None:
+        self.moments = Moments(channels, torch.float64)
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, int] = {}
         self.size = ""
 
     def add(self, gates: Tensor, labels: Tensor | None) -> None:
         gates = gates.detach().flatten(0, -2).to("cpu", torch.float64)
-        number, mean = len(gates), gates.mean(0)
-        squares = (gates - mean).square().sum(0)
-        if self.count:
-            delta, total = mean - self.mean, self.count + number
-            squares = self.squares + squares + delta.square() * self.count * number / total
-            mean = self.mean + delta * number / total
-        self.count, self.mean, self.squares = self.count + number, mean, squares
-        self.low, self.high = min(self.low, float(gates.min())), max(self.high, float(gates.max()))
-        if labels is not None and len(labels) == number:
+        self.moments.add(gates)
+        if labels is not None and len(labels) == len(gates):
             for label in labels.unique().tolist():
                 own = gates[labels == label]
                 self.sums[label] = self.sums.get(label, 0) + own.sum(0)
@@ -255,8 +243,10 @@ class _Statistics:
 
     def result(self, path: str, block: str) -> SiteExcitation:
         means = {label: self.sums[label] / self.counts[label] for label in sorted(self.sums)}
-        std = (self.squares / self.count).sqrt()
-        return SiteExcitation(path, block, self.size, self.count, self.mean, std, self.low, self.high, means)
+        seen = self.moments
+        return SiteExcitation(
+            path, block, self.size, int(seen.rows), seen.mean, seen.std, float(seen.low), float(seen.high), means
+        )
 
 
 def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> Excitations:
@@ -293,7 +283,7 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
             kind = "on the meta device" if parameter.is_meta else "a fake tensor"
             raise RetrofitError(f"{name} is {kind}, so there are no gates to look at; load weights first")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    gathered: OrderedDict[str, _Statistics] = OrderedDict((path, _Statistics()) for path in ses)
+    gathered: OrderedDict[str, _Statistics] = OrderedDict((path, _Statistics(se.channel)) for path, se in ses.items())
     labels: Tensor | None = None
     inputs = 0
 
@@ -304,10 +294,7 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
                 gathered[path].size or "x".join(str(s) for d, s in enumerate(x.shape) if d not in (0, dim)) or "1"
             )
 
-        def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
-            gathered[path].add(gates, labels)
-
-        return [se.register_forward_pre_hook(see), se.fc.register_forward_hook(hear)]
+        return [se.register_forward_pre_hook(see), gates_of(se, lambda gates: gathered[path].add(gates, labels))]
 
     training = [(module, module.training) for module in model.modules()]
     hooks: list[Any] = []
@@ -327,8 +314,8 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
             module.training = flag
     if not inputs:
         raise RetrofitError("the loader yields no batch, so there are no gates to look at")
-    sites = tuple(gathered[path].result(path, blocks[path]) for path in blocks if gathered[path].count)
-    return Excitations(sites, inputs, tuple(path for path in blocks if not gathered[path].count))
+    sites = tuple(gathered[path].result(path, blocks[path]) for path in blocks if gathered[path].moments.rows)
+    return Excitations(sites, inputs, tuple(path for path in blocks if not gathered[path].moments.rows))
 
 
 def _parted(batch: Any) -> tuple[Any, Tensor | None]:

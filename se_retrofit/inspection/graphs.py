@@ -25,7 +25,7 @@ from ..surgery.planning import record_of
 from ..surgery.record import Call, Op, Record
 from ..surgery.roles import is_sequential
 
-__all__ = ["BlockGraph", "BlockPair", "Inspection", "block_graphs", "find_block", "inspect_model"]
+__all__ = ["BlockGraph", "BlockPair", "Inspection", "block_graphs", "find_block", "graph_of", "inspect_model"]
 
 
 @dataclass(eq=False)
@@ -265,7 +265,7 @@ class _Graphs:
         pair.calls = len(self.calls[scope])
         if scope not in self.made:
             before, after = self.original[scope][0], self.calls[scope][0]
-            self.made[scope] = _graph_of(before, self.opened), _graph_of(after, self.opened)
+            self.made[scope] = graph_of(before, self.opened), graph_of(after, self.opened)
         pair.before, pair.after = self.made[scope]
         if scope != pair.path:
             pair.whole = pair.after
@@ -296,7 +296,7 @@ def _opens(module: nn.Module) -> bool:
     return is_sequential(module) or any(isinstance(m, SEAttention) for m in module.modules())
 
 
-def _graph_of(call: Call, opened: set[str]) -> BlockGraph:
+def graph_of(call: Call, opened: set[str]) -> BlockGraph:
     """The graph of a call, with the calls of opened modules put in."""
     result = BlockGraph(fx.Graph(), {}, {}, call.path)
     nodes: dict[Op, fx.Node] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,16 @@ from typing import Any
 from torch import nn
 
 from ..errors import RetrofitError, extra
+from ..paths import writable
 from .costs import human
 from .difference import difference_of
-from .drawing import INSTALL, drawing_of, has_graphviz, svg_of
+from .drawing import INSTALL, has_graphviz, sides_of
 from .graphs import BlockPair, Inspection, inspect_model
 from .lines import Line
 from .modules import FIRST_NUMBER as FIRST_MODULE_NUMBER
 from .modules import HEADER, ModuleRow, cells_of
+from .network import network_of
+from .picture import picture
 from .printing import headline, source_lines, tree_lines
 from .report import FIRST_NUMBER, Report, percent, report_of
 
@@ -24,6 +27,8 @@ with extra("inspect"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 __all__ = ["page", "write_page"]
+
+_FEW = 6  # so few sites need no folding
 
 
 def write_page(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> Path:
@@ -61,9 +66,7 @@ def check_target(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in (".html", ".htm"):
         raise RetrofitError(f"{path} does not end in .html, which the page is")
-    if not path.parent.is_dir():
-        raise RetrofitError(f"no folder {path.parent} to write {path.name} to")
-    return path
+    return writable(path)
 
 
 def page(inspection: Inspection, report: Report | None = None) -> str:
@@ -71,7 +74,9 @@ def page(inspection: Inspection, report: Report | None = None) -> str:
     from .. import __version__
 
     report = report or report_of(inspection)
-    header, cells = report.cells()
+    groups = inspection.distinct()
+    links = {pair.path: f"#block-{i}" for i, group in enumerate(groups, 1) for pair in group}
+    network = network_of(inspection)
     environment = Environment(
         loader=PackageLoader("se_retrofit.inspection", "."),
         autoescape=select_autoescape(),
@@ -79,30 +84,47 @@ def page(inspection: Inspection, report: Report | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    previous = [None, *(row.shape[-2:] for row in report.rows)]
-    rows = [
-        {"cells": row, "stage": before is not None and before != data.shape[-2:]}
-        for row, data, before in zip(cells, report.rows, previous, strict=False)
-    ]
     return environment.get_template("page.html").render(
         report=report,
         cards=_cards(report),
-        header=header,
-        rows=rows,
-        numbers=FIRST_NUMBER,
+        network=picture(network, links),
+        network_narrow=picture(network, links, narrow=True),
         install=INSTALL,
         version=__version__,
-        blocks=[_block(inspection, group) for group in inspection.distinct()],
+        blocks=[_block(group) for group in groups],
         tree=_lines(tree_lines(inspection)),
+        **_stages(report, links),
         **_modules(report.modules),
     )
+
+
+def _stages(report: Report, links: dict[str, str]) -> dict[str, Any]:
+    """The table of sites, with a sum for each stage: neighbours whose feature maps are of one size."""
+    header, cells = report.cells()
+    pairs = zip(report.rows, cells, strict=True)
+    stages: list[dict[str, Any]] = []
+    for space, group in itertools.groupby(pairs, key=lambda pair: pair[0].space):
+        rows, texts = zip(*group, strict=True)
+        adds = [row.multiply_adds for row in rows if row.multiply_adds is not None]
+        names = [", ".join(dict.fromkeys(text[i] for text in texts)) for i in range(len(header))]
+        size = "x".join(map(str, space)) or "not called"
+        stage = [f"{size}, {len(rows)} site{'s' * (len(rows) > 1)}", *names[1:3], "", "", "", names[6], names[7]]
+        stage += [f"{sum(row.parameters for row in rows):,}", f"{sum(adds):,}" if adds else ""]
+        listed = [{"cells": text, "link": links.get(row.block)} for row, text in zip(rows, texts, strict=True)]
+        stages.append({"cells": stage, "rows": listed, "open": len(report.rows) <= _FEW})
+    everything = [header, *cells, *(stage["cells"] for stage in stages)]
+    return {
+        "header": header,
+        "numbers": FIRST_NUMBER,
+        "stages": stages,
+        "widths": _widths(everything),
+    }
 
 
 def _modules(rows: tuple[ModuleRow, ...]) -> dict[str, Any]:
     """The table of modules as a tree, which is open down to the stages, and how wide its columns are."""
     cells = [cells_of(row) for row in rows]
     kept = [i for i in range(len(HEADER)) if any(row[i] for row in cells)]
-    widths = [max(len(row[i]) for row in (HEADER, *cells)) for i in kept]
     nodes: dict[str, dict[str, Any]] = {
         row.path: {"cells": [texts[i] for i in kept], "se": row.se, "open": row.depth < 1, "parts": []}
         for row, texts in zip(rows, cells, strict=True)
@@ -113,8 +135,13 @@ def _modules(rows: tuple[ModuleRow, ...]) -> dict[str, Any]:
         "modules": nodes[""],
         "module_header": [HEADER[i] for i in kept],
         "module_numbers": FIRST_MODULE_NUMBER,
-        "module_widths": " ".join(f"{width + 2}ch" for width in widths),
+        "module_widths": _widths([[row[i] for i in kept] for row in (HEADER, *cells)]),
     }
+
+
+def _widths(rows: Iterable[list[str]]) -> str:
+    """Columns wide enough for all rows, open or not: as many digits as there are characters, and room for a mark."""
+    return " ".join(f"{max(map(len, column)) + 2 * (not i)}ch" for i, column in enumerate(zip(*rows, strict=True)))
 
 
 def _cards(report: Report) -> list[dict[str, str]]:
@@ -144,22 +171,21 @@ def _cards(report: Report) -> list[dict[str, str]]:
     return cards
 
 
-def _block(inspection: Inspection, group: list[BlockPair]) -> dict[str, Any]:
+def _block(group: list[BlockPair]) -> dict[str, Any]:
     pair = group[0]
     title, *places = (line.text for line in headline(pair))
     block: dict[str, Any] = {
         "title": title,
         "place": "; ".join(places),
-        "others": ", ".join(other.path for other in group[1:]),
+        "others": [other.path for other in group[1:]],
         "failure": pair.failure,
-        "svg": "",
+        "sides": [],
         "diff": [],
         "code": [],
     }
     if pair.failure is None:
         if has_graphviz():
-            # ids are unique within a drawing, not within the page
-            block["svg"] = re.sub(r' id="[^"]*"', "", svg_of(drawing_of(inspection, [group], title=False)))
+            block["sides"] = sides_of(pair)
         marks = {"+": "add", "-": "del", "@": "head"}
         block["diff"] = [
             {"text": line, "cls": "head" if line[:3] in ("+++", "---") else marks.get(line[:1], "")}

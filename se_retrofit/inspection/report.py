@@ -33,6 +33,7 @@ class Row:
         after, before: what in the block gives the value that SE scales, and what takes it.
         shape: of that value, without the batch; () where it is not called on these inputs.
         channels, hidden, parameters: of the SE module.
+        space: the spatial part of the shape, by which rows are grouped into stages.
         excitation, squeeze_scale: its multiply-adds (see ``costs``); None where it is not called on these inputs.
     """
 
@@ -46,6 +47,7 @@ class Row:
     channels: int
     hidden: int
     parameters: int
+    space: tuple[int, ...]
     excitation: int | None
     squeeze_scale: int | None
 
@@ -107,7 +109,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
         data = asdict(self)
-        data["rows"] = [{**row, "shape": list(row["shape"])} for row in data["rows"]]
+        data["rows"] = [{**row, "shape": list(row["shape"]), "space": list(row["space"])} for row in data["rows"]]
         data["skipped"] = list(data["skipped"])
         data["modules"] = [{**row, "shapes": [list(shape) for shape in row["shapes"]]} for row in data["modules"]]
         return data
@@ -219,10 +221,9 @@ class Report:
             )
         previous = None
         for row, data in zip(rows, self.rows, strict=True):
-            stage = data.shape[-2:]
-            if previous is not None and stage != previous:
+            if previous is not None and data.space != previous:
                 table.add_section()
-            previous = stage
+            previous = data.space
             table.add_row(*(Text(cell) for cell in row))
         yield table
         for heading, text in self.summary():
@@ -244,6 +245,11 @@ _STYLES = {"SE after": "dark_orange", "block": "bold"}
 def percent(part: int, whole: int) -> str:
     """A share, in percent."""
     return f"{100 * part / whole:.2f}%" if whole else "0%"
+
+
+def _space(shape: tuple[int, ...], channel_dim: int) -> tuple[int, ...]:
+    """A shape without its channels; ``channel_dim`` is counted from the end."""
+    return tuple(size for dim, size in enumerate(shape) if dim != len(shape) + channel_dim)
 
 
 def _change(before: int, after: int) -> str:
@@ -309,6 +315,7 @@ def report_of(inspection: Inspection, *, measure: bool = False) -> Report:
                 site.channels,
                 site.hidden,
                 site.parameters,
+                _space(price.shape, site.channel_dim) if price else (),
                 price.excitation if price else None,
                 price.squeeze_scale if price else None,
             )

@@ -59,7 +59,8 @@ def test_the_first_evaluation_is_that_of_the_network_before_the_retrofit(
 ) -> None:
     before = evaluate(network(se=False), digits.val, config=config())
     result = finetune(network(), digits.train, digits.val, config=config(epochs=1), quiet=True)
-    assert result.history[0] == {"epoch": 0, **before}
+    first = {name: value for name, value in result.history[0].items() if name != "gates"}
+    assert first == {"epoch": 0, **before}
 
 
 @pytest.mark.parametrize("train", ["se", "se+head"])

@@ -45,6 +45,38 @@ class PlainNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class DoubleConv(nn.Module):
+    """The unit of which U-Nets are made."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            *(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class UNet(nn.Module):
+    """A small U-Net as people write it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.d1, self.d2 = DoubleConv(3, width), DoubleConv(width, 2 * width)
+        self.bottom, self.pool = DoubleConv(2 * width, 4 * width), nn.MaxPool2d(2)
+        self.up2, self.u2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2), DoubleConv(4 * width, 2 * width)
+        self.up1, self.u1 = nn.ConvTranspose2d(2 * width, width, 2, 2), DoubleConv(2 * width, width)
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.d1(x)
+        second = self.d2(self.pool(first))
+        x = self.u2(torch.cat([second, self.up2(self.bottom(self.pool(second)))], 1))
+        return self.head(self.u1(torch.cat([first, self.up1(x)], 1)))
+
+
 class Twice(nn.Module):
     """A residual block that is called twice, and a dense layer."""
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from inspected import small_resnet
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from se_retrofit import RetrofitError, SEAttention, add_se, excitations, plan_of
-from se_retrofit.cli.demo_network import SmallResNet, load_digits, train
+from se_retrofit.cli.demo_network import SmallResNet
+from se_retrofit.finetune import FinetuneConfig, finetune, load_data
 from se_retrofit.inspection import Excitations
 
 
@@ -71,13 +72,13 @@ def test_statistics_are_those_of_all_gates_together() -> None:
 
 
 def test_on_the_demos_network() -> None:
-    digits = load_digits()
+    digits = load_data("digits", image_size=8).val
     model = add_se(SmallResNet())
-    loader = DataLoader(TensorDataset(digits.val_images, digits.val_labels), batch_size=100)
+    loader = DataLoader(digits, batch_size=100)
     before = excitations(model, loader)
-    assert before.inputs == len(digits.val_images)
+    assert before.inputs == len(digits)
     assert all(site.low == site.high == 1.0 for site in before.sites)
-    train(model, digits, epochs=1, lr=5e-3, seed=0, on_epoch=lambda epoch, loss: None)
+    finetune(model, digits, config=FinetuneConfig(epochs=1, lr=5e-3, cpu=True), quiet=True)
     after = excitations(model, loader)
     assert len(after.sites) == len(plan_of(model).sites)
     for site in after.sites:

@@ -15,6 +15,9 @@ from inspected import retrofitted, small_resnet
 
 from se_retrofit import RetrofitError, add_se, report
 from se_retrofit.inspection import write_page
+from se_retrofit.inspection.drawing import sides_of
+from se_retrofit.inspection.graphs import inspect_model
+from se_retrofit.inspection.page import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -24,8 +27,14 @@ window.wrong = [];
 addEventListener("error", (event) => window.wrong.push(String(event.message || event.target.src)), true);
 addEventListener("load", () => {
   const fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
-  const drawings = document.querySelectorAll("svg").length;
-  document.body.dataset.probe = JSON.stringify({fetched, wrong: window.wrong, drawings});
+  const drawings = document.querySelectorAll(".side svg").length;
+  location.hash = "#block-2";
+  const opened = () => [...document.querySelectorAll("details.block")].map((block) => block.open);
+  const shown = () => [...document.querySelectorAll("svg.network")].map((svg) => svg.getBoundingClientRect().width > 0);
+  dispatchEvent(new HashChangeEvent("hashchange"));  // the event itself comes after the page has been dumped
+  const overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const found = {fetched, wrong: window.wrong, drawings, opened: opened(), shown: shown(), overflow};
+  document.body.dataset.probe = JSON.stringify(found);
 });
 </script>"""
 
@@ -41,11 +50,11 @@ class References(HTMLParser):
         self.found += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data")]
 
 
-def references(page: str) -> list[str]:
+def references(text: str) -> list[str]:
     parser = References()
-    parser.feed(page)
-    styles = re.findall(r"url\(([^)]*)\)|@import\s+(\S+)", page)
-    return [r for r in parser.found if not r.startswith(("data:", "#"))] + [a or b for a, b in styles]
+    parser.feed(text)
+    styles = re.findall(r"url\(([^)]*)\)|@import\s+(\S+)", text)
+    return [r for r in (*parser.found, *(a or b for a, b in styles)) if not r.startswith(("data:", "#"))]
 
 
 def test_it_holds_summary_table_differences_and_reasons(tmp_path: Path) -> None:
@@ -53,14 +62,84 @@ def test_it_holds_summary_table_differences_and_reasons(tmp_path: Path) -> None:
     text = write_page(model, tmp_path / "a.html").read_text()
     plain = html.unescape(text)
     for row in report(model).rows:
-        assert f'<td class="block">{row.block}</td>' in text
+        assert re.search(rf'<div class="row site"><span><a href="#block-\d">{row.block}</a></span>', text)
     assert "<code>layer4.0</code>: excluded" in text
     assert re.search(r'<span class="add">\+ +(\w+) = self\.se_attention\(self\.bn2\(\1\)\)</span>', text)
     assert re.search(r'<span class="del">- +(\w+) = self\.bn2\(\1\)</span>', text)
     assert "SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=" in plain
     assert f"{report(model).parameters_after:,}" in text
     if shutil.which("dot"):
-        assert text.count("<svg") == 2
+        assert text.count('<div class="side">') == 2 * 2
+
+
+class Linked(HTMLParser):
+    """Which ids there are, and which are linked to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.links += [value or "" for name, value in attrs if name == "href" and (value or "").startswith("#")]
+
+
+def test_rows_and_the_picture_link_to_blocks_that_are_there() -> None:
+    model = retrofitted("tv/resnet50")
+    found = Linked(page(inspect_model(model)))
+    assert len(found.ids) == len(set(found.ids))
+    assert {link[1:] for link in found.links} == {"block-1", "block-2"} <= set(found.ids)
+    assert len(found.links) == 3 * 16  # the table, the picture, and that for narrow screens
+
+
+def test_rows_are_folded_by_stage_with_their_sums() -> None:
+    model = retrofitted("tv/resnet50")
+    text = page(inspect_model(model))
+    stages = re.findall(
+        r'<details class="stage"( open)?><summary class="row">(.*?)</summary>(.*?)</details>', text, re.DOTALL
+    )
+    rows = [row for row in report(model).rows if row.space == (14, 14)]
+    assert [opened for opened, _, _ in stages] == [""] * 4
+    cells = re.findall(r"<span[^>]*>(.*?)</span>", stages[2][1])
+    assert cells[0] == "14x14, 6 sites"
+    assert cells[-2:] == [f"{sum(r.parameters for r in rows):,}", f"{sum(r.multiply_adds or 0 for r in rows):,}"]
+    assert [part.count('class="row site"') for _, _, part in stages] == [3, 4, 6, 3]
+    few = page(inspect_model(add_se(small_resnet())))
+    assert few.count('<details class="stage" open>') == 4
+
+
+def test_dark_and_narrow_screens_are_provided_for() -> None:
+    text = page(inspect_model(add_se(small_resnet())))
+    light, dark = (set(re.findall(r"(--[\w-]+): #", part)) for part in re.findall(r":root \{(.*?)\}", text, re.DOTALL))
+    assert light == dark  # each colour has its dark one
+    assert "@media (prefers-color-scheme: dark)" in text
+    used = set(re.findall(r"var\((--[\w-]+)\)", text))
+    assert used - {"--columns"} == light
+    style = text[text.index("@media (prefers-color-scheme: dark)") : text.index("</style>")]
+    rules = re.sub(r":root \{.*?\}", "", style, flags=re.DOTALL)
+    assert re.findall(r"#[0-9a-f]{3,6}\b", rules) == []  # no colour but by its name
+    assert '<div class="scroll wide"><svg' in text
+    assert '<div class="scroll narrow"><svg' in text
+    assert "@media (max-width: 640px)" in text
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's dot is not installed")
+@pytest.mark.parametrize("name", ["tv/resnet18", "tv/googlenet"])
+def test_before_and_after_are_of_one_size_with_their_nodes_in_line(name: str) -> None:
+    for group in inspect_model(retrofitted(name)).distinct():
+        before, after = sides_of(group[0])
+        size = r'width="\d+pt" height="\d+pt"'
+        assert re.findall(size, before)[0] == re.findall(size, after)[0]
+
+        def heights(side: str) -> dict[str, str]:
+            nodes = re.findall(r'<g class="node[^"]*">\s*<title>\w+?_(.*?)</title>(.*?)</g>', side, re.DOTALL)
+            return {name: re.findall(r'<text [^>]*y="([^"]*)"', body)[0] for name, body in nodes}
+
+        one, two = heights(before), heights(after)
+        assert two.keys() - one.keys() == {name for name in two if name.endswith("se_attention")} != set()
+        assert one == {name: y for name, y in two.items() if name in one}
 
 
 def test_it_refers_to_nothing_outside(tmp_path: Path) -> None:
@@ -98,13 +177,14 @@ def test_mistakes_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def opened(text: str, folder: Path) -> dict[str, object]:
+def opened(text: str, folder: Path, width: int = 1400) -> dict[str, object]:
     """What Chromium says about a page, opened from disk."""
     assert CHROMIUM is not None
-    page = folder / "probed.html"
-    page.write_text(text.replace("<head>", "<head>" + PROBE))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
-    run = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    file = folder / "probed.html"
+    file.write_text(text.replace("<head>", "<head>" + PROBE))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    options += [f"--window-size={width},900", "--dump-dom"]
+    run = subprocess.run([CHROMIUM, *options, file.as_uri()], capture_output=True, text=True, timeout=120)
     found = re.search(r'data-probe="([^"]*)"', run.stdout)
     assert found is not None, run.stderr
     return json.loads(html.unescape(found[1]))
@@ -116,7 +196,11 @@ def test_it_opens_in_chromium_without_errors_and_without_a_request(tmp_path: Pat
     seen = opened(text, tmp_path)
     assert seen["fetched"] == []
     assert seen["wrong"] == []
-    assert seen["drawings"] == (2 if shutil.which("dot") else 0)
+    assert seen["drawings"] == (4 if shutil.which("dot") else 0)
+    assert seen["opened"] == [True, True]  # the first from the start, the second by the link
+    assert (seen["shown"], seen["overflow"]) == ([True, False], 0)
+    narrow = opened(text, tmp_path, width=500)  # Chromium's windows are no narrower
+    assert (narrow["shown"], narrow["overflow"]) == ([False, True], 0)
     # the probe sees a request, and an error
     control = opened(
         text.replace("<main>", '<main><img src="http://127.0.0.1:9/missing.png"><script>nothing.here</script>'),

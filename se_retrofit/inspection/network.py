@@ -1,0 +1,193 @@
+"""The whole network at the level of its blocks: what takes what from what, with the connections that skip something."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ..attention import SEAttention
+from ..surgery.record import Op
+from .graphs import BlockGraph, BlockPair, Inspection, class_name, graph_of, join
+
+__all__ = ["Edge", "Network", "Node", "network_of"]
+
+JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "cat", "concat": "cat"}
+
+
+@dataclass(eq=False)
+class Node:
+    """One box of the picture.
+
+    Attributes:
+        name: path of a block or module; of several modules in a row, that of the first and the last; of a join, its sign.
+        words: classes of the modules.
+        kind: "block", "module", "join" or "function".
+        block: the block that it is.
+        ses: how many SE modules are in it.
+        bypass: something that the block is given reaches its end past its SE.
+        shape: of what it gives, without the batch.
+        space: the spatial part of that, which tells the stage; () for a vector.
+    """
+
+    name: str
+    words: str
+    kind: str
+    block: BlockPair | None
+    ses: int
+    bypass: bool
+    shape: tuple[int, ...]
+    space: tuple[int, ...]
+    last: str = ""
+    taken: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A connection; one that ``skips`` something leads past nodes that lead from its source to its end, too."""
+
+    source: Node
+    end: Node
+    skips: bool
+
+
+@dataclass
+class Network:
+    """The nodes in the order in which they run, and what connects them."""
+
+    nodes: list[Node]
+    edges: list[Edge]
+
+
+def network_of(inspection: Inspection) -> Network:
+    """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
+    paths = [path for pair in inspection.blocks for path in (pair.path, *(site.path for site in pair.sites))]
+    called = {pair.path for pair in inspection.blocks if pair.whole is None and pair.failure is None}
+    opened = {path.rpartition(".")[0] for path in paths if path} | {""}
+    for path in list(opened):
+        while path:
+            path = path.rpartition(".")[0]
+            opened.add(path)
+    opened = {path for path in opened if not any(path == c or path.startswith(f"{c}.") for c in called if c)}
+    root = next(call for call in inspection.record.calls if not call.path)
+    whole = graph_of(root, opened)
+    by_op = {op: pair for pair in inspection.blocks for op in _own_ops(pair)}
+    by_path = {pair.path: pair for pair in inspection.blocks if pair.path in called and pair.path}
+    return _connected(_Nodes(whole, by_path, by_op).made())
+
+
+def _own_ops(pair: BlockPair) -> list[Op]:
+    """The operations of a block that is a part of a larger graph."""
+    if pair.after is None or pair.whole is None:
+        return []
+    nodes = (node for node in pair.after.graph.nodes if node.op in ("call_module", "call_function"))
+    return [op for node in nodes for op in pair.after.values[node]]
+
+
+@dataclass
+class _Nodes:
+    whole: BlockGraph
+    by_path: dict[str, BlockPair]
+    by_op: dict[Op, BlockPair]
+    result: list[Node] = field(default_factory=list)
+    seen: dict[fx.Node, list[Node]] = field(default_factory=dict)  # what makes, or passes on, a value
+
+    def made(self) -> list[Node]:
+        current: tuple[BlockPair, Node] | None = None
+        for fx_node in self.whole.graph.nodes:
+            ops = self.whole.values.get(fx_node, [])
+            taken = list(dict.fromkeys(n for source in fx_node.all_input_nodes for n in self.seen.get(source, [])))
+            pair = next((self.by_op[op] for op in ops if op in self.by_op), None)
+            if pair is not None:  # the part of a graph that a block is becomes one node
+                if current is None or current[0] is not pair:
+                    current = pair, self.add(pair.path or "(model)", pair.cls, "block", ops, taken, pair)
+                node = current[1]
+                node.taken += [n for n in taken if n is not node and n not in node.taken]
+                node.shape, node.space = _shapes(ops)
+                self.seen[fx_node] = [node]
+                continue
+            current = None
+            self.seen[fx_node] = self.other(fx_node, ops, taken)
+        return self.result
+
+    def other(self, fx_node: fx.Node, ops: list[Op], taken: list[Node]) -> list[Node]:
+        """What stands for a value outside of the blocks that are parts of graphs."""
+        module, kind = self.whole.modules.get(fx_node), self.whole.kind(fx_node)
+        if fx_node.op in ("placeholder", "get_attr"):
+            if not ops or ops[0].role == "param" or fx_node.op == "get_attr":
+                return []
+            return [self.add("input", "", "function", ops, [])]
+        if module is not None:
+            path = join(self.whole.scope, str(fx_node.target))
+            pair = self.by_path.get(path)
+            if pair is not None:
+                return [self.add(path, pair.cls, "block", ops, taken, pair)]
+            if not any(True for _ in module.children()) and not isinstance(module, SEAttention):
+                return [self.leaf(path, class_name(module), ops, taken)]
+            return [self.add(path, class_name(module), "module", ops, taken)]
+        if kind in JOINS and len(taken) > 1:
+            return [self.add(JOINS[kind], "", "join", ops, taken)]
+        if len(taken) == 1 and ops and _shapes(ops)[1] not in ((), taken[0].space):
+            return [self.add(re.sub("_", " ", kind), "", "function", ops, taken)]
+        return taken
+
+    def leaf(self, path: str, words: str, ops: list[Op], taken: list[Node]) -> Node:
+        """A layer; layers in a row that nothing else takes anything from are one node."""
+        before = self.result[-1] if self.result else None
+        if before is not None and before.kind == "module" and before.last and taken == [before]:
+            same = before.last.rpartition(".")[0] == path.rpartition(".")[0]
+            if same and not any(before in node.taken for node in self.result):
+                before.last, before.words = path, f"{before.words}, {words}"
+                before.shape, before.space = _shapes(ops)
+                return before
+        node = self.add(path, words, "module", ops, taken)
+        node.last = path
+        return node
+
+    def add(
+        self, name: str, words: str, kind: str, ops: list[Op], taken: list[Node], pair: BlockPair | None = None
+    ) -> Node:
+        ses, bypass = (len(pair.sites), _has_bypass(pair)) if pair is not None else (0, False)
+        node = Node(name, words, kind, pair, ses, bypass, *_shapes(ops), taken=list(taken))
+        self.result.append(node)
+        return node
+
+
+def _shapes(ops: list[Op]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of a value without the batch, and its spatial part."""
+    if not ops:
+        return (), ()
+    op = ops[0]
+    shape = tuple(op.shape[1:])
+    if op.dim < 3:
+        return shape, ()
+    channel = op.dim + op.channel_dim if op.channel_dim is not None else 1
+    return shape, tuple(size for dim, size in enumerate(op.shape) if dim not in (0, channel))
+
+
+def _has_bypass(pair: BlockPair) -> bool:
+    """Whether something reaches a block's output without going through its SE."""
+    if pair.after is None:
+        return False
+    past = set(pair.after.graph.find_nodes(op="placeholder"))
+    for node in pair.after.graph.nodes:
+        if node not in pair.after.ses and past.intersection(node.all_input_nodes):
+            past.add(node)
+    return any(node.op == "output" for node in past)
+
+
+def _connected(nodes: list[Node]) -> Network:
+    """The connections; those are skips whose source is before another one, too."""
+    position = {node: i for i, node in enumerate(nodes)}
+    ancestors: dict[Node, int] = {}
+    edges = []
+    for node in nodes:
+        bits = 0
+        for source in node.taken:
+            bits |= ancestors[source] | 1 << position[source]
+        ancestors[node] = bits
+        for source in node.taken:
+            others = [other for other in node.taken if other is not source]
+            edges.append(Edge(source, node, any(ancestors[o] >> position[source] & 1 for o in others)))
+    return Network(nodes, edges)

@@ -1,0 +1,55 @@
+"""Files that are to be written, checked before the work rather than after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import RetrofitError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["save_figure", "writable"]
+
+
+def writable(path: str | Path) -> Path:
+    """The path of a file or folder to write.
+
+    Args:
+        path: where it is to be; the folder that it goes into must exist.
+
+    Raises:
+        RetrofitError: that folder does not exist.
+
+    Example:
+        >>> from se_retrofit.paths import writable
+        >>> writable("report.json").name
+        'report.json'
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise RetrofitError(f"can't write {path}: there is no folder {path.parent}")
+    return path
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a matplotlib figure.
+
+    Args:
+        figure: the figure.
+        path: where to write it; the suffix names the format.
+
+    Raises:
+        RetrofitError: the folder does not exist, or matplotlib writes no such format.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from se_retrofit.paths import save_figure
+        >>> save_figure(Figure(), "empty.svg")
+    """
+    path = writable(path)
+    formats = sorted(figure.canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats:
+        raise RetrofitError(f"{path} has no suffix that matplotlib writes: {', '.join(formats)}")
+    figure.savefig(path, dpi=120)
