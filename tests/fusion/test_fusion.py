@@ -229,7 +229,7 @@ class LayerNorm2d(timm.layers.LayerNorm2d):
     [
         (lambda: LayerNorm2d(8), "LayerNorm2d has statistics of each position over the channels"),
         (lambda: timm.layers.BatchNormAct2d(8), "BatchNormAct2d ends in ReLU"),
-        (lambda: nn.InstanceNorm2d(8), "InstanceNorm2d is no norm whose map"),
+        (lambda: nn.InstanceNorm2d(8), "InstanceNorm2d is not a norm that is known"),
     ],
 )
 def test_norms_for_which_the_algebra_does_not_hold_are_listed_with_the_reason(norm: Any, reason: str) -> None:
