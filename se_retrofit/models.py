@@ -136,8 +136,8 @@ def _check_hub(repository: str) -> None:
     except Exception as error:  # what is raised depends on the hub's HTTP client
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RetrofitError(
-            f"{name} is not in the cache of the Hugging Face hub, and the hub can't be reached: {reason}. Connect to it "
-            "(HF_HUB_OFFLINE and HF_ENDPOINT tell how), or give a folder that holds the network: local-dir:PATH"
+            f"{name} is not in the cache of the Hugging Face hub, and the hub can't be reached: {reason}. Check the "
+            "connection (and HF_HUB_OFFLINE and HF_ENDPOINT), or give a folder that holds the network: local-dir:PATH"
         ) from error
 
 
@@ -177,7 +177,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise RetrofitError(f"{path} can't be read as a checkpoint: {reason}") from error
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise RetrofitError(f"{path} holds no state dict (a mapping of names to tensors)")
+        raise RetrofitError(f"{path} does not hold a state dict (a mapping of names to tensors)")
     own = model.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),

@@ -1,5 +1,5 @@
-"""Three verbs that belong together, ``add_se``, ``remove_se``, ``has_se``; and ``plan_se``, which tells what the first
-would do."""
+"""Three functions that belong together, ``add_se``, ``remove_se`` and ``has_se``; and ``plan_se``, which shows what
+``add_se`` would do."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def add_se(
     and, with the default gate, gives the same outputs bit for bit until it is trained.
 
     Args:
-        model: a network of torchvision, timm or your own. It is left as it is unless ``inplace``.
+        model: a network from torchvision, timm or your own code. It is not changed unless ``inplace``.
         reduction: the excitation's bottleneck has ``channels // reduction`` units (the paper's r).
         placement: ``"auto"``, or for residual units one of the paper's others: ``"standard"``, ``"pre"``, ``"post"``,
             ``"identity"``, ``"3x3"`` (section 6.4, figure 5).
@@ -61,22 +61,22 @@ def add_se(
             about 1/2 and so is for training from scratch and for loading the weights of a native SE network; or
             ``"static"``, a learned factor for each channel that starts at exactly 1, as a control.
         bias: whether the excitation's layers have biases.
-        min_hidden: the bottleneck has at least so many units.
-        include, exclude: patterns of block paths (``"layer4.*"``), one or several; only matching blocks, all but these.
+        min_hidden: minimum number of units in the bottleneck.
+        include, exclude: one or several patterns of block paths (``"layer4.*"``): retrofit only matching blocks, or all others.
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, ``(args, kwargs)``, or any
             other object that the model takes. Only shapes and dtypes are read, unless the forward itself looks at values.
             Without it the model's config, sizes in its own attributes and then usual sizes are tried.
-        plan: what ``plan_se`` returned, of this model or of another that has its sites: those and its options, instead of
-            the options above, and inputs of its shapes unless ``example_inputs`` are given. Blocks may have been taken out
-            of it (``dataclasses.replace(plan, sites=...)``).
+        plan: a plan from ``plan_se``, for this model or one with the same sites. Its sites and options are used instead of
+            the options above, and its input shapes unless ``example_inputs`` are given. Blocks may have been removed
+            from it (``dataclasses.replace(plan, sites=...)``).
         inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
 
     Returns:
         The retrofitted network: a deep copy, or ``model`` itself if ``inplace``.
 
     Raises:
-        RetrofitError: nothing can be retrofitted, or an option makes no sense; the model is as it was.
-        TypeError: an argument is of the wrong type; the model is as it was.
+        RetrofitError: nothing can be retrofitted, or an option is invalid; the model is unchanged.
+        TypeError: an argument is of the wrong type; the model is unchanged.
 
     Example:
         >>> import timm
@@ -126,7 +126,7 @@ def plan_se(
 ) -> Plan:
     """What ``add_se`` would do with the same arguments, without doing it.
 
-    Args, raises: as ``add_se``.
+    Args, raises: as for ``add_se``.
 
     Example:
         >>> import timm
@@ -146,7 +146,7 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
         inplace: change the given model instead of a copy.
 
     Raises:
-        RetrofitError: there is no retrofitted SE in the model, or something else derived classes from its blocks since.
+        RetrofitError: there is no retrofitted SE in the model, or the classes of its blocks were changed since.
 
     Example:
         >>> import timm
@@ -157,7 +157,7 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
     """
     check_module(model)
     if not has_se(model):
-        raise RetrofitError(f"{type(model).__name__} has no SE that add_se put in, so there is nothing to remove")
+        raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to remove")
     check_removable(model, "remove_se")
     target = model if inplace else copied(model)
     strip(target)
@@ -178,7 +178,7 @@ def has_se(model: nn.Module) -> bool:
     """Whether ``add_se`` has put SE into this model (a network's own, native SE does not count).
 
     Warns:
-        UserWarning: modules with SE in them were replaced after the retrofit, and their SE is gone; it names the sites.
+        UserWarning: modules that contained SE were replaced after the retrofit, so their SE is gone; the warning names the sites.
 
     Example:
         >>> import timm
@@ -192,7 +192,7 @@ def has_se(model: nn.Module) -> bool:
 
 
 def warn_of_lost_sites(model: nn.Module) -> None:
-    """Warn where modules with SE in them were replaced after the retrofit (a ReLU of VGG by a GELU, say)."""
+    """Warn where modules with SE in them were replaced after the retrofit (VGG's ReLU by a GELU, say)."""
     lost = lost_sites(model)
     if lost:
         names = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
@@ -207,7 +207,7 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan by which a model was retrofitted.
 
     Raises:
-        RetrofitError: it was not.
+        RetrofitError: the model is not retrofitted.
 
     Example:
         >>> import timm
@@ -217,15 +217,15 @@ def plan_of(model: nn.Module) -> Plan:
     """
     ses = [(path, module) for path, module in model.named_modules() if is_retrofitted(module)]
     if not ses:
-        raise RetrofitError(f"{type(model).__name__} has no SE that add_se put in")
+        raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se")
     plan: Plan = ses[0][1].plan
     return replace(plan, sites=tuple(replace(module.site, path=path) for path, module in ses))
 
 
 class InsertSE(PassBase):
-    """``add_se`` as a torch.fx pass: puts SE into the graph of one GraphModule, in place.
+    """``add_se`` as a torch.fx pass: inserts SE into the graph of one GraphModule, in place.
 
-    Args: as ``add_se``, but for ``inplace``.
+    Args: as for ``add_se``, except ``inplace``.
 
     Example:
         >>> import torch, torchvision
@@ -284,7 +284,7 @@ def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
     if options != Options():
-        raise RetrofitError("the options are those of the plan; give plan= alone, or make a new one with plan_se(...)")
+        raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
     if example_inputs is None and plan.inputs is not None:
         example_inputs = from_description(plan.inputs)
     chosen = Options(**plan.options)
@@ -297,8 +297,8 @@ def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs
     if wanted != found:
         apart = sorted({path for path, *_ in set(wanted) ^ set(found)})
         raise RetrofitError(
-            f"the plan does not fit {type(model).__name__}: it has {len(wanted)} sites, and the model {len(found)}; they differ "
-            f"at {', '.join(apart[:3])}. Make a plan of this model with plan_se(...); the sites of a block go together"
+            f"the plan does not fit {type(model).__name__}: it has {len(wanted)} sites, the model has {len(found)}; they differ "
+            f"at {', '.join(apart[:3])}. Make a plan of this model with plan_se(...); the sites of one block can only be removed together"
         )
     return again, surgery
 

@@ -60,7 +60,7 @@ def test_a_plan_of_another_network_is_refused_and_the_model_is_as_it_was() -> No
     plan = plan_se(timm.create_model("resnet18"))
     model = torchvision.models.resnet50()
     with pytest.raises(
-        RetrofitError, match=r"does not fit ResNet: it has 8 sites, and the model 16; they differ at layer1\.0\.se"
+        RetrofitError, match=r"does not fit ResNet: it has 8 sites, the model has 16; they differ at layer1\.0\.se"
     ):
         add_se(model, plan=plan, inplace=True)
     assert not has_se(model)
@@ -69,7 +69,7 @@ def test_a_plan_of_another_network_is_refused_and_the_model_is_as_it_was() -> No
 def test_options_beside_a_plan_are_refused() -> None:
     model = timm.create_model("resnet10t")
     plan = plan_se(model)
-    with pytest.raises(RetrofitError, match=r"the options are those of the plan; give plan= alone"):
+    with pytest.raises(RetrofitError, match=r"a plan brings its own options; give plan= alone"):
         add_se(model, 16, plan=plan)
     with pytest.raises(TypeError, match="plan must be what plan_se returns, got dict"):
         add_se(model, plan=plan.to_dict())  # type: ignore[arg-type]

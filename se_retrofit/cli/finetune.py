@@ -32,6 +32,7 @@ from .options import (
     MinHidden,
     ModelArgs,
     Placement,
+    Plain,
     Precision,
     Pretrained,
     Reduction,
@@ -39,6 +40,7 @@ from .options import (
     RunFolder,
     Seed,
     Set,
+    Trainable,
     Workers,
     given,
     refuse_for_folder,
@@ -64,13 +66,13 @@ def finetune_command(
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="go on with the run in this folder; network, SE, data and recipe are read from its run.yaml; larger --epochs extend a run that is over"
+            help="resume the run in this folder; network, SE, data and recipe are read from its run.yaml; a larger --epochs extends a finished run"
         ),
     ] = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     arg: ModelArgs = None,
-    plain: Annotated[bool, typer.Option("--plain", help="without SE, for comparison")] = False,
+    plain: Plain = False,
     reduction: Reduction = 8,
     placement: Placement = "auto",
     gate: Gate = "identity",
@@ -84,7 +86,7 @@ def finetune_command(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
-    trainable: Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")] = None,
+    trainable: Trainable = None,
     image_size: ImageSize = None,
     precision: Precision = None,
     workers: Workers = None,
@@ -100,11 +102,8 @@ def finetune_command(
     Under torchrun or accelerate launch the same command runs on several GPUs or machines. The result, in OUTPUT/best,
     is loaded by load_retrofitted.
     """
-    import torch
-
     from ..finetune import finetune
     from ..finetune.experiment import describe_run
-    from ..retrofit import add_se
 
     named = {
         "epochs": epochs, "batch_size": batch_size, "lr": lr, "trainable": trainable, "image_size": image_size,
@@ -123,15 +122,9 @@ def finetune_command(
         command, recipe = read_run(resume, set(given(context)))
         recipe = recipe if epochs is None else recipe.replace(epochs=epochs)  # to extend a run that is over
     if command["model"] is None or command["data"] is None:
-        raise RetrofitError("give a MODEL and --data, or --resume FOLDER to go on with a run")
+        raise RetrofitError("give a MODEL and --data, or --resume FOLDER to resume a run")
     parts, recipe = open_data(command["data"], Path(command["data_root"]), download, recipe)
-    weights = None if command["checkpoint"] is None else Path(command["checkpoint"])
-    build, base = network_builder(command["model"], command["pretrained"], weights, command["arg"], recipe)
-    # A seeded start, so that a run that is resumed, and each of many processes, has the same
-    torch.manual_seed(recipe.seed)
-    network = build()
-    if not command["plain"] and not Path(command["model"]).is_dir():
-        network = add_se(network, **{name: command[name] for name in SE_OPTIONS}, inplace=True)
+    network, base = starting_network(command, recipe)
     if resume is None and output is None:
         details = [recipe.to_dict(), describe_run(network, parts.train, parts.val, base)]
         output = Path("runs") / default_name(command["model"], command["data"], details)
@@ -150,7 +143,23 @@ def finetune_command(
         raise typer.Exit(130) from error
 
 
-# What finetune and compare share
+# What finetune, find-lr and compare share
+
+
+def starting_network(command: dict[str, Any], recipe: FinetuneConfig) -> tuple[nn.Module, Base]:
+    """The network that a command trains, and its base."""
+    import torch
+
+    from ..retrofit import add_se
+
+    weights = None if command["checkpoint"] is None else Path(command["checkpoint"])
+    build, base = network_builder(command["model"], command["pretrained"], weights, command["arg"], recipe)
+    # A seeded start, so that a run that is resumed, and each of many processes, has the same
+    torch.manual_seed(recipe.seed)
+    network = build()
+    if not command["plain"] and not Path(command["model"]).is_dir():
+        network = add_se(network, **{name: command[name] for name in SE_OPTIONS}, inplace=True)
+    return network, base
 
 
 def absolute(name: str | None) -> str | None:
@@ -196,7 +205,7 @@ def open_data(data: str, root: Path, download: bool, recipe: FinetuneConfig) -> 
         typer.echo(parts.note)
     if recipe.num_classes is None:
         if parts.num_classes is None:
-            raise RetrofitError(f"{data} does not tell its number of classes: --set num_classes=...")
+            raise RetrofitError(f"the number of classes of {data} is not known: give it with --set num_classes=...")
         recipe = recipe.replace(num_classes=parts.num_classes)
     return parts, recipe
 
@@ -217,7 +226,7 @@ def network_builder(
         kwargs = {**named["kwargs"], "num_classes": recipe.num_classes}
         return lambda: load_retrofitted(saved), Base(named["library"], named["name"], kwargs)
     if pretrained and checkpoint is not None:
-        raise RetrofitError("--pretrained and --checkpoint exclude each other")
+        raise RetrofitError("give --pretrained or --checkpoint, not both")
     kwargs = read_settings(arg, "--arg")
     base = Base.of(name, **kwargs)
     if recipe.drop_path is not None and base.library == "timm":
@@ -256,7 +265,7 @@ def read_run(folder: Path, given: set[str]) -> tuple[dict[str, Any], FinetuneCon
     repeated = sorted(given - {"resume", "download", "epochs"})
     if repeated:
         options = ", ".join(name.rstrip("_").replace("_", "-") for name in repeated)
-        raise RetrofitError(f"--resume takes all but --epochs from {folder / 'run.yaml'}; leave out {options}")
+        raise RetrofitError(f"--resume reads every option but --epochs from {folder / 'run.yaml'}; remove {options}")
     try:
         content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
         command, fields = content["command"], content["config"]
@@ -266,7 +275,7 @@ def read_run(folder: Path, given: set[str]) -> tuple[dict[str, Any], FinetuneCon
         raise RetrofitError(f"{folder / 'run.yaml'} does not hold a command and a config: {error}") from error
     if not isinstance(command, dict) or command.keys() != COMMAND:
         raise RetrofitError(
-            f"the run in {folder} was not started from the command line; go on with it from Python: "
+            f"the run in {folder} was not started from the command line; resume it from Python: "
             "finetune(..., output_dir=..., resume=True)"
         )
     return command, FinetuneConfig.from_dict(fields)

@@ -25,8 +25,8 @@ def network_in(folder: Path) -> Path:
     for candidate in (folder, folder / "best"):
         if (settled(candidate) / RECIPE).is_file():
             return candidate
-    what = "holds no network that convert, finetune or fold wrote" if folder.is_dir() else "is no folder"
-    raise RetrofitError(f"{folder} {what}; {RECIPE} is looked for in it and in {folder / 'best'}")
+    what = "holds no network that convert, finetune or fold wrote" if folder.is_dir() else "is not a folder"
+    raise RetrofitError(f"{folder} {what}; {RECIPE} was looked for in it and in {folder / 'best'}")
 
 
 def run_settings(saved: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ Checkpoint = Annotated[Path | None, typer.Option(help="start from a checkpoint o
 ModelArgs = Annotated[
     list[str] | None, typer.Option("--arg", help="NAME=VALUE for the network's constructor; repeat it for more")
 ]
+Plain = Annotated[bool, typer.Option("--plain", help="without SE, for comparison")]
 NumClasses = Annotated[int | None, typer.Option(min=1, help="number of classes, if not the library's default")]
 InputSize = Annotated[str | None, typer.Option(help="one input, without the batch, such as 3x224x224")]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
@@ -54,6 +55,7 @@ Set = Annotated[
 Epochs = Annotated[int | None, typer.Option(help="passes over the data")]
 BatchSize = Annotated[int | None, typer.Option(help="images a step and process")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="peak learning rate")]
+Trainable = Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")]
 ImageSize = Annotated[int | None, typer.Option(help="height and width of the images, if not the network's own")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")]
 Workers = Annotated[int | None, typer.Option(help="processes that load data")]
@@ -79,9 +81,7 @@ def refuse_for_folder(context: typer.Context, *more: str) -> None:
     """Raise where options of the retrofit, or ``more``, are given for a network that has its SE already."""
     wrong = [f"--{name.replace('_', '-')}" for name in given(context) if name in (*SE_OPTIONS, *more)]
     if wrong:
-        raise typer.BadParameter(
-            f"{', '.join(wrong)}: the network in the folder has been built and retrofitted already"
-        )
+        raise typer.BadParameter(f"{', '.join(wrong)}: the network in the folder is built and retrofitted already")
 
 
 def example_of(size: str) -> torch.Tensor:
@@ -89,5 +89,5 @@ def example_of(size: str) -> torch.Tensor:
     import torch
 
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):
-        raise typer.BadParameter(f"{size!r} is no size such as 3x224x224", param_hint="--input-size")
+        raise typer.BadParameter(f"{size!r} is not a size such as 3x224x224", param_hint="--input-size")
     return torch.empty(2, *map(int, size.split("x")), device="meta")

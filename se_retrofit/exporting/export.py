@@ -130,7 +130,9 @@ def _example(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
     if inputs is None or inputs.is_meta:
         inputs = record_of(model, inputs).inputs.with_values(torch.Generator().manual_seed(0))
     if inputs.kwargs or not all(isinstance(a, Tensor) for a in inputs.args):
-        raise RetrofitError("only networks with tensors as positional inputs can be exported; give such example_inputs")
+        raise RetrofitError(
+            "only networks that take tensors as positional inputs can be exported; pass such example_inputs"
+        )
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     tensors = (t.detach().cpu() for t in inputs.args)
     typed = (t.to(dtype) if t.is_floating_point() else t for t in tensors)
@@ -190,4 +192,4 @@ def _compare(model: nn.Module, run: Run | None, inputs: tuple[Tensor, ...], form
         for a, b in zip(got, wanted, strict=True)
     )
     if not close:
-        raise RetrofitError(f"what was exported as {format} computes something else than the network")
+        raise RetrofitError(f"the {format} export does not compute what the network computes")

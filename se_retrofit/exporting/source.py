@@ -222,11 +222,11 @@ def _class_text(derived: type, recipe: Recipe, name: str) -> str:
         function = vars(derived).get(method)
         if not isinstance(function, types.FunctionType) or unwrapped(function) is not function:
             raise RetrofitError(
-                f"{owner.__qualname__}.{method} is decorated, or reached by super(), so its source can't be exported by itself"
+                f"{owner.__qualname__}.{method} is decorated or called through super(), so its source can't be exported on its own"
             )
         if set(function.__code__.co_freevars) - {"__class__"}:
             raise RetrofitError(
-                f"{owner.__qualname__}.{method} uses variables of a function around it, so it can't be exported"
+                f"{owner.__qualname__}.{method} uses variables of an enclosing function, so it can't be exported"
             )
         if any(n.startswith(f"_{owner.__name__.lstrip('_')}__") for n in function.__code__.co_names):
             raise RetrofitError(
@@ -250,4 +250,4 @@ def _check(model: nn.Module, file: Path, base: Base | None, inputs: tuple[Tensor
     except Exception as error:  # the file is code, which can raise anything
         raise RetrofitError(f"the exported source does not run: {type(error).__name__}: {error}") from error
     if not (len(wanted) == len(got) and all(map(torch.equal, wanted, got))):
-        raise RetrofitError("the exported source computes something else than the network")
+        raise RetrofitError("the exported source does not compute what the network computes")

@@ -6,7 +6,7 @@ Read ``train.py`` first: it is the training loop, top to bottom. What it calls i
 ``parts.py`` the parts of a network, ``freezing.py`` which of them are trained when,
 ``form.py`` as what it is trained, ``recomputing.py`` gradient checkpointing, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
 a person sees, ``gates.py`` what SE's gates did in each epoch, ``compare.py`` the question whether SE helps,
-``experiment.py`` which experiment a folder holds, ``callbacks.py`` the caller's own functions.
+``rates.py`` the learning-rate finder, ``experiment.py`` which experiment a folder holds, ``callbacks.py`` the caller's own functions.
 """
 
 from ..errors import extra
@@ -19,6 +19,7 @@ with extra("finetune"):
     from .evaluation import Evaluation, Prediction, evaluate_closely, predict
     from .metrics import evaluate
     from .parts import new_head
+    from .rates import LearningRates, find_lr
     from .run import FinetuneResult
     from .train import finetune
     from .transforms import transform_of
@@ -31,11 +32,13 @@ __all__ = [
     "Facts",
     "FinetuneConfig",
     "FinetuneResult",
+    "LearningRates",
     "NamedData",
     "Prediction",
     "compare",
     "evaluate",
     "evaluate_closely",
+    "find_lr",
     "finetune",
     "load_data",
     "new_head",

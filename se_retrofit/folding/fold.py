@@ -109,8 +109,8 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any)
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not has_se(model):
         raise RetrofitError(
-            f"{type(model).__name__} has no SE that add_se put in, so there is nothing to fold (where all of it has been "
-            "folded, none is left)"
+            f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to fold (once all of it "
+            "is folded, none is left)"
         )
     check_removable(model, "fold_se")
     for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):
@@ -142,7 +142,7 @@ def _chosen(plan: Plan, sites: Any) -> list[Site]:
             )
         chosen += found
     if not chosen:
-        raise RetrofitError("sites is empty, so there is nothing to fold; None stands for all sites")
+        raise RetrofitError("sites is empty, so there is nothing to fold; use None for all sites")
     return [site for site in plan.sites if site in chosen]
 
 
@@ -241,7 +241,7 @@ def _check_progress(todo: Todo, ses: dict[str, SEAttention], chosen: list[Site])
         raise RetrofitError(
             f"there is nothing left to fold: {', '.join(site.path for site in chosen[:3])}"
             f"{', ...' if len(chosen) > 3 else ''} {'are constant factors' if len(chosen) > 1 else 'is a constant factor'} "
-            "already, which no weight can take in"
+            "already, which can't be folded into any weight"
         )
 
 

@@ -104,7 +104,7 @@ def _native_gate(product: Op) -> tuple[Gate, set[Op]]:
         }[wanted]
         if not right or len(op.data) != 1:
             raise RetrofitError(
-                f"the gate at {path or 'the model'} is of another form than the sigmoid of two linear layers with a ReLU "
+                f"the gate at {path or 'the model'} is not the sigmoid of two linear layers with a ReLU "
                 f"between them: it has {op.name} where {wanted if wanted != 'layer' else 'a linear layer'} is expected"
             )
         op = op.data[0]
@@ -115,7 +115,7 @@ def _native_gate(product: Op) -> tuple[Gate, set[Op]]:
         raise RetrofitError(f"the gate at {path or 'the model'} is not computed from the value that it scales")
     second, first = ([name for name, _ in _tensors(layer)] for layer in layers)
     if not first or not second:
-        raise RetrofitError(f"the weights of the gate at {path or 'the model'} are no parameters of the network")
+        raise RetrofitError(f"the weights of the gate at {path or 'the model'} are not parameters of the network")
     shape = next(_tensors(layers[1]))[1]
     biases = (first[1] if len(first) > 1 else None, second[1] if len(second) > 1 else None)
     return Gate(path, int(shape[1]), int(shape[0]), (first[0], second[0]), biases), own

@@ -43,9 +43,7 @@ def batches_of(data: Any, most: int, device: torch.device) -> list[Batch]:
         found = [_batch(item, device) for item in islice(_items(loader), most)]
     found = [batch for batch in found if len(batch.inputs)]
     if not found:
-        raise RetrofitError(
-            "the data yields no batch, so there are no gates to look at; give some inputs of the network"
-        )
+        raise RetrofitError("the data yields no batch, so there are no gates to measure; give at least one batch")
     return found
 
 
@@ -56,7 +54,7 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
         if "default_collate" not in str(error):
             raise
         raise TypeError(
-            f"the data set's items can't be made a batch of; give it a transform to tensors: {error}"
+            f"the data set's items can't be collated into a batch; give it a transform that returns tensors: {error}"
         ) from None
 
 

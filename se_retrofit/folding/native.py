@@ -126,7 +126,7 @@ def _check_retrofitted(model: nn.Module, caller: str) -> None:
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if not has_se(model):
         raise RetrofitError(
-            f"{type(model).__name__} has no SE that add_se put in; {caller} takes a retrofitted network"
+            f"{type(model).__name__} has no SE inserted by add_se; {caller} takes a retrofitted network"
         )
     if any(p.is_meta for p in model.parameters()):
         raise RetrofitError("the model is on the meta device and has no values; load weights first")
@@ -142,9 +142,7 @@ def _check_native(network: nn.Module) -> None:
     if not isinstance(network, nn.Module):
         raise TypeError(f"expected the native network as a torch.nn.Module, got {type(network).__name__}")
     if has_se(network):
-        raise RetrofitError(
-            f"this {type(network).__name__} was retrofitted by add_se; give a network with SE of its own"
-        )
+        raise RetrofitError(f"this {type(network).__name__} was retrofitted by add_se; give a network with native SE")
 
 
 def _ses(model: nn.Module) -> dict[str, SEAttention]:
@@ -177,8 +175,8 @@ def _scale(model: nn.Module, record: Record, ses: dict[str, SEAttention], by: fl
             scalings = factors.forwards(path, factor)
         if scalings is None:
             raise RetrofitError(
-                f"the factor 2 of the gate at {path} can't be moved into the network: neither what makes the value that it "
-                "scales nor all that takes it can be multiplied"
+                f"the factor 2 of the gate at {path} can't be moved into the network: neither the module "
+                "that produces the scaled value nor all modules that use it can take it in"
             )
         todo.append((se, scalings, squeezed))
     for se, scalings, squeezed in todo:
@@ -203,7 +201,7 @@ def _check_same(before: nn.Module, after: nn.Module, inputs: Inputs, what: str) 
     wanted, got = (_outputs(network, given, dtype) for network in (before, after))
     apart = difference(got, wanted)
     if not apart <= torch.finfo(dtype).eps ** 0.5:
-        raise RetrofitError(f"{what} computes something else: its outputs differ by {apart:.1e} of their norm")
+        raise RetrofitError(f"{what} does not compute the same: its outputs differ by {apart:.1e} of their norm")
 
 
 def _outputs(network: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:

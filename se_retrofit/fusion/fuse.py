@@ -37,7 +37,7 @@ class Fusion:
         >>> import timm
         >>> from se_retrofit import add_se, plan_fusion
         >>> plan_fusion(add_se(timm.create_model("densenet121"), include="*denselayer1")).skipped[0].reason
-        'Conv2d is no norm whose map of each channel is known to be affine'
+        'Conv2d is not a norm that is known to be an affine map of each channel'
     """
 
     fused: tuple[str, ...]
@@ -107,7 +107,7 @@ def fuse_se(model: M, *, inplace: bool = False) -> M:
     fusion = plan_fusion(model)
     if not fusion.fused:
         reason = f": {fusion.skipped[0].block}: {fusion.skipped[0].reason}" if fusion.skipped else "; call add_se first"
-        raise RetrofitError(f"{type(model).__name__} has no SE behind a norm that can be fused{reason}")
+        raise RetrofitError(f"{type(model).__name__} has no SE after a norm that can be fused{reason}")
     target = model if inplace else copied(model)
     fused = set(fusion.fused)
     changed: list[tuple[Any, Recipe, set[str]]] = []
@@ -179,12 +179,12 @@ def _why_not(block: Any, name: str) -> str | None:
     for splice in splices:
         child = _norm_called(splice)
         if child is None:
-            return "the expression that SE wraps is no call of a norm of the block"
+            return "the expression that SE wraps is not a call of one of the block's norms"
         reason = why_no_norm(block._modules.get(child))
         if reason is not None:
             return reason
         if se.channel_dim == -1:
-            return "its channels are in the last dim, where a batch norm or a group norm has none"
+            return "its channels are in the last dim, where a batch norm or a group norm does not have them"
     return None
 
 

@@ -56,7 +56,7 @@ def why_no_norm(module: Any) -> str | None:
     """Why SE behind a module can't be fused with the norm in which that ends; None where it can."""
     norm = parts(module)[1]
     if not isinstance(norm, nn.Module):
-        return "what makes the value that SE scales is no module"
+        return "the value that SE scales is not the output of a module"
     name = type(norm).__name__
     if _hooked(norm):
         return f"{name} has hooks, which expect to see its output"
@@ -68,7 +68,7 @@ def why_no_norm(module: Any) -> str | None:
                 f"{name} has statistics of each position over the channels: the mean of its output over the positions "
                 "does not follow from sums of its input"
             )
-        return f"{name} is no norm whose map of each channel is known to be affine"
+        return f"{name} is not a norm that is known to be an affine map of each channel"
     for inner in (getattr(norm, "drop", None), getattr(norm, "act", None)):
         if inner is not None and type(inner) is not nn.Identity:
             return (

@@ -24,7 +24,7 @@ def options_again(saved: dict[str, Any], inputs: Any, example_inputs: Any, where
         try:
             example_inputs = from_description(inputs)
         except ValueError as error:
-            raise RetrofitError(f"{where}: the inputs can't be made again: {error}; or give example_inputs") from error
+            raise RetrofitError(f"{where}: the inputs can't be rebuilt: {error}; or give example_inputs") from error
     return {**saved, "example_inputs": example_inputs}
 
 
@@ -35,7 +35,7 @@ def retrofit_again(
     try:
         retrofitted = add_se(model, **options, inplace=inplace)
     except (RetrofitError, TypeError) as error:
-        raise RetrofitError(f"the retrofit of {where} can't be made again on this base: {error}") from error
+        raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
     _take_out_folded(retrofitted, plan["skipped"])
     _leave_factors(retrofitted, options, plan["sites"])
     check_plan(plan_of(retrofitted).sites, plan["sites"], where)

@@ -128,12 +128,12 @@ def _problem(
             )
         if place.users is not None:
             if {same[u] for u in users.get(se, [])} != set(place.users):
-                return "the operand that SE should recalibrate can't be told from the others"
+                return "the operand that SE should recalibrate can't be told apart from the others"
             continue
         if any(user.index > se.index for user in users.get(given, [])):
-            return "a part of its code would go on with the value that SE has not scaled"
+            return "part of its code would use the value before SE has scaled it"
         if se not in users and se not in returned:
-            return "the value that SE should recalibrate is changed in place, under a name that can't be told"
+            return "the value that SE should recalibrate is changed in place, under an unknown name"
     if wanted:
-        return "the value is made by other code in another call"
+        return "different code produces the value in another call"
     return None

@@ -113,12 +113,12 @@ def _check_digests(recipe: Recipe) -> None:
             try:
                 found = source_of(function).digest
             except SpliceError as error:
-                raise RetrofitError(f"{recipe.base.__qualname__} can't be retrofitted as it was: {error}") from None
+                raise RetrofitError(f"{recipe.base.__qualname__} can't be retrofitted as before: {error}") from None
         if found != digest:
             raise RetrofitError(
-                f"the source of {splice.owner.__module__}.{splice.owner.__qualname__}.{splice.method} is another one than when "
-                "this model was retrofitted (another version of its library, say). Install that version; or build the "
-                "network anew, retrofit it, and load the state dict"
+                f"the source of {splice.owner.__module__}.{splice.owner.__qualname__}.{splice.method} has changed since "
+                "this model was retrofitted (another version of its library, say). Install the version that was used; or build the "
+                "network again, retrofit it, and load the state dict"
             )
 
 

@@ -47,7 +47,7 @@ def _node_name(call: Call, op: Op) -> str:
         name = _assigned(linecache.getlines(code.co_filename), line)
         if name is not None and any(n.name == name for n in graph.nodes):
             return name
-    raise SpliceError(f"the output of {op.path or op.name} is no node of the graph of {call.path or 'the model'}")
+    raise SpliceError(f"the output of {op.path or op.name} is not a node of the graph of {call.path or 'the model'}")
 
 
 def _assigned(lines: list[str], line: int | None) -> str | None:

@@ -256,11 +256,11 @@ class _Finder:
         if call is not None:
             call = _where_shown(call, op)
         if call is None:
-            problem = "the value that SE should recalibrate appears in the code of none of its modules"
+            problem = "the value that SE should recalibrate does not appear in the code of any of its modules"
         elif op.channels is None:
-            problem = f"which dim of the output of {op.path or op.name} holds the channels can't be told"
+            problem = f"it is not known which dim of the output of {op.path or op.name} holds the channels"
         elif op.channels < 2:
-            problem = f"the output of {op.path or op.name} has one channel only"
+            problem = f"the output of {op.path or op.name} has only one channel"
         elif not op.dtype.is_floating_point:
             problem = f"the output of {op.path or op.name} is of dtype {op.dtype}; SE is for real floating-point values"
         else:

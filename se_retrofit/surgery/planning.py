@@ -140,7 +140,7 @@ class _Runs:
             raise RetrofitError(f"{name} has no convolution, so there is nothing to retrofit")
         if given:
             raise RetrofitError(
-                f"{name} can't be run on the example_inputs that were given, of shape "
+                f"{name} can't be run on the given example_inputs, of shape "
                 f"{given_inputs(example_inputs).shapes}; give inputs that it takes. Its forward raised {first_error}"
             )
         raise RetrofitError(

@@ -111,10 +111,10 @@ def source_of(function: types.FunctionType) -> Source:
         tree = _parsed(lines, first)
         code = _compiled(tree, function)
     except (SyntaxError, ValueError, LookupError):
-        raise SpliceError(f"the source of {name} is no function that can be compiled by itself") from None
+        raise SpliceError(f"the source of {name} can't be compiled on its own") from None
     if not _same_code(code, function.__code__):
         raise SpliceError(
-            f"the source of {name} is not what is running: its file was edited since it was imported, or an import hook "
+            f"the source of {name} differs from the code that runs: its file was edited since it was imported, or an import hook "
             "rewrote it"
         )
     return Source(function, tuple(lines), first, tree)
@@ -225,7 +225,7 @@ def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
     """
     position = _positions(code)[lasti // 2]
     if None in position:
-        raise SpliceError("the place of the expression is not known")
+        raise SpliceError("the position of the expression is not known")
     line, end_line, column, end_column = position
     wanted = (line, end_line, column, end_column)
     nodes = [n for n in source.nodes if isinstance(n, (ast.expr, ast.AugAssign))]
@@ -235,7 +235,7 @@ def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
     for node in nodes:  # of a chain of calls over several lines, Python keeps the place of the last
         if isinstance(node, ast.Call) and (node.end_lineno, node.end_col_offset) == (end_line, end_column):
             return node
-    raise SpliceError("the place of the expression is not known")
+    raise SpliceError("the position of the expression is not known")
 
 
 @functools.lru_cache(maxsize=4096)

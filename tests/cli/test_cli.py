@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 import se_retrofit.cli.convert as command
 from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted, plan_of
+from se_retrofit.cli import main
 from se_retrofit.cli.commands import app
 from se_retrofit.models import Base
 
@@ -22,10 +23,6 @@ SMALL = "timm/test_resnet"
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
-
-
-def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "se_retrofit", *arguments], capture_output=True, text=True)
 
 
 def test_convert_prints_the_plan_and_checks_the_identity() -> None:
@@ -159,16 +156,20 @@ def test_help_shows_examples(command_name: str) -> None:
     assert f"se-retrofit {command_name}" in result.output
 
 
-def test_the_module_runs_as_a_program_and_a_mistake_is_one_line() -> None:
-    process = run_process("convert", "resnet[bold]50")
-    assert process.returncode == 1
-    assert process.stdout == ""
-    assert process.stderr.startswith("error: no model 'resnet[bold]50' in timm or torchvision")
-    assert process.stderr.count("\n") == 1
+def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["se-retrofit", "convert", "resnet[bold]50"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: no model 'resnet[bold]50' in timm or torchvision")
+    assert said.err.count("\n") == 1
 
 
-def test_piped_output_has_no_colours_and_unbroken_lines() -> None:
-    process = run_process("convert", SMALL)
+def test_the_module_runs_as_a_program_whose_piped_output_has_no_colours_and_unbroken_lines() -> None:
+    command_line = [sys.executable, "-m", "se_retrofit", "convert", SMALL]
+    process = subprocess.run(command_line, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "\x1b" not in process.stdout
     assert (

@@ -84,10 +84,10 @@ def test_a_class_in_place_of_an_instance() -> None:
         (
             {"example_inputs": torch.zeros(2, 5, 8, 8)},
             RetrofitError,
-            r"can't be run on the example_inputs .*\(2, 5, 8, 8\)",
+            r"can't be run on the given example_inputs.*\(2, 5, 8, 8\)",
         ),
-        ({"example_inputs": torch.zeros(3)}, RetrofitError, "can't be run on the example_inputs"),
-        ({"example_inputs": (torch.zeros(2, 3, 8, 8), 1)}, RetrofitError, "can't be run on the example_inputs"),
+        ({"example_inputs": torch.zeros(3)}, RetrofitError, "can't be run on the given example_inputs"),
+        ({"example_inputs": (torch.zeros(2, 3, 8, 8), 1)}, RetrofitError, "can't be run on the given example_inputs"),
         ({"example_inputs": (2, 3, 8, 8)}, TypeError, "example_inputs must hold at least one tensor"),
         ({"example_inputs": "224"}, TypeError, "example_inputs must hold at least one tensor.*got str"),
         ({"example_inputs": [1, 2]}, TypeError, "example_inputs must be a tensor, a tuple .*, got a list"),
@@ -130,7 +130,7 @@ def test_remove_se_and_plan_of_without_a_retrofit() -> None:
     before = snapshot(model)
     assert not has_se(model)
     for verb in (remove_se, plan_of):
-        with pytest.raises(RetrofitError, match="no SE that add_se put in"):
+        with pytest.raises(RetrofitError, match="no SE inserted by add_se"):
             verb(model)
     assert_untouched(model, before)
 

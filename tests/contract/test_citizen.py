@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -58,6 +59,15 @@ KINDS = [
     "timm/dla34",
     "timm/repvgg_b0",
 ]
+
+
+def _first_two_and_in_sweeps(*names: str) -> list[Any]:
+    """A derived forward and a Sequential every time, further networks in the sweeps."""
+    return [
+        "torchvision/resnet18",
+        "torchvision/squeezenet1_1",
+        *(pytest.param(n, marks=pytest.mark.sweep) for n in names),
+    ]
 
 
 def _retrofitted(name: str) -> tuple[nn.Module, Tensor]:
@@ -224,9 +234,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize(
-    "name", ["torchvision/resnet18", "torchvision/squeezenet1_1", "timm/convnext_atto", "timm/dla34"]
-)
+@pytest.mark.parametrize("name", _first_two_and_in_sweeps("timm/convnext_atto", "timm/dla34"))
 def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
     model, x = _retrofitted(name)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -256,7 +264,12 @@ def test_inductor_compiles_a_block() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("torchvision/googlenet", "timm/repvgg_b0")])
+@pytest.mark.parametrize(
+    "name",
+    _first_two_and_in_sweeps(
+        "torchvision/mobilenet_v2", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto", "timm/dla34"
+    ),
+)
 def test_torch_export(name: str) -> None:
     model, x = _retrofitted(name)
     program = torch.export.export(model, (x,))
@@ -291,7 +304,7 @@ def test_onnx_export_computes_the_same() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/squeezenet1_1"])
+@pytest.mark.parametrize("name", _first_two_and_in_sweeps("torchvision/mobilenet_v2"))
 def test_torch_jit_traces_it(name: str) -> None:
     model, x = _retrofitted(name)
     with torch.no_grad():
@@ -299,7 +312,7 @@ def test_torch_jit_traces_it(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["torchvision/resnet18", "torchvision/mobilenet_v2", "torchvision/squeezenet1_1"])
+@pytest.mark.parametrize("name", _first_two_and_in_sweeps("torchvision/mobilenet_v2"))
 def test_torch_jit_scripts_it(name: str) -> None:
     model, x = _retrofitted(name)
     with torch.no_grad():

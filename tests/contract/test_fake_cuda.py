@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.convnext import ConvNeXt
 from timm.models.densenet import DenseNet
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torchvision.models import MobileNetV2
 
 from se_retrofit import (
     RetrofitError,
@@ -40,8 +42,8 @@ pytestmark = [
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "residual": lambda: timm.create_model("resnet10t"),
-    "inverted": lambda: timm.create_model("mobilenetv2_035"),
-    "ConvNeXt": lambda: timm.create_model("convnext_atto"),
+    "inverted": lambda: MobileNetV2(inverted_residual_setting=[[1, 8, 1, 1], [6, 16, 2, 2]]),
+    "ConvNeXt": lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
     "dense": lambda: DenseNet(growth_rate=8, block_config=(2, 2)),
 }
 

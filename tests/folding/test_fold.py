@@ -389,7 +389,7 @@ def test_a_model_without_our_se_is_refused() -> None:
     model, x, _ = partly_varying()
     folded, _ = fold_se(model, [x], tolerance=100)
     for other in (remove_se(model), folded):
-        with pytest.raises(RetrofitError, match="no SE that add_se put in"):
+        with pytest.raises(RetrofitError, match="no SE inserted by add_se"):
             fold_se(other, [x])
     with pytest.raises(TypeError, match="expected a torch"):
         fold_se("resnet18", [x])  # type: ignore[type-var]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 from typing import Any
 
@@ -228,7 +229,7 @@ class LayerNorm2d(timm.layers.LayerNorm2d):
     [
         (lambda: LayerNorm2d(8), "LayerNorm2d has statistics of each position over the channels"),
         (lambda: timm.layers.BatchNormAct2d(8), "BatchNormAct2d ends in ReLU"),
-        (lambda: nn.InstanceNorm2d(8), "InstanceNorm2d is no norm whose map"),
+        (lambda: nn.InstanceNorm2d(8), "InstanceNorm2d is not a norm that is known"),
     ],
 )
 def test_norms_for_which_the_algebra_does_not_hold_are_listed_with_the_reason(norm: Any, reason: str) -> None:
@@ -280,7 +281,9 @@ def only_fused_norms(net: Any) -> Any:
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_a_sync_batch_norm_takes_its_statistics_over_all_processes(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    # both are forked from one that has done the imports
+    multiprocessing.set_forkserver_preload(["timm", "torchvision", "se_retrofit"])
+    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     wanted = steps(only_fused_norms(retrofitted()).train(), slice(0, 5))
     for name, value in wanted.items():

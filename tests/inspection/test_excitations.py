@@ -176,7 +176,7 @@ def test_mistakes() -> None:
         excitations(add_se(small_resnet()), [])
     with pytest.raises(TypeError, match="each batch must be a tensor"):
         excitations(add_se(small_resnet()), [{"image": torch.randn(1, 3, 32, 32)}])
-    with pytest.raises(RetrofitError, match="has no SE that add_se put in"):
+    with pytest.raises(RetrofitError, match="has no SE inserted by add_se"):
         excitations(small_resnet(), batches())
     with pytest.raises(TypeError, match="expected a torch"):
         excitations("resnet18", batches())  # type: ignore[arg-type]

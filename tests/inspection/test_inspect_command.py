@@ -144,7 +144,7 @@ def test_a_mistake_is_a_line_not_a_traceback() -> None:
 def test_wrong_usage_is_2() -> None:
     result = CliRunner().invoke(app, ["inspect", "resnet18", "--input-size", "3by4"])
     assert result.exit_code == 2
-    assert "is no size such as 3x224x224" in result.output
+    assert "is not a size such as 3x224x224" in result.output
 
 
 def test_help_shows_examples() -> None:

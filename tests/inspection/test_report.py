@@ -166,7 +166,7 @@ def test_mistakes_say_what_to_do() -> None:
         report(small_resnet())
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got str"):
         report("resnet18")  # type: ignore[arg-type]
-    with pytest.raises(RetrofitError, match="can't be run on the example_inputs"):
+    with pytest.raises(RetrofitError, match="can't be run on the given example_inputs"):
         report(add_se(small_resnet()), torch.empty(1, 4, 32, 32))
 
 

@@ -321,7 +321,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown option": (
         lambda d: edit(d, lambda r: {**r, "add_se": {**r["add_se"], "glow": 1}}),
-        "can't be made again on this base.*glow",
+        "can't be repeated on this base.*glow",
     ),
     "other plan": (
         lambda d: edit(d, lambda r: r["plan"]["sites"][0].update(path="layer9.0.se_attention")),
@@ -374,7 +374,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
 def test_a_base_of_another_kind_is_refused(saved: Path) -> None:
     with pytest.raises(RetrofitError, match=r"no longer fits|does not fit"):
         load_retrofitted(saved, base=torchvision.models.resnet18())
-    with pytest.raises(RetrofitError, match=r"can't be made again on this base"):
+    with pytest.raises(RetrofitError, match=r"can't be repeated on this base"):
         load_retrofitted(saved, base=nn.Linear(3, 3))
     with pytest.raises(TypeError, match=r"base must be a network, a name or a Base"):
         load_retrofitted(saved, base=18)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from se_retrofit import InsertSE, RetrofitError, add_se, plan_se, remove_se
 
@@ -31,8 +32,12 @@ def _se_calls(module: torch.fx.GraphModule) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "resnet50", "mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11_bn"]
-)
+    "name",
+    [
+        "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1", "vgg11_bn",
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in ("resnet50", "mobilenet_v2")),
+    ],
+)  # fmt: skip
 def test_a_traced_network_gets_the_sites_of_the_network_itself(name: str) -> None:
     if name == "vgg11_bn":
         original: nn.Module = torchvision.models.VGG(
@@ -94,7 +99,7 @@ def test_a_retrofitted_graph_is_sound_and_copies_and_pickles() -> None:
 
 @pytest.mark.parametrize("placement", ["standard", "pre", "post", "identity", "3x3"])
 def test_the_placements_hold_in_a_graph(placement: str) -> None:
-    original = NETWORKS["torchvision/resnet18"].build()
+    original = randomised(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)).eval()
     retrofitted = add_se(torch.fx.symbolic_trace(original), placement=placement)
     assert_same_function(retrofitted, original, X)
     reference = randomise_se(add_se(original, placement=placement))
@@ -108,7 +113,7 @@ def test_the_placements_hold_in_a_graph(placement: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing:UserWarning")  # torchvision's, on googlenet
-@pytest.mark.parametrize("name", ["resnet18", "googlenet"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.sweep), "googlenet"])
 def test_a_feature_extractor_switches_between_its_graphs(name: str) -> None:
     kwargs = {"aux_logits": True, "init_weights": False} if name == "googlenet" else {}
     original = randomised(torchvision.models.get_model(name, num_classes=10, **kwargs))

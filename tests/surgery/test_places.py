@@ -32,7 +32,7 @@ def _load_native(retrofitted: nn.Module, native: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("base", "native", "options"),
     [
-        ("resnet50", "seresnet50", {}),
+        pytest.param("resnet50", "seresnet50", {}, marks=pytest.mark.sweep),
         ("resnet18", "seresnet18", {"min_hidden": 8}),
         ("resnext26ts", "seresnext26ts", {"min_hidden": 8, "placement": "3x3"}),  # timm has it inside the branch here
     ],
@@ -190,10 +190,9 @@ def test_other_placements_leave_other_kinds_of_block_out_and_say_so() -> None:
     "name",
     [
         "torchvision/resnet18",
-        "timm/convnext_atto",
         *(
             pytest.param(n, marks=pytest.mark.sweep)
-            for n in ("torchvision/regnet_x_400mf", "torchvision/mobilenet_v2", "timm/dla34")
+            for n in ("timm/convnext_atto", "torchvision/regnet_x_400mf", "torchvision/mobilenet_v2", "timm/dla34")
         ),
     ],
 )

@@ -53,7 +53,7 @@ def test_a_network_behaves_as_before(network: type[nn.Module], sites: int) -> No
 def test_where_the_batch_is_folded_into_the_channels_there_is_no_place() -> None:
     for placement in ("pre", "identity", "post"):
         check(Net(networks.Styled), placement=placement)
-    with pytest.raises(RetrofitError, match="channels can't be told"):
+    with pytest.raises(RetrofitError, match="it is not known which dim"):
         add_se(Net(networks.Styled), 2, placement="3x3", example_inputs=torch.zeros(2, 3, 16, 16))
 
 

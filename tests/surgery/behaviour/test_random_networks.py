@@ -190,7 +190,7 @@ def keeps_the_contract(program: str, folder: Path) -> None:
         raise
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(program=programs())
 def test_networks_composed_at_random_keep_the_contract(program: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     keeps_the_contract(program, tmp_path_factory.mktemp("networks"))

@@ -1,0 +1,117 @@
+"""``se-retrofit find-lr MODEL --data ...``: at which learning rate the loss falls fastest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .app import app, say
+from .finetune import open_data, read_config, starting_network
+from .options import (
+    BatchSize,
+    Bias,
+    Checkpoint,
+    Compile,
+    ConfigFile,
+    Cpu,
+    Data,
+    Download,
+    Exclude,
+    Gate,
+    ImageSize,
+    Include,
+    MinHidden,
+    ModelArgs,
+    ModelOrFolder,
+    Placement,
+    Plain,
+    Precision,
+    Pretrained,
+    Reduction,
+    Root,
+    Seed,
+    Set,
+    Trainable,
+    Workers,
+    refuse_for_folder,
+    se_options,
+)
+
+
+@app.command("find-lr")
+def find_lr_command(
+    context: typer.Context,
+    model: ModelOrFolder,
+    data: Data,
+    lowest: Annotated[float, typer.Option(help="learning rate of the first step")] = 1e-6,
+    highest: Annotated[float, typer.Option(help="learning rate of the last step")] = 1.0,
+    steps: Annotated[int, typer.Option(help="updates")] = 100,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw the loss over the learning rate into this file (.png, .svg)")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="write all figures into this file, as JSON")] = None,
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+    arg: ModelArgs = None,
+    plain: Plain = False,
+    reduction: Reduction = 8,
+    placement: Placement = "auto",
+    gate: Gate = "identity",
+    bias: Bias = False,
+    min_hidden: MinHidden = 4,
+    include: Include = None,
+    exclude: Exclude = None,
+    data_root: Root = Path("data"),
+    download: Download = False,
+    config: ConfigFile = None,
+    batch_size: BatchSize = None,
+    trainable: Trainable = None,
+    image_size: ImageSize = None,
+    precision: Precision = None,
+    workers: Workers = None,
+    seed: Seed = None,
+    cpu: Cpu = None,
+    compile_: Compile = None,
+    set_: Set = None,
+) -> None:
+    """Find a learning rate for finetune: train for some steps at rates that rise from step to step.
+
+    Network, SE and recipe are given as for finetune; nothing of the network is written.
+    """
+    from ..finetune import find_lr
+    from ..finetune.engine import processes
+    from ..paths import writable
+    from ..saving.atomic import replaced_file
+
+    for file in (plot, output):
+        if file is not None:
+            writable(file)
+    if Path(model).is_dir():
+        refuse_for_folder(context, "plain", "pretrained", "checkpoint", "arg")
+    named = {
+        "batch_size": batch_size, "trainable": trainable, "image_size": image_size, "precision": precision,
+        "workers": workers, "seed": seed, "cpu": cpu, "compile": compile_,
+    }  # fmt: skip
+    parts, recipe = open_data(data, data_root, download, read_config(config, named, set_))
+    command = {
+        "model": model, "pretrained": pretrained, "checkpoint": checkpoint, "arg": arg, "plain": plain,
+        **se_options(context),
+    }  # fmt: skip
+    network, base = starting_network(command, recipe)
+    try:
+        found = find_lr(network, parts.train, config=recipe, lowest=lowest, highest=highest, steps=steps, base=base)
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error
+    if processes()[0] > 0:
+        return  # the main process tells
+    say(Console(), found)
+    if plot is not None:
+        say(Console(), f"wrote {found.plot(plot)}")
+    if output is not None:
+        with replaced_file(output) as fresh:
+            fresh.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        say(Console(), f"wrote {output}")
