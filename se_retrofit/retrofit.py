@@ -374,7 +374,7 @@ def _build(model: nn.Module, plan: Plan, surgery: Surgery) -> dict[str, SEAttent
     for site in plan.sites:
         block = _nearest(model, site)
         like = next(block.parameters(), fallback)
-        with _disable_current_modes():
+        with _disable_current_modes(), torch.inference_mode(False):
             se = SEAttention(
                 site.channels, options["reduction"], gate=options["gate"], bias=options["bias"],
                 min_hidden=options["min_hidden"], channel_dim=site.channel_dim, inplace=places[site.path].overwritten,

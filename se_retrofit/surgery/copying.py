@@ -103,7 +103,8 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
                 "the model has lazy parameters, whose shapes are not known yet: call the model once, then retrofit it"
             )
     if convert is None:
-        with untouched_randomness():  # a __deepcopy__ may build anew, and so draw weights
+        # a __deepcopy__ may build anew, and so draw weights; tensors made in inference mode could never be trained
+        with untouched_randomness(), torch.inference_mode(False):
             return _copied(value, None, independent)
     with torch.utils._python_dispatch._disable_current_modes(), _Converted(convert):
         return _copied(value, convert, independent)
@@ -148,6 +149,8 @@ def _deep_copy(
     memo = dict(given)
     for mode in {maybe_get_fake_mode(tensor) for module in modules for tensor in module.parameters(recurse=False)}:
         memo[id(mode)] = mode  # the copy of a fake tensor is of the same mode
+    if convert is None:
+        memo.update(_recomputed(modules))
     functions = _with_empty_cells(modules, memo) if independent else []
     result = copy.deepcopy(value, memo)
     for module in reversed(forced):  # copied by us, whatever its class says; children before their parents
@@ -162,6 +165,18 @@ def _deep_copy(
         for before, after in zip(original.__closure__, new.__closure__, strict=True):
             after.cell_contents = _copied_or_shared(before, memo)
     return result, memo
+
+
+def _recomputed(modules: list[nn.Module]) -> dict[int, Tensor]:
+    """Copies of tensors with a history, which ``copy.deepcopy`` refuses, on modules whose hooks compute them anew before each
+    forward: weights under ``torch.nn.utils.weight_norm``, ``spectral_norm`` and ``prune``."""
+    return {
+        id(value): value.detach().clone()
+        for module in modules
+        if module._forward_pre_hooks
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
 
 
 _ATOMS = (int, float, bool, str, type(None))

@@ -31,6 +31,7 @@ from safetensors.torch import load_model, save_model
 from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from se_retrofit import RetrofitError, add_se, has_se, plan_of, plan_se, remove_se
@@ -188,6 +189,40 @@ def test_a_model_on_meta_is_retrofitted_there_and_filled_later() -> None:
     for se in se_modules(retrofitted).values():
         se.reset_parameters()
     assert_same_function(retrofitted.eval(), real, X)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_was_retrofitted_in_inference_mode_trains(inplace: bool) -> None:
+    model = randomised(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)).train()
+    with torch.inference_mode():
+        fitted = add_se(model, 16, inplace=inplace)
+        bare = remove_se(fitted)
+    for network in (fitted, bare):
+        network(X).sum().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def _weight_norm(conv: nn.Conv2d) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's word against it; vocoders use it all the same
+        nn.utils.weight_norm(conv)
+
+
+def _pruned(conv: nn.Conv2d) -> None:
+    l1_unstructured(conv, "weight", 0.3)
+
+
+@pytest.mark.parametrize("changed", [_weight_norm, _pruned, nn.utils.spectral_norm])
+def test_weights_that_a_hook_computes_before_each_forward_are_copied(changed: Any) -> None:
+    model = randomised(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)).eval()
+    for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
+        changed(conv)
+    assert_same_function(add_se(model, 16), model, X)  # outputs and gradients
+    assert_same_function(remove_se(add_se(model, 16)), model, X)
+    copied = add_se(model, 16)
+    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in model.parameters()}
+    copied(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in copied.parameters())
 
 
 def test_a_frozen_model_gets_gates_that_train() -> None:
