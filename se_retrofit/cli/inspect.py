@@ -15,9 +15,10 @@ from torch import nn
 
 from ..errors import RetrofitError
 from ..inspection import drawing
+from ..inspection.blocks import BlockPair
 from ..inspection.conditions import Condition, WrongExpression
 from ..inspection.difference import difference_lines
-from ..inspection.graphs import BlockPair, find_block, inspect_model
+from ..inspection.graphs import find_block, inspect_model
 from ..inspection.lines import show
 from ..inspection.modules import module_lines
 from ..inspection.page import check_target as check_page

@@ -18,7 +18,15 @@ from ..saving.recipe import IMAGES
 from .config import FinetuneConfig
 from .data import MOST_REPLACEMENTS, UNREADABLE
 
-__all__ = ["check_classes", "class_names", "class_names_of", "note_images", "transform_of", "transforms_for"]
+__all__ = [
+    "check_classes",
+    "class_names",
+    "class_names_of",
+    "has_several_labels",
+    "note_images",
+    "transform_of",
+    "transforms_for",
+]
 
 SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -61,12 +69,21 @@ def class_names(model: nn.Module) -> list[str] | None:
     return None if names is None else list(names)
 
 
+def has_several_labels(model: nn.Module) -> bool:
+    """Whether a network was fine-tuned with several labels an image."""
+    return bool(vars(model).get(IMAGES, {}).get("multi_label"))
+
+
 def note_images(model: nn.Module, data: Any, config: FinetuneConfig, base: Base | None) -> None:
     """Have the network tell how its images are prepared, where the data are PIL images."""
     if not gives_images(data):
         vars(model).pop(IMAGES, None)
         return
-    vars(model)[IMAGES] = {**_settings(model, config, base), "classes": class_names_of(data)}
+    vars(model)[IMAGES] = {
+        **_settings(model, config, base),
+        "classes": class_names_of(data),
+        "multi_label": config.multi_label,
+    }
 
 
 def check_classes(model: nn.Module, data: Any) -> None:

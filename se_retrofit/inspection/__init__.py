@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from .blocks import BlockGraph, BlockPair
 from .difference import difference, print_difference
 from .excitations import Excitations, excitations
 from .gate_log import GateLogger, GateSummary, plot_gates
-from .graphs import BlockGraph, BlockPair, block_graphs
+from .graphs import block_graphs
 from .printing import print_graph
 from .report import Report, report
 

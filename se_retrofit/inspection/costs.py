@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import SEAttention
 from ..surgery.copying import copied, on_cpu, on_meta
+from ..surgery.inputs import tensors_in
 from ..surgery.isolation import isolated
 from ..surgery.record import Record
 from ..surgery.undo import strip
@@ -41,13 +42,15 @@ class SiteCost:
 @dataclass(frozen=True)
 class Costs:
     """Cost of the whole network for one input, ``before`` and ``after``, and after by the path of each ``modules``; None
-    where the network can't be run to its end without data. ``inputs`` says what one input is."""
+    where the network can't be run to its end without data. ``inputs`` says what one input is, and ``resized``
+    what of it the network's first convolution is given, if the network brings it to another size first."""
 
     before: int | None
     after: int | None
     sites: dict[str, SiteCost]
     modules: dict[str, int] | None
     inputs: str
+    resized: str | None = None
 
     @property
     def squeeze_scale(self) -> int:
@@ -78,6 +81,7 @@ def costs(inspection: Inspection) -> Costs:
         sites,
         None if after is None else {path: number // batch for path, number in after.items()},
         _describe((*record.inputs.args, *record.inputs.kwargs.values())),
+        _resized(record),
     )
 
 
@@ -112,6 +116,17 @@ def _describe(args: tuple[Any, ...]) -> str:
         return "one"
     shape = first.shape[1:] if first.dim() > 2 else first.shape
     return "x".join(map(str, shape))
+
+
+def _resized(record: Record) -> str | None:
+    """What one input has become where it comes to the first convolution, if that is of another size: a detector resizes images."""
+    given = next(iter(tensors_in((record.inputs.args, record.inputs.kwargs))), None)
+    conv = next((op for op in record.ops if op.conv is not None and op.data), None)
+    if given is None or conv is None or conv.conv is None:
+        return None
+    dims = len(conv.conv.kernel) + 1
+    seen, before = tuple(conv.data[0].shape[-dims:]), tuple(given.shape[-dims:])
+    return "x".join(map(str, seen)) if seen != before and seen[0] == before[0] else None
 
 
 def human(number: int) -> str:

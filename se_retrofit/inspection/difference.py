@@ -13,7 +13,8 @@ from ..surgery.copying import copied, on_meta
 from ..surgery.derived import RetrofittedBlock
 from ..surgery.methods import unwrapped
 from ..surgery.undo import strip
-from .graphs import BlockPair, class_name, find_block, inspect_model
+from .blocks import BlockPair, class_name
+from .graphs import find_block, inspect_model
 from .lines import Line, show
 
 __all__ = ["ChangedSource", "difference", "difference_lines", "print_difference", "sources"]

@@ -14,7 +14,8 @@ from torch import fx, nn
 from ..attention import SEAttention
 from ..errors import RetrofitError, extra
 from ..paths import writable
-from .graphs import BlockGraph, BlockPair, Inspection, describe, find_block, inspect_model
+from .blocks import BlockGraph, BlockPair, describe
+from .graphs import Inspection, find_block, inspect_model
 
 with extra("inspect"):
     import graphviz

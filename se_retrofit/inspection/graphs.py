@@ -17,107 +17,15 @@ from torch.fx.node import map_arg
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..plan import Plan, Site
+from ..plan import Plan
 from ..retrofit import plan_of
-from ..surgery.derived import RetrofittedBlock
 from ..surgery.inputs import Inputs, from_description, given_inputs
 from ..surgery.planning import record_of
 from ..surgery.record import Call, Op, Record
 from ..surgery.roles import is_sequential
+from .blocks import BlockGraph, BlockPair, class_name, join
 
-__all__ = ["BlockGraph", "BlockPair", "Inspection", "block_graphs", "find_block", "graph_of", "inspect_model"]
-
-
-@dataclass(eq=False)
-class BlockGraph:
-    """One graph of a block, before or after.
-
-    Attributes:
-        graph: its nodes; the target of a ``call_module`` node is a path relative to ``scope``.
-        values: what each node computes, as operations of the record.
-        modules: the module that each ``call_module`` node calls.
-        scope: path of the module whose forward this is, or is a part of.
-    """
-
-    graph: fx.Graph
-    values: dict[fx.Node, list[Op]]
-    modules: dict[fx.Node, nn.Module]
-    scope: str
-
-    @property
-    def ses(self) -> list[fx.Node]:
-        """The nodes that call an inserted SE module."""
-        return [node for node, module in self.modules.items() if isinstance(module, SEAttention)]
-
-    def shape(self, node: fx.Node) -> str:
-        """What a node computes, without the batch dim: ``256x56x56``."""
-        return ", ".join("x".join(map(str, op.shape[1:])) or "scalar" for op in self.values.get(node, []))
-
-    def kind(self, node: fx.Node) -> str:
-        """Class of the module that a node calls, or the name of its function."""
-        if node in self.modules:
-            return class_name(self.modules[node])
-        if node.op == "call_function":
-            (op,) = self.values[node]
-            sign = {"add": "+", "mul": "*", "sub": "-", "div": "/"}.get(op.name)
-            return op.name if sign is None else sign + "=" * op.inplace
-        return node.op
-
-    def label(self, node: fx.Node, prefix: str = "") -> str:
-        """A node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
-        if node.op == "call_module":
-            return f"{join(prefix, str(node.target))} ({self.kind(node)})"
-        if node.op == "placeholder":
-            return f"input {node.name}"
-        if node.op == "get_attr":
-            return str(node.target)
-        constants = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-        return " ".join([self.kind(node), *constants])
-
-
-@dataclass(eq=False)
-class BlockPair:
-    """A block before and after its retrofit, and the sites in it. Where it can't be traced, ``failure`` says why."""
-
-    path: str
-    kind: str
-    cls: str
-    sites: list[Site]
-    module: nn.Module
-    root: nn.Module
-    before: BlockGraph | None = None
-    after: BlockGraph | None = None
-    failure: str | None = None
-    calls: int = 1
-    whole: BlockGraph | None = None  # the graph after of which the block is a part
-
-    def se_node(self, site: Site) -> fx.Node | None:
-        """The node of the graph after that calls a site's SE module."""
-        return _call_to(self.after, site.path)
-
-    def se_after(self, site: Site) -> str:
-        """What a site's SE follows, in few words."""
-        node = self.se_node(site)
-        return self.after.label(node.args[0]) if node is not None and self.after is not None else site.after  # type: ignore[arg-type]
-
-    def se_before(self, site: Site) -> str:
-        """What takes the value that a site's SE has scaled, in few words."""
-        graph, prefix = (self.after, "") if self.whole is None else (self.whole, self.whole.scope)
-        node = _call_to(graph, site.path)
-        if node is None or graph is None:
-            return ""
-        return ", ".join(dict.fromkeys(graph.label(user, prefix) for user in node.users))
-
-    @property
-    def inputs(self) -> int:
-        """How many feature maps it is given."""
-        return 0 if self.after is None else len(self.after.graph.find_nodes(op="placeholder"))
-
-    def signature(self) -> tuple[Any, ...]:
-        """Equal for blocks that differ in nothing but names and numbers of channels."""
-        if self.before is None or self.after is None:
-            return (self.cls, self.path)
-        return (self.cls, self.kind, _structure(self.before), _structure(self.after))
+__all__ = ["Inspection", "block_graphs", "find_block", "graph_of", "inspect_model"]
 
 
 @dataclass(eq=False)
@@ -141,23 +49,6 @@ class Inspection:
             group.remove(best)
             group.insert(0, best)
         return list(groups.values())
-
-
-def join(*parts: str) -> str:
-    """A module path from parts, any of which may be empty."""
-    return ".".join(part for part in parts if part)
-
-
-def _call_to(block: BlockGraph | None, path: str) -> fx.Node | None:
-    if block is None:
-        return None
-    return next((node for node in block.ses if join(block.scope, str(node.target)) == path), None)
-
-
-def class_name(module: nn.Module) -> str:
-    """Name of a module's class as it was before a retrofit."""
-    cls = type(module)
-    return (cls.se_recipe.base if issubclass(cls, RetrofittedBlock) else cls).__name__
 
 
 def inputs_of(plan: Plan, example_inputs: Any = None) -> Inputs | None:
@@ -196,7 +87,7 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     for site in plan.sites:
         if site.block not in blocks:
             module = _submodule(model, site.block)
-            blocks[site.block] = BlockPair(site.block, site.kind, class_name(module), [], module, model)
+            blocks[site.block] = BlockPair(site.block, site.kind, class_name(module), [], module, model, record)
         blocks[site.block].sites.append(site)
     graphs = _Graphs(original, record)
     for pair in blocks.values():
@@ -347,7 +238,8 @@ class _Drawing:
     def put_in(self, call: Call) -> None:
         items: list[tuple[int, Op | Call]] = [(op.index, op) for op in _own_ops(call)]
         items += [(child.start, child) for child in call.children]
-        for _, item in sorted(items, key=lambda pair: pair[0]):
+        # a module that computes nothing ends where it began, before the operation that comes next
+        for _, item in sorted(items, key=lambda pair: (pair[0], isinstance(pair[1], Op))):
             if isinstance(item, Op):
                 self.operation(item)
             elif item.path in self.opened:
@@ -437,44 +329,6 @@ def _name(whole: BlockGraph, node: fx.Node) -> str:
     if node.op != "call_module" or not whole.scope:
         return node.name
     return re.sub(r"\W", "_", join(whole.scope, str(node.target)))
-
-
-# Graphs as keys, modules in words -------------------------------------------------------------------------------------------
-
-
-def _structure(block: BlockGraph) -> tuple[Any, ...]:
-    # how many feature maps a block is given makes no other block of a dense layer
-    given = block.graph.find_nodes(op="placeholder")
-    order = {node: i for i, node in enumerate(n for n in block.graph.nodes if n not in given)}
-    order.update(dict.fromkeys(given, -1))
-    rows = []
-    for node in block.graph.nodes:
-        if node in given:
-            continue
-        module = block.modules.get(node)
-        detail: Any = None
-        if isinstance(module, nn.modules.conv._ConvNd):
-            detail = (module.kernel_size, module.groups > 1)
-        target = block.kind(node) if node.op != "placeholder" else ""
-        rows.append((node.op, target, detail, tuple(dict.fromkeys(order[n] for n in node.all_input_nodes))))
-    return tuple(rows)
-
-
-def describe(module: nn.Module) -> str:
-    """A module in few words: ``Conv2d 64 -> 256, 1x1``, ``SE 256 -> 16 -> 256``."""
-    name = class_name(module)
-    if isinstance(module, SEAttention):
-        return f"SE {module.channel} -> {module.hidden} -> {module.channel}"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        words = [f"{name} {module.in_channels} -> {module.out_channels}", "x".join(map(str, module.kernel_size))]
-        if any(s != 1 for s in module.stride):
-            words.append(f"stride {module.stride[0] if len(set(module.stride)) == 1 else module.stride}")
-        if module.groups > 1:
-            words.append("depthwise" if module.groups == module.in_channels else f"{module.groups} groups")
-        return ", ".join(words)
-    if isinstance(module, nn.Linear):
-        return f"{name} {module.in_features} -> {module.out_features}"
-    return name
 
 
 def batch_size(record: Record) -> int:

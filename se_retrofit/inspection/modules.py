@@ -10,8 +10,8 @@ from torch import nn
 from ..attention import SEAttention
 from ..surgery.record import Record
 from ..tables import aligned
+from .blocks import describe
 from .costs import human
-from .graphs import describe
 from .lines import Line
 from .measuring import Number
 

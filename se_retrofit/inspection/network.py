@@ -9,7 +9,8 @@ from torch import fx
 
 from ..attention import SEAttention
 from ..surgery.record import Op
-from .graphs import BlockGraph, BlockPair, Inspection, class_name, graph_of, join
+from .blocks import BlockGraph, BlockPair, class_name, join
+from .graphs import Inspection, graph_of
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from ..errors import RetrofitError, extra
 from ..paths import writable
+from .blocks import BlockPair
 from .costs import human
 from .difference import difference_of
 from .drawing import INSTALL, has_graphviz, sides_of
-from .graphs import BlockPair, Inspection, inspect_model
+from .graphs import Inspection, inspect_model
 from .lines import Line
 from .modules import FIRST_NUMBER as FIRST_MODULE_NUMBER
 from .modules import HEADER, ModuleRow, cells_of

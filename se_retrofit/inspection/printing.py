@@ -12,16 +12,9 @@ from torch.fx.node import map_arg
 
 from ..attention import SEAttention
 from ..tables import aligned
+from .blocks import BlockPair, class_name, describe, join
 from .difference import sources
-from .graphs import (
-    BlockPair,
-    Inspection,
-    class_name,
-    describe,
-    find_block,
-    inspect_model,
-    join,
-)
+from .graphs import Inspection, find_block, inspect_model
 from .lines import Line, show
 
 __all__ = ["block_lines", "print_graph", "tree_lines"]

@@ -69,6 +69,7 @@ class Report:
         parameters_before, parameters_after: of the whole network.
         trainable_before, trainable_after: how many of them require a gradient now, without SE's and with them.
         inputs: one input of the network, as its shape: the multiply-adds are for one.
+        resized: the shape to which the network itself brings it first, as detectors do; None if it does not.
         multiply_adds_before, multiply_adds_after: of convolutions, linear layers and matrix products; None if unknown.
         squeeze_scale: multiply-adds of SE's squeezes and scales, one for each value, which these leave out.
         modules: one row per module, the network itself first.
@@ -85,6 +86,7 @@ class Report:
     trainable_before: int
     trainable_after: int
     inputs: str
+    resized: str | None
     multiply_adds_before: int | None
     multiply_adds_after: int | None
     squeeze_scale: int
@@ -131,11 +133,9 @@ class Report:
             return lines + self._measured()
         before, layers = self.multiply_adds_before, self.multiply_adds_after
         after = layers + self.squeeze_scale
+        change = f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input"
         lines += [
-            (
-                "multiply-adds",
-                f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input",
-            ),
+            ("multiply-adds", change + (f", resized to {self.resized} by the network" if self.resized else "")),
             ("  of layers alone", f"{human(before)} -> {human(layers)} (+{percent(layers - before, before)})"),
         ]
         return lines + self._measured()
@@ -338,6 +338,7 @@ def report_of(inspection: Inspection, *, measure: bool = False) -> Report:
         trainable_before=sum(p.numel() for p in parameters if p.requires_grad and id(p) not in new),
         trainable_after=sum(p.numel() for p in parameters if p.requires_grad),
         inputs=cost.inputs,
+        resized=cost.resized,
         multiply_adds_before=cost.before,
         multiply_adds_after=cost.after,
         squeeze_scale=cost.squeeze_scale,

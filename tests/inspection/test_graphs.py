@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from inspected import PlainNet, Twice, network, retrofitted, small_resnet
+from inspected import PlainNet, Twice, UNet, network, retrofitted, small_resnet
 from torch import fx, nn
+from torchvision.models.googlenet import Inception
 
-from se_retrofit import RetrofitError, add_se
+from se_retrofit import RetrofitError, add_se, report
 from se_retrofit.inspection import block_graphs
 from se_retrofit.inspection.graphs import find_block, inspect_model
+
+_LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
 
 
 @pytest.mark.parametrize(
@@ -20,13 +23,13 @@ from se_retrofit.inspection.graphs import find_block, inspect_model
         ("tv/resnet50", "layer1.0", "bn3 (BatchNorm2d)", "+="),
         ("timm/dla34", "level2.tree2", "bn2 (BatchNorm2d)", "+="),
         # residual with layer scale: before it
-        ("tv/convnext_tiny", "features.1.0", "block.6 (Permute)", "* layer_scale"),
+        ("tv/convnext_tiny", "features.1.0", "block.5 (Linear)", "* layer_scale"),
         # inverted bottleneck: between the depthwise conv's activation and the projection
         ("tv/mobilenet_v2", "features.2", "conv.1.2 (ReLU6)", "conv.2 (Conv2d)"),
         # dense layer: the new features, which the dense block concatenates
-        ("tv/densenet121", "features.denseblock1.denselayer2", "conv2 (Conv2d)", "output"),
+        ("tv/densenet121", "features.denseblock1.denselayer2", "conv2 (Conv2d)", _LAYERS),
         # Inception: the whole module (figure 2)
-        ("tv/googlenet", "inception3a", "cat", "output"),
+        ("tv/googlenet", "inception3a", "cat", "inception3b (Inception)"),
         # plain chain: after each non-linearity
         ("tv/vgg16_bn", "features.40", "features.42 (ReLU)", "features.43 (MaxPool2d)"),
     ],
@@ -40,6 +43,28 @@ def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, b
     assert pair.after is not None
     assert pair.after.kind(node) == "SEAttention"
     assert pair.after.shape(node).startswith(f"{site.channels}x")
+
+
+def test_what_takes_a_blocks_value_is_named_across_its_borders() -> None:
+    example = torch.empty(1, 3, 32, 32)
+    rows = report(add_se(UNet(), example_inputs=example), example).rows
+    before = {row.path: row.before for row in rows}
+    assert before["d1.net.2.se_attention"] == "d1.net.3 (Conv2d)"
+    assert before["d1.net.se_attention"] == "pool (MaxPool2d), cat"
+    assert before["bottom.net.se_attention"] == "up2 (ConvTranspose2d)"
+    assert before["u1.net.se_attention"] == "head (Conv2d)"
+    alone = Inception(3, 8, 8, 8, 8, 8, 8)
+    assert [row.before for row in report(add_se(alone, example_inputs=example), example).rows] == ["output"]
+    functions = report(add_se(PlainNet(), example_inputs=example), example).rows
+    assert [row.before for row in functions] == ["max_pool2d_with_indices", "mean"]
+
+
+def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
+    after = block_graphs(retrofitted("tv/convnext_tiny"))["features.1.0"].after
+    assert after is not None
+    nodes = {node.name: node for node in after.graph.nodes}
+    assert [str(n) for n in nodes["stochastic_depth"].all_input_nodes] == ["mul"]
+    assert [str(n) for n in nodes["add"].all_input_nodes] == ["stochastic_depth", "x"]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,28 @@ def test_the_inputs_given_are_those_that_are_counted() -> None:
     assert alone.multiply_adds_after == found.multiply_adds_after  # for one input, however many there are
 
 
+class Resizing(nn.Module):
+    """Brings its images to one size first, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = small_resnet()
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        sized = [nn.functional.interpolate(image[None], size=(64, 96)) for image in images]
+        return self.network(torch.cat(sized))
+
+
+def test_a_network_that_resizes_its_inputs_says_on_which_size_it_is_counted() -> None:
+    inputs = ([torch.empty(3, 40, 40), torch.empty(3, 50, 40)],)
+    found = report(add_se(Resizing(), example_inputs=inputs), inputs)
+    assert (found.inputs, found.resized) == ("3x40x40", "3x64x96")
+    assert "for one 3x40x40 input, resized to 3x64x96 by the network" in str(found)
+    alone = report(add_se(small_resnet()), torch.empty(1, 3, 64, 96))
+    assert (alone.multiply_adds_after, alone.resized) == (found.multiply_adds_after, None)
+    assert "resized" not in str(alone)
+
+
 def test_trainable_parameters_are_counted_before_and_after() -> None:
     model = small_resnet().requires_grad_(False)
     model.fc.requires_grad_(True)

@@ -1,0 +1,209 @@
+"""A block as a graph, before and after its retrofit, and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from ..attention import SEAttention
+from ..plan import Site
+from ..surgery.derived import RetrofittedBlock
+from ..surgery.record import Op, Record
+
+__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "join"]
+
+
+@dataclass(eq=False)
+class BlockGraph:
+    """One graph of a block, before or after.
+
+    Attributes:
+        graph: its nodes; the target of a ``call_module`` node is a path relative to ``scope``.
+        values: what each node computes, as operations of the record.
+        modules: the module that each ``call_module`` node calls.
+        scope: path of the module whose forward this is, or is a part of.
+    """
+
+    graph: fx.Graph
+    values: dict[fx.Node, list[Op]]
+    modules: dict[fx.Node, nn.Module]
+    scope: str
+
+    @property
+    def ses(self) -> list[fx.Node]:
+        """The nodes that call an inserted SE module."""
+        return [node for node, module in self.modules.items() if isinstance(module, SEAttention)]
+
+    def shape(self, node: fx.Node) -> str:
+        """What a node computes, without the batch dim: ``256x56x56``."""
+        return ", ".join("x".join(map(str, op.shape[1:])) or "scalar" for op in self.values.get(node, []))
+
+    def kind(self, node: fx.Node) -> str:
+        """Class of the module that a node calls, or the name of its function."""
+        if node in self.modules:
+            return class_name(self.modules[node])
+        if node.op == "call_function":
+            (op,) = self.values[node]
+            return sign_of(op)
+        return node.op
+
+    def changes_nothing(self, node: fx.Node) -> bool:
+        """Whether a node gives the values that it takes, if in another shape or order."""
+        given = [op for source in node.all_input_nodes for op in self.values.get(source, [])]
+        op = next(iter(self.values.get(node, [])), None)
+        while op is not None and op not in given and op.role in ("shape", "pass") and len(op.data) == 1:
+            op = op.data[0]
+        return op in given
+
+    def label(self, node: fx.Node, prefix: str = "") -> str:
+        """A node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
+        if node.op == "call_module":
+            return f"{join(prefix, str(node.target))} ({self.kind(node)})"
+        if node.op == "placeholder":
+            return f"input {node.name}"
+        if node.op == "get_attr":
+            return str(node.target)
+        constants = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        return " ".join([self.kind(node), *constants])
+
+
+@dataclass(eq=False)
+class BlockPair:
+    """A block before and after its retrofit, and the sites in it. Where it can't be traced, ``failure`` says why."""
+
+    path: str
+    kind: str
+    cls: str
+    sites: list[Site]
+    module: nn.Module
+    root: nn.Module
+    record: Record
+    before: BlockGraph | None = None
+    after: BlockGraph | None = None
+    failure: str | None = None
+    calls: int = 1
+    whole: BlockGraph | None = None  # the graph after of which the block is a part
+
+    def se_node(self, site: Site) -> fx.Node | None:
+        """The node of the graph after that calls a site's SE module."""
+        return _call_to(self.after, site.path)
+
+    def se_after(self, site: Site) -> str:
+        """What gives the value that a site's SE scales, in few words: a layer, even if its output is permuted first."""
+        node = self.se_node(site)
+        if node is None or self.after is None:
+            return site.after
+        source = node.all_input_nodes[0]
+        while len(source.all_input_nodes) == 1 and self.after.changes_nothing(source):
+            source = source.all_input_nodes[0]
+        return self.after.label(source)
+
+    def se_before(self, site: Site) -> str:
+        """What takes the value that a site's SE has scaled, in few words: in the block, or else behind it."""
+        graph, prefix = (self.after, "") if self.whole is None else (self.whole, self.whole.scope)
+        node = _call_to(graph, site.path)
+        if node is None or graph is None:
+            return ""
+        takers: list[str] = []
+        for user in node.users:
+            takers += [graph.label(user, prefix)] if user.op != "output" else self._behind(site)
+        takers = list(dict.fromkeys(takers))
+        return ", ".join(takers) if len(takers) < 3 else f"{takers[0]} and {len(takers) - 1} more"
+
+    def _behind(self, site: Site) -> list[str]:
+        """What takes a value outside of the block whose end it is: the modules nearest to the block, or operations of the code
+        around both."""
+        se = next(op for op in self.record.ops if op.path == site.path)
+        scope = self.path if self.whole is None else self.whole.scope
+        block = next((call for call in self.record.calls if call.path == scope and call.holds(se)), None)
+        found: dict[str, None] = {}
+        seen: set[Op] = set()
+        waiting = sorted(se.users, key=lambda op: op.index, reverse=True)
+        while waiting:
+            op = waiting.pop()
+            if op in seen:
+                continue
+            seen.add(op)
+            inside = block is not None and block.holds(op)
+            if inside or (op.module is None and op.role in ("shape", "pass") and op.users and op.call.holds(se)):
+                waiting += sorted(op.users, key=lambda user: user.index, reverse=True)
+                continue
+            call, module, path = op.call, op.module, op.path or ""
+            while not call.holds(se) and call.parent is not None:
+                call, module, path = call.parent, call.module, call.path
+            found[f"{path} ({class_name(module)})" if module is not None else sign_of(op)] = None
+        return list(found) or ["output"]
+
+    @property
+    def inputs(self) -> int:
+        """How many feature maps it is given."""
+        return 0 if self.after is None else len(self.after.graph.find_nodes(op="placeholder"))
+
+    def signature(self) -> tuple[Any, ...]:
+        """Equal for blocks that differ in nothing but names and numbers of channels."""
+        if self.before is None or self.after is None:
+            return (self.cls, self.path)
+        return (self.cls, self.kind, _structure(self.before), _structure(self.after))
+
+
+def join(*parts: str) -> str:
+    """A module path from parts, any of which may be empty."""
+    return ".".join(part for part in parts if part)
+
+
+def sign_of(op: Op) -> str:
+    """An operation in few words: ``cat``, ``+=``."""
+    sign = {"add": "+", "mul": "*", "sub": "-", "div": "/"}.get(op.name)
+    return op.name if sign is None else sign + "=" * op.inplace
+
+
+def _call_to(block: BlockGraph | None, path: str) -> fx.Node | None:
+    if block is None:
+        return None
+    return next((node for node in block.ses if join(block.scope, str(node.target)) == path), None)
+
+
+def class_name(module: nn.Module) -> str:
+    """Name of a module's class as it was before a retrofit."""
+    cls = type(module)
+    return (cls.se_recipe.base if issubclass(cls, RetrofittedBlock) else cls).__name__
+
+
+# Graphs as keys, modules in words -------------------------------------------------------------------------------------------
+
+
+def _structure(block: BlockGraph) -> tuple[Any, ...]:
+    # how many feature maps a block is given makes no other block of a dense layer
+    given = block.graph.find_nodes(op="placeholder")
+    order = {node: i for i, node in enumerate(n for n in block.graph.nodes if n not in given)}
+    order.update(dict.fromkeys(given, -1))
+    rows = []
+    for node in block.graph.nodes:
+        if node in given:
+            continue
+        module = block.modules.get(node)
+        detail: Any = None
+        if isinstance(module, nn.modules.conv._ConvNd):
+            detail = (module.kernel_size, module.groups > 1)
+        target = block.kind(node) if node.op != "placeholder" else ""
+        rows.append((node.op, target, detail, tuple(dict.fromkeys(order[n] for n in node.all_input_nodes))))
+    return tuple(rows)
+
+
+def describe(module: nn.Module) -> str:
+    """A module in few words: ``Conv2d 64 -> 256, 1x1``, ``SE 256 -> 16 -> 256``."""
+    name = class_name(module)
+    if isinstance(module, SEAttention):
+        return f"SE {module.channel} -> {module.hidden} -> {module.channel}"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        words = [f"{name} {module.in_channels} -> {module.out_channels}", "x".join(map(str, module.kernel_size))]
+        if any(s != 1 for s in module.stride):
+            words.append(f"stride {module.stride[0] if len(set(module.stride)) == 1 else module.stride}")
+        if module.groups > 1:
+            words.append("depthwise" if module.groups == module.in_channels else f"{module.groups} groups")
+        return ", ".join(words)
+    if isinstance(module, nn.Linear):
+        return f"{name} {module.in_features} -> {module.out_features}"
+    return name
