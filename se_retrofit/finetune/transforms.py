@@ -92,7 +92,7 @@ def other_classes(model: nn.Module, data: Any) -> str:
     known, given = class_names(model), class_names_of(data)
     if known is None or given is None or known == given:
         return ""
-    return f"the head was trained on the classes {_few(known)}, and the data has {_few(given)}"
+    return f"the network was fine-tuned on the classes {_few(known)}, and the data has {_few(given)}"
 
 
 def _few(names: list[str]) -> str:

@@ -87,7 +87,7 @@ def test_it_is_said_what_becomes_of_a_head_for_other_classes(
     data = load_data(pictures / "renamed")
     model = load_retrofitted(first / "best")
     finetune(model, data.train, config=RECIPE.replace(num_classes=2))
-    trained_on = "the head was trained on the classes blue, red, and the data has green, yellow: "
+    trained_on = "the network was fine-tuned on the classes blue, red, and the data has green, yellow: "
     assert f"{trained_on}the head is new" in capsys.readouterr().out
     model = load_retrofitted(first / "best")
     finetune(model, data.train, config=RECIPE)
