@@ -191,6 +191,10 @@ class FinetuneConfig:
                 'class_weights go with criterion="bce" where multi_label=True, and with "cross_entropy" and "focal" '
                 f"elsewhere; got criterion={self.criterion!r}, multi_label={self.multi_label}"
             )
+        if self.best_metric == "top5" and self.multi_label:
+            raise RetrofitError(
+                'best_metric="top5" is for one class an image; with multi_label=True take "map" or "f1"'
+            )
         if self.best_metric == "map" and not self.multi_label:
             raise RetrofitError(
                 'best_metric="map" needs multi_label=True; for one class an image take "f1" or "recall"'

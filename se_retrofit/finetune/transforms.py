@@ -22,6 +22,7 @@ __all__ = [
     "check_classes",
     "class_names",
     "class_names_of",
+    "has_several_labels",
     "note_images",
     "other_classes",
     "transform_of",
@@ -69,12 +70,21 @@ def class_names(model: nn.Module) -> list[str] | None:
     return None if names is None else list(names)
 
 
+def has_several_labels(model: nn.Module) -> bool:
+    """Whether a network was fine-tuned with several labels an image."""
+    return bool(vars(model).get(IMAGES, {}).get("multi_label"))
+
+
 def note_images(model: nn.Module, data: Any, config: FinetuneConfig, base: Base | None) -> None:
     """Have the network tell how its images are prepared, where the data are PIL images."""
     if not gives_images(data):
         vars(model).pop(IMAGES, None)
         return
-    vars(model)[IMAGES] = {**_settings(model, config, base), "classes": class_names_of(data)}
+    vars(model)[IMAGES] = {
+        **_settings(model, config, base),
+        "classes": class_names_of(data),
+        "multi_label": config.multi_label,
+    }
 
 
 def check_classes(model: nn.Module, data: Any) -> None:

@@ -46,6 +46,7 @@ IMAGE_FIELDS: dict[str, tuple[type, ...]] = {
     "crop_pct": (float, int),
     "crop_mode": (str,),
     "classes": (list, type(None)),
+    "multi_label": (bool,),
 }
 PLAN_FIELDS: dict[str, tuple[type, ...]] = {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))}
 
