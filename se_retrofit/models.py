@@ -23,6 +23,7 @@ from torch import nn
 
 from .errors import RetrofitError, brief
 from .retrofit import add_se
+from .surgery.edits import SE_NAME
 
 __all__ = ["TIMM_PREFIX", "Base", "load_checkpoint", "register_timm"]
 
@@ -169,6 +170,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         se_retrofit.errors.RetrofitError: weights.pth does not fit Linear: unexpected: bias
     """
     path = Path(path)
+    if path.is_dir():
+        raise RetrofitError(
+            f"{path} is a folder, and a checkpoint is a file; a network that save_retrofitted or a fine-tune wrote is loaded by "
+            "load_retrofitted, and on the command line its folder goes in MODEL's place"
+        )
     if not path.is_file():
         raise RetrofitError(f"no checkpoint file {path}")
     try:
@@ -186,7 +192,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     }
     if any(problems.values()):
         listed = "; ".join(f"{what}: {_few(keys)}" for what, keys in problems.items() if keys)
-        raise RetrofitError(f"{path.name} does not fit {type(model).__name__}: {listed}")
+        hint = ""
+        if any(SE_NAME in key.split(".") for key in problems["unexpected"]):
+            hint = ". It holds SE: give its folder to load_retrofitted, or in MODEL's place on the command line"
+        raise RetrofitError(f"{path.name} does not fit {type(model).__name__}: {listed}{hint}")
     model.load_state_dict(state)
 
 

@@ -44,7 +44,8 @@ class FinetuneConfig:
             ``trainable`` is ``"se"`` or ``"se+head"``; None for none.
         freeze_bn: leave the running statistics of the norms as they are.
         sync_batch_norm: with several processes on GPUs, let batch norms take their statistics over the batches of all.
-        num_classes: give the network a new head for so many classes, where it has another number; None keeps the head.
+        num_classes: give the network a new head for so many classes, where it has another number, or where it was fine-tuned
+            on classes of other names; None keeps the head.
         multi_label: an image may have several classes: its target is a vector of 0 and 1, one for each class.
         criterion: the loss: ``"cross_entropy"``, ``"bce"`` (binary cross-entropy of each class) or ``"focal"``.
         class_weights: ``"balanced"`` weighs the rare classes higher in the loss, by the training data; None for equally.
@@ -189,6 +190,10 @@ class FinetuneConfig:
             raise RetrofitError(
                 'class_weights go with criterion="bce" where multi_label=True, and with "cross_entropy" and "focal" '
                 f"elsewhere; got criterion={self.criterion!r}, multi_label={self.multi_label}"
+            )
+        if self.best_metric == "top5" and self.multi_label:
+            raise RetrofitError(
+                'best_metric="top5" is for one class an image; with multi_label=True take "map" or "f1"'
             )
         if self.best_metric == "map" and not self.multi_label:
             raise RetrofitError(

@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
 from ..errors import RetrofitError, brief
 from .config import FinetuneConfig
 from .experiment import weights_digest
 from .targets import class_counts
 
-__all__ = ["Criterion", "FocalLoss", "checked_criterion", "criterion_of", "describe_criterion", "distillation_loss"]
+__all__ = [
+    "Criterion",
+    "FocalLoss",
+    "checked_criterion",
+    "checked_loss",
+    "criterion_of",
+    "describe_criterion",
+    "distillation_loss",
+]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -58,7 +66,7 @@ class FocalLoss(nn.Module):
         if targets.dim() == 1:
             labels = labels * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[1]
         log_p = F.log_softmax(logits, dim=1)
-        losses = (-labels * (1 - log_p.exp()) ** self.gamma * log_p).sum(1)
+        losses = (-labels * _focus(1 - log_p.exp(), self.gamma) * log_p).sum(1)
         return (weights * losses).sum() / weights.sum()
 
 
@@ -70,7 +78,14 @@ class MultiLabelFocalLoss(nn.Module):
         self.gamma = gamma
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return sigmoid_focal_loss(logits, targets, alpha=-1, gamma=self.gamma, reduction="mean")
+        p = logits.sigmoid()
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return (_focus(p * (1 - targets) + (1 - p) * targets, self.gamma) * losses).mean()
+
+
+def _focus(wrong: Tensor, gamma: float) -> Tensor:
+    """The factor of the loss for the probability of another answer; below gamma 1 its slope at 0 would be infinite."""
+    return wrong.clamp(min=torch.finfo(wrong.dtype).tiny) ** gamma
 
 
 def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: Any, classes: int | None) -> Criterion:
@@ -126,6 +141,17 @@ def describe_criterion(given: Criterion | None, teacher: nn.Module | None) -> di
     elif given is not None:
         described["criterion"] = getattr(given, "__qualname__", type(given).__qualname__)
     return described
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """What a criterion returned, if a network can learn from it."""
+    if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+        return loss
+    got = brief(loss) if not isinstance(loss, Tensor) else f"a tensor of shape {tuple(loss.shape)}"
+    got += " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+    raise RetrofitError(
+        f"the criterion must return the mean loss of the batch as a scalar tensor computed from the logits, got {got}"
+    )
 
 
 def checked_criterion(given: Any, teacher: Any, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
-from .targets import image_weights, targets_together
+from .targets import class_numbers, image_weights, targets_together
 from .workers import AfterOurs, begin_worker
 
 __all__ = ["Batch", "Stream", "stream"]
@@ -195,7 +195,7 @@ class Items(Dataset[tuple[Any, int, bool, list[str]]]):
         images, targets = (tensor[indices] for tensor in tensors[:2])
         return Batch(
             images,
-            targets.long() if targets.dim() == 1 else targets,
+            class_numbers(targets),
             torch.tensor([counts for _, _, counts in keys]),
             [],
         )

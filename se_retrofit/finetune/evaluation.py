@@ -19,10 +19,11 @@ from ..saving.atomic import replaced_file
 from ..tables import aligned
 from .config import FinetuneConfig
 from .data import UNREADABLE
+from .engine import logits_of
 from .metrics import answers
 from .parts import as_found
 from .scores import confusion_of, each_class, scores_of
-from .transforms import class_names, class_names_of, transform_of
+from .transforms import class_names, class_names_of, has_several_labels, transform_of
 
 __all__ = ["ClassScores", "Evaluation", "Prediction", "evaluate_closely", "predict", "write_predictions"]
 
@@ -160,6 +161,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Classify image files by a network that ``finetune`` trained on images, prepared as in its validation.
 
+    After training with ``multi_label`` each class has a probability of its own.
+
     Args:
         model: the network; it runs in eval mode where it is, and is left as it was.
         images: files, and folders, which stand for all images in them.
@@ -182,7 +185,8 @@ def predict(
         chosen = files[start : start + batch_size]
         batch = torch.stack([_read(file, transform) for file in chosen]).to(device)
         with as_found(model), torch.no_grad():
-            shares = model.eval()(batch).float().softmax(1)
+            logits, _ = logits_of(model.eval()(batch))
+            shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
         values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
         for file, best, numbers in zip(chosen, values.tolist(), indices.tolist(), strict=True):
             yield Prediction(str(file), tuple(names[n] if names else str(n) for n in numbers), tuple(best))

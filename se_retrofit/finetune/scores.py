@@ -54,7 +54,8 @@ def scores_of(answers: Answers) -> dict[str, float]:
     for name in ("precision", "recall", "f1"):
         scores[f"val_{name}"] = float(each[name][known].mean()) if known.any() else 0.0
     if answers.multi_label:
-        scores["val_map"] = float(each["average_precision"].nan_to_num()[each["images"] > 0].mean())
+        held = each["average_precision"].nan_to_num()[each["images"] > 0]
+        scores["val_map"] = float(held.mean()) if len(held) else 0.0
     return scores
 
 
@@ -82,9 +83,10 @@ def each_class(answers: Answers) -> dict[str, Tensor]:
         said = said[:, 0]
         stats = metrics.multiclass_stat_scores(said, targets, number, **options)
         named = (metrics.multiclass_precision, metrics.multiclass_recall, metrics.multiclass_f1_score)
+    stats = stats.reshape(number, -1)  # of a single label torchmetrics gives the figures alone
     each: dict[str, Tensor] = {}
     for at, name in enumerate(("precision", "recall", "f1")):
-        each[name] = named[at](said, targets, number, **options).double()
+        each[name] = named[at](said, targets, number, **options).double().reshape(number)
     each["images"], each["answered"] = stats[:, 4], stats[:, 0] + stats[:, 1]
     if answers.multi_label:
         each["average_precision"] = torch.full((number,), torch.nan, dtype=torch.float64)

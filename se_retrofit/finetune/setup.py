@@ -49,7 +49,7 @@ from .parts import (
 from .randomness import EPOCH, kept_randomness, seed_all
 from .recomputing import Kept
 from .run import Run, share, uses_channels_last
-from .transforms import note_images, transforms_for
+from .transforms import note_images, other_classes, transforms_for
 
 __all__ = ["checked", "start_run"]
 
@@ -134,7 +134,7 @@ def start_run(
         val = None if val_data is None else batches_of(val_data, "val_data", model, config, base, accelerator)
         undo = stack.enter_context(contextlib.ExitStack())
         undo.callback(structure_of(model))
-        classes = fit_head(model, config, wanted)
+        classes, remark = fit_head(model, train_data, config, wanted)
         note_images(model, train_data, config, base)
         stages = stages_of(model, config)
         progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
@@ -159,7 +159,7 @@ def start_run(
         if output is not None and run.rank == 0:
             prepare_folder(run, output, command, resumed=bool(saved))
         undo.pop_all()
-        introduce(run)
+        introduce(run, remark)
         for tracker in start_trackers(accelerator, config):
             stack.callback(tracker.finish)
         yield run
@@ -232,16 +232,25 @@ def batches_of(
     )  # fmt: skip
 
 
-def fit_head(model: nn.Module, config: FinetuneConfig, wanted: dict[str, bool]) -> int | None:
-    """Give the network the head and the stochastic depth of the config; the number of classes, where it is known."""
+def fit_head(
+    model: nn.Module, train_data: Any, config: FinetuneConfig, wanted: dict[str, bool]
+) -> tuple[int | None, str]:
+    """Give the network the head and the stochastic depth of the config; the number of classes, where it is known, and
+    what is to be said of it."""
     seed_all(config.seed, EPOCH)
     classes = head_size(model)
-    if config.num_classes is not None and config.num_classes != classes:
+    remark = other_classes(model, train_data)
+    if config.num_classes is not None and (config.num_classes != classes or remark):
         new_head(model, config.num_classes)
         wanted.update({name: True for name, _ in model.named_parameters() if name not in wanted})
     if config.drop_path is not None:
         set_drop_path(model, config.drop_path)
-    return config.num_classes or classes
+    if remark:
+        kept = (
+            "its numbers mean other classes now; num_classes=... gives a new one" if config.num_classes is None else ""
+        )
+        remark += f": the head is kept, {kept}" if kept else ": the head is new"
+    return config.num_classes or classes, remark
 
 
 def mixup_of(config: FinetuneConfig, classes: int | None) -> Mixup | None:
@@ -284,7 +293,7 @@ def same_on_all(value: dict[str, Any], accelerator: Accelerator) -> dict[str, An
     return said
 
 
-def introduce(run: Run) -> None:
+def introduce(run: Run, remark: str) -> None:
     model, config, progress = run.model, run.config, run.progress
     modules = len(se_modules(model))
     se = f"{modules} SE modules" if modules else "no SE modules: it is trained as it is"
@@ -292,6 +301,8 @@ def introduce(run: Run) -> None:
     precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     processes = f", {run.world} processes" if run.world > 1 else ""
     run.log.note(f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch")
+    if remark:
+        run.log.note(remark)
     if run.stages:
         run.log.note(unfreezing(run))
     if progress.updates:

@@ -9,17 +9,33 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 
-__all__ = ["class_counts", "image_weights", "targets_of", "targets_together"]
+__all__ = ["class_counts", "class_numbers", "image_weights", "targets_of", "targets_together"]
 
 
 def targets_together(targets: Sequence[Any]) -> Tensor:
-    """Class numbers as (N,), vectors as (N, classes)."""
-    first = torch.as_tensor(targets[0])
-    if first.dim() == 1 and len(first) > 1:
-        return torch.stack([torch.as_tensor(target) for target in targets])
-    return torch.as_tensor([int(target) for target in targets])
+    """Class numbers as (N,), vectors as (N, classes). One whole number in a list, as some data sets have it, is a class.
+
+    Raises:
+        RetrofitError: they are neither numbers nor vectors of one length.
+    """
+    try:
+        together = torch.stack([torch.as_tensor(target) for target in targets])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RetrofitError(
+            f"targets must be class numbers, or vectors of one length, got {', '.join(map(brief, targets[:3]))}"
+        ) from error
+    if together.dim() == 2 and together.shape[1] == 1 and not together.is_floating_point():
+        together = together[:, 0]
+    return class_numbers(together)
+
+
+def class_numbers(targets: Tensor) -> Tensor:
+    """Targets (N,) as integers where they are whole numbers; all others as they are, to be refused."""
+    if targets.dim() != 1 or targets.is_complex() or (targets.is_floating_point() and bool((targets % 1 != 0).any())):
+        return targets
+    return targets.long()
 
 
 def targets_of(data: Any) -> Tensor | None:

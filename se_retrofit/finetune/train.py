@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from ..models import Base
 from . import setup
 from .callbacks import Callbacks, call, checked_callbacks
 from .config import FinetuneConfig
-from .criteria import Criterion, checked_criterion, distillation_loss
+from .criteria import Criterion, checked_criterion, checked_loss, distillation_loss
 from .data import Batch
 from .engine import logits_of
 from .freezing import set_modes, trained_in
@@ -192,9 +193,9 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         if targets.dim() != 1:
             raise RetrofitError("mixup and cutmix need class numbers as targets, and these are vectors")
         inputs, labels = mixed(run.mixup, images, targets)
-    logits, auxiliary = logits_of(run.network(inputs))
+    logits, auxiliary = answered(run, inputs)
     check_targets(batch, logits.shape[1], run.config.multi_label)
-    loss = run.criterion(logits, labels)
+    loss = checked_loss(run.criterion(logits, labels))
     for more in auxiliary:
         loss = loss + AUXILIARY_WEIGHT * run.criterion(more, labels)
     if run.teacher is not None:
@@ -205,12 +206,32 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
 
 
+def answered(run: Run, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    try:
+        return logits_of(run.network(inputs))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise RetrofitError(
+            f"a batch norm gets a single value for each channel from a batch of shape {tuple(inputs.shape)}; take a larger "
+            "batch_size, larger images, or freeze_bn=True"
+        ) from error
+
+
 def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mixed images and their soft labels. timm mixes pairs: the last image of an odd batch stays as it is."""
+    if images.dim() < 4 and mixup.cutmix_alpha:
+        raise RetrofitError(
+            f"cutmix cuts rectangles out of images of two dimensions or more, got inputs of shape {tuple(images.shape)}; "
+            "set cutmix=0, mixup takes inputs of every shape"
+        )
     pairs = len(targets) // 2 * 2
     parts = []
     if pairs:
-        parts.append(mixup(images[:pairs].clone(), targets[:pairs]))  # works in place
+        some = images[:pairs].clone()  # timm works in place
+        # and cuts the first two dimensions after the channels, where the area that it counts is the last two's
+        flat, labels = mixup(some.flatten(1, -3) if some.dim() > 4 else some, targets[:pairs])
+        parts.append((flat.view_as(some), labels))
     if pairs < len(targets):
         labels = mixup_target(targets[pairs:].repeat(2), mixup.num_classes, 1.0, mixup.label_smoothing)[:1]
         parts.append((images[pairs:], labels))
@@ -337,7 +358,12 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
     if run.val is not None:
         score = row[f"val_{config.best_metric}"]
         sign = 1 if higher_is_better(config.best_metric) else -1
-        improved = progress.best is None or sign * score > sign * progress.best
+        # NaN, of a loss that overflows, is worse than any number
+        improved = (
+            progress.best is None
+            or sign * score > sign * progress.best
+            or (score == score and math.isnan(progress.best))
+        )
         if improved:
             progress.best, progress.best_epoch = score, row["epoch"]
         progress.stale = 0 if improved else progress.stale + 1

@@ -14,11 +14,20 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ..errors import RetrofitError
 from ..models import Base
-from ..saving.recipe import IMAGES
+from ..saving.recipe import BASE, IMAGES
 from .config import FinetuneConfig
 from .data import MOST_REPLACEMENTS, UNREADABLE
 
-__all__ = ["check_classes", "class_names", "class_names_of", "note_images", "transform_of", "transforms_for"]
+__all__ = [
+    "check_classes",
+    "class_names",
+    "class_names_of",
+    "has_several_labels",
+    "note_images",
+    "other_classes",
+    "transform_of",
+    "transforms_for",
+]
 
 SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -61,22 +70,39 @@ def class_names(model: nn.Module) -> list[str] | None:
     return None if names is None else list(names)
 
 
+def has_several_labels(model: nn.Module) -> bool:
+    """Whether a network was fine-tuned with several labels an image."""
+    return bool(vars(model).get(IMAGES, {}).get("multi_label"))
+
+
 def note_images(model: nn.Module, data: Any, config: FinetuneConfig, base: Base | None) -> None:
     """Have the network tell how its images are prepared, where the data are PIL images."""
     if not gives_images(data):
         vars(model).pop(IMAGES, None)
         return
-    vars(model)[IMAGES] = {**_settings(model, config, base), "classes": class_names_of(data)}
+    vars(model)[IMAGES] = {
+        **_settings(model, config, base),
+        "classes": class_names_of(data),
+        "multi_label": config.multi_label,
+    }
 
 
 def check_classes(model: nn.Module, data: Any) -> None:
     """Raise where the data numbers its classes otherwise than the data that the network was fine-tuned on."""
-    known, given = class_names(model), class_names_of(data)
-    if known is not None and given is not None and known != given:
+    differing = other_classes(model, data)
+    if differing:
         raise RetrofitError(
-            f"the network was fine-tuned on the classes {_few(known)}, and the data has {_few(given)}; their numbers must agree: "
-            "give data with the same classes (a folder for each, even if it is empty)"
+            f"{differing}; their numbers must agree: give data with the same classes (a folder for each, even if it is empty)"
         )
+
+
+def other_classes(model: nn.Module, data: Any) -> str:
+    """What sets the classes of the data apart from those that the head was trained on, by their names; empty where nothing
+    does, or the names are not known."""
+    known, given = class_names(model), class_names_of(data)
+    if known is None or given is None or known == given:
+        return ""
+    return f"the network was fine-tuned on the classes {_few(known)}, and the data has {_few(given)}"
 
 
 def _few(names: list[str]) -> str:
@@ -157,6 +183,7 @@ def _own_settings(model: nn.Module, base: Base | None) -> dict[str, Any]:
     if isinstance(config, dict) and config:
         return dict(resolve_data_config({}, pretrained_cfg=config))
     default = dict(resolve_data_config({"input_size": (3, 224, 224)}))
+    base = vars(model).get(BASE) if base is None else base
     if base is None or base.library != "torchvision":
         return default
     try:

@@ -15,7 +15,7 @@ from ..retrofit import has_se, plan_of
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base
 from .rebuild import options_again, retrofit_again
-from .recipe import FORMAT, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
+from .recipe import BASE, FORMAT, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, untied, write_tensors
 
 __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
@@ -98,11 +98,14 @@ def load_retrofitted(
         if kept not in state:
             raise RetrofitError(f"{folder / RECIPE}: {alias} is tied to {kept}, which {WEIGHTS} does not hold")
         state[alias] = state[kept]
-    model = _bare(recipe, Base.of(base) if isinstance(base, str) else base, folder)
+    source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
+    model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:
         options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
         model = retrofit_again(model, options, recipe["plan"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
+    if isinstance(source, Base):
+        vars(model)[BASE] = source
     if recipe["images"] is not None:
         vars(model)[IMAGES] = recipe["images"]
     return model.eval()
@@ -148,10 +151,8 @@ def write_network(
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
 
 
-def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module:
-    """The base network, anew."""
-    if isinstance(base, nn.Module):
-        return copy.deepcopy(base)
+def _source(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module | Base:
+    """The bare network, or where it comes from."""
     if base is None:
         if recipe["base"] is None:
             reason = f" ({recipe['base_note']})" if recipe["base_note"] else ""
@@ -159,9 +160,13 @@ def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -
                 f"{folder} does not say how to build its base network{reason}; "
                 "give the bare one: load_retrofitted(directory, base=model)"
             )
-        base = Base(**recipe["base"])
-    if not isinstance(base, Base):
+        return Base(**recipe["base"])
+    if not isinstance(base, (nn.Module, Base)):
         raise TypeError(f"base must be a network, a name or a Base, got {brief(base)} of type {type(base).__name__}")
+    return base
+
+
+def _built(base: Base, folder: Path) -> nn.Module:
     try:
         return base.build()
     except Exception as error:
