@@ -6,7 +6,7 @@ import itertools
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -177,6 +177,8 @@ class Items(Dataset[tuple[Any, int, bool, list[str]]]):
             seed_all(self.seed, SAMPLE, epoch, at)
             try:
                 image, target = self.read(at)
+            except RetrofitError:  # which is a ValueError, and has nothing to do with the image
+                raise
             except UNREADABLE as error:
                 complaints.append(f"{name_of(self.data, at)}: {type(error).__name__}: {error}")
             except RuntimeError as error:
@@ -253,11 +255,21 @@ def collate(items: Batch | list[tuple[Any, int, bool, list[str]]]) -> Batch:
         return items
     images, targets, counts, complaints = zip(*items, strict=True)
     return Batch(
-        default_collate(list(images)),
+        images_together(images),
         targets_together(targets),
         torch.tensor(counts),
         list(itertools.chain.from_iterable(complaints)),
     )
+
+
+def images_together(images: Sequence[Any]) -> Any:
+    try:
+        return default_collate(list(images))
+    except (TypeError, RuntimeError) as error:
+        kinds = sorted({str(tuple(i.shape)) if hasattr(i, "shape") else type(i).__name__ for i in images})
+        raise RetrofitError(
+            f"the images of a batch must be PIL images, or tensors of one shape, got {', '.join(kinds[:3])}"
+        ) from error
 
 
 class DatasetStream:
