@@ -6,7 +6,7 @@ import itertools
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -186,7 +186,7 @@ class Items(Dataset[Item]):
             seed_all(self.seed, SAMPLE, epoch, at)
             try:
                 image, target, weight = self.read(at)
-            except RetrofitError:  # of a kind with which no other item will do
+            except RetrofitError:  # which is a ValueError, and has nothing to do with the image
                 raise
             except UNREADABLE as error:
                 complaints.append(f"{name_of(self.data, at)}: {type(error).__name__}: {error}")
@@ -270,12 +270,22 @@ def collate(items: Batch | list[Item]) -> Batch:
         return items
     images, targets, weights, counts, complaints = zip(*items, strict=True)
     return Batch(
-        default_collate(list(images)),
+        images_together(images),
         targets_together(targets),
         torch.tensor(counts),
         list(itertools.chain.from_iterable(complaints)),
         None if weights[0] is None else weights_together(weights),
     )
+
+
+def images_together(images: Sequence[Any]) -> Any:
+    try:
+        return default_collate(list(images))
+    except (TypeError, RuntimeError) as error:
+        kinds = sorted({str(tuple(i.shape)) if hasattr(i, "shape") else type(i).__name__ for i in images})
+        raise RetrofitError(
+            f"the images of a batch must be PIL images, or tensors of one shape, got {', '.join(kinds[:3])}"
+        ) from error
 
 
 class DatasetStream:

@@ -179,10 +179,19 @@ class Run:
 
     # What ends it
 
+    def heed_signal(self) -> None:
+        """End on a signal that came when the run was over."""
+        if self.interrupt.signal is not None:
+            self.log.note("the run is complete")
+            self._end(self.interrupt.signal)
+
     def leave(self, number: int | None) -> NoReturn:
         """End the run on a signal, after its checkpoint."""
         complete = f"the checkpoint in {self.output}/{disk.LAST} is complete; rerun with resume to go on from it"
         self.log.note("stopped" + (f"; {complete}" if self.output else ""))
+        self._end(number)
+
+    def _end(self, number: int | None) -> NoReturn:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (number or 0))

@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import RetrofitError, brief
 from ..models import Base
@@ -34,6 +35,7 @@ from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
 from .form import check_sync, training_form
 from .freezing import Stage, choose_trainable, stages_of, trained_ever, trained_in, trained_parts
+from .lock import alone_in
 from .log import Log
 from .parts import (
     as_found,
@@ -74,14 +76,19 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
             "the model's parameters are spread over processes (fully_shard); finetune needs the whole network in each "
             "process: give the model as it was before, and start it with torchrun for DistributedDataParallel"
         )
+    unmade = [name for name, value in model.named_parameters() if is_lazy(value) or value.is_meta]
+    if unmade:
+        raise RetrofitError(
+            f"{unmade[0]} has no values yet; call the network once on an input where it is lazy, or load its weights where it is "
+            "on the meta device"
+        )
     try:
         get_optimizer_class(config.optimizer, bind_defaults=False)
     except ValueError as error:
         raise RetrofitError(
             f"timm knows no optimizer {config.optimizer!r}; there are {', '.join(map(str, list_optimizers()))}"
         ) from error
-    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
-    schedule(probe, config, 1000)
+    try_schedule(config)
     try_optimizer(config)
     trained_parts(model, config.trainable)
     stages_of(model, config)
@@ -171,7 +178,8 @@ def checked_engine(model: nn.Module, config: FinetuneConfig, output: Path | None
     with engine(config, None if output is None else str(output)) as accelerator:
         refuse_sharding(accelerator)
         check_sync(model, config, accelerator.num_processes, accelerator.device.type)
-        yield accelerator
+        with alone_in(output) if output is not None and accelerator.is_main_process else contextlib.nullcontext():
+            yield accelerator
 
 
 def load_saved(
@@ -275,7 +283,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
 def prepare_folder(run: Run, output: Path, command: dict[str, Any] | None, *, resumed: bool) -> None:
     """Write what a run's folder holds from the start. ``run.yaml`` is enough to repeat the run."""
     disk.check_space(output, run.model, run.config)
-    run.config.to_yaml(output / "config.yaml")
+    with replaced_file(output / "config.yaml") as fresh:
+        run.config.to_yaml(fresh)
     file = output / RUN
     content = {"command": command, "experiment": run.experiment, "config": run.config.to_dict()}
     if resumed and file.is_file():  # with the command that began it; it may have been extended
@@ -324,6 +333,18 @@ def start_trackers(accelerator: Accelerator, config: FinetuneConfig) -> list[Any
     flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.to_dict().items()}
     accelerator.init_trackers("se-retrofit", config=flat)
     return list(accelerator.trackers) if accelerator.is_main_process else []
+
+
+def try_schedule(config: FinetuneConfig) -> None:
+    """Raise where the config's schedule can't be made, or fails at an update."""
+    made = schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr), config, 1000)
+    try:
+        for part in range(11 if made is not None else 0):
+            made.step_update(part * config.epochs * 100)
+    except Exception as error:  # of what kind, each schedule decides
+        raise RetrofitError(
+            f"schedule {config.schedule!r} fails with {config.schedule_options}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def try_optimizer(config: FinetuneConfig) -> None:

@@ -23,7 +23,7 @@ from .callbacks import Callbacks, call, checked_callbacks
 from .config import FinetuneConfig
 from .criteria import Criterion, checked_criterion, distillation_loss, loss_by
 from .data import Batch
-from .engine import logits_of
+from .engine import called, logits_of
 from .freezing import set_modes, trained_in
 from .gates import listening, log_gates
 from .metrics import check_targets, hits, measure
@@ -99,7 +99,7 @@ def finetune(
     output = setup.checked(model, config, output_dir, resume)
     if config.patience is not None and val_data is None:
         raise RetrofitError("patience needs validation data")
-    with setup.start_run(
+    with torch.inference_mode(False), torch.enable_grad(), setup.start_run(
         model, train_data, val_data, config, output, resume=resume, base=base, command=command, quiet=quiet,
         criterion=criterion, teacher=teacher, callbacks=callbacks,
     ) as run:  # fmt: skip
@@ -193,7 +193,7 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         if targets.dim() != 1:
             raise RetrofitError("mixup and cutmix need class numbers as targets, and these are vectors")
         inputs, labels = mixed(run.mixup, images, targets)
-    logits, auxiliary = answered(run, inputs)
+    logits, auxiliary = called(run.network, inputs)
     check_targets(batch, logits.shape[1], run.config.multi_label)
     weights = None if batch.weights is None else batch.weights.to(run.device, non_blocking=True)
     loss = loss_by(run.criterion, logits, labels, weights)
@@ -205,18 +205,6 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         part = run.config.distillation_weight
         loss = (1 - part) * loss + part * distillation_loss(logits, taught, run.config, weights)
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
-
-
-def answered(run: Run, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    try:
-        return logits_of(run.network(inputs))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise RetrofitError(
-            f"a batch norm gets a single value for each channel from a batch of shape {tuple(inputs.shape)}; take a larger "
-            "batch_size, larger images, or freeze_bn=True"
-        ) from error
 
 
 def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,4 +371,5 @@ def finish(run: Run) -> FinetuneResult:
     run.log.pictures(run.progress.history)
     run.log.summarise(result)
     call(run.callbacks.after_training, run, run.progress.epoch)
+    run.heed_signal()
     return result

@@ -169,10 +169,25 @@ class Prepared:
 
 def _settings(model: nn.Module, config: FinetuneConfig, base: Base | None) -> dict[str, Any]:
     """Size, mean and the like, as plain data."""
-    own = {name: value for name, value in _own_settings(model, base).items() if name in SETTINGS}
+    own = _for_channels(
+        {name: value for name, value in _own_settings(model, base).items() if name in SETTINGS}, channels_of(model)
+    )
     if config.image_size is not None:
         own["input_size"] = (own["input_size"][0], config.image_size, config.image_size)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+
+
+def channels_of(model: nn.Module) -> int | None:
+    """How many channels the first convolution takes; None where there is none."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def _for_channels(settings: dict[str, Any], channels: int | None) -> dict[str, Any]:
+    """The settings for grey images, where the network was built for one channel and its config tells of three."""
+    if channels != 1 or settings["input_size"][0] == 1:
+        return settings
+    grey = {name: [sum(settings[name]) / len(settings[name])] for name in ("mean", "std")}
+    return {**settings, **grey, "input_size": [1, *settings["input_size"][1:]]}
 
 
 def _own_settings(model: nn.Module, base: Base | None) -> dict[str, Any]:
