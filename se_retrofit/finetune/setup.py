@@ -233,7 +233,7 @@ def batches_of(
     train = name == "train_data"
     return stream(
         data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
-        balanced=config.sampling == "balanced",
+        balanced=config.sampling == "balanced", weighted=config.sample_weights and train,
         transform=transforms_for(model, config, train=train, base=base), seed=config.seed, workers=config.workers,
         rank=accelerator.process_index, world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",

@@ -21,7 +21,7 @@ from ..models import Base
 from . import setup
 from .callbacks import Callbacks, call, checked_callbacks
 from .config import FinetuneConfig
-from .criteria import Criterion, checked_criterion, checked_loss, distillation_loss
+from .criteria import Criterion, checked_criterion, distillation_loss, loss_by
 from .data import Batch
 from .engine import called, logits_of
 from .freezing import set_modes, trained_in
@@ -67,8 +67,8 @@ def finetune(
         base: where the network came from before the retrofit, for the saved recipe; timm's networks tell it themselves.
         command: what ``run.yaml`` is to hold besides, as plain data; the command line writes its options there.
         quiet: print nothing.
-        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean; None for the
-            config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``)
+        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean, with
+            ``sample_weights`` the loss of each image, (N,); None for the config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``)
             all the same.
         teacher: a network for the same classes, whose answers to the same images are learned, too, by the config's
             ``distillation_weight``. It is moved to the device and not changed.
@@ -195,14 +195,15 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, labels = mixed(run.mixup, images, targets)
     logits, auxiliary = called(run.network, inputs)
     check_targets(batch, logits.shape[1], run.config.multi_label)
-    loss = checked_loss(run.criterion(logits, labels))
+    weights = None if batch.weights is None else batch.weights.to(run.device, non_blocking=True)
+    loss = loss_by(run.criterion, logits, labels, weights)
     for more in auxiliary:
-        loss = loss + AUXILIARY_WEIGHT * run.criterion(more, labels)
+        loss = loss + AUXILIARY_WEIGHT * loss_by(run.criterion, more, labels, weights)
     if run.teacher is not None:
         with torch.no_grad(), run.accelerator.autocast():
             taught, _ = logits_of(run.teacher(inputs))
-        weight = run.config.distillation_weight
-        loss = (1 - weight) * loss + weight * distillation_loss(logits, taught, run.config)
+        part = run.config.distillation_weight
+        loss = (1 - part) * loss + part * distillation_loss(logits, taught, run.config, weights)
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
 
 
