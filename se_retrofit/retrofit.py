@@ -20,7 +20,7 @@ from .plan import Plan, Site, Skipped
 from .surgery.arguments import Options, Patterns, check_model, check_module, patterns_of
 from .surgery.copying import copied, mode_of
 from .surgery.derived import RetrofittedBlock
-from .surgery.edits import apply_edits
+from .surgery.edits import apply_edits, se_paths
 from .surgery.inputs import describe, from_description
 from .surgery.isolation import isolated
 from .surgery.placement import Place
@@ -291,8 +291,11 @@ def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs
     again, surgery = _prepare(model, chosen, example_inputs)
     wanted, found = ([(s.path, s.after, s.channels) for s in p.sites] for p in (plan, again))
     if wanted != found and set(wanted) < set(found):  # some were taken out of the plan
-        blocks = [glob.escape(block) for block in dict.fromkeys(site.block for site in plan.sites)]
-        again, surgery = _prepare(model, replace(chosen, include=blocks, exclude=None), example_inputs)
+        paths = {site.path for site in plan.sites}
+        parted = {site.block for site in again.sites if site.path not in paths}
+        kept = dict.fromkeys(site.path if site.block in parted else site.block for site in plan.sites)
+        wanted_alone = replace(chosen, include=[glob.escape(path) for path in kept], exclude=None)
+        again, surgery = _prepare(model, wanted_alone, example_inputs)
         found = [(s.path, s.after, s.channels) for s in again.sites]
     if wanted != found:
         apart = sorted({path for path, *_ in set(wanted) ^ set(found)})
@@ -304,24 +307,35 @@ def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs
 
 
 def _chosen(places: list[Place], skipped: dict[str, str], included: list[str], excluded: list[str]) -> list[Place]:
-    """The places that ``include`` and ``exclude`` let through."""
+    """The places that ``include`` and ``exclude`` let through. A pattern is over the paths of blocks, and of what in a plain chain
+    is less than a block: its convolutions; where it matches none of these, over those of SE modules."""
+    names = {place: [place.block, *place.names] for place in places}
     blocks = list(dict.fromkeys(place.block for place in places))
     for pattern in included + excluded:
-        if not fnmatch.filter(blocks, pattern):
-            raise RetrofitError(
-                f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
-                f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
-            )
+        if not any(fnmatch.filter(of_place, pattern) for of_place in names.values()):
+            paths = se_paths(places)
+            matched = [place for place in places if fnmatch.fnmatchcase(paths.get(place, ""), pattern)]
+            if not matched:
+                raise RetrofitError(
+                    f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
+                    f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
+                )
+            for place in matched:
+                names[place].append(paths[place])
     chosen = []
+    reasons: dict[Place, str] = {}
     for place in places:
-        if included and not any(fnmatch.fnmatchcase(place.block, p) for p in included):
-            skipped[place.block] = "not included"
-        elif any(fnmatch.fnmatchcase(place.block, p) for p in excluded):
-            skipped[place.block] = "excluded"
+        if included and not any(fnmatch.filter(names[place], p) for p in included):
+            reasons[place] = "not included"
+        elif any(fnmatch.filter(names[place], p) for p in excluded):
+            reasons[place] = "excluded"
         else:
             chosen.append(place)
     if not chosen:
         raise RetrofitError("include and exclude together leave no block to retrofit")
+    kept = {place.block for place in chosen}
+    for place, reason in reasons.items():  # of a block that keeps others, what is left out is named on its own
+        skipped[place.block if place.block not in kept else se_paths(places).get(place, place.block)] = reason
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -12,6 +13,23 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    freeze_heap()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap() -> Iterator[None]:
+    yield
+    freeze_heap()
+
+
+def freeze_heap() -> None:
+    """What has been imported by now stays to the end: full garbage collections, of which Accelerate asks for two in each
+    fine-tune, need not walk through it. They took half of the time of the fine-tuning tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

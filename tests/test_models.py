@@ -185,7 +185,7 @@ def write_bad(kind: str, path: Path) -> None:
         ("empty", "can't be read"),
         ("code", "can't be read"),
         ("list", "can't be read"),
-        ("no tensors", "no state dict"),
+        ("no tensors", "does not hold a state dict"),
         ("missing", r"missing: 1\.bias"),
         ("unexpected", r"unexpected: 2\.weight"),
         ("other shapes", r"other shapes: 0\.bias"),

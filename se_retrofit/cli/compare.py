@@ -36,6 +36,7 @@ from .options import (
     Seed,
     Set,
     Workers,
+    recipe_options,
     se_options,
 )
 
@@ -82,11 +83,7 @@ def compare_command(
     from ..finetune import compare
     from ..finetune.experiment import describe_data, file_digest
 
-    named = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "image_size": image_size, "precision": precision,
-        "workers": workers, "seed": seed, "cpu": cpu, "compile": compile_,
-    }  # fmt: skip
-    recipe = read_config(config, named, set_)
+    recipe = read_config(config, recipe_options(context), set_)
     parts, recipe = open_data(data, data_root, download, recipe)
     build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
     options = se_options(context)

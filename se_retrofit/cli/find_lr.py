@@ -37,6 +37,7 @@ from .options import (
     Set,
     Trainable,
     Workers,
+    recipe_options,
     refuse_for_folder,
     se_options,
 )
@@ -92,11 +93,7 @@ def find_lr_command(
             writable(file)
     if Path(model).is_dir():
         refuse_for_folder(context, "plain", "pretrained", "checkpoint", "arg")
-    named = {
-        "batch_size": batch_size, "trainable": trainable, "image_size": image_size, "precision": precision,
-        "workers": workers, "seed": seed, "cpu": cpu, "compile": compile_,
-    }  # fmt: skip
-    parts, recipe = open_data(data, data_root, download, read_config(config, named, set_))
+    parts, recipe = open_data(data, data_root, download, read_config(config, recipe_options(context), set_))
     command = {
         "model": model, "pretrained": pretrained, "checkpoint": checkpoint, "arg": arg, "plain": plain,
         **se_options(context),

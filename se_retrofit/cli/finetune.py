@@ -43,6 +43,7 @@ from .options import (
     Trainable,
     Workers,
     given,
+    recipe_options,
     refuse_for_folder,
     se_options,
 )
@@ -105,11 +106,6 @@ def finetune_command(
     from ..finetune import finetune
     from ..finetune.experiment import describe_run
 
-    named = {
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "trainable": trainable, "image_size": image_size,
-        "precision": precision, "workers": workers, "seed": seed, "patience": patience, "cpu": cpu,
-        "compile": compile_,
-    }  # fmt: skip
     command = {
         "model": absolute(model), "data": absolute(data), "data_root": str(data_root.resolve()), "pretrained": pretrained,
         "checkpoint": None if checkpoint is None else str(checkpoint.resolve()), "arg": arg or [], "plain": plain,
@@ -117,7 +113,7 @@ def finetune_command(
     }  # fmt: skip
     if model is not None and Path(model).is_dir():
         refuse_for_folder(context, "plain", "pretrained", "checkpoint", "arg")
-    recipe = read_config(config, named, set_)
+    recipe = read_config(config, recipe_options(context), set_)
     if resume is not None:
         command, recipe = read_run(resume, set(given(context)))
         recipe = recipe if epochs is None else recipe.replace(epochs=epochs)  # to extend a run that is over

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["example_of", "given", "refuse_for_folder", "se_options"]
+__all__ = ["example_of", "given", "recipe_options", "refuse_for_folder", "se_options"]
 
 MODEL_HELP = "a name: resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME"
 FOLDER_HELP = "what convert, finetune or fold wrote: a saved network, or a run's folder"
@@ -62,6 +62,10 @@ Workers = Annotated[int | None, typer.Option(help="processes that load data")]
 Seed = Annotated[int | None, typer.Option(help="random seed")]
 Cpu = Annotated[bool | None, typer.Option("--cpu", help="stay on the CPU")]
 Compile = Annotated[bool | None, typer.Option("--compile", help="train through torch.compile")]
+RECIPE_OPTIONS = (
+    "epochs", "batch_size", "lr", "trainable", "image_size", "precision", "workers", "seed", "patience", "cpu", "compile_",
+)  # fmt: skip
+
 RunFolder = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
 
 
@@ -69,6 +73,11 @@ def se_options(context: typer.Context) -> dict[str, Any]:
     """The arguments of ``add_se`` that a command got."""
     values = {name: context.params[name] for name in SE_OPTIONS}
     return {**values, **{name: list(values[name]) if values[name] else None for name in ("include", "exclude")}}
+
+
+def recipe_options(context: typer.Context) -> dict[str, Any]:
+    """The fields of ``FinetuneConfig`` for which a command has options of their own; None where they are not given."""
+    return {name.rstrip("_"): context.params[name] for name in RECIPE_OPTIONS if name in context.params}
 
 
 def given(context: typer.Context) -> list[str]:

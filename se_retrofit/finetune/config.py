@@ -44,13 +44,16 @@ class FinetuneConfig:
             ``trainable`` is ``"se"`` or ``"se+head"``; None for none.
         freeze_bn: leave the running statistics of the norms as they are.
         sync_batch_norm: with several processes on GPUs, let batch norms take their statistics over the batches of all.
-        num_classes: give the network a new head for so many classes, where it has another number; None keeps the head.
+        num_classes: give the network a new head for so many classes, where it has another number, or where it was fine-tuned
+            on classes of other names; None keeps the head.
         multi_label: an image may have several classes: its target is a vector of 0 and 1, one for each class.
         criterion: the loss: ``"cross_entropy"``, ``"bce"`` (binary cross-entropy of each class) or ``"focal"``.
         class_weights: ``"balanced"`` weighs the rare classes higher in the loss, by the training data; None for equally.
         focal_gamma: how much less the focal loss counts what is classified well already.
         distillation_weight: the teacher's part in the loss, where ``finetune`` is given one.
         distillation_temperature: by which the logits of both are divided.
+        sample_weights: the training data gives ``(image, target, weight)``; the weight is how much the image counts in the
+            loss, 1 for as much as without.
         sampling: ``"shuffle"`` shows each image once an epoch; ``"balanced"`` draws as many images, each class as often
             as the others.
         best_metric: by which the best epoch is chosen: ``"accuracy"``, ``"loss"``, ``"top5"``, ``"precision"``,
@@ -123,6 +126,7 @@ class FinetuneConfig:
     focal_gamma: float = 2.0
     distillation_weight: float = 0.5
     distillation_temperature: float = 4.0
+    sample_weights: bool = False
     sampling: str = "shuffle"
     best_metric: str = "accuracy"
     label_smoothing: float = 0.1
@@ -185,6 +189,10 @@ class FinetuneConfig:
             )
         if self.multi_label and (self.mixup or self.cutmix or self.sampling == "balanced"):
             raise RetrofitError('mixup, cutmix and sampling="balanced" need one class an image, not multi_label=True')
+        if self.sample_weights and (self.mixup or self.cutmix):
+            raise RetrofitError(
+                "sample_weights=True: mixup and cutmix mix images, and a mixed image has no weight of its own; take one"
+            )
         if self.class_weights and (self.criterion == "bce") != self.multi_label:
             raise RetrofitError(
                 'class_weights go with criterion="bce" where multi_label=True, and with "cross_entropy" and "focal" '

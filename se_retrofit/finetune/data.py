@@ -6,7 +6,7 @@ import itertools
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
-from .targets import class_numbers, image_weights, targets_together
+from .targets import class_numbers, image_weights, targets_together, weights_together
 from .workers import AfterOurs, begin_worker
 
 __all__ = ["Batch", "Stream", "stream"]
@@ -28,12 +28,17 @@ MOST_REPLACEMENTS = 10
 
 class Batch(NamedTuple):
     """Images, their classes (numbers, or a vector for each image), and which of them count (a filler in the last batch, or in place of an unreadable image,
-    does not); ``complaints`` name the images that could not be read."""
+    does not); ``complaints`` name the images that could not be read, ``weights`` are those of the images in the loss."""
 
     images: Tensor
     targets: Tensor
     counts: Tensor
     complaints: list[str]
+    weights: Tensor | None = None
+
+
+# An item as it is loaded: image, target, weight or None, whether it counts, complaints
+Item = tuple[Any, Any, Any, bool, list[str]]
 
 
 class Stream(Protocol):
@@ -55,6 +60,7 @@ def stream(
     transform: Callable[[Any], Any] | None,
     bad_images: str = "error",
     balanced: bool = False,
+    weighted: bool = False,
     seed: int = 0,
     workers: int | None = None,
     rank: int = 0,
@@ -64,7 +70,8 @@ def stream(
     """Batches from a Dataset or a DataLoader.
 
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
-    A DataLoader is taken as it is.
+    A DataLoader is taken as it is. With ``weighted`` the third entry of an item is its weight; otherwise what comes after
+    the second is passed over.
 
     Raises:
         RetrofitError: there is no image in it, it doesn't know its length, or it is iterable and there are several
@@ -83,7 +90,7 @@ def stream(
                 "epoch, so that a resumed run would see other images; give it persistent_workers=False, or give the "
                 "Dataset itself"
             )
-        return LoaderStream(data, name=name, train=train, seed=seed, rank=rank, world=world)
+        return LoaderStream(data, name=name, train=train, weighted=weighted, seed=seed, rank=rank, world=world)
     if isinstance(data, (str, bytes)) or not (hasattr(data, "__getitem__") or isinstance(data, IterableDataset)):
         raise TypeError(
             f"{name} must be a Dataset of (image, class) pairs or a DataLoader, got {type(data).__name__}"
@@ -95,7 +102,7 @@ def stream(
             raise RetrofitError(
                 f"{name} is iterable, and several processes can't share it evenly; give a data set with indices"
             )
-        items = Transformed(data, transform)
+        items = Transformed(data, transform, name=name, weighted=weighted)
         loader: DataLoader[Any] = DataLoader(
             items,
             batch_size,
@@ -104,10 +111,10 @@ def stream(
             drop_last=train,
             worker_init_fn=begin_worker,
         )
-        return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
+        return LoaderStream(loader, name=name, train=train, weighted=weighted, seed=seed, rank=rank, world=world)
     return DatasetStream(
         data, name=name, train=train, batch_size=batch_size, transform=transform, bad_images=bad_images,
-        weights=image_weights(data) if balanced and train else None, seed=seed, workers=workers, rank=rank, world=world, pin_memory=pin_memory,
+        weights=image_weights(data) if balanced and train else None, weighted=weighted, seed=seed, workers=workers, rank=rank, world=world, pin_memory=pin_memory,
     )  # fmt: skip
 
 
@@ -161,22 +168,26 @@ class Order(Sampler[list[tuple[int, int, bool]]]):
             yield [(self.epoch, order[place % self.length], place < self.length) for place in places]
 
 
-class Items(Dataset[tuple[Any, int, bool, list[str]]]):
+class Items(Dataset[Item]):
     """The caller's data set, with its randomness seeded item by item, and unreadable images replaced and named."""
 
-    def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str) -> None:
-        self.data, self.transform, self.seed, self.name = data, transform, seed, name
+    def __init__(
+        self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str, weighted: bool = False
+    ) -> None:
+        self.data, self.transform, self.seed, self.name, self.weighted = data, transform, seed, name, weighted
         if hasattr(data, "_max_retries"):
             data._max_retries = 1  # timm's ImageDataset would pass over unreadable images by itself
 
-    def __getitem__(self, key: tuple[int, int, bool]) -> tuple[Any, int, bool, list[str]]:
+    def __getitem__(self, key: tuple[int, int, bool]) -> Item:
         epoch, index, counts = key
         complaints: list[str] = []
         for attempt in range(MOST_REPLACEMENTS):
             at = (index + attempt) % len(self.data)
             seed_all(self.seed, SAMPLE, epoch, at)
             try:
-                image, target = self.read(at)
+                image, target, weight = self.read(at)
+            except RetrofitError:  # which is a ValueError, and has nothing to do with the image
+                raise
             except UNREADABLE as error:
                 complaints.append(f"{name_of(self.data, at)}: {type(error).__name__}: {error}")
             except RuntimeError as error:
@@ -184,27 +195,28 @@ class Items(Dataset[tuple[Any, int, bool, list[str]]]):
                     raise
                 complaints.append(f"{name_of(self.data, at)}: {error}")
             else:
-                return image, target, counts and not complaints, complaints
+                return image, target, weight, counts and not complaints, complaints
         raise RetrofitError(f"{MOST_REPLACEMENTS} images of {self.name} in a row can't be read; first {complaints[0]}")
 
     def __getitems__(self, keys: list[tuple[int, int, bool]]) -> Any:
         """A batch; of tensors in memory, where nothing is random or unreadable, in one piece."""
         tensors, indices = in_memory(self.data, [index for _, index, _ in keys])
-        if len(tensors) < 2 or tensors[1].dim() not in (1, 2):
+        if len(tensors) < 2 + self.weighted or tensors[1].dim() not in (1, 2):
             return [self[key] for key in keys]
-        images, targets = (tensor[indices] for tensor in tensors[:2])
+        images, targets, *more = (tensor[indices] for tensor in tensors[: 2 + self.weighted])
         return Batch(
             images,
             class_numbers(targets),
             torch.tensor([counts for _, _, counts in keys]),
             [],
+            weights_together(more[0]) if more else None,
         )
 
-    def read(self, index: int) -> tuple[Any, Any]:
-        image, target = pair(self.data[index], self.name)
+    def read(self, index: int) -> tuple[Any, Any, Any]:
+        image, target, weight = entries(self.data[index], self.name, self.weighted)
         if self.transform is not None and isinstance(image, Image.Image):
             image = self.transform(image)
-        return image, target
+        return image, target, weight
 
 
 def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[int]]:
@@ -217,22 +229,27 @@ def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[i
 class Transformed(IterableDataset[Any]):
     """An iterable data set whose PIL images go through the transform."""
 
-    def __init__(self, data: Any, transform: Callable[[Any], Any] | None) -> None:
-        self.data, self.transform = data, transform
+    def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, name: str, weighted: bool) -> None:
+        self.data, self.transform, self.name, self.weighted = data, transform, name, weighted
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __iter__(self) -> Iterator[Any]:
-        for image, target, *_ in self.data:
-            yield (self.transform(image) if self.transform and isinstance(image, Image.Image) else image), target
+        for item in self.data:
+            image, target, weight = entries(item, self.name, self.weighted)
+            image = self.transform(image) if self.transform and isinstance(image, Image.Image) else image
+            yield (image, target, weight) if self.weighted else (image, target)
 
 
-def pair(item: Any, name: str) -> tuple[Any, Any]:
-    """(image, class) of an item of a data set or a batch of a loader."""
-    if isinstance(item, (tuple, list)) and len(item) >= 2:
-        return item[0], item[1]
-    raise RetrofitError(f"{name} must give (image, class) pairs, got {type(item).__name__}")
+def entries(item: Any, name: str, weighted: bool) -> tuple[Any, Any, Any]:
+    """Image, class and, where they are ``weighted``, weight of an item of a data set or a batch of a loader."""
+    if isinstance(item, (tuple, list)) and len(item) >= 2 + weighted:
+        return item[0], item[1], item[2] if weighted else None
+    got = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
+    if weighted:
+        raise RetrofitError(f"sample_weights=True: {name} must give (image, class, weight), got {got}")
+    raise RetrofitError(f"{name} must give (image, class) pairs, got {got}")
 
 
 def name_of(data: Any, index: int) -> str:
@@ -248,16 +265,27 @@ def name_of(data: Any, index: int) -> str:
         return f"item {index}"
 
 
-def collate(items: Batch | list[tuple[Any, int, bool, list[str]]]) -> Batch:
+def collate(items: Batch | list[Item]) -> Batch:
     if isinstance(items, Batch):
         return items
-    images, targets, counts, complaints = zip(*items, strict=True)
+    images, targets, weights, counts, complaints = zip(*items, strict=True)
     return Batch(
-        default_collate(list(images)),
+        images_together(images),
         targets_together(targets),
         torch.tensor(counts),
         list(itertools.chain.from_iterable(complaints)),
+        None if weights[0] is None else weights_together(weights),
     )
+
+
+def images_together(images: Sequence[Any]) -> Any:
+    try:
+        return default_collate(list(images))
+    except (TypeError, RuntimeError) as error:
+        kinds = sorted({str(tuple(i.shape)) if hasattr(i, "shape") else type(i).__name__ for i in images})
+        raise RetrofitError(
+            f"the images of a batch must be PIL images, or tensors of one shape, got {', '.join(kinds[:3])}"
+        ) from error
 
 
 class DatasetStream:
@@ -265,7 +293,7 @@ class DatasetStream:
 
     def __init__(
         self, data: Any, *, name: str, train: bool, batch_size: int, transform: Callable[[Any], Any] | None,
-        bad_images: str, weights: Tensor | None, seed: int, workers: int, rank: int, world: int, pin_memory: bool,
+        bad_images: str, weights: Tensor | None, weighted: bool, seed: int, workers: int, rank: int, world: int, pin_memory: bool,
     ) -> None:  # fmt: skip
         try:
             length = len(data)
@@ -277,7 +305,7 @@ class DatasetStream:
         self.named: set[str] = set()
         self.order = Order(length, batch_size, train=train, seed=seed, rank=rank, world=world, weights=weights)
         self.loader = DataLoader(
-            Items(data, transform, seed=seed, name=name),
+            Items(data, transform, seed=seed, name=name, weighted=weighted),
             batch_sampler=self.order,
             collate_fn=collate,
             num_workers=workers,
@@ -313,8 +341,10 @@ class LoaderStream:
     share: batches ``rank``, ``rank + world``, and so on.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, name: str, train: bool, seed: int, rank: int, world: int) -> None:
-        self.loader, self.name, self.train = loader, name, train
+    def __init__(
+        self, loader: DataLoader[Any], *, name: str, train: bool, weighted: bool, seed: int, rank: int, world: int
+    ) -> None:
+        self.loader, self.name, self.train, self.weighted = loader, name, train, weighted
         self.seed, self.rank, self.world = seed, rank, world
         try:
             self.total = len(loader)
@@ -341,8 +371,11 @@ class LoaderStream:
                 # Where this process has no batch left it fills up with one that doesn't count.
                 mine = (item, True) if item is not None else (mine[0], False)
             if number % self.world == self.world - 1 and number // self.world >= start:
-                images, targets = pair(mine[0], self.name)
-                yield Batch(images, targets, torch.full((len(targets),), mine[1]), [])
+                images, targets, weights = entries(mine[0], self.name, self.weighted)
+                together = weights_together(weights) if self.weighted else None
+                if together is not None and len(together) != len(targets):
+                    raise RetrofitError(f"{self.name} gives {len(together)} weights for {len(targets)} images")
+                yield Batch(images, targets, torch.full((len(targets),), mine[1]), [], together)
 
     def start_workers(self) -> Iterator[Any]:
         """``iter(loader)``, with loading processes that begin with ``begin_worker``. The loader is left as it was."""

@@ -97,9 +97,12 @@ def _from_folder(folder: Path, val_fraction: float) -> NamedData:
     try:
         if train.is_dir() and val is not None:
             train_images = ImageFolder(str(train))
+            _check_classes(train_images, train)
             return NamedData(train_images, Subfolder(val, train_images.class_to_idx), len(train_images.classes))
         if not train.is_dir() and val is None and any(entry.is_dir() for entry in folder.iterdir()):
-            return _split(ImageFolder(str(folder)), folder, val_fraction)
+            images = ImageFolder(str(folder))
+            _check_classes(images, folder)
+            return _split(images, folder, val_fraction)
     except OSError as error:
         raise RetrofitError(f"{folder} can't be read as folders of images: {error}") from error
     found = sorted(f.name for f in folder.iterdir() if f.is_dir())
@@ -107,6 +110,14 @@ def _from_folder(folder: Path, val_fraction: float) -> NamedData:
         f"{folder} must hold the folders train and val, each with one folder of images a class, or the folders of the "
         f"classes alone; it holds {', '.join(found[:5]) or 'no folders'}"
     )
+
+
+def _check_classes(images: ImageFolder, folder: Path) -> None:
+    if len(images.classes) == 1:  # most likely a folder too high up
+        raise RetrofitError(
+            f"{folder} holds a single class, {images.classes[0]}, and there is nothing to tell it from; it must hold a folder "
+            "of images for each class"
+        )
 
 
 def _split(images: ImageFolder, folder: Path, val_fraction: float) -> NamedData:

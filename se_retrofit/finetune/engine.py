@@ -22,7 +22,7 @@ from .config import FinetuneConfig
 
 BACKEND = "inductor"  # of torch.compile
 
-__all__ = ["Forward", "Interrupt", "engine", "fast_math", "logits_of", "refuse_sharding"]
+__all__ = ["Forward", "Interrupt", "called", "engine", "fast_math", "logits_of", "refuse_sharding"]
 
 
 class Forward(nn.Module):
@@ -51,6 +51,29 @@ def logits_of(output: Any) -> tuple[Tensor, list[Tensor]]:
         got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise RetrofitError(f"finetune is for classifiers, which return logits of shape (N, classes); got {got}")
     return output, auxiliary
+
+
+def called(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """``logits_of`` what the network returns.
+
+    Raises:
+        RetrofitError: it is something else, or PyTorch refuses these images: in most cases their shape or dtype.
+    """
+    try:
+        return logits_of(network(images))
+    except (RuntimeError, ValueError) as error:
+        if type(error) not in (RuntimeError, ValueError):  # out of memory, or an error of a compiler
+            raise
+        batch = f"a batch of shape {tuple(images.shape)}, {images.dtype}"
+        if "more than 1 value per channel" in str(error):
+            raise RetrofitError(
+                f"a batch norm gets a single value for each channel from {batch}; take a larger batch_size, larger images, "
+                "or freeze_bn=True"
+            ) from error
+        raise RetrofitError(
+            f"the network fails on {batch}: {error}; compare the images with what the network takes (channels first, "
+            "their number, size and dtype)"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ..saving.atomic import replaced_file
 from ..tables import aligned
 from .config import FinetuneConfig
 from .data import UNREADABLE
-from .engine import logits_of
+from .engine import called
 from .metrics import answers
 from .parts import as_found
 from .scores import confusion_of, each_class, scores_of
@@ -185,7 +185,7 @@ def predict(
         chosen = files[start : start + batch_size]
         batch = torch.stack([_read(file, transform) for file in chosen]).to(device)
         with as_found(model), torch.no_grad():
-            logits, _ = logits_of(model.eval()(batch))
+            logits, _ = called(model.eval(), batch)
             shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
         values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
         for file, best, numbers in zip(chosen, values.tolist(), indices.tolist(), strict=True):
@@ -218,7 +218,10 @@ def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1
     """Predictions as CSV: the file, and for each of the most likely classes its name and probability."""
     writer = csv.writer(file, lineterminator="\n")
     numbers = [""] if top == 1 else [f"_{number + 1}" for number in range(top)]
-    writer.writerow(["file", *(f"{field}{number}" for number in numbers for field in ("class", "probability"))])
+    header = ["file", *(f"{field}{number}" for number in numbers for field in ("class", "probability"))]
     for found in predictions:
+        if header:  # not before the first answer, which may be an error
+            writer.writerow(header)
+            header = []
         cells = zip(found.classes, found.probabilities, strict=True)
         writer.writerow([found.file, *(cell for name, share in cells for cell in (name, f"{share:.6f}"))])

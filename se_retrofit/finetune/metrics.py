@@ -14,7 +14,7 @@ from ..models import Base
 from . import setup
 from .config import FinetuneConfig
 from .data import Batch, Stream, stream
-from .engine import Interrupt, engine, fast_math, logits_of
+from .engine import Interrupt, called, engine, fast_math
 from .log import Log
 from .parts import as_found, to_device
 from .randomness import kept_randomness
@@ -96,7 +96,7 @@ def measure(
         log.complain(batch)
         images, targets = placed(batch, accelerator.device, channels_last)
         with accelerator.autocast():
-            logits, _ = logits_of(network(images))
+            logits, _ = called(network, images)
         classes = logits.shape[1]
         check_targets(batch, classes, multi_label)
         counts = batch.counts.to(accelerator.device, non_blocking=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torchvision.ops import StochasticDepth
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
+from ..saving.recipe import BASE
 
 __all__ = [
     "as_found",
@@ -58,23 +60,25 @@ def new_head(model: nn.Module, num_classes: int) -> None:
         >>> model(torch.randn(1, 3, 64, 64)).shape
         torch.Size([1, 10])
     """
+    base = vars(model).get(BASE)
     reset_classifier = getattr(model, "reset_classifier", None)
     if callable(reset_classifier):
         like = next(model.parameters())
         reset_classifier(num_classes)
         model.to(device=like.device)
-        return
-    paths = _head_paths(model)
-    if not paths:
+    elif not (paths := _head_paths(model)):
         raise RetrofitError(
             f"{type(model).__name__} has no reset_classifier, and no {', '.join(TORCHVISION_HEADS)} with a last layer: "
             f"give it a head for {num_classes} classes yourself, and leave num_classes out"
         )
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _resized(model.get_submodule(path), num_classes))
-    if isinstance(getattr(model, "num_classes", None), int):
-        model.num_classes = num_classes  # type: ignore[assignment]
+    else:
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, _resized(model.get_submodule(path), num_classes))
+        if isinstance(getattr(model, "num_classes", None), int):
+            model.num_classes = num_classes  # type: ignore[assignment]
+    if base is not None:
+        vars(model)[BASE] = replace(base, kwargs={**base.kwargs, "num_classes": num_classes})
 
 
 def head_size(model: nn.Module) -> int | None:

@@ -18,6 +18,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import RetrofitError, brief
 from ..models import Base
@@ -34,6 +35,7 @@ from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
 from .form import check_sync, training_form
 from .freezing import Stage, choose_trainable, stages_of, trained_ever, trained_in, trained_parts
+from .lock import alone_in
 from .log import Log
 from .parts import (
     as_found,
@@ -49,7 +51,7 @@ from .parts import (
 from .randomness import EPOCH, kept_randomness, seed_all
 from .recomputing import Kept
 from .run import Run, share, uses_channels_last
-from .transforms import note_images, transforms_for
+from .transforms import note_images, other_classes, transforms_for
 
 __all__ = ["checked", "start_run"]
 
@@ -74,14 +76,19 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
             "the model's parameters are spread over processes (fully_shard); finetune needs the whole network in each "
             "process: give the model as it was before, and start it with torchrun for DistributedDataParallel"
         )
+    unmade = [name for name, value in model.named_parameters() if is_lazy(value) or value.is_meta]
+    if unmade:
+        raise RetrofitError(
+            f"{unmade[0]} has no values yet; call the network once on an input where it is lazy, or load its weights where it is "
+            "on the meta device"
+        )
     try:
         get_optimizer_class(config.optimizer, bind_defaults=False)
     except ValueError as error:
         raise RetrofitError(
             f"timm knows no optimizer {config.optimizer!r}; there are {', '.join(map(str, list_optimizers()))}"
         ) from error
-    probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
-    schedule(probe, config, 1000)
+    try_schedule(config)
     try_optimizer(config)
     trained_parts(model, config.trainable)
     stages_of(model, config)
@@ -134,7 +141,7 @@ def start_run(
         val = None if val_data is None else batches_of(val_data, "val_data", model, config, base, accelerator)
         undo = stack.enter_context(contextlib.ExitStack())
         undo.callback(structure_of(model))
-        classes = fit_head(model, config, wanted)
+        classes, remark = fit_head(model, train_data, config, wanted)
         note_images(model, train_data, config, base)
         stages = stages_of(model, config)
         progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
@@ -159,7 +166,7 @@ def start_run(
         if output is not None and run.rank == 0:
             prepare_folder(run, output, command, resumed=bool(saved))
         undo.pop_all()
-        introduce(run)
+        introduce(run, remark)
         for tracker in start_trackers(accelerator, config):
             stack.callback(tracker.finish)
         yield run
@@ -171,7 +178,8 @@ def checked_engine(model: nn.Module, config: FinetuneConfig, output: Path | None
     with engine(config, None if output is None else str(output)) as accelerator:
         refuse_sharding(accelerator)
         check_sync(model, config, accelerator.num_processes, accelerator.device.type)
-        yield accelerator
+        with alone_in(output) if output is not None and accelerator.is_main_process else contextlib.nullcontext():
+            yield accelerator
 
 
 def load_saved(
@@ -225,23 +233,32 @@ def batches_of(
     train = name == "train_data"
     return stream(
         data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
-        balanced=config.sampling == "balanced",
+        balanced=config.sampling == "balanced", weighted=config.sample_weights and train,
         transform=transforms_for(model, config, train=train, base=base), seed=config.seed, workers=config.workers,
         rank=accelerator.process_index, world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
 
 
-def fit_head(model: nn.Module, config: FinetuneConfig, wanted: dict[str, bool]) -> int | None:
-    """Give the network the head and the stochastic depth of the config; the number of classes, where it is known."""
+def fit_head(
+    model: nn.Module, train_data: Any, config: FinetuneConfig, wanted: dict[str, bool]
+) -> tuple[int | None, str]:
+    """Give the network the head and the stochastic depth of the config; the number of classes, where it is known, and
+    what is to be said of it."""
     seed_all(config.seed, EPOCH)
     classes = head_size(model)
-    if config.num_classes is not None and config.num_classes != classes:
+    remark = other_classes(model, train_data)
+    if config.num_classes is not None and (config.num_classes != classes or remark):
         new_head(model, config.num_classes)
         wanted.update({name: True for name, _ in model.named_parameters() if name not in wanted})
     if config.drop_path is not None:
         set_drop_path(model, config.drop_path)
-    return config.num_classes or classes
+    if remark:
+        kept = (
+            "its numbers mean other classes now; num_classes=... gives a new one" if config.num_classes is None else ""
+        )
+        remark += f": the head is kept, {kept}" if kept else ": the head is new"
+    return config.num_classes or classes, remark
 
 
 def mixup_of(config: FinetuneConfig, classes: int | None) -> Mixup | None:
@@ -266,7 +283,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
 def prepare_folder(run: Run, output: Path, command: dict[str, Any] | None, *, resumed: bool) -> None:
     """Write what a run's folder holds from the start. ``run.yaml`` is enough to repeat the run."""
     disk.check_space(output, run.model, run.config)
-    run.config.to_yaml(output / "config.yaml")
+    with replaced_file(output / "config.yaml") as fresh:
+        run.config.to_yaml(fresh)
     file = output / RUN
     content = {"command": command, "experiment": run.experiment, "config": run.config.to_dict()}
     if resumed and file.is_file():  # with the command that began it; it may have been extended
@@ -284,7 +302,7 @@ def same_on_all(value: dict[str, Any], accelerator: Accelerator) -> dict[str, An
     return said
 
 
-def introduce(run: Run) -> None:
+def introduce(run: Run, remark: str) -> None:
     model, config, progress = run.model, run.config, run.progress
     modules = len(se_modules(model))
     se = f"{modules} SE modules" if modules else "no SE modules: it is trained as it is"
@@ -292,6 +310,8 @@ def introduce(run: Run) -> None:
     precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     processes = f", {run.world} processes" if run.world > 1 else ""
     run.log.note(f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch")
+    if remark:
+        run.log.note(remark)
     if run.stages:
         run.log.note(unfreezing(run))
     if progress.updates:
@@ -313,6 +333,18 @@ def start_trackers(accelerator: Accelerator, config: FinetuneConfig) -> list[Any
     flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.to_dict().items()}
     accelerator.init_trackers("se-retrofit", config=flat)
     return list(accelerator.trackers) if accelerator.is_main_process else []
+
+
+def try_schedule(config: FinetuneConfig) -> None:
+    """Raise where the config's schedule can't be made, or fails at an update."""
+    made = schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr), config, 1000)
+    try:
+        for part in range(11 if made is not None else 0):
+            made.step_update(part * config.epochs * 100)
+    except Exception as error:  # of what kind, each schedule decides
+        raise RetrofitError(
+            f"schedule {config.schedule!r} fails with {config.schedule_options}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def try_optimizer(config: FinetuneConfig) -> None:

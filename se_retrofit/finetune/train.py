@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from ..models import Base
 from . import setup
-from .callbacks import Callbacks, call, checked_callbacks
+from .callbacks import Callbacks, checked_callbacks
 from .config import FinetuneConfig
-from .criteria import Criterion, checked_criterion, checked_loss, distillation_loss
+from .criteria import Criterion, checked_criterion, distillation_loss, loss_by
 from .data import Batch
-from .engine import logits_of
+from .engine import called, logits_of
 from .freezing import set_modes, trained_in
 from .gates import listening, log_gates
 from .metrics import check_targets, hits, measure
 from .parts import count
 from .randomness import UPDATE, seed_all
-from .run import FinetuneResult, Run, share
+from .result import FinetuneResult
+from .run import Run, share
 from .scores import higher_is_better, scores_of
 
 __all__ = ["finetune"]
@@ -67,8 +68,8 @@ def finetune(
         base: where the network came from before the retrofit, for the saved recipe; timm's networks tell it themselves.
         command: what ``run.yaml`` is to hold besides, as plain data; the command line writes its options there.
         quiet: print nothing.
-        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean; None for the
-            config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``)
+        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean, with
+            ``sample_weights`` the loss of each image, (N,); None for the config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``)
             all the same.
         teacher: a network for the same classes, whose answers to the same images are learned, too, by the config's
             ``distillation_weight``. It is moved to the device and not changed.
@@ -99,7 +100,7 @@ def finetune(
     output = setup.checked(model, config, output_dir, resume)
     if config.patience is not None and val_data is None:
         raise RetrofitError("patience needs validation data")
-    with setup.start_run(
+    with torch.inference_mode(False), torch.enable_grad(), setup.start_run(
         model, train_data, val_data, config, output, resume=resume, base=base, command=command, quiet=quiet,
         criterion=criterion, teacher=teacher, callbacks=callbacks,
     ) as run:  # fmt: skip
@@ -121,7 +122,7 @@ def evaluate_before_training(run: Run) -> None:
     run.progress.history.append({"epoch": 0, **measured})
     run.log.row(run.progress.history[0])
     run.log.history(run.progress.history)
-    call(run.callbacks.after_evaluation, run, 0)
+    run.tell(run.callbacks.after_evaluation, 0)
 
 
 def train_epoch(run: Run, epoch: int) -> None:
@@ -131,7 +132,7 @@ def train_epoch(run: Run, epoch: int) -> None:
     for batches in windows(run.train.batches(epoch, start), run.config.grad_accum_steps):
         tally = update(run, batches)
         run.pending.append(tally)
-        call(run.callbacks.after_update, run, epoch + 1, tally[0] / tally[2])
+        run.tell(run.callbacks.after_update, epoch + 1, tally[0] / tally[2])
         if is_time_to_look(run):
             look(run, epoch)
 
@@ -193,29 +194,18 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         if targets.dim() != 1:
             raise RetrofitError("mixup and cutmix need class numbers as targets, and these are vectors")
         inputs, labels = mixed(run.mixup, images, targets)
-    logits, auxiliary = answered(run, inputs)
+    logits, auxiliary = called(run.network, inputs)
     check_targets(batch, logits.shape[1], run.config.multi_label)
-    loss = checked_loss(run.criterion(logits, labels))
+    weights = None if batch.weights is None else batch.weights.to(run.device, non_blocking=True)
+    loss = loss_by(run.criterion, logits, labels, weights)
     for more in auxiliary:
-        loss = loss + AUXILIARY_WEIGHT * run.criterion(more, labels)
+        loss = loss + AUXILIARY_WEIGHT * loss_by(run.criterion, more, labels, weights)
     if run.teacher is not None:
         with torch.no_grad(), run.accelerator.autocast():
             taught, _ = logits_of(run.teacher(inputs))
-        weight = run.config.distillation_weight
-        loss = (1 - weight) * loss + weight * distillation_loss(logits, taught, run.config)
+        part = run.config.distillation_weight
+        loss = (1 - part) * loss + part * distillation_loss(logits, taught, run.config, weights)
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
-
-
-def answered(run: Run, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    try:
-        return logits_of(run.network(inputs))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise RetrofitError(
-            f"a batch norm gets a single value for each channel from a batch of shape {tuple(inputs.shape)}; take a larger "
-            "batch_size, larger images, or freeze_bn=True"
-        ) from error
 
 
 def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -326,8 +316,8 @@ def finish_epoch(run: Run, epoch: int) -> None:
     run.log.history(run.progress.history)
     run.accelerator.log({k: v for k, v in row.items() if v is not None and k != "gates"}, step=run.progress.updates)
     if run.val is not None:
-        call(run.callbacks.after_evaluation, run, epoch + 1)
-    call(run.callbacks.after_epoch, run, epoch + 1)
+        run.tell(run.callbacks.after_evaluation, epoch + 1)
+    run.tell(run.callbacks.after_epoch, epoch + 1)
     if run.progress.finished is None:
         # Processes may have been told at different moments: all leave together or none does
         _, stop, _ = agree(run, False)
@@ -381,5 +371,6 @@ def finish(run: Run) -> FinetuneResult:
     run.log.history(run.progress.history)
     run.log.pictures(run.progress.history)
     run.log.summarise(result)
-    call(run.callbacks.after_training, run, run.progress.epoch)
+    run.tell(run.callbacks.after_training, run.progress.epoch)
+    run.heed_signal()
     return result

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ..errors import RetrofitError
 from ..models import Base
-from ..saving.recipe import IMAGES
+from ..saving.recipe import BASE, IMAGES
 from .config import FinetuneConfig
 from .data import MOST_REPLACEMENTS, UNREADABLE
 
@@ -24,6 +24,7 @@ __all__ = [
     "class_names_of",
     "has_several_labels",
     "note_images",
+    "other_classes",
     "transform_of",
     "transforms_for",
 ]
@@ -88,12 +89,20 @@ def note_images(model: nn.Module, data: Any, config: FinetuneConfig, base: Base 
 
 def check_classes(model: nn.Module, data: Any) -> None:
     """Raise where the data numbers its classes otherwise than the data that the network was fine-tuned on."""
-    known, given = class_names(model), class_names_of(data)
-    if known is not None and given is not None and known != given:
+    differing = other_classes(model, data)
+    if differing:
         raise RetrofitError(
-            f"the network was fine-tuned on the classes {_few(known)}, and the data has {_few(given)}; their numbers must agree: "
-            "give data with the same classes (a folder for each, even if it is empty)"
+            f"{differing}; their numbers must agree: give data with the same classes (a folder for each, even if it is empty)"
         )
+
+
+def other_classes(model: nn.Module, data: Any) -> str:
+    """What sets the classes of the data apart from those that the head was trained on, by their names; empty where nothing
+    does, or the names are not known."""
+    known, given = class_names(model), class_names_of(data)
+    if known is None or given is None or known == given:
+        return ""
+    return f"the network was fine-tuned on the classes {_few(known)}, and the data has {_few(given)}"
 
 
 def _few(names: list[str]) -> str:
@@ -160,10 +169,25 @@ class Prepared:
 
 def _settings(model: nn.Module, config: FinetuneConfig, base: Base | None) -> dict[str, Any]:
     """Size, mean and the like, as plain data."""
-    own = {name: value for name, value in _own_settings(model, base).items() if name in SETTINGS}
+    own = _for_channels(
+        {name: value for name, value in _own_settings(model, base).items() if name in SETTINGS}, channels_of(model)
+    )
     if config.image_size is not None:
         own["input_size"] = (own["input_size"][0], config.image_size, config.image_size)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+
+
+def channels_of(model: nn.Module) -> int | None:
+    """How many channels the first convolution takes; None where there is none."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def _for_channels(settings: dict[str, Any], channels: int | None) -> dict[str, Any]:
+    """The settings for grey images, where the network was built for one channel and its config tells of three."""
+    if channels != 1 or settings["input_size"][0] == 1:
+        return settings
+    grey = {name: [sum(settings[name]) / len(settings[name])] for name in ("mean", "std")}
+    return {**settings, **grey, "input_size": [1, *settings["input_size"][1:]]}
 
 
 def _own_settings(model: nn.Module, base: Base | None) -> dict[str, Any]:
@@ -174,6 +198,7 @@ def _own_settings(model: nn.Module, base: Base | None) -> dict[str, Any]:
     if isinstance(config, dict) and config:
         return dict(resolve_data_config({}, pretrained_cfg=config))
     default = dict(resolve_data_config({"input_size": (3, 224, 224)}))
+    base = vars(model).get(BASE) if base is None else base
     if base is None or base.library != "torchvision":
         return default
     try:

@@ -49,6 +49,11 @@ class BlockGraph:
             return sign_of(op)
         return node.op
 
+    def path(self, target: str) -> str:
+        """A path in the block as people read it: what has a number alone for a name is named with the sequence that it is in."""
+        holder = self.scope.rpartition(".")[2]
+        return f"{holder}.{target}" if holder and target[:1].isdigit() else target
+
     def changes_nothing(self, node: fx.Node) -> bool:
         """Whether a node gives the values that it takes, if in another shape or order."""
         given = [op for source in node.all_input_nodes for op in self.values.get(source, [])]
@@ -60,7 +65,8 @@ class BlockGraph:
     def label(self, node: fx.Node, prefix: str = "") -> str:
         """A node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
         if node.op == "call_module":
-            return f"{join(prefix, str(node.target))} ({self.kind(node)})"
+            target = str(node.target)
+            return f"{join(prefix, target) if prefix else self.path(target)} ({self.kind(node)})"
         if node.op == "placeholder":
             return f"input {node.name}"
         if node.op == "get_attr":

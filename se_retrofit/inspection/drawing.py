@@ -251,11 +251,11 @@ def _edge_style(block: BlockGraph, ends: list[fx.Node | None]) -> dict[str, str]
 def _draw_node(drawing: graphviz.Digraph, block: BlockGraph, node: fx.Node, name: str) -> None:
     module, kind = block.modules.get(node), block.kind(node)
     if isinstance(module, SEAttention):
-        label = f"{describe(module)}\n{node.target}".replace("->", "→")
+        label = f"{describe(module)}\n{block.path(str(node.target))}".replace("->", "→")
         style = {"fillcolor": _SE_FILL, "color": _SE_LINE, "penwidth": "2", "fontname": "Helvetica-Bold"}
         drawing.node(name, graphviz.escape(label), **{"class": "se"}, **style)
     elif module is not None:
-        label = f"{node.target}\n{describe(module)}".replace("->", "→")
+        label = f"{block.path(str(node.target))}\n{describe(module)}".replace("->", "→")
         role = _role(module, kind)
         drawing.node(name, graphviz.escape(label), fillcolor=_FILLS[role], **{"class": role})
     elif node.op in ("placeholder", "output"):

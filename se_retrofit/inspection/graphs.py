@@ -87,7 +87,8 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     for site in plan.sites:
         if site.block not in blocks:
             module = _submodule(model, site.block)
-            blocks[site.block] = BlockPair(site.block, site.kind, class_name(module), [], module, model, record)
+            cls = class_name(_unit_around(record, site.block, module))
+            blocks[site.block] = BlockPair(site.block, site.kind, cls, [], module, model, record)
         blocks[site.block].sites.append(site)
     graphs = _Graphs(original, record)
     for pair in blocks.values():
@@ -114,17 +115,37 @@ def block_graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, Bloc
 
 
 def find_block(inspection: Inspection, path: str) -> BlockPair:
-    """The block of this path, or the one that an SE module of this path sits in.
+    """The block of this path, the one that an SE module or another module of this path is in, or the only one in it.
 
     Raises:
         RetrofitError: there is none; the message lists some that there are.
     """
-    for pair in inspection.blocks:
-        if path == pair.path or any(path == site.path for site in pair.sites):
-            return pair
-    paths = [pair.path for pair in inspection.blocks]
+    for names in (_own_names, _inner_names):
+        for pair in inspection.blocks:
+            if path in names(pair):
+                return pair
+    blocks = [pair for pair in inspection.blocks if pair.path]
+    around = [pair for pair in blocks if path and pair.path.startswith(f"{path}.")]
+    if path in dict(inspection.model.named_modules()):
+        within = [pair for pair in blocks if path.startswith(f"{pair.path}.")]
+        if within:
+            return max(within, key=lambda pair: len(pair.path))
+        if len(around) == 1:
+            return around[0]
+    paths = [pair.path for pair in around or inspection.blocks]
     few = ", ".join(paths[:6]) + (f", ... ({len(paths)} in all)" if len(paths) > 6 else "")
+    if around:
+        raise RetrofitError(f"{len(around)} blocks with SE are in {path!r}, name one: {few}")
     raise RetrofitError(f"no retrofitted block {path!r}; the blocks with SE are {few}")
+
+
+def _own_names(pair: BlockPair) -> list[str]:
+    return [pair.path, *(site.path for site in pair.sites)]
+
+
+def _inner_names(pair: BlockPair) -> list[str]:
+    """The modules that a block calls."""
+    return [] if pair.after is None else [join(pair.after.scope, str(node.target)) for node in pair.after.modules]
 
 
 # From records to graphs -----------------------------------------------------------------------------------------------
@@ -135,6 +156,16 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:  # a path that only the graph of a GraphModule knows
         return model
+
+
+def _unit_around(record: Record, path: str, module: nn.Module) -> nn.Module:
+    """The module that a sequence is all of, which tells what it is: the double convolution whose ``net`` it is."""
+    call = next((call for call in record.calls if call.path == path), None)
+    while call is not None and call.parent is not None and call.parent.path and is_sequential(call.module):
+        if call.parent.inputs != call.inputs or call.parent.outputs != call.outputs:
+            break
+        call = call.parent
+    return module if call is None or call.path == path else call.module
 
 
 class _Graphs:
@@ -261,7 +292,9 @@ class _Drawing:
     def module(self, path: str, module: nn.Module, inputs: list[Op], outputs: list[Op]) -> None:
         arguments = tuple(self.node(i) for i in dict.fromkeys(inputs))
         target = self.relative(path)
-        node = self.result.graph.create_node("call_module", target, arguments, {}, name=re.sub(r"\W", "_", target))
+        node = self.result.graph.create_node(
+            "call_module", target, arguments, {}, name=re.sub(r"\W", "_", self.result.path(target))
+        )
         self.result.values[node] = outputs
         self.result.modules[node] = module
         for op in outputs:

@@ -13,6 +13,7 @@ from ..models import Base
 from ..plan import Site
 from ..retrofit import has_se, plan_of
 from .rebuild import belongs_to
+from .recipe import BASE
 from .tensors import tensors_of
 
 __all__ = ["base_of", "check_base"]
@@ -23,12 +24,15 @@ def base_of(
 ) -> tuple[Base | None, str]:
     """Where a network comes from, as far as it tells itself, and if it doesn't, why not.
 
-    timm's networks carry their architecture's name. That a rebuilt one has the same layers is checked, because
+    Networks that were loaded have it noted, and timm's carry their architecture's name. That a rebuilt one has the same layers is checked, because
     arguments such as ``output_stride`` leave no trace in the name.
     """
     state = tensors_of(model) if state is None else state
     if sites is None:
         sites = plan_of(model).sites if has_se(model) else ()
+    noted = vars(model).get(BASE)
+    if noted is not None and not _difference(noted, model, state, sites):
+        return noted, ""
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else None
     if not name or not isinstance(config, dict):

@@ -15,7 +15,7 @@ from ..retrofit import has_se, plan_of
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base
 from .rebuild import options_again, retrofit_again
-from .recipe import FORMAT, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
+from .recipe import BASE, FORMAT, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, untied, write_tensors
 
 __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
@@ -24,14 +24,14 @@ __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
 def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
     """Save a retrofitted network: its weights, and the recipe to build it.
 
-    An existing folder of this kind is replaced, in one step: whoever reads it finds the old network or the new one.
+    An existing folder of this kind is replaced atomically: a reader finds either the old network or the new one.
 
     Args:
         model: a network that ``add_se`` made.
-        directory: the folder to write; its parents are made.
+        directory: the folder to write; parent folders are created.
         base: where the network came from before the retrofit: a name such as ``"torchvision/resnet18"``, or with
-            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. Found from the model itself where it is timm's. Where
-            it is not known, loading asks for the bare network.
+            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. For timm models it is found automatically.
+            If it is not known, the bare network has to be passed when loading.
 
     Returns:
         The folder.
@@ -66,20 +66,20 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
 def load_retrofitted(
     directory: str | Path, *, base: nn.Module | Base | str | None = None, example_inputs: Any = None
 ) -> nn.Module:
-    """Build the network that ``save_retrofitted`` saved: the base, the same surgery, the weights.
+    """Load the network that ``save_retrofitted`` saved: build the base, repeat the retrofit, load the weights.
 
     Args:
         directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
-        base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its weights don't
-            matter, all of them are replaced.
-        example_inputs: for ``add_se``, in the place of inputs of the shapes that the network was retrofitted with.
+        base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its
+            weights don't matter, since all of them are replaced.
+        example_inputs: for ``add_se``, instead of inputs with the shapes that the network was retrofitted with.
 
     Returns:
         The network, on the CPU (or where ``base`` is), in eval mode.
 
     Raises:
-        RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; it was written by
-            a newer format; the base is not known; the retrofit no longer gives the plan that was saved; the
+        RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; its format is
+            newer than this version reads; the base is not known; the retrofit no longer gives the plan that was saved; the
             weights don't fit.
 
     Example:
@@ -98,11 +98,14 @@ def load_retrofitted(
         if kept not in state:
             raise RetrofitError(f"{folder / RECIPE}: {alias} is tied to {kept}, which {WEIGHTS} does not hold")
         state[alias] = state[kept]
-    model = _bare(recipe, Base.of(base) if isinstance(base, str) else base, folder)
+    source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
+    model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:
         options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
         model = retrofit_again(model, options, recipe["plan"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
+    if isinstance(source, Base):
+        vars(model)[BASE] = source
     if recipe["images"] is not None:
         vars(model)[IMAGES] = recipe["images"]
     return model.eval()
@@ -148,10 +151,8 @@ def write_network(
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
 
 
-def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module:
-    """The base network, anew."""
-    if isinstance(base, nn.Module):
-        return copy.deepcopy(base)
+def _source(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module | Base:
+    """The bare network, or where it comes from."""
     if base is None:
         if recipe["base"] is None:
             reason = f" ({recipe['base_note']})" if recipe["base_note"] else ""
@@ -159,9 +160,13 @@ def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -
                 f"{folder} does not say how to build its base network{reason}; "
                 "give the bare one: load_retrofitted(directory, base=model)"
             )
-        base = Base(**recipe["base"])
-    if not isinstance(base, Base):
+        return Base(**recipe["base"])
+    if not isinstance(base, (nn.Module, Base)):
         raise TypeError(f"base must be a network, a name or a Base, got {brief(base)} of type {type(base).__name__}")
+    return base
+
+
+def _built(base: Base, folder: Path) -> nn.Module:
     try:
         return base.build()
     except Exception as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from .record import Call, Op, Where
 from .roles import is_sequential
 from .splice import Source, Splice, SpliceError, node_at, source_of, span_of
 
-__all__ = ["SE_NAME", "Edit", "apply_edits", "named", "ways"]
+__all__ = ["SE_NAME", "Edit", "apply_edits", "named", "se_paths", "ways"]
 
 SE_NAME = "se_attention"
 
@@ -223,6 +223,19 @@ def named(edits: dict[Edit, str], model: nn.Module) -> dict[Edit, str]:
         own = name if counted[holder] == 1 else f"{name}_{counted[holder]}"
         paths[edit] = f"{holder}.{own}" if holder else own
     return paths
+
+
+def se_paths(places: Sequence[Place]) -> dict[Place, str]:
+    """The path that the SE module of each place will have if the best way to it is open, as nearly all are."""
+    best = {place: next((way for way in ways(place) if isinstance(way, Edit)), None) for place in places}
+    edits = {edit: place.block for place, edit in best.items() if edit is not None}
+    if not edits:
+        return {}
+    root = places[0].call
+    while root.parent is not None:
+        root = root.parent
+    paths = named(edits, root.module)
+    return {place: paths[edit] for place, edit in best.items() if edit is not None}
 
 
 def _free_name(modules: list[nn.Module]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .blocks import FoundBlock, gated_after, is_gate, is_pointwise, name_of
+from .blocks import FoundBlock, gated_after, is_gate, is_pointwise, name_of, other_names
 from .branches import chain_units, is_prediction, multi_branch, rep_sum
 from .bypass import dense_layers, dual_path, residual_unit, split_unit
 from .inverted import core_of, inverted_core, projects
@@ -26,7 +26,8 @@ HAS_ATTENTION = "has channel attention already"
 class Place:
     """A place for SE: on the value that ``op`` makes, as it appears in the code of the module that ``call`` called.
 
-    ``users`` are the operations that get the recalibrated value; None means all that come after.
+    ``users`` are the operations that get the recalibrated value; None means all that come after. ``names`` are paths beside the
+    block's by which it may be asked for.
     """
 
     block: str
@@ -34,6 +35,7 @@ class Place:
     call: Call
     op: Op
     users: frozenset[Op] | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -266,7 +268,8 @@ class _Finder:
         else:
             self.sited |= op.bit
             self.covered |= block.region
-            self.result.places.append(Place(name, block.kind, call, op, users))
+            names = other_names(self.record, block)
+            self.result.places.append(Place(name, block.kind, call, op, users, names))
             return
         self.unplaced[name] = (problem, block.region)
 

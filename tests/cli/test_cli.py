@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -15,6 +17,8 @@ import se_retrofit.cli.convert as command
 from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted, plan_of
 from se_retrofit.cli import main
 from se_retrofit.cli.commands import app
+from se_retrofit.cli.options import recipe_options
+from se_retrofit.finetune import FinetuneConfig
 from se_retrofit.models import Base
 
 # the smallest residual network in timm, made for tests: 160x160 images
@@ -182,3 +186,16 @@ def test_version_is_printed() -> None:
     result = run("--version")
     assert result.exit_code == 0
     assert result.output.startswith("se-retrofit ")
+
+
+@pytest.mark.parametrize("name", ["finetune", "compare", "find-lr"])
+def test_options_of_the_recipe_are_its_fields(name: str) -> None:
+    group = typer.main.get_command(app)
+    with group.make_context("se-retrofit", [name], resilient_parsing=True) as parent:
+        command = group.get_command(parent, name)  # type: ignore[attr-defined]
+        words = ["resnet18", "--data", "digits", "--batch-size", "8", "--seed", "3", "--compile", "--precision", "bf16"]
+        with command.make_context(name, words, parent=parent) as context:
+            said = {field: value for field, value in recipe_options(context).items() if value is not None}
+            assert said == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
+            shared = {field.name for field in fields(FinetuneConfig)} & {p.name.rstrip("_") for p in command.params}
+            assert recipe_options(context).keys() == shared

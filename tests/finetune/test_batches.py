@@ -246,6 +246,10 @@ def test_data_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
         load_data(folder / "odd")
     with pytest.raises(RetrofitError, match=r"timm can't open 'torch/cifar10'.*--download"):
         load_data("torch/cifar10", root=tmp_path / "none")
+    (folder / "too" / "high" / "red").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "too" / "high" / "red" / "0.png")
+    with pytest.raises(RetrofitError, match="too holds a single class, high"):
+        load_data(folder / "too")
     (folder / "val" / "green").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "val" / "green" / "0.png")
     with pytest.raises(RetrofitError, match=r"holds classes that the training folder lacks: green"):

@@ -16,7 +16,7 @@ import pytest
 from torch import nn
 from torch.utils.data import Dataset
 
-from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, NamedData, finetune
 from se_retrofit.finetune.engine import Interrupt
 
 HERE = Path(__file__).parent
@@ -154,6 +154,18 @@ def test_ctrl_c_ends_a_validation_and_the_run_goes_on_to_the_same_result(
     assert again.best_accuracy == whole.best_accuracy
     assert again.history[1]["train_loss"] == whole.history[1]["train_loss"]
     assert again.history[1]["val_loss"] == whole.history[1]["val_loss"]
+
+
+def test_ctrl_c_when_the_run_is_over_is_raised_and_nothing_is_lost(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path
+) -> None:
+    def late(facts: Facts) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    run = {"config": config(epochs=1), "output_dir": tmp_path, "quiet": True}
+    with pytest.raises(KeyboardInterrupt):  # or a comparison would begin the next run
+        finetune(network(), digits.train, digits.val, callbacks=Callbacks(after_training=late), **run)
+    assert finetune(network(), digits.train, digits.val, resume=True, **run).stopped == "epochs"
 
 
 def test_a_second_ctrl_c_is_patient_and_none_breaks_a_checkpoint(

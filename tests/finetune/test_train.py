@@ -329,6 +329,10 @@ def test_a_data_loader_trains(network: Network, config: Config, digits: NamedDat
         ({"optimizer": "adamm"}, "timm knows no optimizer 'adamm'"),
         ({"schedule": "cosinus"}, "schedule 'cosinus'"),
         ({"schedule": "plateau"}, "only supports step per epoch"),
+        (
+            {"schedule": "step", "schedule_options": {"decay_epochs": 0}},
+            "schedule 'step' fails with .*ZeroDivisionError",
+        ),
         ({"optimizer_options": {"wings": 2}}, "optimizer 'adamw' can't be made"),
         ({"drop_path": 0.1}, "built without stochastic depth"),
         ({"patience": 2}, "patience needs validation data"),
@@ -366,6 +370,25 @@ def test_wrong_types_are_refused(network: Network, config: Config, digits: Named
         finetune(nn.DataParallel(network()), digits.train, config=config())
     with pytest.raises(RetrofitError, match=r"output_dir"):
         finetune(network(), digits.train, config=config(), resume=True)
+
+
+def test_a_network_without_values_is_refused(config: Config, digits: NamedData) -> None:
+    lazy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(10))
+    with pytest.raises(RetrofitError, match=r"2\.weight has no values yet; call the network once"):
+        finetune(lazy, digits.train, config=config(), quiet=True)
+    with pytest.raises(RetrofitError, match=r"0\.weight has no values yet"):
+        finetune(nn.Sequential(nn.Linear(2, 2, device="meta")), digits.train, config=config(), quiet=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_where_the_caller_has_gradients_off(
+    network: Network, config: Config, digits: NamedData, mode: Callable[[], Any], same: Same
+) -> None:
+    expected, model = network(), network()
+    finetune(expected, digits.train, config=config(epochs=1), quiet=True)
+    with mode():
+        finetune(model, digits.train, config=config(epochs=1), quiet=True)
+    assert same(model.state_dict(), expected.state_dict())
 
 
 def test_a_network_that_is_no_classifier_is_refused(config: Config) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from se_retrofit import RetrofitError, load_retrofitted
-from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, predict
+from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, predict, transform_of
 from se_retrofit.finetune.criteria import FocalLoss, criterion_of
 from se_retrofit.finetune.train import mixed
 
@@ -116,6 +117,46 @@ def test_an_epoch_without_a_number_is_not_the_best(config: Config) -> None:
     result = finetune(Overflowing(), data, data, config=config(epochs=4, best_metric="loss", patience=3), quiet=True)
     assert [math.isnan(row["val_loss"]) for row in result.history] == [True, True, True, False, False]
     assert result.best_epoch in (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (torch.zeros(8, 1, 16, 16), r"shape \(8, 1, 16, 16\), torch.float32: Given groups=1.*channels first"),
+        (torch.zeros(8, 16, 16, 3), r"shape \(8, 16, 16, 3\)"),
+        (torch.zeros(8, 3, 16, 16).byte(), r"torch.uint8: .*dtype"),
+        (torch.zeros(8, 3, 16, 16).double(), "torch.float64"),
+    ],
+    ids=["channels", "channels last", "bytes", "doubles"],
+)
+def test_images_that_the_network_does_not_take_are_described(
+    network: Network, config: Config, images: Tensor, says: str
+) -> None:
+    data = TensorDataset(images, torch.arange(8))
+    for val in (None, data):
+        with pytest.raises(RetrofitError, match=f"the network fails on a batch of .*{says}"):
+            finetune(network(), data, val, config=config(), quiet=True)
+
+
+def test_images_of_several_shapes_and_items_that_are_no_pairs_are_told(network: Network, config: Config) -> None:
+    ragged = [(torch.zeros(3, 16 + number % 2, 16), 0) for number in range(8)]
+    with pytest.raises(RetrofitError, match=r"tensors of one shape, got \(3, 16, 16\), \(3, 17, 16\)"):
+        finetune(network(), ragged, config=config(), quiet=True)
+    with pytest.raises(RetrofitError, match=r"^train_data must give \(image, class\) pairs, got dict"):
+        finetune(network(), [{"image": torch.zeros(3, 16, 16), "label": 0}] * 8, config=config(), quiet=True)
+
+
+def test_grey_pictures_go_into_a_network_of_one_channel(tmp_path: Any, config: Config) -> None:
+    picture = Image.effect_noise((40, 30), 50)
+    picture.save(tmp_path / "picture.png")
+    for colours in (picture, picture.convert("RGB")):
+        model = timm.create_model("resnet10t", in_chans=1, num_classes=2)
+        data = [(colours, number % 2) for number in range(4)]
+        finetune(model, data, data, config=config(epochs=1, image_size=32), quiet=True)
+        prepared = transform_of(model)(colours)
+        assert prepared.shape == (1, 32, 32)
+        assert -3 < prepared.min() < prepared.max() < 3
+        assert len(list(predict(model, [tmp_path / "picture.png"]))) == 1
 
 
 # Losses

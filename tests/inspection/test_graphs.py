@@ -49,7 +49,7 @@ def test_what_takes_a_blocks_value_is_named_across_its_borders() -> None:
     example = torch.empty(1, 3, 32, 32)
     rows = report(add_se(UNet(), example_inputs=example), example).rows
     before = {row.path: row.before for row in rows}
-    assert before["d1.net.2.se_attention"] == "d1.net.3 (Conv2d)"
+    assert before["d1.net.2.se_attention"] == "net.3 (Conv2d)"
     assert before["d1.net.se_attention"] == "pool (MaxPool2d), cat"
     assert before["bottom.net.se_attention"] == "up2 (ConvTranspose2d)"
     assert before["u1.net.se_attention"] == "head (Conv2d)"
@@ -169,8 +169,27 @@ def test_a_chain_of_functions_is_cut_into_its_units() -> None:
 def test_a_block_is_found_by_its_path_or_its_ses() -> None:
     inspection = inspect_model(add_se(small_resnet()))
     assert find_block(inspection, "layer2.1") is find_block(inspection, "layer2.1.se_attention")
+    # or by a module in it, or one around it alone
+    assert find_block(inspection, "layer2.1.conv1").path == find_block(inspection, "layer2.1.relu").path == "layer2.1"
+    assert find_block(inspection, "layer3").path == "layer3.0"
+    with pytest.raises(RetrofitError, match=r"2 blocks with SE are in 'layer2', name one: layer2\.0, layer2\.1"):
+        find_block(inspection, "layer2")
+    with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer3\.0\.conv9'"):
+        find_block(inspection, "layer3.0.conv9")
     with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer9'; the blocks with SE are layer1\.0"):
         find_block(inspection, "layer9")
+
+
+def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> None:
+    example = torch.empty(1, 3, 32, 32)
+    inspection = inspect_model(add_se(UNet(), example_inputs=example), example)
+    pair = find_block(inspection, "d1.net")
+    for name in ("d1", "d1.net.4", "d1.net.2.se_attention", "d1.net.se_attention"):
+        assert find_block(inspection, name) is pair
+    assert (pair.cls, [pair.se_after(site) for site in pair.sites]) == ("DoubleConv", ["net.2 (ReLU)", "net.5 (ReLU)"])
+    assert pair.after is not None
+    assert [n.name for n in pair.after.graph.nodes][1:4] == ["net_0", "net_1", "net_2"]
+    assert len(inspection.distinct()) == 1
 
 
 def test_a_block_called_twice_says_so() -> None:

@@ -106,7 +106,7 @@ def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     assert "reduction 4" in run("inspect", str(tmp_path / "net"))
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "net"), "--reduction", "8"])
     assert result.exit_code == 2
-    assert "--reduction: the network in the folder has been built and retrofitted already" in " ".join(
+    assert "--reduction: the network in the folder is built and retrofitted already" in " ".join(
         result.output.replace("│", " ").split()
     )
 

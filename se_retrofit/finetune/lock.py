@@ -1,0 +1,67 @@
+"""One run at a time in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import RetrofitError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["alone_in"]
+
+LOCK = ".running"
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from running in the same folder, on systems with ``fcntl``.
+
+    The lock belongs to this process alone, not to the loading processes that it starts, and ends with it however it ends.
+
+    Raises:
+        RetrofitError: another process runs there, or the folder can't be written.
+    """
+    if fcntl is None:
+        yield
+        return
+    file = folder / LOCK
+    handle = _locked(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(file: Path) -> int:
+    while True:
+        try:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise RetrofitError(f"{file.parent} can't be written: {error.strerror}") from error
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # which of them, the system decides
+            os.close(handle)
+            raise RetrofitError(
+                f"another process is running in {file.parent}; wait until it has ended, or give another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            return handle
+        if _is_still(file, handle):
+            return handle
+        os.close(handle)  # removed by a run that ended between the two calls
+
+
+def _is_still(file: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(file), os.fstat(handle))
+    except FileNotFoundError:
+        return False
