@@ -164,7 +164,8 @@ def _cards(report: Report) -> list[dict[str, str]]:
         more = whole - report.multiply_adds_before
         cards.append(
             {
-                "what": f"multiply-adds, one {report.inputs} input",
+                "what": f"multiply-adds, one {report.inputs} input"
+                + (f", resized to {report.resized}" if report.resized else ""),
                 "much": human(whole),
                 "more": f"+{human(more)} (+{percent(more, report.multiply_adds_before)})",
             }

@@ -36,7 +36,7 @@ class _Column:
         """What the paths of its modules have in common."""
         paths = [node.name.split(".")[:-1] for node in self.nodes if node.kind in ("block", "module")]
         common: list[str] = []
-        for parts in zip(*paths, strict=False):
+        for parts in zip(*paths, strict=False) if len(paths) > 1 else ():
             if len(set(parts)) > 1:
                 break
             common.append(parts[0])
@@ -210,7 +210,7 @@ def _box(node: Node, column: _Column, row: int, links: Mapping[str, str], head: 
         return [f'<g class="join">{title}<circle {centre}/>{sign}</g>', side]
     room = 16 if node.ses else 21
     words = node.words if "," not in node.words else f"{node.words.count(',') + 1} layers"
-    if len(node.shape) == len(node.space) + 1 and node.space and node.space == column.space:
+    if len(node.shape) == len(node.space) + 1 and node.space and (narrow or node.space == column.space):
         shape = str(math.prod(node.shape) // max(math.prod(node.space), 1))  # the heading says the rest
     most = room + 5 - len(shape) - 3
     words = words if len(words) <= most else f"{words[: most - 1]}\u2026"

@@ -1,4 +1,4 @@
-"""A retrofitted network goes wherever the original goes: files, other formats, compilers, exporters, wrappers."""
+"""A retrofitted network goes wherever the original goes: files, other formats, wrappers, what the libraries offer."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
+from citizens import KINDS, X, model_and_input, small
 from networks import (
     NETWORKS,
     assert_same_function,
@@ -36,52 +37,13 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from se_retrofit import RetrofitError, add_se, has_se, plan_of, plan_se, remove_se
 
-
-def _small(block: type[nn.Module] = BasicBlock) -> nn.Module:
-    """A torchvision ResNet with one block a stage and gates that are not 1, which costs next to nothing."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        model = randomised(ResNet(block, [1, 1, 1, 1], num_classes=5, width_per_group=64)).eval()
-        return randomise_se(add_se(model, 16), std=0.1)
-
-
-X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-# Networks whose blocks differ in how SE is put into them: a derived forward, one for each mode, a wrapped child, a
-# Sequential, channels last, list arguments.
-KINDS = [
-    "torchvision/resnet18",
-    "torchvision/mobilenet_v2",
-    "torchvision/squeezenet1_1",
-    "torchvision/shufflenet_v2_x0_5",
-    "torchvision/googlenet",
-    "timm/convnext_atto",
-    "timm/dla34",
-    "timm/repvgg_b0",
-]
-
-
-def _first_two_and_in_sweeps(*names: str) -> list[Any]:
-    """A derived forward and a Sequential every time, further networks in the sweeps."""
-    return [
-        "torchvision/resnet18",
-        "torchvision/squeezenet1_1",
-        *(pytest.param(n, marks=pytest.mark.sweep) for n in names),
-    ]
-
-
-def _retrofitted(name: str) -> tuple[nn.Module, Tensor]:
-    return randomise_se(add_se(NETWORKS[name].build()), std=0.1), NETWORKS[name].input()
-
-
 # Files ---------------------------
 
 
 def test_a_whole_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
     """By pickle and by torch.save, without add_se or the building libraries being called there."""
     for name in ("torchvision/mobilenet_v2", "timm/convnext_atto", "timm/dla34"):
-        model, x = _retrofitted(name)
+        model, x = model_and_input(name)
         folder = tmp_path / name.replace("/", "_")
         folder.mkdir()
         torch.save(model, folder / "model.pt")
@@ -119,7 +81,7 @@ print("done")
 
 
 def test_safetensors_save_and_load(tmp_path: Path) -> None:
-    model = _small()
+    model = small()
     save_model(model, str(tmp_path / "model.safetensors"))
     fresh = add_se(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5).eval(), 16)
     assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
@@ -127,7 +89,7 @@ def test_safetensors_save_and_load(tmp_path: Path) -> None:
 
 
 def test_copies_of_copies_and_shallow_copies() -> None:
-    model = _small()
+    model = small()
     twin = copy.deepcopy(copy.deepcopy(model))
     assert_same_function(twin, model, X)
     assert type(twin.layer1[0]) is type(model.layer1[0])
@@ -247,7 +209,7 @@ def test_models_on_cuda(name: str) -> None:
 
 
 def test_an_optimizer_stays_bound_to_a_model_retrofitted_in_place() -> None:
-    model = remove_se(_small()).train()
+    model = remove_se(small()).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = copy.deepcopy(model.state_dict())
     retrofitted = add_se(model, inplace=True)
@@ -255,103 +217,6 @@ def test_an_optimizer_stays_bound_to_a_model_retrofitted_in_place() -> None:
     optimizer.step()
     assert not torch.equal(retrofitted.conv1.weight, before["conv1.weight"])
     optimizer.add_param_group({"params": [p for se in se_modules(model).values() for p in se.parameters()]})
-
-
-# Compilers and exporters ---------------------------
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", _first_two_and_in_sweeps("timm/convnext_atto", "timm/dla34"))
-def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
-    model, x = _retrofitted(name)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(run(compiled, x), run(model, x))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.sweep
-def test_torch_compile_in_train_mode_and_with_another_batch() -> None:
-    model = _small().train()
-    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
-    found, expected = gradients(compiled, X), gradients(model, X)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[f"_orig_mod.{name}"], gradient)
-    torch.testing.assert_close(run(compiled, X[:1].repeat(5, 1, 1, 1)), run(model, X[:1].repeat(5, 1, 1, 1)))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_inductor_compiles_a_block() -> None:
-    model = _small().layer1
-    x = torch.randn(2, 64, 8, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "name",
-    _first_two_and_in_sweeps(
-        "torchvision/mobilenet_v2", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto", "timm/dla34"
-    ),
-)
-def test_torch_export(name: str) -> None:
-    model, x = _retrofitted(name)
-    program = torch.export.export(model, (x,))
-    assert set(program.state_dict) == set(model.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(run(program.module(), x), run(model, x))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_torch_export_with_a_dynamic_batch() -> None:
-    model = _small()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (X,), dynamic_shapes=({0: batch},))
-    x = torch.randn(7, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(x), model(x))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_onnx_export_computes_the_same() -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    from onnx.reference import ReferenceEvaluator
-
-    model = _small()
-    x = X[:, :, :16, :16].contiguous()
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    onnx.checker.check_model(program.model_proto)
-    (found,) = ReferenceEvaluator(program.model_proto).run(None, {program.model_proto.graph.input[0].name: x.numpy()})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", _first_two_and_in_sweeps("torchvision/mobilenet_v2"))
-def test_torch_jit_traces_it(name: str) -> None:
-    model, x = _retrofitted(name)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", _first_two_and_in_sweeps("torchvision/mobilenet_v2"))
-def test_torch_jit_scripts_it(name: str) -> None:
-    model, x = _retrofitted(name)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
 # Wrappers ---------------------------
@@ -367,7 +232,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("one_process")
 def test_distributed_data_parallel() -> None:
-    model = _small().train()
+    model = small().train()
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
     found, expected = gradients(wrapped, X), gradients(model, X)
     for name, gradient in expected.items():
@@ -382,7 +247,7 @@ def test_fully_sharded_data_parallel() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = _small().train()
+    model = small().train()
     sharded = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (1,))
     for block in (sharded.layer1[0], sharded.layer2[0]):
@@ -400,7 +265,7 @@ def test_fully_sharded_data_parallel() -> None:
 
 
 def test_an_ema_copy_follows() -> None:
-    model = _small().train()
+    model = small().train()
     ema = ModelEmaV3(model, decay=0.5)
     assert has_se(ema.module)
     expected = {k: v.clone() for k, v in model.state_dict().items()}
@@ -417,7 +282,7 @@ def test_an_ema_copy_follows() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_data_parallel_and_functional_call() -> None:
-    model = _small()
+    model = small()
     with torch.no_grad():
         assert torch.equal(nn.DataParallel(model)(X), model(X))
         state = {name: t + 0.01 for name, t in model.state_dict().items() if t.is_floating_point()}
@@ -509,7 +374,7 @@ def test_googlenets_auxiliary_heads_come_and_go_with_the_mode() -> None:
 
 
 def test_hooks_registered_before_and_after_fire_once_with_the_blocks_own_values() -> None:
-    model = remove_se(_small())
+    model = remove_se(small())
     seen: list[str] = []
     model.layer1[0].register_forward_hook(lambda m, args, y: seen.append("before"))
     model.layer1[0].bn2.register_forward_pre_hook(lambda m, args: seen.append("child"))
@@ -542,7 +407,7 @@ def test_blocks_stay_instances_of_their_classes_with_source_and_names() -> None:
 
 
 def test_training_steps_move_the_gates_from_the_identity() -> None:
-    model = add_se(remove_se(_small()), 8).train()
+    model = add_se(remove_se(small()), 8).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     labels = torch.tensor([0, 3])
     losses = []

@@ -7,10 +7,12 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from inspected import retrofitted, small_resnet
 
 from se_retrofit import RetrofitError, add_se, report
@@ -18,6 +20,7 @@ from se_retrofit.inspection import write_page
 from se_retrofit.inspection.drawing import sides_of
 from se_retrofit.inspection.graphs import inspect_model
 from se_retrofit.inspection.page import page
+from se_retrofit.inspection.report import report_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -108,6 +111,16 @@ def test_rows_are_folded_by_stage_with_their_sums() -> None:
     assert [part.count('class="row site"') for _, _, part in stages] == [3, 4, 6, 3]
     few = page(inspect_model(add_se(small_resnet())))
     assert few.count('<details class="stage" open>') == 4
+
+
+def test_measured_columns_and_the_size_of_a_detectors_images_are_on_it() -> None:
+    inspection = inspect_model(add_se(small_resnet()), torch.empty(2, 3, 32, 32))
+    found = report_of(inspection, measure=True)
+    text = page(inspection, found)
+    assert '<span class="number">milliseconds</span><span class="number">saved</span>' in text
+    assert "in batches of 2, float32 on cpu" in text
+    assert "milliseconds" not in page(inspection)
+    assert "one 3x32x32 input, resized to 3x64x64" in page(inspection, replace(found, resized="3x64x64"))
 
 
 def test_dark_and_narrow_screens_are_provided_for() -> None:

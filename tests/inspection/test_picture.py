@@ -115,6 +115,25 @@ def test_in_a_u_net_smaller_maps_stand_lower() -> None:
     assert min(y for name, (_, y) in places.items() if name.startswith("u1.")) < tops[1]
 
 
+def words_in(svg: ET.Element) -> dict[str, list[str]]:
+    """What is written in each box, by what its tooltip begins with."""
+    return {
+        (group.findtext("title") or "").partition(",")[0]: [t.text or "" for t in group.iter("text")]
+        for group in svg.iter("g")
+    }
+
+
+def test_a_box_has_its_module_its_class_and_its_channels() -> None:
+    network = of(UNet(), torch.empty(1, 3, 32, 32))
+    for narrow in (False, True):
+        words = words_in(drawn(network, narrow=narrow))
+        assert words["d1.net"] == ["d1.net", "DoubleConv \u00b7 8", "2 SE"]
+        assert words["bottom.net"] == ["bottom.net", "DoubleConv \u00b7 32", "2 SE"]
+    columns = words_in(drawn(of(small_resnet())))
+    assert columns["layer2.1"] == ["layer2.1", "BasicBlock \u00b7 128", "SE"]
+    assert columns["conv1 to maxpool"] == ["conv1 \u2013 maxpool", "4 layers \u00b7 64"]
+
+
 def test_on_a_narrow_screen_all_is_one_column_that_fits() -> None:
     for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect_model(retrofitted("tv/densenet121")))):
         svg = drawn(network, narrow=True)
