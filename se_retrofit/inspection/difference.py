@@ -143,7 +143,7 @@ def _text(module: nn.Module) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    return text.strip("\n").splitlines(keepends=True)
+    return text.lstrip("\n").rstrip().splitlines(keepends=True)
 
 
 def difference_lines(pair: BlockPair) -> list[Line]:

@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 from inspected import PlainNet, retrofitted, small_resnet
+from torch import fx
 from torchvision.models.resnet import BasicBlock
 
 from se_retrofit import RetrofitError, add_se, print_graph, report
@@ -61,6 +62,12 @@ def test_a_block_without_a_module_of_its_own_is_printed_too() -> None:
     lines = lines_of(add_se(PlainNet()), "conv1")
     assert lines[1].startswith("> SE 8 -> 4 -> 8 after relu, before ")
     assert any("call_module" in line and line.startswith(">") for line in lines)
+
+
+def test_a_block_of_a_traced_network_is_printed_with_the_generated_code() -> None:
+    lines = lines_of(add_se(fx.symbolic_trace(small_resnet())), "layer2.0")
+    assert any(line.startswith(">") and 'getattr(self.layer2, "0").se_attention(' in line for line in lines)
+    assert any("def forward(self, x" in line for line in lines)
 
 
 def test_colour_in_a_terminal_only() -> None:
