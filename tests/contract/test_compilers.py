@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from citizens import X, model_and_input, small
+from citizens import X, every_time_and_in_sweeps, model_and_input, small
 from networks import gradients, run
 
-
-def first_two_and_in_sweeps(*names: str) -> list[Any]:
-    """A derived forward and a Sequential every time, further networks in the sweeps."""
-    return [
-        "torchvision/resnet18",
-        "torchvision/squeezenet1_1",
-        *(pytest.param(n, marks=pytest.mark.sweep) for n in names),
-    ]
+BOTH = ["torchvision/resnet18", "torchvision/squeezenet1_1"]  # a derived forward and a Sequential
 
 
 @pytest.fixture
@@ -30,7 +22,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", first_two_and_in_sweeps("timm/convnext_atto", "timm/dla34"))
+@pytest.mark.parametrize("name", every_time_and_in_sweeps(BOTH, ["timm/convnext_atto", "timm/dla34"]))
 def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
     model, x = model_and_input(name)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -62,8 +54,8 @@ def test_inductor_compiles_a_block() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "name",
-    first_two_and_in_sweeps(
-        "torchvision/mobilenet_v2", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto", "timm/dla34"
+    every_time_and_in_sweeps(
+        BOTH, ["torchvision/mobilenet_v2", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto", "timm/dla34"]
     ),
 )
 def test_torch_export(name: str) -> None:
@@ -100,7 +92,7 @@ def test_onnx_export_computes_the_same() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", first_two_and_in_sweeps("torchvision/mobilenet_v2"))
+@pytest.mark.parametrize("name", every_time_and_in_sweeps(BOTH, ["torchvision/mobilenet_v2"]))
 def test_torch_jit_traces_it(name: str) -> None:
     model, x = model_and_input(name)
     with torch.no_grad():
@@ -108,7 +100,7 @@ def test_torch_jit_traces_it(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", first_two_and_in_sweeps("torchvision/mobilenet_v2"))
+@pytest.mark.parametrize("name", every_time_and_in_sweeps(BOTH, ["torchvision/mobilenet_v2"]))
 def test_torch_jit_scripts_it(name: str) -> None:
     model, x = model_and_input(name)
     with torch.no_grad():

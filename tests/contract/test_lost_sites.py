@@ -8,17 +8,17 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torchvision
 from networks import se_modules
 from torch import nn
+from torchvision.models.vgg import make_layers
 
 from se_retrofit import RetrofitError, add_se, has_se, plan_of, remove_se, report, save_retrofitted
 
 
 def vgg() -> nn.Module:
-    """VGG-11 with a narrow head; SE sits in its ReLUs."""
-    features = torchvision.models.vgg11().features
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    """VGG-11, but narrow; SE sits in its ReLUs."""
+    features = make_layers([8, "M", 8, "M", 8, 8, "M", 8, 8, "M", 8, 8, "M"])
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
 def replace_relus(model: nn.Module, count: int) -> nn.Module:
