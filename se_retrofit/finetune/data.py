@@ -104,12 +104,7 @@ def stream(
             )
         items = Transformed(data, transform, name=name, weighted=weighted)
         loader: DataLoader[Any] = DataLoader(
-            items,
-            batch_size,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            drop_last=train,
-            worker_init_fn=begin_worker,
+            items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=begin_worker
         )
         return LoaderStream(loader, name=name, train=train, weighted=weighted, seed=seed, rank=rank, world=world)
     return DatasetStream(
