@@ -41,7 +41,7 @@ class Base:
     Attributes:
         library: ``"timm"`` or ``"torchvision"``.
         name: the model's name in that library.
-        kwargs: what the library's builder gets besides the name.
+        kwargs: further arguments of the library's builder.
 
     Example:
         >>> from se_retrofit.models import Base
@@ -59,7 +59,7 @@ class Base:
         """Read a name such as ``resnet50``, ``timm/resnet50``, ``resnet50.a1_in1k`` or ``torchvision/resnet50``.
 
         Args:
-            name: a library and a model with a slash between, or a model alone, looked for in timm, then in
+            name: a library and a model separated by a slash, or only a model, looked up in timm, then in
                 torchvision.
             kwargs: for the library's builder, e.g. ``num_classes=10``.
 
@@ -94,9 +94,9 @@ class Base:
         """The network, with random weights or, where ``pretrained``, the library's own (downloaded by it).
 
         Raises:
-            RetrofitError: the library can't build it so: an argument it doesn't take, no pretrained weights of that
-                name, no way to download them. The message holds the library's own. A network of the hub is looked for
-                once: where it is neither in the cache nor to be reached, nothing is tried again.
+            RetrofitError: the library can't build it: an unknown argument, no pretrained weights of that name, no
+                way to download them. The message includes the library's own. For a network on the hub that is neither
+                in the cache nor reachable, the download is not retried.
         """
         scheme, _, repository = self.name.partition(":")
         if self.library == "timm" and scheme in HUB_SCHEMES:
@@ -145,8 +145,8 @@ def _check_hub(repository: str) -> None:
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint of the bare network into it, strictly.
 
-    Reads ``.safetensors`` and what ``torch.save`` wrote (without unpickling code): a state dict, or a dict that holds
-    one as ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, in this order. Prefixes left by
+    Reads ``.safetensors`` and what ``torch.save`` wrote (without unpickling code): a state dict, or a dict that
+    contains one as ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, in this order. Prefixes left by
     DistributedDataParallel and torch.compile are dropped.
 
     Args:
@@ -210,7 +210,7 @@ def register_timm(*patterns: str) -> list[str]:
         patterns: shell-style patterns of timm's architectures, such as ``"resnet*"``; without any, all of them.
 
     Returns:
-        The new names, sorted. Whether a network can be retrofitted shows when it is built.
+        The new names, sorted. Whether a network can be retrofitted is only known when it is built.
 
     Raises:
         RetrofitError: a pattern matches no architecture of timm.

@@ -1,4 +1,4 @@
-"""What a retrofit does, as data: the sites where SE goes and the blocks that are left out."""
+"""What a retrofit does, as data: the sites where SE goes and the blocks that are skipped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A block that gets no SE, and why; after a fold, also the path of a site that its block keeps no more.
+    """A block that gets no SE, and why; after folding, also the path of a site that its block no longer has.
 
     Example:
         >>> import torchvision
@@ -62,9 +62,10 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``add_se`` would do: ``sites``, ``skipped``, and the ``options`` that it was made with.
+    """What ``add_se`` would do: ``sites``, ``skipped``, and the ``options`` with which it was made.
 
-    ``inputs`` are the shapes on which the model was recorded, as plain data; None where they can't be written so.
+    ``inputs`` are the shapes with which the model was recorded, as plain data; None if they can't be written that
+    way.
 
     Example:
         >>> import timm

@@ -41,31 +41,31 @@ def export(
     example_inputs: Any = None,
     base: Base | None = None,
 ) -> Path:
-    """Export a network, retrofitted or folded, and see that what was written computes the same.
+    """Export a network, retrofitted or folded, and check that the exported file computes the same.
 
-    SE with the gate ``"sigmoid"`` (``to_native`` gives it) is written as 1x1 convolutions on maps of size one, the form whose
-    pattern quantisers know; except in the source, which keeps its parameters' names.
+    SE with the gate ``"sigmoid"`` (``to_native`` gives it) is written as 1x1 convolutions on maps of size one, the
+    pattern that quantisers recognise; except in the source, which keeps the names of the parameters.
 
     Args:
         model: the network; it is exported in eval mode, from a copy on the CPU.
         file: where to write.
-        format: ``"onnx"`` (by torch.onnx, with free batch and space where the network allows it; read back by onnxruntime, and
-            not compared where that is not installed), ``"pt2"`` (torch.export, of free size, too), ``"torchscript"`` (scripted, or
+        format: ``"onnx"`` (by torch.onnx, with dynamic batch and spatial sizes if the network allows it; compared by
+            onnxruntime, if it is installed), ``"pt2"`` (torch.export, with dynamic sizes as well), ``"torchscript"`` (scripted, or
             else traced), or ``"source"``: a Python file with the changed classes and SE in plain PyTorch, which loads the
             weights from a ``.safetensors`` file of the same name beside it and needs PyTorch, safetensors and the network's
             own library only.
-        example_inputs: a tensor or a tuple of positional inputs, so large that no feature map has a size of one, which torch.export
-            would hold fast. Without it, inputs of the shapes that the network was
-            retrofitted with, or such as it may take.
-        base: for the source, where the network came from; found from the model itself where it is timm's. Where
-            it is not known, the file's ``load`` asks for the bare network.
+        example_inputs: a tensor or a tuple of positional inputs, large enough that no feature map has a size of one,
+            which torch.export would specialise. Without it, inputs with the shapes that the network was retrofitted
+            with, or of a size that fits.
+        base: for the source, where the network came from. For timm models it is found automatically; if it is not
+            known, ``load`` in the file takes the bare network as an argument.
 
     Returns:
         The file.
 
     Raises:
-        RetrofitError: the format is none of these, or can't hold this network, with the reason; what was written computes
-            something else. There is no new file then.
+        RetrofitError: the format is none of these, or can't represent this network (the message has the reason); the
+            result does not compute the same. No file is written then.
         TypeError: ``model`` is not an nn.Module.
 
     Example:

@@ -105,12 +105,7 @@ def stream(
         items = Transformed(data, transform, name=name, weighted=weighted)
         workers = min(workers, 1)  # each of several would give all items, unless the data set divides them by itself
         loader: DataLoader[Any] = DataLoader(
-            items,
-            batch_size,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            drop_last=train,
-            worker_init_fn=begin_worker,
+            items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=begin_worker
         )
         return LoaderStream(loader, name=name, train=train, weighted=weighted, seed=seed, rank=rank, world=world)
     return DatasetStream(

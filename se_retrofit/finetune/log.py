@@ -18,7 +18,7 @@ from .data import Batch
 from .gates import draw_gates
 
 if TYPE_CHECKING:
-    from .run import FinetuneResult
+    from .result import FinetuneResult
 
 __all__ = ["Log", "plot_curves"]
 

@@ -147,9 +147,7 @@ def start_run(
         progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
         if base is not None:
             check_base(model, base)  # rather now than when the first epoch is to be saved
-        to_device(model, accelerator.device, uses_channels_last(config, accelerator.device))
-        if accelerator.num_processes > 1:
-            share(model.state_dict().values())  # the processes may have drawn other first weights
+        place(model, config, accelerator)
         run = Run(
             model, config, accelerator, interrupt, wanted, output, base, experiment, train, val, progress,
             **learning(model, config, stages, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
@@ -180,6 +178,13 @@ def checked_engine(model: nn.Module, config: FinetuneConfig, output: Path | None
         check_sync(model, config, accelerator.num_processes, accelerator.device.type)
         with alone_in(output) if output is not None and accelerator.is_main_process else contextlib.nullcontext():
             yield accelerator
+
+
+def place(model: nn.Module, config: FinetuneConfig, accelerator: Accelerator) -> None:
+    """Put the network on the device, with the same weights in all processes."""
+    to_device(model, accelerator.device, uses_channels_last(config, accelerator.device))
+    if accelerator.num_processes > 1:
+        share(model.state_dict().values())  # the processes may have drawn other first weights
 
 
 def load_saved(

@@ -42,29 +42,30 @@ def fold_se(
 ) -> tuple[M, FoldReport]:
     """Fold SE modules whose gates hardly depend on the input into the network's own weights.
 
-    The gates of each site are replaced by their means over the data, the least effect on the outputs first, as long as the
-    outputs stay within ``tolerance``. The means then go into the weights and biases of the norms or convolutions before
-    (through ReLU, LeakyReLU and other operations that let them through), or else into the weights of the convolutions
-    behind. A block without SE has its own class again. Where all sites are folded, the result is a plain network, with the
-    keys of the original. What nothing can take in stays as an SE module with ``gate="static"``.
+    The gates of each site are replaced by their means over the data, starting with the smallest effect on the
+    outputs, as long as the outputs stay within ``tolerance``. The means are then folded into the weights and biases
+    of the norms or convolutions before SE (through ReLU, LeakyReLU and other operations that commute with a factor),
+    or else into the weights of the convolutions after it. A block without SE gets its original class back. If all
+    sites are folded, the result is a plain network with the keys of the original. A factor that can't be folded into
+    any weight remains as an SE module with ``gate="static"``.
 
     Args:
         model: a network that ``add_se`` made.
         data: a Dataset (in batches of 32), a DataLoader or any iterable of batches; a batch is a tensor, or a tuple or
-            list of inputs and labels. With integer labels the accuracy counts, too.
+            list of inputs and labels. With integer labels, the accuracy is taken into account as well.
         tolerance: the largest change of the outputs, as the norm of the difference relative to the norm of the outputs.
-        max_accuracy_loss: by how much the accuracy on the data may fall, from 0 to 1; without labels it says nothing.
+        max_accuracy_loss: by how much the accuracy on the data may drop, from 0 to 1; ignored without labels.
         sites: fnmatch patterns of the SE modules or blocks that may be folded, one or several; None for all.
-        max_batches: how many batches are looked at. The network runs over them about twice for each site.
+        max_batches: maximum number of batches. The network runs over them about twice per site.
         inplace: change the given model instead of a copy.
 
     Returns:
         The folded network, and a ``FoldReport`` with spread, effect and verdict of each site.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in (it was folded already, perhaps), or only factors
-            that nothing can take in; the data yields nothing; a pattern matches no site; the model is as it was.
-        TypeError: an argument is of the wrong type; the model is as it was.
+        RetrofitError: the model has no SE inserted by ``add_se`` (it may be folded already), or only factors that
+            can't be folded; the data is empty; a pattern matches no site. The model is unchanged.
+        TypeError: an argument is of the wrong type; the model is unchanged.
 
     Example:
         >>> import timm, torch
@@ -217,8 +218,8 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, Gates], batch
 def absorb(
     work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Batch, wanted: list[Tensor]
 ) -> list[Scaling] | None:
-    """Let the network take in the constant factor of an SE module, whose own goes to 1; None, with the network as it
-    was, if it can't."""
+    """Fold the constant factor of an SE module into the network and set its own to 1; None, with the network
+    unchanged, if that is not possible."""
     close = torch.finfo(wanted[0].dtype).eps ** 0.5
     for find in (factors.backwards, factors.forwards):
         scalings = find(path, factor)

@@ -1,7 +1,9 @@
-"""Retrofitted SE in the form that other libraries know, and back: the plain sigmoid instead of twice the sigmoid.
+"""Convert retrofitted SE to the form that other libraries use, and back: the plain sigmoid instead of twice the
+sigmoid.
 
-``x * 2*sigmoid(W2 relu(W1 mean(x)))`` is ``(2x) * sigmoid(W2 relu((W1/2) mean(2x)))``. The network makes ``2x`` where the weight
-and bias of the norm or convolution before are doubled; or else what comes behind doubles its weights. Factors of two are
+``x * 2*sigmoid(W2 relu(W1 mean(x)))`` is ``(2x) * sigmoid(W2 relu((W1/2) mean(2x)))``. The network computes ``2x``
+if the weight and bias of the norm or convolution before SE are doubled; otherwise the weights of the layers after it
+are doubled. Factors of two are
 exact in every floating-point format.
 """
 
@@ -41,11 +43,12 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
 
     Returns:
         Without a target, a copy of the model with ``gate="sigmoid"``. With one, a copy of the target, filled. Either
-        computes what the model does, which has been seen by running both.
+        computes what the model does, which is checked by running both.
 
     Raises:
-        RetrofitError: the model is not retrofitted; a site's gate is a constant factor, or nothing around it can take a factor
-            of two; the target does not fit, with the site or layer; the outputs differ.
+        RetrofitError: the model is not retrofitted; the gate of a site is a constant factor, or a factor of two
+            can't be moved into the layers around it; the target does not fit (the message names the site or layer);
+            the outputs differ.
         TypeError: one of them is not an nn.Module.
 
     Example:
@@ -85,15 +88,16 @@ def from_native(model: M, source: nn.Module) -> M:
     """A retrofitted network with all the weights of a trained native SE network.
 
     Args:
-        model: a network that ``add_se`` made, with the gate ``"identity"`` or ``"sigmoid"``; with ``bias=True`` where the native gates
-            have biases. It is not changed; its weights don't matter.
+        model: a network that ``add_se`` made, with the gate ``"identity"`` or ``"sigmoid"``; with ``bias=True`` if
+            the native gates have biases. It is not changed; its weights don't matter.
         source: the native network, whose layers and gates have the shapes of the model's, in the same order of execution.
 
     Returns:
-        A copy of the model that computes what the source does, which has been seen by running both.
+        A copy of the model that computes what the source does, which is checked by running both.
 
     Raises:
-        RetrofitError: the model is not retrofitted, the two do not fit, with the site or layer, or the outputs differ.
+        RetrofitError: the model is not retrofitted, the two do not fit (the message names the site or layer), or the
+            outputs differ.
         TypeError: one of them is not an nn.Module.
 
     Example:

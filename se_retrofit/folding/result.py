@@ -1,4 +1,4 @@
-"""What became of each site when SE was folded: a table, a picture, plain data."""
+"""The result of folding, site by site: as a table, a figure and plain data."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _COLOURS = {"folded": "#16a34a", "factor": "#c2410c", "kept": "#64748b"}
 
 @dataclass(frozen=True)
 class FoldedSite:
-    """What became of one site.
+    """The result of folding for one site.
 
     Attributes:
         path, block: of the SE module and of its block.
         channels: number of channels that it scales.
         spread: the standard deviation of a channel's gate between inputs, averaged over the channels.
         between: how much of the gates' variance is between inputs, from 0 to 1; the rest is between channels.
-        effect: the change of the outputs where this site alone has constant gates, relative to the outputs' norm.
-        verdict: ``"folded"``, ``"factor"`` (the gates are constant now, but nothing can take them in: a module with one factor for
-            each channel stays) or ``"kept"``.
-        into: the parameters that took the gates in.
+        effect: the change of the outputs if only this site has constant gates, relative to the norm of the outputs.
+        verdict: ``"folded"``, ``"factor"`` (the gates are constant now, but could not be folded: a module with one
+            factor per channel remains) or ``"kept"``.
+        into: the parameters that the gates were folded into.
     """
 
     path: str
@@ -48,12 +48,12 @@ class FoldReport:
     """What ``fold_se`` did; ``str`` is a table.
 
     Attributes:
-        sites: those that were looked at, in the order of the plan.
+        sites: the sites that were considered, in the order of the plan.
         missed: paths of SE modules that the data never reached; they are kept.
         inputs: number of inputs that were run.
         tolerance: the largest change of the outputs that was allowed.
-        change: the change of the outputs that was made, relative to their norm.
-        accuracy_before, accuracy_after: on the data, from 0 to 1; None where it has no labels.
+        change: the actual change of the outputs, relative to their norm.
+        accuracy_before, accuracy_after: accuracy on the data, from 0 to 1; None without labels.
     """
 
     sites: tuple[FoldedSite, ...]
@@ -101,14 +101,14 @@ class FoldReport:
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """A figure with a bar a site: above how much its gates vary between inputs, below what constant gates do to the
-        outputs; the colour is the verdict.
+        """A figure with one bar per site: at the top, how much its gates vary between inputs; below, the effect of
+        constant gates on the outputs. The colour shows the verdict.
 
         Args:
-            path: where to save it, as an image of any format that matplotlib writes; None not to.
+            path: where to save it, in any format that matplotlib writes; None to not save it.
 
         Raises:
-            RetrofitError: the folder does not exist, or matplotlib writes no such format.
+            RetrofitError: the folder does not exist, or matplotlib does not write this format.
         """
         with extra("inspect"):
             from matplotlib.figure import Figure

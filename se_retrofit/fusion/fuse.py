@@ -1,4 +1,4 @@
-"""Which SE modules of a network can be fused, and the change of their blocks' classes to and fro."""
+"""Which SE modules of a network can be fused, and the change of the classes of their blocks and back."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Fusion:
 
 
 def plan_fusion(model: nn.Module) -> Fusion:
-    """The SE modules that ``fuse_se`` fuses, or has fused, and those that it leaves as they are.
+    """The SE modules that ``fuse_se`` fuses, or has fused, and those that it skips.
 
     Args:
         model: a retrofitted network. It is not changed.
@@ -79,14 +79,14 @@ def plan_fusion(model: nn.Module) -> Fusion:
 
 
 def fuse_se(model: M, *, inplace: bool = False) -> M:
-    """Run a norm and the SE behind it as one map, so that ``torch.compile`` reads their input once.
+    """Run a norm and the SE after it as one map, so that ``torch.compile`` reads their input once.
 
-    It is meant for compiled training. Without ``torch.compile`` it is slower than the network as it was. Outputs,
-    gradients and running statistics are equal to rounding, not bit for bit; parameters and state dict stay. The fused
+    It is meant for compiled training. Without ``torch.compile``, the fused network is slower than the original. Outputs,
+    gradients and running statistics are equal to rounding, not bit for bit; parameters and state dict stay the same. The fused
     network can't be scripted or traced by torch.fx: call ``unfuse_se`` first.
 
     Args:
-        model: a network that ``add_se`` has retrofitted. It is left as it is unless ``inplace``.
+        model: a network that ``add_se`` has retrofitted. It is not changed unless ``inplace``.
         inplace: change the given model; its parameters stay the same objects.
 
     Returns:
@@ -94,7 +94,7 @@ def fuse_se(model: M, *, inplace: bool = False) -> M:
         fused and why others are not.
 
     Raises:
-        RetrofitError: no SE module can be fused; the model is as it was.
+        RetrofitError: no SE module can be fused; the model is unchanged.
         TypeError: the argument is not an nn.Module.
 
     Example:
@@ -122,7 +122,7 @@ def fuse_se(model: M, *, inplace: bool = False) -> M:
 
 
 def unfuse_se(model: M, *, inplace: bool = False) -> M:
-    """Undo ``fuse_se``: norm and SE run one after the other again, with all that they have learned.
+    """Undo ``fuse_se``: norm and SE run one after the other again, with everything that they have learned.
 
     Args:
         model: a fused network.

@@ -36,16 +36,16 @@ def push_to_hub(
 ) -> str:
     """Upload a retrofitted network to the Hugging Face hub: weights, recipe, and a model card with the plan's table.
 
-    All files go up in one commit. A card that is there already is kept.
+    All files are uploaded in one commit. An existing card is kept.
 
     Args:
         model: a network that ``add_se`` made, or the folder that ``save_retrofitted`` or a fine-tune wrote.
-        repo_id: ``"user/name"``; the repository is created where there is none.
-        base: as for ``save_retrofitted``, where a network is given.
-        private: whether a repository that is created is private; None for the account's default.
-        token: of the account; None for the one that ``hf auth login`` stored.
+        repo_id: ``"user/name"``; the repository is created if it does not exist.
+        base: as for ``save_retrofitted``, if a network is given.
+        private: whether a newly created repository is private; None for the account's default.
+        token: access token of the account; None for the one that ``hf auth login`` stored.
         revision: the branch; None for the main one.
-        commit_message: of the upload.
+        commit_message: message of the upload's commit.
 
     Returns:
         The address of the repository.

@@ -1,4 +1,4 @@
-"""The SE modules alone on disk: one file, a few percent of the network, to be put on the same base again."""
+"""Only the SE modules on disk: one file, a few percent of the network, to be loaded onto the same base again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["load_se", "save_se"]
 
 
 def save_se(model: nn.Module, file: str | Path) -> Path:
-    """Save the SE modules alone, to put them on the same base network again with ``load_se``.
+    """Save only the SE modules, to be loaded onto the same base network with ``load_se``.
 
-    Everything else (a new head, batch-norm statistics) is left out: for a network of which more than the SE modules was
-    trained, use ``save_retrofitted``.
+    Everything else (a new head, batch-norm statistics) is not saved: if more than the SE modules was trained, use
+    ``save_retrofitted``.
 
     Args:
         model: a network that ``add_se`` made.
@@ -59,12 +59,12 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
 
 
 def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
-    """Put saved SE modules on a network: on a bare one by the same surgery, on a retrofitted one in place of its own.
+    """Load saved SE modules into a network: a bare one is retrofitted first, a retrofitted one gets their weights.
 
     Args:
         model: the base network that the SE modules were trained on, bare or retrofitted with the same options.
         file: what ``save_se`` wrote.
-        example_inputs: for ``add_se``, in the place of inputs of the shapes that the network was retrofitted with.
+        example_inputs: for ``add_se``, instead of inputs with the shapes that the network was retrofitted with.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:

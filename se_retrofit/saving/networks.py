@@ -24,14 +24,14 @@ __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
 def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
     """Save a retrofitted network: its weights, and the recipe to build it.
 
-    An existing folder of this kind is replaced, in one step: whoever reads it finds the old network or the new one.
+    An existing folder of this kind is replaced atomically: a reader finds either the old network or the new one.
 
     Args:
         model: a network that ``add_se`` made.
-        directory: the folder to write; its parents are made.
+        directory: the folder to write; parent folders are created.
         base: where the network came from before the retrofit: a name such as ``"torchvision/resnet18"``, or with
-            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. Found from the model itself where it is timm's. Where
-            it is not known, loading asks for the bare network.
+            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. For timm models it is found automatically.
+            If it is not known, the bare network has to be passed when loading.
 
     Returns:
         The folder.
@@ -66,20 +66,20 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
 def load_retrofitted(
     directory: str | Path, *, base: nn.Module | Base | str | None = None, example_inputs: Any = None
 ) -> nn.Module:
-    """Build the network that ``save_retrofitted`` saved: the base, the same surgery, the weights.
+    """Load the network that ``save_retrofitted`` saved: build the base, repeat the retrofit, load the weights.
 
     Args:
         directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
-        base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its weights don't
-            matter, all of them are replaced.
-        example_inputs: for ``add_se``, in the place of inputs of the shapes that the network was retrofitted with.
+        base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its
+            weights don't matter, since all of them are replaced.
+        example_inputs: for ``add_se``, instead of inputs with the shapes that the network was retrofitted with.
 
     Returns:
         The network, on the CPU (or where ``base`` is), in eval mode.
 
     Raises:
-        RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; it was written by
-            a newer format; the base is not known; the retrofit no longer gives the plan that was saved; the
+        RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; its format is
+            newer than this version reads; the base is not known; the retrofit no longer gives the plan that was saved; the
             weights don't fit.
 
     Example:
