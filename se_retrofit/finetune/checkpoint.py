@@ -22,6 +22,7 @@ from ..saving.atomic import replaced_directory, settled
 from ..saving.networks import write_network
 from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_json, read_recipe
 from ..saving.tensors import load_strictly, read_weights, save_tensors
+from .config import FinetuneConfig
 from .experiment import check_same
 
 __all__ = ["LAST", "Progress", "has_checkpoint", "load_training", "save_training", "write_best"]
@@ -133,12 +134,14 @@ def load_training(
     check_fields(state, shape, folder / STATE, FORMAT)
     check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
     check_same(state["experiment"], experiment, output)
-    if state["progress"]["finished"] and config["epochs"] > state["config"].get("epochs", config["epochs"]):
+    # a field that came in a later version had no effect then, which is its default
+    then = {**FinetuneConfig().to_dict(), **state["config"]}
+    if state["progress"]["finished"] and config["epochs"] > then["epochs"]:
         free = free | {"epochs"}  # a run that is over may be extended
         state["progress"]["finished"] = None
-    changed = [k for k in config if k not in free and state["config"].get(k) != config[k]]
+    changed = [k for k in config if k not in free and then[k] != config[k]]
     if changed:
-        what = "; ".join(f"{k}: {state['config'].get(k)!r} then, {config[k]!r} now" for k in changed)
+        what = "; ".join(f"{k}: {then[k]!r} then, {config[k]!r} now" for k in changed)
         raise RetrofitError(
             f"{output} holds a run with another config ({what}); resume with the same, or give a new folder"
         )

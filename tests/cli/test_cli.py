@@ -160,6 +160,18 @@ def test_help_shows_examples(command_name: str) -> None:
     assert f"se-retrofit {command_name}" in result.output
 
 
+def test_ctrl_c_while_it_starts_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Importing:
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "se_retrofit.cli.commands", Importing())
+    monkeypatch.setattr(sys, "argv", ["se-retrofit", "convert", SMALL])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+
+
 def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["se-retrofit", "convert", "resnet[bold]50"])
     with pytest.raises(SystemExit) as exit_:

@@ -264,6 +264,27 @@ def test_a_broken_checkpoint_is_a_clear_error(
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_a_run_goes_on_with_a_later_version_that_has_more_settings(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path
+) -> None:
+    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    state = tmp_path / "last" / "training.json"
+    content = json.loads(state.read_text())
+    del content["config"]["focal_gamma"]  # as if it had come later
+    state.write_text(json.dumps(content))
+    with pytest.raises(RetrofitError, match=r"focal_gamma: 2\.0 then, 3\.0 now"):
+        finetune(
+            network(),
+            digits.train,
+            config=config(epochs=1, focal_gamma=3.0),
+            output_dir=tmp_path,
+            resume=True,
+            quiet=True,
+        )
+    recipe = config(epochs=1)
+    assert finetune(network(), digits.train, config=recipe, output_dir=tmp_path, resume=True, quiet=True).updates == 8
+
+
 @pytest.mark.parametrize("part", ["optimizer", "ema"])
 def test_a_training_state_that_lacks_something_is_refused(
     network: Network, config: Config, digits: NamedData, tmp_path: Path, part: str
