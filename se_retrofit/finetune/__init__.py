@@ -1,7 +1,7 @@
 """Fine-tune retrofitted networks: ``finetune(model, train_data, val_data, config=FinetuneConfig(...))``.
 
 Read ``train.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
-``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``metrics.py`` and ``scores.py`` evaluation, ``criteria.py`` losses,
+``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``result.py`` what it comes to, ``metrics.py`` and ``scores.py`` evaluation, ``criteria.py`` losses,
 ``targets.py`` what a data set's labels are, ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
 ``parts.py`` the parts of a network, ``freezing.py`` which of them are trained when,
 ``form.py`` as what it is trained, ``recomputing.py`` gradient checkpointing, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
@@ -20,7 +20,7 @@ with extra("finetune"):
     from .metrics import evaluate
     from .parts import new_head
     from .rates import LearningRates, find_lr
-    from .run import FinetuneResult
+    from .result import FinetuneResult
     from .train import finetune
     from .transforms import transform_of
 

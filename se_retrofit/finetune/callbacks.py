@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import brief
 
-if TYPE_CHECKING:
-    from .run import Run
-
-__all__ = ["Callbacks", "Facts", "call"]
+__all__ = ["Callback", "Callbacks", "Facts"]
 
 
 @dataclass(frozen=True)
@@ -97,14 +93,3 @@ def checked_callbacks(given: Any) -> Callbacks:
             f"callbacks must be Callbacks(after_epoch=..., ...), got {brief(given)} of type {type(given).__name__}"
         )
     return given
-
-
-def call(callback: Callback | None, run: Run, epoch: int, loss: Tensor | None = None) -> None:
-    """Call the function for an event, where there is one."""
-    if callback is None:
-        return
-    rows = tuple(MappingProxyType(dict(row)) for row in run.progress.history)
-    facts = Facts(
-        run.model, run.tested, epoch, run.config.epochs, run.progress.updates, run.lr, loss, rows, run.output, run.rank
-    )
-    callback(facts)

@@ -22,7 +22,7 @@ from ..tables import aligned
 from .config import FinetuneConfig
 from .metrics import answers as answers_of
 from .randomness import EPOCH, kept_randomness, seed_all
-from .run import FinetuneResult
+from .result import FinetuneResult
 from .train import finetune
 
 __all__ = ["Arm", "Comparison", "Contrast", "compare"]

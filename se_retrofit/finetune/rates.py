@@ -109,11 +109,9 @@ def find_lr(
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
 ) -> LearningRates:
-    """Find a learning rate by trying: train a copy of the network for some steps, each at a higher rate than the one before
-    (Smith, "Cyclical Learning Rates for Training Neural Networks", https://arxiv.org/abs/1506.01186).
-
-    The steps are those of ``finetune`` with this config: its optimizer, augmentation, losses and what it freezes in the first
-    epoch. The suggestion is meant for the peak of the schedule, ``config.lr``.
+    """Train a copy of the network for some steps, each at a higher learning rate than the one before (Smith, "Cyclical Learning
+    Rates for Training Neural Networks", https://arxiv.org/abs/1506.01186), by the recipe of ``finetune`` in its first epoch.
+    The suggestion is meant for the peak of the schedule, ``config.lr``.
 
     Args:
         model: the network; it is copied and not changed.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from ..models import Base
 from . import checkpoint as disk
-from .callbacks import Callbacks
+from .callbacks import Callback, Callbacks, Facts
 from .checkpoint import Progress
 from .config import FinetuneConfig
 from .criteria import Criterion
@@ -32,39 +33,9 @@ from .freezing import Stage, Trained, choose_trainable
 from .log import Log
 from .parts import count, kept_state, layout_of
 from .recomputing import Kept
+from .result import FinetuneResult
 
-__all__ = ["FinetuneResult", "Run", "share"]
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a fine-tune came to.
-
-    Attributes:
-        model: the network that was given, with the weights of the best epoch (the last, without validation data).
-        history: a row for each epoch, as in ``metrics.jsonl``; row 0 is the evaluation before any step.
-        best_epoch: the epoch that was best by the config's ``best_metric``, from 1; None without validation data.
-        best_score: the value of that metric then.
-        best_accuracy: the validation accuracy then.
-        stopped: ``"epochs"`` when all were run, ``"early stop"`` when it no longer became better.
-        directory: ``output_dir/best``, which ``load_retrofitted`` loads; None where nothing was written.
-        updates: how often the weights changed.
-        step_seconds: median time of an update, loading included; None for runs too short to tell.
-        parameters: of the network.
-        trained_parameters: those of them that were trained in the end.
-    """
-
-    model: nn.Module
-    history: list[dict[str, Any]]
-    best_accuracy: float | None
-    best_score: float | None
-    best_epoch: int | None
-    stopped: str
-    directory: Path | None
-    updates: int
-    step_seconds: float | None
-    parameters: int
-    trained_parameters: int
+__all__ = ["Run", "share"]
 
 
 @dataclass
@@ -218,6 +189,18 @@ class Run:
             f"{f' (number {step} of the epoch)' if step else ''}. "
             f"Try a lower lr, clip_grad, a longer warmup, or precision fp32.{kept}"
         )
+
+    def tell(self, callback: Callback | None, epoch: int, loss: Tensor | None = None) -> None:
+        """Call the caller's function for an event, where there is one."""
+        if callback is None:
+            return
+        rows = tuple(MappingProxyType(dict(row)) for row in self.progress.history)
+        callback(
+            Facts(
+                self.model, self.tested, epoch, self.config.epochs, self.progress.updates, self.lr, loss, rows, self.output,
+                self.rank,
+            )
+        )  # fmt: skip
 
     def result(self) -> FinetuneResult:
         """The network with its best weights, and what is told of the run."""

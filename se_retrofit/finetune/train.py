@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from ..models import Base
 from . import setup
-from .callbacks import Callbacks, call, checked_callbacks
+from .callbacks import Callbacks, checked_callbacks
 from .config import FinetuneConfig
 from .criteria import Criterion, checked_criterion, distillation_loss, loss_by
 from .data import Batch
@@ -29,7 +29,8 @@ from .gates import listening, log_gates
 from .metrics import check_targets, hits, measure
 from .parts import count
 from .randomness import UPDATE, seed_all
-from .run import FinetuneResult, Run, share
+from .result import FinetuneResult
+from .run import Run, share
 from .scores import higher_is_better, scores_of
 
 __all__ = ["finetune"]
@@ -121,7 +122,7 @@ def evaluate_before_training(run: Run) -> None:
     run.progress.history.append({"epoch": 0, **measured})
     run.log.row(run.progress.history[0])
     run.log.history(run.progress.history)
-    call(run.callbacks.after_evaluation, run, 0)
+    run.tell(run.callbacks.after_evaluation, 0)
 
 
 def train_epoch(run: Run, epoch: int) -> None:
@@ -131,7 +132,7 @@ def train_epoch(run: Run, epoch: int) -> None:
     for batches in windows(run.train.batches(epoch, start), run.config.grad_accum_steps):
         tally = update(run, batches)
         run.pending.append(tally)
-        call(run.callbacks.after_update, run, epoch + 1, tally[0] / tally[2])
+        run.tell(run.callbacks.after_update, epoch + 1, tally[0] / tally[2])
         if is_time_to_look(run):
             look(run, epoch)
 
@@ -315,8 +316,8 @@ def finish_epoch(run: Run, epoch: int) -> None:
     run.log.history(run.progress.history)
     run.accelerator.log({k: v for k, v in row.items() if v is not None and k != "gates"}, step=run.progress.updates)
     if run.val is not None:
-        call(run.callbacks.after_evaluation, run, epoch + 1)
-    call(run.callbacks.after_epoch, run, epoch + 1)
+        run.tell(run.callbacks.after_evaluation, epoch + 1)
+    run.tell(run.callbacks.after_epoch, epoch + 1)
     if run.progress.finished is None:
         # Processes may have been told at different moments: all leave together or none does
         _, stop, _ = agree(run, False)
@@ -370,6 +371,6 @@ def finish(run: Run) -> FinetuneResult:
     run.log.history(run.progress.history)
     run.log.pictures(run.progress.history)
     run.log.summarise(result)
-    call(run.callbacks.after_training, run, run.progress.epoch)
+    run.tell(run.callbacks.after_training, run.progress.epoch)
     run.heed_signal()
     return result

@@ -43,7 +43,7 @@ def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path)
     assert f"best validation accuracy {accuracy:.2%}" in said
     assert FinetuneConfig.from_yaml(output / "config.yaml").num_classes == 10
     assert "resumed" in run("finetune", "--resume", str(output))
-    with pytest.raises(RetrofitError, match=r"--resume takes all but --epochs from .*run.yaml; leave out lr, model"):
+    with pytest.raises(RetrofitError, match=r"--resume reads every option but --epochs from .*; remove lr, model"):
         run("finetune", "resnet18", "--lr", "3", "--resume", str(output))
     with pytest.raises(RetrofitError, match=r"holds no run to resume"):
         run("finetune", "--resume", str(tmp_path))
@@ -88,7 +88,7 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
         (["resnet18", "--data", "digits", "--set", "epochs"], "NAME=VALUE"),
         (["resnet18", "--data", "digits", "--arg", "wings=2"], "can't be built"),
         (["resnet18", "--data", "digits", "--config", "none.yaml"], "no config file"),
-        (["resnet18", "--data", "digits", "--pretrained", "--checkpoint", "x"], "exclude each other"),
+        (["resnet18", "--data", "digits", "--pretrained", "--checkpoint", "x"], "or --checkpoint, not both"),
     ]:
         with pytest.raises(RetrofitError, match=says):
             run("finetune", *arguments, "--output", str(tmp_path / "run"))

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_processes import RECIPE as PROCESSES
+from test_processes import launch, read
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -199,3 +202,15 @@ def test_data_without_weights_or_with_too_many_is_refused() -> None:
         finetune(classifier(), few, config=RECIPE, quiet=True)
     with pytest.raises(RetrofitError, match=r"sample_weights=True: mixup and cutmix mix images"):
         RECIPE.replace(mixup=0.2)
+
+
+@pytest.mark.sweep
+def test_two_processes_add_up_to_one_with_the_doubled_batch(tmp_path: Path) -> None:
+    for number, (processes, batch_size) in enumerate(((1, 32), (2, 16))):
+        fields = {**PROCESSES, "batch_size": batch_size, "sample_weights": True}
+        done = launch(processes, tmp_path / str(number), fields, "weighted")
+        assert done.returncode == 0, done.stderr
+    (curve, _, weights), (curve2, _, weights2) = read(tmp_path / "0"), read(tmp_path / "1")
+    assert curve2 == pytest.approx(curve, rel=1e-4)
+    for key, value in weights.items():
+        torch.testing.assert_close(weights2[key], value, rtol=1e-3, atol=1e-5)
