@@ -14,7 +14,7 @@ from torch import fx, nn
 from ..attention import SEAttention
 from ..errors import RetrofitError, extra
 from ..paths import writable
-from .blocks import BlockGraph, BlockPair, describe
+from .blocks import BlockGraph, BlockPair, class_name, describe
 from .graphs import Inspection, find_block, inspect_model
 
 with extra("inspect"):
@@ -120,7 +120,7 @@ def _canvas() -> graphviz.Digraph:
 def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]]) -> graphviz.Digraph:
     """The first block of each group, before and after."""
     drawing, plan = _canvas(), inspection.plan
-    title = f"{type(inspection.model).__name__}: {len(plan.sites)} SE modules, {plan.parameters:,} parameters more\\n "
+    title = f"{class_name(inspection.model)}: {len(plan.sites)} SE modules, {plan.parameters:,} parameters more\\n "
     drawing.attr(label=title, fontsize="18")
     for number, group in enumerate(groups):
         pair = group[0]

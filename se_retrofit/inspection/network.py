@@ -9,7 +9,7 @@ from torch import fx
 
 from ..attention import SEAttention
 from ..surgery.record import Op
-from .blocks import BlockGraph, BlockPair, class_name, join
+from .blocks import BlockGraph, BlockPair, class_name, describe, join
 from .graphs import Inspection, graph_of
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
@@ -75,7 +75,7 @@ def network_of(inspection: Inspection) -> Network:
     whole = graph_of(root, opened)
     by_op = {op: pair for pair in inspection.blocks for op in _own_ops(pair)}
     by_path = {pair.path: pair for pair in inspection.blocks if pair.path in called and pair.path}
-    return _connected(_Nodes(whole, by_path, by_op).made())
+    return _connected(_Nodes(whole, by_path, by_op, inspection.blocks).made())
 
 
 def _own_ops(pair: BlockPair) -> list[Op]:
@@ -91,6 +91,7 @@ class _Nodes:
     whole: BlockGraph
     by_path: dict[str, BlockPair]
     by_op: dict[Op, BlockPair]
+    pairs: list[BlockPair]
     result: list[Node] = field(default_factory=list)
     seen: dict[fx.Node, list[Node]] = field(default_factory=dict)  # what makes, or passes on, a value
 
@@ -124,7 +125,12 @@ class _Nodes:
             pair = self.by_path.get(path)
             if pair is not None:
                 return [self.add(path, pair.cls, "block", ops, taken, pair)]
-            if not any(True for _ in module.children()) and not isinstance(module, SEAttention):
+            if isinstance(module, SEAttention):  # the network itself is the block
+                own = next((p for p in self.pairs if any(site.path == path for site in p.sites)), None)
+                node = self.add(path, describe(module), "block", ops, taken)
+                node.block, node.ses = own, 1
+                return [node]
+            if not any(True for _ in module.children()):
                 return [self.leaf(path, class_name(module), ops, taken)]
             return [self.add(path, class_name(module), "module", ops, taken)]
         if kind in JOINS and len(taken) > 1:

@@ -132,7 +132,7 @@ def tree_lines(inspection: Inspection) -> list[Line]:
     rows = list(tree.lines(inspection.model, "", 1))
     texts = aligned([[name, words] for name, words, _ in rows])
     return [
-        Line(type(inspection.model).__name__, style="bold"),
+        Line(class_name(inspection.model), style="bold"),
         *(Line(t, se) for t, (_, _, se) in zip(texts, rows, strict=True)),
     ]
 

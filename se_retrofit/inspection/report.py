@@ -12,6 +12,7 @@ from ..attention import SEAttention
 from ..plan import Skipped
 from ..retrofit import warn_of_lost_sites
 from ..tables import aligned
+from .blocks import class_name
 from .costs import costs, human
 from .graphs import Inspection, inspect_model
 from .measuring import measured
@@ -62,7 +63,7 @@ class Report:
     """What ``report`` found. ``str(report)`` is plain text, ``rich.print(report)`` a table in colour.
 
     Attributes:
-        model: name of the model's class.
+        model: name of the model's class, before the retrofit.
         rows: one row per site.
         skipped: the blocks that were skipped, with reasons.
         options: the options of the retrofit.
@@ -329,7 +330,7 @@ def report_of(inspection: Inspection, *, measure: bool = False) -> Report:
     }
     parameters = list(model.parameters())
     return Report(
-        type(model).__name__,
+        class_name(model),
         tuple(rows),
         plan.skipped,
         plan.options,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from inspected import PlainNet, Twice, UNet, retrofitted, small_resnet
 from torch import fx
+from torchvision.models.resnet import BasicBlock
 
-from se_retrofit import add_se
+from se_retrofit import add_se, report
 from se_retrofit.inspection.graphs import inspect_model
 from se_retrofit.inspection.network import Network, Node, network_of
 from se_retrofit.inspection.picture import picture
@@ -69,6 +70,15 @@ def test_blocks_that_are_parts_of_a_graph_and_blocks_called_twice_are_in_it(
     network = of(model, torch.empty(1, 3, 32, 32))
     assert [n.name for n in network.nodes if n.kind == "block"] == names
     assert skips(network) == []
+
+
+def test_where_the_network_itself_is_the_block_its_se_is_marked() -> None:
+    example = torch.empty(2, 8, 8, 8)
+    network = of(BasicBlock(8, 8), example)
+    assert [(n.name, n.kind, n.ses) for n in network.nodes if n.ses] == [("se_attention", "block", 1)]
+    assert [n.block.path for n in network.nodes if n.block is not None] == [""]
+    assert skips(network) == [("input", "+")]
+    assert report(add_se(BasicBlock(8, 8), example_inputs=example), example).model == "BasicBlock"
 
 
 # As a picture ---------------------------------------------------------------------------------------------------------
