@@ -253,7 +253,7 @@ def entries(item: Any, name: str, weighted: bool, dims: int | None) -> tuple[Any
         if dims is not None and not weighted and len(item) > 2 and is_weight(item[2], dims):
             raise forgotten_weight(name)
         return item[0], item[1], item[2] if weighted else None
-    got = type(item).__name__ + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
+    got = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
     if weighted:
         raise RetrofitError(f"sample_weights=True: {name} must give (image, class, weight), got {got}")
     raise RetrofitError(f"{name} must give (image, class) pairs, got {got}")

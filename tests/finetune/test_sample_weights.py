@@ -191,7 +191,7 @@ def test_data_without_weights_or_with_too_many_is_refused() -> None:
     for data in (pairs, DataLoader(pairs, 16), [pairs[i] for i in range(64)]):
         with pytest.raises(
             RetrofitError,
-            match=r"sample_weights=True: train_data must give \(image, class, weight\), got (tuple|list) of 2",
+            match=r"sample_weights=True: train_data must give \(image, class, weight\), got a (tuple|list) of 2",
         ):
             finetune(classifier(), data, config=RECIPE, quiet=True)
     for shape in (weights[:, None], weights.repeat(2, 1).T):
