@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from .arms import ARMS
+from .choices import CHOICES, choice_run
 from .difference import Difference
 from .gradmax import EPOCHS, gradmax_run
 from .pictures import draw_differences, draw_tasks
@@ -83,6 +84,7 @@ def write_page(page: Path, chosen: Selection, *, pictures: bool = True) -> None:
         "parts-only": lambda c: _against(c, [a for a in c.arms if ARMS[a].trains != "all"], "head only"),
         "costs": _costs,
         "sites": _sites,
+        "choices": _choices,
         "gradmax": _gradmax,
     }
     text = page.read_text(encoding="utf-8") if page.exists() else _skeleton(list(parts))
@@ -173,6 +175,30 @@ def _sites(chosen: Selection) -> str:
     return _table(["score", *found, f"all {sum(map(len, found.values()))} bases"], rows)
 
 
+def _choices(chosen: Selection) -> str:
+    """Accuracy with SE at the sites of each choice above that of plain training, by task, and over all bases."""
+    found: dict[str, dict[str, list[float]]] = {choice: {} for choice in CHOICES}
+    parameters: dict[str, list[int]] = {choice: [] for choice in CHOICES}
+    for choice, by_task in found.items():
+        for task in chosen.tasks:
+
+            def difference(seed: int, task: str = task, choice: str = choice) -> float:
+                run, plain = (
+                    choice_run(chosen.bench, task, NETWORK, seed, choice),
+                    chosen.run(task, NETWORK, seed, "plain"),
+                )
+                parameters[choice].append(run["parameters"] - plain["parameters"])
+                return 100 * float(run["accuracy"] - plain["accuracy"])
+
+            if values := list(_present(difference)):
+                by_task[task] = values
+    if not all(found.values()):
+        return "No results yet."
+    rows = [[*_row(name, by_task), f"{fmean(parameters[name]):,.0f}"] for name, by_task in found.items()]
+    tasks = next(iter(found.values()))
+    return _table(["sites", *tasks, f"all {sum(map(len, tasks.values()))} bases", "parameters"], rows)
+
+
 def _row(name: str, by_task: dict[str, list[float]]) -> list[str]:
     overall = Difference.of([value for values in by_task.values() for value in values])
     return [name, *(f"{fmean(values):+.2f}" for values in by_task.values()), str(overall)]
@@ -203,7 +229,7 @@ def _gradmax(chosen: Selection) -> str:
 
 
 def _present(of_seed: Callable[[int], T]) -> Iterator[T]:
-    """What there is for the seeds of the second and the third study."""
+    """What there is for the seeds of all studies but the first."""
     for seed in range(SEEDS):
         try:
             yield of_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from .choices import choices_study
 from .gradmax import gradmax_study
 from .sites import sites_study
 from .study import Bench, arms_study
@@ -12,7 +13,7 @@ from .tasks import GENERATED
 
 __all__ = ["STUDIES", "Unit", "units_of"]
 
-SEEDS = 3  # of the second and the third study
+SEEDS = 3  # of all but the first study
 NETWORK = "residual"  # theirs
 GRADMAX_TASKS = ("colour cast", "texture", "scale")
 
@@ -38,6 +39,7 @@ class Unit:
 STUDIES: dict[str, Callable[[Unit], Iterator[None]]] = {
     "arms": lambda unit: arms_study(unit.bench, unit.task, unit.network, unit.seeds, unit.arms),
     "sites": lambda unit: sites_study(unit.bench, unit.task, unit.network, unit.seeds),
+    "choices": lambda unit: choices_study(unit.bench, unit.task, unit.network, unit.seeds),
     "gradmax": lambda unit: gradmax_study(unit.bench, unit.task, unit.network, unit.seeds),
 }
 
@@ -45,8 +47,13 @@ STUDIES: dict[str, Callable[[Unit], Iterator[None]]] = {
 def units_of(
     bench: Bench, studies: list[str], tasks: list[str], networks: list[str], seeds: int, arms: list[str]
 ) -> Iterator[Unit]:
-    """The studies of single sites and of GradMax take generated tasks, one network and fewer seeds."""
-    chosen = {"sites": [t for t in tasks if t in GENERATED], "gradmax": [t for t in tasks if t in GRADMAX_TASKS]}
+    """The studies of sites and of GradMax take generated tasks, one network and fewer seeds."""
+    generated = [t for t in tasks if t in GENERATED]
+    chosen = {
+        "sites": generated,
+        "choices": generated,
+        "gradmax": [t for t in generated if t in GRADMAX_TASKS],
+    }
     for study in studies:
         for network in networks:
             if study == "arms":

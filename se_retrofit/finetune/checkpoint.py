@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,17 @@ class Progress:
     step_seconds: float | None = None
 
 
+PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
+    "epoch": (int,), "step": (int,), "updates": (int,), "loss": (float, int), "correct": (float, int), "seen": (float, int),
+    "history": (list,), "best": (float, int, type(None)), "best_epoch": (int, type(None)), "stale": (int,),
+    "finished": (str, type(None)), "step_seconds": (float, int, type(None)),
+}  # fmt: skip
+
+
 def has_checkpoint(output: Path) -> bool:
     """Whether a run in this folder has something to go on from."""
-    return (settled(output / LAST) / STATE).is_file()
+    folder = settled(output / LAST)
+    return folder.is_dir() and any(folder.iterdir())  # of an incomplete one, reading it says what is missing
 
 
 def save_training(
@@ -123,9 +131,7 @@ def load_training(
         "format": (int,), "progress": (dict,), "config": (dict,), "experiment": (dict,), "world": (int,), "parts": (dict,),
     }  # fmt: skip
     check_fields(state, shape, folder / STATE, FORMAT)
-    names = {f.name for f in fields(Progress)}
-    if state["progress"].keys() != names:
-        raise RetrofitError(f"{folder / STATE}: progress must hold {', '.join(sorted(names))}")
+    check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
     check_same(state["experiment"], experiment, output)
     if state["progress"]["finished"] and config["epochs"] > state["config"].get("epochs", config["epochs"]):
         free = free | {"epochs"}  # a run that is over may be extended

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
 from .targets import class_numbers, image_weights, targets_together, weights_together
-from .workers import AfterOurs, begin_worker
+from .workers import AfterOurs, begin_worker, told_plainly
 
 __all__ = ["Batch", "Stream", "stream"]
 
@@ -103,6 +103,7 @@ def stream(
                 f"{name} is iterable, and several processes can't share it evenly; give a data set with indices"
             )
         items = Transformed(data, transform, name=name, weighted=weighted)
+        workers = min(workers, 1)  # each of several would give all items, unless the data set divides them by itself
         loader: DataLoader[Any] = DataLoader(
             items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=begin_worker
         )
@@ -247,6 +248,15 @@ def entries(item: Any, name: str, weighted: bool) -> tuple[Any, Any, Any]:
     raise RetrofitError(f"{name} must give (image, class) pairs, got {got}")
 
 
+def check_batch(images: Any, targets: Any, name: str) -> None:
+    """Raise where these are no batch: of a loader without a batch size, or of the caller's own collating."""
+    both = (images, targets)
+    if all(isinstance(part, Tensor) and part.dim() for part in both) and len(images) == len(targets):
+        return
+    got = " and ".join(f"shape {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in both)
+    raise RetrofitError(f"{name} must give batches, tensors of N images and of N targets, got {got}")
+
+
 def name_of(data: Any, index: int) -> str:
     """The file of an item, where the data set tells it."""
     if isinstance(data, torch.utils.data.Subset):
@@ -314,7 +324,12 @@ class DatasetStream:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self.order.epoch, self.order.start = epoch, start
-        for batch in self.loader:
+        batches = iter(self.loader)
+        while True:
+            with told_plainly():
+                batch = next(batches, None)
+            if batch is None:
+                return
             if batch.complaints and self.bad_images == "error":
                 raise RetrofitError(
                     f"an image of {self.name} can't be read: {batch.complaints[0]}; "
@@ -359,7 +374,8 @@ class LoaderStream:
         mine: Any = None
         for number in range(len(self) * self.world):
             seed_all(self.seed, SAMPLE, epoch, number)
-            item = next(fetch, None)
+            with told_plainly():
+                item = next(fetch, None)
             if item is None and number < self.total:
                 raise RetrofitError(f"{self.name} promised {self.total} batches and gave {number}")
             if number % self.world == self.rank or mine is None:
@@ -367,6 +383,7 @@ class LoaderStream:
                 mine = (item, True) if item is not None else (mine[0], False)
             if number % self.world == self.world - 1 and number // self.world >= start:
                 images, targets, weights = entries(mine[0], self.name, self.weighted)
+                check_batch(images, targets, self.name)
                 together = weights_together(weights) if self.weighted else None
                 if together is not None and len(together) != len(targets):
                     raise RetrofitError(f"{self.name} gives {len(together)} weights for {len(targets)} images")

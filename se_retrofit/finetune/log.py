@@ -94,11 +94,11 @@ class Log:
         if path is None or (updates and not path.exists()):
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if updates else []:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if updates else []:
             try:
                 if json.loads(line)["update"] <= updates:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError):
+            except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # the line that was being written when the run was killed
         with replaced_file(path) as fresh:
             fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

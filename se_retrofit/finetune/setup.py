@@ -276,11 +276,17 @@ def mixup_of(config: FinetuneConfig, classes: int | None) -> Mixup | None:
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """Put the saved state dicts back in place. timm's schedules have none: they go by the number of updates."""
-    disk.load_optimizer(run.raw_optimizer, saved["optimizer"])
-    if run.ema is not None:
-        run.ema.module.load_state_dict(saved["ema"])
-    if run.accelerator.scaler is not None and "scaler" in saved:
-        run.accelerator.scaler.load_state_dict(saved["scaler"])
+    try:
+        disk.load_optimizer(run.raw_optimizer, saved["optimizer"])
+        if run.ema is not None:
+            run.ema.module.load_state_dict(saved["ema"])
+        if run.accelerator.scaler is not None and "scaler" in saved:
+            run.accelerator.scaler.load_state_dict(saved["scaler"])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise RetrofitError(
+            f"the state in {run.output}/{disk.LAST} is not that of this run, it may have been edited: {error!r}; start anew in "
+            "another folder"
+        ) from error
     if run.progress.best is not None and run.output is not None:
         run.best_weights = disk.load_best(run.output)
 
@@ -292,11 +298,20 @@ def prepare_folder(run: Run, output: Path, command: dict[str, Any] | None, *, re
         run.config.to_yaml(fresh)
     file = output / RUN
     content = {"command": command, "experiment": run.experiment, "config": run.config.to_dict()}
-    if resumed and file.is_file():  # with the command that began it; it may have been extended
-        content = {**yaml.safe_load(file.read_text(encoding="utf-8")), "config": run.config.to_dict()}
+    if resumed:  # with the command that began it; it may have been extended
+        content = {**content, **written(file), "config": run.config.to_dict()}
     with replaced_file(file) as fresh:
         fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     run.log.resume(run.progress.updates)
+
+
+def written(file: Path) -> dict[str, Any]:
+    """What a ``run.yaml`` holds; nothing where it is missing or broken."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def same_on_all(value: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:

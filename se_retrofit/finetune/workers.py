@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-__all__ = ["AfterOurs", "begin_worker"]
+from ..errors import RetrofitError
+
+__all__ = ["AfterOurs", "begin_worker", "told_plainly"]
 
 LOOK = 1.0  # seconds between two looks at the main process
 
@@ -39,6 +42,18 @@ def _end_with_the_main_process() -> None:
         if told is not None and told.si_pid == main.pid:  # not os.getppid(), which may be a fork server
             break
     os._exit(0)
+
+
+@contextlib.contextmanager
+def told_plainly() -> Iterator[None]:
+    """An error of ours in a loading process is told as it would be here; PyTorch puts that process's traceback into its text."""
+    try:
+        yield
+    except RetrofitError as error:
+        text = str(error)
+        if "Original Traceback" not in text:
+            raise
+        raise RetrofitError(text.rsplit("RetrofitError: ", 1)[-1].strip()) from error
 
 
 class AfterOurs:

@@ -35,7 +35,7 @@ def test_the_tables_of_the_page_are_those_of_the_committed_results(tmp_path: Pat
     page.write_text(TABLE.sub(r"<!-- begin \1 -->\nold\n<!-- end \1 -->", committed))
     bench = Bench(ROOT / "benchmarks" / "evidence", Setting(), only_reads=True)
     write_page(page, Selection(bench, [*GENERATED, "digits"], list(NETWORKS), 5, list(ARMS)), pictures=False)
-    assert len(TABLE.findall(committed)) == 7
+    assert len(TABLE.findall(committed)) == 8
     assert page.read_text() == committed
 
 

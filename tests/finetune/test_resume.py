@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -224,7 +225,7 @@ def test_a_run_is_not_resumed_with_another_recipe(
         )
 
 
-@pytest.mark.parametrize("damage", ["cut", "json", "field", "newer", "tensor"])
+@pytest.mark.parametrize("damage", ["cut", "json", "field", "newer", "history", "lost", "tensor"])
 def test_a_broken_checkpoint_is_a_clear_error(
     network: Network, config: Config, digits: NamedData, tmp_path: Path, damage: str
 ) -> None:
@@ -239,6 +240,11 @@ def test_a_broken_checkpoint_is_a_clear_error(
         state.write_text(json.dumps({**content, "mood": "good"}))
     elif damage == "newer":
         state.write_text(json.dumps({**content, "format": 3, "mood": "good"}))
+    elif damage == "history":
+        content["progress"]["history"] = 3
+        state.write_text(json.dumps(content))
+    elif damage == "lost":
+        state.unlink()  # and no run begins over the rest of it
     else:
         content["parts"]["optimizer"] = {"tensor": "no.such"}
         state.write_text(json.dumps(content))
@@ -247,6 +253,8 @@ def test_a_broken_checkpoint_is_a_clear_error(
         "json": "cut short",
         "field": "unknown: mood",
         "newer": "newer than",
+        "history": "progress: history is of type int",
+        "lost": "no file .*training.json",
         "tensor": "no.such",
     }
     model = network()
@@ -254,6 +262,36 @@ def test_a_broken_checkpoint_is_a_clear_error(
     with pytest.raises(RetrofitError, match=says[damage]):
         finetune(model, digits.train, config=config(epochs=1), output_dir=tmp_path, resume=True, quiet=True)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["optimizer", "ema"])
+def test_a_training_state_that_lacks_something_is_refused(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path, part: str
+) -> None:
+    run = {"config": config(epochs=1, ema_decay=0.9), "output_dir": tmp_path, "quiet": True}
+    finetune(network(), digits.train, **run)
+    state = tmp_path / "last" / "training.json"
+    content = json.loads(state.read_text())
+    content["parts"][part] = {"dict": []}
+    state.write_text(json.dumps(content))
+    with pytest.raises(RetrofitError, match="last is not that of this run, it may have been edited"):
+        finetune(network(), digits.train, resume=True, **run)
+
+
+def test_files_that_only_tell_of_a_run_may_be_broken_or_lost(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path
+) -> None:
+    first = finetune(network(), digits.train, digits.val, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    (tmp_path / "updates.jsonl").write_bytes(b'\xff{\n[1]\n"x"\n')
+    (tmp_path / "run.yaml").write_text("a: [1")
+    (tmp_path / "metrics.jsonl").unlink()
+    again = finetune(
+        network(), digits.train, digits.val, config=config(epochs=2), output_dir=tmp_path, resume=True, quiet=True
+    )
+    assert again.history[:2] == first.history
+    assert [update["epoch"] for update in updates_in(tmp_path)] == [2] * 8
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["config"]["epochs"] == 2
 
 
 def test_what_split_takes_apart_join_puts_together() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from se_retrofit import RetrofitError, load_retrofitted
 from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, predict, transform_of
 from se_retrofit.finetune.criteria import FocalLoss, criterion_of
+from se_retrofit.finetune.data import stream
 from se_retrofit.finetune.train import mixed
 
 Network = Callable[..., nn.Module]
@@ -142,8 +143,35 @@ def test_images_of_several_shapes_and_items_that_are_no_pairs_are_told(network: 
     ragged = [(torch.zeros(3, 16 + number % 2, 16), 0) for number in range(8)]
     with pytest.raises(RetrofitError, match=r"tensors of one shape, got \(3, 16, 16\), \(3, 17, 16\)"):
         finetune(network(), ragged, config=config(), quiet=True)
-    with pytest.raises(RetrofitError, match=r"^train_data must give \(image, class\) pairs, got dict"):
+    with pytest.raises(RetrofitError, match=r"^train_data must give \(image, class\) pairs, got a dict"):
         finetune(network(), [{"image": torch.zeros(3, 16, 16), "label": 0}] * 8, config=config(), quiet=True)
+
+
+class Numbers(IterableDataset[Any]):
+    """Each item tells its number; it does not divide itself among loading processes."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.full((1,), float(number)), number % 2) for number in range(40)])
+
+
+def test_an_iterable_data_set_gives_each_item_once_with_several_workers() -> None:
+    batches = stream(Numbers(), name="val_data", train=False, batch_size=16, transform=None, workers=2).batches(0)
+    assert torch.cat([batch.images for batch in batches])[:, 0].tolist() == list(range(40))
+
+
+def test_a_loader_that_gives_no_batches_is_told(network: Network, config: Config) -> None:
+    data = TensorDataset(torch.zeros(8, 3, 16, 16), torch.zeros(8).long())
+    with pytest.raises(RetrofitError, match=r"train_data must give batches.*got shape \(3, 16, 16\) and shape \(\)"):
+        finetune(network(), DataLoader(data, batch_size=None), config=config(), quiet=True)
+
+
+def test_a_mistake_that_a_loading_process_finds_is_told_without_its_traceback(network: Network, config: Config) -> None:
+    ragged = [(torch.zeros(3, 16 + number % 2, 16), 0) for number in range(8)]
+    with pytest.raises(RetrofitError, match=r"^the images of a batch must be .*got \(3, 16, 16\), \(3, 17, 16\)$"):
+        finetune(network(), ragged, config=config(workers=1), quiet=True)
 
 
 def test_grey_pictures_go_into_a_network_of_one_channel(tmp_path: Any, config: Config) -> None:
