@@ -17,6 +17,9 @@ from torch import nn
 from se_retrofit import RetrofitError, add_se, export, fold_se
 from se_retrofit.models import Base
 
+# in one process, as PyTorch's compilers and exporters take seconds to import
+pytestmark = pytest.mark.xdist_group("compilers")
+
 SMALL = NETWORKS["torchvision/resnet18"]
 X = SMALL.input()
 
