@@ -13,14 +13,14 @@ import torchvision
 from se_retrofit import add_se
 
 folder = Path(tempfile.mkdtemp())
-model = torchvision.models.mobilenet_v2(num_classes=10)
+model = torchvision.models.resnet18(num_classes=10)
 images = torch.randn(2, 3, 64, 64)
 retrofitted = add_se(model).eval()
 wanted = retrofitted(images)
 
 # weights alone: for a network that was retrofitted with the same options
 torch.save(retrofitted.state_dict(), folder / "weights.pth")
-again = add_se(torchvision.models.mobilenet_v2(num_classes=10)).eval()
+again = add_se(torchvision.models.resnet18(num_classes=10)).eval()
 again.load_state_dict(torch.load(folder / "weights.pth"))
 print("state dict:", torch.equal(wanted, again(images)))
 

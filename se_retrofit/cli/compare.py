@@ -76,7 +76,7 @@ def compare_command(
     compile_: Compile = None,
     set_: Set = None,
 ) -> None:
-    """Does SE help? Fine-tune a network with and without it, by the same recipe, and compare them seed by seed.
+    """Does SE help? Fine-tune a network with and without SE, with the same recipe, and compare them seed by seed.
 
     Rerun the command to resume.
     """

@@ -38,11 +38,11 @@ Retrofit a timm or torchvision network, print what was inserted, and check on tw
 Examples:
 
 - `se-retrofit convert resnet50`
-- `se-retrofit convert timm/resnet50 --pretrained --output resnet50-se.safetensors`
+- `se-retrofit convert timm/resnet50 --pretrained --output resnet50-se/`
 - `se-retrofit convert torchvision/resnet18 --num-classes 10 --checkpoint mine.pth --output resnet18-se/`
 - `se-retrofit convert resnet50 --exclude 'layer4.*' --reduction 16`
 
-Exit codes: 0, the outputs are equal bit for bit; 1, they are not, or it can't be done; 2, wrong usage.
+Exit codes: 0, the outputs are equal bit for bit; 1, they are not, or something can't be done; 2, wrong usage.
 """
 
 

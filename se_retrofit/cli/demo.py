@@ -23,7 +23,7 @@ from .app import app, say
 from .demo_network import SmallResNet
 
 HELP = """
-Train a small network on real data, retrofit it, fine-tune it: the whole job in half a minute, on the CPU.
+Train a small network on real data, retrofit it and fine-tune it, in half a minute on the CPU.
 
 The data are the 1797 handwritten digits that scikit-learn ships; nothing is downloaded and nothing is written.
 
@@ -36,9 +36,7 @@ Examples:
 
 @app.command("demo", help=HELP)
 def demo(
-    seed: int = typer.Option(
-        0, min=0, help="Of the weights and of the order of the images; the same seed, the same run."
-    ),
+    seed: int = typer.Option(0, min=0, help="Random seed, of the weights and of the order of the images."),
     epochs: int = typer.Option(5, min=1, help="Epochs of the first training, and of the fine-tuning after it."),
     reduction: int = typer.Option(8, min=1, help="SE's reduction ratio."),
 ) -> None:

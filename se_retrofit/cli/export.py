@@ -16,12 +16,14 @@ from .options import Folder, InputSize, example_of
 @app.command("export")
 def export_command(
     folder: Folder,
-    format: Annotated[Literal["onnx", "pt2", "torchscript", "source"], typer.Option(help="of the file")],
-    output: Annotated[Path | None, typer.Option(help="the file; beside DIR and of its name by default")] = None,
+    format: Annotated[Literal["onnx", "pt2", "torchscript", "source"], typer.Option(help="format of the file")],
+    output: Annotated[Path | None, typer.Option(help="the file; by default beside DIR, with its name")] = None,
     input_size: InputSize = None,
-    native: Annotated[bool, typer.Option("--native", help="with plain-sigmoid gates, by exact powers of two")] = False,
+    native: Annotated[
+        bool, typer.Option("--native", help="convert the gates to the plain sigmoid first, which is exact")
+    ] = False,
 ) -> None:
-    """Export a saved network, and see that what was written computes the same.
+    """Export a saved network, and check that the exported file computes the same.
 
     The source is a Python file with the changed classes and SE in plain PyTorch, and the weights beside it.
     """

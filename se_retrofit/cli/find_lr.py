@@ -79,9 +79,9 @@ def find_lr_command(
     compile_: Compile = None,
     set_: Set = None,
 ) -> None:
-    """Find a learning rate for finetune: train for some steps at rates that rise from step to step.
+    """Find a learning rate for finetune by training for some steps with an increasing rate.
 
-    Network, SE and recipe are given as for finetune; nothing of the network is written.
+    Network, SE and recipe are given as for finetune; the network is not saved.
     """
     from ..finetune import find_lr
     from ..finetune.engine import processes

@@ -92,16 +92,16 @@ def finetune_command(
     precision: Precision = None,
     workers: Workers = None,
     seed: Seed = None,
-    patience: Annotated[int | None, typer.Option(help="stop after so many epochs without a better accuracy")] = None,
+    patience: Annotated[int | None, typer.Option(help="stop after this many epochs without a better accuracy")] = None,
     cpu: Cpu = None,
     compile_: Compile = None,
     set_: Set = None,
 ) -> None:
-    """Retrofit a network and fine-tune it. Give MODEL and --data, or --resume FOLDER alone. A network that convert, finetune or
-    fold wrote is trained as it is.
+    """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network that convert, finetune or
+    fold wrote is trained without a further retrofit.
 
-    Under torchrun or accelerate launch the same command runs on several GPUs or machines. The result, in OUTPUT/best,
-    is loaded by load_retrofitted.
+    Under torchrun or accelerate launch the same command runs on several GPUs or machines. Load the result, in
+    OUTPUT/best, with load_retrofitted.
     """
     from ..finetune import finetune
     from ..finetune.experiment import describe_run

@@ -21,18 +21,18 @@ def fold_command(
     data: Data,
     output: Annotated[Path | None, typer.Option(help="folder for the folded network; DIR-folded by default")] = None,
     tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
-    max_accuracy_loss: Annotated[float, typer.Option(help="by how much the accuracy may fall, from 0 to 1")] = 0.005,
+    max_accuracy_loss: Annotated[float, typer.Option(help="by how much the accuracy may drop, from 0 to 1")] = 0.005,
     sites: Annotated[list[str] | None, typer.Option(help="only these sites or blocks, such as 'layer4.*'")] = None,
-    batches: Annotated[int, typer.Option(help="batches of 32 validation images that are looked at")] = 8,
+    batches: Annotated[int, typer.Option(help="number of batches of 32 validation images")] = 8,
     image_size: ImageSize = None,
     data_root: Root = Path("data"),
     download: Download = False,
-    plot: Annotated[Path | None, typer.Option(help="write the picture: FILE.png, .svg or .pdf")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write the figure: FILE.png, .svg or .pdf")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON")] = None,
 ) -> None:
     """Fold SE whose gates hardly depend on the image into the weights around it, and save the result.
 
-    The validation images decide. The result is loaded by load_retrofitted, as any other.
+    Which sites are folded is decided on the validation images. Load the result with load_retrofitted.
     """
     from ..finetune import FinetuneConfig, load_data
     from ..finetune.data import stream

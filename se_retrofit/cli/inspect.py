@@ -73,7 +73,9 @@ Exit codes: 0, done; 1, it can't be done, or the condition of --fail-if holds; 2
 def inspect(
     context: typer.Context,
     model: ModelOrFolder,
-    block: Annotated[str | None, typer.Option(help="path of one block, for --graph, --diff and --draw")] = None,
+    block: Annotated[
+        str | None, typer.Option(help="path of one block, or of a module in it, for --graph, --diff and --draw")
+    ] = None,
     graph: Annotated[
         bool, typer.Option("--graph", help="print the tree of modules; with --block, that block's graph and code")
     ] = False,

@@ -29,8 +29,8 @@ Plain = Annotated[bool, typer.Option("--plain", help="without SE, for comparison
 NumClasses = Annotated[int | None, typer.Option(min=1, help="number of classes, if not the library's default")]
 InputSize = Annotated[str | None, typer.Option(help="one input, without the batch, such as 3x224x224")]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
-Root = Annotated[Path, typer.Option(help="where timm's data sets are kept")]
-Download = Annotated[bool, typer.Option("--download", help="fetch timm's data set where it is not there")]
+Root = Annotated[Path, typer.Option(help="where timm's datasets are stored")]
+Download = Annotated[bool, typer.Option("--download", help="download timm's dataset if it is missing")]
 
 # The retrofit: the arguments of add_se
 Reduction = Annotated[int, typer.Option(min=1, help="SE's reduction ratio")]
@@ -39,26 +39,28 @@ Placement = Annotated[
 ]
 Gate = Annotated[
     Literal["identity", "sigmoid", "static"],
-    typer.Option(help="identity keeps the function; sigmoid is the paper's; static has a factor for each channel"),
+    typer.Option(
+        help="identity keeps the function; sigmoid is the paper's; static is a learned factor for each channel"
+    ),
 ]
-Bias = Annotated[bool, typer.Option("--bias", help="give SE's two linear layers biases")]
-MinHidden = Annotated[int, typer.Option(min=1, help="the least width between SE's two layers")]
+Bias = Annotated[bool, typer.Option("--bias", help="use biases in SE's two linear layers")]
+MinHidden = Annotated[int, typer.Option(min=1, help="minimum width between SE's two layers")]
 Include = Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'; repeat it for more")]
 Exclude = Annotated[list[str] | None, typer.Option(help="not these blocks; repeat it for more")]
 SE_OPTIONS = ("reduction", "placement", "gate", "bias", "min_hidden", "include", "exclude")
 
 # The recipe: the fields of FinetuneConfig that are set most often
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="the recipe as YAML; options go before it")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="the recipe as YAML; options override it")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, any field; repeat it for more")
 ]
 Epochs = Annotated[int | None, typer.Option(help="passes over the data")]
-BatchSize = Annotated[int | None, typer.Option(help="images a step and process")]
+BatchSize = Annotated[int | None, typer.Option(help="images per step and process")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="peak learning rate")]
 Trainable = Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")]
 ImageSize = Annotated[int | None, typer.Option(help="height and width of the images, if not the network's own")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")]
-Workers = Annotated[int | None, typer.Option(help="processes that load data")]
+Workers = Annotated[int | None, typer.Option(help="data loading processes")]
 Seed = Annotated[int | None, typer.Option(help="random seed")]
 Cpu = Annotated[bool | None, typer.Option("--cpu", help="stay on the CPU")]
 Compile = Annotated[bool | None, typer.Option("--compile", help="train through torch.compile")]

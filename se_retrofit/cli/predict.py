@@ -17,9 +17,9 @@ from .options import Folder
 def predict_command(
     folder: Folder,
     images: Annotated[list[Path], typer.Argument(help="files, or folders of them")],
-    top: Annotated[int, typer.Option(min=1, help="classes of each image")] = 1,
+    top: Annotated[int, typer.Option(min=1, help="classes per image")] = 1,
     output: Annotated[Path | None, typer.Option(help="write the CSV into this file instead of printing it")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="images that run together")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="images per batch")] = 64,
     cpu: Annotated[bool, typer.Option("--cpu", help="stay on the CPU")] = False,
 ) -> None:
     """Classify images; prints CSV: file, class, probability.

@@ -15,11 +15,11 @@ from .options import Folder
 @app.command("push")
 def push_command(
     folder: Folder,
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="created where there is none")],
-    private: Annotated[bool | None, typer.Option(help="of a repository that is created")] = None,
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="created if it does not exist")],
+    private: Annotated[bool | None, typer.Option(help="whether a newly created repository is private")] = None,
     revision: Annotated[str | None, typer.Option(help="the branch to push to")] = None,
 ) -> None:
-    """Upload a saved network to the Hugging Face hub, with a model card that holds the plan's table.
+    """Upload a saved network to the Hugging Face hub, with a model card that contains the table of the plan.
 
     The account is that of `hf auth login`, or of the environment variable HF_TOKEN.
     """

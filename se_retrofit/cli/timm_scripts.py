@@ -31,7 +31,9 @@ OPEN = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_intersp
 @app.command("timm", help=HELP, context_settings=OPEN)
 def timm_command(
     context: typer.Context,
-    script: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="of a checkout of timm, or your own")],
+    script: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="a script of a timm checkout, or your own")
+    ],
 ) -> None:
     from ..models import register_timm
 

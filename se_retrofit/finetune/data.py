@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
-from .targets import class_numbers, image_weights, targets_together, weights_together
+from .targets import class_numbers, image_weights, is_weight, targets_together, weights_together
 from .workers import AfterOurs, begin_worker, told_plainly
 
 __all__ = ["Batch", "Stream", "stream"]
@@ -71,7 +71,7 @@ def stream(
 
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
     A DataLoader is taken as it is. With ``weighted`` the third entry of an item is its weight; otherwise what comes after
-    the second is passed over.
+    the second is passed over, unless it looks like a weight that training would forget.
 
     Raises:
         RetrofitError: there is no image in it, it doesn't know its length, or it is iterable and there are several
@@ -102,7 +102,7 @@ def stream(
             raise RetrofitError(
                 f"{name} is iterable, and several processes can't share it evenly; give a data set with indices"
             )
-        items = Transformed(data, transform, name=name, weighted=weighted)
+        items = Transformed(data, transform, name=name, train=train, weighted=weighted)
         workers = min(workers, 1)  # each of several would give all items, unless the data set divides them by itself
         loader: DataLoader[Any] = DataLoader(
             items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=begin_worker
@@ -168,9 +168,10 @@ class Items(Dataset[Item]):
     """The caller's data set, with its randomness seeded item by item, and unreadable images replaced and named."""
 
     def __init__(
-        self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str, weighted: bool = False
+        self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str, train: bool, weighted: bool
     ) -> None:
-        self.data, self.transform, self.seed, self.name, self.weighted = data, transform, seed, name, weighted
+        self.data, self.transform, self.seed = data, transform, seed
+        self.name, self.train, self.weighted = name, train, weighted
         if hasattr(data, "_max_retries"):
             data._max_retries = 1  # timm's ImageDataset would pass over unreadable images by itself
 
@@ -199,6 +200,8 @@ class Items(Dataset[Item]):
         tensors, indices = in_memory(self.data, [index for _, index, _ in keys])
         if len(tensors) < 2 + self.weighted or tensors[1].dim() not in (1, 2):
             return [self[key] for key in keys]
+        if self.train and not self.weighted and len(tensors) > 2 and is_weight(tensors[2], 1):
+            raise forgotten_weight(self.name)
         images, targets, *more = (tensor[indices] for tensor in tensors[: 2 + self.weighted])
         return Batch(
             images,
@@ -209,7 +212,8 @@ class Items(Dataset[Item]):
         )
 
     def read(self, index: int) -> tuple[Any, Any, Any]:
-        image, target, weight = entries(self.data[index], self.name, self.weighted)
+        item = self.data[index]
+        image, target, weight = entries(item, self.name, self.weighted, 0 if self.train else None)
         if self.transform is not None and isinstance(image, Image.Image):
             image = self.transform(image)
         return image, target, weight
@@ -225,27 +229,41 @@ def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[i
 class Transformed(IterableDataset[Any]):
     """An iterable data set whose PIL images go through the transform."""
 
-    def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, name: str, weighted: bool) -> None:
-        self.data, self.transform, self.name, self.weighted = data, transform, name, weighted
+    def __init__(
+        self, data: Any, transform: Callable[[Any], Any] | None, *, name: str, train: bool, weighted: bool
+    ) -> None:
+        self.data, self.transform, self.name, self.train, self.weighted = data, transform, name, train, weighted
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __iter__(self) -> Iterator[Any]:
         for item in self.data:
-            image, target, weight = entries(item, self.name, self.weighted)
+            image, target, weight = entries(item, self.name, self.weighted, 0 if self.train else None)
             image = self.transform(image) if self.transform and isinstance(image, Image.Image) else image
             yield (image, target, weight) if self.weighted else (image, target)
 
 
-def entries(item: Any, name: str, weighted: bool) -> tuple[Any, Any, Any]:
-    """Image, class and, where they are ``weighted``, weight of an item of a data set or a batch of a loader."""
+def entries(item: Any, name: str, weighted: bool, dims: int | None) -> tuple[Any, Any, Any]:
+    """Image, class and, where they are ``weighted``, weight of an item of a data set or a batch of a loader.
+
+    With ``dims`` (0 for an item, 1 for a batch) weights that would be forgotten are refused.
+    """
     if isinstance(item, (tuple, list)) and len(item) >= 2 + weighted:
+        if dims is not None and not weighted and len(item) > 2 and is_weight(item[2], dims):
+            raise forgotten_weight(name)
         return item[0], item[1], item[2] if weighted else None
     got = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
     if weighted:
         raise RetrofitError(f"sample_weights=True: {name} must give (image, class, weight), got {got}")
     raise RetrofitError(f"{name} must give (image, class) pairs, got {got}")
+
+
+def forgotten_weight(name: str) -> RetrofitError:
+    return RetrofitError(
+        f"{name} gives a fractional number after image and class: sample_weights=True takes it for the image's weight in the "
+        "loss; if it is something else, give pairs"
+    )
 
 
 def check_batch(images: Any, targets: Any, name: str) -> None:
@@ -310,7 +328,7 @@ class DatasetStream:
         self.named: set[str] = set()
         self.order = Order(length, batch_size, train=train, seed=seed, rank=rank, world=world, weights=weights)
         self.loader = DataLoader(
-            Items(data, transform, seed=seed, name=name, weighted=weighted),
+            Items(data, transform, seed=seed, name=name, train=train, weighted=weighted),
             batch_sampler=self.order,
             collate_fn=collate,
             num_workers=workers,
@@ -382,7 +400,7 @@ class LoaderStream:
                 # Where this process has no batch left it fills up with one that doesn't count.
                 mine = (item, True) if item is not None else (mine[0], False)
             if number % self.world == self.world - 1 and number // self.world >= start:
-                images, targets, weights = entries(mine[0], self.name, self.weighted)
+                images, targets, weights = entries(mine[0], self.name, self.weighted, 1 if self.train else None)
                 check_batch(images, targets, self.name)
                 together = weights_together(weights) if self.weighted else None
                 if together is not None and len(together) != len(targets):

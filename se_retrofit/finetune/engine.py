@@ -81,7 +81,7 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
     """An Accelerator for this run. Under ``torchrun`` and ``accelerate launch`` it joins the other processes.
 
     Raises:
-        RetrofitError: a tracker is not installed, or this precision is not to be had.
+        RetrofitError: a tracker is not installed, or this precision is not available.
     """
     # Without an accelerator Accelerate must be told that it is on the CPU, or it overlooks torchrun.
     cpu = config.cpu or not torch.accelerator.is_available()
@@ -101,7 +101,7 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
     try:
         missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
         if missing:
-            raise RetrofitError(f"trackers {', '.join(sorted(missing))} can't be had; are they installed?")
+            raise RetrofitError(f"trackers not available: {', '.join(sorted(missing))}; are they installed?")
         yield accelerator
     finally:
         accelerator.free_memory()

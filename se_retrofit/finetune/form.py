@@ -104,7 +104,7 @@ def _differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple
 
 
 def check_sync(model: nn.Module, config: FinetuneConfig, world: int, device: str) -> None:
-    """Raise where ``sync_batch_norm`` can't be had.
+    """Raise if ``sync_batch_norm`` is not available.
 
     Raises:
         RetrofitError: there is one process; the processes are on the CPU; the network has no batch norm; or it has one

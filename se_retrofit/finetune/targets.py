@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
@@ -52,6 +53,13 @@ def weights_together(weights: Any) -> Tensor:
     if len(bad):
         raise RetrofitError(f"the weight of an image must be a finite number, 0 or more, got {float(bad[0])}")
     return together
+
+
+def is_weight(value: Any, dims: int) -> bool:
+    """Whether a value looks like the weight of an image (``dims=0``) or those of a batch (``dims=1``): fractional numbers."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.dim() == dims
+    return dims == 0 and isinstance(value, (float, np.floating))
 
 
 def class_numbers(targets: Tensor) -> Tensor:

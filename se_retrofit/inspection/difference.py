@@ -29,7 +29,7 @@ def difference(model: nn.Module, block: str, *, example_inputs: Any = None) -> s
 
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
-        block: path of a block, such as ``"layer1.0"``, or of an SE module.
+        block: path of a block, such as ``"layer1.0"``, or of a module in it or around it alone, as in ``print_graph``.
         example_inputs: a tensor or a tuple of positional inputs; without it, as in ``add_se``.
 
     Raises:

@@ -42,7 +42,8 @@ def draw(model: nn.Module, path: str | Path, block: str | None = None, *, exampl
         model: a model that ``add_se`` has retrofitted; it is not touched.
         path: the file to write. Its suffix says what: ``.dot`` or ``.gv`` (Graphviz's text, needs nothing), ``.svg``,
             ``.png`` or ``.pdf`` (by Graphviz's program ``dot``).
-        block: path of the one block to draw; None for all that are distinct.
+        block: path of the one block to draw, or of a module in it or around it alone, as in ``print_graph``; None for all
+            that are distinct.
         example_inputs: a tensor or a tuple of positional inputs, for the shapes; without it, as in ``add_se``.
 
     Returns:

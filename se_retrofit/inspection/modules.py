@@ -26,7 +26,8 @@ class ModuleRow:
         path: of the module; "" for the network itself.
         words: its class (before the retrofit), and the sizes of a layer: ``Conv2d 64 -> 256, 1x1``.
         se: whether it is an SE module.
-        shapes: of what its first call returns, without the batch; () where it is not called on these inputs.
+        shapes: of what its first call returns, without the batch; () where it is not called on these inputs, or a part
+            of a module that counts as one operation (of SE, of torch.nn's).
         parameters: each counted once, however often it is used.
         multiply_adds: for one input, over all calls; None where the network can't be run to its end without data.
         milliseconds: for one input, over all calls in eval mode; None where it was not measured.

@@ -29,7 +29,8 @@ def print_graph(
 
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
-        block: path of a block, such as ``"layer1.0"``, or of an SE module; None for the tree.
+        block: path of a block, such as ``"layer1.0"``, of a module in it (its SE, say), or of one around it that holds no
+            other block; None for the tree.
         example_inputs: a tensor or a tuple of positional inputs, for the shapes; without it, as in ``add_se``.
         file: where to print to; standard output by default.
 

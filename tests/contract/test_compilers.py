@@ -10,6 +10,9 @@ import torch
 from citizens import X, every_time_and_in_sweeps, model_and_input, small
 from networks import gradients, run
 
+# in one process, as PyTorch's compilers and exporters take seconds to import
+pytestmark = pytest.mark.xdist_group("compilers")
+
 BOTH = ["torchvision/resnet18", "torchvision/squeezenet1_1"]  # a derived forward and a Sequential
 
 

@@ -17,6 +17,9 @@ from torch import nn
 from se_retrofit import RetrofitError, add_se, export, fold_se
 from se_retrofit.models import Base
 
+# in one process, as PyTorch's compilers and exporters take seconds to import
+pytestmark = pytest.mark.xdist_group("compilers")
+
 SMALL = NETWORKS["torchvision/resnet18"]
 X = SMALL.input()
 
@@ -36,7 +39,7 @@ def retrofitted(name: str = SMALL.name, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", ["timm/mobilenetv2_100", pytest.param("torchvision/squeezenet1_1", marks=pytest.mark.sweep)]
+    "name", ["torchvision/squeezenet1_1", pytest.param("timm/mobilenetv2_100", marks=pytest.mark.sweep)]
 )
 def test_the_source_runs_without_this_package_and_gives_equal_outputs(name: str, tmp_path: Path) -> None:
     model, x = retrofitted(name), NETWORKS[name].input()

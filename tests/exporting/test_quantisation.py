@@ -16,6 +16,9 @@ from se_retrofit.exporting.plain_form import PlainSE, use_plain_form
 
 onnx = pytest.importorskip("onnx")
 
+# in one process, as PyTorch's compilers and exporters take seconds to import
+pytestmark = pytest.mark.xdist_group("compilers")
+
 IMAGES = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 

@@ -204,6 +204,30 @@ def test_data_without_weights_or_with_too_many_is_refused() -> None:
         RECIPE.replace(mixup=0.2)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        TensorDataset(*points()), items(), Stream(items()), DataLoader(TensorDataset(*points()), 16),
+        [(x, int(y), w) for x, y, w in zip(*points(), strict=True)],
+    ],
+    ids=["tensors", "items", "iterable", "loader", "items of tensors"],
+)  # fmt: skip
+def test_weights_that_would_be_forgotten_are_refused(data: Any) -> None:
+    with pytest.raises(
+        RetrofitError, match=r"train_data gives a fractional number after image and class: sample_weights=True"
+    ):
+        finetune(classifier(), data, config=RECIPE.replace(sample_weights=False), quiet=True)
+
+
+def test_what_is_no_weight_is_passed_over() -> None:
+    inputs, targets, _ = points()
+    named = [(x, int(y), "name", 0.5) for x, y in zip(inputs, targets, strict=True)]
+    counted = TensorDataset(inputs, targets, torch.arange(64))
+    expected = trained(TensorDataset(inputs, targets), sample_weights=False)
+    for data in (named, counted):
+        assert torch.equal(trained(data, sample_weights=False), expected)
+
+
 @pytest.mark.sweep
 def test_two_processes_add_up_to_one_with_the_doubled_batch(tmp_path: Path) -> None:
     for number, (processes, batch_size) in enumerate(((1, 32), (2, 16))):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -197,9 +200,18 @@ def opened(text: str, folder: Path, width: int = 1400) -> dict[str, object]:
     file.write_text(text.replace("<head>", "<head>" + PROBE))
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     options += [f"--window-size={width},900", "--dump-dom"]
-    run = subprocess.run([CHROMIUM, *options, file.as_uri()], capture_output=True, text=True, timeout=120)
-    found = re.search(r'data-probe="([^"]*)"', run.stdout)
-    assert found is not None, run.stderr
+    dump, log = folder / "dump.html", folder / "log.txt"
+    command = [CHROMIUM, *options, file.as_uri()]
+    with dump.open("w") as out, log.open("w") as err:
+        run = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+        try:
+            run.wait(timeout=60)
+        finally:  # its processes hold on to what they were given
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    found = re.search(r'data-probe="([^"]*)"', dump.read_text())
+    assert found is not None, log.read_text()
     return json.loads(html.unescape(found[1]))
 
 
