@@ -72,7 +72,8 @@ PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
 def has_checkpoint(output: Path) -> bool:
     """Whether a run in this folder has something to go on from."""
     folder = settled(output / LAST)
-    return folder.is_dir() and any(folder.iterdir())  # of an incomplete one, reading it says what is missing
+    # Of an incomplete one, reading it says what is missing
+    return any((folder / name).is_file() for name in (WEIGHTS, RECIPE, TENSORS, STATE))
 
 
 def save_training(
