@@ -260,22 +260,7 @@ def compare(
         2
     """
     config = FinetuneConfig() if config is None else config
-    if isinstance(seeds, bool) or not isinstance(seeds, int):
-        raise TypeError(f"seeds must be a positive int, got {brief(seeds)}")
-    if seeds < 1:
-        raise RetrofitError(f"seeds must be at least 1, got {seeds}")
-    if config.trainable != "all":
-        raise RetrofitError(
-            f'a network without SE can\'t be trained with trainable="{config.trainable}"; compare with "all"'
-        )
-    unknown = [name for name in arms if name not in ARMS]
-    if unknown or "plain" not in arms or len(set(arms)) < max(2, len(arms)):
-        raise RetrofitError(
-            f"arms must be 'plain' and one or more of {', '.join(name for name in ARMS if name != 'plain')}, each "
-            f"once, got {list(arms)}"
-        )
-    if val_data is None:
-        raise RetrofitError("compare needs validation data")
+    _check_arguments(config, seeds, arms, val_data)
     numbers = list(range(config.seed, config.seed + seeds))
     output = None if output_dir is None else Path(output_dir)
     runs: dict[str, list[FinetuneResult]] = {name: [] for name in arms}
@@ -308,6 +293,26 @@ def compare(
         with replaced_file(output / "comparison.json") as fresh:
             fresh.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
     return comparison
+
+
+def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], val_data: Any) -> None:
+    """Raises where a comparison can't begin."""
+    if isinstance(seeds, bool) or not isinstance(seeds, int):
+        raise TypeError(f"seeds must be a positive int, got {brief(seeds)}")
+    if seeds < 1:
+        raise RetrofitError(f"seeds must be at least 1, got {seeds}")
+    if config.trainable != "all":
+        raise RetrofitError(
+            f'a network without SE can\'t be trained with trainable="{config.trainable}"; compare with "all"'
+        )
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown or "plain" not in arms or len(set(arms)) < max(2, len(arms)):
+        raise RetrofitError(
+            f"arms must be 'plain' and one or more of {', '.join(name for name in ARMS if name != 'plain')}, each "
+            f"once, got {list(arms)}"
+        )
+    if val_data is None:
+        raise RetrofitError("compare needs validation data")
 
 
 def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Module:
