@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from tools.zoo import Entry, Row, entries, read_rows, walk
@@ -18,7 +20,7 @@ from tools.zoo.tables import summary_line
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.sweep, pytest.mark.xdist_group("walk")]  # both tests look at one walk
+pytestmark = pytest.mark.sweep
 
 
 @dataclass
@@ -58,10 +60,19 @@ def check_and_trace(entry: Entry) -> Row:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    walked = list(walk(entries(), jobs=os.cpu_count() or 1, timeout=900, checker=check_and_trace))
-    print(summary_line(walked))
-    return walked
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Of one walk, though the two tests that look at it may run in two processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of this run, for all its processes
+    file = folder / "walk.pickle"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            walked = list(walk(entries(), jobs=os.cpu_count() or 1, timeout=900, checker=check_and_trace))
+            file.write_bytes(pickle.dumps(walked))
+    found: list[Row] = pickle.loads(file.read_bytes())
+    print(summary_line(found))
+    return found
 
 
 def test_every_name_is_converted_or_refused_for_a_reason(rows: list[Row]) -> None:
