@@ -128,7 +128,10 @@ def test_both_arms_start_from_the_same_weights_and_take_as_many_steps(
         json.loads((tmp_path / f"{arm}-3" / "metrics.jsonl").read_text().splitlines()[0])
         for arm in ("plain", "se", "static")
     ]
+    gates = [row.pop("gates", None) for row in first]
     assert first[0] == first[1] == first[2]  # the evaluation before any step
+    assert gates[0] is None
+    assert gates[1] == gates[2]  # all 1
     assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(found.to_dict()))
     alone = finetune(network(se=False), digits.train, digits.val, config=config(epochs=1, seed=4), quiet=True)
     assert alone.best_accuracy == found.arms["plain"].accuracies[1]
