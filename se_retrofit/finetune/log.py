@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,9 +16,7 @@ from ..errors import RetrofitError
 from ..saving.atomic import replaced_file
 from .data import Batch
 from .gates import draw_gates
-
-if TYPE_CHECKING:
-    from .result import FinetuneResult
+from .result import FinetuneResult
 
 __all__ = ["Log", "plot_curves"]
 
