@@ -14,11 +14,9 @@ if TYPE_CHECKING:
     from .exporting import export
     from .folding import fold_se, from_native, to_native
     from .fusion import Fusion, fuse_se, plan_fusion, unfuse_se
-    from .inspection.drawing import draw
     from .inspection.excitations import excitations
     from .inspection.gate_log import GateLogger
-    from .inspection.printing import print_graph
-    from .inspection.report import report
+    from .inspection.inspection import Inspection, draw, inspect, print_graph, report
     from .plan import Plan, Site, Skipped
     from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
     from .saving import from_pretrained, load_retrofitted, load_se, push_to_hub, save_retrofitted, save_se
@@ -32,7 +30,7 @@ _MODULES = {
     "exporting": ("export",),
     "folding": ("fold_se", "from_native", "to_native"),
     "fusion": ("Fusion", "fuse_se", "plan_fusion", "unfuse_se"),
-    "inspection": ("GateLogger", "draw", "excitations", "print_graph", "report"),
+    "inspection": ("GateLogger", "Inspection", "draw", "excitations", "inspect", "print_graph", "report"),
     "plan": ("Plan", "Site", "Skipped"),
     "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
     "saving": ("from_pretrained", "load_retrofitted", "load_se", "push_to_hub", "save_retrofitted", "save_se"),
@@ -43,6 +41,7 @@ __all__ = [
     "Fusion",
     "GateLogger",
     "InsertSE",
+    "Inspection",
     "Plan",
     "RetrofitError",
     "SEAttention",
@@ -57,6 +56,7 @@ __all__ = [
     "from_pretrained",
     "fuse_se",
     "has_se",
+    "inspect",
     "load_retrofitted",
     "load_se",
     "plan_fusion",

@@ -51,12 +51,21 @@ def test_the_surgery_saving_and_reports_as_text_need_no_extra(tmp_path: Path) ->
     assert "> SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=" in done.stdout
 
 
+NETWORK = """
+import torchvision
+from se_retrofit import add_se, inspect
+model = add_se(torchvision.models.resnet18())
+"""
+DRAW = NETWORK + "inspect(model).draw('a.dot')"
+WRITE_HTML = NETWORK + "inspect(model).write_html('a.html')"
+
+
 @pytest.mark.parametrize(
     ("package", "name", "code"),
     [
         pytest.param("accelerate", "finetune", "import se_retrofit.finetune", marks=pytest.mark.sweep),
-        pytest.param("graphviz", "inspect", "from se_retrofit import draw", marks=pytest.mark.sweep),
-        ("jinja2", "inspect", "from se_retrofit.inspection import write_page"),
+        pytest.param("graphviz", "inspect", DRAW, marks=pytest.mark.sweep),
+        ("jinja2", "inspect", WRITE_HTML),
     ],
 )
 def test_a_missing_package_is_an_error_that_names_the_extra(package: str, name: str, code: str, tmp_path: Path) -> None:

@@ -14,17 +14,12 @@ from rich.console import Console
 from torch import nn
 
 from ..errors import RetrofitError
-from ..inspection import drawing
-from ..inspection.blocks import BlockPair
+from ..inspection import Report
+from ..inspection import inspect as look_inside
 from ..inspection.conditions import Condition, WrongExpression
-from ..inspection.difference import difference_lines
-from ..inspection.graphs import find_block, inspect_model
-from ..inspection.lines import show
-from ..inspection.modules import module_lines
+from ..inspection.drawing import check_target as check_drawing
 from ..inspection.page import check_target as check_page
-from ..inspection.page import page
-from ..inspection.printing import block_lines, tree_lines
-from ..inspection.report import TOTALS, Report, report_of
+from ..inspection.report import TOTALS
 from ..models import Base
 from ..paths import writable
 from ..retrofit import add_se
@@ -109,31 +104,34 @@ def inspect(
         raise typer.BadParameter("is for --modules", param_hint="--depth")
     check_targets(draw, html, json_file)
     conditions = conditions_of(fail_if or [], measure)
-    inspection = inspect_model(network_of(context, model), None if input_size is None else example_of(input_size))
+    inspection = look_inside(network_of(context, model), None if input_size is None else example_of(input_size))
+    if block is not None:
+        inspection.block(block)
     to_stdout = str(json_file) == "-"
     console = Console(stderr=to_stdout)
-    groups = inspection.distinct() if block is None else [[find_block(inspection, block)]]
     in_words = not (graph or diff or block or modules)
     needed = in_words or modules or html is not None or json_file is not None or conditions
-    report = report_of(inspection, measure=measure) if needed else None
+    report = inspection.report(measure=measure) if needed else None
     if report is not None and in_words and not to_stdout:
         if console.is_terminal:
             console.print(report)
         else:
             say(console, report)
     if report is not None and modules:
-        show(module_lines(report.modules, depth), console=console)
+        report.module_table(depth).show(console=console)
     if graph or (block is not None and not diff):
-        show(tree_lines(inspection) if block is None else block_lines(groups[0][0]), console=console)
+        inspection.graph(block).show(console=console)
     if diff:
-        print_differences(console, groups, after_graph=graph)
+        if graph:
+            console.print()
+        inspection.diff(block).show(console=console)
     if draw is not None:
         with _writing(draw):
-            drawing.write(inspection, groups, draw)
+            inspection.draw(draw, block)
         say(console, f"drew {draw}")
-    if html is not None:
+    if html is not None and report is not None:
         with _writing(html):
-            html.write_text(page(inspection, report), encoding="utf-8")
+            inspection.write_html(html, report)
         say(console, f"wrote {html}")
     if json_file is not None and report is not None:
         write_json(console, {"network": model, **report.to_dict()}, json_file)
@@ -170,20 +168,11 @@ def check_conditions(conditions: list[Condition], report: Report) -> None:
 def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) -> None:
     """Find out before the work, not after it, that a result can't be written."""
     if draw is not None:
-        drawing.check_target(draw)
+        check_drawing(draw)
     if html is not None:
         check_page(html)
     if json_file is not None and str(json_file) != "-":
         writable(json_file)
-
-
-def print_differences(console: Console, groups: list[list[BlockPair]], *, after_graph: bool) -> None:
-    for number, (pair, *others) in enumerate(groups):
-        if number or after_graph:
-            console.print()
-        show(difference_lines(pair), console=console)
-        if others:
-            say(console, f"  like it: {', '.join(other.path for other in others)}")
 
 
 def write_json(console: Console, data: dict[str, Any], file: Path) -> None:

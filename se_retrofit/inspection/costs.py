@@ -23,7 +23,7 @@ from ..surgery.inputs import tensors_in
 from ..surgery.isolation import isolated
 from ..surgery.record import Record
 from ..surgery.undo import strip
-from .graphs import Inspection, batch_size
+from .graphs import Recorded, batch_size
 from .measuring import watched
 
 __all__ = ["Costs", "SiteCost", "costs"]
@@ -58,9 +58,9 @@ class Costs:
         return sum(site.squeeze_scale for site in self.sites.values())
 
 
-def costs(inspection: Inspection) -> Costs:
+def costs(found: Recorded) -> Costs:
     """Count the multiply-adds of an inspected model, for one input of the kind that it was inspected with."""
-    record = inspection.record
+    record = found.record
     batch = batch_size(record)
     sites: dict[str, SiteCost] = {}
     for op in record.ops:
@@ -73,8 +73,8 @@ def costs(inspection: Inspection) -> Costs:
                 known.squeeze_scale + values // batch,
                 known.shape,
             )
-    before = _count(inspection.model, record, strip)
-    after = _count(inspection.model, record, None)
+    before = _count(found.model, record, strip)
+    after = _count(found.model, record, None)
     return Costs(
         None if before is None else before[""] // batch,
         None if after is None else after[""] // batch,

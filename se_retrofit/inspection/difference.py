@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from torch import fx, nn
 
@@ -14,49 +14,11 @@ from ..surgery.derived import RetrofittedBlock
 from ..surgery.methods import unwrapped
 from ..surgery.undo import strip
 from .blocks import BlockPair, class_name
-from .graphs import find_block, inspect_model
-from .lines import Line, show
+from .lines import Line
 
-__all__ = ["ChangedSource", "difference", "difference_lines", "print_difference", "sources"]
+__all__ = ["ChangedSource", "difference_lines", "difference_of", "sources"]
 
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
-
-
-def difference(model: nn.Module, block: str, *, example_inputs: Any = None) -> str:
-    """A unified diff of a block's source, from its author's to what it is now.
-
-    Where SE stands in an ``nn.Sequential``, the diff is of its elements; in a GraphModule, of its generated code.
-
-    Args:
-        model: a model that ``add_se`` has retrofitted; it is not touched.
-        block: path of a block, such as ``"layer1.0"``, or of a module in it or around it alone, as in ``print_graph``.
-        example_inputs: a tensor or a tuple of positional inputs; without it, as in ``add_se``.
-
-    Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in or no such block, or it can't be run on the inputs.
-        TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
-
-    Example:
-        >>> import timm
-        >>> from se_retrofit import add_se
-        >>> from se_retrofit.inspection import difference
-        >>> print(difference(add_se(timm.create_model("resnet18")), "layer1.0"))  # doctest: +ELLIPSIS
-        --- layer1.0, BasicBlock.forward
-        +++ layer1.0, BasicBlock.forward with SE
-        ...
-        -        x = self.bn2(x)
-        +        x = self.se_attention(self.bn2(x))
-        ...
-    """
-    return "\n".join(difference_of(find_block(inspect_model(model, example_inputs), block)))
-
-
-def print_difference(model: nn.Module, block: str, *, example_inputs: Any = None, file: IO[str] | None = None) -> None:
-    """Print ``difference``, in a terminal in colour.
-
-    Args, raises: as ``difference``; ``file`` is where to print to, standard output by default.
-    """
-    show(difference_lines(find_block(inspect_model(model, example_inputs), block)), file)
 
 
 def difference_of(pair: BlockPair) -> list[str]:

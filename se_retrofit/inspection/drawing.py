@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import fx, nn
 
@@ -15,12 +14,12 @@ from ..attention import SEAttention
 from ..errors import RetrofitError, extra
 from ..paths import writable
 from .blocks import BlockGraph, BlockPair, class_name, describe
-from .graphs import Inspection, find_block, inspect_model
+from .graphs import Recorded
 
 with extra("inspect"):
     import graphviz
 
-__all__ = ["draw", "drawing_of", "has_graphviz", "sides_of"]
+__all__ = ["check_target", "drawing_of", "has_graphviz", "sides_of", "write"]
 
 FORMATS = ("svg", "png", "pdf")
 TEXT_SUFFIXES = (".dot", ".gv")
@@ -33,44 +32,9 @@ _SE_FILL, _SE_LINE = "#ff9f43", "#c2410c"
 _JOINS = ("+", "+=", "*", "*=", "-", "cat", "concat")
 
 
-def draw(model: nn.Module, path: str | Path, block: str | None = None, *, example_inputs: Any = None) -> Path:
-    """Draw each distinct block of a retrofitted model before and after, with the shapes on the edges and SE in orange.
-
-    Blocks that differ in nothing but names and numbers of channels are drawn once; the first one's shapes are shown.
-
-    Args:
-        model: a model that ``add_se`` has retrofitted; it is not touched.
-        path: the file to write. Its suffix says what: ``.dot`` or ``.gv`` (Graphviz's text, needs nothing), ``.svg``,
-            ``.png`` or ``.pdf`` (by Graphviz's program ``dot``).
-        block: path of the one block to draw, or of a module in it or around it alone, as in ``print_graph``; None for all
-            that are distinct.
-        example_inputs: a tensor or a tuple of positional inputs, for the shapes; without it, as in ``add_se``.
-
-    Returns:
-        The path that was written.
-
-    Raises:
-        RetrofitError: the suffix is none of these, the folder does not exist, Graphviz is not installed and the suffix
-            asks for it, the model has no SE that ``add_se`` put in or no such block, or it can't be run on the inputs.
-            Nothing is written then.
-        TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
-
-    Example:
-        >>> import tempfile, timm
-        >>> from se_retrofit import add_se, draw
-        >>> path = draw(add_se(timm.create_model("resnet18")), f"{tempfile.mkdtemp()}/resnet18.dot")
-        >>> path.read_text().startswith("digraph")
-        True
-    """
-    path = check_target(path)
-    inspection = inspect_model(model, example_inputs)
-    groups = inspection.distinct() if block is None else [[find_block(inspection, block)]]
-    return write(inspection, groups, path)
-
-
-def write(inspection: Inspection, groups: Iterable[list[BlockPair]], path: Path) -> Path:
+def write(found: Recorded, groups: Iterable[list[BlockPair]], path: Path) -> Path:
     """Write the drawing of some groups of blocks, in the format that the suffix says."""
-    drawing = drawing_of(inspection, groups)
+    drawing = drawing_of(found, groups)
     if path.suffix in TEXT_SUFFIXES:
         path.write_text(drawing.source, encoding="utf-8")
     else:
@@ -118,10 +82,10 @@ def _canvas() -> graphviz.Digraph:
     return drawing
 
 
-def drawing_of(inspection: Inspection, groups: Iterable[list[BlockPair]]) -> graphviz.Digraph:
+def drawing_of(found: Recorded, groups: Iterable[list[BlockPair]]) -> graphviz.Digraph:
     """The first block of each group, before and after."""
-    drawing, plan = _canvas(), inspection.plan
-    title = f"{class_name(inspection.model)}: {len(plan.sites)} SE modules, {plan.parameters:,} parameters more\\n "
+    drawing, plan = _canvas(), found.plan
+    title = f"{class_name(found.model)}: {len(plan.sites)} SE modules, {plan.parameters:,} parameters more\\n "
     drawing.attr(label=title, fontsize="18")
     for number, group in enumerate(groups):
         pair = group[0]

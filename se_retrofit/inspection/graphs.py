@@ -25,11 +25,11 @@ from ..surgery.record import Call, Op, Record
 from ..surgery.roles import is_sequential
 from .blocks import BlockGraph, BlockPair, class_name, join
 
-__all__ = ["Inspection", "block_graphs", "find_block", "graph_of", "inspect_model"]
+__all__ = ["Recorded", "find_block", "graph_of", "recorded"]
 
 
 @dataclass(eq=False)
-class Inspection:
+class Recorded:
     """A retrofitted model, its plan, its record and that of a copy without SE, and its blocks in the order of the plan."""
 
     model: nn.Module
@@ -61,16 +61,10 @@ def inputs_of(plan: Plan, example_inputs: Any = None) -> Inputs | None:
         raise RetrofitError(f"{error}; or give example_inputs") from None
 
 
-def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
+def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
     """Record a retrofitted model and a copy of it without SE, and find the graph of each of its blocks in both.
 
-    Args:
-        model: a model that ``add_se`` has retrofitted; it is not touched.
-        example_inputs: as in ``add_se``; without it, inputs of the shapes that the model was retrofitted with.
-
-    Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs.
-        TypeError: it is no model, or the inputs are of no form that ``add_se`` takes.
+    Args, raises: as ``inspect``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -93,46 +87,28 @@ def inspect_model(model: nn.Module, example_inputs: Any = None) -> Inspection:
     graphs = _Graphs(original, record)
     for pair in blocks.values():
         graphs.fill(pair)
-    return Inspection(model, plan, record, original, list(blocks.values()))
+    return Recorded(model, plan, record, original, list(blocks.values()))
 
 
-def block_graphs(model: nn.Module, example_inputs: Any = None) -> dict[str, BlockPair]:
-    """The graphs of each retrofitted block, before and after, by the block's path.
-
-    Args, raises: as ``inspect_model``.
-
-    Example:
-        >>> import timm
-        >>> from se_retrofit import add_se
-        >>> from se_retrofit.inspection import block_graphs
-        >>> pair = block_graphs(add_se(timm.create_model("resnet18")))["layer1.0"]
-        >>> type(pair.after.graph)
-        <class 'torch.fx.graph.Graph'>
-        >>> len(pair.after.graph.nodes) - len(pair.before.graph.nodes)
-        1
-    """
-    return {pair.path: pair for pair in inspect_model(model, example_inputs).blocks}
-
-
-def find_block(inspection: Inspection, path: str) -> BlockPair:
+def find_block(found: Recorded, path: str) -> BlockPair:
     """The block of this path, the one that an SE module or another module of this path is in, or the only one in it.
 
     Raises:
         RetrofitError: there is none; the message lists some that there are.
     """
     for names in (_own_names, _inner_names):
-        for pair in inspection.blocks:
+        for pair in found.blocks:
             if path in names(pair):
                 return pair
-    blocks = [pair for pair in inspection.blocks if pair.path]
+    blocks = [pair for pair in found.blocks if pair.path]
     around = [pair for pair in blocks if path and pair.path.startswith(f"{path}.")]
-    if path in dict(inspection.model.named_modules()):
+    if path in dict(found.model.named_modules()):
         within = [pair for pair in blocks if path.startswith(f"{pair.path}.")]
         if within:
             return max(within, key=lambda pair: len(pair.path))
         if len(around) == 1:
             return around[0]
-    paths = [pair.path for pair in around or inspection.blocks]
+    paths = [pair.path for pair in around or found.blocks]
     few = ", ".join(paths[:6]) + (f", ... ({len(paths)} in all)" if len(paths) > 6 else "")
     if around:
         raise RetrofitError(f"{len(around)} blocks with SE are in {path!r}, name one: {few}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Line", "show"]
+__all__ = ["Line", "Lines"]
 
 SE_STYLE = "bold dark_orange"
 
@@ -26,16 +25,24 @@ class Line:
         return (("> " if self.se else "  ") + self.text).rstrip()
 
 
-def show(lines: Iterable[Line], file: IO[str] | None = None, console: Console | None = None) -> None:
-    """Print lines to a file (default: standard output), in colour where rich is installed and the file is a terminal."""
-    try:
-        from rich.console import Console
-        from rich.text import Text
-    except ModuleNotFoundError:
-        for line in lines:
-            print(line, file=file)
-        return
-    console = console or Console(file=file)
-    for line in lines:
-        style = line.style or (SE_STYLE if line.se else "")
-        console.print(Text(str(line), style=style), soft_wrap=True)
+class Lines(tuple[Line, ...]):
+    """Lines as one text: ``str`` gives it plain, ``show`` prints it."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def show(self, file: IO[str] | None = None, console: Console | None = None) -> None:
+        """Print to a file (default: standard output), in colour where rich is installed and the file is a terminal."""
+        try:
+            from rich.console import Console
+            from rich.text import Text
+        except ModuleNotFoundError:
+            print(self, file=file)
+            return
+        console = console or Console(file=file)
+        for line in self:
+            style = line.style or (SE_STYLE if line.se else "")
+            console.print(Text(str(line), style=style), soft_wrap=True)

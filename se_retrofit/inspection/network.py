@@ -10,7 +10,7 @@ from torch import fx
 from ..attention import SEAttention
 from ..surgery.record import Op
 from .blocks import BlockGraph, BlockPair, class_name, describe, join
-from .graphs import Inspection, graph_of
+from .graphs import Recorded, graph_of
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
 
@@ -61,21 +61,21 @@ class Network:
     edges: list[Edge]
 
 
-def network_of(inspection: Inspection) -> Network:
+def network_of(found: Recorded) -> Network:
     """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
-    paths = [path for pair in inspection.blocks for path in (pair.path, *(site.path for site in pair.sites))]
-    called = {pair.path for pair in inspection.blocks if pair.whole is None and pair.failure is None}
+    paths = [path for pair in found.blocks for path in (pair.path, *(site.path for site in pair.sites))]
+    called = {pair.path for pair in found.blocks if pair.whole is None and pair.failure is None}
     opened = {path.rpartition(".")[0] for path in paths if path} | {""}
     for path in list(opened):
         while path:
             path = path.rpartition(".")[0]
             opened.add(path)
     opened = {path for path in opened if not any(path == c or path.startswith(f"{c}.") for c in called if c)}
-    root = next(call for call in inspection.record.calls if not call.path)
+    root = next(call for call in found.record.calls if not call.path)
     whole = graph_of(root, opened)
-    by_op = {op: pair for pair in inspection.blocks for op in _own_ops(pair)}
-    by_path = {pair.path: pair for pair in inspection.blocks if pair.path in called and pair.path}
-    return _connected(_Nodes(whole, by_path, by_op, inspection.blocks).made())
+    by_op = {op: pair for pair in found.blocks for op in _own_ops(pair)}
+    by_path = {pair.path: pair for pair in found.blocks if pair.path in called and pair.path}
+    return _connected(_Nodes(whole, by_path, by_op, found.blocks).made())
 
 
 def _own_ops(pair: BlockPair) -> list[Op]:

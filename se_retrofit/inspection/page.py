@@ -7,59 +7,27 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..errors import RetrofitError, extra
 from ..paths import writable
 from .blocks import BlockPair
 from .costs import human
 from .difference import difference_of
 from .drawing import INSTALL, has_graphviz, sides_of
-from .graphs import Inspection, inspect_model
+from .graphs import Recorded
 from .lines import Line
 from .modules import FIRST_NUMBER as FIRST_MODULE_NUMBER
 from .modules import HEADER, ModuleRow, cells_of
 from .network import network_of
 from .picture import picture
 from .printing import headline, source_lines, tree_lines
-from .report import FIRST_NUMBER, Report, percent, report_of
+from .report import FIRST_NUMBER, Report, percent
 
 with extra("inspect"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-__all__ = ["page", "write_page"]
+__all__ = ["check_target", "page"]
 
 _FEW = 6  # so few sites need no folding
-
-
-def write_page(model: nn.Module, path: str | Path, *, example_inputs: Any = None) -> Path:
-    """Write one HTML file about a retrofitted model: summary, table, drawings, differences, modules.
-
-    The drawings are in it where Graphviz's program ``dot`` is installed. Nothing in it is fetched from anywhere.
-
-    Args:
-        model: a model that ``add_se`` has retrofitted; it is not touched.
-        path: the file to write, which ends in ``.html`` or ``.htm``.
-        example_inputs: a tensor or a tuple of positional inputs, for shapes and costs; without it, as in ``add_se``.
-
-    Returns:
-        The path that was written.
-
-    Raises:
-        RetrofitError: the path ends otherwise, its folder does not exist, the model has no SE that ``add_se`` put in,
-            or it can't be run on the inputs. Nothing is written then.
-        TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
-
-    Example:
-        >>> import tempfile, timm
-        >>> from se_retrofit import add_se
-        >>> from se_retrofit.inspection import write_page
-        >>> write_page(add_se(timm.create_model("resnet18")), f"{tempfile.mkdtemp()}/resnet18.html").name
-        'resnet18.html'
-    """
-    path = check_target(path)
-    path.write_text(page(inspect_model(model, example_inputs)), encoding="utf-8")
-    return path
 
 
 def check_target(path: str | Path) -> Path:
@@ -70,14 +38,13 @@ def check_target(path: str | Path) -> Path:
     return writable(path)
 
 
-def page(inspection: Inspection, report: Report | None = None) -> str:
+def page(found: Recorded, report: Report) -> str:
     """The page about an inspected model."""
     from .. import __version__
 
-    report = report or report_of(inspection)
-    groups = inspection.distinct()
+    groups = found.distinct()
     links = {pair.path: f"#block-{i}" for i, group in enumerate(groups, 1) for pair in group}
-    network = network_of(inspection)
+    network = network_of(found)
     environment = Environment(
         loader=PackageLoader("se_retrofit.inspection", "."),
         autoescape=select_autoescape(),
@@ -93,7 +60,7 @@ def page(inspection: Inspection, report: Report | None = None) -> str:
         install=INSTALL,
         version=__version__,
         blocks=[_block(group) for group in groups],
-        tree=_lines(tree_lines(inspection)),
+        tree=_lines(tree_lines(found)),
         **_stages(report, links),
         **_modules(report.modules),
     )

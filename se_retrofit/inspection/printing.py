@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from torch import nn
 from torch.fx.node import map_arg
@@ -14,49 +14,19 @@ from ..attention import SEAttention
 from ..tables import aligned
 from .blocks import BlockPair, class_name, describe, join
 from .difference import sources
-from .graphs import Inspection, find_block, inspect_model
-from .lines import Line, show
+from .graphs import Recorded
+from .lines import Line
 
-__all__ = ["block_lines", "print_graph", "tree_lines"]
-
-
-def print_graph(
-    model: nn.Module, block: str | None = None, *, example_inputs: Any = None, file: IO[str] | None = None
-) -> None:
-    """Print a retrofitted model: the tree of its modules, or the torch.fx graph and the code of one block.
-
-    Lines about SE have a ``>`` in the margin and, in a terminal, a colour. In the tree, what repeats is folded.
-
-    Args:
-        model: a model that ``add_se`` has retrofitted; it is not touched.
-        block: path of a block, such as ``"layer1.0"``, of a module in it (its SE, say), or of one around it that holds no
-            other block; None for the tree.
-        example_inputs: a tensor or a tuple of positional inputs, for the shapes; without it, as in ``add_se``.
-        file: where to print to; standard output by default.
-
-    Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in or no such block, or can't be run on the inputs.
-        TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
-
-    Example:
-        >>> import timm
-        >>> from se_retrofit import add_se, print_graph
-        >>> print_graph(add_se(timm.create_model("resnet18")), "layer1.0")  # doctest: +ELLIPSIS
-          layer1.0: BasicBlock, residual
-        > SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=
-        ...
-    """
-    inspection = inspect_model(model, example_inputs)
-    show(tree_lines(inspection) if block is None else block_lines(find_block(inspection, block)), file)
+__all__ = ["block_lines", "headline", "source_lines", "tree_lines"]
 
 
 # The tree -------------------------------------------------------------------------------------------------------------
 
 
 class _Tree:
-    def __init__(self, inspection: Inspection) -> None:
-        self.after = {site.path: pair.se_after(site) for pair in inspection.blocks for site in pair.sites}
-        self.blocks = [pair.path for pair in inspection.blocks]
+    def __init__(self, found: Recorded) -> None:
+        self.after = {site.path: pair.se_after(site) for pair in found.blocks for site in pair.sites}
+        self.blocks = [pair.path for pair in found.blocks]
         self.printed: dict[Any, str] = {}
         self.keys: dict[tuple[int, bool], Any] = {}
 
@@ -127,13 +97,13 @@ class _Tree:
         return [f"with {number} x {words}" if number > 1 else f"with {words}" for words, number in counts.items()]
 
 
-def tree_lines(inspection: Inspection) -> list[Line]:
+def tree_lines(found: Recorded) -> list[Line]:
     """The tree of an inspected model's modules."""
-    tree = _Tree(inspection)
-    rows = list(tree.lines(inspection.model, "", 1))
+    tree = _Tree(found)
+    rows = list(tree.lines(found.model, "", 1))
     texts = aligned([[name, words] for name, words, _ in rows])
     return [
-        Line(class_name(inspection.model), style="bold"),
+        Line(class_name(found.model), style="bold"),
         *(Line(t, se) for t, (_, _, se) in zip(texts, rows, strict=True)),
     ]
 

@@ -6,22 +6,20 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from ..attention import SEAttention
 from ..plan import Skipped
-from ..retrofit import warn_of_lost_sites
 from ..tables import aligned
 from .blocks import class_name
 from .costs import costs, human
-from .graphs import Inspection, inspect_model
+from .graphs import Recorded
+from .lines import Lines
 from .measuring import measured
 from .modules import ModuleRow, module_lines, module_rows, size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["Report", "Row", "report"]
+__all__ = ["Report", "Row", "report_of"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``report`` found. ``str(report)`` is plain text, ``rich.print(report)`` a table in colour.
+    """What a retrofit put where, and what it costs. ``str(report)`` is plain text, ``rich.print(report)`` a table in colour.
 
     Attributes:
         model: name of the model's class, before the retrofit.
@@ -105,9 +103,9 @@ class Report:
             **{name: getattr(self, name) for name in TOTALS[2:]},
         }
 
-    def module_table(self, depth: int | None = None) -> str:
+    def module_table(self, depth: int | None = None) -> Lines:
         """The modules as a table of text; with ``depth``, only those that are in at most so many others."""
-        return "\n".join(str(line) for line in module_lines(self.modules, depth))
+        return Lines(module_lines(self.modules, depth))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
@@ -257,50 +255,12 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})"
 
 
-def report(model: nn.Module, example_inputs: Any = None, *, measure: bool = False) -> Report:
-    """What a retrofit put where in a model, and what it costs.
-
-    Args:
-        model: a model that ``add_se`` has retrofitted; it is not touched.
-        example_inputs: a tensor or a tuple of positional inputs, of which only shapes and dtypes are read: the
-            multiply-adds are for these. Without it: the model's own config, then usual sizes, as in ``add_se``.
-        measure: measure milliseconds, on the device on which the model is, and what autograd saves for the backward pass,
-            too. Copies of the model are run for this.
-
-    Returns:
-        The report: a row for each site and for each module, and totals.
-
-    Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs, or it is to be measured
-            and has no values to compute with.
-        TypeError: it is no model, or the inputs are neither a tensor nor a tuple.
-
-    Warns:
-        UserWarning: modules with SE in them were replaced after the retrofit, and their SE is gone.
-
-    Example:
-        >>> import timm
-        >>> from se_retrofit import add_se, report
-        >>> model = add_se(timm.create_model("resnet18"), reduction=16)
-        >>> for heading, text in report(model).summary():
-        ...     print(heading.strip() + ":", text)
-        SE modules: 8, reduction 16, gate identity
-        parameters: 11,689,512 -> 11,776,552 (+87,040, +0.74%)
-        trainable: 11,689,512 -> 11,776,552 (100.00% of all)
-        multiply-adds: 1.814 G -> 1.815 G (+0.05%) for one 3x224x224 input
-        of layers alone: 1.814 G -> 1.814 G (+0.00%)
-    """
-    inspection = inspect_model(model, example_inputs)
-    warn_of_lost_sites(model)
-    return report_of(inspection, measure=measure)
-
-
-def report_of(inspection: Inspection, *, measure: bool = False) -> Report:
-    """The report on a model that has been inspected already."""
-    model, plan, cost = inspection.model, inspection.plan, costs(inspection)
-    found = measured(model, inspection.record) if measure else None
-    milliseconds, saved = (None, None) if found is None else (found.milliseconds, found.saved_bytes)
-    by_path = {site.path: pair for pair in inspection.blocks for site in pair.sites}
+def report_of(found: Recorded, *, measure: bool = False) -> Report:
+    """The report on an inspected model."""
+    model, plan, cost = found.model, found.plan, costs(found)
+    taken = measured(model, found.record) if measure else None
+    milliseconds, saved = (None, None) if taken is None else (taken.milliseconds, taken.saved_bytes)
+    by_path = {site.path: pair for pair in found.blocks for site in pair.sites}
     rows = []
     for site in plan.sites:
         pair, price = by_path[site.path], cost.sites.get(site.path)
@@ -343,8 +303,8 @@ def report_of(inspection: Inspection, *, measure: bool = False) -> Report:
         multiply_adds_before=cost.before,
         multiply_adds_after=cost.after,
         squeeze_scale=cost.squeeze_scale,
-        modules=module_rows(model, inspection.record, cost.modules, milliseconds, saved),
+        modules=module_rows(model, found.record, cost.modules, milliseconds, saved),
         milliseconds=None if milliseconds is None else milliseconds[""],
         saved_bytes=None if saved is None else saved[""],
-        measured=None if found is None else found.where,
+        measured=None if taken is None else taken.where,
     )

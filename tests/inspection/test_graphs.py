@@ -9,9 +9,7 @@ from inspected import PlainNet, Twice, UNet, network, retrofitted, small_resnet
 from torch import fx, nn
 from torchvision.models.googlenet import Inception
 
-from se_retrofit import RetrofitError, add_se, report
-from se_retrofit.inspection import block_graphs
-from se_retrofit.inspection.graphs import find_block, inspect_model
+from se_retrofit import RetrofitError, add_se, inspect, report
 
 _LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
 
@@ -35,7 +33,7 @@ _LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
     ],
 )
 def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, before: str) -> None:
-    pair = block_graphs(retrofitted(name))[block]
+    pair = inspect(retrofitted(name)).block(block)
     (site,) = pair.sites
     assert (pair.se_after(site), pair.se_before(site)) == (after, before)
     node = pair.se_node(site)
@@ -60,7 +58,7 @@ def test_what_takes_a_blocks_value_is_named_across_its_borders() -> None:
 
 
 def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
-    after = block_graphs(retrofitted("tv/convnext_tiny"))["features.1.0"].after
+    after = inspect(retrofitted("tv/convnext_tiny")).block("features.1.0").after
     assert after is not None
     nodes = {node.name: node for node in after.graph.nodes}
     assert [str(n) for n in nodes["stochastic_depth"].all_input_nodes] == ["mul"]
@@ -80,7 +78,7 @@ def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
     ],
 )
 def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
-    for pair in block_graphs(retrofitted(name)).values():
+    for pair in inspect(retrofitted(name)).blocks:
         assert pair.failure is None
         assert pair.before is not None
         assert pair.after is not None
@@ -109,7 +107,7 @@ def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size
     for module in model.modules():
         if type(module).__name__ == "SEAttention":
             nn.init.normal_(module.fc[2].weight)  # gates of 1 would hide a graph without SE
-    after = block_graphs(model, inputs)[block].after
+    after = inspect(model, inputs).block(block).after
     assert after is not None
     module, x = model.get_submodule(block), torch.randn(2, *size)
     given = [x] if block.startswith("denselayer") else x
@@ -117,7 +115,7 @@ def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size
 
 
 def test_graph_before_is_traced_from_the_original_class() -> None:
-    pair = block_graphs(add_se(small_resnet()))["layer1.0"]
+    pair = inspect(add_se(small_resnet())).block("layer1.0")
     assert pair.before is not None
     bare = small_resnet().eval().layer1[0]
     x = torch.randn(2, 64, 8, 8)
@@ -128,19 +126,19 @@ def test_graph_before_is_traced_from_the_original_class() -> None:
     ("name", "number"), [("tv/resnet50", 2), ("tv/densenet121", 1), ("tv/mobilenet_v2", 3), ("tv/vgg16_bn", 1)]
 )
 def test_blocks_of_one_structure_are_one_group(name: str, number: int) -> None:
-    groups = inspect_model(retrofitted(name)).distinct()
+    groups = inspect(retrofitted(name)).distinct()
     assert len(groups) == number
-    assert sum(map(len, groups)) == len(inspect_model(retrofitted(name)).blocks)
+    assert sum(map(len, groups)) == len(inspect(retrofitted(name)).blocks)
 
 
 def test_a_dense_layer_that_is_given_several_maps_stands_for_the_others() -> None:
-    (group,) = inspect_model(retrofitted("tv/densenet121")).distinct()
+    (group,) = inspect(retrofitted("tv/densenet121")).distinct()
     assert group[0].path == "features.denseblock1.denselayer2"
 
 
 def test_blocks_of_a_traced_network_are_parts_of_its_graph() -> None:
     traced = fx.symbolic_trace(small_resnet())
-    pairs = block_graphs(add_se(traced))
+    pairs = {pair.path: pair for pair in inspect(add_se(traced)).blocks}
     pair = pairs["layer2.0"]
     assert list(pairs) == ["layer1.0", "layer2.0", "layer2.1", "layer3.0", "layer4.0"]
     assert pair.after is not None
@@ -151,7 +149,7 @@ def test_blocks_of_a_traced_network_are_parts_of_its_graph() -> None:
 
 
 def test_a_chain_of_functions_is_cut_into_its_units() -> None:
-    pairs = block_graphs(add_se(PlainNet()))
+    pairs = {pair.path: pair for pair in inspect(add_se(PlainNet())).blocks}
     assert list(pairs) == ["conv1", "conv2"]
     for path, pair in pairs.items():
         assert pair.after is not None
@@ -167,25 +165,25 @@ def test_a_chain_of_functions_is_cut_into_its_units() -> None:
 
 
 def test_a_block_is_found_by_its_path_or_its_ses() -> None:
-    inspection = inspect_model(add_se(small_resnet()))
-    assert find_block(inspection, "layer2.1") is find_block(inspection, "layer2.1.se_attention")
+    inspection = inspect(add_se(small_resnet()))
+    assert inspection.block("layer2.1") is inspection.block("layer2.1.se_attention")
     # or by a module in it, or one around it alone
-    assert find_block(inspection, "layer2.1.conv1").path == find_block(inspection, "layer2.1.relu").path == "layer2.1"
-    assert find_block(inspection, "layer3").path == "layer3.0"
+    assert inspection.block("layer2.1.conv1").path == inspection.block("layer2.1.relu").path == "layer2.1"
+    assert inspection.block("layer3").path == "layer3.0"
     with pytest.raises(RetrofitError, match=r"2 blocks with SE are in 'layer2', name one: layer2\.0, layer2\.1"):
-        find_block(inspection, "layer2")
+        inspection.block("layer2")
     with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer3\.0\.conv9'"):
-        find_block(inspection, "layer3.0.conv9")
+        inspection.block("layer3.0.conv9")
     with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer9'; the blocks with SE are layer1\.0"):
-        find_block(inspection, "layer9")
+        inspection.block("layer9")
 
 
 def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> None:
     example = torch.empty(1, 3, 32, 32)
-    inspection = inspect_model(add_se(UNet(), example_inputs=example), example)
-    pair = find_block(inspection, "d1.net")
+    inspection = inspect(add_se(UNet(), example_inputs=example), example)
+    pair = inspection.block("d1.net")
     for name in ("d1", "d1.net.4", "d1.net.2.se_attention", "d1.net.se_attention"):
-        assert find_block(inspection, name) is pair
+        assert inspection.block(name) is pair
     assert (pair.cls, [pair.se_after(site) for site in pair.sites]) == ("DoubleConv", ["net.2 (ReLU)", "net.5 (ReLU)"])
     assert pair.after is not None
     assert [n.name for n in pair.after.graph.nodes][1:4] == ["net_0", "net_1", "net_2"]
@@ -194,5 +192,5 @@ def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> Non
 
 def test_a_block_called_twice_says_so() -> None:
     example = torch.empty(1, 3, 8, 8)
-    assert block_graphs(add_se(Twice(), example_inputs=example), example)["block"].calls == 2
-    assert block_graphs(add_se(network("tv/resnet18")))["layer1.0"].calls == 1
+    assert inspect(add_se(Twice(), example_inputs=example), example).block("block").calls == 2
+    assert inspect(add_se(network("tv/resnet18"))).block("layer1.0").calls == 1

@@ -12,8 +12,8 @@ from torch import fx
 from torchvision.models.resnet import BasicBlock
 
 from se_retrofit import RetrofitError, add_se, print_graph, report
-from se_retrofit.inspection import difference
-from se_retrofit.inspection.lines import Line, show
+from se_retrofit import inspect as look_inside
+from se_retrofit.inspection.lines import Line, Lines
 
 
 def lines_of(model: object, block: str | None = None) -> list[str]:
@@ -74,22 +74,22 @@ def test_colour_in_a_terminal_only() -> None:
     from rich.console import Console
 
     pipe, terminal = io.StringIO(), io.StringIO()
-    lines = [Line("plain"), Line("about SE", se=True)]
-    show(lines, pipe)
-    show(lines, console=Console(file=terminal, force_terminal=True))
+    lines = Lines([Line("plain"), Line("about SE", se=True)])
+    lines.show(pipe)
+    lines.show(console=Console(file=terminal, force_terminal=True))
     assert pipe.getvalue() == "  plain\n> about SE\n"
     assert "\x1b[" in terminal.getvalue()
 
 
 def test_names_with_brackets_are_printed_as_they_are() -> None:
     out = io.StringIO()
-    show([Line("[bold]cat[/bold] [x, y]")], out)
+    Lines([Line("[bold]cat[/bold] [x, y]")]).show(out)
     assert out.getvalue() == "  [bold]cat[/bold] [x, y]\n"
 
 
 def test_the_difference_is_one_line_of_the_authors_source() -> None:
-    text = difference(add_se(small_resnet()), "layer1.0")
-    removed, added = [line for line in text.splitlines() if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    lines = [line.text for line in look_inside(add_se(small_resnet())).diff("layer1.0")]
+    removed, added = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     assert removed.startswith("-")
     assert added == removed.replace("-", "+", 1).replace("self.bn2(", "self.se_attention(self.bn2(") + ")"
 
@@ -103,8 +103,8 @@ def test_the_difference_is_one_line_of_the_authors_source() -> None:
     ],
 )
 def test_differences_of_containers_branches_and_chains(name: str, block: str, added: str) -> None:
-    text = difference(retrofitted(name), block)
-    (line,) = [line for line in text.splitlines() if line.startswith("+") and not line.startswith("+++")]
+    lines = [line.text for line in look_inside(retrofitted(name)).diff(block)]
+    (line,) = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
     assert added in line
 
 
@@ -112,4 +112,4 @@ def test_no_such_block() -> None:
     with pytest.raises(RetrofitError, match="no retrofitted block 'layer7'"):
         print_graph(add_se(small_resnet()), "layer7")
     with pytest.raises(RetrofitError, match="no retrofitted block 'layer7'"):
-        difference(add_se(small_resnet()), "layer7")
+        look_inside(add_se(small_resnet())).diff("layer7")

@@ -1,0 +1,282 @@
+"""One object from which all that a retrofit changed can be seen: the network is recorded once for all of its views."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..retrofit import warn_of_lost_sites
+from .blocks import BlockPair
+from .difference import difference_lines
+from .graphs import Recorded, find_block, recorded
+from .lines import Line, Lines
+from .printing import block_lines, tree_lines
+from .report import Report, report_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+__all__ = ["Inspection", "draw", "inspect", "print_graph", "report"]
+
+
+class Inspection(Recorded):
+    """What ``inspect`` found. ``print(inspection)`` prints the report, ``rich.print(inspection)`` prints it in colour.
+
+    Where a view takes a ``block``, it is the path of a block, such as ``"layer1.0"``, of a module in it (its SE, say), or of
+    one around it that holds no other block. The error for a path that is none of these lists blocks that there are.
+
+    Attributes:
+        model: the model that was inspected.
+        plan: the plan that it was retrofitted by.
+        blocks: its blocks with SE, each with its ``torch.fx.Graph`` before and after, in the order of the plan.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, inspect
+        >>> inspection = inspect(add_se(timm.create_model("resnet18")))
+        >>> [block.path for block in inspection.blocks][:3]
+        ['layer1.0', 'layer1.1', 'layer2.0']
+        >>> inspection.report().parameters_before
+        11689512
+    """
+
+    @cached_property
+    def _report(self) -> Report:
+        return report_of(self)
+
+    def report(self, *, measure: bool = False) -> Report:
+        """What was put where, and what it costs: a row for each site and for each module, and totals.
+
+        Args:
+            measure: measure milliseconds, on the device on which the model is, and what autograd saves for the backward pass,
+                too. Copies of the model are run for this.
+
+        Raises:
+            RetrofitError: the model is to be measured and has no values to compute with.
+        """
+        return report_of(self, measure=True) if measure else self._report
+
+    def block(self, path: str) -> BlockPair:
+        """A block: its ``before.graph`` and ``after.graph``, its ``sites``, its ``module``.
+
+        Raises:
+            RetrofitError: there is no such block.
+
+        Example:
+            >>> import timm
+            >>> from se_retrofit import add_se, inspect
+            >>> block = inspect(add_se(timm.create_model("resnet18"))).block("layer1.0")
+            >>> type(block.after.graph)
+            <class 'torch.fx.graph.Graph'>
+            >>> len(block.after.graph.nodes) - len(block.before.graph.nodes)
+            1
+        """
+        return find_block(self, path)
+
+    def graph(self, block: str | None = None) -> Lines:
+        """The tree of the model's modules, in which what repeats is folded; or the torch.fx graph and the source of one block.
+        Lines about SE have a ``>`` in the margin.
+
+        Raises:
+            RetrofitError: there is no such block.
+
+        Example:
+            >>> import timm
+            >>> from se_retrofit import add_se, inspect
+            >>> print(inspect(add_se(timm.create_model("resnet18"))).graph("layer1.0"))  # doctest: +ELLIPSIS
+              layer1.0: BasicBlock, residual
+            > SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=
+            ...
+        """
+        return Lines(tree_lines(self) if block is None else block_lines(self.block(block)))
+
+    def diff(self, block: str | None = None) -> Lines:
+        """A unified diff of a block's source, from its author's to what it is now; of each distinct block without ``block``.
+
+        Where SE stands in an ``nn.Sequential``, the diff is of its elements; in a GraphModule, of its generated code.
+
+        Raises:
+            RetrofitError: there is no such block.
+
+        Example:
+            >>> import timm
+            >>> from se_retrofit import add_se, inspect
+            >>> print(inspect(add_se(timm.create_model("resnet18"))).diff("layer1.0"))  # doctest: +ELLIPSIS
+              --- layer1.0, BasicBlock.forward
+              +++ layer1.0, BasicBlock.forward with SE
+            ...
+              -        x = self.bn2(x)
+              +        x = self.se_attention(self.bn2(x))
+            ...
+        """
+        lines: list[Line] = []
+        for number, (pair, *others) in enumerate(self._groups(block)):
+            lines += [Line("")] if number else []
+            lines += difference_lines(pair)
+            if others:
+                lines.append(Line(f"like it: {', '.join(other.path for other in others)}"))
+        return Lines(lines)
+
+    def draw(self, path: str | Path, block: str | None = None) -> Path:
+        """Draw each distinct block before and after, with the shapes on the edges and SE in orange.
+
+        Blocks that differ in nothing but names and numbers of channels are drawn once; the first one's shapes are shown.
+
+        Args:
+            path: the file to write. Its suffix says what: ``.dot`` or ``.gv`` (Graphviz's text, which needs no program),
+                ``.svg``, ``.png`` or ``.pdf`` (by Graphviz's program ``dot``).
+            block: the one block to draw.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            RetrofitError: the suffix is none of these, the folder does not exist, Graphviz is not installed and the
+                suffix asks for it, or there is no such block. Nothing is written then.
+
+        Example:
+            >>> import tempfile, timm
+            >>> from se_retrofit import add_se, inspect
+            >>> inspection = inspect(add_se(timm.create_model("resnet18")))
+            >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.dot").read_text().startswith("digraph")
+            True
+        """
+        from .drawing import check_target, write
+
+        path = check_target(path)
+        return write(self, self._groups(block), path)
+
+    def write_html(self, path: str | Path, report: Report | None = None) -> Path:
+        """Write one HTML page: summary, table, drawings, differences, modules.
+
+        The drawings are in it where Graphviz's program ``dot`` is installed. It opens offline and fetches nothing.
+
+        Args:
+            path: the file to write, which ends in ``.html`` or ``.htm``.
+            report: the numbers on it, such as ``report(measure=True)``; ``report()`` by default.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            RetrofitError: the path ends otherwise, or its folder does not exist. Nothing is written then.
+
+        Example:
+            >>> import tempfile, timm
+            >>> from se_retrofit import add_se, inspect
+            >>> inspect(add_se(timm.create_model("resnet18"))).write_html(f"{tempfile.mkdtemp()}/resnet18.html").name
+            'resnet18.html'
+        """
+        from .page import check_target, page
+
+        path = check_target(path)
+        path.write_text(page(self, report or self._report), encoding="utf-8")
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, fit for JSON."""
+        return self._report.to_dict()
+
+    def _groups(self, block: str | None) -> list[list[BlockPair]]:
+        return self.distinct() if block is None else [[self.block(block)]]
+
+    def __str__(self) -> str:
+        return str(self._report)
+
+    def __repr__(self) -> str:
+        return f"<Inspection of {self._report.model}: {len(self.plan.sites)} SE modules in {len(self.blocks)} blocks>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._report
+
+
+def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
+    """Look inside a retrofitted model: what SE is where, what it costs, and each block before and after.
+
+    Args:
+        model: a model that ``add_se`` has retrofitted; it is not touched.
+        example_inputs: a tensor or a tuple of positional inputs, of which only shapes and dtypes are read: shapes and
+            multiply-adds are for these. Without it, inputs of the shapes that the model was retrofitted with.
+
+    Returns:
+        One object for all views: ``report()``, ``graph()``, ``diff()``, ``draw()``, ``write_html()`` and, for what is made of
+        it, ``block()`` and ``to_dict()``.
+
+    Raises:
+        RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs.
+        TypeError: it is no model, or the inputs are of no form that ``add_se`` takes.
+
+    Warns:
+        UserWarning: modules with SE in them were replaced after the retrofit, and their SE is gone.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, inspect
+        >>> inspect(add_se(timm.create_model("resnet18"), reduction=16))
+        <Inspection of ResNet: 8 SE modules in 8 blocks>
+    """
+    found = recorded(model, example_inputs)
+    warn_of_lost_sites(model)
+    return Inspection(**vars(found))
+
+
+# One view at a time ---------------------------------------------------------------------------------------------------
+
+
+def report(model: nn.Module, example_inputs: Any = None, *, measure: bool = False) -> Report:
+    """``inspect(model, example_inputs).report(measure=measure)``: what was put where, and what it costs.
+
+    Args, raises, warns: as ``inspect`` and ``Inspection.report``.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, report
+        >>> model = add_se(timm.create_model("resnet18"), reduction=16)
+        >>> for heading, text in report(model).summary():
+        ...     print(heading.strip() + ":", text)
+        SE modules: 8, reduction 16, gate identity
+        parameters: 11,689,512 -> 11,776,552 (+87,040, +0.74%)
+        trainable: 11,689,512 -> 11,776,552 (100.00% of all)
+        multiply-adds: 1.814 G -> 1.815 G (+0.05%) for one 3x224x224 input
+        of layers alone: 1.814 G -> 1.814 G (+0.00%)
+    """
+    return inspect(model, example_inputs).report(measure=measure)
+
+
+def print_graph(
+    model: nn.Module, block: str | None = None, *, example_inputs: Any = None, file: IO[str] | None = None
+) -> None:
+    """Print ``inspect(model, example_inputs).graph(block)``, in a terminal in colour: the tree of a retrofitted model, or the
+    graph and the source of one block.
+
+    Args, raises, warns: as ``inspect`` and ``Inspection.graph``; ``file`` is where to print to, standard output by default.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se, print_graph
+        >>> print_graph(add_se(timm.create_model("resnet18")), "layer1.0")  # doctest: +ELLIPSIS
+          layer1.0: BasicBlock, residual
+        > SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=
+        ...
+    """
+    inspect(model, example_inputs).graph(block).show(file)
+
+
+def draw(model: nn.Module, path: str | Path, block: str | None = None, *, example_inputs: Any = None) -> Path:
+    """``inspect(model, example_inputs).draw(path, block)``: draw each distinct block before and after.
+
+    Args, returns, raises, warns: as ``inspect`` and ``Inspection.draw``.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from se_retrofit import add_se, draw
+        >>> draw(add_se(timm.create_model("resnet18")), f"{tempfile.mkdtemp()}/resnet18.dot").name
+        'resnet18.dot'
+    """
+    from .drawing import check_target
+
+    path = check_target(path)  # before the work
+    return inspect(model, example_inputs).draw(path, block)
