@@ -28,6 +28,7 @@ with extra("inspect"):
 __all__ = ["check_target", "page"]
 
 _FEW = 6  # so few sites need no folding
+_LONG = 22  # characters, above which a cell in the table of sites is wrapped
 
 
 def check_target(path: str | Path) -> Path:
@@ -85,7 +86,8 @@ def _stages(report: Report, links: dict[str, str]) -> dict[str, Any]:
         "header": header,
         "numbers": FIRST_NUMBER,
         "stages": stages,
-        "widths": _widths(everything),
+        "widths": _widths(everything, _LONG),
+        "long": [i for i, column in enumerate(zip(*everything, strict=True)) if i and max(map(len, column)) > _LONG],
     }
 
 
@@ -107,9 +109,11 @@ def _modules(rows: tuple[ModuleRow, ...]) -> dict[str, Any]:
     }
 
 
-def _widths(rows: Iterable[list[str]]) -> str:
-    """Columns wide enough for all rows, open or not: as many digits as there are characters, and room for a mark."""
-    return " ".join(f"{max(map(len, column)) + 2 * (not i)}ch" for i, column in enumerate(zip(*rows, strict=True)))
+def _widths(rows: Iterable[list[str]], most: int | None = None) -> str:
+    """Columns wide enough for all rows, open or not: as many digits as there are characters, and room for a mark; those
+    after the first one no wider than ``most``."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return " ".join(f"{width}ch" for width in (first + 2, *(min(width, most or width) for width in others)))
 
 
 def _cards(report: Report) -> list[dict[str, str]]:
