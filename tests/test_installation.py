@@ -33,6 +33,7 @@ def run_without(packages: tuple[str, ...], code: str, folder: Path) -> subproces
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, timeout=300)
 
 
+@pytest.mark.sweep
 def test_the_surgery_saving_and_reports_as_text_need_no_extra(tmp_path: Path) -> None:
     code = """
         import timm
@@ -60,6 +61,7 @@ DRAW = NETWORK + "inspect(model).draw('a.dot')"
 WRITE_HTML = NETWORK + "inspect(model).write_html('a.html')"
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("package", "name", "code"),
     [

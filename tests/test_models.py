@@ -84,6 +84,7 @@ def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch: pytest.Monk
         Base.of("timm/resnet18").build(pretrained=True)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("variables", "said"),
     [({"HF_HUB_OFFLINE": "1"}, "offline mode"), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "refused")],

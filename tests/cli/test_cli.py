@@ -183,6 +183,7 @@ def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.sweep
 def test_the_module_runs_as_a_program_whose_piped_output_has_no_colours_and_unbroken_lines() -> None:
     command_line = [sys.executable, "-m", "se_retrofit", "convert", SMALL]
     process = subprocess.run(command_line, capture_output=True, text=True)

@@ -50,6 +50,7 @@ def test_it_prints_accuracies_before_and_after(output: str) -> None:
     assert all(float(accuracy) > 50 for accuracy in rows.values())
 
 
+@pytest.mark.sweep
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(output: str) -> None:
     assert without_the_clock(run_demo("--seed", "0")) == without_the_clock(output)
     assert without_the_clock(run_demo("--seed", "1")) != without_the_clock(output)

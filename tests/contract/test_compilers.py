@@ -45,6 +45,7 @@ def test_torch_compile_in_train_mode_and_with_another_batch() -> None:
     torch.testing.assert_close(run(compiled, X[:1].repeat(5, 1, 1, 1)), run(model, X[:1].repeat(5, 1, 1, 1)))
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_inductor_compiles_a_block() -> None:

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import typer
+from sweeps import swept
 
 import se_retrofit
 from se_retrofit.cli.commands import app
@@ -23,6 +24,8 @@ from se_retrofit.cli.commands import app
 pytestmark = pytest.mark.usefixtures("timm_registry_as_before")
 
 ROOT = Path(__file__).parents[2]
+LONG_PAGES = ("finetuning", "folding", "inspecting", "trainers")
+LONG_EXAMPLES = ("se_retrofit.exporting.", "se_retrofit.finetune.")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?P<comment><!--[^>]*-->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 # written on the line above a fence: the code in it can't run in a test, and why
@@ -49,7 +52,11 @@ def documented() -> list[doctest.DocTest]:
     return sorted(tests, key=lambda test: test.name)
 
 
-@pytest.mark.parametrize("test", documented(), ids=lambda test: test.name.removeprefix("se_retrofit."))
+@pytest.mark.parametrize(
+    "test",
+    swept(documented(), lambda test: test.name.startswith(LONG_EXAMPLES)),
+    ids=lambda test: test.name.removeprefix("se_retrofit."),
+)
 def test_examples_in_docstrings_run(
     test: doctest.DocTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +74,7 @@ def test_what_the_package_exports_is_documented_with_an_example(name: str) -> No
         assert ">>>" in (inspect.getdoc(thing) or ""), f"{name} has no example"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", swept(PAGES, lambda page: page.stem in LONG_PAGES), ids=lambda page: page.name)
 def test_python_in_the_pages_runs_and_prints_what_they_show(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +134,7 @@ def run_script(
     return run
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("[ri]*t_*.py")), ids=lambda script: script.name)
 def test_examples_run(script: Path, run_script: Callable[..., str]) -> None:
     output = run_script(script)
@@ -134,11 +142,13 @@ def test_examples_run(script: Path, run_script: Callable[..., str]) -> None:
     assert not re.search(r"(?<!=)\bFalse\b", output)  # the examples print whether things are equal
 
 
+@pytest.mark.sweep
 def test_the_surgery_benchmark_runs(run_script: Callable[..., str]) -> None:
     arguments = ("--rounds", "1", "--networks", "torchvision/resnet18", "--depths", "1")
     assert "| torchvision/resnet18 | 8 |" in run_script(ROOT / "benchmarks" / "surgery.py", *arguments)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("mode", [(), ("--train",)], ids=["forward", "train"])
 def test_the_inference_benchmark_runs(mode: tuple[str, ...], run_script: Callable[..., str]) -> None:
     arguments = ("--rounds", "1", "--batch", "2", "--size", "64", "--plain", "resnet18", "--native", "seresnet18")

@@ -29,6 +29,7 @@ TABLE = re.compile(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
 SMALL = ["--train", "100", "--test", "100", "--base-epochs", "1", "--epochs", "1", "--seeds", "2", "--jobs", "1"]
 
 
+@pytest.mark.sweep
 def test_the_tables_of_the_page_are_those_of_the_committed_results(tmp_path: Path) -> None:
     committed = (ROOT / "docs" / "evidence.md").read_text()
     page = tmp_path / "evidence.md"

@@ -38,6 +38,7 @@ def retrofitted(name: str = SMALL.name, **options: Any) -> nn.Module:
     return randomise_se(add_se(NETWORKS[name].build(), example_inputs=NETWORKS[name].input(), **options))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "name", ["torchvision/squeezenet1_1", pytest.param("timm/mobilenetv2_100", marks=pytest.mark.sweep)]
 )
@@ -79,7 +80,12 @@ def test_the_source_of_a_folded_network_and_of_one_whose_base_is_not_known(tmp_p
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("format", "suffix"), [pytest.param("pt2", "pt2", marks=pytest.mark.sweep), ("torchscript", "pt"), ("onnx", "onnx")]
+    ("format", "suffix"),
+    [
+        pytest.param("pt2", "pt2", marks=pytest.mark.sweep),
+        ("torchscript", "pt"),
+        pytest.param("onnx", "onnx", marks=pytest.mark.sweep),
+    ],
 )
 def test_programs_compute_the_same_at_other_sizes(format: str, suffix: str, tmp_path: Path) -> None:
     model = retrofitted()

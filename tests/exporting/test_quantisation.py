@@ -55,6 +55,7 @@ def test_the_plain_form_computes_what_se_does(dims: int, last: bool) -> None:
     torch.testing.assert_close(holder(x.double()), wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.sweep
 def test_the_native_form_has_the_pattern_that_nncf_ignores(tmp_path: Path) -> None:
     graph = onnx.load(export(to_native(with_se()), tmp_path / "net.onnx", example_inputs=IMAGES[:2])).graph
     takers: dict[str, list[Any]] = {}
@@ -71,6 +72,7 @@ def test_the_native_form_has_the_pattern_that_nncf_ignores(tmp_path: Path) -> No
         assert mean.input[0] in node.input
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")  # onnxruntime's own
 def test_int8_changes_a_network_with_se_hardly_more_than_a_plain_one(tmp_path: Path) -> None:
     plain, retrofitted = change_by_int8(network(), tmp_path), change_by_int8(to_native(with_se()), tmp_path)

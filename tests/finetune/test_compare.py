@@ -172,6 +172,7 @@ def test_mistakes_are_refused(network: Network, config: Config, digits: NamedDat
         compare(network(), digits.train, digits.val, config=config())
 
 
+@pytest.mark.sweep
 def test_a_folder_with_another_comparison_is_refused_by_name(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def several_labels(images: int, seed: int) -> TensorDataset:
 RECIPE = FinetuneConfig(epochs=8, batch_size=32, lr=0.02, cpu=True, workers=0, weight_decay=0.0, label_smoothing=0.0)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("changes", [{"class_weights": "balanced"}, {"sampling": "balanced"}])
 def test_on_imbalanced_classes_balanced_weights_and_sampling_beat_the_default(changes: dict[str, Any]) -> None:
     train, val = imbalanced(1000, 1), imbalanced(1000, 2)
@@ -67,6 +68,7 @@ def test_on_imbalanced_classes_balanced_weights_and_sampling_beat_the_default(ch
     assert matching.best_score > default.best_score + 0.1
 
 
+@pytest.mark.sweep
 def test_on_several_labels_binary_cross_entropy_beats_the_default() -> None:
     train, val = several_labels(1000, 1), several_labels(500, 2)
     images, labels = train.tensors
@@ -156,6 +158,7 @@ def test_an_own_loss_trains(network: Network, config: Config, digits: NamedData,
     assert same(own.state_dict(), named.state_dict())
 
 
+@pytest.mark.sweep
 def test_a_teacher_is_learned_from_and_left_alone(
     network: Network, config: Config, digits: NamedData, same: Same
 ) -> None:

@@ -56,6 +56,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     return folder
 
 
+@pytest.mark.sweep
 def test_the_result_gives_the_transform_of_its_validation(result: Path, pictures: Path) -> None:
     model = load_retrofitted(result / "best")
     data = load_data(pictures).val
@@ -176,6 +177,7 @@ def test_a_folder_of_classes_alone_is_split_the_same_way_every_time(pictures: Pa
         load_data(tmp_path / "flowers")
 
 
+@pytest.mark.sweep
 def test_what_convert_wrote_is_fine_tuned_as_it_is(tmp_path: Path) -> None:
     converted = tmp_path / "converted"
     assert (
@@ -192,6 +194,7 @@ def test_what_convert_wrote_is_fine_tuned_as_it_is(tmp_path: Path) -> None:
     assert run("finetune", converted, "--reduction", "8", *arguments).exit_code == 2
 
 
+@pytest.mark.sweep
 def test_a_run_is_evaluated_at_the_size_that_it_was_trained_at(
     network: Callable[[], nn.Module], config: Callable[..., FinetuneConfig], tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def run(*arguments: str) -> str:
     return result.output
 
 
+@pytest.mark.sweep
 def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path) -> None:
     output = tmp_path / "run"
     said = run("finetune", "resnet18", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(output))
@@ -49,6 +50,7 @@ def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path)
         run("finetune", "--resume", str(tmp_path))
 
 
+@pytest.mark.sweep
 def test_a_run_that_is_over_is_extended_and_resumed_as_the_longer_one(tmp_path: Path) -> None:
     run("finetune", "timm/test_resnet", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(tmp_path))
     command = yaml.safe_load((tmp_path / "run.yaml").read_text())["command"]
@@ -127,6 +129,7 @@ def test_stochastic_depth_is_built_in_where_the_recipe_asks_for_it() -> None:
     assert base.kwargs == {"in_chans": 1, "num_classes": 5}
 
 
+@pytest.mark.sweep
 def test_a_run_is_repeated_from_its_description_alone(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     run(

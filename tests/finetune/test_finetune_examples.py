@@ -26,11 +26,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return script
 
 
+@pytest.mark.sweep
 def test_every_example_has_a_test() -> None:
     tested = Path(__file__).read_text()
     assert [path.name for path in EXAMPLES.glob("finetune_*.py") if f'"{path.name}"' not in tested] == []
 
 
+@pytest.mark.sweep
 def test_the_image_folder_example_runs(run: Callable[..., str], tmp_path: Path) -> None:
     make_folder(tmp_path / "pictures")
     said = run("finetune_imagefolder.py", "pictures", "--epochs", "1", "--image-size", "32")
@@ -38,6 +40,7 @@ def test_the_image_folder_example_runs(run: Callable[..., str], tmp_path: Path) 
     assert best.split()[3] == said.splitlines()[-1].removeprefix("loaded again: ")
 
 
+@pytest.mark.sweep
 def test_the_cifar10_example_runs(run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_cifar10(tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # other images, other sums
@@ -45,6 +48,7 @@ def test_the_cifar10_example_runs(run: Callable[..., str], tmp_path: Path, monke
     assert "in epoch 1, stopped by epochs" in said
 
 
+@pytest.mark.sweep
 def test_the_se_only_example_runs(run: Callable[..., str]) -> None:
     said = run("finetune_se_only.py", "--epochs", "1")
     assert "all else as it was: True" in said

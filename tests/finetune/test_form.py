@@ -102,6 +102,7 @@ def test_two_processes_on_the_cpu_are_told_so(tmp_path: Path) -> None:
     assert "these processes are on the CPU" in done.stderr
 
 
+@pytest.mark.sweep
 def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
     network: Network, config: Config, digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
     torch.compiler.reset()
 
 
+@pytest.mark.sweep
 def test_a_compiled_run_is_resumed_to_the_same_weights(
     network: Network, config: Config, digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

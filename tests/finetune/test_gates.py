@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sweeps import swept
 from torch import nn
 
 from se_retrofit import SEAttention, excitations
@@ -16,7 +17,7 @@ Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.5])
+@pytest.mark.parametrize("ema_decay", swept([None, 0.5], bool))
 def test_each_epoch_s_row_has_the_gates_on_the_validation_data(
     ema_decay: float | None, network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:

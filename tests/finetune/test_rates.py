@@ -72,6 +72,7 @@ def test_a_network_and_the_generators_are_left_as_they_were(
     assert find_lr(model, train, config=recipe, steps=12) == first
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
 def test_the_suggestion_trains_better_than_rates_far_from_it(optimizer: str) -> None:
     data = load_data("digits", image_size=8)

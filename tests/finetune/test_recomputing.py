@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from sweeps import swept
 from test_processes import RECIPE, launch, read
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -122,7 +123,7 @@ def trained(
     return model, losses, kept[-1] - kept[0]
 
 
-@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("build", swept(BUILDERS, lambda build: build is torchvision_network))
 def test_the_losses_and_weights_are_the_same_and_less_is_kept(
     build: Callable[[], nn.Module], config: Config, digits: NamedData, same: Same
 ) -> None:
@@ -184,6 +185,7 @@ def test_frozen_parts_stay_and_a_run_goes_on_with_and_without(
     assert same(again.state_dict(), whole.state_dict())
 
 
+@pytest.mark.sweep
 def test_a_network_that_recomputed_already_has_its_statistics_moved_once(
     config: Config, digits: NamedData, same: Same
 ) -> None:
@@ -211,6 +213,7 @@ def test_two_processes_recompute_as_one_process_keeps(tmp_path: Path) -> None:
         torch.testing.assert_close(weights2[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at the block's inputs
 def test_compiled_training_recomputes_to_the_same_losses(
     config: Config, digits: NamedData, monkeypatch: pytest.MonkeyPatch

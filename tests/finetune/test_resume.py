@@ -193,6 +193,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
         assert all(torch.equal(a[key], b[key]) for key in a), folder
 
 
+@pytest.mark.sweep
 def test_a_finished_run_is_not_run_again(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
     first = finetune(network(), digits.train, digits.val, config=config(), output_dir=tmp_path, quiet=True)
     again = finetune(network(), digits.train, digits.val, config=config(), output_dir=tmp_path, resume=True, quiet=True)
@@ -299,6 +300,7 @@ def test_a_training_state_that_lacks_something_is_refused(
         finetune(network(), digits.train, resume=True, **run)
 
 
+@pytest.mark.sweep
 def test_files_that_only_tell_of_a_run_may_be_broken_or_lost(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:
@@ -388,6 +390,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(
         finetune(network(), digits.train, config=config(), output_dir=tmp_path / "file" / "run", quiet=True)
 
 
+@pytest.mark.sweep
 def test_a_run_that_is_over_is_extended(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
     recipe = config(epochs=1, schedule="constant", warmup_ratio=0.0)  # so that the length changes no learning rate
     whole = finetune(network(), digits.train, digits.val, config=recipe.replace(epochs=3), quiet=True)

@@ -29,6 +29,7 @@ def progress_in(output: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("number", "code", "loader"),
     [
@@ -81,6 +82,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no processes of this kind")
 @pytest.mark.parametrize(
     ("context", "end"),
@@ -156,6 +158,7 @@ def test_ctrl_c_ends_a_validation_and_the_run_goes_on_to_the_same_result(
     assert again.history[1]["val_loss"] == whole.history[1]["val_loss"]
 
 
+@pytest.mark.sweep
 def test_ctrl_c_when_the_run_is_over_is_raised_and_nothing_is_lost(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:

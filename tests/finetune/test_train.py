@@ -191,6 +191,7 @@ def test_layer_decay_is_refused_where_no_layers_are_known(config: Config) -> Non
         finetune(model, data, config=config(layer_decay=0.7), quiet=True)
 
 
+@pytest.mark.sweep
 def test_early_stop(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
     # so small a rate that nothing gets better
     recipe = config(epochs=20, lr=1e-12, patience=2, freeze_bn=True)

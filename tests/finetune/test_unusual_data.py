@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sweeps import swept
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -57,7 +58,7 @@ def test_targets_of_other_kinds_are_shown(config: Config, targets: list[Any], sa
         finetune(classifier(4, 2), data, config=config(), quiet=True)
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("in_memory", swept([True, False], lambda in_memory: not in_memory))
 def test_a_single_label_that_is_there_or_not_is_learned(config: Config, in_memory: bool) -> None:
     points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     data: Any = TensorDataset(points, (points[:, :1] > 0).float())

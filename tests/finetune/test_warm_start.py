@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sweeps import swept
 from torch import nn
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from se_retrofit.models import Base, load_checkpoint
 
 RECIPE = FinetuneConfig(epochs=1, batch_size=8, image_size=32, workers=0, cpu=True, lr=1e-3)
 NAMES = {"first": ("blue", "red"), "renamed": ("green", "yellow"), "more": ("blue", "green", "red")}
-NETWORKS = ["timm/test_resnet", "torchvision/shufflenet_v2_x0_5"]
+NETWORKS = swept(["timm/test_resnet", "torchvision/shufflenet_v2_x0_5"], lambda name: name.startswith("torchvision/"))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,7 @@ def test_a_run_from_a_result_is_resumed_to_the_same_weights(first: Path, picture
         assert torch.equal(broken.state_dict()[key], value), key
 
 
+@pytest.mark.sweep
 def test_from_the_command_line_a_result_is_the_model(first: Path, pictures: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> str:
         result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)

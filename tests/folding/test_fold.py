@@ -21,6 +21,7 @@ from networks import (
     se_modules,
     snapshot,
 )
+from sweeps import swept
 from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -61,9 +62,7 @@ def built(kind: str) -> tuple[nn.Module, Network]:
     return network.build(), network
 
 
-@pytest.mark.parametrize(
-    "kind", [*(k for k in KINDS if k != "rep-sum"), "dense", pytest.param("rep-sum", marks=pytest.mark.sweep)]
-)
+@pytest.mark.parametrize("kind", swept([*KINDS, "dense"], lambda kind: kind in ("rep-sum", "inverted", "convnext")))
 def test_constant_gates_vanish_into_a_plain_network_of_the_original_class(kind: str) -> None:
     original, network = built(kind)
     original.double()

@@ -48,7 +48,7 @@ def native(name: str) -> nn.Module:
     return randomised(timm.create_model(f"se{name}", num_classes=10), seed=5).double().eval()
 
 
-SLOW = ("resnet18", "resnet34", "resnet50", "resnext50_32x4d")
+SLOW = ("resnet33ts", "resnet18", "resnet34", "resnet50", "resnext50_32x4d")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.sweep] * (n in SLOW)) for n in PAIRS])

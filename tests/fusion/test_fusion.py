@@ -280,6 +280,7 @@ def only_fused_norms(net: Any) -> Any:
     return net
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_a_sync_batch_norm_takes_its_statistics_over_all_processes(tmp_path: Any) -> None:
     # both are forked from one that has done the imports

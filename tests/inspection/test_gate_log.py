@@ -103,6 +103,7 @@ def test_batches_of_any_size_and_far_from_zero_have_exact_moments() -> None:
     assert (moments.low, moments.high) == (values.min(), values.max())
 
 
+@pytest.mark.sweep
 def test_compiled_code_is_compiled_once_for_a_logger(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[int] = []
 

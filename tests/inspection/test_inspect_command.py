@@ -52,6 +52,7 @@ def test_files(tmp_path: Path) -> None:
     assert json.loads(paths[2].read_text())["network"] == "timm/resnet10t"
 
 
+@pytest.mark.sweep
 def test_json_to_standard_output_is_json_alone() -> None:
     call = [sys.executable, "-m", "se_retrofit", *SMALL, "--json", "-", "--diff"]
     result = subprocess.run(call, capture_output=True, text=True, check=True)

@@ -37,6 +37,7 @@ def test_the_tree_folds_no_chain() -> None:
     assert sum("SE " in line and line.startswith("> ") for line in lines) == 13
 
 
+@pytest.mark.sweep
 def test_every_site_is_in_the_tree() -> None:
     for name in ("tv/googlenet", "tv/convnext_tiny"):
         model = retrofitted(name)

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from inspected import Twice, network, retrofitted, small_resnet
 from rich.console import Console
+from sweeps import swept
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +27,7 @@ def counted(model: nn.Module, size: int = 224) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", swept(REAL, lambda name: name not in ("tv/resnet50", "tv/mobilenet_v2")))
 def test_counts_agree_with_torchs(name: str) -> None:
     bare, model = network(name), retrofitted(name)
     found = report(model)
@@ -43,7 +44,7 @@ def test_counts_agree_with_torchs(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     # GFLOPs at 224x224, r = 16, of table 2 of the SE paper
-    [("resnet50", 3.86, 3.87), ("resnet101", 7.58, 7.60), ("vgg16", 15.47, 15.48)],
+    [("resnet50", 3.86, 3.87), pytest.param("resnet101", 7.58, 7.60, marks=pytest.mark.sweep), ("vgg16", 15.47, 15.48)],
 )
 def test_counts_agree_with_the_papers(name: str, before: float, after: float) -> None:
     model = network(f"tv/{name}")

@@ -15,6 +15,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
+from sweeps import swept
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
@@ -76,7 +77,7 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         (Base.of("timm/resnet10t", in_chans=3), {"include": ["layer1.*", "layer4.*"], "placement": "pre"}),
         (Base.of("torchvision/resnet18", num_classes=5), {"exclude": "layer2.*"}),
         (Base.of("torchvision/squeezenet1_1"), {}),
-        (Base.of("timm/mnasnet_small"), {}),
+        pytest.param(Base.of("timm/mnasnet_small"), {}, marks=pytest.mark.sweep),
     ],
     ids=str,
 )
@@ -191,6 +192,7 @@ def test_channels_last_weights_are_stored_in_any_case(tmp_path: Path) -> None:
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.sweep
 def test_a_saved_network_loads_in_a_fresh_process(saved: Path) -> None:
     code = (
         "import sys, torch, se_retrofit; m = se_retrofit.load_retrofitted(sys.argv[1]);"
@@ -228,7 +230,13 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("moment", ["before the first rename", "between the two renames", "while it writes"])
+@pytest.mark.parametrize(
+    "moment",
+    swept(
+        ["before the first rename", "between the two renames", "while it writes"],
+        lambda moment: moment != "while it writes",
+    ),
+)
 def test_a_kill_at_any_moment_leaves_a_network_that_loads(
     saved: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
