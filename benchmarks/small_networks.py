@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import timm
 import torch
-from sklearn.datasets import load_digits
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import DenseNet, MobileNetV2, shufflenet_v2_x0_5
 
 from se_retrofit import SEAttention, add_se
+from se_retrofit.finetune.datasets import digit_images
 
 __all__ = ["NETWORKS", "TASKS", "accuracy", "fine_tuned", "train"]
 
@@ -32,9 +32,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
     """scikit-learn's handwritten digits in 32x32 pixels: 898 to train on, 899 to test on."""
-    pixels, labels = (torch.as_tensor(values) for values in load_digits(return_X_y=True))
-    images = nn.functional.interpolate(pixels.float().reshape(-1, 1, 8, 8) / 8 - 1, size=32, mode="bilinear")
-    images = images.expand(-1, 3, -1, -1).contiguous()
+    images, labels = digit_images(32)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return tuple(TensorDataset(images[part], labels[part]) for part in (order[:898], order[898:]))  # type: ignore[return-value]
 

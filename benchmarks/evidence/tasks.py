@@ -199,12 +199,9 @@ def load(name: str, train: int, test: int) -> Task:
 
 def digits(train: int) -> Task:
     """Handwritten digits, each under light of its own: brightness by a factor of up to 2."""
-    from sklearn.datasets import load_digits
+    from se_retrofit.finetune.datasets import digit_images
 
-    pixels, labels = (torch.as_tensor(values) for values in load_digits(return_X_y=True))
-    images = F.interpolate(pixels.float().reshape(-1, 1, 8, 8) / 8 - 1, size=SIZE, mode="bilinear").expand(
-        -1, 3, -1, -1
-    )
+    images, labels = digit_images(SIZE)
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(images), generator=generator)
     light = 0.5 + 1.5 * torch.rand(len(images), 1, 1, 1, generator=generator)

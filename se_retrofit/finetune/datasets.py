@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from ..errors import RetrofitError
 
-__all__ = ["NamedData", "load_data"]
+__all__ = ["NamedData", "digit_images", "load_data"]
 
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 VALIDATION = ("val", "validation", "valid", "test")  # folders that are looked for, in this order
@@ -69,21 +69,22 @@ def load_data(
     return _from_folder(Path(name), val_fraction)
 
 
-def _digits(size: int) -> NamedData:
+def digit_images(size: int) -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 handwritten digits: images of shape (1797, 3, size, size) with values in [-1, 1], and their classes."""
     from sklearn.datasets import load_digits
+
+    pixels, classes = (torch.as_tensor(values) for values in load_digits(return_X_y=True))
+    images = F.interpolate(pixels.float().view(-1, 1, 8, 8) / 8 - 1, size=(size, size), mode="bilinear")
+    return images.repeat(1, 3, 1, 1), classes
+
+
+def _digits(size: int) -> NamedData:
     from sklearn.model_selection import train_test_split
 
-    images, classes = load_digits(return_X_y=True)
-    parts = train_test_split(images, classes, test_size=0.2, random_state=0, stratify=classes)
-    x_train, x_val = (_upscaled(torch.tensor(x, dtype=torch.float32), size) for x in parts[:2])
-    y_train, y_val = (torch.tensor(y, dtype=torch.long) for y in parts[2:])
-    return NamedData(TensorDataset(x_train, y_train), TensorDataset(x_val, y_val), 10)
-
-
-def _upscaled(pixels: Tensor, size: int) -> Tensor:
-    """8x8 grey levels from 0 to 16, as three channels in [-1, 1] of the wanted size."""
-    images = F.interpolate(pixels.view(-1, 1, 8, 8) / 8 - 1, size=(size, size), mode="bilinear", align_corners=False)
-    return images.repeat(1, 3, 1, 1)
+    images, classes = digit_images(size)
+    parts = train_test_split(range(len(images)), test_size=0.2, random_state=0, stratify=classes)
+    train, val = (TensorDataset(images[part], classes[part]) for part in parts)
+    return NamedData(train, val, 10)
 
 
 def _from_folder(folder: Path, val_fraction: float) -> NamedData:

@@ -40,6 +40,7 @@ from se_retrofit import RetrofitError, add_se, has_se, plan_of, plan_se, remove_
 # Files ---------------------------
 
 
+@pytest.mark.sweep
 def test_a_whole_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
     """By pickle and by torch.save, without add_se or the building libraries being called there."""
     for name in ("torchvision/squeezenet1_1", "timm/convnext_atto"):

@@ -62,7 +62,9 @@ def built(kind: str) -> tuple[nn.Module, Network]:
     return network.build(), network
 
 
-@pytest.mark.parametrize("kind", swept([*KINDS, "dense"], lambda kind: kind in ("rep-sum", "inverted", "convnext")))
+@pytest.mark.parametrize(
+    "kind", swept([*KINDS, "dense"], lambda kind: kind in ("rep-sum", "inverted", "convnext", "split", "chain"))
+)
 def test_constant_gates_vanish_into_a_plain_network_of_the_original_class(kind: str) -> None:
     original, network = built(kind)
     original.double()

@@ -172,6 +172,7 @@ def test_second_derivatives_are_those_of_the_unfused_network() -> None:
     assert close(second[1], second[0], 1e-8)
 
 
+@pytest.mark.sweep
 @pytest.mark.xdist_group("compilers")
 def test_a_fused_network_compiles_as_one_graph() -> None:
     fused = fuse_se(retrofitted()).train()
