@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["RetrofitError", "brief", "extra"]
+__all__ = ["RetrofitError", "brief", "check_module", "extra"]
 
 
 class RetrofitError(ValueError):
@@ -55,3 +55,19 @@ def brief(value: object) -> str:
     shorten = reprlib.Repr()
     shorten.maxother = shorten.maxstring = 60
     return " ".join(shorten.repr(value).split())
+
+
+def check_module(value: object, name: str = "model") -> None:
+    """Refuse an argument that is not an nn.Module.
+
+    Raises:
+        TypeError: it is none; the message has its name, what it is, and its type.
+    """
+    from torch import nn
+
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be an nn.Module, got the class {value.__name__}; make an instance of it: {value.__name__}(...)"
+        )
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be an nn.Module, got {brief(value)} of type {type(value).__name__}")

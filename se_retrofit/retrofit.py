@@ -15,9 +15,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .attention import SEAttention, hidden_width, parameter_count
-from .errors import RetrofitError
+from .errors import RetrofitError, check_module
 from .plan import Plan, Site, Skipped
-from .surgery.arguments import Options, Patterns, check_model, check_module, patterns_of
+from .surgery.arguments import Options, Patterns, check_model, patterns_of
 from .surgery.copying import copied, mode_of
 from .surgery.derived import RetrofittedBlock
 from .surgery.edits import apply_edits, se_paths

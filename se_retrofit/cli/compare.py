@@ -10,38 +10,23 @@ import typer
 from .app import app
 from .finetune import default_name, network_builder, open_data, read_config
 from .options import (
-    BatchSize,
-    Bias,
+    RECIPE_OPTIONS,
+    SE_OPTIONS,
     Checkpoint,
-    Compile,
-    ConfigFile,
-    Cpu,
     Data,
     Download,
-    Epochs,
-    Exclude,
-    Gate,
-    ImageSize,
-    Include,
-    LearningRate,
-    MinHidden,
     ModelArgs,
     ModelOrFolder,
-    Placement,
-    Precision,
     Pretrained,
-    Reduction,
     Root,
     RunFolder,
-    Seed,
-    Set,
-    Workers,
-    recipe_options,
     se_options,
+    takes,
 )
 
 
 @app.command("compare")
+@takes(SE_OPTIONS, RECIPE_OPTIONS, without=("trainable", "patience"))
 def compare_command(
     context: typer.Context,
     model: ModelOrFolder,
@@ -55,26 +40,8 @@ def compare_command(
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     arg: ModelArgs = None,
-    reduction: Reduction = 8,
-    placement: Placement = "auto",
-    gate: Gate = "identity",
-    bias: Bias = False,
-    min_hidden: MinHidden = 4,
-    include: Include = None,
-    exclude: Exclude = None,
     data_root: Root = Path("data"),
     download: Download = False,
-    config: ConfigFile = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    image_size: ImageSize = None,
-    precision: Precision = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    cpu: Cpu = None,
-    compile_: Compile = None,
-    set_: Set = None,
 ) -> None:
     """Does SE help? Fine-tune a network with and without SE, with the same recipe, and compare them seed by seed.
 
@@ -83,7 +50,7 @@ def compare_command(
     from ..finetune import compare
     from ..finetune.experiment import describe_data, file_digest
 
-    recipe = read_config(config, recipe_options(context), set_)
+    recipe = read_config(context)
     parts, recipe = open_data(data, data_root, download, recipe)
     build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
     options = se_options(context)

@@ -19,17 +19,12 @@ from ..verify import compare, prepared_for, redraw_vectors, se_matters
 from .app import app, say
 from .options import (
     MODEL_HELP,
-    Bias,
+    SE_OPTIONS,
     Checkpoint,
-    Exclude,
-    Gate,
-    Include,
-    MinHidden,
     NumClasses,
-    Placement,
     Pretrained,
-    Reduction,
     se_options,
+    takes,
 )
 
 HELP = """
@@ -47,19 +42,13 @@ Exit codes: 0, the outputs are equal bit for bit; 1, they are not, or something 
 
 
 @app.command("convert", help=HELP, no_args_is_help=True)
+@takes(SE_OPTIONS)
 def convert(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     num_classes: NumClasses = None,
-    reduction: Reduction = 8,
-    placement: Placement = "auto",
-    gate: Gate = "identity",
-    bias: Bias = False,
-    min_hidden: MinHidden = 4,
-    include: Include = None,
-    exclude: Exclude = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="save the network into this folder")] = None,
 ) -> None:
     console = Console()
@@ -80,7 +69,12 @@ def convert(
     say(console, added(original, plan))
 
     same = check(
-        console, original, retrofitted, inputs, random_weights=not pretrained and checkpoint is None, gate=gate
+        console,
+        original,
+        retrofitted,
+        inputs,
+        random_weights=not pretrained and checkpoint is None,
+        gate=context.params["gate"],
     )
     if output is not None:
         from ..saving import save_retrofitted

@@ -12,38 +12,24 @@ from rich.console import Console
 from .app import app, say
 from .finetune import open_data, read_config, starting_network
 from .options import (
-    BatchSize,
-    Bias,
+    RECIPE_OPTIONS,
+    SE_OPTIONS,
     Checkpoint,
-    Compile,
-    ConfigFile,
-    Cpu,
     Data,
     Download,
-    Exclude,
-    Gate,
-    ImageSize,
-    Include,
-    MinHidden,
     ModelArgs,
     ModelOrFolder,
-    Placement,
     Plain,
-    Precision,
     Pretrained,
-    Reduction,
     Root,
-    Seed,
-    Set,
-    Trainable,
-    Workers,
-    recipe_options,
     refuse_for_folder,
     se_options,
+    takes,
 )
 
 
 @app.command("find-lr")
+@takes(SE_OPTIONS, RECIPE_OPTIONS, without=("epochs", "lr", "patience"))
 def find_lr_command(
     context: typer.Context,
     model: ModelOrFolder,
@@ -59,25 +45,8 @@ def find_lr_command(
     checkpoint: Checkpoint = None,
     arg: ModelArgs = None,
     plain: Plain = False,
-    reduction: Reduction = 8,
-    placement: Placement = "auto",
-    gate: Gate = "identity",
-    bias: Bias = False,
-    min_hidden: MinHidden = 4,
-    include: Include = None,
-    exclude: Exclude = None,
     data_root: Root = Path("data"),
     download: Download = False,
-    config: ConfigFile = None,
-    batch_size: BatchSize = None,
-    trainable: Trainable = None,
-    image_size: ImageSize = None,
-    precision: Precision = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    cpu: Cpu = None,
-    compile_: Compile = None,
-    set_: Set = None,
 ) -> None:
     """Find a learning rate for finetune by training for some steps with an increasing rate.
 
@@ -93,7 +62,7 @@ def find_lr_command(
             writable(file)
     if Path(model).is_dir():
         refuse_for_folder(context, "plain", "pretrained", "checkpoint", "arg")
-    parts, recipe = open_data(data, data_root, download, read_config(config, recipe_options(context), set_))
+    parts, recipe = open_data(data, data_root, download, read_config(context))
     command = {
         "model": model, "pretrained": pretrained, "checkpoint": checkpoint, "arg": arg, "plain": plain,
         **se_options(context),

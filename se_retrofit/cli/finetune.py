@@ -15,37 +15,20 @@ from .options import (
     DATA_HELP,
     FOLDER_HELP,
     MODEL_HELP,
+    RECIPE_OPTIONS,
     SE_OPTIONS,
-    BatchSize,
-    Bias,
     Checkpoint,
-    Compile,
-    ConfigFile,
-    Cpu,
     Download,
-    Epochs,
-    Exclude,
-    Gate,
-    ImageSize,
-    Include,
-    LearningRate,
-    MinHidden,
     ModelArgs,
-    Placement,
     Plain,
-    Precision,
     Pretrained,
-    Reduction,
     Root,
     RunFolder,
-    Seed,
-    Set,
-    Trainable,
-    Workers,
     given,
-    recipe_options,
+    recipe_fields,
     refuse_for_folder,
     se_options,
+    takes,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +42,7 @@ COMMAND = {"model", "data", "data_root", "pretrained", "checkpoint", "arg", "pla
 
 
 @app.command("finetune")
+@takes(SE_OPTIONS, RECIPE_OPTIONS)
 def finetune_command(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(metavar="MODEL|DIR", help=f"{MODEL_HELP}; or {FOLDER_HELP}")] = None,
@@ -74,28 +58,8 @@ def finetune_command(
     checkpoint: Checkpoint = None,
     arg: ModelArgs = None,
     plain: Plain = False,
-    reduction: Reduction = 8,
-    placement: Placement = "auto",
-    gate: Gate = "identity",
-    bias: Bias = False,
-    min_hidden: MinHidden = 4,
-    include: Include = None,
-    exclude: Exclude = None,
     data_root: Root = Path("data"),
     download: Download = False,
-    config: ConfigFile = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-    trainable: Trainable = None,
-    image_size: ImageSize = None,
-    precision: Precision = None,
-    workers: Workers = None,
-    seed: Seed = None,
-    patience: Annotated[int | None, typer.Option(help="stop after this many epochs without a better accuracy")] = None,
-    cpu: Cpu = None,
-    compile_: Compile = None,
-    set_: Set = None,
 ) -> None:
     """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network that convert, finetune or
     fold wrote is trained without a further retrofit.
@@ -113,10 +77,11 @@ def finetune_command(
     }  # fmt: skip
     if model is not None and Path(model).is_dir():
         refuse_for_folder(context, "plain", "pretrained", "checkpoint", "arg")
-    recipe = read_config(config, recipe_options(context), set_)
+    recipe = read_config(context)
     if resume is not None:
         command, recipe = read_run(resume, set(given(context)))
-        recipe = recipe if epochs is None else recipe.replace(epochs=epochs)  # to extend a run that is over
+        if (epochs := context.params["epochs"]) is not None:  # to extend a run that is over
+            recipe = recipe.replace(epochs=epochs)
     if command["model"] is None or command["data"] is None:
         raise RetrofitError("give a MODEL and --data, or --resume FOLDER to resume a run")
     parts, recipe = open_data(command["data"], Path(command["data_root"]), download, recipe)
@@ -163,13 +128,14 @@ def absolute(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def read_config(file: Path | None, named: dict[str, Any], settings: list[str] | None) -> FinetuneConfig:
+def read_config(context: typer.Context) -> FinetuneConfig:
     """The recipe: from the file, then ``--set``, then the options that have names of their own."""
     from ..finetune import FinetuneConfig
 
+    file = context.params["config"]
     fields = FinetuneConfig.from_yaml(file).to_dict() if file is not None else {}
-    fields.update(read_settings(settings, "--set"))
-    fields.update({name: value for name, value in named.items() if value is not None})
+    fields.update(read_settings(context.params["set_"], "--set"))
+    fields.update(recipe_fields(context))
     try:
         return FinetuneConfig.from_dict(fields)
     except TypeError as error:

@@ -26,19 +26,14 @@ from ..retrofit import add_se
 from .app import app, say
 from .folders import network_in
 from .options import (
-    Bias,
-    Exclude,
-    Gate,
-    Include,
+    SE_OPTIONS,
     InputSize,
-    MinHidden,
     ModelOrFolder,
     NumClasses,
-    Placement,
-    Reduction,
     example_of,
     refuse_for_folder,
     se_options,
+    takes,
 )
 
 HELP = """
@@ -65,6 +60,7 @@ Exit codes: 0, done; 1, it can't be done, or the condition of --fail-if holds; 2
 
 
 @app.command("inspect", help=HELP, no_args_is_help=True)
+@takes(SE_OPTIONS)
 def inspect(
     context: typer.Context,
     model: ModelOrFolder,
@@ -92,13 +88,6 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
-    reduction: Reduction = 8,
-    placement: Placement = "auto",
-    gate: Gate = "identity",
-    bias: Bias = False,
-    min_hidden: MinHidden = 4,
-    include: Include = None,
-    exclude: Exclude = None,
 ) -> None:
     if depth is not None and not modules:
         raise typer.BadParameter("is for --modules", param_hint="--depth")

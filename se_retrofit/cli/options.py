@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +14,18 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["example_of", "given", "recipe_options", "refuse_for_folder", "se_options"]
+__all__ = [
+    "RECIPE_OPTIONS",
+    "SE_OPTIONS",
+    "example_of",
+    "given",
+    "recipe_fields",
+    "refuse_for_folder",
+    "se_options",
+    "takes",
+]
+
+Options = dict[str, tuple[Any, Any]]  # the type and the default of each option, by name
 
 MODEL_HELP = "a name: resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME"
 FOLDER_HELP = "what convert, finetune or fold wrote: a saved network, or a run's folder"
@@ -32,43 +46,89 @@ Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Root = Annotated[Path, typer.Option(help="where timm's datasets are stored")]
 Download = Annotated[bool, typer.Option("--download", help="download timm's dataset if it is missing")]
 
-# The retrofit: the arguments of add_se
-Reduction = Annotated[int, typer.Option(min=1, help="SE's reduction ratio")]
-Placement = Annotated[
-    Literal["auto", "standard", "pre", "post", "identity", "3x3"], typer.Option(help="where SE goes in residual blocks")
-]
-Gate = Annotated[
-    Literal["identity", "sigmoid", "static"],
-    typer.Option(
-        help="identity keeps the function; sigmoid is the paper's; static is a learned factor for each channel"
+# The retrofit: the arguments of add_se, with their defaults
+SE_OPTIONS: Options = {
+    "reduction": (Annotated[int, typer.Option(min=1, help="SE's reduction ratio")], 8),
+    "placement": (
+        Annotated[
+            Literal["auto", "standard", "pre", "post", "identity", "3x3"],
+            typer.Option(help="where SE goes in residual blocks"),
+        ],
+        "auto",
     ),
-]
-Bias = Annotated[bool, typer.Option("--bias", help="use biases in SE's two linear layers")]
-MinHidden = Annotated[int, typer.Option(min=1, help="minimum width between SE's two layers")]
-Include = Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'; repeat it for more")]
-Exclude = Annotated[list[str] | None, typer.Option(help="not these blocks; repeat it for more")]
-SE_OPTIONS = ("reduction", "placement", "gate", "bias", "min_hidden", "include", "exclude")
+    "gate": (
+        Annotated[
+            Literal["identity", "sigmoid", "static"],
+            typer.Option(
+                help="identity keeps the function; sigmoid is the paper's; static is a learned factor for each channel"
+            ),
+        ],
+        "identity",
+    ),
+    "bias": (Annotated[bool, typer.Option("--bias", help="use biases in SE's two linear layers")], False),
+    "min_hidden": (Annotated[int, typer.Option(min=1, help="minimum width between SE's two layers")], 4),
+    "include": (
+        Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'; repeat it for more")],
+        None,
+    ),
+    "exclude": (Annotated[list[str] | None, typer.Option(help="not these blocks; repeat it for more")], None),
+}
 
-# The recipe: the fields of FinetuneConfig that are set most often
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="the recipe as YAML; options override it")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, any field; repeat it for more")
-]
-Epochs = Annotated[int | None, typer.Option(help="passes over the data")]
+# The recipe: a file, the fields of FinetuneConfig that are set most often, and any other field
 BatchSize = Annotated[int | None, typer.Option(help="images per step and process")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="peak learning rate")]
-Trainable = Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")]
 ImageSize = Annotated[int | None, typer.Option(help="height and width of the images, if not the network's own")]
-Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")]
 Workers = Annotated[int | None, typer.Option(help="data loading processes")]
-Seed = Annotated[int | None, typer.Option(help="random seed")]
 Cpu = Annotated[bool | None, typer.Option("--cpu", help="stay on the CPU")]
-Compile = Annotated[bool | None, typer.Option("--compile", help="train through torch.compile")]
-RECIPE_OPTIONS = (
-    "epochs", "batch_size", "lr", "trainable", "image_size", "precision", "workers", "seed", "patience", "cpu", "compile_",
-)  # fmt: skip
+RECIPE_FIELDS: Options = {
+    "epochs": (Annotated[int | None, typer.Option(help="passes over the data")], None),
+    "batch_size": (BatchSize, None),
+    "lr": (Annotated[float | None, typer.Option("--lr", help="peak learning rate")], None),
+    "trainable": (Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")], None),
+    "image_size": (ImageSize, None),
+    "precision": (Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")], None),
+    "workers": (Workers, None),
+    "seed": (Annotated[int | None, typer.Option(help="random seed")], None),
+    "patience": (
+        Annotated[int | None, typer.Option(help="stop after this many epochs without a better accuracy")],
+        None,
+    ),
+    "cpu": (Cpu, None),
+    "compile_": (Annotated[bool | None, typer.Option("--compile", help="train through torch.compile")], None),
+}
+RECIPE_OPTIONS: Options = {
+    "config": (Annotated[Path | None, typer.Option(help="the recipe as YAML; options override it")], None),
+    **RECIPE_FIELDS,
+    "set_": (
+        Annotated[
+            list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, any field; repeat it for more")
+        ],
+        None,
+    ),
+}
 
 RunFolder = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
+
+
+def takes(*groups: Options, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of some groups, behind its own. It reads them from its context."""
+    options = {name: option for group in groups for name, option in group.items() if name not in without}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def run(*args: Any, **kwargs: Any) -> None:
+            command(*args, **{name: value for name, value in kwargs.items() if name not in options})
+
+        own = inspect.signature(command, eval_str=True)
+        more = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in options.items()
+        ]
+        signature = own.replace(parameters=[*own.parameters.values(), *more])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+        return run
+
+    return decorate
 
 
 def se_options(context: typer.Context) -> dict[str, Any]:
@@ -77,9 +137,10 @@ def se_options(context: typer.Context) -> dict[str, Any]:
     return {**values, **{name: list(values[name]) if values[name] else None for name in ("include", "exclude")}}
 
 
-def recipe_options(context: typer.Context) -> dict[str, Any]:
-    """The fields of ``FinetuneConfig`` for which a command has options of their own; None where they are not given."""
-    return {name.rstrip("_"): context.params[name] for name in RECIPE_OPTIONS if name in context.params}
+def recipe_fields(context: typer.Context) -> dict[str, Any]:
+    """The fields of ``FinetuneConfig`` that are given as options of their own."""
+    values = {name.rstrip("_"): context.params.get(name) for name in RECIPE_FIELDS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def given(context: typer.Context) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import TMonitor
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
@@ -77,8 +77,7 @@ def export(
         >>> torch.export.load(file).module()(torch.randn(5, 3, 64, 64)).shape
         torch.Size([5, 10])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if format not in SUFFIXES:
         raise RetrofitError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {brief(format)}")
     if any(p.is_meta for p in model.parameters()):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, brief, check_module
 from .config import FinetuneConfig
 from .experiment import weights_digest
 from .targets import class_counts
@@ -198,7 +198,7 @@ def checked_criterion(given: Any, teacher: Any, model: nn.Module) -> None:
         raise RetrofitError(
             f"the criterion {type(given).__name__} has parameters, which would not be trained; make them buffers"
         )
-    if teacher is not None and not isinstance(teacher, nn.Module):
-        raise TypeError(f"teacher must be an nn.Module, got {brief(teacher)} of type {type(teacher).__name__}")
+    if teacher is not None:
+        check_module(teacher, "teacher")
     if teacher is model:
         raise RetrofitError("the network can't be its own teacher; give a copy (copy.deepcopy)")

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
 from ..saving.atomic import replaced_file
@@ -62,8 +62,7 @@ RUN = "run.yaml"
 
 def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | None:
     """The output folder, after the arguments were looked at; nothing has been changed yet."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {brief(model)} of type {type(model).__name__}")
+    check_module(model)
     warn_of_lost_sites(model)
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"config must be a FinetuneConfig, got {brief(config)} of type {type(config).__name__}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import SEAttention
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, brief, check_module
 from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.copying import copied
@@ -106,8 +106,7 @@ def fold_se(
 
 
 def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not has_se(model):
         raise RetrofitError(
             f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to fold (once all of it "

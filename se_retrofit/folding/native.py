@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import SEAttention, TwiceSigmoid
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_module
 from ..retrofit import has_se, plan_of
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs, from_description, tensors_in
@@ -126,8 +126,7 @@ def from_native(model: M, source: nn.Module) -> M:
 
 
 def _check_retrofitted(model: nn.Module, caller: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not has_se(model):
         raise RetrofitError(
             f"{type(model).__name__} has no SE inserted by add_se; {caller} takes a retrofitted network"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..attention import SEAttention
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_module
 from ..plan import Skipped
 from ..surgery.copying import copied
 from ..surgery.derived import Recipe, RetrofittedBlock, derived_class
@@ -59,8 +59,7 @@ def plan_fusion(model: nn.Module) -> Fusion:
         >>> plan_fusion(add_se(timm.create_model("resnet18"))).fused[:2]
         ('layer1.0.se_attention', 'layer1.1.se_attention')
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     fused, reasons = [], {}
     called = {}
     for path, block in model.named_modules():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..errors import RetrofitError, extra
+from ..errors import RetrofitError, check_module, extra
 from ..paths import save_figure
 from ..retrofit import plan_of
 from ..surgery.copying import has_values
@@ -274,8 +274,7 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         >>> len(found.sites), found.sites[0].low, found.sites[0].high
         (8, 1.0, 1.0)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     blocks = {site.path: site.block for site in plan_of(model).sites}
     ses = {path: module for path, module in model.named_modules() if is_retrofitted(module)}
     for name, parameter in model.named_parameters():

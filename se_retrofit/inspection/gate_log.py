@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import RetrofitError, brief, extra
+from ..errors import RetrofitError, brief, check_module, extra
 from ..retrofit import plan_of
 from ..surgery.undo import is_retrofitted
 from .moments import Moments
@@ -105,8 +105,7 @@ class GateLogger:
     """
 
     def __init__(self, model: nn.Module, *, every: int = 1) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"every must be a positive int, got {brief(every)} of type {type(every).__name__}")
         if every < 1:

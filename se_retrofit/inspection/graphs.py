@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from ..attention import SEAttention
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_module
 from ..plan import Plan
 from ..retrofit import plan_of
 from ..surgery.inputs import Inputs, from_description, given_inputs
@@ -66,8 +66,7 @@ def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
 
     Args, raises: as ``inspect``.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     try:
         plan = plan_of(model)
     except RetrofitError as error:

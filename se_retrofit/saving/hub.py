@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 from torch import nn
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..models import Base
 from ..plan import Plan
 from .atomic import settled
@@ -63,7 +63,7 @@ def push_to_hub(
         'https://huggingface.co/me/resnet10t-se'
     """
     if not isinstance(model, (nn.Module, str, Path)):
-        raise TypeError(f"model must be an nn.Module or a folder, got a {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module or a folder, got {brief(model)} of type {type(model).__name__}")
     api = huggingface_hub.HfApi(token=token, library_name="se_retrofit")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "network"

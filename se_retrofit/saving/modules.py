@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, check_module
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
 from .rebuild import belongs_to, check_plan, options_again, retrofit_again
@@ -44,8 +44,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
         >>> file = save_se(add_se(base), tempfile.mkdtemp() + "/se.safetensors")
         >>> model = load_se(base, file)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {brief(model)} of type {type(model).__name__}")
+    check_module(model)
     if not has_se(model):
         raise RetrofitError(f"this {type(model).__name__} has no SE modules to save; retrofit it first: add_se(model)")
     plan = plan_of(model)
@@ -83,8 +82,7 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
         >>> plan_of(model).options["reduction"]
         4
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {brief(model)} of type {type(model).__name__}")
+    check_module(model)
     file = Path(file)
     state = read_weights(file)
     header = _read_se_header(file)

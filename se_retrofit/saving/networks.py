@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_directory, settled
@@ -51,8 +51,7 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
         >>> type(load_retrofitted(folder)).__name__
         'ResNet'
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {brief(model)} of type {type(model).__name__}")
+    check_module(model)
     if not has_se(model):
         raise RetrofitError(
             f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "

@@ -11,22 +11,13 @@ import torch
 from torch import nn
 
 from ..attention import check_options
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, brief, check_module
 from .placement import PLACEMENTS
 from .undo import is_retrofitted
 
-__all__ = ["Options", "Patterns", "check_model", "check_module", "patterns_of"]
+__all__ = ["Options", "Patterns", "check_model", "patterns_of"]
 
 Patterns = str | Iterable[str] | None
-
-
-def check_module(model: Any) -> None:
-    if isinstance(model, type):
-        raise TypeError(
-            f"expected a model, got the class {model.__name__}; make an instance of it: {model.__name__}(...)"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_model(model: Any) -> None:

@@ -17,7 +17,7 @@ import se_retrofit.cli.convert as command
 from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted, plan_of
 from se_retrofit.cli import main
 from se_retrofit.cli.commands import app
-from se_retrofit.cli.options import recipe_options
+from se_retrofit.cli.options import RECIPE_FIELDS, recipe_fields
 from se_retrofit.finetune import FinetuneConfig
 from se_retrofit.models import Base
 
@@ -208,7 +208,6 @@ def test_options_of_the_recipe_are_its_fields(name: str) -> None:
         command = group.get_command(parent, name)  # type: ignore[attr-defined]
         words = ["resnet18", "--data", "digits", "--batch-size", "8", "--seed", "3", "--compile", "--precision", "bf16"]
         with command.make_context(name, words, parent=parent) as context:
-            said = {field: value for field, value in recipe_options(context).items() if value is not None}
-            assert said == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
+            assert recipe_fields(context) == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
             shared = {field.name for field in fields(FinetuneConfig)} & {p.name.rstrip("_") for p in command.params}
-            assert recipe_options(context).keys() == shared
+            assert {name.rstrip("_") for name in RECIPE_FIELDS if name in context.params} == shared

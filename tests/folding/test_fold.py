@@ -392,5 +392,5 @@ def test_a_model_without_our_se_is_refused() -> None:
     for other in (remove_se(model), folded):
         with pytest.raises(RetrofitError, match="no SE inserted by add_se"):
             fold_se(other, [x])
-    with pytest.raises(TypeError, match="expected a torch"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
         fold_se("resnet18", [x])  # type: ignore[type-var]

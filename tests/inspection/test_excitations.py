@@ -178,5 +178,5 @@ def test_mistakes() -> None:
         excitations(add_se(small_resnet()), [{"image": torch.randn(1, 3, 32, 32)}])
     with pytest.raises(RetrofitError, match="has no SE inserted by add_se"):
         excitations(small_resnet(), batches())
-    with pytest.raises(TypeError, match="expected a torch"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
         excitations("resnet18", batches())  # type: ignore[arg-type]

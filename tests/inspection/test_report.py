@@ -165,7 +165,7 @@ def test_looking_changes_nothing() -> None:
 def test_mistakes_say_what_to_do() -> None:
     with pytest.raises(RetrofitError, match=r"call add_se\(model\) first, or print\(plan_se\(model\)\)"):
         report(small_resnet())
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got str"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got .resnet18. of type str"):
         report("resnet18")  # type: ignore[arg-type]
     with pytest.raises(RetrofitError, match="can't be run on the given example_inputs"):
         report(add_se(small_resnet()), torch.empty(1, 4, 32, 32))

@@ -97,7 +97,7 @@ def test_mistakes_are_one_line_and_nothing_goes_up(hub: Path, model: nn.Module, 
         push_to_hub(timm.create_model("resnet10t"), "me/net")
     with pytest.raises(RetrofitError, match="no folder"):
         push_to_hub(tmp_path / "none", "me/net")
-    with pytest.raises(TypeError, match=r"must be an nn\.Module or a folder, got a int"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Module or a folder, got 3 of type int"):
         push_to_hub(3, "me/net")  # type: ignore[arg-type]
     assert not hub.exists()
 

@@ -109,13 +109,7 @@ def _bottleneck(block: Bottleneck, se: SEAttention, placement: str, x: Tensor) -
     if placement == "3x3":
         branch = se(branch)
     branch = block.bn3(block.conv3(branch))
-    if placement == "standard":
-        branch = se(branch)
-    skip = x if block.downsample is None else block.downsample(x)
-    if placement == "identity":
-        skip = se(skip)
-    out = torch.relu(branch + skip)
-    return se(out) if placement == "post" else out
+    return _joined(block, se, placement, x, branch)
 
 
 def _basic(block: BasicBlock, se: SEAttention, placement: str, x: Tensor) -> Tensor:
@@ -126,6 +120,10 @@ def _basic(block: BasicBlock, se: SEAttention, placement: str, x: Tensor) -> Ten
     if placement == "3x3":
         branch = se(branch)
     branch = block.bn2(block.conv2(branch))
+    return _joined(block, se, placement, x, branch)
+
+
+def _joined(block: BasicBlock | Bottleneck, se: SEAttention, placement: str, x: Tensor, branch: Tensor) -> Tensor:
     if placement == "standard":
         branch = se(branch)
     skip = x if block.downsample is None else block.downsample(x)
