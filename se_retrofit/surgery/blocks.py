@@ -61,7 +61,7 @@ def is_pointwise(op: Op) -> bool:
 
 
 def next_after(op: Op, through: tuple[str, ...]) -> Op | None:
-    """The first operation behind ``op`` that does something else than ``through``, if there is just one way."""
+    """The first operation after ``op`` whose role is not in ``through``, if only one path leads there."""
     user = only_user(op)
     while user is not None and user.role in through and len(user.data) == 1:
         user = only_user(user)
@@ -90,7 +90,7 @@ def joins_channels(op: Op) -> bool:
 
 
 def escapes(record: Record, call: Call, sources: Iterable[Op], cut: set[Op]) -> bool:
-    """Whether some way from ``sources`` to what the module returns passes none of ``cut``."""
+    """Whether some path from ``sources`` to what the module returns passes none of ``cut``."""
     reached = set(sources)
     for op in record.ops[call.start : call.end]:
         if op not in cut and any(i in reached for i in op.inputs):

@@ -124,7 +124,7 @@ def rep_sum(record: Record, call: Call, add: Op) -> FoundBlock | None:
 
 
 def _covers_its_input(conv: Op) -> bool:
-    """Whether a conv leaves nothing of space: a fully-connected layer, written as a convolution."""
+    """Whether a conv's kernel covers its whole input: a fully-connected layer, written as a convolution."""
     before = conv.data[0].shape
     assert conv.conv is not None
     dims = len(conv.conv.kernel)

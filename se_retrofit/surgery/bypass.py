@@ -49,7 +49,7 @@ def residual_unit(record: Record, call: Call, add: Op) -> FoundBlock | None:
 
 
 def _has_second_output(call: Call, add: Op, region: int) -> bool:
-    """Whether all that goes past an add is what the module returns beside it, made in the branch (WaveNet's skip output)."""
+    """Whether all that bypasses an add is a second output of the module, made in the branch (WaveNet's skip output)."""
     others = [output for output in call.outputs if output is not add]
     return (
         add in call.outputs
@@ -60,7 +60,7 @@ def _has_second_output(call: Call, add: Op, region: int) -> bool:
 
 
 def _all_from(op: Op, region: int) -> bool:
-    """Whether each operand of an operation is made in a region: none bypasses it (as in the concat of a dual path)."""
+    """Whether every operand of an operation is computed inside a region, so that none bypasses it (as in the concat of a dual path)."""
     return bool(op.data) and all((o.ancestors | o.bit) & region for o in op.data)
 
 
@@ -191,7 +191,7 @@ def _added_to_bypass(op: Op, call: Call) -> Op | None:
 
 
 def dual_path(record: Record, call: Call, joins: list[Op]) -> FoundBlock | None:
-    """Several joins of one new value with what bypassed the block, which make up all that it returns (DPN)."""
+    """Several joins of one new value with what bypassed the block, which together are all that it returns (DPN)."""
     cut: set[Op] = set()
     new: list[Op] = []
     for join in joins:

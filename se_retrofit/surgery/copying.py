@@ -51,7 +51,7 @@ def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there is more to a tensor than its form; a meta or fake one has no values."""
+    """Whether a tensor has values; a meta or fake one has a shape and a dtype alone."""
     return not tensor.is_meta and maybe_get_fake_mode(tensor) is None
 
 
@@ -183,8 +183,8 @@ _ATOMS = (int, float, bool, str, type(None))
 
 
 def _copy_of(value: Any, memo: dict[int, Any], convert: Convert | None) -> Any:
-    """``copy.deepcopy`` of what stands on a module, with short ways for what nearly all that is: a module has a dozen
-    containers of hooks, as a rule empty, and ``copy.deepcopy`` takes each apart."""
+    """``copy.deepcopy`` of a module's attributes, with shortcuts for the usual ones: a module has a dozen containers of
+    hooks, most of them empty, and ``copy.deepcopy`` takes each apart."""
     cls = type(value)
     if cls in _ATOMS:
         return value
@@ -300,8 +300,8 @@ def _point_weak_references(modules: list[nn.Module], memo: dict[int, Any]) -> No
 
 
 def _point_functions(modules: list[nn.Module], memo: dict[int, Any]) -> None:
-    """Functions on instances (a ``forward`` that was set there, a lambda made in ``__init__``) go on with the copy's modules;
-    ``copy.deepcopy`` shares them, and with them the original's modules."""
+    """Functions on instances (a ``forward`` that was set there, a lambda made in ``__init__``) work on the copy's
+    modules; ``copy.deepcopy`` shares them, and with them the original's modules."""
     for module in modules:
         new = memo.get(id(module))
         if new is None or new is module:

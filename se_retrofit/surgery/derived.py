@@ -49,7 +49,7 @@ class RetrofittedBlock:
     se_recipe: Recipe
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A derived class is no new class of the user's: registries that are filled here do not get it."""
+        """A derived class is not a new class of the user's, so registries that are filled here do not get it."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(protocol)
@@ -95,7 +95,7 @@ def derived_class(recipe: Recipe) -> type:
     """The class of a recipe; the same for the same recipe.
 
     Raises:
-        RetrofitError: the source of a method is another one than when the recipe was made.
+        RetrofitError: the source of a method has changed since the recipe was made.
         SpliceError: the class can't be derived.
     """
     cls = _derived.get(recipe)

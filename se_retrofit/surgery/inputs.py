@@ -1,4 +1,4 @@
-"""What a model is called with when it is recorded: the inputs that were given, or such as it may take."""
+"""What a model is called with when it is recorded: the inputs that were given, or inputs that it may take."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _required_inputs(model: nn.Module) -> int:
 
 def describe(inputs: Inputs) -> Any:
     """The inputs as plain data, fit for JSON, with the shape and dtype of each tensor; None if they hold anything that
-    can't be written so."""
+    can't be written that way."""
     try:
         return {"args": [_described(a) for a in inputs.args], "kwargs": _described(inputs.kwargs)["dict"]}
     except TypeError:

@@ -49,7 +49,7 @@ class SurgerySite:
 
 @dataclass(eq=False)
 class Surgery:
-    """What is to be done to a model: the sites, and the blocks that are skipped with the reasons."""
+    """What is to be done to a model: the sites, and the blocks that are skipped, with the reasons."""
 
     inputs: Inputs
     record: Record
@@ -345,8 +345,8 @@ class _Fitting:
         return [twin for place, twin in zip(own, same, strict=True) if place in site.places]
 
     def blame(self, index: int, before: Record, sites: list[SurgerySite], broke_off: str | None) -> None:
-        """Leave out the block at which the retrofitted network did something else; at the second, all of its class. Where
-        its code raised something, try another way for it first."""
+        """Leave out the block at which the retrofitted network did something else; at its second block, all of its class.
+        Where its code raised an error, try another way first."""
         again = self.last_blamed is not None and self.last_blamed[0] == index
         if self.last_blamed is not None and again:  # it was not that block: the next one, then
             for place in self.last_blamed[1]:

@@ -24,7 +24,7 @@ __all__ = ["NeedsValues", "record"]
 
 
 class NeedsValues(RuntimeError):
-    """The run asks for values, which meta tensors have not."""
+    """The run asks for values, which meta tensors do not have."""
 
 
 # Whose source -------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ class _Recorder(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def needs(self, error: Exception) -> Exception:
-        """Note that values were asked for, even if the model's code catches the error; others it would meet with values, too."""
+        """Note that values were asked for, even if the model's code catches the error; other errors it would meet with values, too."""
         if isinstance(error, (NeedsValues, NotImplementedError)) or "meta" in str(error).lower():
             self.needed_values = self.needed_values or error
         return error

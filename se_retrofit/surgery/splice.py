@@ -1,4 +1,4 @@
-"""One call more in the author's own source.
+"""One more call in the author's own source.
 
 ``out = self.bn3(out)`` becomes ``out = self.se_attention(self.bn3(out))`` in a class derived from the block's. The text is
 changed at the expression's span and nothing is unparsed, so comments, layout and line numbers stay.
@@ -30,7 +30,7 @@ class SpliceError(Exception):
 
 @dataclass(frozen=True)
 class Splice:
-    """One call more in one method.
+    """One more call in one method.
 
     Attributes:
         owner: the class that defines the method.
