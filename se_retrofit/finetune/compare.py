@@ -227,8 +227,8 @@ def compare(
 ) -> Comparison:
     """Fine-tune a network without and with SE, by the same recipe, with the same seeds.
 
-    For each seed all start from the same weights, see the same images in the same order, and take the same number
-    of steps; so their difference is looked at seed by seed, which takes out what the seeds have in common.
+    For each seed, all networks start from the same weights, see the same images in the same order, and take the same number
+    of steps; so they are compared seed by seed, which takes out what varies between seeds.
 
     Args:
         model: the bare network, copied for each run; or a function that makes one. It is called with torch's
@@ -280,8 +280,7 @@ def compare(
                 val_data,
                 config=recipe,
                 output_dir=None if output is None else output / f"{name}-{seed}",
-                # a comparison takes long: rerunning it resumes
-                resume=output is not None,
+                resume=output is not None,  # a comparison takes long: rerunning it resumes
                 base=base,
                 quiet=quiet,
             )
