@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
 import torch
 from networks import NETWORKS, randomise_se, randomised
+from sweeps import swept
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from se_retrofit import add_se
-
-
-def every_time_and_in_sweeps(names: list[str], more: list[str]) -> list[Any]:
-    """Parameters of a test: some names every time, more of them in the sweeps."""
-    return [*names, *(pytest.param(name, marks=pytest.mark.sweep) for name in more)]
 
 
 def small(block: type[nn.Module] = BasicBlock) -> nn.Module:
@@ -31,7 +24,7 @@ X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 # Networks whose blocks differ in how SE is put into them: a derived forward, a Sequential, several kinds of block, channels
 # last; in the sweeps one for each mode, a wrapped child, list arguments.
-KINDS = every_time_and_in_sweeps(
+KINDS = swept(
     ["torchvision/resnet18", "torchvision/squeezenet1_1", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto"],
     ["torchvision/mobilenet_v2", "torchvision/googlenet", "timm/dla34", "timm/repvgg_b0"],
 )

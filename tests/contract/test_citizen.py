@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from citizens import KINDS, X, every_time_and_in_sweeps, model_and_input, small
+from citizens import KINDS, X, model_and_input, small
 from networks import (
     NETWORKS,
     assert_same_function,
@@ -29,6 +29,7 @@ from networks import (
     se_modules,
 )
 from safetensors.torch import load_model, save_model
+from sweeps import swept
 from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
@@ -295,9 +296,7 @@ def test_data_parallel_and_functional_call() -> None:
 # What the libraries offer for their models ---------------------------
 
 
-@pytest.mark.parametrize(
-    "name", every_time_and_in_sweeps(["resnet18", "convnext_atto"], ["mobilenetv2_100", "regnetx_002"])
-)
+@pytest.mark.parametrize("name", swept(["resnet18", "convnext_atto"], ["mobilenetv2_100", "regnetx_002"]))
 def test_timms_gradient_checkpointing(name: str) -> None:
     model = randomised(timm.create_model(name, num_classes=4)).train()
     retrofitted = randomise_se(add_se(model), std=0.1)
@@ -330,7 +329,7 @@ def test_memory_efficient_densenets(library: str) -> None:
     assert same_tensors(run(ours.train(), X), run(theirs.train(), X))
 
 
-@pytest.mark.parametrize("name", every_time_and_in_sweeps(["repvgg_b0"], ["mobileone_s0"]))
+@pytest.mark.parametrize("name", swept(["repvgg_b0"], ["mobileone_s0"]))
 def test_timms_reparameterisation_after_the_retrofit(name: str) -> None:
     model = randomised(timm.create_model(name, num_classes=4)).eval()
     retrofitted = randomise_se(add_se(model), std=0.1)
@@ -345,7 +344,7 @@ def test_timms_reparameterisation_after_the_retrofit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", every_time_and_in_sweeps(["resnet18", "convnext_atto"], ["mobilenetv2_100", "densenet121", "regnetx_002"])
+    "name", swept(["resnet18", "convnext_atto"], ["mobilenetv2_100", "densenet121", "regnetx_002"])
 )
 def test_timms_feature_api(name: str) -> None:
     model = randomised(timm.create_model(name, num_classes=4)).eval()

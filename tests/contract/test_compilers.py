@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from citizens import X, every_time_and_in_sweeps, model_and_input, small
+from citizens import X, model_and_input, small
 from networks import gradients, run
+from sweeps import swept
 
 # in one process, as PyTorch's compilers and exporters take seconds to import
 pytestmark = pytest.mark.xdist_group("compilers")
@@ -25,7 +26,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", every_time_and_in_sweeps(BOTH, ["timm/convnext_atto", "timm/dla34"]))
+@pytest.mark.parametrize("name", swept(BOTH, ["timm/convnext_atto", "timm/dla34"]))
 def test_torch_compile_takes_it_as_one_graph(name: str) -> None:
     model, x = model_and_input(name)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -58,9 +59,7 @@ def test_inductor_compiles_a_block() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     "name",
-    every_time_and_in_sweeps(
-        BOTH, ["torchvision/mobilenet_v2", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto", "timm/dla34"]
-    ),
+    swept(BOTH, ["torchvision/mobilenet_v2", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto", "timm/dla34"]),
 )
 def test_torch_export(name: str) -> None:
     model, x = model_and_input(name)
@@ -96,7 +95,7 @@ def test_onnx_export_computes_the_same() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", every_time_and_in_sweeps(BOTH, ["torchvision/mobilenet_v2"]))
+@pytest.mark.parametrize("name", swept(BOTH, ["torchvision/mobilenet_v2"]))
 def test_torch_jit_traces_it(name: str) -> None:
     model, x = model_and_input(name)
     with torch.no_grad():
@@ -104,7 +103,7 @@ def test_torch_jit_traces_it(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", every_time_and_in_sweeps(BOTH, ["torchvision/mobilenet_v2"]))
+@pytest.mark.parametrize("name", swept(BOTH, ["torchvision/mobilenet_v2"]))
 def test_torch_jit_scripts_it(name: str) -> None:
     model, x = model_and_input(name)
     with torch.no_grad():

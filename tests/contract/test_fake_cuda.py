@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from sweeps import swept
 from timm.models.convnext import ConvNeXt
 from timm.models.densenet import DenseNet
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def runs_on_cuda(model: nn.Module, mode: FakeTensorMode) -> bool:
     return {str(t.device) for t in (y, z, *model.parameters(), *model.buffers())} == {"cuda:0"}
 
 
-@pytest.mark.parametrize("gate", ["identity", "sigmoid", "static"])
+@pytest.mark.parametrize("gate", swept(["identity"], ["sigmoid", "static"]))
 def test_every_se_parameter_is_on_the_models_device(network: nn.Module, mode: FakeTensorMode, gate: str) -> None:
     before = torch.get_rng_state()
     model = add_se(network, gate=gate)

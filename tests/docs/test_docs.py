@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import typer
@@ -32,6 +33,11 @@ FENCE = re.compile(r"(?P<comment><!--[^>]*-->\n)?```(?P<language>\w*)\n(?P<code>
 NOT_RUN = "<!-- not run:"
 # written on the line above a fence: it holds what the Python above it prints
 OUTPUT = "<!-- output -->"
+
+
+def parted(items: list[Any], long: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
+    """Those that the default run takes, and those that are left to the sweeps."""
+    return [item for item in items if not long(item)], [item for item in items if long(item)]
 
 
 def fences(page: Path, *languages: str) -> list[re.Match[str]]:
@@ -54,7 +60,7 @@ def documented() -> list[doctest.DocTest]:
 
 @pytest.mark.parametrize(
     "test",
-    swept(documented(), lambda test: test.name.startswith(LONG_EXAMPLES)),
+    swept(*parted(documented(), lambda test: test.name.startswith(LONG_EXAMPLES))),
     ids=lambda test: test.name.removeprefix("se_retrofit."),
 )
 def test_examples_in_docstrings_run(
@@ -74,7 +80,9 @@ def test_what_the_package_exports_is_documented_with_an_example(name: str) -> No
         assert ">>>" in (inspect.getdoc(thing) or ""), f"{name} has no example"
 
 
-@pytest.mark.parametrize("page", swept(PAGES, lambda page: page.stem in LONG_PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", swept(*parted(PAGES, lambda page: page.stem in LONG_PAGES)), ids=lambda page: page.name
+)
 def test_python_in_the_pages_runs_and_prints_what_they_show(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

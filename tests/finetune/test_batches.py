@@ -9,6 +9,7 @@ import pytest
 import torch
 from pictures import make_cifar10, make_folder
 from PIL import Image
+from sweeps import swept
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -161,7 +162,7 @@ def broken(folder: Path, part: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", swept([0], [2]))
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_corrupt_image_is_an_error_that_names_it(folder: Path, config: Config, part: str, workers: int) -> None:
     path = broken(folder, part)
@@ -176,7 +177,7 @@ def test_a_corrupt_image_is_an_error_that_names_it(folder: Path, config: Config,
         )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", swept([0], [2]))
 def test_a_corrupt_image_is_skipped_and_named_once_where_so_configured(
     folder: Path, config: Config, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

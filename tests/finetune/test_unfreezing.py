@@ -76,7 +76,7 @@ def test_what_was_frozen_before_stays_frozen(network: Network, config: Config, d
     assert not torch.equal(model.layer4[0].conv2.weight, other)
 
 
-@pytest.mark.parametrize("at", swept([4, 5, 9], lambda at: at > 4))
+@pytest.mark.parametrize("at", swept([4], [5, 9]))
 def test_a_run_that_is_broken_off_around_an_unfreezing_gives_the_same_weights(
     network: Network, config: Config, digits: NamedData, tmp_path: Path, same: Same, at: int
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from constant_gates import relative
 from networks import NETWORKS, assert_untouched, random_states, randomise_se, randomised, se_modules, snapshot
+from sweeps import swept
 from torch import Tensor, nn
 
 from se_retrofit import (
@@ -51,7 +52,7 @@ def native(name: str) -> nn.Module:
 SLOW = ("resnet33ts", "resnet18", "resnet34", "resnet50", "resnext50_32x4d")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.sweep] * (n in SLOW)) for n in PAIRS])
+@pytest.mark.parametrize("name", swept([name for name in PAIRS if name not in SLOW], SLOW))
 def test_a_retrofitted_network_fills_timms_native_one_and_back(name: str) -> None:
     model, target = retrofitted(name, bias=True), native(name)
     filled = to_native(model, target)

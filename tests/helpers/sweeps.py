@@ -1,8 +1,8 @@
-"""Parameters of a test of which the default run takes a few, and the sweeps the others."""
+"""What of a test's parameters the default run takes, and what the sweeps take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,6 +10,6 @@ import pytest
 __all__ = ["swept"]
 
 
-def swept(parameters: Iterable[Any], long: Callable[[Any], object]) -> list[Any]:
-    """The parameters, with those that ``long`` holds for left to the sweeps."""
-    return [pytest.param(p, marks=[pytest.mark.sweep] * bool(long(p))) for p in parameters]
+def swept(every_time: Iterable[Any], in_sweeps: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: some every time, the others in the sweeps alone."""
+    return [*every_time, *(pytest.param(parameter, marks=pytest.mark.sweep) for parameter in in_sweeps)]

@@ -217,6 +217,7 @@ def opened(text: str, folder: Path, width: int = 1400) -> dict[str, object]:
     return json.loads(html.unescape(found[1]))
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_it_opens_in_chromium_without_errors_and_without_a_request(tmp_path: Path) -> None:
     text = inspect(retrofitted("tv/resnet50")).write_html(tmp_path / "a.html").read_text()
