@@ -123,15 +123,25 @@ def test_fused_equals_unfused_after_twenty_steps(name: str, training: bool) -> N
     assert found <= 1e-12
 
 
+def smooth(net: nn.Module) -> nn.Module:
+    """With SiLU for ReLU outside of SE: a value that rounding takes to the other side of a ReLU's kink changes the gradients by
+    1e-3, fused or not, which hides everything else."""
+    for path, module in list(net.named_modules()):
+        if isinstance(module, nn.ReLU) and ".se_attention" not in path:
+            net.set_submodule(path, nn.SiLU())
+    return net
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_in_float32_fused_is_as_near_to_float64_as_unfused(name: str) -> None:
-    net = retrofitted(name).train()
+    net = smooth(retrofitted(name)).train()
     x = torch.randn(4, *NETWORKS[name], dtype=torch.float64)
     for steps in (0, 20):
         train([net], x, steps)
         exact = forward_backward(copy.deepcopy(net), x)
         one = copy.deepcopy(net).float()
         fused = fuse_se(one)
+        assert plan_fusion(fused).fused
         mine, others = (difference(forward_backward(m, x.float()), exact) for m in (fused, one))
         print(f"{name} float32 after {steps} steps: fused {mine:.1e}, unfused {others:.1e}", flush=True)
         assert mine <= max(1e-5, 3 * others)
