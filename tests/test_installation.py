@@ -65,8 +65,8 @@ WRITE_HTML = NETWORK + "inspect(model).write_html('a.html')"
 @pytest.mark.parametrize(
     ("package", "name", "code"),
     [
-        pytest.param("accelerate", "finetune", "import se_retrofit.finetune", marks=pytest.mark.sweep),
-        pytest.param("graphviz", "inspect", DRAW, marks=pytest.mark.sweep),
+        ("accelerate", "finetune", "import se_retrofit.finetune"),
+        ("graphviz", "inspect", DRAW),
         ("jinja2", "inspect", WRITE_HTML),
     ],
 )

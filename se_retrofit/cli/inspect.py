@@ -95,7 +95,7 @@ def inspect(
     conditions = conditions_of(fail_if or [], measure)
     inspection = look_inside(network_of(context, model), None if input_size is None else example_of(input_size))
     if block is not None:
-        inspection.block(block)
+        inspection.block(block)  # one that is not there is told before anything is printed or written
     to_stdout = str(json_file) == "-"
     console = Console(stderr=to_stdout)
     in_words = not (graph or diff or block or modules)

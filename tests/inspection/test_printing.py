@@ -90,7 +90,7 @@ def test_names_with_brackets_are_printed_as_they_are() -> None:
 
 def test_the_difference_is_one_line_of_the_authors_source() -> None:
     lines = [line.text for line in look_inside(add_se(small_resnet())).diff("layer1.0")]
-    removed, added = [line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    removed, added = [line for line in lines if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
     assert removed.startswith("-")
     assert added == removed.replace("-", "+", 1).replace("self.bn2(", "self.se_attention(self.bn2(") + ")"
 
