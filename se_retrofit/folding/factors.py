@@ -120,16 +120,16 @@ class Factors:
             return self._by_module_or_operation(op, factor)
         if self._lets_through(op, factor) and len(op.data) == 1:
             return self._made(op.data[0], op, factor) if self._same_channels(op.data[0], op) else None
-        if op.role == "affine" and op.name in ("mul", "multiply", "div") and op.inputs[0] is op.data[0]:
+        if op.role == "affine" and op.name in ("mul", "multiply", "div") and op.takes[0] is op.data[0]:
             return self._multiplied(op, factor)
         if op.role == "add" and len(op.data) == 2 and all(i.shape == op.shape for i in op.data):
             return self._all(self._made(i, op, factor) for i in op.data)
-        if op.role == "cat" and op.data == op.inputs and all(i.channel_dim == op.channel_dim for i in op.inputs):
-            sizes = [i.channels or 0 for i in op.inputs]
+        if op.role == "cat" and op.data == op.takes and all(i.channel_dim == op.channel_dim for i in op.inputs):
+            sizes = [i.channels or 0 for i in op.takes]
             if sum(sizes) != len(factor):
                 return None
             parts = factor.split(sizes)
-            return self._all((self._made(i, op, part) for i, part in zip(op.inputs, parts, strict=True)))
+            return self._all((self._made(i, op, part) for i, part in zip(op.takes, parts, strict=True)))
         return None
 
     @staticmethod
@@ -146,7 +146,7 @@ class Factors:
         if op.module is not None and op.path is not None:
             module = self.model.get_submodule(op.path)
             return self._named(op, module, scales_output(module, op, factor, op.channel_dim))
-        given = op.inputs[1:3]  # of F.conv2d, F.batch_norm and the like: weight and bias
+        given = op.takes[1:3]  # of F.conv2d, F.batch_norm and the like: weight and bias
         if op.role == "linear" or not given or not all(self._is_parameter(p) for p in given):
             return None
         if op.role == "conv":
@@ -167,7 +167,7 @@ class Factors:
 
     def _multiplied(self, op: Op, factor: Tensor) -> list[Scaling] | None:
         """By a parameter, such as layer scale, which then takes the factor; or by something else: on to what is multiplied."""
-        for scale in op.inputs[1:]:
+        for scale in op.takes[1:]:
             dim = scale.dim + (op.channel_dim or 0)
             one_each = dim >= 0 and scale.shape[dim] == scale.shape.numel() == len(factor)
             if op.name != "div" and one_each and scale.path is not None and self._is_parameter(scale):

@@ -260,7 +260,7 @@ class _Drawing:
             self.module(op.path, op.module, list(op.inputs), [op])
             return
         arguments = tuple(self.node(i) for i in op.inputs)
-        target = op.target if op.target is not None else torch.ops.aten.alias.default
+        target = op.node.target if op.node is not None else torch.ops.aten.alias.default
         self.nodes[op] = node = self.result.graph.create_node("call_function", target, arguments, {}, name=op.name)
         self.result.values[node] = [op]
 

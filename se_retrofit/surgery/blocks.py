@@ -93,7 +93,7 @@ def escapes(record: Record, call: Call, sources: Iterable[Op], cut: set[Op]) -> 
     """Whether some path from ``sources`` to what the module returns passes none of ``cut``."""
     reached = set(sources)
     for op in record.ops[call.start : call.end]:
-        if op not in cut and any(i in reached for i in op.inputs):
+        if op not in cut and any(i in reached for i in op.takes):
             reached.add(op)
     return any(output in reached for output in call.outputs)
 

@@ -21,7 +21,7 @@ __all__ = ["dense_layers", "dual_path", "residual_unit", "split_unit"]
 
 
 def residual_unit(record: Record, call: Call, add: Op) -> FoundBlock | None:
-    if add.role != "add" or len(add.data) != 2 or len(add.inputs) != 2:
+    if add.role != "add" or len(add.data) != 2 or len(add.takes) != 2:
         return None
     if add.data[0].shape != add.data[1].shape:
         return None  # an embedding, say, that is the same all over the map

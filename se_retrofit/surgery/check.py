@@ -53,7 +53,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], 
         original = before.ops[index]
         if (
             _signature(op) != _signature(original)
-            or tuple(same[i] for i in after.edges[op.index]) != before.edges[index]
+            or tuple(same[i] for i in op.inputs) != original.inputs
             or (exactly and _plain((op.args, op.kwargs)) != _plain((original.args, original.kwargs)))
         ):
             result.difference = index
@@ -70,7 +70,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], 
     result.called = set(scaled)
     users: dict[Op, list[Op]] = {}
     for op in after.ops:
-        for source in dict.fromkeys(after.edges[op.index]):
+        for source in dict.fromkeys(op.inputs):
             users.setdefault(source, []).append(op)
     returned = {output for call in after.calls for output in call.outputs}
     for path, places in expected.items():

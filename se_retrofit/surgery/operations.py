@@ -10,28 +10,36 @@ from torch import nn
 from .record import Conv, Op, Record
 from .roles import module_role, role_of
 
+Takers = dict[Op, list[Op]]
+
 __all__ = ["innermost", "is_conv_or_linear", "only_user", "read", "real_users"]
 
 
 def read(record: Record) -> Record:
-    """Tell roles, users, channels and pooling of all operations of a record, in place."""
+    """Conclude roles, users, channels and pooling of all operations of a record."""
+    takers: dict[Op, list[Op]] = {}
     for op in record.ops:
-        _read(op)
+        for source in op.inputs:
+            takers.setdefault(source, []).append(op)
+    for op in record.ops:
+        _read(op, takers)
     return record
 
 
-def _read(op: Op) -> None:
+def _read(op: Op, takers: Takers) -> None:
+    op.takes = op.inputs
     op.role = _role(op)
-    inputs = op.inputs
-    if op.role == "mul" and len(inputs) == 2:
-        gated = _gated_by_itself(*inputs) or _gated_by_itself(*reversed(inputs))
-        if gated is not None:  # x * sigmoid(x), an activation written out
-            op.role, op.inputs = "act", gated
+    written_out: tuple[Op, ...] = ()  # operations that are a part of this one
+    if op.role == "mul" and len(op.inputs) == 2:
+        for x, gate in (op.inputs, op.inputs[::-1]):
+            if not written_out and (written_out := _gate_of_itself(x, gate, takers)):  # x * sigmoid(x), an activation
+                op.role, op.takes = "act", (x,)
+    if op.role == "pool" and (stack := _summed_stack(op, takers)) is not None:  # torch.stack([x, f(x)]).sum(0), an add
+        op.role, op.takes, written_out = "add", stack.inputs, (stack,)
     if op.role == "conv":
         op.conv = _conv_of(op)
-    if op.role == "pool" and (stacked := _stacked(op)) is not None:  # torch.stack([x, f(x)]).sum(0), an add written out
-        op.role, op.inputs = "add", stacked
-    for source in op.inputs:
+    for source in op.takes:
+        source.users = [user for user in source.users if user not in written_out]
         op.ancestors |= source.ancestors | source.bit
         source.users.append(op)
     op.channel_dim = _channel_dim(op)
@@ -101,40 +109,27 @@ def _conv_of(op: Op) -> Conv | None:
     return Conv(tuple(weight[2:]), groups, weight[1] * groups, weight[0], False)
 
 
-def _stacked(op: Op) -> tuple[Op, ...] | None:
-    """The values of a stack that is summed up at once along its new dim."""
+def _summed_stack(op: Op, takers: Takers) -> Op | None:
+    """The stack of two values that is summed up at once along its new dim."""
     if op.module is not None or op.name not in ("sum", "mean") or len(op.data) != 1 or op.data[0].name != "stack":
         return None
     stack, dims = op.data[0], op.args[1] if len(op.args) > 1 else None
     dims = [dims] if isinstance(dims, int) else dims
     along = int(stack.args[1]) if len(stack.args) > 1 else 0
-    values = stack.inputs
-    if not dims or len(dims) != 1 or dims[0] % stack.dim != along % stack.dim or stack.users or len(values) != 2:
+    if not dims or len(dims) != 1 or dims[0] % stack.dim != along % stack.dim or len(stack.inputs) != 2:
         return None
-    for value in values:
-        value.users = [user for user in value.users if user is not stack]
-    return values
+    return stack if takers[stack] == [op] else None
 
 
-def _gated_by_itself(x: Op, gate: Op) -> tuple[Op] | None:
-    """``x`` alone, if ``gate`` is an activation of ``x`` that nothing else takes."""
-    first, activated = gate, False
-    while first is not x:
-        if (
-            first.role not in ("act", "affine", "pass")
-            or len(first.data) != 1
-            or (first.users and first is not gate and len(first.users) != 1)
-        ):
-            return None
-        activated = activated or first.role == "act"
-        before = first.data[0]
-        if before is x:
-            if not activated or gate.users:
-                return None
-            x.users = [user for user in x.users if user is not first]
-            return (x,)
-        first = before
-    return None
+def _gate_of_itself(x: Op, gate: Op, takers: Takers) -> tuple[Op, ...]:
+    """The operations from ``x`` to ``gate``, if that is an activation of ``x`` that nothing but one product takes."""
+    path: list[Op] = []
+    while gate is not x:
+        if gate.role not in ("act", "affine", "pass") or len(gate.data) != 1 or len(takers[gate]) != 1:
+            return ()
+        path.append(gate)
+        (gate,) = gate.data
+    return tuple(path) if any(op.role == "act" for op in path) else ()
 
 
 # Pooling --------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from .methods import forget_methods
 from .operations import read
 from .placement import Place, find_places
 from .record import Record
-from .recording import NeedsValues, record
+from .recording import NeedsValues, record_run
 from .splice import SpliceError
 from .undo import strip
 
@@ -168,18 +168,20 @@ class _Runs:
         prepare(copy)
         self.clean()
         inputs = self.evaluation.inputs
-        evaluation = _evaluated(copy, inputs, self.on_meta)
-        return evaluation, None if self.training is None else _trained(copy, inputs, self.on_meta)
+        evaluation = _evaluated(copy, inputs, self.on_meta, traced=False)
+        return evaluation, None if self.training is None else _trained(copy, inputs, self.on_meta, traced=False)
 
 
-def _evaluated(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations) -> Record:
+def _evaluated(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations, traced: bool = True) -> Record:
+    copy.eval()  # some return nothing
     with torch.no_grad():
-        return record(copy.eval(), inputs, on_meta)
+        return record_run(copy, inputs, on_meta, traced=traced)
 
 
-def _trained(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations) -> Record:
+def _trained(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations, traced: bool = True) -> Record:
+    copy.train()
     with torch.enable_grad():
-        return record(copy.train(), inputs, on_meta)
+        return record_run(copy, inputs, on_meta, traced=traced)
 
 
 # Finding edits that are right -----------------------------------------------------------------------------------------

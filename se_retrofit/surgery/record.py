@@ -1,5 +1,6 @@
-"""A record of one run of a model: every operation with what went in and came out, in which module's call, and where in whose
-source it was made. ``recording`` makes it.
+"""A record of one run of a model: a ``torch.fx.Graph`` of every operation, and what is known of each of its nodes.
+
+``recording`` makes it; nothing changes it afterwards. What is concluded from it (``operations.read``) stands beside it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from .inputs import Inputs
+from .inputs import Inputs, tensors_in
 
-__all__ = ["Call", "Conv", "Op", "Record", "Where"]
+__all__ = ["Call", "Conv", "Op", "Record", "Where", "rewritten", "tensor_of"]
 
 Where = tuple[tuple[types.CodeType, int], ...]  # frames of a module's own methods, innermost first: code and f_lasti
 
@@ -40,23 +41,24 @@ class Conv:
 
 @dataclass(eq=False)
 class Op:
-    """One operation; or a tensor that the run was given.
+    """What is known of one node of a record's graph whose value is a tensor: an operation, or a tensor that the run was given.
 
     Attributes:
         index: its place in the order of execution.
         name: of the ATen operation, without the in-place variant's underscore; of a module's class; "input" or "param".
-        inputs: the operations whose tensors it takes.
-        args: what it takes beside them, with None in the place of tensors.
-        kwargs: what it takes by name beside them.
-        shape, dtype: of its output; the shape is None where that is no tensor.
+        inputs: those whose tensors it takes.
+        args, kwargs: what it takes beside them, with None in the place of tensors.
+        shape, dtype: of its value.
         call: the innermost call of a module in which it happens; a module that counts as one operation has none.
         module, path: that module, and its path in the model; of a "param", the path of the parameter or buffer.
-        target: the overload of the ATen operation.
         where: in which frames of the calling module's own methods it was made.
         inplace: it changes its first input.
+        node: its node in the graph; None in the record of a run that is only compared with another.
 
-    Told by ``operations.read``: ``role`` (see ``roles``), ``conv``, ``users``, ``ancestors`` (a bit set of indices), and
+    Concluded by ``operations.read``: ``role`` (see ``roles``), ``conv``, ``ancestors`` (a bit set of indices), and
 
+        takes: its inputs as far as they count: of ``x * sigmoid(x)``, which is an activation, ``x`` alone.
+        users: the operations that take it.
         channel_dim: which dim of its output holds the channels, counted from the end, if that is known.
         pooled: it is computed from a pooled value and has not got its spatial extent back.
         excited: it is pooled, and a learned layer or a non-linearity has been applied since.
@@ -73,15 +75,16 @@ class Op:
     path: str | None = None
     where: Where = ()
     inplace: bool = False
-    target: Any = None
+    node: fx.Node | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     role: str = ""
     conv: Conv | None = None
+    takes: tuple[Op, ...] = ()
+    users: list[Op] = field(default_factory=list)
     channel_dim: int | None = None
     pooled: bool = False
     excited: bool = False
     ancestors: int = 0
-    users: list[Op] = field(default_factory=list)
 
     @property
     def bit(self) -> int:
@@ -104,8 +107,8 @@ class Op:
 
     @property
     def data(self) -> tuple[Op, ...]:
-        """Its inputs that depend on the network's input."""
-        return tuple(i for i in self.inputs if i.role != "param")
+        """What it takes that depends on the network's input."""
+        return tuple(i for i in self.takes if i.role != "param")
 
     def __repr__(self) -> str:
         return f"<{self.index} {self.name} {tuple(self.shape)} {self.role} in {self.call.path!r}>"
@@ -158,14 +161,25 @@ class Call:
 
 @dataclass(eq=False)
 class Record:
-    """All operations and calls of one run. Where it ended early, ``broke_off`` says why, and ``broke_in`` is the path of the
-    module that counts as one operation, if it was one that raised."""
+    """One run of a model.
+
+    Attributes:
+        model, inputs: the copy that was run, and what it was called with.
+        graph: every operation of the run, in order. Inputs are placeholders, parameters and buffers ``get_attr`` nodes, a module
+            of ``torch.nn`` (which counts as one operation) a ``call_module`` node, all else the ``call_function`` node of an
+            ATen overload. ``node.meta`` has ``"shape"`` and ``"dtype"`` of the value, ``"call"``, the call of the module in
+            which the operation happens, and ``"where"``, the frames of that module's own methods at that time.
+        ops: what is known of the nodes whose values are tensors, in order.
+        calls: the calls of modules that don't count as one operation, parents before children.
+        broke_off: where the run ended early, why; ``broke_in`` is the path of the module that counts as one operation, if
+            it was one that raised.
+    """
 
     model: nn.Module
     inputs: Inputs
+    graph: fx.Graph = field(default_factory=fx.Graph)
     ops: list[Op] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)  # parents before children
-    edges: list[tuple[Op, ...]] = field(default_factory=list)  # the inputs of each operation, as they were recorded
+    calls: list[Call] = field(default_factory=list)
     broke_off: str | None = None
     broke_in: str | None = None
 
@@ -175,3 +189,16 @@ class Record:
             low = bits & -bits
             yield self.ops[low.bit_length() - 1]
             bits ^= low
+
+
+# What a node's function is where ATen has none ------------------------------------------------------------------------
+
+
+def tensor_of(value: Any, index: int) -> torch.Tensor:
+    """One of the tensors that an operation returned."""
+    return tensors_in(value)[index]
+
+
+def rewritten(value: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """A value whose data was changed under another name, by an operation that wrote to a view of it, say."""
+    return value

@@ -4,12 +4,15 @@ by whom; ``torch.utils._python_dispatch`` tells each operation of ATen. Nothing 
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Collection
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention import SEAttention
@@ -17,10 +20,11 @@ from .inputs import Inputs, tensors_in
 from .isolation import PrivateRandomness
 from .meta import MetaOperations, all_on_meta
 from .methods import methods_of
-from .record import Call, Op, Record, Where
+from .record import Call, Op, Record, Where, rewritten, tensor_of
 from .roles import module_role, role_of
+from .values import Values, makes, written_by
 
-__all__ = ["NeedsValues", "record"]
+__all__ = ["NeedsValues", "record_run"]
 
 
 class NeedsValues(RuntimeError):
@@ -55,93 +59,103 @@ def _frames(call: Call, skip: int) -> Where:
 # The recorder ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
+class _Single:
+    """The call of a module that counts as one operation."""
+
+    module: nn.Module
+    arguments: tuple[Any, Any]
+    inputs: tuple[Op, ...]
+    changed: dict[int, Tensor] = field(default_factory=dict)  # the tensors that it has changed, by id, and so kept alive
+
+
 class _Recorder(TorchDispatchMode):
-    def __init__(self, result: Record, randomness: PrivateRandomness, on_meta: MetaOperations) -> None:
+    def __init__(self, result: Record, randomness: PrivateRandomness, on_meta: MetaOperations, traced: bool) -> None:
         super().__init__()
         self.result = result
         self.randomness = randomness
         self.on_meta = on_meta
-        self.known: dict[int, Op] = {}
-        self.kept: list[Tensor] = []  # ids are of living tensors
-        self.by_storage: dict[int, list[Tensor]] = {}
+        self.traced = traced
         modules = list(result.model.named_modules())
         self.modules = [m for _, m in modules]
         self.paths = {id(m): path for path, m in modules}
-        self.stale: dict[int, tuple[str, tuple[Op, ...]]] = {}  # tensors whose data was changed under another name
-        self.later: dict[int, tuple[Any, ...]] = {}  # second outputs, operations once something takes them
-        self.tensor_paths = {
-            id(t): f"{path}.{name}" if path else name
-            for own in ("_buffers", "_parameters")  # the name as a parameter counts, and of several names the first
-            for path, module in reversed(modules)
-            for name, t in reversed(getattr(module, own).items())
-        }
+        self.values = Values(result.model, self.given, self.changed_elsewhere)
         self.stack: list[Call] = []
-        self.one: nn.Module | None = None  # the module being run that counts as one operation
+        self.singles: list[_Single] = []  # a module that counts as one operation, and the SE that was put into it
         self.failed_in: str | None = None
-        self.one_inputs: tuple[Op, ...] = ()
-        self.around: nn.Module | None = None  # the retrofitted one whose SE is being run
-        self.changed: dict[int, Tensor] = {}  # the tensors that it has changed, by id, and so kept alive
         self.needed_values: Exception | None = None
 
     # Calls of modules
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.one is not None:
+        op_of = self.values.op_of
+        if self.singles:
             if isinstance(module, SEAttention):  # the one operation is retrofitted: SE comes after it
-                self.add_module(self.one, args[0])
-                self.around, self.one = self.one, module
-                self.one_inputs, self.changed = (self.op_of(args[0]),), {}
+                self.add_module(self.singles[-1], args[0])
+                self.singles.append(_Single(module, (args, kwargs), (op_of(args[0]),)))
             return
-        given = [self.op_of(t) for t in tensors_in((args, kwargs))]
+        given = [op_of(t) for t in tensors_in((args, kwargs))]
         if self.stack and module_role(module) is not None:
-            self.one, self.one_inputs, self.changed = module, tuple(given), {}
+            self.singles.append(_Single(module, (args, kwargs), tuple(given)))
             return
         parent = self.stack[-1] if self.stack else None
         call = Call(module, self.paths[id(module)], parent, len(self.result.ops), inputs=given)
         if parent is not None:
             parent.children.append(call)
-            call.where = _frames(parent, 1)
+            call.where = _frames(parent, 1) if self.traced else ()
         self.result.calls.append(call)
         self.stack.append(call)
 
     def end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.one is not None:
-            if self.one is module:
-                if output is None:  # it raised
-                    self.failed_in = self.paths[id(module)]
-                self.one = None
-                self.add_module(module, output)
-                if self.around is not None:
-                    self.one, self.around = self.around, None
-                    self.one_inputs, self.changed = (self.op_of(output),), {}
+        if self.singles:
+            if self.singles[-1].module is module:
+                self.end_single(self.singles.pop(), output)
             return
         if not any(call.module is module for call in self.stack):
             return
         while self.stack[-1].module is not module:  # calls that raised, which the model's code has caught
             self.stack.pop().end = len(self.result.ops)
         call = self.stack[-1]
-        call.outputs = [self.op_of(t) for t in tensors_in(output)]
+        call.outputs = [self.values.op_of(t) for t in tensors_in(output)]
+        if len(self.stack) == 1 and self.traced:
+            self.result.graph.output(self.nodes_in(output))
         self.stack.pop()
         call.end = len(self.result.ops)
         call.returned = call.outputs[0] if isinstance(output, Tensor) else None
 
-    def add_module(self, module: nn.Module, output: Any) -> None:
+    def end_single(self, single: _Single, output: Any) -> None:
+        if output is None:  # it raised
+            self.failed_in = self.paths[id(single.module)]
+            return
+        self.add_module(single, output)
+        if self.singles:  # the rest of what SE was put into takes what SE has scaled
+            around = self.singles.pop()
+            self.singles.append(_Single(around.module, ((output,), {}), (self.values.op_of(output),)))
+
+    def add_module(self, single: _Single, output: Any) -> None:
         """The operation that a module is, one for each tensor that it returns."""
+        module, path = single.module, self.paths[id(single.module)]
         call = self.stack[-1]
-        where = _frames(call, 1)
-        for tensor in tensors_in(output):
-            before = self.op_of(tensor) if id(tensor) in self.known else None
-            changed = id(tensor) in self.changed
-            if before is not None and not changed and before in self.one_inputs:  # it returned what it was given
-                call.passes.append((before, module, self.paths[id(module)]))
+        where = _frames(call, 1) if self.traced else ()
+        recipe = getattr(type(module), "se_recipe", None)
+        name = type(module).__name__ if recipe is None else recipe.base.__name__
+        whole: fx.Node | None = None
+        for index, tensor in enumerate(tensors_in(output)):
+            before = self.values.op_of(tensor) if tensor in self.values else None
+            changed = id(tensor) in single.changed
+            if before is not None and not changed and before in single.inputs:  # it returned what it was given
+                call.passes.append((before, module, path))
                 continue
-            recipe = getattr(type(module), "se_recipe", None)
-            name = type(module).__name__ if recipe is None else recipe.base.__name__
-            op = self.new_op(name, self.one_inputs, (), tensor, where)
-            op.module, op.path, op.inplace = module, self.paths[id(module)], changed
-            self.keep(tensor, op)
-        if self.changed:
-            self.change_aliases(tensors_in(output), self.changed.keys())
+            if whole is None and self.traced:
+                args, kwargs = map(self.nodes_in, single.arguments)
+                whole = self.result.graph.create_node("call_module", path, args, kwargs)
+                whole.meta.update(call=call, where=where)
+            node = whole if isinstance(output, Tensor) else self.part_of(whole, output, index)
+            op = self.new_op(name, single.inputs, tensor, node, where=where)
+            op.module, op.path, op.inplace = module, path, changed
+            self.values.keep(tensor, op)
+        if single.changed:
+            self.values.change_aliases(tensors_in(output), single.changed.keys())
 
     # Operations
 
@@ -153,44 +167,52 @@ class _Recorder(TorchDispatchMode):
         output = self.run(func, args, kwargs, given)
         if not self.stack:
             return output
+        if self.singles:
+            if func._schema.is_mutable:
+                self.singles[-1].changed.update((id(t), t) for t in written_by(func, args, kwargs))
+        elif func is torch.ops.aten.detach.default:  # the same value; autograd does it to what it saves, too
+            self.values.keep(output, self.values.op_of(args[0]))
+        else:
+            self.add_operation(func, args, kwargs, given, output)
+        return output
+
+    def add_operation(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor], output: Any) -> None:
+        inputs = tuple(self.values.op_of(t) for t in ([] if makes(func) else given))
         changes = func._schema.is_mutable
-        if self.one is not None:
-            if changes:
-                self.changed.update((id(t), t) for t in _written(func, args, kwargs))
-            return output
-        if func is torch.ops.aten.detach.default:  # the same value; autograd does it to what it saves, too
-            self.keep(output, self.op_of(args[0]))
-            return output
-        inputs = [] if _makes(func) else given
-        operations = tuple(self.op_of(t) for t in inputs)
-        written = _written(func, args, kwargs) if changes else []
-        where = _frames(self.stack[-1], 0)
+        written = written_by(func, args, kwargs) if changes else []
+        where = _frames(self.stack[-1], 0) if self.traced else ()
         name = func._schema.name.rpartition("::")[2]
         name = name[:-1] if changes and name.endswith("_") else name
-        plain = tuple(None if isinstance(a, Tensor) else a for a in args)
-        named = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
-        if name == "copy" and len(operations) == 2:
-            operations = operations[1:]
+        whole = None
+        if self.traced:
+            whole = self.result.graph.create_node("call_function", func, self.nodes_in(args), self.nodes_in(kwargs))
+            whole.meta.update(call=self.stack[-1], where=where)
+        if name == "copy" and len(inputs) == 2:
+            inputs = inputs[1:]
         outputs = tensors_in(output)
-        for tensor in (outputs if role_of(name) == "part" else outputs[:1]) or written:
-            op = self.new_op(name, operations, plain, tensor, where)
-            op.target, op.kwargs, op.inplace = func, named, any(tensor is t for t in written)
-            self.keep(tensor, op)
-        for tensor in outputs[1:]:  # a norm's statistics, a pool's indices: hardly ever used
-            if id(tensor) not in self.known:
-                self.later[id(tensor)] = (tensor, name, operations, plain)
+        make = partial(
+            self.new_op, name, inputs, where=where, args=tuple(None if isinstance(a, Tensor) else a for a in args),
+            kwargs={k: v for k, v in kwargs.items() if not isinstance(v, Tensor)},
+        )  # fmt: skip
+        made = outputs if role_of(name) == "part" else outputs[:1]
+        for index, tensor in enumerate(made or written):
+            node = whole if isinstance(output, Tensor) or not made else self.part_of(whole, output, index)
+            op = make(tensor, node)
+            op.inplace = any(tensor is t for t in written)
+            self.values.keep(tensor, op)
+        for index, tensor in enumerate(outputs[len(made) :], len(made)):  # a norm's statistics: hardly ever used
+            self.values.keep_for_later(tensor, lambda t=tensor, i=index: make(t, self.part_of(whole, output, i)))
+        for tensor in written:
+            if outputs and not any(tensor is t for t in outputs):
+                self.values.keep(tensor, make(tensor, self.rewritten(tensor, whole)))
         if written:
-            for tensor in written:
-                if not any(tensor is t for t in outputs) and outputs:
-                    self.keep(tensor, self.new_op(name, operations, plain, tensor, where))
-            self.change_aliases(written, {id(t) for t in written})
-        return output
+            self.values.change_aliases(written, {id(t) for t in written})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         on_meta = [t.is_meta for t in given]
         if any(on_meta):
             if not all(on_meta):
-                if func._schema.is_mutable and not all(t.is_meta for t in _written(func, args, kwargs)):
+                if func._schema.is_mutable and not all(t.is_meta for t in written_by(func, args, kwargs)):
                     raise self.needs(NeedsValues("a tensor with values is changed by one without"))
                 args, kwargs = all_on_meta(args), all_on_meta(kwargs)
             try:
@@ -207,103 +229,69 @@ class _Recorder(TorchDispatchMode):
             self.needed_values = self.needed_values or error
         return error
 
-    # Values
+    # Operations and their nodes
 
-    def new_op(self, name: str, inputs: tuple[Op, ...], args: tuple[Any, ...], tensor: Tensor, where: Where) -> Op:
-        ops = self.result.ops
-        op = Op(len(ops), name, inputs, args, tensor.shape, tensor.dtype, self.stack[-1], where=where)
-        ops.append(op)
+    def new_op(
+        self, name: str, inputs: tuple[Op, ...], tensor: Tensor, node: fx.Node | None, *, where: Where = (),
+        args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, call: Call | None = None,
+    ) -> Op:  # fmt: skip
+        call = call or self.stack[-1]
+        op = Op(len(self.result.ops), name, inputs, args, tensor.shape, tensor.dtype, call, where=where, node=node)
+        op.kwargs = kwargs or {}
+        self.result.ops.append(op)
+        if node is not None:
+            node.meta.update(shape=tensor.shape, dtype=tensor.dtype, call=call, where=where)
         return op
 
-    def keep(self, tensor: Tensor, op: Op) -> None:
-        if id(tensor) not in self.known:
-            self.kept.append(tensor)
-            key = _storage(tensor)
-            if key:
-                self.by_storage.setdefault(key, []).append(tensor)
-        self.known[id(tensor)] = op
-        self.stale.pop(id(tensor), None)
+    def given(self, tensor: Tensor, path: str | None) -> Op:
+        """A tensor that no operation made: an input of the network, a parameter or buffer, or a constant."""
+        call = self.stack[-1] if self.stack else Call(self.result.model, "", None, 0)
+        node, graph = None, self.result.graph
+        if self.traced:
+            node = graph.placeholder("input") if not self.stack else graph.create_node("get_attr", path or "constant")
+        op = self.new_op("param" if self.stack else "input", (), tensor, node, call=call)
+        op.path = path
+        return op
 
-    def op_of(self, tensor: Tensor) -> Op:
-        """The operation that made a tensor; a tensor that came from elsewhere is one, too."""
-        found = self.known.get(id(tensor))
-        if id(tensor) in self.stale:
-            name, inputs = self.stale.pop(id(tensor))
-            found = self.known[id(tensor)] = self.new_op(name, inputs, (), tensor, ())
-        if found is None:
-            found = self.alias_of(tensor)
-            if found is None and id(tensor) in self.later:
-                _, name, inputs, args = self.later[id(tensor)]
-                found = self.new_op(name, inputs, args, tensor, ())
-            elif found is None:
-                call = self.stack[-1] if self.stack else Call(self.result.model, "", None, 0)
-                name = "input" if not self.stack else "param"
-                found = Op(len(self.result.ops), name, (), (), tensor.shape, tensor.dtype, call)
-                found.path = self.tensor_paths.get(id(tensor))
-                self.result.ops.append(found)
-            self.keep(tensor, found)
-        return found
+    def changed_elsewhere(self, tensor: Tensor, before: Op, by: Op) -> Op:
+        """A value whose data was changed under another name: all of it, or a part."""
+        node = self.rewritten(tensor, by.node)
+        if tensor.shape.numel() == by.shape.numel():
+            return self.new_op("alias", (by,), tensor, node)
+        return self.new_op("write", (before, by), tensor, node)
 
-    def alias_of(self, tensor: Tensor) -> Op | None:
-        """The last operation whose output is the same data, under another name (``x.data``, what ``autograd`` makes)."""
-        for other in reversed(self.by_storage.get(_storage(tensor), [])):
-            if all(of(other) == of(tensor) for of in (Tensor.size, Tensor.stride, Tensor.storage_offset)):
-                return self.op_of(other)
-        return None
+    def rewritten(self, tensor: Tensor, by: fx.Node | None) -> fx.Node | None:
+        before = self.nodes_in(tensor)
+        return None if by is None else self.result.graph.call_function(rewritten, (before, by))
 
-    def change_aliases(self, written: list[Tensor], changed: Collection[int]) -> None:
-        """What shares its data with a tensor that was written to has changed as well."""
-        for tensor in written:
-            source = self.known.get(id(tensor))
-            if source is None:
-                continue
-            for other in self.by_storage.get(_storage(tensor), []):
-                before = self.known[id(other)]
-                if other is tensor or id(other) in changed or before is source or before.name == "param":
-                    continue
-                whole = other.numel() == tensor.numel()
-                self.stale[id(other)] = ("alias", (source,)) if whole else ("write", (before, source))
+    def part_of(self, whole: fx.Node | None, output: Any, index: int) -> fx.Node | None:
+        if whole is None:
+            return None
+        flat = isinstance(output, (tuple, list)) and all(isinstance(value, Tensor) for value in output)
+        return self.result.graph.call_function(operator.getitem if flat else tensor_of, (whole, index))
+
+    def nodes_in(self, value: Any) -> Any:
+        """Arguments with the node in the place of each tensor."""
+        if isinstance(value, Tensor):
+            op = self.values.known(value)
+            return None if op is None else op.node
+        if type(value) in (tuple, list):
+            return type(value)(self.nodes_in(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self.nodes_in(item) for key, item in value.items()}
+        inside = tensors_in(value)
+        return tuple(map(self.nodes_in, inside)) if inside else value
 
 
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # a sparse tensor, a functorch wrapper
-        return 0
-
-
-_WRITTEN: dict[Any, tuple[tuple[int, str], ...]] = {}
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    if func not in _WRITTEN:
-        _WRITTEN[func] = tuple(
-            (i, a.name)
-            for i, a in enumerate(func._schema.arguments)
-            if a.alias_info is not None and a.alias_info.is_write
-        )
-    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in _WRITTEN[func]]
-    return [t for t in tensors_in(values) if not isinstance(t, nn.Parameter)]
-
-
-_MAKES: dict[Any, bool] = {}
-
-
-def _makes(func: Any) -> bool:
-    """Whether an operation makes a tensor anew and takes at most the shape of another (``zeros_like``)."""
-    if func not in _MAKES:
-        name = func._schema.name.rpartition("::")[2]
-        _MAKES[func] = name.endswith("_like") or name.startswith("new_") or name in ("bernoulli", "rand", "randn")
-    return _MAKES[func]
-
-
-def record(model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = None) -> Record:
+def record_run(
+    model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = None, *, traced: bool = True
+) -> Record:
     """Run a model once and record it. The model is a copy that the caller made, in the mode in which it is to run.
 
     Args:
         model, inputs: on the meta device, or on the CPU.
         on_meta: what earlier recordings have learned about operations on the meta device.
+        traced: make the graph, and look at the frames. Without, the record is only good for a comparison with another.
 
     Returns:
         The record; where the run raised, of what came before, with the reason in ``broke_off``.
@@ -313,7 +301,7 @@ def record(model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = No
     """
     result = Record(model, inputs)
     with PrivateRandomness(model) as randomness:
-        recorder = _Recorder(result, randomness, on_meta or MetaOperations())
+        recorder = _Recorder(result, randomness, on_meta or MetaOperations(), traced)
         # a script module takes no such hooks; its operations are its caller's
         hooked = [m for m in recorder.modules if not isinstance(m, torch.jit.ScriptModule)]
         for module in hooked:  # as register_forward_hook does it, without an object for each of thousands of hooks
@@ -337,7 +325,6 @@ def record(model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = No
                     del flags[_HOOK]
             for call in result.calls:
                 call.end = call.end or len(result.ops)
-            result.edges = [op.inputs for op in result.ops]
     if recorder.needed_values is not None:
         raise NeedsValues(str(recorder.needed_values)) from recorder.needed_values
     return result

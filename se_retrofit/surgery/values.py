@@ -1,0 +1,134 @@
+"""Which operation made a tensor: tensors are told by identity, and followed under other names and through writes to their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import Tensor, nn
+
+from .inputs import tensors_in
+from .record import Op
+
+__all__ = ["Values", "makes", "written_by"]
+
+
+class Values:
+    """The operations that made the tensors of one run.
+
+    Args:
+        model: what is run.
+        given: makes the operation that stands for a tensor which none made, given the path of the parameter or buffer that it is.
+        changed: makes the one that stands for a tensor changed under another name, given what it was and what changed it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        given: Callable[[Tensor, str | None], Op],
+        changed: Callable[[Tensor, Op, Op], Op],
+    ) -> None:
+        self._given = given
+        self._changed = changed
+        self._known: dict[int, Op] = {}
+        self._kept: list[Tensor] = []  # ids are of living tensors
+        self._by_storage: dict[int, list[Tensor]] = {}
+        self._stale: dict[int, tuple[Op, Op]] = {}  # tensors whose data was changed under another name
+        self._later: dict[int, tuple[Tensor, Callable[[], Op]]] = {}
+        modules = list(model.named_modules())
+        self._paths = {
+            id(t): f"{path}.{name}" if path else name
+            for own in ("_buffers", "_parameters")  # the name as a parameter counts, and of several names the first
+            for path, module in reversed(modules)
+            for name, t in reversed(getattr(module, own).items())
+        }
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._known
+
+    def known(self, tensor: Tensor) -> Op | None:
+        """The operation that is known to have made a tensor, whatever changed its data since."""
+        return self._known.get(id(tensor))
+
+    def keep(self, tensor: Tensor, op: Op) -> None:
+        """Note which operation made a tensor."""
+        if id(tensor) not in self._known:
+            self._kept.append(tensor)
+            key = _storage(tensor)
+            if key:
+                self._by_storage.setdefault(key, []).append(tensor)
+        self._known[id(tensor)] = op
+        self._stale.pop(id(tensor), None)
+
+    def keep_for_later(self, tensor: Tensor, make: Callable[[], Op]) -> None:
+        """Note how to make the operation of a tensor, should something take it."""
+        if id(tensor) not in self._known:
+            self._later[id(tensor)] = (tensor, make)
+
+    def op_of(self, tensor: Tensor) -> Op:
+        """The operation that made a tensor; a tensor that came from elsewhere is one, too."""
+        found = self._known.get(id(tensor))
+        if id(tensor) in self._stale:
+            before, by = self._stale.pop(id(tensor))
+            found = self._changed(tensor, before, by)
+            self._known[id(tensor)] = found
+        if found is None:
+            found = self._alias_of(tensor)
+            if found is None and id(tensor) in self._later:
+                found = self._later[id(tensor)][1]()
+            elif found is None:
+                found = self._given(tensor, self._paths.get(id(tensor)))
+            self.keep(tensor, found)
+        return found
+
+    def _alias_of(self, tensor: Tensor) -> Op | None:
+        """The last operation whose output is the same data, under another name (``x.data``, what ``autograd`` makes)."""
+        for other in reversed(self._by_storage.get(_storage(tensor), [])):
+            if all(of(other) == of(tensor) for of in (Tensor.size, Tensor.stride, Tensor.storage_offset)):
+                return self.op_of(other)
+        return None
+
+    def change_aliases(self, written: list[Tensor], changed: Collection[int]) -> None:
+        """What shares its data with a tensor that was written to has changed as well."""
+        for tensor in written:
+            source = self._known.get(id(tensor))
+            if source is None:
+                continue
+            for other in self._by_storage.get(_storage(tensor), []):
+                before = self._known[id(other)]
+                if other is tensor or id(other) in changed or before is source or before.name == "param":
+                    continue
+                self._stale[id(other)] = (before, source)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor, a functorch wrapper
+        return 0
+
+
+_WRITTEN: dict[Any, tuple[tuple[int, str], ...]] = {}
+
+
+def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    if func not in _WRITTEN:
+        _WRITTEN[func] = tuple(
+            (i, a.name)
+            for i, a in enumerate(func._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        )
+    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in _WRITTEN[func]]
+    return [t for t in tensors_in(values) if not isinstance(t, nn.Parameter)]
+
+
+_MAKES: dict[Any, bool] = {}
+
+
+def makes(func: Any) -> bool:
+    """Whether an operation makes a tensor anew and takes at most the shape of another (``zeros_like``)."""
+    if func not in _MAKES:
+        name = func._schema.name.rpartition("::")[2]
+        _MAKES[func] = name.endswith("_like") or name.startswith("new_") or name in ("bernoulli", "rand", "randn")
+    return _MAKES[func]
