@@ -18,13 +18,14 @@ from .attention import SEAttention, hidden_width, parameter_count
 from .errors import RetrofitError, check_module
 from .plan import Plan, Site, Skipped
 from .surgery.arguments import Options, Patterns, check_model, patterns_of
+from .surgery.blocks import Place
 from .surgery.copying import copied, mode_of
 from .surgery.derived import RetrofittedBlock
 from .surgery.edits import apply_edits, se_paths
+from .surgery.fitting import SurgerySite
 from .surgery.inputs import describe, from_description
 from .surgery.isolation import isolated
-from .surgery.placement import Place
-from .surgery.planning import Surgery, SurgerySite, plan_surgery
+from .surgery.planning import Surgery, plan_surgery
 from .surgery.splice import SpliceError
 from .surgery.undo import PLAN, is_retrofitted, lost_sites, strip
 

@@ -21,7 +21,7 @@ from ..saving.atomic import replaced_file
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs, from_description, given_inputs, tensors_in
 from ..surgery.isolation import untouched_randomness
-from ..surgery.planning import record_of
+from ..surgery.runs import record
 from .plain_form import use_plain_form
 from .source import export_source
 
@@ -127,7 +127,7 @@ def _example(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
     elif has_se(model) and plan_of(model).inputs is not None:
         inputs = from_description(plan_of(model).inputs)
     if inputs is None or inputs.is_meta:
-        inputs = record_of(model, inputs).inputs.with_values(torch.Generator().manual_seed(0))
+        inputs = record(model, inputs).inputs.with_values(torch.Generator().manual_seed(0))
     if inputs.kwargs or not all(isinstance(a, Tensor) for a in inputs.args):
         raise RetrofitError(
             "only networks that take tensors as positional inputs can be exported; pass such example_inputs"

@@ -18,7 +18,7 @@ from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs
 from ..surgery.isolation import isolated, untouched_randomness
-from ..surgery.planning import record_of
+from ..surgery.runs import record
 from ..surgery.splice import SpliceError
 from ..surgery.undo import is_retrofitted, strip
 from .factors import Factors, Scaling
@@ -201,7 +201,7 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, Gates], batch
     todo = Todo()
     if not constant:
         return todo
-    factors = Factors(work, record_of(work, Inputs((batches[0].inputs,))), constant)
+    factors = Factors(work, record(work, Inputs((batches[0].inputs,))), constant)
     wanted = outputs_of(work, batches[0])
     for path in constant:
         factor = gates[path].mean

@@ -21,8 +21,8 @@ from ..retrofit import has_se, plan_of
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs, from_description, tensors_in
 from ..surgery.isolation import isolated, untouched_randomness
-from ..surgery.planning import record_of
 from ..surgery.record import Record
+from ..surgery.runs import record
 from ..surgery.undo import is_retrofitted
 from .factors import Factors
 from .matching import Gate, copy_layers, matched, parts_of
@@ -157,13 +157,13 @@ def _record(model: nn.Module, inputs: Inputs | None = None) -> Record:
     if inputs is None:
         described = plan_of(model).inputs
         inputs = None if described is None else from_description(described)
-    record = record_of(model, inputs)
-    parts = [part for part in parts_of(record) if isinstance(part, Gate)]
+    found = record(model, inputs)
+    parts = [part for part in parts_of(found) if isinstance(part, Gate)]
     if not parts:
         raise RetrofitError(
             f"this {type(model).__name__} has no channel gate that was called, so there is nothing to match"
         )
-    return record
+    return found
 
 
 def _scale(model: nn.Module, record: Record, ses: dict[str, SEAttention], by: float) -> None:

@@ -20,9 +20,9 @@ from ..errors import RetrofitError, check_module
 from ..plan import Plan
 from ..retrofit import plan_of
 from ..surgery.inputs import Inputs, from_description, given_inputs
-from ..surgery.planning import record_of
 from ..surgery.record import Call, Op, Record
 from ..surgery.roles import is_sequential
+from ..surgery.runs import record
 from .blocks import BlockGraph, BlockPair, class_name, join
 
 __all__ = ["Recorded", "find_block", "graph_of", "recorded"]
@@ -74,19 +74,19 @@ def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
             f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
         ) from None
     inputs = inputs_of(plan, example_inputs)
-    record = record_of(model, inputs)
-    original = record_of(model, record.inputs, without_se=True)
+    after = record(model, inputs)
+    original = record(model, after.inputs, without_se=True)
     blocks: dict[str, BlockPair] = {}
     for site in plan.sites:
         if site.block not in blocks:
             module = _submodule(model, site.block)
-            cls = class_name(_unit_around(record, site.block, module))
-            blocks[site.block] = BlockPair(site.block, site.kind, cls, [], module, model, record)
+            cls = class_name(_unit_around(after, site.block, module))
+            blocks[site.block] = BlockPair(site.block, site.kind, cls, [], module, model, after)
         blocks[site.block].sites.append(site)
-    graphs = _Graphs(original, record)
+    graphs = _Graphs(original, after)
     for pair in blocks.values():
         graphs.fill(pair)
-    return Recorded(model, plan, record, original, list(blocks.values()))
+    return Recorded(model, plan, after, original, list(blocks.values()))
 
 
 def find_block(found: Recorded, path: str) -> BlockPair:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..attention import check_options
 from ..errors import RetrofitError, brief, check_module
-from .placement import PLACEMENTS
+from .blocks import PLACEMENTS
 from .undo import is_retrofitted
 
 __all__ = ["Options", "Patterns", "check_model", "patterns_of"]

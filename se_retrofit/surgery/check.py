@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..attention import SEAttention
-from .placement import Place
+from .blocks import Place
 from .record import Call, Op, Record
 
 __all__ = ["Comparison", "compare"]
@@ -21,12 +21,12 @@ class Comparison:
     Attributes:
         wrong: by the path of an SE module, what is wrong about where it scales.
         called: paths of the SE modules that were called at all.
-        difference: index of the first operation of the original that the retrofitted network does not have, if any.
+        different: whether the retrofitted network does anything else than the original.
     """
 
     wrong: dict[str, str] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
-    difference: int | None = None
+    different: bool = False
 
 
 def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], *, exactly: bool = True) -> Comparison:
@@ -48,36 +48,51 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], 
             scaled.setdefault(op.path, []).append((given, op))
             continue
         if index == len(before.ops):
-            result.difference = index - 1
-            return result
+            return Comparison(different=True)
         original = before.ops[index]
         if (
             _signature(op) != _signature(original)
             or tuple(same[i] for i in op.inputs) != original.inputs
             or (exactly and _plain((op.args, op.kwargs)) != _plain((original.args, original.kwargs)))
         ):
-            result.difference = index
-            return result
+            return Comparison(different=True)
         same[op] = original
         index += 1
     if index < len(before.ops):
-        result.difference = index
-        return result
+        return Comparison(different=True)
     for call, twin in zip(before.calls, after.calls, strict=False):
         if call.path != twin.path or call.outputs != [same[o] for o in twin.outputs]:
-            result.difference = min(call.end, len(before.ops) - 1)
-            return result
+            return Comparison(different=True)
     result.called = set(scaled)
-    users: dict[Op, list[Op]] = {}
-    for op in after.ops:
-        for source in dict.fromkeys(op.inputs):
-            users.setdefault(source, []).append(op)
-    returned = {output for call in after.calls for output in call.outputs}
+    takers = _Takers(after, {se for calls in scaled.values() for _, se in calls})
     for path, places in expected.items():
-        problem = _problem(places, scaled.get(path, []), same, users, returned)
+        problem = _problem(places, scaled.get(path, []), same, takers)
         if problem is not None:
             result.wrong[path] = problem
     return result
+
+
+class _Takers:
+    """Who takes a value of a retrofitted network; SE modules pass what they take on, so that several can be tried on one value."""
+
+    def __init__(self, record: Record, ses: set[Op]) -> None:
+        self._ses = ses
+        self._users: dict[Op, list[Op]] = {}
+        for op in record.ops:
+            for source in dict.fromkeys(op.inputs):
+                self._users.setdefault(source, []).append(op)
+        self._returned = {output for call in record.calls for output in call.outputs}
+
+    def of(self, value: Op, but: Op | None = None) -> list[Op]:
+        """The operations that take a value, if not by way of ``but``."""
+        found = []
+        for user in self._users.get(value, []):
+            if user is not but:
+                found += self.of(user, but) if user in self._ses else [user]
+        return found
+
+    def any_of(self, value: Op) -> bool:
+        return value in self._returned or value in self._users
 
 
 def _signature(op: Op) -> tuple[object, ...]:
@@ -107,9 +122,7 @@ def _like(op: Op, places: list[Place], calls: set[Call]) -> bool:
     return any(kind == (p.op.name, p.op.path, p.op.call.path, p.op.channel_dim, p.op.channels) for p in places)
 
 
-def _problem(
-    places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op], users: dict[Op, list[Op]], returned: set[Op]
-) -> str | None:
+def _problem(places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op], takers: _Takers) -> str | None:
     """What is wrong about the calls of one SE module, by who takes each value and which are returned."""
     if not scaled:
         return "its SE would not be called" if places else None
@@ -127,12 +140,12 @@ def _problem(
                 else "the value that SE should recalibrate is not the result of one expression"
             )
         if place.users is not None:
-            if {same[u] for u in users.get(se, [])} != set(place.users):
+            if {same[u] for u in takers.of(se)} != set(place.users):
                 return "the operand that SE should recalibrate can't be told apart from the others"
             continue
-        if any(user.index > se.index for user in users.get(given, [])):
+        if any(user.index > se.index for user in takers.of(given, but=se)):
             return "part of its code would use the value before SE has scaled it"
-        if se not in users and se not in returned:
+        if not takers.any_of(se):
             return "the value that SE should recalibrate is changed in place, under an unknown name"
     if wanted:
         return "different code produces the value in another call"

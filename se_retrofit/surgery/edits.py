@@ -16,11 +16,11 @@ from typing import Any
 from torch import fx, nn
 
 from ..attention import SEAttention
+from .blocks import Place
 from .derived import Recipe, derived_class
-from .graphs import graph_place, insert_into_graphs
+from .graphs import graph_place, insert_into_graphs, insertions_into
 from .methods import Method, methods_of, unwrapped
 from .operations import only_user
-from .placement import Place
 from .record import Call, Op, Where
 from .roles import is_sequential
 from .splice import Source, Splice, SpliceError, node_at, source_of, span_of
@@ -265,6 +265,29 @@ def _graph_path(modules: dict[str, nn.Module], root: str, block: str, name: str,
         number += 1
         path = f"{prefix}{name}_{number}"
     return path
+
+
+def problems_of(model: nn.Module, edits: dict[Edit, str]) -> dict[Edit, str]:
+    """Which of some edits can't be carried out together, and why; edits come with the path of their SE module."""
+    groups: dict[str, list[Edit]] = {}
+    for edit in edits:
+        groups.setdefault(edit.holder, []).append(edit)
+    modules, found = dict(model.named_modules()), {}
+    for holder, group in groups.items():
+        problem = _problem_of(modules[holder], {edit: edits[edit] for edit in group})
+        if problem is not None:
+            alone = {edit: _problem_of(modules[holder], {edit: edits[edit]}) for edit in group}
+            found.update({e: p for e, p in alone.items() if p is not None} or dict.fromkeys(group, problem))
+    return found
+
+
+def _problem_of(module: nn.Module, group: dict[Edit, str]) -> str | None:
+    try:
+        _class_for(module, [(edit, path, None) for edit, path in group.items()])
+        insertions_into(module, [edit.node for edit in group if edit.node is not None])
+    except SpliceError as error:
+        return str(error)
+    return None
 
 
 def apply_edits(model: nn.Module, edits: dict[Edit, tuple[str, SEAttention]]) -> None:

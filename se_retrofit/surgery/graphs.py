@@ -83,19 +83,31 @@ def insert_into_graphs(module: Any, todo: list[tuple[Any, str, SEAttention]]) ->
     Raises:
         SpliceError: one of the graphs has no node of the kind. Nothing has been changed then.
     """
-    read = module.graph
-    insertions = []
-    for graph in graphs_of(module):
-        for (name, users), path, _ in todo:
-            node = _counterpart(name, read, graph)
-            insertions.append(
-                (graph, node, path, None if users is None else [_counterpart(u, read, graph) for u in users])
-            )
-    for _, path, se in todo:
+    insertions = insertions_into(module, [place for place, _, _ in todo])
+    for (_, path, se), by_graph in zip(todo, insertions, strict=True):
         module.add_submodule(path, se)
-    for graph, node, path, users in insertions:
-        insert_node(graph, node, path, users)
+        for graph, node, users in by_graph:
+            insert_node(graph, node, path, users)
     module.recompile()
+
+
+def insertions_into(module: Any, places: list[Any]) -> list[list[tuple[fx.Graph, fx.Node, list[fx.Node] | None]]]:
+    """For each place (a node and its users by name) the nodes in each graph of a GraphModule.
+
+    Raises:
+        SpliceError: one of the graphs has no node of the kind.
+    """
+    return [
+        [
+            (
+                graph,
+                _counterpart(name, module.graph, graph),
+                None if users is None else [_counterpart(user, module.graph, graph) for user in users],
+            )
+            for graph in graphs_of(module)
+        ]
+        for name, users in places
+    ]
 
 
 def _counterpart(name: str, graph: fx.Graph, other: fx.Graph) -> fx.Node:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -66,7 +65,9 @@ class _Single:
     module: nn.Module
     arguments: tuple[Any, Any]
     inputs: tuple[Op, ...]
-    changed: dict[int, Tensor] = field(default_factory=dict)  # the tensors that it has changed, by id, and so kept alive
+    changed: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # the tensors that it has changed, by id, and so kept alive
 
 
 class _Recorder(TorchDispatchMode):
@@ -150,8 +151,7 @@ class _Recorder(TorchDispatchMode):
                 args, kwargs = map(self.nodes_in, single.arguments)
                 whole = self.result.graph.create_node("call_module", path, args, kwargs)
                 whole.meta.update(call=call, where=where)
-            node = whole if isinstance(output, Tensor) else self.part_of(whole, output, index)
-            op = self.new_op(name, single.inputs, tensor, node, where=where)
+            op = self.new_op(name, single.inputs, tensor, self.part_of(whole, output, index), where=where)
             op.module, op.path, op.inplace = module, path, changed
             self.values.keep(tensor, op)
         if single.changed:
@@ -194,17 +194,22 @@ class _Recorder(TorchDispatchMode):
             self.new_op, name, inputs, where=where, args=tuple(None if isinstance(a, Tensor) else a for a in args),
             kwargs={k: v for k, v in kwargs.items() if not isinstance(v, Tensor)},
         )  # fmt: skip
-        made = outputs if role_of(name) == "part" else outputs[:1]
-        for index, tensor in enumerate(made or written):
-            node = whole if isinstance(output, Tensor) or not made else self.part_of(whole, output, index)
-            op = make(tensor, node)
+
+        def make_part(index: int) -> Op:
+            return make(outputs[index], self.part_of(whole, output, index))
+
+        made = len(outputs) if role_of(name) == "part" else min(1, len(outputs))
+        for index, tensor in enumerate(outputs[:made]):
+            op = make_part(index)
             op.inplace = any(tensor is t for t in written)
             self.values.keep(tensor, op)
-        for index, tensor in enumerate(outputs[len(made) :], len(made)):  # a norm's statistics: hardly ever used
-            self.values.keep_for_later(tensor, lambda t=tensor, i=index: make(t, self.part_of(whole, output, i)))
+        for index in range(made, len(outputs)):  # a norm's statistics, a pool's indices: hardly ever used
+            self.values.keep_for_later(outputs[index], partial(make_part, index))
         for tensor in written:
-            if outputs and not any(tensor is t for t in outputs):
-                self.values.keep(tensor, make(tensor, self.rewritten(tensor, whole)))
+            if not any(tensor is t for t in outputs):
+                op = make(tensor, self.rewritten(tensor, whole))
+                op.inplace = not outputs
+                self.values.keep(tensor, op)
         if written:
             self.values.change_aliases(written, {id(t) for t in written})
 
@@ -265,8 +270,9 @@ class _Recorder(TorchDispatchMode):
         return None if by is None else self.result.graph.call_function(rewritten, (before, by))
 
     def part_of(self, whole: fx.Node | None, output: Any, index: int) -> fx.Node | None:
-        if whole is None:
-            return None
+        """The node of one of the tensors that an operation returned."""
+        if whole is None or isinstance(output, Tensor):
+            return whole
         flat = isinstance(output, (tuple, list)) and all(isinstance(value, Tensor) for value in output)
         return self.result.graph.call_function(operator.getitem if flat else tensor_of, (whole, index))
 

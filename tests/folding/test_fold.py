@@ -41,7 +41,7 @@ from se_retrofit import (
 from se_retrofit.folding.factors import Factors
 from se_retrofit.models import Base
 from se_retrofit.surgery.inputs import given_inputs
-from se_retrofit.surgery.planning import record_of
+from se_retrofit.surgery.runs import record
 
 KINDS = {
     "residual": "torchvision/resnet18",
@@ -155,7 +155,7 @@ def test_the_structure_alone_rules_out_weights_that_are_used_elsewhere() -> None
     second.weight = first.weight
     network = own(*(Unit(c, nn.Identity(), nn.ReLU()) for c in (first, second, apart))).double().eval()
     model = add_se(network, example_inputs=images())
-    factors = Factors(model, record_of(model, given_inputs(images())))
+    factors = Factors(model, record(model, given_inputs(images())))
     factor = torch.full((8,), 2.0, dtype=torch.float64)
     assert factors.backwards("1.se_attention", factor) is None
     assert factors.backwards("2.se_attention", factor) is None

@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, SEAttention, add_se
-from se_retrofit.surgery.planning import record_of
+from se_retrofit.surgery.runs import record
 from tools.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
 from tools.zoo.check import KINDS, CheckFailed, inspect_model
 from tools.zoo.command import app
@@ -95,7 +95,7 @@ UNITS = [
 def test_every_residual_unit_has_one_se_or_channel_attention_of_its_own(name: str) -> None:
     (entry,) = entries([name])
     model = add_se(entry.build(), inplace=True)
-    (x,) = record_of(model).inputs.args
+    (x,) = record(model).inputs.args
     if not next(model.parameters()).is_meta:
         x = torch.zeros(1, *x.shape[1:])
     units = residual_units(model, (x,))

@@ -15,8 +15,8 @@ from se_retrofit.errors import RetrofitError
 from se_retrofit.plan import Plan
 from se_retrofit.retrofit import add_se, plan_of, remove_se
 from se_retrofit.surgery.inputs import from_description
-from se_retrofit.surgery.planning import record_of
 from se_retrofit.surgery.record import Record
+from se_retrofit.surgery.runs import record
 from se_retrofit.surgery.undo import is_retrofitted
 
 from .names import Entry
@@ -115,13 +115,13 @@ def inspect_model(model: nn.Module, row: Row, also: Callable[[nn.Module], None] 
     plan = plan_of(model)
     _check_retrofitted(model, plan, before)
     inputs = from_description(plan.inputs)
-    retrofitted = record_of(model, inputs)
+    retrofitted = record(model, inputs)
     if also is not None:
         also(model)
     remove_se(model, inplace=True)
     if _structure(model) != before:
         raise CheckFailed("remove_se does not restore the classes and keys")
-    if _shapes(retrofitted) != _shapes(record_of(model, inputs)):
+    if _shapes(retrofitted) != _shapes(record(model, inputs)):
         raise CheckFailed("the retrofitted network returns other shapes than the original")
     row.verdict = CONVERTED
     row.extra = plan.parameters

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .blocks import FoundBlock, is_gate, is_pointwise, next_after
-from .operations import only_user, real_users
-from .record import Op, Record
+from ..operations import innermost, only_user, real_users
+from ..record import Op, Record
+from .block import Block
+from .questions import edge, is_gate, is_pointwise, next_after
 
-__all__ = ["InvertedCore", "core_of", "inverted_core", "projects"]
+__all__ = ["core_of", "inverted_bottlenecks"]
+
+
+def inverted_bottlenecks(record: Record) -> Iterator[Block]:
+    """The core of an inverted bottleneck that nothing bypasses: SE goes after the depthwise convolution's norm and
+    activation (MobileNetV2, Sandler et al., arXiv:1801.04381; with SE: MnasNet, Tan et al., arXiv:1807.11626)."""
+    for conv in record.ops:
+        core = _inverted_core(conv)
+        if core is None or not _projects(core.projection) or _is_prediction(record, core.projection):
+            continue
+        call = innermost(record, [conv, core.projection])
+        if call is None:
+            continue
+        region = (core.projection.ancestors | core.projection.bit) & ~conv.ancestors
+        target = edge(record, core.value, core.taker)
+        yield Block("inverted", call, region, core.projection, core.projection, target=target)
 
 
 @dataclass(frozen=True, eq=False)
-class InvertedCore:
+class _InvertedCore:
     """``depthwise conv -> norm -> activation -> pointwise conv``, the core of the inverted bottleneck (Sandler et al.,
     arXiv:1801.04381; with SE in it: Tan et al., arXiv:1807.11626): the value that goes into the projection, the operation
     that takes it, and the projection's own value."""
@@ -22,7 +39,7 @@ class InvertedCore:
     projection: Op
 
 
-def inverted_core(conv: Op) -> InvertedCore | None:
+def _inverted_core(conv: Op) -> _InvertedCore | None:
     """The core that begins with this depthwise conv."""
     if conv.conv is None or not conv.conv.depthwise or conv.pooled:
         return None
@@ -37,12 +54,14 @@ def inverted_core(conv: Op) -> InvertedCore | None:
         pieces = [only_user(u) for u in users if u.role == "part"]
         if len(users) == len(pieces) > 1 and all(p is not None and is_pointwise(p) for p in pieces):
             joined = only_user(pieces[0]) if pieces[0] is not None else None  # a projection in groups (MixNet)
-            return InvertedCore(op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
+            return (
+                _InvertedCore(op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
+            )
         if len(users) != 1:
             return None
         user = users[0]
         if is_pointwise(user):
-            return InvertedCore(*(padded or (op, user)), user) if acted else None
+            return _InvertedCore(*(padded or (op, user)), user) if acted else None
         if user.role == "pad":  # padding for any kernel, which for one of size 1 is none
             padded, op = padded or (op, user), user
             continue
@@ -57,23 +76,23 @@ def inverted_core(conv: Op) -> InvertedCore | None:
         op = user
 
 
-def projects(op: Op) -> bool:
+def _projects(op: Op) -> bool:
     """Whether a pointwise conv is linear: no non-linearity follows it."""
     following = next_after(op, ("norm", "pass", "affine", "shape"))
     return following is None or following.role != "act"
 
 
-def core_of(record: Record, block: FoundBlock) -> InvertedCore | None:
+def core_of(record: Record, block: Block) -> _InvertedCore | None:
     """The core of a residual unit that is an inverted bottleneck."""
     ops = list(record.select(block.region))
     spatial = [op for op in ops if op.spatial_conv]
     if not all(op.conv is not None and op.conv.depthwise for op in spatial):
         return None
-    cores = {core.projection: core for core in map(inverted_core, spatial) if core is not None}
+    cores = {core.projection: core for core in map(_inverted_core, spatial) if core is not None}
     if len(cores) != 1:
         return None
     projection, core = cores.popitem()
-    if not projection.bit & block.region or not projects(projection):
+    if not projection.bit & block.region or not _projects(projection):
         return None
     later = [
         op
@@ -81,3 +100,11 @@ def core_of(record: Record, block: FoundBlock) -> InvertedCore | None:
         if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.pooled
     ]
     return None if later else core
+
+
+def _is_prediction(record: Record, projection: Op) -> bool:
+    """Whether a projection is what a head predicts: no layer with weights comes behind it."""
+    return not any(
+        op.ancestors & projection.bit and op.role in ("conv", "linear", "norm")
+        for op in record.ops[projection.index + 1 :]
+    )

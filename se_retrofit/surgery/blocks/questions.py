@@ -1,38 +1,21 @@
-"""What a convolutional block is, and the questions by which the recognisers beside this file find them.
-
-Blocks are recognised by what their graphs do, never by a name: those that something bypasses in ``bypass``, the inverted
-bottleneck's core in ``inverted``, all others in ``branches``.
-"""
+"""What the recognisers ask about operations, calls and the paths between them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from .operations import only_user, real_users
-from .record import Call, Op, Record
-from .roles import is_sequential
+from ..operations import innermost, only_user, real_users
+from ..record import Call, Op, Record
+from .block import Target
 
 # What leaves a value the same but for its place, its size or a linear map of each channel.
 TRANSPARENT = ("pass", "affine", "norm", "shape", "part", "pad")
 
 
-@dataclass(eq=False)
-class FoundBlock:
-    """A block found: the operations it computes anew (a bit set), and its scope."""
-
-    kind: str
-    call: Call
-    region: int
-    join: Op
-    branch: Op
-    skip: Op | None = None
-    source: Op | None = None
-    layered: bool = False  # one of several dense layers that feed each other
-
-
-# Questions about operations ------------------------------------------------------------------
+def own_operations(record: Record, call: Call) -> list[Op]:
+    """The operations that a module's own code does in a call."""
+    return [op for op in record.ops[call.start : call.end] if op.call is call]
 
 
 def is_gate(op: Op) -> bool:
@@ -133,10 +116,8 @@ def common_source(record: Record, call: Call, ops: Iterable[Op]) -> Op | None:
     return common_ops[-1] if common_ops else None
 
 
-# Names ------------------------------------------------------------------
-
-
-def common_prefix(paths: list[str]) -> str:
+def prefix_of(paths: list[str]) -> str:
+    """The path that these have in common, without the last part of any."""
     parts = [p.split(".") for p in paths]
     prefix = []
     for level in zip(*parts, strict=False):
@@ -148,59 +129,19 @@ def common_prefix(paths: list[str]) -> str:
     return ".".join(prefix)
 
 
-def name_of(record: Record, block: FoundBlock) -> str:
-    """The path of a block: that of the module in which it stands, or of one around it that holds nothing else; in a
-    graph that holds more than the block, what the paths of its convolutions tell. Those convolutions of a plain chain that
-    are a unit of the network together (the two of a U-Net's double convolution) are named after the unit."""
-    outer = block.call
-    if is_sequential(outer.module) or outer.path == "":
-        held = [op for op in record.select(outer.mask) if op.spatial_conv]
-        if any(not op.bit & block.region for op in held):
-            if block.kind == "chain" and is_unit(record, outer):
-                return outer.path
-            paths = conv_paths(record, block)
-            prefix = common_prefix(paths)
-            return prefix if prefix != outer.path else (paths or [prefix])[0]
-    return _around(record, outer).path
+# Where values appear -------------------------------------------------------------------------
 
 
-def other_names(record: Record, block: FoundBlock) -> tuple[str, ...]:
-    """What a part of a plain chain may be asked for by beside its name: its convolutions, and a module that holds its unit alone."""
-    if block.kind != "chain":
-        return ()
-    name, around = name_of(record, block), _around(record, block.call).path
-    names = [*conv_paths(record, block), *([around] if name.startswith(f"{around}.") else [])]
-    return tuple(path for path in dict.fromkeys(names) if path != name)
-
-
-def conv_paths(record: Record, block: FoundBlock) -> list[str]:
-    own = (op for op in record.select(block.region) if op.conv is not None and not op.pooled)
-    return [op.path for op in own if op.path]
-
-
-def _around(record: Record, call: Call) -> Call:
-    """A sequence, or the outermost module around it that holds no convolution beside."""
-    while is_sequential(call.module) and call.parent is not None and call.parent.path:
-        if any(op.conv is not None and not call.holds(op) for op in record.select(call.parent.mask)):
+def before(op: Op, call: Call | None, roles: tuple[str, ...]) -> Op:
+    """Follow a value back through operations of these roles that stand in the module's own graph."""
+    while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op:
+        if call is None or not call.shows(op.data[0]):
             break
-        call = call.parent
-    return call
+        op = op.data[0]
+    return op
 
 
-def is_unit(record: Record, call: Call) -> bool:
-    """Whether a sequence with several convolutions is a unit of which the network has more: it and another one compute at one
-    size each. The features of a VGG are none, since their size changes, nor is the one body of a network."""
-    return _is_of_one_size(record, call) and any(
-        _is_of_one_size(record, other)
-        for other in record.calls
-        if not other.mask & call.mask and other.path != call.path
-    )
-
-
-def _is_of_one_size(record: Record, call: Call) -> bool:
-    if not is_sequential(call.module) or not call.path:
-        return False
-    ops = list(record.select(call.mask))
-    convs = [op for op in ops if op.spatial_conv]
-    sizes = {tuple(op.shape[-len(op.conv.kernel) :]) for op in convs if op.conv is not None}
-    return len(convs) > 1 and len(sizes) == 1
+def edge(record: Record, value: Op, taker: Op) -> Target:
+    """A value as it appears in the module in whose own graph it goes from one operation to another."""
+    call = innermost(record, [value, taker])
+    return Target(call, before(value, call, ("pass",)))

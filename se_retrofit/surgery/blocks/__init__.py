@@ -1,0 +1,13 @@
+"""Finding the convolutional blocks of a record, and where SE goes in each.
+
+One principle: SE recalibrates what the block has newly computed, once, at the last value before it joins what bypassed
+the block (Hu et al., sections 3.3 and 6.4). Blocks are recognised by what their graphs do, never by a name.
+"""
+
+from .block import Block, Target
+from .find import Found, Place, find_places
+from .placements import PLACEMENTS
+from .questions import is_gate
+from .table import RECOGNISERS, Recogniser
+
+__all__ = ["PLACEMENTS", "RECOGNISERS", "Block", "Found", "Place", "Recogniser", "Target", "find_places", "is_gate"]

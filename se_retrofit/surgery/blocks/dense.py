@@ -1,0 +1,182 @@
+"""Blocks whose new features are put beside what bypassed them: dense layers, split units, dual paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..operations import is_conv_or_linear
+from ..record import Call, Op, Record
+from .block import Block, Target
+from .questions import (
+    TRANSPARENT,
+    bypass_source,
+    common_source,
+    escapes,
+    has_nonlinearity,
+    has_spatial_conv,
+    joins_channels,
+    own_operations,
+)
+
+__all__ = ["dense_layers", "dual_paths", "split_units"]
+
+
+def dense_layers(record: Record) -> Iterator[Block]:
+    """A cat of one value and of what several layers made of it, each of which read all that came before it (DenseNet, Huang
+    et al., arXiv:1608.06993). Where each reads the one before it alone, it is one block of several branches instead."""
+    for call in reversed(record.calls):
+        for cat in reversed(own_operations(record, call)):  # the last cat of a dense block is the one of all its layers
+            yield from _layers(record, call, cat)
+
+
+def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
+    if not joins_channels(cat) or len(cat.data) < 3:
+        return []
+    first, *new = cat.data
+    seen = first.bit
+    outside = first.ancestors | first.bit
+    blocks: list[Block] = []
+    for operand in new:
+        region = (operand.ancestors | operand.bit) & call.mask & ~outside
+        ops = list(record.select(region))
+        reads_all = any(
+            op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops
+        )
+        if (blocks and not reads_all) or not has_spatial_conv(ops) or not has_nonlinearity(ops):
+            return []
+        child = call.child_with(operand)  # a layer that is a module of its own gets its SE itself
+        own = child if child is not None and child.shows(operand) else call
+        blocks.append(Block("dense", own, region, operand, cat))
+        seen |= operand.bit
+        outside |= region
+    return blocks
+
+
+def split_units(record: Record) -> Iterator[Block]:
+    """A cat of (part of) the input and new features that is what the module returns (a dense layer that joins its own
+    features; ShuffleNetV2's unit at stride 1, Ma et al., arXiv:1807.11164)."""
+    for call in reversed(record.calls):
+        for cat in own_operations(record, call):
+            block = _unit(record, call, cat)
+            if block is not None:
+                yield block
+
+
+def _unit(record: Record, call: Call, cat: Op) -> Block | None:
+    if not joins_channels(cat):
+        return None
+    if not _is_returned(call, cat):
+        return _split_in_graph(record, call, cat) if call.parent is None else None
+    # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
+    added = {o: other for o in cat.data if (other := _added_to_bypass(o, call)) is not None}
+    new, bypassed = [], False
+    for operand in cat.data:
+        if operand in added:
+            new.append(added[operand])
+        elif bypass_source(operand, call, 0, projections=2 if added else 0) is not None:
+            bypassed = True
+        else:
+            new.append(operand)
+    if not bypassed or not new:
+        return _split_inside(record, call, cat)
+    if len(new) > 1:
+        if any(a.bit & b.ancestors for a in new for b in new):
+            return None  # they feed each other: see dense_layers
+        common = common_source(record, call, new)  # they are pieces of one value
+        if common is None or common.channels is None:
+            return None
+        new = [common]
+    return _new_features(record, cat, new[0], call, 0)
+
+
+def _is_returned(call: Call, cat: Op) -> bool:
+    """Whether all that a module returns is this value, at most activated or in another shape."""
+    for output in call.outputs:
+        while output is not cat:
+            if output.role not in (*TRANSPARENT, "act") or len(output.data) != 1 or not call.holds(output):
+                return False
+            output = output.data[0]
+    return bool(call.outputs)
+
+
+def _split_in_graph(record: Record, call: Call, cat: Op) -> Block | None:
+    """The same in a graph that holds many blocks: a piece of a value, and what was made of another piece of it."""
+    pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
+    new = [o for o in cat.data if o not in pieces]
+    if len(pieces) != 1 or len(new) != 1:
+        return None
+    whole = pieces[0].data[0]
+    if not whole.bit & new[0].ancestors or escapes(record, call, [whole], {cat}):
+        return None
+    return _new_features(record, cat, new[0], call, whole.ancestors | whole.bit)
+
+
+def _split_inside(record: Record, call: Call, cat: Op) -> Block | None:
+    """The same where what is split is no input of the module, but a value that every way through the module passes."""
+    whole = common_source(record, call, cat.data)
+    if whole is None or escapes(record, call, call.inputs, {whole}):
+        return None
+    outside = whole.ancestors | whole.bit
+    if whole in cat.data and any(map(is_conv_or_linear, record.select(outside & call.mask))):
+        return None  # it is newly computed as well: a primary convolution and a cheap one (GhostNet)
+    new = [o for o in cat.data if bypass_source(o, call, outside, projections=0) is None]
+    if len(new) != 1 or len(new) == len(cat.data):
+        return None
+    return _new_features(record, cat, new[0], call, outside)
+
+
+def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) -> Block | None:
+    region = (new.ancestors | new.bit) & call.mask & ~outside
+    ops = list(record.select(region))
+    if not has_spatial_conv(ops) or not has_nonlinearity(ops):
+        return None
+    return Block("dense", call, region, new, cat)
+
+
+def _added_to_bypass(op: Op, call: Call) -> Op | None:
+    """The new one of the two operands of an add, if the other is a bypass."""
+    if op.role != "add" or len(op.data) != 2 or not call.holds(op):
+        return None
+    new = [o for o in op.data if bypass_source(o, call, 0) is None]
+    return new[0] if len(new) == 1 else None
+
+
+def dual_paths(record: Record) -> Iterator[Block]:
+    """Several joins of one new value with what bypassed the block, which together are all that it returns (DPN, Chen et
+    al., arXiv:1707.01629)."""
+    for call in reversed(record.calls):
+        joins = [op for op in own_operations(record, call) if op.role in ("add", "cat")]
+        block = _dual_path(record, call, joins) if len(joins) > 1 else None
+        if block is not None:
+            yield block
+
+
+def _dual_path(record: Record, call: Call, joins: list[Op]) -> Block | None:
+    cut: set[Op] = set()
+    new: list[Op] = []
+    for join in joins:
+        operands = join.data
+        if join.role == "cat" and not joins_channels(join):
+            continue
+        bypass = [o for o in operands if bypass_source(o, call, 0, projections=1) is not None]
+        rest = [o for o in operands if o not in bypass]
+        if not bypass or len(rest) != 1:
+            continue
+        cut.add(join)
+        new += rest
+    if {join.role for join in cut} != {"add", "cat"} or escapes(record, call, call.inputs, cut):
+        return None
+    if any(join.ancestors & other.bit for join in cut for other in cut):
+        return None  # one behind the other: a block in which something else is joined, too
+    common = call.mask
+    for op in new:
+        common &= op.ancestors | op.bit
+    candidates = [op for op in record.select(common) if op.channels is not None]
+    if not candidates:
+        return None
+    branch = candidates[-1]
+    region = (branch.ancestors | branch.bit) & call.mask
+    if not has_spatial_conv(record.select(region)):
+        return None
+    target = Target(call, branch)
+    return Block("dense", call, region, branch, max(cut, key=lambda op: op.index), target=target)

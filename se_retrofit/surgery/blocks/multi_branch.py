@@ -1,0 +1,95 @@
+"""Blocks of several branches that are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..operations import only_user
+from ..record import Call, Op, Record
+from .block import Block, Target
+from .questions import common_source, escapes, has_spatial_conv, joins_channels, own_operations, prefix_of, resizes
+
+__all__ = ["multi_branch_blocks"]
+
+
+def multi_branch_blocks(record: Record) -> Iterator[Block]:
+    """A channel cat of branches that come from one value: SE goes behind it, or behind the 1x1 conv that fuses it
+    (Inception, Szegedy et al., arXiv:1409.4842; with SE: Hu et al., section 3.3; Fire, OSA, CSP and NAS cells)."""
+    for call in record.calls:
+        for cat in reversed(own_operations(record, call)):
+            scope, block = call, _block(record, call, cat)
+            while block is None and scope.parent is not None and scope.outputs == [cat]:
+                scope = scope.parent  # the conv that fuses the branches may stand further out than the cat
+                block = _block(record, scope, cat)
+            if block is not None:
+                yield block
+
+
+def _block(record: Record, call: Call, cat: Op) -> Block | None:
+    if not joins_channels(cat):
+        return None
+    source = common_source(record, call, cat.data)
+    if escapes(record, call, [source] if source is not None else call.inputs, {cat}):
+        return None
+    block = _branches_from(record, call, cat, source)
+    if (
+        block is None
+        and source is not None
+        and call.parent is not None
+        and not escapes(record, call, call.inputs, {cat})
+    ):
+        # what the branches have in common belongs to the block itself, with what is made of it and the conv that fuses all
+        block = _branches_from(record, call, cat, None)
+        if block is not None and (block.branch is cat or not call.holds(block.branch)):
+            return None
+    return block
+
+
+def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Block | None:
+    outside = (source.ancestors | source.bit) if source is not None else 0
+    ops = list(record.select(cat.ancestors & call.mask & ~outside))
+    if not has_spatial_conv(ops) or any(map(resizes, ops)):
+        return None
+    convolved = [
+        o
+        for o in cat.data
+        if any(p.conv is not None for p in record.select((o.ancestors | o.bit) & call.mask & ~outside))
+    ]
+    bypasses = [
+        o for o in cat.data if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
+    ]
+    end = _fusing_end(call, cat, ops)
+    if len(convolved) < 2 or (bypasses and end is None):
+        return None
+    end = end or cat
+    region = (end.ancestors | end.bit) & call.mask & ~outside
+    return Block("multi-branch", call, region, end, cat, target=Target(call, end))
+
+
+def _fusing_end(call: Call, cat: Op, branches: list[Op]) -> Op | None:
+    """Behind a cat: the last value of the pointwise conv that fuses it, with its norm and activation."""
+    op, conv = cat, None
+    while True:
+        user = only_user(op)
+        if user is None or not call.holds(user) or len(user.data) != 1:
+            break
+        if user.conv is not None and not user.conv.spatial:
+            conv = conv or user
+        elif user.role not in ("norm", "act", "pass", "affine"):
+            break
+        op = user
+    if conv is None or (call.parent is None and not _same_family(conv, branches)):
+        return None
+    while op.role in ("pass", "affine") and op is not conv and len(op.data) == 1:
+        op = op.data[0]
+    return op
+
+
+def _same_family(conv: Op, branches: list[Op]) -> bool:
+    """In a graph that holds many blocks, whether a conv's path says that it belongs with these."""
+    paths = [op.path for op in branches if op.conv is not None]
+    if any(p is None for p in [*paths, conv.path]):
+        return True
+    prefix = prefix_of([p for p in paths if p is not None])
+    own = conv.path or ""
+    return own == prefix or own.startswith(f"{prefix}.") or not prefix

@@ -1,0 +1,81 @@
+"""Where in a block SE goes: by itself, and in the paper's other variants (Hu et al., section 6.4, figure 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..operations import only_user
+from ..record import Record
+from .block import Block, Target
+from .questions import before, edge, is_pointwise
+
+__all__ = ["PLACEMENTS"]
+
+
+def auto(record: Record, block: Block) -> Target | None:
+    """Where the block's recogniser says: on what the block has newly computed, once, at the last value before it joins what
+    bypassed the block."""
+    return block.target or branch_end(record, block)
+
+
+def branch_end(record: Record, block: Block) -> Target:
+    """The branch's last value before stochastic depth and layer scale."""
+    return Target(block.call, before(block.branch, block.call, ("pass", "affine")))
+
+
+def standard(record: Record, block: Block) -> Target | None:
+    """At the end of the branch, of an inverted bottleneck as well."""
+    return None if block.skip is None else branch_end(record, block)
+
+
+def pre(record: Record, block: Block) -> Target | None:
+    """Before the branch."""
+    source, branch = block.source, block.branch
+    if source is None:
+        return None
+    if not source.bit & branch.ancestors:  # branch and skip are two inputs
+        source = next((i for i in block.call.inputs if i.bit & branch.ancestors), source)
+    return Target(block.call, source, frozenset(u for u in source.users if u.bit & block.region))
+
+
+def post(record: Record, block: Block) -> Target | None:
+    """After the add and its activation."""
+    if block.skip is None:
+        return None
+    following = only_user(block.join)
+    acted = following is not None and following.role == "act" and block.call.shows(following)
+    return Target(block.call, following if acted and following is not None else block.join)
+
+
+def identity(record: Record, block: Block) -> Target | None:
+    """On the skip."""
+    return None if block.skip is None else Target(block.call, block.skip, frozenset([block.join]))
+
+
+def spatial(record: Record, block: Block) -> Target | None:
+    """Inside the branch: after its spatial conv's norm and activation."""
+    if block.skip is None:
+        return None
+    for conv in reversed([op for op in record.select(block.region) if op.spatial_conv]):
+        op, acted = conv, False
+        user = only_user(op)
+        while (
+            user is not None
+            and user.bit & block.region
+            and user.role in ("norm", "act", "pass", "affine", "cat", "shape")
+        ):
+            op, acted = user, acted or user.role == "act"
+            user = only_user(op)
+        if user is not None and (acted or is_pointwise(user)):
+            return edge(record, op, user)
+    return branch_end(record, block)
+
+
+PLACEMENTS: dict[str, Callable[[Record, Block], Target | None]] = {
+    "auto": auto,
+    "standard": standard,
+    "pre": pre,
+    "post": post,
+    "identity": identity,
+    "3x3": spatial,
+}

@@ -1,0 +1,46 @@
+"""The kinds of blocks: one function and one row for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ..record import Record
+from .block import Block
+from .chains import plain_chains
+from .dense import dense_layers, dual_paths, split_units
+from .inverted import inverted_bottlenecks
+from .multi_branch import multi_branch_blocks
+from .rep_sum import reparameterisable_sums
+from .residual import residual_units
+
+__all__ = ["RECOGNISERS", "Recogniser"]
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """One row of the table.
+
+    Attributes:
+        find: yields the blocks of a record, as far as it can tell alone.
+        nests: its blocks may stand around others: of nested ones the innermost gets SE. Rows of this sort that follow each
+            other are asked together.
+        alone: its blocks count only in a network that has no others.
+    """
+
+    find: Callable[[Record], Iterable[Block]]
+    nests: bool = False
+    alone: bool = False
+
+
+# In this order: what one has found is left alone by those that follow.
+RECOGNISERS: tuple[Recogniser, ...] = (
+    Recogniser(dense_layers, nests=True),
+    Recogniser(residual_units, nests=True),
+    Recogniser(split_units, nests=True),
+    Recogniser(dual_paths, nests=True),
+    Recogniser(inverted_bottlenecks),
+    Recogniser(multi_branch_blocks),
+    Recogniser(reparameterisable_sums),
+    Recogniser(plain_chains, alone=True),
+)

@@ -1,0 +1,286 @@
+"""Edits that are right: each is carried out on a copy, and the copy's record must be the original's plus SE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..attention import SEAttention
+from .blocks import Place
+from .check import Comparison, compare
+from .copying import on_cpu
+from .edits import Edit, apply_edits, named, problems_of, ways
+from .record import Record
+from .runs import Runs
+from .splice import SpliceError
+
+__all__ = ["Fitting", "SurgerySite"]
+
+NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one expression"
+ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
+LOOKS_INSIDE = (
+    "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
+    "parameters"
+)
+
+
+@dataclass(eq=False)
+class SurgerySite:
+    """One SE module: where it will be, at which places it scales, and the edits by which it is called there.
+
+    In a block that is called several times it has several places; where a forward has other code in training, several
+    edits.
+    """
+
+    path: str
+    places: list[Place]
+    edits: list[Edit]
+
+    @property
+    def place(self) -> Place:
+        return self.places[0]
+
+
+@dataclass(eq=False)
+class _Options:
+    """The ways for one place that have not been found wrong, and what went wrong first."""
+
+    edits: list[Edit]
+    problem: str
+
+    @classmethod
+    def of(cls, place: Place) -> _Options:
+        found = list(ways(place))
+        problems = [str(way) for way in found if isinstance(way, SpliceError)]
+        edits = list(dict.fromkeys(way for way in found if isinstance(way, Edit)))
+        return cls(
+            edits, (problems or ["the value that SE should recalibrate appears in no code that can be changed"])[0]
+        )
+
+    def fail(self, edit: Edit, problem: str) -> None:
+        """A way turned out to be wrong: of the best one, the reason is kept."""
+        if self.edits[:1] == [edit]:
+            self.problem = problem
+        self.edits.remove(edit)
+
+
+@dataclass(eq=False)
+class Fitting:
+    """Tries edits on copies until all that are left are right.
+
+    Args:
+        runs: the records of the original.
+        places: where SE is to go, in the record of eval mode.
+        training: the places that were found in the record of train mode.
+        skipped: takes the blocks that are left out, with the reasons.
+    """
+
+    runs: Runs
+    places: list[Place]
+    training: list[Place]
+    skipped: dict[str, str]
+    options: dict[Place, _Options] = field(default_factory=dict)
+    extra: dict[Edit, Edit] = field(default_factory=dict)  # for a site: a further edit, for training
+    exactly: bool | None = None  # whether the original takes the same numbers in each run; None as long as no one asks
+
+    def sites(self) -> list[SurgerySite]:
+        """The sites for all places that can have SE."""
+        self.options = {place: _Options.of(place) for place in self.places}
+        searched = False
+        while sites := self.best():
+            outcome = self.trial(sites)
+            if outcome.different:
+                self.leave_out(self.guilty(sites) or sites[-1:], outcome)
+            elif outcome.wrong:
+                self.fail(sites, outcome.wrong)
+                if not searched:  # the ways that are left to these places all at once, rather than one after the other
+                    self.search({place for site in sites if site.path in outcome.wrong for place in site.places})
+                    searched = True
+            elif outcome.right:
+                return sites
+        return []
+
+    # Which ways
+
+    def best(self) -> list[SurgerySite]:
+        """The sites by the best way that is left for each place, of which no one alone is known to be wrong."""
+        while True:
+            by_edit: dict[Edit, list[Place]] = {}
+            for place in list(self.places):
+                if not self.options[place].edits:
+                    self.drop(place, self.options[place].problem)
+                    continue
+                by_edit.setdefault(self.options[place].edits[0], []).append(place)
+            sites = self.named(by_edit)
+            wrong = {site.path: ONE_FOR_SEVERAL for site in sites if not _one_block(site.places)}
+            problems = problems_of(self.runs.evaluation.model, {e: s.path for s in sites for e in s.edits})
+            wrong |= {site.path: problems[edit] for site in sites for edit in site.edits if edit in problems}
+            if not wrong:
+                return sites
+            self.fail(sites, wrong)
+
+    def named(self, by_edit: Mapping[Edit, list[Place]]) -> list[SurgerySite]:
+        paths = named({edit: places[0].block for edit, places in by_edit.items()}, self.runs.evaluation.model)
+        return [
+            SurgerySite(paths[edit], places, [edit, *([self.extra[edit]] if edit in self.extra else [])])
+            for edit, places in by_edit.items()
+        ]
+
+    def fail(self, sites: Iterable[SurgerySite], wrong: Mapping[str, str]) -> None:
+        for site in sites:
+            for place in site.places if site.path in wrong else ():
+                self.options[place].fail(site.edits[0], wrong[site.path])
+
+    def search(self, places: set[Place]) -> None:
+        """Try all ways that are left to some places in one run, and forget those that are wrong."""
+        by_edit: dict[Edit, list[Place]] = {}
+        for place in places:
+            for edit in self.options[place].edits:
+                by_edit.setdefault(edit, []).append(place)
+        sites = self.named(by_edit)
+        if problems_of(self.runs.evaluation.model, {site.edits[0]: site.path for site in sites}):
+            return
+        outcome = self.trial(sites, training=False)
+        if not outcome.different:
+            self.fail(sites, outcome.wrong)
+
+    def drop(self, place: Place, reason: str) -> None:
+        self.places.remove(place)
+        self.skipped[place.block] = reason
+
+    # Trials
+
+    def trial(self, sites: list[SurgerySite], training: bool = True) -> _Outcome:
+        """Carry out edits on a copy and compare its record with the original's."""
+        by_path = {site.path: site for site in sites}
+        evaluation, trained = self.runs.again(partial(self.edit, sites=sites), training=training)
+        for record in (evaluation, trained):
+            if record is not None and record.broke_off is not None and record.broke_in in by_path:
+                return _Outcome({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale
+        compared = self.compare(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
+        outcome = _Outcome(compared.wrong, compared.different, evaluation.broke_off)
+        if not outcome.right or trained is None or self.runs.training is None:
+            return outcome
+        return self.trained(by_path, trained)
+
+    def trained(self, by_path: Mapping[str, SurgerySite], after: Record) -> _Outcome:
+        """What the record of train mode shows."""
+        assert self.runs.training is not None
+        expected = {path: self.in_training(site) for path, site in by_path.items()}
+        compared = self.compare(self.runs.training, after, {path: places or [] for path, places in expected.items()})
+        wrong, extended = {}, False
+        for path, problem in compared.wrong.items():
+            places = expected[path]
+            if places is None or path in compared.called:
+                continue  # stochastic depth, say, hides the block or its end; it is the expression that was right in eval mode
+            if self.extend(by_path[path], places):
+                extended = True
+            else:
+                wrong[path] = f"in training, {problem}"
+        return _Outcome(wrong, compared.different, after.broke_off, again=extended)
+
+    def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
+        modules = {}
+        for site in sites:
+            place = site.place
+            se = SEAttention(
+                place.channels, place.channels, gate="identity", channel_dim=place.op.channel_dim or 1,
+                dtype=place.op.dtype, device="meta",
+            ).requires_grad_(False)  # fmt: skip
+            if self.runs.convert is on_cpu:
+                se.to_empty(device="cpu").init_weights(torch.Generator())
+            for edit in site.edits:
+                modules[edit] = (site.path, se)
+        apply_edits(copy, modules)
+
+    def compare(self, before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Comparison:
+        compared = compare(before, after, expected, exactly=self.exactly is not False)
+        if not compared.different or self.exactly is not None:
+            return compared
+        loosely = compare(before, after, expected, exactly=False)
+        if loosely.different:
+            return compared
+        evaluation, training = self.runs.again(lambda copy: None)  # the time of day, say
+        repeated = [(self.runs.evaluation, evaluation)]
+        if self.runs.training is not None and training is not None:
+            repeated.append((self.runs.training, training))
+        self.exactly = not any(compare(first, second, {}).different for first, second in repeated)
+        return compared if self.exactly else loosely
+
+    # In training
+
+    def in_training(self, site: SurgerySite) -> list[Place] | None:
+        """The places of a site in the record of training; None if there is no block of its kind there."""
+        same = [p for p in self.training if (p.block, p.kind) == (site.place.block, site.place.kind)]
+        own = [p for p in self.places if (p.block, p.kind) == (site.place.block, site.place.kind)]
+        if len(same) != len(own):
+            return None
+        return [twin for place, twin in zip(own, same, strict=True) if place in site.places]
+
+    def extend(self, site: SurgerySite, places: Sequence[Place]) -> bool:
+        """Give a site a further edit where the forward has other code in training."""
+        further = [e for p in places for e in _Options.of(p).edits if e.holder == site.edits[0].holder]
+        further = [e for e in further if e.form == "splice" and e not in site.edits]
+        if not further or site.edits[0] in self.extra:
+            return False
+        self.extra[site.edits[0]] = further[0]
+        return True
+
+    # Blame
+
+    def guilty(self, sites: list[SurgerySite]) -> list[SurgerySite]:
+        """The sites with which the network does something else, found by halving: first the classes of their blocks, then
+        one or two of each such class; with two, the whole class."""
+        by_class: dict[type, list[SurgerySite]] = {}
+        for site in sites:
+            by_class.setdefault(type(site.place.call.module), []).append(site)
+        found = []
+        for group in self.halve(list(by_class.values())):
+            alone = [one for (one,) in self.halve([[site] for site in group], most=2)]
+            found += group if len(alone) != 1 else alone
+        return found
+
+    def halve(self, groups: list[list[SurgerySite]], most: int = 1_000_000) -> list[list[SurgerySite]]:
+        """Those of some groups of sites, at most so many, that alone make a difference."""
+        if not groups or not self.trial([site for group in groups for site in group]).different:
+            return []
+        if len(groups) == 1:
+            return groups
+        middle = len(groups) // 2
+        first = self.halve(groups[:middle], most)
+        return first + (self.halve(groups[middle:], most - len(first)) if len(first) < most else [])
+
+    def leave_out(self, sites: list[SurgerySite], outcome: _Outcome) -> None:
+        """Leave out the blocks of sites; where their code raised an error, try another way first."""
+        for site in sites:
+            broke = f"with SE in it, the network can't be run: {outcome.broke_off}"
+            if outcome.broke_off is not None and all(len(self.options[p].edits) > 1 for p in site.places):
+                self.fail([site], {site.path: broke})
+                continue
+            for place in site.places:
+                self.drop(place, LOOKS_INSIDE if outcome.broke_off is None else broke)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a trial showed: what is wrong by the path of an SE module; or that the network does something else, with the error
+    that it raised, if any; or that the trial is to be repeated."""
+
+    wrong: Mapping[str, str] = field(default_factory=dict)
+    different: bool = False
+    broke_off: str | None = None
+    again: bool = False
+
+    @property
+    def right(self) -> bool:
+        return not (self.wrong or self.different or self.again)
+
+
+def _one_block(places: list[Place]) -> bool:
+    """Whether the places that one edit reaches are the same block, computed again by the same modules."""
+    one = max((place.layers for place in places), key=len)
+    return all(place.layers <= one for place in places) and len({(p.channels, p.op.channel_dim) for p in places}) == 1
