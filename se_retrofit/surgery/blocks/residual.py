@@ -33,7 +33,8 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         return None
     if add.data[0].shape != add.data[1].shape:
         return None  # an embedding, say, that is the same all over the map
-    for branch, skip in (add.data, add.data[::-1]):
+    pairs = (add.data, add.data[::-1])
+    for branch, skip in sorted(pairs, key=lambda pair: not pair[1].bit & pair[0].ancestors):  # an identity skip first
         source = bypass_source(skip, call, branch.ancestors)
         if source is None:
             continue
