@@ -20,7 +20,7 @@ from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs, from_description, given_inputs, tensors_in
-from ..surgery.isolation import untouched_randomness
+from ..surgery.isolation import forked_randomness
 from ..surgery.planning import record_of
 from .plain_form import use_plain_form
 from .source import export_source
@@ -83,7 +83,7 @@ def export(
     if any(p.is_meta for p in model.parameters()):
         raise RetrofitError("the model is on the meta device and has no values; load weights first")
     file = Path(file)
-    with untouched_randomness(), warnings.catch_warnings():
+    with forked_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on formats
         copy = copied(model, lambda t: t.detach().to("cpu", copy=True)).eval()
         inputs = _example(copy, example_inputs)

@@ -17,7 +17,7 @@ from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs
-from ..surgery.isolation import isolated, untouched_randomness
+from ..surgery.isolation import forked_randomness, isolated
 from ..surgery.planning import record_of
 from ..surgery.splice import SpliceError
 from ..surgery.undo import is_retrofitted, strip
@@ -80,7 +80,7 @@ def fold_se(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = batches_of(data, max_batches, device)
     work = copied(model, independent=True).eval()
-    with isolated(model), untouched_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad():
         ses = {path: m for path, m in work.named_modules() if is_retrofitted(m) and isinstance(m, SEAttention)}
         gates = gates_of(work, {site.path: ses[site.path] for site in chosen}, batches)
         reference = Reference(work, batches)

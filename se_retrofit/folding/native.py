@@ -20,7 +20,7 @@ from ..errors import RetrofitError, check_module
 from ..retrofit import has_se, plan_of
 from ..surgery.copying import copied
 from ..surgery.inputs import Inputs, from_description, tensors_in
-from ..surgery.isolation import isolated, untouched_randomness
+from ..surgery.isolation import forked_randomness, isolated
 from ..surgery.planning import record_of
 from ..surgery.record import Record
 from ..surgery.undo import is_retrofitted
@@ -64,7 +64,7 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
     if target is not None:
         _check_native(target)
     result = copied(model)
-    with isolated(model), untouched_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad():
         record = _record(result)
         ses = _ses(result)
         twice = {path: se for path, se in ses.items() if se.gate == "identity"}
@@ -113,7 +113,7 @@ def from_native(model: M, source: nn.Module) -> M:
     _check_retrofitted(model, "from_native")
     _check_native(source)
     result = copied(model)
-    with isolated(model), untouched_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad():
         record = _record(result)
         pairs = matched(parts_of(record), parts_of(_record(source, record.inputs)))
         copy_layers([(theirs, ours) for ours, theirs in pairs], source, result)

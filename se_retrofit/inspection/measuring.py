@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import RetrofitError
 from ..surgery.copying import copied, has_values, on_cpu, on_meta
 from ..surgery.inputs import Inputs
-from ..surgery.isolation import isolated, untouched_randomness
+from ..surgery.isolation import forked_randomness, isolated
 from ..surgery.record import Record
 from .graphs import batch_size
 
@@ -49,7 +49,7 @@ def measured(model: nn.Module, record: Record) -> Measured:
             "build it with values, or leave out the measurement"
         )
     batch = batch_size(record)
-    with isolated(model), _disable_current_modes(), untouched_randomness():
+    with isolated(model), _disable_current_modes(), forked_randomness():
         milliseconds = _milliseconds(model, record.inputs, like.device)
         saved = _saved_bytes(model, record.inputs)
     where = f"in batches of {batch}, {str(like.dtype).removeprefix('torch.')} on {like.device}"

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.overrides import TorchFunctionMode
 
 from ..errors import RetrofitError
-from .isolation import untouched_randomness
+from .isolation import forked_randomness
 
 __all__ = ["copied", "has_values", "mode_of", "on_cpu", "on_meta"]
 
@@ -104,7 +104,7 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
             )
     if convert is None:
         # a __deepcopy__ may build anew, and so draw weights; tensors made in inference mode could never be trained
-        with untouched_randomness(), torch.inference_mode(False):
+        with forked_randomness(), torch.inference_mode(False):
             return _copied(value, None, independent)
     with torch.utils._python_dispatch._disable_current_modes(), _Converted(convert):
         return _copied(value, convert, independent)

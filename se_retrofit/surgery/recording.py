@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention import SEAttention
 from .inputs import Inputs, tensors_in
-from .isolation import PrivateRandomness
+from .isolation import forked_randomness
 from .meta import MetaOperations, all_on_meta
 from .methods import methods_of
 from .record import Call, Op, Record, Where
@@ -56,10 +56,9 @@ def _frames(call: Call, skip: int) -> Where:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, result: Record, randomness: PrivateRandomness, on_meta: MetaOperations) -> None:
+    def __init__(self, result: Record, on_meta: MetaOperations) -> None:
         super().__init__()
         self.result = result
-        self.randomness = randomness
         self.on_meta = on_meta
         self.known: dict[int, Op] = {}
         self.kept: list[Tensor] = []  # ids are of living tensors
@@ -197,8 +196,6 @@ class _Recorder(TorchDispatchMode):
                 return self.on_meta.run(func, args, kwargs)
             except Exception as error:
                 raise self.needs(error) from None
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            return self.randomness.draw(func, args, kwargs)
         return func(*args, **kwargs)
 
     def needs(self, error: Exception) -> Exception:
@@ -312,8 +309,8 @@ def record(model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = No
         NeedsValues: the model and its inputs are on the meta device, and the run asks for values.
     """
     result = Record(model, inputs)
-    with PrivateRandomness(model) as randomness:
-        recorder = _Recorder(result, randomness, on_meta or MetaOperations())
+    with forked_randomness():
+        recorder = _Recorder(result, on_meta or MetaOperations())
         # a script module takes no such hooks; its operations are its caller's
         hooked = [m for m in recorder.modules if not isinstance(m, torch.jit.ScriptModule)]
         for module in hooked:  # as register_forward_hook does it, without an object for each of thousands of hooks
