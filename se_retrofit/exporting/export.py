@@ -19,7 +19,7 @@ from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..surgery.copying import copied
-from ..surgery.inputs import Inputs, from_description, given_inputs, tensors_in
+from ..surgery.inputs import Inputs, described_inputs, float_dtype, given_inputs, tensors_in
 from ..surgery.isolation import forked_randomness
 from ..surgery.planning import record_of
 from .plain_form import use_plain_form
@@ -124,15 +124,15 @@ def _example(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
     inputs: Inputs | None = None
     if example_inputs is not None:
         inputs = given_inputs(example_inputs)
-    elif has_se(model) and plan_of(model).inputs is not None:
-        inputs = from_description(plan_of(model).inputs)
+    elif has_se(model):
+        inputs = described_inputs(plan_of(model).inputs, model)
     if inputs is None or inputs.is_meta:
         inputs = record_of(model, inputs).inputs.with_values(torch.Generator().manual_seed(0))
     if inputs.kwargs or not all(isinstance(a, Tensor) for a in inputs.args):
         raise RetrofitError(
             "only networks that take tensors as positional inputs can be exported; pass such example_inputs"
         )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_dtype(model)
     tensors = (t.detach().cpu() for t in inputs.args)
     typed = (t.to(dtype) if t.is_floating_point() else t for t in tensors)
     return tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in typed)

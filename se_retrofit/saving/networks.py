@@ -100,7 +100,7 @@ def load_retrofitted(
     source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:
-        options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
+        options = options_again(model, recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
         model = retrofit_again(model, options, recipe["plan"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     if isinstance(source, Base):
