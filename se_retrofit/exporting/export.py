@@ -18,7 +18,7 @@ from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
-from ..surgery.copying import copied
+from ..surgery.copying import copied, in_mode
 from ..surgery.inputs import Inputs, described_inputs, float_dtype, given_inputs, tensors_in
 from ..surgery.isolation import forked_randomness
 from ..surgery.planning import record_of
@@ -85,7 +85,7 @@ def export(
     file = Path(file)
     with forked_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on formats
-        copy = copied(model, lambda t: t.detach().to("cpu", copy=True)).eval()
+        copy = in_mode(copied(model, lambda t: t.detach().to("cpu", copy=True)), False)
         inputs = _example(copy, example_inputs)
         if format == "source":
             return export_source(model, copy, file, inputs, base)

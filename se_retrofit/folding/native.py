@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..attention import SEAttention, TwiceSigmoid
 from ..errors import RetrofitError, check_module
 from ..retrofit import has_se, plan_of
-from ..surgery.copying import copied
+from ..surgery.copying import copied, in_mode
 from ..surgery.inputs import Inputs, described_inputs, float_dtype, in_dtype_of, tensors_in
 from ..surgery.isolation import forked_randomness, isolated
 from ..surgery.planning import record_of
@@ -211,7 +211,7 @@ def _check_same(model: nn.Module, other: nn.Module, inputs: Inputs, what: str) -
 
 
 def _outputs(network: nn.Module, inputs: Inputs) -> list[Tensor]:
-    copy = copied(network, independent=True).eval()
+    copy = in_mode(copied(network, independent=True), False)
     device = next((p.device for p in copy.parameters()), torch.device("cpu"))
     placed = copied(inputs, lambda t: t.to(device, copy=True))
     return [t for t in tensors_in(copy(*placed.args, **placed.kwargs)) if t.is_floating_point()]

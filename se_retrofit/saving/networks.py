@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import has_se, plan_of
+from ..surgery.copying import in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base
 from .rebuild import options_again, retrofit_again
@@ -107,7 +108,7 @@ def load_retrofitted(
         vars(model)[BASE] = source
     if recipe["images"] is not None:
         vars(model)[IMAGES] = recipe["images"]
-    return model.eval()
+    return in_mode(model, False)
 
 
 def write_network(

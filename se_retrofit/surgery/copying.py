@@ -24,9 +24,10 @@ from torch.overrides import TorchFunctionMode
 from ..errors import RetrofitError
 from .isolation import forked_randomness
 
-__all__ = ["copied", "has_values", "mode_of", "on_cpu", "on_meta"]
+__all__ = ["copied", "has_values", "in_mode", "mode_of", "on_cpu", "on_meta"]
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 Convert = Callable[[Tensor], Tensor]
 
 
@@ -43,6 +44,12 @@ def on_cpu(tensor: Tensor) -> Tensor:
     if tensor.device.type == "meta":
         return torch.zeros(tensor.size(), dtype=tensor.dtype)
     return tensor.detach().to("cpu", copy=True)
+
+
+def in_mode(model: M, training: bool) -> M:
+    """The model, in train or in eval mode. A class of the user's may have a ``train`` of its own that returns nothing."""
+    model.train(training)
+    return model
 
 
 def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

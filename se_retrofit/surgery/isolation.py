@@ -27,7 +27,7 @@ from .methods import unwrapped
 __all__ = ["forked_randomness", "isolated", "without_collections"]
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
-_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {  # how to read and to set the state
+_GENERATORS: dict[type, tuple[Any, Any]] = {  # how to read and to set the state
     torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
     random.Random: (random.Random.getstate, random.Random.setstate),
     np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),

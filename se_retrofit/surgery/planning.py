@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..attention import SEAttention
 from ..errors import RetrofitError
 from .check import Comparison, compare
-from .copying import copied, on_cpu, on_meta
+from .copying import copied, in_mode, on_cpu, on_meta
 from .edits import Edit, apply_edits, named, ways
 from .inputs import Inputs, candidate_inputs, given_inputs
 from .isolation import isolated, without_collections
@@ -174,12 +174,12 @@ class _Runs:
 
 def _evaluated(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations) -> Record:
     with torch.no_grad():
-        return record(copy.eval(), inputs, on_meta)
+        return record(in_mode(copy, False), inputs, on_meta)
 
 
 def _trained(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations) -> Record:
     with torch.enable_grad():
-        return record(copy.train(), inputs, on_meta)
+        return record(in_mode(copy, True), inputs, on_meta)
 
 
 # Finding edits that are right -----------------------------------------------------------------------------------------
