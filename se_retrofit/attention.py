@@ -224,7 +224,7 @@ class SEAttention(nn.Module):
         z = F.linear(z, last.weight, last.bias).sigmoid_()
         if type(gate_layer) is TwiceSigmoid:
             z.mul_(2.0)
-        gate = z.to(x.dtype).view(x.shape[0], -1, 1, 1)
+        gate = z.to(x.dtype).view(*z.shape, 1, 1)
         return x.mul_(gate) if self.inplace else x * gate
 
     def extra_repr(self) -> str:

@@ -23,7 +23,7 @@ from .surgery.copying import copied, mode_of
 from .surgery.derived import RetrofittedBlock
 from .surgery.edits import apply_edits, se_paths
 from .surgery.fitting import SurgerySite
-from .surgery.inputs import describe, from_description
+from .surgery.inputs import describe, described_inputs
 from .surgery.isolation import isolated
 from .surgery.planning import Surgery, plan_surgery
 from .surgery.splice import SpliceError
@@ -277,7 +277,7 @@ def _prepare(model: nn.Module, options: Options, example_inputs: Any) -> tuple[P
     left = sorted(surgery.skipped.items(), key=lambda item: called.get(item[0], len(called)))
     skipped = tuple(Skipped(block, reason) for block, reason in left)
     noted = asdict(replace(options, include=included or None, exclude=excluded or None))
-    return Plan(tuple(sites), skipped, noted, describe(surgery.inputs)), surgery
+    return Plan(tuple(sites), skipped, noted, describe(surgery.inputs, model)), surgery
 
 
 def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs: Any) -> tuple[Plan, Surgery]:
@@ -286,8 +286,8 @@ def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs
         raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
     if options != Options():
         raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
-    if example_inputs is None and plan.inputs is not None:
-        example_inputs = from_description(plan.inputs)
+    if example_inputs is None:
+        example_inputs = described_inputs(plan.inputs, model)
     chosen = Options(**plan.options)
     again, surgery = _prepare(model, chosen, example_inputs)
     wanted, found = ([(s.path, s.after, s.channels) for s in p.sites] for p in (plan, again))

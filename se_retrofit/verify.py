@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .attention import SEAttention
 from .errors import RetrofitError, extra
 from .models import Base
+from .surgery.copying import in_mode
 
 __all__ = ["PHOTOGRAPHS", "Comparison", "compare", "photographs", "prepared_for", "redraw_vectors", "se_matters"]
 
@@ -143,7 +144,7 @@ def redraw_vectors(model: nn.Module, seed: int = 0) -> None:
 def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     try:
-        net = copy.deepcopy(model).train() if training else model.eval()
+        net = in_mode(copy.deepcopy(model) if training else model, training)
         with torch.random.fork_rng(devices=[]):
             return net(*inputs)
     finally:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from se_retrofit import RetrofitError, SEAttention
+from se_retrofit.attention import GATES
 
 
 class SeedSE(nn.Module):
@@ -129,11 +130,25 @@ def test_channels_counted_from_the_end_take_inputs_without_a_batch() -> None:
     torch.testing.assert_close(se(x), se(x[None])[0])
 
 
-def test_an_input_with_no_spatial_dims_and_one_of_size_zero_batch() -> None:
+def test_an_input_with_no_spatial_dims() -> None:
     se = _draw(SEAttention(8, 2))
     x = torch.randn(3, 8)
     torch.testing.assert_close(se(x), se(x[..., None])[..., 0])
-    assert se(torch.empty(0, 8, 4, 4)).shape == (0, 8, 4, 4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("channel_dim", "shape"), [(1, (0, 8, 4, 5)), (-3, (0, 8, 4, 5)), (-1, (0, 4, 5, 8))])
+def test_a_batch_of_no_images_comes_out_as_one(
+    channel_dim: int, shape: tuple[int, ...], gate: str, inplace: bool, layout: torch.memory_format
+) -> None:
+    se = _draw(SEAttention(8, 2, gate=gate, channel_dim=channel_dim, inplace=inplace))
+    x = torch.empty(shape).to(memory_format=layout)
+    with torch.no_grad():
+        assert se(x).shape == shape
+    se(x).sum().backward()
+    assert not any(p.grad.any() for p in se.parameters())
 
 
 def test_hidden_width_is_bounded_from_below() -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 from ..errors import RetrofitError
 from ..inspection import excitations
 from ..retrofit import add_se, plan_of
+from ..surgery.copying import in_mode
 from ..tables import aligned
 from ..verify import compare
 from .app import app, say
@@ -126,7 +127,7 @@ def train(
 def right(model: nn.Module, data: TensorDataset) -> Tensor:
     """For each image, whether the network gets it right."""
     images, labels = data.tensors
-    return model.eval()(images).argmax(1) == labels
+    return in_mode(model, False)(images).argmax(1) == labels
 
 
 def parameters(model: nn.Module) -> int:

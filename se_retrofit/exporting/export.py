@@ -18,9 +18,9 @@ from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
-from ..surgery.copying import copied
-from ..surgery.inputs import Inputs, from_description, given_inputs, tensors_in
-from ..surgery.isolation import untouched_randomness
+from ..surgery.copying import copied, in_mode
+from ..surgery.inputs import Inputs, described_inputs, float_dtype, given_inputs, tensors_in
+from ..surgery.isolation import forked_randomness
 from ..surgery.runs import record
 from .plain_form import use_plain_form
 from .source import export_source
@@ -83,9 +83,9 @@ def export(
     if any(p.is_meta for p in model.parameters()):
         raise RetrofitError("the model is on the meta device and has no values; load weights first")
     file = Path(file)
-    with untouched_randomness(), warnings.catch_warnings():
+    with forked_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on formats
-        copy = copied(model, lambda t: t.detach().to("cpu", copy=True)).eval()
+        copy = in_mode(copied(model, lambda t: t.detach().to("cpu", copy=True)), False)
         inputs = _example(copy, example_inputs)
         if format == "source":
             return export_source(model, copy, file, inputs, base)
@@ -124,15 +124,15 @@ def _example(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
     inputs: Inputs | None = None
     if example_inputs is not None:
         inputs = given_inputs(example_inputs)
-    elif has_se(model) and plan_of(model).inputs is not None:
-        inputs = from_description(plan_of(model).inputs)
+    elif has_se(model):
+        inputs = described_inputs(plan_of(model).inputs, model)
     if inputs is None or inputs.is_meta:
         inputs = record(model, inputs).inputs.with_values(torch.Generator().manual_seed(0))
     if inputs.kwargs or not all(isinstance(a, Tensor) for a in inputs.args):
         raise RetrofitError(
             "only networks that take tensors as positional inputs can be exported; pass such example_inputs"
         )
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_dtype(model)
     tensors = (t.detach().cpu() for t in inputs.args)
     typed = (t.to(dtype) if t.is_floating_point() else t for t in tensors)
     return tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in typed)

@@ -110,7 +110,8 @@ def load({argument}) -> nn.Module:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         tensor.data = tensor.data.to(state[name].dtype) if name in state else tensor.data
     model.load_state_dict(state)
-    return model.eval()
+    model.eval()
+    return model
 '''
 
 

@@ -16,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..errors import RetrofitError
 from ..models import Base
 from ..saving.atomic import replaced_file
+from ..surgery.copying import in_mode
 from ..tables import aligned
 from .config import FinetuneConfig
 from .data import UNREADABLE
@@ -185,7 +186,7 @@ def predict(
         chosen = files[start : start + batch_size]
         batch = torch.stack([_read(file, transform) for file in chosen]).to(device)
         with as_found(model), torch.no_grad():
-            logits, _ = called(model.eval(), batch)
+            logits, _ = called(in_mode(model, False), batch)
             shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
         values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
         for file, best, numbers in zip(chosen, values.tolist(), indices.tolist(), strict=True):

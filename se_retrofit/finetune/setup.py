@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -25,6 +25,7 @@ from ..models import Base
 from ..retrofit import warn_of_lost_sites
 from ..saving.atomic import replaced_file
 from ..saving.base import check_base
+from ..surgery.copying import in_mode
 from . import checkpoint as disk
 from .callbacks import Callbacks
 from .checkpoint import Progress
@@ -54,6 +55,8 @@ from .run import Run, share, uses_channels_last
 from .transforms import note_images, other_classes, transforms_for
 
 __all__ = ["checked", "start_run"]
+
+T = TypeVar("T")
 
 # These may be other than in the run that is resumed; all other fields decide the result.
 FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images", "grad_checkpointing"}
@@ -151,7 +154,7 @@ def start_run(
             model, config, accelerator, interrupt, wanted, output, base, experiment, train, val, progress,
             **learning(model, config, stages, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
             criterion=on_device(criterion_of(config, criterion, train_data, classes), accelerator.device),
-            teacher=None if teacher is None else teacher.to(accelerator.device).eval(),
+            teacher=None if teacher is None else in_mode(on_device(teacher, accelerator.device), False),
             form=training_form(model, config), kept=Kept(model, config.grad_checkpointing),
             callbacks=callbacks, stages=stages,
             log=log_of(config, output, len(train), val is not None, accelerator, quiet),
@@ -214,8 +217,11 @@ def learning(
     }
 
 
-def on_device(criterion: Criterion, device: torch.device) -> Criterion:
-    return criterion.to(device) if isinstance(criterion, nn.Module) else criterion
+def on_device(value: T, device: torch.device) -> T:
+    """A network or a loss, moved if it is a module; what its own ``to`` returns is not looked at."""
+    if isinstance(value, nn.Module):
+        value.to(device)
+    return value
 
 
 def log_of(

@@ -15,9 +15,9 @@ from ..attention import SEAttention
 from ..errors import RetrofitError, brief, check_module
 from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
-from ..surgery.copying import copied
+from ..surgery.copying import copied, in_mode
 from ..surgery.inputs import Inputs
-from ..surgery.isolation import isolated, untouched_randomness
+from ..surgery.isolation import forked_randomness, isolated
 from ..surgery.runs import record
 from ..surgery.splice import SpliceError
 from ..surgery.undo import is_retrofitted, strip
@@ -79,8 +79,8 @@ def fold_se(
     chosen = _chosen(plan_of(model), sites)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = batches_of(data, max_batches, device)
-    work = copied(model, independent=True).eval()
-    with isolated(model), untouched_randomness(), torch.no_grad():
+    work = in_mode(copied(model, independent=True), False)
+    with isolated(model), forked_randomness(), torch.no_grad():
         ses = {path: m for path, m in work.named_modules() if is_retrofitted(m) and isinstance(m, SEAttention)}
         gates = gates_of(work, {site.path: ses[site.path] for site in chosen}, batches)
         reference = Reference(work, batches)

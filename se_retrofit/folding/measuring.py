@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..surgery.isolation import untouched_randomness
+from ..surgery.isolation import forked_randomness
 
 __all__ = ["Batch", "Gates", "Reference", "batches_of", "difference", "gates_of", "outputs_of"]
 
@@ -39,7 +39,7 @@ def batches_of(data: Any, most: int, device: torch.device) -> list[Batch]:
     if isinstance(data, (Tensor, str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}")
     loader: Iterable[Any] = DataLoader(data, BATCH_SIZE) if isinstance(data, Dataset) else data
-    with untouched_randomness():  # a DataLoader draws a seed for its workers
+    with forked_randomness():  # a DataLoader draws a seed for its workers
         found = [_batch(item, device) for item in islice(_items(loader), most)]
     found = [batch for batch in found if len(batch.inputs)]
     if not found:

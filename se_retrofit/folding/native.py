@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..attention import SEAttention, TwiceSigmoid
 from ..errors import RetrofitError, check_module
 from ..retrofit import has_se, plan_of
-from ..surgery.copying import copied
-from ..surgery.inputs import Inputs, from_description, tensors_in
-from ..surgery.isolation import isolated, untouched_randomness
+from ..surgery.copying import copied, in_mode
+from ..surgery.inputs import Inputs, described_inputs, float_dtype, in_dtype_of, tensors_in
+from ..surgery.isolation import forked_randomness, isolated
 from ..surgery.record import Record
 from ..surgery.runs import record
 from ..surgery.undo import is_retrofitted
@@ -64,7 +64,7 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
     if target is not None:
         _check_native(target)
     result = copied(model)
-    with isolated(model), untouched_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad():
         record = _record(result)
         ses = _ses(result)
         twice = {path: se for path, se in ses.items() if se.gate == "identity"}
@@ -78,7 +78,9 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
         if target is None:
             return result
         filled = copied(target)
-        pairs = matched(parts_of(_record(result)), parts_of(_record(filled, record.inputs)))
+        pairs = matched(
+            parts_of(_record(result)), parts_of(_record(filled, in_dtype_of(filled, record.inputs, float_dtype(model))))
+        )
         copy_layers(pairs, result, filled)
         _check_same(model, filled, record.inputs, "the native network")
     return filled
@@ -113,12 +115,14 @@ def from_native(model: M, source: nn.Module) -> M:
     _check_retrofitted(model, "from_native")
     _check_native(source)
     result = copied(model)
-    with isolated(model), untouched_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad():
         record = _record(result)
-        pairs = matched(parts_of(record), parts_of(_record(source, record.inputs)))
+        pairs = matched(
+            parts_of(record), parts_of(_record(source, in_dtype_of(source, record.inputs, float_dtype(model))))
+        )
         copy_layers([(theirs, ours) for ours, theirs in pairs], source, result)
         _scale(result, record, {path: se for path, se in _ses(result).items() if se.gate == "identity"}, 0.5)
-        _check_same(source, result, record.inputs, "the retrofitted network")
+        _check_same(result, source, record.inputs, "the retrofitted network")
     return result
 
 
@@ -155,8 +159,7 @@ def _ses(model: nn.Module) -> dict[str, SEAttention]:
 def _record(model: nn.Module, inputs: Inputs | None = None) -> Record:
     """In the shapes that the retrofit was recorded on, as far as they are known."""
     if inputs is None:
-        described = plan_of(model).inputs
-        inputs = None if described is None else from_description(described)
+        inputs = described_inputs(plan_of(model).inputs, model)
     found = record(model, inputs)
     parts = [part for part in parts_of(found) if isinstance(part, Gate)]
     if not parts:
@@ -198,17 +201,17 @@ def _set_gate(se: SEAttention, gate: str) -> None:
     se.gate = gate
 
 
-def _check_same(before: nn.Module, after: nn.Module, inputs: Inputs, what: str) -> None:
-    dtype = next((p.dtype for p in before.parameters() if p.is_floating_point()), torch.float32)
+def _check_same(model: nn.Module, other: nn.Module, inputs: Inputs, what: str) -> None:
+    """Raise unless two networks compute the same; the inputs are the model's."""
     given = inputs.of_one().with_values(torch.Generator().manual_seed(0))
-    wanted, got = (_outputs(network, given, dtype) for network in (before, after))
-    apart = difference(got, wanted)
-    if not apart <= torch.finfo(dtype).eps ** 0.5:
+    one, two = (_outputs(net, in_dtype_of(net, given, float_dtype(model))) for net in (model, other))
+    apart = difference(two, one)
+    if not apart <= max(torch.finfo(float_dtype(net)).eps for net in (model, other)) ** 0.5:
         raise RetrofitError(f"{what} does not compute the same: its outputs differ by {apart:.1e} of their norm")
 
 
-def _outputs(network: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    copy = copied(network, independent=True).eval()
+def _outputs(network: nn.Module, inputs: Inputs) -> list[Tensor]:
+    copy = in_mode(copied(network, independent=True), False)
     device = next((p.device for p in copy.parameters()), torch.device("cpu"))
-    placed = copied(inputs, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype, copy=True))
+    placed = copied(inputs, lambda t: t.to(device, copy=True))
     return [t for t in tensors_in(copy(*placed.args, **placed.kwargs)) if t.is_floating_point()]

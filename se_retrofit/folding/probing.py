@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..surgery.copying import copied
+from ..surgery.copying import copied, in_mode
 from ..surgery.record import Op
 
 __all__ = ["along", "scales_input", "scales_output"]
@@ -77,7 +77,7 @@ def _first_right(
     assert factor is not None
     x = torch.rand(_small(op), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
     try:
-        original = copied(module, lambda t: _in_float64(t), independent=True).eval()
+        original = in_mode(copied(module, _in_float64, independent=True), False)
         with torch.no_grad():
             wanted = original(x if before is None else x * along(factor, channel_dim, x.dim()))
             if after is not None:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..surgery.roles import is_sequential
 
-__all__ = ["affine_map", "needs_statistics", "parts", "why_no_norm"]
+__all__ = ["affine_map", "needs_statistics", "parts", "process_group", "why_no_norm"]
 
 
 # The kinds of norm whose map of each channel is affine, by their forward.
@@ -102,7 +102,7 @@ def affine_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[
         return _group(norm, means, variances)
     if kind == "frozen" or not needs_statistics(norm):
         return _affine(norm, norm.running_mean, norm.running_var)
-    group = _process_group(norm) if kind == "sync" else None
+    group = process_group(norm)
     if group is None:
         if means.shape[0] * size == 1:
             return None
@@ -149,9 +149,15 @@ def _group(norm: nn.GroupNorm, means: Tensor, variances: Tensor) -> tuple[Tensor
 # Several processes ----------------------------------------------------------------------------------------------------
 
 
-def _process_group(norm: Any) -> Any:
-    """The processes over which a SyncBatchNorm takes its statistics; None where there is just one, or it is in eval mode."""
-    if not (norm.training and distributed.is_available() and distributed.is_initialized()):
+def process_group(norm: Any) -> Any:
+    """The processes over which a SyncBatchNorm takes its statistics; None where there is just one, or it is in eval mode, and
+    for other norms."""
+    if not (
+        _KINDS[type(norm).forward] == "sync"
+        and norm.training
+        and distributed.is_available()
+        and distributed.is_initialized()
+    ):
         return None
     group = norm.process_group or distributed.group.WORLD
     return group if distributed.get_world_size(group) > 1 else None

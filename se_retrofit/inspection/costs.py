@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..attention import SEAttention
-from ..surgery.copying import copied, on_cpu, on_meta
+from ..surgery.copying import copied, in_mode, on_cpu, on_meta
 from ..surgery.inputs import tensors_in
 from ..surgery.isolation import isolated
 from ..surgery.record import Record
@@ -89,7 +89,7 @@ def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None
     """The multiply-adds of one more run like the recorded one, by module."""
     inputs = record.inputs
     with isolated(model), _disable_current_modes():
-        copy = copied(model, on_meta if inputs.is_meta else on_cpu, independent=True).eval()
+        copy = in_mode(copied(model, on_meta if inputs.is_meta else on_cpu, independent=True), False)
         if prepare is not None:
             prepare(copy)
         sums: dict[str, int] = {}

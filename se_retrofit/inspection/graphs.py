@@ -19,7 +19,7 @@ from ..attention import SEAttention
 from ..errors import RetrofitError, check_module
 from ..plan import Plan
 from ..retrofit import plan_of
-from ..surgery.inputs import Inputs, from_description, given_inputs
+from ..surgery.inputs import Inputs, described_inputs, given_inputs
 from ..surgery.record import Call, Op, Record
 from ..surgery.roles import is_sequential
 from ..surgery.runs import record
@@ -51,12 +51,12 @@ class Recorded:
         return list(groups.values())
 
 
-def inputs_of(plan: Plan, example_inputs: Any = None) -> Inputs | None:
-    """The inputs given, or of the shapes that a plan was made on."""
+def inputs_of(model: nn.Module, plan: Plan, example_inputs: Any) -> Inputs | None:
+    """The inputs given, or of the shapes that the model's plan was made on."""
     if example_inputs is not None:
         return given_inputs(example_inputs)
     try:
-        return None if plan.inputs is None else from_description(plan.inputs)
+        return described_inputs(plan.inputs, model)
     except ValueError as error:
         raise RetrofitError(f"{error}; or give example_inputs") from None
 
@@ -73,7 +73,7 @@ def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
         raise RetrofitError(
             f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
         ) from None
-    inputs = inputs_of(plan, example_inputs)
+    inputs = inputs_of(model, plan, example_inputs)
     after = record(model, inputs)
     original = record(model, after.inputs, without_se=True)
     blocks: dict[str, BlockPair] = {}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import RetrofitError
-from ..surgery.copying import copied, has_values, on_cpu, on_meta
+from ..surgery.copying import copied, has_values, in_mode, on_cpu, on_meta
 from ..surgery.inputs import Inputs
-from ..surgery.isolation import isolated, untouched_randomness
+from ..surgery.isolation import forked_randomness, isolated
 from ..surgery.record import Record
 from .graphs import batch_size
 
@@ -49,7 +49,7 @@ def measured(model: nn.Module, record: Record) -> Measured:
             "build it with values, or leave out the measurement"
         )
     batch = batch_size(record)
-    with isolated(model), _disable_current_modes(), untouched_randomness():
+    with isolated(model), _disable_current_modes(), forked_randomness():
         milliseconds = _milliseconds(model, record.inputs, like.device)
         saved = _saved_bytes(model, record.inputs)
     where = f"in batches of {batch}, {str(like.dtype).removeprefix('torch.')} on {like.device}"
@@ -62,7 +62,7 @@ def measured(model: nn.Module, record: Record) -> Measured:
 
 def _milliseconds(model: nn.Module, inputs: Inputs, device: torch.device) -> dict[str, float]:
     """Those of the fastest of some runs in eval mode."""
-    copy = copied(model, independent=True).eval()
+    copy = in_mode(copied(model, independent=True), False)
     values = inputs.with_values(torch.Generator().manual_seed(0))
     values = copied(values, lambda tensor: tensor.to(device))
 
@@ -84,7 +84,7 @@ def _milliseconds(model: nn.Module, inputs: Inputs, device: torch.device) -> dic
 
 def _saved_bytes(model: nn.Module, inputs: Inputs) -> dict[str, int] | None:
     """The sizes of what is saved in train mode; it needs no values where the record needed none."""
-    copy = copied(model, on_meta if inputs.is_meta else on_cpu, independent=True).train()
+    copy = in_mode(copied(model, on_meta if inputs.is_meta else on_cpu, independent=True), True)
     own = {_storage(t) for tensors in (copy.parameters(), copy.buffers()) for t in tensors}
     kept: list[Tensor] = []  # keys are of storages that live
     known: set[int] = set()

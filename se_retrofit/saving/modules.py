@@ -95,7 +95,7 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
         result = model if inplace else copy.deepcopy(model)
     else:
         # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
-        options = options_again(header["add_se"], header["inputs"], example_inputs, file)
+        options = options_again(model, header["add_se"], header["inputs"], example_inputs, file)
         retrofitted = retrofit_again(model, options, header, str(file), inplace=False)
         own = {k: v for k, v in tensors_of(retrofitted).items() if belongs_to(k, plan_of(retrofitted).sites)}
         check_keys(own, state, str(file))

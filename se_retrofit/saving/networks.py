@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import has_se, plan_of
+from ..surgery.copying import in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base
 from .rebuild import options_again, retrofit_again
@@ -100,14 +101,14 @@ def load_retrofitted(
     source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:
-        options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
+        options = options_again(model, recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
         model = retrofit_again(model, options, recipe["plan"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     if isinstance(source, Base):
         vars(model)[BASE] = source
     if recipe["images"] is not None:
         vars(model)[IMAGES] = recipe["images"]
-    return model.eval()
+    return in_mode(model, False)
 
 
 def write_network(

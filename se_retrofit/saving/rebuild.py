@@ -12,17 +12,19 @@ from torch import nn
 from ..errors import RetrofitError
 from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import add_se, plan_of
-from ..surgery.inputs import from_description
+from ..surgery.inputs import described_inputs
 from ..surgery.undo import is_retrofitted, strip
 
 __all__ = ["belongs_to", "check_plan", "options_again", "retrofit_again"]
 
 
-def options_again(saved: dict[str, Any], inputs: Any, example_inputs: Any, where: Path) -> dict[str, Any]:
+def options_again(
+    model: nn.Module, saved: dict[str, Any], inputs: Any, example_inputs: Any, where: Path
+) -> dict[str, Any]:
     """The arguments of ``add_se``, with inputs of the shapes that were saved unless others are given."""
-    if example_inputs is None and inputs is not None:
+    if example_inputs is None:
         try:
-            example_inputs = from_description(inputs)
+            example_inputs = described_inputs(inputs, model)
         except ValueError as error:
             raise RetrofitError(f"{where}: the inputs can't be rebuilt: {error}; or give example_inputs") from error
     return {**saved, "example_inputs": example_inputs}

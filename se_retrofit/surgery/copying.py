@@ -22,11 +22,12 @@ from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.overrides import TorchFunctionMode
 
 from ..errors import RetrofitError
-from .isolation import untouched_randomness
+from .isolation import forked_randomness
 
-__all__ = ["copied", "has_values", "mode_of", "on_cpu", "on_meta"]
+__all__ = ["copied", "has_values", "in_mode", "mode_of", "on_cpu", "on_meta"]
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 Convert = Callable[[Tensor], Tensor]
 
 
@@ -43,6 +44,12 @@ def on_cpu(tensor: Tensor) -> Tensor:
     if tensor.device.type == "meta":
         return torch.zeros(tensor.size(), dtype=tensor.dtype)
     return tensor.detach().to("cpu", copy=True)
+
+
+def in_mode(model: M, training: bool) -> M:
+    """The model, in train or in eval mode. A class of the user's may have a ``train`` of its own that returns nothing."""
+    model.train(training)
+    return model
 
 
 def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -104,7 +111,7 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
             )
     if convert is None:
         # a __deepcopy__ may build anew, and so draw weights; tensors made in inference mode could never be trained
-        with untouched_randomness(), torch.inference_mode(False):
+        with forked_randomness(), torch.inference_mode(False):
             return _copied(value, None, independent)
     with torch.utils._python_dispatch._disable_current_modes(), _Converted(convert):
         return _copied(value, convert, independent)

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from .copying import copied, on_meta
 
-__all__ = ["Inputs", "candidate_inputs", "describe", "from_description", "given_inputs", "tensors_in"]
+__all__ = [
+    "Inputs",
+    "candidate_inputs",
+    "describe",
+    "described_inputs",
+    "float_dtype",
+    "given_inputs",
+    "in_dtype_of",
+    "tensors_in",
+]
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,7 @@ _SIZE_NAMES = ("image_size", "img_size", "in_size", "input_size", "resolution", 
 def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     """Inputs (on meta) that the model may take, the likeliest first."""
     conv = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_dtype(model)
     count = _required_inputs(model)
     config = _config_size(model)
     shapes: list[tuple[int, ...]] = []
@@ -161,6 +170,11 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
         yield Inputs(tuple(torch.empty(2, *shape, dtype=dtype, device="meta") for _ in range(count)))
     if conv is not None and len(conv.kernel_size) == 2 and count == 1:  # detection models take a list of images
         yield Inputs(([torch.empty(conv.in_channels, 320, 320, dtype=dtype, device="meta")],))
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's floating parameters: of the first, where they differ."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _config_size(model: nn.Module) -> tuple[int, ...] | None:
@@ -196,18 +210,23 @@ def _required_inputs(model: nn.Module) -> int:
 # Shapes as plain data -------------------------------------------------------------------------------------------------
 
 
-def describe(inputs: Inputs) -> Any:
-    """The inputs as plain data, fit for JSON, with the shape and dtype of each tensor; None if they hold anything that
-    can't be written that way."""
+def describe(inputs: Inputs, model: nn.Module) -> Any:
+    """The inputs of a model as plain data, fit for JSON, with the shape and dtype of each tensor and the model's own dtype; None
+    if they hold anything that can't be written that way."""
     try:
-        return {"args": [_described(a) for a in inputs.args], "kwargs": _described(inputs.kwargs)["dict"]}
+        args, kwargs = [_described(a) for a in inputs.args], _described(inputs.kwargs)["dict"]
     except TypeError:
         return None
+    return {"args": args, "kwargs": kwargs, "dtype": _name(float_dtype(model))}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        return {"tensor": list(value.shape), "dtype": _name(value.dtype)}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) in (list, tuple):
@@ -223,19 +242,30 @@ def _described(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} can't be written as plain data")
 
 
-def from_description(description: Any) -> Inputs:
-    """The inputs (on meta) that ``describe`` wrote.
+def described_inputs(description: Any, model: nn.Module) -> Inputs | None:
+    """The inputs (on meta) that ``describe`` wrote, in the dtype that the model has by now; None if there is no description.
 
     Raises:
         ValueError: it is no such description, or needs a class that the program has not imported.
     """
+    if description is None:
+        return None
     try:
-        return Inputs(
+        inputs = Inputs(
             tuple(_restored(a) for a in description["args"]),
             {k: _restored(v) for k, v in description["kwargs"].items()},
         )
+        before = getattr(torch, description["dtype"]) if "dtype" in description else None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a description of inputs: {error}") from error
+    return in_dtype_of(model, inputs, before)
+
+
+def in_dtype_of(model: nn.Module, inputs: Inputs, before: torch.dtype | None) -> Inputs:
+    """Inputs of a network whose dtype was ``before`` for one like it of another dtype: tensors of that dtype (None: all that are
+    floating) get the new one."""
+    now = float_dtype(model)
+    return copied(inputs, lambda t: t.to(now) if t.is_floating_point() and before in (None, t.dtype) else t)
 
 
 def _restored(value: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention import SEAttention
 from .inputs import Inputs, tensors_in
-from .isolation import PrivateRandomness
+from .isolation import forked_randomness
 from .meta import MetaOperations, all_on_meta
 from .methods import methods_of
 from .record import Call, Op, Record, Where, rewritten, tensor_of
@@ -71,10 +71,9 @@ class _Single:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, result: Record, randomness: PrivateRandomness, on_meta: MetaOperations, traced: bool) -> None:
+    def __init__(self, result: Record, on_meta: MetaOperations, traced: bool) -> None:
         super().__init__()
         self.result = result
-        self.randomness = randomness
         self.on_meta = on_meta
         self.traced = traced
         modules = list(result.model.named_modules())
@@ -224,8 +223,6 @@ class _Recorder(TorchDispatchMode):
                 return self.on_meta.run(func, args, kwargs)
             except Exception as error:
                 raise self.needs(error) from None
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            return self.randomness.draw(func, args, kwargs)
         return func(*args, **kwargs)
 
     def needs(self, error: Exception) -> Exception:
@@ -306,8 +303,8 @@ def record_run(
         NeedsValues: the model and its inputs are on the meta device, and the run asks for values.
     """
     result = Record(model, inputs)
-    with PrivateRandomness(model) as randomness:
-        recorder = _Recorder(result, randomness, on_meta or MetaOperations(), traced)
+    with forked_randomness():
+        recorder = _Recorder(result, on_meta or MetaOperations(), traced)
         # a script module takes no such hooks; its operations are its caller's
         hooked = [m for m in recorder.modules if not isinstance(m, torch.jit.ScriptModule)]
         for module in hooked:  # as register_forward_hook does it, without an object for each of thousands of hooks

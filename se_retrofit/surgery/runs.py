@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import RetrofitError
-from .copying import copied, on_cpu, on_meta
+from .copying import copied, in_mode, on_cpu, on_meta
 from .inputs import Inputs, candidate_inputs, given_inputs
 from .isolation import isolated, without_collections
 from .meta import MetaOperations
@@ -128,12 +128,10 @@ class Runs:
 
 
 def _evaluated(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations, traced: bool = True) -> Record:
-    copy.eval()  # some return nothing
     with torch.no_grad():
-        return record_run(copy, inputs, on_meta, traced=traced)
+        return record_run(in_mode(copy, False), inputs, on_meta, traced=traced)
 
 
 def _trained(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations, traced: bool = True) -> Record:
-    copy.train()
     with torch.enable_grad():
-        return record_run(copy, inputs, on_meta, traced=traced)
+        return record_run(in_mode(copy, True), inputs, on_meta, traced=traced)

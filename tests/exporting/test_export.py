@@ -106,6 +106,24 @@ def test_programs_compute_the_same_at_other_sizes(format: str, suffix: str, tmp_
     assert len(se_modules(model)) == 8
 
 
+class OnlyTraced(nn.Module):
+    """torch.jit.script takes no variable keyword arguments."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self.net(x, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_can_only_be_traced_depends_on_its_input(tmp_path: Path) -> None:
+    model, x = OnlyTraced(retrofitted()), torch.randn(3, 3, 64, 64)
+    file = export(model, tmp_path / "net.pt", format="torchscript", example_inputs=torch.randn(2, 3, 64, 64))
+    torch.testing.assert_close(torch.jit.load(file)(x), model(x), rtol=1e-3, atol=1e-3)
+
+
 class OnlyInEager(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if float(x.sum()) > 0 else -x

@@ -114,6 +114,21 @@ def test_fused_equals_unfused_over_training_steps(
     agree(fused, net, dtype, layout, training)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_batch_of_no_images_leaves_what_it_leaves_in_the_unfused_network(norm: str, training: bool) -> None:
+    net = retrofitted(NORMS[norm]).train(training)
+    fused, x = fuse_se(net), torch.zeros(0, 3, 12, 12, dtype=torch.float64)
+    for one in (net, fused):
+        with torch.no_grad():
+            assert one(x).shape == (0, 8)
+        one(x).sum().backward()
+    for (name, a), b in zip(net.named_parameters(), fused.parameters(), strict=True):
+        assert a.grad is None if b.grad is None else b.grad.equal(a.grad), name
+    for (name, a), b in zip(net.named_buffers(), fused.buffers(), strict=True):
+        assert b.equal(a), name
+
+
 def test_under_autocast_statistics_are_float32() -> None:
     net = retrofitted().float().train()
     fused, x = fuse_se(net), torch.randn(4, 3, 12, 12)
@@ -254,7 +269,7 @@ def test_the_norms_own_complaints_are_kept() -> None:
 # BatchNorm computes of the joined batch.
 
 BATCH = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-SHARES = (slice(0, 2), slice(2, 5))  # of unequal sizes
+SHARES = {"unequal": (slice(0, 2), slice(2, 5)), "one_without_images": (slice(0, 0), slice(0, 5))}
 
 
 def steps(net: Any, share: slice) -> dict[str, Tensor]:
@@ -267,11 +282,11 @@ def steps(net: Any, share: slice) -> dict[str, Tensor]:
     return tensors | {"outputs": outputs.detach(), "inputs": x.grad}
 
 
-def one_of_two(rank: int, folder: str) -> None:
+def one_of_two(rank: int, folder: str, shares: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     net = nn.SyncBatchNorm.convert_sync_batchnorm(only_fused_norms(fuse_se(retrofitted())))
     assert isinstance(net.unit1.bn2, nn.SyncBatchNorm)
-    torch.save(steps(net.train(), SHARES[rank]), f"{folder}/{rank}.pt")
+    torch.save(steps(net.train(), SHARES[shares][rank]), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -283,10 +298,11 @@ def only_fused_norms(net: Any) -> Any:
 
 @pytest.mark.sweep
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-def test_a_sync_batch_norm_takes_its_statistics_over_all_processes(tmp_path: Any) -> None:
+@pytest.mark.parametrize("shares", SHARES)
+def test_a_sync_batch_norm_takes_its_statistics_over_all_processes(tmp_path: Any, shares: str) -> None:
     # both are forked from one that has done the imports
     multiprocessing.set_forkserver_preload(["timm", "torchvision", "se_retrofit"])
-    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path), shares), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     wanted = steps(only_fused_norms(retrofitted()).train(), slice(0, 5))
     for name, value in wanted.items():

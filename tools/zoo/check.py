@@ -14,7 +14,7 @@ from se_retrofit.attention import SEAttention
 from se_retrofit.errors import RetrofitError
 from se_retrofit.plan import Plan
 from se_retrofit.retrofit import add_se, plan_of, remove_se
-from se_retrofit.surgery.inputs import from_description
+from se_retrofit.surgery.inputs import described_inputs
 from se_retrofit.surgery.record import Record
 from se_retrofit.surgery.runs import record
 from se_retrofit.surgery.undo import is_retrofitted
@@ -114,7 +114,7 @@ def inspect_model(model: nn.Module, row: Row, also: Callable[[nn.Module], None] 
         return
     plan = plan_of(model)
     _check_retrofitted(model, plan, before)
-    inputs = from_description(plan.inputs)
+    inputs = described_inputs(plan.inputs, model)
     retrofitted = record(model, inputs)
     if also is not None:
         also(model)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
 import random
+import sys
 import threading
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,37 +20,46 @@ from same_behaviour import Net
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from se_retrofit import add_se, load_retrofitted, plan_of, plan_se, report, save_retrofitted
+from se_retrofit import add_se, has_se, load_retrofitted, plan_of, plan_se, report, save_retrofitted
 
 
 @pytest.mark.parametrize("block", [blocks.PythonRandom, blocks.NumpyRandom, blocks.TorchRandomItem, blocks.SizedNoise])
-def test_the_random_numbers_of_other_threads_are_their_own(block: type[nn.Module]) -> None:
-    model, stop, drawn = Net(block), threading.Event(), []
+def test_a_network_is_retrofitted_under_a_profiler_and_what_that_has_counted_is_there(block: type[nn.Module]) -> None:
+    with cProfile.Profile() as profile:
+        assert has_se(add_se(Net(block), 2))
+    forwards = [entry for entry in profile.getstats() if entry.code is block.forward.__code__]
+    assert forwards[0].callcount > 1
 
-    def draw() -> None:
-        while not stop.is_set() and len(drawn) < 200_000:
-            drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
 
-    def expected(count: int) -> list[tuple[float, float, float]]:
-        seed()
-        return [(random.random(), float(np.random.rand()), float(torch.rand(()))) for _ in range(count)]
+@pytest.mark.parametrize("way", ["trace", "profile"])
+def test_a_network_is_retrofitted_under_a_trace_function_which_goes_on(way: str) -> None:
+    get, put = getattr(sys, f"get{way}"), getattr(sys, f"set{way}")
+    before, seen = get(), set()
 
-    def seed() -> None:
-        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    def note(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code is blocks.PythonRandom.forward.__code__:
+            seen.add((event, frame.f_lineno))
+        return note
 
-    seed()
-    thread = threading.Thread(target=draw)
-    thread.start()
+    put(note)
     try:
-        for _ in range(3):
-            plan_se(model, 2)
+        assert has_se(add_se(Net(blocks.PythonRandom), 2))
+        assert get() is note
     finally:
-        stop.set()
-        thread.join()
-    assert len(drawn) > 10
-    assert len(set(drawn)) == len(drawn), "numbers were drawn twice"
-    if block is blocks.SizedNoise:
-        assert drawn == expected(len(drawn))
+        put(before)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("block", [blocks.PythonRandom, blocks.NumpyRandom, blocks.TorchRandomItem, blocks.SizedNoise])
+def test_a_plan_depends_on_no_random_state_and_moves_none(block: type[nn.Module]) -> None:
+    plans = []
+    for seed in range(3):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        model = Net(block)
+        states = list(random_states())
+        plans.append(plan_se(model, 2))
+        assert list(random_states()) == states
+    assert plans[0] == plans[1] == plans[2]
 
 
 def test_two_threads_call_one_model_in_two_ways_at_once() -> None:
