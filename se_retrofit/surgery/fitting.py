@@ -51,6 +51,7 @@ class _Options:
 
     edits: list[Edit]
     problem: str
+    failed: bool = False
 
     @classmethod
     def of(cls, place: Place) -> _Options:
@@ -62,9 +63,9 @@ class _Options:
         )
 
     def fail(self, edit: Edit, problem: str) -> None:
-        """A way turned out to be wrong: of the best one, the reason is kept."""
-        if self.edits[:1] == [edit]:
-            self.problem = problem
+        """A way turned out to be wrong; the reason given in the end is that of the first."""
+        if not self.failed:
+            self.problem, self.failed = problem, True
         self.edits.remove(edit)
 
 
