@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
+from ..plan import Edit
+from .carry import apply_edits
 from .check import Comparison, compare
 from .copying import copied, on_cpu, on_meta
-from .edits import Edit, apply_edits, named, ways
+from .edits import named, ways
 from .inputs import Inputs, candidate_inputs, given_inputs
 from .isolation import isolated, without_collections
 from .meta import MetaOperations
@@ -386,7 +388,7 @@ class _Fitting:
         for site in sites:
             trial = copied(modules[site.edits[0].holder], on_meta, independent=True)
             se = _trial(2, site.place)
-            alone = {replace(e, holder=""): ("se", se) for e in site.edits if e.form != "graph"}
+            alone = {replace(e, holder=""): (site.path.rpartition(".")[2], se) for e in site.edits if e.form != "graph"}
             try:
                 apply_edits(trial, alone)
             except SpliceError as error:
