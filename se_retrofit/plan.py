@@ -1,15 +1,51 @@
-"""What a retrofit does, as data: the sites where SE goes and the blocks that are skipped."""
+"""What a retrofit does, as data: the sites where SE goes, how it comes to be called there, and the blocks that are skipped."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
+from .errors import RetrofitError, brief
 from .tables import aligned
 
-__all__ = ["FOLDED", "Plan", "Site", "Skipped"]
+__all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped"]
 
 FOLDED = "folded"  # why fold_se leaves out a block, or one site of a block that keeps others
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One way in which a module of the network, the holder, comes to call SE.
+
+    Attributes:
+        holder: path of the module that gets the SE module as a child.
+        form: ``"splice"`` (one more call in the source of a method), ``"graph"`` (one more node in the graph of a GraphModule),
+            ``"append"`` (SE is the last child of an ``nn.Sequential``) or ``"return"`` (SE scales what the holder returns).
+        owner: of a splice, the class that defines the method, as ``"module:qualname"``: one of those that the holder's class
+            is derived from.
+        method: its name there.
+        span: first line, last line (both counted from the method's first), first column and end column of what is changed.
+        statement: ``"wrap"``: an expression becomes the argument of the call; ``"after"``, ``"before"``: a statement of its own on
+            the same line passes ``target`` through it.
+        target: for such a statement, the variable.
+        node: of a graph, the node behind which SE goes, by name.
+        users: the nodes that get its output, by name; None for all.
+        digest: of the source that the edit was made for: the method's, of ``"return"`` that of the forward (empty if it
+            is not at hand), of ``"graph"`` the graph's generated code.
+    """
+
+    holder: str
+    form: str
+    owner: str = ""
+    method: str = ""
+    span: tuple[int, ...] = ()
+    statement: str = ""
+    target: str = ""
+    node: str = ""
+    users: tuple[str, ...] | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -23,9 +59,13 @@ class Site:
             ``"chain"``.
         after: the node of the block's graph whose value it scales, e.g. ``bn3``.
         channels: number of channels of that value.
-        hidden: width of the excitation's bottleneck.
+        hidden: width of the excitation's bottleneck; 0 where a factor for each channel stands in its place.
         parameters: how many parameters the SE module has.
         channel_dim: which dim of the value holds the channels, counted from the end.
+        shape: of the value, in the run by which the plan was made.
+        inplace: whether SE may scale the value in place where no gradient is needed, because nothing else uses it.
+        dtype: of the value, ``"float32"`` for instance; None where it is that of the block's parameters.
+        edits: how the network comes to call SE here; several where its code takes another way in training.
 
     Example:
         >>> import timm
@@ -43,6 +83,10 @@ class Site:
     hidden: int
     parameters: int
     channel_dim: int
+    shape: tuple[int, ...] = ()
+    inplace: bool = False
+    dtype: str | None = None
+    edits: tuple[Edit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +109,10 @@ class Plan:
     """What ``add_se`` would do: ``sites``, ``skipped``, and the ``options`` with which it was made.
 
     ``inputs`` are the shapes with which the model was recorded, as plain data; None if they can't be written that
-    way.
+    way. ``structure`` is a digest of the model's modules, their classes, and the shapes of their parameters and buffers.
+
+    ``add_se(model, plan=plan)`` carries it out. Sites may be taken out of it before:
+    ``dataclasses.replace(plan, sites=plan.sites[1:])``.
 
     Example:
         >>> import timm
@@ -85,6 +132,7 @@ class Plan:
     skipped: tuple[Skipped, ...]
     options: dict[str, Any] = field(default_factory=dict)
     inputs: Any = None
+    structure: str = ""
 
     @property
     def parameters(self) -> int:
@@ -93,22 +141,43 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, fit for JSON."""
-        return {
-            "sites": [asdict(site) for site in self.sites],
-            "skipped": [asdict(skip) for skip in self.skipped],
-            "options": dict(self.options),
-            "inputs": self.inputs,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that ``to_dict`` wrote."""
-        return cls(
-            tuple(Site(**site) for site in data["sites"]),
-            tuple(Skipped(**skip) for skip in data["skipped"]),
-            dict(data["options"]),
-            data["inputs"],
-        )
+        """The plan that ``to_dict`` wrote. Nothing is imported, and nothing of it is run.
+
+        Raises:
+            RetrofitError: it is no such data; the message names what is wrong.
+        """
+        plan: Plan = _read(data, cls, "plan")
+        return plan
+
+    def to_json(self) -> str:
+        """The plan as text.
+
+        Example:
+            >>> import timm
+            >>> from se_retrofit import Plan, add_se, plan_se
+            >>> model = timm.create_model("resnet18")
+            >>> text = plan_se(model).to_json()
+            >>> type(add_se(model, plan=Plan.from_json(text)).layer1[0]).__name__
+            'SEBasicBlock'
+        """
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            RetrofitError: as for ``from_dict``; or it is no JSON.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RetrofitError(f"the plan can't be read, it may be cut short: {error}") from error
+        return cls.from_dict(data)
 
     def __str__(self) -> str:
         header = ("block", "kind", "after", "channels", "hidden", "parameters")
@@ -129,3 +198,35 @@ class Plan:
             lines.append("skipped:")
             lines += [f"  {skip.block or '(model)'}: {skip.reason}" for skip in self.skipped]
         return "\n".join(lines)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _read(value: Any, kind: Any, where: str) -> Any:
+    """A value of the type that a field is annotated with, from plain data."""
+    inner = get_args(kind)
+    if kind is Any or (value is None and type(None) in inner):
+        return value
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _read_fields(value, kind, where)
+    if get_origin(kind) is UnionType:
+        return _read(value, inner[0], where)
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_read(item, inner[0], f"{where}[{index}]") for index, item in enumerate(value))
+    if type(value) is (get_origin(kind) or kind):
+        return value
+    expected = {tuple: "a list", int: "an int", str: "a string", bool: "true or false"}
+    raise RetrofitError(
+        f"{where} is broken: it must be {expected.get(get_origin(kind) or kind, 'a mapping')}, got {brief(value)}"
+    )
+
+
+def _read_fields(data: dict[str, Any], cls: Any, where: str) -> Any:
+    kinds = get_type_hints(cls)
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    missing, unknown = sorted(needed - data.keys()), sorted(map(str, data.keys() - kinds.keys()))
+    if missing or unknown:
+        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+        raise RetrofitError(f"{where} is broken, or of a newer version of se-retrofit; {'; '.join(parts)}")
+    return cls(**{name: _read(value, kinds[name], f"{where}.{name}") for name, value in data.items()})

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-import glob
 import warnings
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
@@ -12,22 +11,20 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.utils._python_dispatch import _disable_current_modes
 
-from .attention import SEAttention, hidden_width, parameter_count
+from .attention import hidden_width, parameter_count
 from .errors import RetrofitError, check_module
-from .plan import Plan, Site, Skipped
+from .plan import Edit, Plan, Site, Skipped
 from .surgery.arguments import Options, Patterns, check_model, patterns_of
 from .surgery.blocks import Place
-from .surgery.copying import copied, mode_of
+from .surgery.carry import block_around, carry_out, misfit, structure_of
+from .surgery.copying import copied
 from .surgery.derived import RetrofittedBlock
-from .surgery.edits import apply_edits, se_paths
+from .surgery.edits import se_paths
 from .surgery.fitting import SurgerySite
 from .surgery.inputs import describe, described_inputs
-from .surgery.isolation import isolated
-from .surgery.planning import Surgery, plan_surgery
-from .surgery.splice import SpliceError
-from .surgery.undo import PLAN, is_retrofitted, lost_sites, strip
+from .surgery.planning import plan_surgery
+from .surgery.undo import is_retrofitted, lost_sites, strip
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
@@ -96,20 +93,11 @@ def add_se(
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude)
     if plan is None:
-        plan, surgery = _prepare(model, options, example_inputs)
+        plan = _planned(model, options, example_inputs)
     else:
-        plan, surgery = _prepare_again(model, plan, options, example_inputs)
+        plan = _fitted(model, plan, options, example_inputs)
     target = model if inplace else copied(model)
-    modules = _build(target, plan, surgery)
-    try:
-        with isolated(target):  # deriving a class may fill a registry
-            apply_edits(target, {e: (site.path, modules[site.path]) for site in surgery.sites for e in site.edits})
-    except BaseException as error:
-        strip(target)
-        if isinstance(error, SpliceError):
-            raise RetrofitError(str(error)) from None
-        raise
-    vars(target)[PLAN] = plan
+    carry_out(target, plan)
     return target
 
 
@@ -136,7 +124,7 @@ def plan_se(
         >>> len(plan.sites), plan.sites[0].path, plan.sites[0].after
         (8, 'layer1.0.se_attention', 'bn2')
     """
-    return _prepare(model, Options(reduction, placement, gate, bias, min_hidden, include, exclude), example_inputs)[0]
+    return _planned(model, Options(reduction, placement, gate, bias, min_hidden, include, exclude), example_inputs)
 
 
 def remove_se(model: M, *, inplace: bool = False) -> M:
@@ -220,7 +208,24 @@ def plan_of(model: nn.Module) -> Plan:
     if not ses:
         raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se")
     plan: Plan = ses[0][1].plan
-    return replace(plan, sites=tuple(replace(module.site, path=path) for path, module in ses))
+    sites = tuple(_moved(module.site, path) for path, module in ses)
+    return replace(plan, sites=sites, structure=structure_of(model))
+
+
+def _moved(site: Site, path: str) -> Site:
+    """A site of a network that is a part of another now, or of a part of the network that it was in."""
+    if path == site.path:
+        return site
+    edits: list[Edit] = []
+    for edit in site.edits:
+        within = f"{edit.holder}." if edit.holder else ""
+        if path.endswith(f".{site.path}"):
+            edits.append(replace(edit, holder=f"{path.removesuffix(site.path)}{edit.holder}".rstrip(".")))
+        elif site.path.endswith(f".{path}") and within.startswith(site.path.removesuffix(path)):
+            edits.append(replace(edit, holder=within.removeprefix(site.path.removesuffix(path)).rstrip(".")))
+        else:
+            return replace(site, path=path, edits=())
+    return replace(site, path=path, edits=tuple(edits))
 
 
 class InsertSE(PassBase):
@@ -254,7 +259,7 @@ class InsertSE(PassBase):
 # Behind them ------------------------------------------------------------------
 
 
-def _prepare(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Surgery]:
+def _planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     """Find out all that is to be done; touch nothing."""
     check_model(model)
     options.check()
@@ -270,41 +275,65 @@ def _prepare(model: nn.Module, options: Options, example_inputs: Any) -> tuple[P
     surgery = plan_surgery(model, options.placement, example_inputs, choose)
     if not surgery.sites:
         raise RetrofitError(_why_nothing(model, surgery.attended if nothing else 0, surgery.skipped))
-    sites = [_site(site, options) for site in _in_order(surgery)]
+    in_order = sorted(surgery.sites, key=lambda site: site.place.op.index)
+    sites = tuple(_site(model, site, options) for site in in_order)
     called: dict[str, int] = {}
     for index, call in enumerate(surgery.record.calls):
         called.setdefault(call.path, index)
     left = sorted(surgery.skipped.items(), key=lambda item: called.get(item[0], len(called)))
     skipped = tuple(Skipped(block, reason) for block, reason in left)
     noted = asdict(replace(options, include=included or None, exclude=excluded or None))
-    return Plan(tuple(sites), skipped, noted, describe(surgery.inputs, model)), surgery
+    return Plan(sites, skipped, noted, describe(surgery.inputs, model), structure_of(model))
 
 
-def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs: Any) -> tuple[Plan, Surgery]:
-    """The same for the sites of a plan that was made before."""
+def _fitted(model: nn.Module, plan: Any, options: Options, example_inputs: Any) -> Plan:
+    """A plan that was made before; where the model is another one by now, or its code has changed, the plan made again, if that
+    has the same sites."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
     if options != Options():
         raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
+    check_model(model)
+    chosen = Options.of(plan)
+    if not plan.sites:
+        raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
+    changed = ""
+    if plan.structure == structure_of(model) and all(site.edits for site in plan.sites):
+        changed = misfit(model, plan)
+        if not changed:
+            return plan
     if example_inputs is None:
-        example_inputs = described_inputs(plan.inputs, model)
-    chosen = Options(**plan.options)
-    again, surgery = _prepare(model, chosen, example_inputs)
-    wanted, found = ([(s.path, s.after, s.channels) for s in p.sites] for p in (plan, again))
-    if wanted != found and set(wanted) < set(found):  # some were taken out of the plan
-        paths = {site.path for site in plan.sites}
-        parted = {site.block for site in again.sites if site.path not in paths}
-        kept = dict.fromkeys(site.path if site.block in parted else site.block for site in plan.sites)
-        wanted_alone = replace(chosen, include=[glob.escape(path) for path in kept], exclude=None)
-        again, surgery = _prepare(model, wanted_alone, example_inputs)
-        found = [(s.path, s.after, s.channels) for s in again.sites]
-    if wanted != found:
-        apart = sorted({path for path, *_ in set(wanted) ^ set(found)})
-        raise RetrofitError(
-            f"the plan does not fit {type(model).__name__}: it has {len(wanted)} sites, the model has {len(found)}; they differ "
-            f"at {', '.join(apart[:3])}. Make a plan of this model with plan_se(...); the sites of one block can only be removed together"
+        try:
+            example_inputs = described_inputs(plan.inputs, model)
+        except ValueError as error:
+            raise RetrofitError(f"the inputs of the plan can't be rebuilt: {error}; or give example_inputs") from error
+    again = _planned(model, chosen, example_inputs)
+    sites = tuple(_found_again(site, again, type(model).__name__) for site in plan.sites)
+    if changed:
+        warnings.warn(
+            f"{changed}, so the plan of this {type(model).__name__} was made again; its {len(sites)} sites are there as before",
+            stacklevel=3,
         )
-    return again, surgery
+    return replace(again, sites=sites, skipped=plan.skipped)
+
+
+def _found_again(wanted: Site, again: Plan, model: str) -> Site:
+    """A site of an earlier plan in one that was made now.
+
+    Raises:
+        RetrofitError: there is none, or its SE would be another.
+    """
+    value = (wanted.after, wanted.channels, wanted.channel_dim)
+    alike = [site for site in again.sites if (site.after, site.channels, site.channel_dim) == value]
+    found = next((site for site in alike if site.path == wanted.path), None)
+    found = found or next((site for site in alike if site.block == wanted.block), None)
+    if found is None or wanted.hidden not in (0, found.hidden):
+        reason = next((f": {skip.reason}" for skip in again.skipped if skip.block == wanted.block), "")
+        raise RetrofitError(
+            f"the plan does not fit {model}, which has no place for its site {wanted.path} (after {wanted.after}, {wanted.channels} "
+            f"channels, hidden={wanted.hidden}){reason}. Make a plan of this model with plan_se(...), or take the site out of the plan"
+        )
+    return replace(found, hidden=wanted.hidden, parameters=wanted.parameters)
 
 
 def _chosen(places: list[Place], skipped: dict[str, str], included: list[str], excluded: list[str]) -> list[Place]:
@@ -340,18 +369,17 @@ def _chosen(places: list[Place], skipped: dict[str, str], included: list[str], e
     return chosen
 
 
-def _in_order(surgery: Surgery) -> list[SurgerySite]:
-    return sorted(surgery.sites, key=lambda site: site.place.op.index)
-
-
-def _site(site: SurgerySite, options: Options) -> Site:
-    place, gate = site.place, options.gate
+def _site(model: nn.Module, site: SurgerySite, options: Options) -> Site:
+    place, op, gate = site.place, site.place.op, options.gate
     hidden = 0 if gate == "static" else hidden_width(place.channels, options.reduction, options.min_hidden)
-    assert place.op.channel_dim is not None
-    parameters = parameter_count(place.channels, hidden, gate, options.bias)
+    assert op.channel_dim is not None
+    like = next(block_around(model, site.path).parameters(), None)
+    own = like is not None and like.dtype == op.dtype
     return Site(
-        site.path, place.block, place.kind, _after(place), place.channels, hidden, parameters, place.op.channel_dim
-    )
+        site.path, place.block, place.kind, _after(place), place.channels, hidden,
+        parameter_count(place.channels, hidden, gate, options.bias), op.channel_dim, tuple(op.shape), place.overwritten,
+        None if own else str(op.dtype).removeprefix("torch."), tuple(site.edits),
+    )  # fmt: skip
 
 
 def _after(place: Place) -> str:
@@ -377,43 +405,3 @@ def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str]) -> st
         f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
         "and no plain chain of convolutions, so there is nothing to retrofit"
     )
-
-
-def _build(model: nn.Module, plan: Plan, surgery: Surgery) -> dict[str, SEAttention]:
-    """The SE modules, by path; the global random state is left as it is."""
-    options, built = plan.options, {}
-    places = {site.path: site.place for site in surgery.sites}
-    fallback = next(model.parameters(), torch.empty(0))
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    for site in plan.sites:
-        block = _nearest(model, site)
-        like = next(block.parameters(), fallback)
-        with _disable_current_modes(), torch.inference_mode(False):
-            se = SEAttention(
-                site.channels, options["reduction"], gate=options["gate"], bias=options["bias"],
-                min_hidden=options["min_hidden"], channel_dim=site.channel_dim, inplace=places[site.path].overwritten,
-                dtype=places[site.path].op.dtype, device="meta",
-            )  # fmt: skip
-            if not like.is_meta:
-                with mode_of(like):
-                    se._apply(lambda t, device=like.device: torch.empty(t.shape, dtype=t.dtype, device=device))
-                    se.init_weights(generator)
-        se.train(block.training)
-        vars(se).update(site=site, plan=plan)
-        built[site.path] = se
-    return built
-
-
-def _nearest(model: nn.Module, site: Site) -> nn.Module:
-    """The module around a site that has parameters, from the inside out."""
-    path = site.path
-    while path:
-        path = path.rpartition(".")[0]
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if next(module.parameters(), None) is not None:
-            return module
-    return model

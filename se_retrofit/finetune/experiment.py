@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,16 @@ __all__ = ["check_same", "describe_data", "describe_run", "difference", "digest"
 
 SAMPLES = 8  # items of a data set whose content is looked at
 DIGITS = 16  # of a hash, in hexadecimal
+SITE = (
+    "path",
+    "block",
+    "kind",
+    "after",
+    "channels",
+    "hidden",
+    "parameters",
+    "channel_dim",
+)  # not by which edits SE is called
 
 
 def describe_run(model: nn.Module, train_data: Any, val_data: Any, base: Base | None) -> dict[str, Any]:
@@ -38,7 +47,9 @@ def describe_run(model: nn.Module, train_data: Any, val_data: Any, base: Base | 
         "base": None if base is None else {"library": base.library, "name": base.name, "arguments": plain(base.kwargs)},
         "starting weights": weights_digest(model),
         "SE options": None if plan is None else plain(dict(plan.options)),
-        "SE sites": None if plan is None else digest(plain([asdict(site) for site in plan.sites])),
+        "SE sites": None
+        if plan is None
+        else digest([{name: getattr(site, name) for name in SITE} for site in plan.sites]),
         "training data": describe_data(train_data),
         "validation data": None if val_data is None else describe_data(val_data),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import glob
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -286,19 +285,10 @@ def carry_out(model: nn.Module, todo: Todo) -> None:
     for scaling in todo.scalings:
         scaling.apply(model)
     left = [m for m in model.modules() if is_retrofitted(m)]
-    if left and gone:
-        plan = _without(vars(left[0])["plan"], gone, {vars(m)["site"].block for m in left})
-        for module in left:
-            vars(module)["plan"] = plan
-
-
-def _without(plan: Plan, gone: list[Site], left: set[str]) -> Plan:
-    """A plan that leaves out what has been folded, so that the retrofit can be made again as it is now: blocks without SE
-    are excluded, and of those that have some left, the sites that went are noted."""
-    blocks = [block for block in dict.fromkeys(site.block for site in gone) if block not in left]
-    excluded = [*(plan.options.get("exclude") or []), *map(glob.escape, blocks)]
-    noted = [*blocks, *(site.path for site in gone if site.block in left)]
-    skipped = (*plan.skipped, *(Skipped(path, FOLDED) for path in noted))
-    paths = {site.path for site in gone}
-    sites = tuple(site for site in plan.sites if site.path not in paths)
-    return replace(plan, sites=sites, skipped=skipped, options={**plan.options, "exclude": excluded or None})
+    blocks = {vars(module)["site"].block for module in left}
+    noted = dict.fromkeys(site.path if site.block in blocks else site.block for site in gone)
+    for module in left:
+        plan = vars(module)["plan"]
+        sites = tuple(site for site in plan.sites if site.path not in todo.gone)
+        skipped = (*plan.skipped, *(Skipped(name, FOLDED) for name in noted))
+        vars(module)["plan"] = replace(plan, sites=sites, skipped=skipped)

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from torch import nn
 
 from ..errors import RetrofitError, check_module
+from ..plan import Plan
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
-from .rebuild import belongs_to, check_plan, options_again, retrofit_again
-from .recipe import FORMAT, PLAN_FIELDS, check_fields
+from .rebuild import belongs_to, carried_out, check_same_sites, read_plan
+from .recipe import FORMAT, check_fields
 from .tensors import check_keys, read_weights, retype, tensors_of, untied, write_tensors
 
 __all__ = ["load_se", "save_se"]
@@ -50,8 +51,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     plan = plan_of(model)
     state = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan.sites)}
     stored, tied = untied(state)
-    sites = {key: value for key, value in plan.to_dict().items() if key != "options"}
-    header = {"format": FORMAT, "add_se": dict(plan.options), **sites, "tied": tied}
+    header = {"format": FORMAT, "plan": plan.to_dict(), "tied": tied}
     with replaced_file(Path(file)) as fresh:
         write_tensors(stored, fresh, {"se_retrofit": json.dumps(header)})
     return Path(file)
@@ -63,7 +63,8 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
     Args:
         model: the base network that the SE modules were trained on, bare or retrofitted with the same options.
         file: what ``save_se`` wrote.
-        example_inputs: for ``add_se``, instead of inputs with the shapes that the network was retrofitted with.
+        example_inputs: where the plan has to be made again, instead of inputs with the shapes that the network was
+            retrofitted with.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
@@ -85,29 +86,28 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
     check_module(model)
     file = Path(file)
     state = read_weights(file)
-    header = _read_se_header(file)
-    for alias, kept in header["tied"].items():
+    plan, tied = _read_se_header(file)
+    for alias, kept in tied.items():
         state[alias] = state[kept]
     if has_se(model):
-        check_plan(plan_of(model).sites, header["sites"], str(file))
+        check_same_sites(plan_of(model), plan, file)
         own = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan_of(model).sites)}
         check_keys(own, state, str(file))
         result = model if inplace else copy.deepcopy(model)
     else:
         # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
-        options = options_again(model, header["add_se"], header["inputs"], example_inputs, file)
-        retrofitted = retrofit_again(model, options, header, str(file), inplace=False)
+        retrofitted = carried_out(model, plan, file, example_inputs, inplace=False)
         own = {k: v for k, v in tensors_of(retrofitted).items() if belongs_to(k, plan_of(retrofitted).sites)}
         check_keys(own, state, str(file))
         result = retrofitted
         if inplace:
-            result = retrofit_again(model, options, header, str(file), inplace=True)
+            result = carried_out(model, plan_of(retrofitted), file, example_inputs, inplace=True)
     retype(result, state)
     result.load_state_dict(state, strict=False)
     return result
 
 
-def _read_se_header(file: Path) -> dict[str, Any]:
+def _read_se_header(file: Path) -> tuple[Plan, dict[str, str]]:
     with safe_open(file, "pt") as handle:
         text = (handle.metadata() or {}).get("se_retrofit")
     if text is None:
@@ -116,6 +116,8 @@ def _read_se_header(file: Path) -> dict[str, Any]:
         header = json.loads(text)
     except json.JSONDecodeError as error:
         raise RetrofitError(f"{file} has a broken header: {error}") from error
-    fields: dict[str, tuple[type, ...]] = {"format": (int,), "add_se": (dict,), "tied": (dict,), **PLAN_FIELDS}
-    check_fields(header, fields, file)
-    return dict(header)
+    if isinstance(header, dict) and "plan" not in header:  # as it was written before plans could be carried out
+        parts = {key: header.pop(key) for key in ("sites", "skipped", "inputs") if key in header}
+        header["plan"] = {**parts, "options": header.pop("add_se", None)}
+    check_fields(header, {"format": (int,), "plan": (dict,), "tied": (dict,)}, file)
+    return read_plan(header["plan"], header["plan"].pop("options", None), file), header["tied"]

@@ -15,7 +15,7 @@ from ..retrofit import has_se, plan_of
 from ..surgery.copying import in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base
-from .rebuild import options_again, retrofit_again
+from .rebuild import carried_out, read_plan
 from .recipe import BASE, FORMAT, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, untied, write_tensors
 
@@ -66,21 +66,25 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
 def load_retrofitted(
     directory: str | Path, *, base: nn.Module | Base | str | None = None, example_inputs: Any = None
 ) -> nn.Module:
-    """Load the network that ``save_retrofitted`` saved: build the base, repeat the retrofit, load the weights.
+    """Load the network that ``save_retrofitted`` saved: build the base, carry out the plan, load the weights.
 
     Args:
         directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
         base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its
             weights don't matter, since all of them are replaced.
-        example_inputs: for ``add_se``, instead of inputs with the shapes that the network was retrofitted with.
+        example_inputs: where the plan has to be made again, instead of inputs with the shapes that the network was
+            retrofitted with.
 
     Returns:
         The network, on the CPU (or where ``base`` is), in eval mode.
 
     Raises:
         RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; its format is
-            newer than this version reads; the base is not known; the retrofit no longer gives the plan that was saved; the
-            weights don't fit.
+            newer than this version reads; the base is not known; the plan does not fit the base; the weights don't fit.
+
+    Warns:
+        UserWarning: the code of a block has changed since the network was saved (another version of its library, say). The
+            plan was then made again and has the same sites.
 
     Example:
         >>> import tempfile, timm, torch
@@ -101,8 +105,8 @@ def load_retrofitted(
     source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:
-        options = options_again(model, recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
-        model = retrofit_again(model, options, recipe["plan"], str(folder), inplace=True)
+        plan = read_plan(recipe["plan"], recipe["add_se"], folder / RECIPE)
+        model = carried_out(model, plan, folder, example_inputs, inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     if isinstance(source, Base):
         vars(model)[BASE] = source

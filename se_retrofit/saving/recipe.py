@@ -11,7 +11,6 @@ from ..errors import RetrofitError
 
 __all__ = [
     "FORMAT",
-    "PLAN_FIELDS",
     "RECIPE",
     "RECIPE_FIELDS",
     "WEIGHTS",
@@ -48,7 +47,6 @@ IMAGE_FIELDS: dict[str, tuple[type, ...]] = {
     "classes": (list, type(None)),
     "multi_label": (bool,),
 }
-PLAN_FIELDS: dict[str, tuple[type, ...]] = {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))}
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
@@ -65,8 +63,6 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         check_fields(recipe["base"], {"library": (str,), "name": (str,), "kwargs": (dict,)}, f"{folder / RECIPE}: base")
     if (recipe["plan"] is None) != (recipe["add_se"] is None):
         raise RetrofitError(f"{folder / RECIPE}: add_se and plan must both be given or both be null")
-    if recipe["plan"] is not None:
-        check_fields(recipe["plan"], PLAN_FIELDS, f"{folder / RECIPE}: plan")
     if not all(isinstance(v, str) for v in recipe["tied"].values()):
         raise RetrofitError(f"{folder / RECIPE}: tied must map names to names")
 

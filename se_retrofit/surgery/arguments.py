@@ -12,6 +12,7 @@ from torch import nn
 
 from ..attention import check_options
 from ..errors import RetrofitError, brief, check_module
+from ..plan import Plan
 from .blocks import PLACEMENTS
 from .undo import is_retrofitted
 
@@ -62,6 +63,21 @@ class Options:
     min_hidden: Any = 4
     include: Any = None
     exclude: Any = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Options:
+        """The options of a plan.
+
+        Raises:
+            RetrofitError: the plan has others, or of other types.
+        """
+        try:
+            options = cls(**plan.options)
+            options.check()
+            patterns_of("include", options.include), patterns_of("exclude", options.exclude)
+        except TypeError as error:
+            raise RetrofitError(f"the options of the plan are broken: {error}") from None
+        return options
 
     def check(self) -> None:
         if isinstance(self.reduction, (torch.Tensor, tuple, list, dict)):

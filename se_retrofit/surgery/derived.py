@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import RetrofitError
 from .methods import unwrapped
-from .splice import Splice, SpliceError, source_of, spliced_members
+from .splice import Splice, SpliceError, source_as_before, spliced_members
 
 __all__ = ["Recipe", "RetrofittedBlock", "derived_class"]
 
@@ -29,13 +29,11 @@ class Recipe:
         base: the class of the block as it was.
         splices: the calls of SE that its methods get.
         returned: name of the SE module that scales what the module returns; empty if there are splices.
-        digests: of the source of each spliced method, so that a pickle is not put on another source unseen.
     """
 
     base: type
     splices: tuple[Splice, ...] = ()
     returned: str = ""
-    digests: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,26 +98,16 @@ def derived_class(recipe: Recipe) -> type:
     """
     cls = _derived.get(recipe)
     if cls is None:
-        _check_digests(recipe)
+        for splice in recipe.splices:  # a pickle may come from another version
+            try:
+                source_as_before(splice)
+            except SpliceError as error:
+                raise RetrofitError(
+                    f"{recipe.base.__qualname__} can't be retrofitted as before: {error}. Install the version that was used; or build "
+                    "the network again, retrofit it, and load the state dict"
+                ) from None
         cls = _derived[recipe] = _derive(recipe)
     return cls
-
-
-def _check_digests(recipe: Recipe) -> None:
-    for splice, digest in zip(recipe.splices, recipe.digests, strict=True):
-        function = unwrapped(vars(splice.owner).get(splice.method))
-        found = None
-        if function is not None:
-            try:
-                found = source_of(function).digest
-            except SpliceError as error:
-                raise RetrofitError(f"{recipe.base.__qualname__} can't be retrofitted as before: {error}") from None
-        if found != digest:
-            raise RetrofitError(
-                f"the source of {splice.owner.__module__}.{splice.owner.__qualname__}.{splice.method} has changed since "
-                "this model was retrofitted (another version of its library, say). Install the version that was used; or build the "
-                "network again, retrofit it, and load the state dict"
-            )
 
 
 def _derive(recipe: Recipe) -> type:

@@ -7,45 +7,26 @@ Whether a way is right is not proven here: the edited copy is recorded, and its 
 from __future__ import annotations
 
 import ast
-import types
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
 from typing import Any
 
 from torch import fx, nn
 
-from ..attention import SEAttention
+from ..plan import Edit
 from .blocks import Place
-from .derived import Recipe, derived_class
-from .graphs import graph_place, insert_into_graphs, insertions_into
-from .methods import Method, methods_of, unwrapped
+from .carry import class_name, forward_digest, has_attribute
+from .graphs import graph_place
+from .methods import Method, methods_of
 from .operations import only_user
 from .record import Call, Op, Where
 from .roles import is_sequential
-from .splice import Source, Splice, SpliceError, node_at, source_of, span_of
+from .splice import Source, SpliceError, node_at, source_of, span_of
 
-__all__ = ["SE_NAME", "Edit", "apply_edits", "named", "se_paths", "ways"]
+__all__ = ["SE_NAME", "named", "se_paths", "ways"]
 
 SE_NAME = "se_attention"
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One way for one place.
-
-    Attributes:
-        holder: path of the module that gets the SE module as a child.
-        splice: the call of it in the source of one of the holder's methods, with no child's name yet.
-        node: for a GraphModule: the node behind which SE goes, and those that get its output (None: all), by name.
-        form: ``"splice"``, ``"graph"``, ``"append"`` (SE is the last child of an ``nn.Sequential``) or ``"return"`` (SE
-            scales what the holder returns).
-    """
-
-    holder: str
-    form: str
-    splice: Splice | None = None
-    node: tuple[str, frozenset[str] | None] | None = None
 
 
 def ways(place: Place) -> Iterator[Edit | SpliceError]:
@@ -98,7 +79,7 @@ def _in_source(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
                 yield source
                 continue
             for form, place, target in _statements(source, node, op):
-                yield _splice(call, method, source, place, form, target)
+                yield _splice(call.path, method, source, place, form, target)
 
 
 def _statements(source: Source, node: ast.AST, op: Op) -> Iterator[tuple[str, ast.AST, str]]:
@@ -131,9 +112,9 @@ def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | Splic
             yield source
             continue
         for operand in _operands(node):
-            yield _splice(call, method, source, operand, "wrap", "")
+            yield _splice(call.path, method, source, operand, "wrap")
         if isinstance(node, ast.AugAssign):
-            yield _splice(call, method, source, node, "before", source.text(node.target))
+            yield _splice(call.path, method, source, node, "before", source.text(node.target))
 
 
 def _operands(node: ast.AST) -> Iterator[ast.expr]:
@@ -169,10 +150,11 @@ def _nodes(call: Call, where: Where) -> Iterator[tuple[Any, Any, Any]]:
             yield error, None, None
 
 
-def _splice(call: Call, method: Method, source: Source, node: ast.AST, form: str, target: str) -> Edit:
+def _splice(path: str, method: Method, source: Source, node: ast.AST, form: str, target: str = "") -> Edit:
     first, last, column, end = span_of(node)
     span = (first - source.first, last - source.first, column, end)
-    return Edit(call.path, "splice", Splice(method.owner, method.name, span, form, "", target))
+    owner = class_name(method.owner)
+    return Edit(path, "splice", owner, method.name, span, form, target, digest=source.digest)
 
 
 def _as_returned(path: str, module: nn.Module) -> Iterator[Edit | SpliceError]:
@@ -185,26 +167,22 @@ def _as_returned(path: str, module: nn.Module) -> Iterator[Edit | SpliceError]:
     own = methods_of(type(module))
     method = next((m for m in own.values() if m.name == "forward"), None)
     if method is not None and method.self_name is not None:
-        try:
+        with suppress(SpliceError):
             source = source_of(method.function)
-            returns = [r for r in source.own_nodes if isinstance(r, ast.Return) and r.value is not None]
+            returns = [r.value for r in source.own_nodes if isinstance(r, ast.Return) and r.value is not None]
             if len(returns) == 1:
-                span = span_of(returns[0].value)
-                span = (span[0] - source.first, span[1] - source.first, span[2], span[3])
-                yield Edit(path, "splice", Splice(method.owner, method.name, span, "wrap", ""))
-        except SpliceError:
-            pass
-    yield Edit(path, "return")
+                yield _splice(path, method, source, returns[0], "wrap")
+    yield Edit(path, "return", digest=forward_digest(type(module)))
 
 
 def _in_graph(call: Call, op: Op, users: frozenset[Op] | None) -> Edit | SpliceError:
     try:
-        return Edit(call.path, "graph", node=graph_place(call, op, users))
+        return graph_place(call, op, users)
     except SpliceError as error:
         return error
 
 
-# Carrying them out ----------------------------------------------------------------------------------------------------
+# Names ----------------------------------------------------------------------------------------------------------------
 
 
 def named(edits: dict[Edit, str], model: nn.Module) -> dict[Edit, str]:
@@ -241,16 +219,10 @@ def se_paths(places: Sequence[Place]) -> dict[Place, str]:
 def _free_name(modules: list[nn.Module]) -> str:
     """One name for the SE child that is free in all modules."""
     name, number = SE_NAME, 1
-    while any(_has(module, name) for module in modules):
+    while any(has_attribute(module, name) for module in modules):
         number += 1
         name = f"{SE_NAME}{number}"
     return name
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    # not hasattr: a __getattr__ may have an answer to everything
-    places = (vars(module), module._modules, module._parameters, module._buffers)
-    return any(name in place for place in places) or any(name in vars(cls) for cls in type(module).__mro__)
 
 
 def _graph_path(modules: dict[str, nn.Module], root: str, block: str, name: str, taken: set[str]) -> str:
@@ -265,76 +237,3 @@ def _graph_path(modules: dict[str, nn.Module], root: str, block: str, name: str,
         number += 1
         path = f"{prefix}{name}_{number}"
     return path
-
-
-def problems_of(model: nn.Module, edits: dict[Edit, str]) -> dict[Edit, str]:
-    """Which of some edits can't be carried out together, and why; edits come with the path of their SE module."""
-    groups: dict[str, list[Edit]] = {}
-    for edit in edits:
-        groups.setdefault(edit.holder, []).append(edit)
-    modules, found = dict(model.named_modules()), {}
-    for holder, group in groups.items():
-        problem = _problem_of(modules[holder], {edit: edits[edit] for edit in group})
-        if problem is not None:
-            alone = {edit: _problem_of(modules[holder], {edit: edits[edit]}) for edit in group}
-            found.update({e: p for e, p in alone.items() if p is not None} or dict.fromkeys(group, problem))
-    return found
-
-
-def _problem_of(module: nn.Module, group: dict[Edit, str]) -> str | None:
-    try:
-        _class_for(module, [(edit, path, None) for edit, path in group.items()])
-        insertions_into(module, [edit.node for edit in group if edit.node is not None])
-    except SpliceError as error:
-        return str(error)
-    return None
-
-
-def apply_edits(model: nn.Module, edits: dict[Edit, tuple[str, SEAttention]]) -> None:
-    """Carry out edits: each with the path of its SE module, and that module.
-
-    Raises:
-        SpliceError: a class can't be derived. Nothing has been changed then.
-    """
-    groups: dict[str, list[tuple[Edit, str, SEAttention]]] = {}
-    for edit, (path, se) in edits.items():
-        groups.setdefault(edit.holder, []).append((edit, path, se))
-    modules = dict(model.named_modules())
-    classes = {holder: _class_for(modules[holder], group) for holder, group in groups.items()}
-    for holder, group in groups.items():
-        module = modules[holder]
-        graph = [(edit, path, se) for edit, path, se in group if edit.form == "graph"]
-        if graph:
-            insert_into_graphs(module, [(edit.node, _below(path, holder), se) for edit, path, se in graph])
-        for edit, path, se in group:
-            if edit.form != "graph":
-                module._modules.setdefault(_below(path, holder), se)
-        cls = classes[holder]
-        if cls is not None:
-            object.__setattr__(module, "__class__", cls)
-
-
-def _class_for(module: nn.Module, group: list[tuple[Edit, str, Any]]) -> type | None:
-    splices, returned = [], ""
-    for edit, path, _ in group:
-        child = path.rpartition(".")[2]
-        if edit.splice is not None:
-            splices.append(replace(edit.splice, child=child))
-        elif edit.form == "return":
-            returned = child
-    if not splices and not returned:
-        return None
-    splices.sort(key=lambda s: (s.method, s.span))
-    digests = tuple(source_of(_function(s)).digest for s in splices)
-    return derived_class(Recipe(type(module), tuple(splices), "" if splices else returned, digests))
-
-
-def _function(splice: Splice) -> types.FunctionType:
-    function = unwrapped(vars(splice.owner).get(splice.method))
-    if function is None:
-        raise SpliceError(f"{splice.owner.__qualname__} has no method {splice.method}")
-    return function
-
-
-def _below(path: str, holder: str) -> str:
-    return path[len(holder) + 1 :] if holder else path

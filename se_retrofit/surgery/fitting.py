@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from ..attention import SEAttention
+from ..plan import Edit
 from .blocks import Place
+from .carry import apply_edits, problems_of
 from .check import Comparison, compare
 from .copying import on_cpu
-from .edits import Edit, apply_edits, named, problems_of, ways
+from .edits import named, ways
 from .record import Record
 from .runs import Runs
 from .splice import SpliceError
@@ -118,8 +120,6 @@ class Fitting:
                 by_edit.setdefault(self.options[place].edits[0], []).append(place)
             sites = self.named(by_edit)
             wrong = {site.path: ONE_FOR_SEVERAL for site in sites if not _one_block(site.places)}
-            problems = problems_of(self.runs.evaluation.model, {e: s.path for s in sites for e in s.edits})
-            wrong |= {site.path: problems[edit] for site in sites for edit in site.edits if edit in problems}
             if not wrong:
                 return sites
             self.fail(sites, wrong)
@@ -143,8 +143,6 @@ class Fitting:
             for edit in self.options[place].edits:
                 by_edit.setdefault(edit, []).append(place)
         sites = self.named(by_edit)
-        if problems_of(self.runs.evaluation.model, {site.edits[0]: site.path for site in sites}):
-            return
         outcome = self.trial(sites, training=False)
         if not outcome.different:
             self.fail(sites, outcome.wrong)
@@ -158,7 +156,12 @@ class Fitting:
     def trial(self, sites: list[SurgerySite], training: bool = True) -> _Outcome:
         """Carry out edits on a copy and compare its record with the original's."""
         by_path = {site.path: site for site in sites}
-        evaluation, trained = self.runs.again(partial(self.edit, sites=sites), training=training)
+        try:
+            evaluation, trained = self.runs.again(partial(self.edit, sites=sites), training=training)
+        except SpliceError as error:
+            edits = {edit: site.path for site in sites for edit in site.edits}
+            problems = problems_of(self.runs.evaluation.model, edits) or dict.fromkeys(edits, str(error))
+            return _Outcome({site.path: problems[e] for site in sites for e in site.edits if e in problems})
         for record in (evaluation, trained):
             if record is not None and record.broke_off is not None and record.broke_in in by_path:
                 return _Outcome({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale

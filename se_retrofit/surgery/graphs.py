@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import linecache
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
 
 from torch import fx, nn
 
-from ..attention import SEAttention
+from ..plan import Edit
 from .record import Call, Op
 from .splice import SpliceError
 
-__all__ = ["graph_place", "graphs_of", "insert_into_graphs", "insert_node"]
+__all__ = ["graph_place", "graphs_of", "insert_node", "insertions"]
 
 
 def graphs_of(module: nn.Module) -> list[fx.Graph]:
@@ -22,31 +23,39 @@ def graphs_of(module: nn.Module) -> list[fx.Graph]:
     return list({id(g): g for g in graphs}.values())
 
 
-def graph_place(call: Call, op: Op, users: frozenset[Op] | None) -> tuple[str, frozenset[str] | None]:
-    """The node of a GraphModule's graph whose value an operation makes, and those of the operations that take it, by name.
+def _code_digest(module: fx.GraphModule, graph: fx.Graph) -> str:
+    """A digest of the code that one of a GraphModule's graphs stands for."""
+    return _digest(module.code if graph is module.graph else graph.python_code("self").src)
+
+
+def _digest(code: str) -> str:
+    return hashlib.sha256(code.strip().encode()).hexdigest()[:16]
+
+
+def graph_place(call: Call, op: Op, users: frozenset[Op] | None) -> Edit:
+    """The edit at the node of a GraphModule's graph whose value an operation makes.
 
     Raises:
         SpliceError: it is no node's value.
     """
-    name = _node_name(call, op)
-    if users is None:
-        return name, None
-    return name, frozenset(_node_name(call, user) for user in users)
+    name, digest = _node_name(call, op)
+    taking = None if users is None else tuple(sorted(_node_name(call, user)[0] for user in users))
+    return Edit(call.path, "graph", node=name, users=taking, digest=digest)
 
 
-def _node_name(call: Call, op: Op) -> str:
-    """The node at whose line of generated code an operation happens."""
-    graph: fx.Graph = call.module.graph  # type: ignore[assignment]
+def _node_name(call: Call, op: Op) -> tuple[str, str]:
+    """The node at whose line of generated code an operation happens, and the digest of that code."""
+    assert isinstance(call.module, fx.GraphModule)
     if op in call.inputs:
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        return str(placeholders[call.inputs.index(op)].name)
+        placeholders = [n for n in call.module.graph.nodes if n.op == "placeholder"]
+        return str(placeholders[call.inputs.index(op)].name), _code_digest(call.module, call.module.graph)
     child = None if op.call is call else call.child_with(op)
     where = op.where if child is None else child.where
     for code, lasti in where:
-        line = list(code.co_positions())[lasti // 2][0]
-        name = _assigned(linecache.getlines(code.co_filename), line)
-        if name is not None and any(n.name == name for n in graph.nodes):
-            return name
+        lines = linecache.getlines(code.co_filename)
+        name = _assigned(lines, list(code.co_positions())[lasti // 2][0])
+        if name is not None and any(n.name == name for graph in graphs_of(call.module) for n in graph.nodes):
+            return name, _digest("".join(lines))
     raise SpliceError(f"the output of {op.path or op.name} is not a node of the graph of {call.path or 'the model'}")
 
 
@@ -77,42 +86,33 @@ def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: Iterable[fx.
     return se
 
 
-def insert_into_graphs(module: Any, todo: list[tuple[Any, str, SEAttention]]) -> None:
-    """Insert SE modules into all graphs of a GraphModule: for each the node and its users by name, the path, the module.
+def insertions(module: nn.Module, edits: list[Edit]) -> list[list[tuple[fx.Graph, fx.Node, list[fx.Node] | None]]]:
+    """For each edit the node that it names, and those that get SE's output (None: all), in each of a GraphModule's graphs.
 
     Raises:
-        SpliceError: one of the graphs has no node of the kind. Nothing has been changed then.
+        SpliceError: the graphs are other ones than that for which the edits were made, or have no such nodes.
     """
-    insertions = insertions_into(module, [place for place, _, _ in todo])
-    for (_, path, se), by_graph in zip(todo, insertions, strict=True):
-        module.add_submodule(path, se)
-        for graph, node, users in by_graph:
-            insert_node(graph, node, path, users)
-    module.recompile()
-
-
-def insertions_into(module: Any, places: list[Any]) -> list[list[tuple[fx.Graph, fx.Node, list[fx.Node] | None]]]:
-    """For each place (a node and its users by name) the nodes in each graph of a GraphModule.
-
-    Raises:
-        SpliceError: one of the graphs has no node of the kind.
-    """
-    return [
-        [
-            (
-                graph,
-                _counterpart(name, module.graph, graph),
-                None if users is None else [_counterpart(user, module.graph, graph) for user in users],
-            )
-            for graph in graphs_of(module)
-        ]
-        for name, users in places
-    ]
+    graphs = graphs_of(module) if isinstance(module, fx.GraphModule) else []
+    read = {_code_digest(module, graph): graph for graph in graphs}  # type: ignore[arg-type]
+    found = []
+    for edit in edits:
+        if edit.digest not in read:
+            raise SpliceError(f"the graph of {edit.holder or 'the model'} has changed")
+        twins = [partial(_counterpart, graph=read[edit.digest], other=graph) for graph in graphs]
+        found.append(
+            [
+                (graph, twin(edit.node), None if edit.users is None else [twin(user) for user in edit.users])
+                for graph, twin in zip(graphs, twins, strict=True)
+            ]
+        )
+    return found
 
 
 def _counterpart(name: str, graph: fx.Graph, other: fx.Graph) -> fx.Node:
     """The node of ``other`` that does what the named one does in ``graph``: the same operation, as often before."""
-    node = next(n for n in graph.nodes if n.name == name)
+    node = next((n for n in graph.nodes if n.name == name), None)
+    if node is None:
+        raise SpliceError(f"{name} is no node of the graph")
     if other is graph:
         return node
     if node.op == "output":

@@ -19,9 +19,9 @@ from typing import Any
 
 from .methods import unwrapped
 
-__all__ = ["Source", "Splice", "SpliceError", "node_at", "source_of", "span_of", "spliced_members"]
+__all__ = ["Source", "Splice", "SpliceError", "node_at", "source_as_before", "source_of", "span_of", "spliced_members"]
 
-Span = tuple[int, int, int, int]  # first line, last line (counted from the method's first), first column, end column
+Span = tuple[int, ...]  # first line, last line (counted from the method's first), first column, end column
 
 
 class SpliceError(Exception):
@@ -40,6 +40,7 @@ class Splice:
             on the same line passes ``target`` through it.
         child: name of the SE module, a child of the instance.
         target: the variable, for the two statements; the norm.
+        digest: of the method's source, so that a splice is not put into another one unseen.
     """
 
     owner: type
@@ -48,6 +49,7 @@ class Splice:
     form: str
     child: str
     target: str = ""
+    digest: str = ""
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -79,7 +81,16 @@ class Source:
         lines[0] = lines[0][c:]
         return b"".join(lines).decode()
 
-    @property
+    @functools.cached_property
+    def spans(self) -> dict[Span, list[ast.AST]]:
+        """The expressions and statements at each place, the outer ones first."""
+        found: dict[Span, list[ast.AST]] = {}
+        for node in self.nodes:
+            if isinstance(node, (ast.expr, ast.stmt)):
+                found.setdefault(span_of(node), []).append(node)
+        return found
+
+    @functools.cached_property
     def digest(self) -> str:
         return hashlib.sha256("".join(self.lines).encode()).hexdigest()[:16]
 
@@ -118,6 +129,22 @@ def source_of(function: types.FunctionType) -> Source:
             "rewrote it"
         )
     return Source(function, tuple(lines), first, tree)
+
+
+def source_as_before(splice: Splice) -> Source:
+    """The source of the method that a splice is for.
+
+    Raises:
+        SpliceError: it is not that for which the splice was made, or not at hand.
+    """
+    function = unwrapped(vars(splice.owner).get(splice.method))
+    source = None if function is None else source_of(function)
+    if source is None or source.digest != splice.digest:
+        raise SpliceError(
+            f"the source of {splice.owner.__module__}.{splice.owner.__qualname__}.{splice.method} has changed (another version "
+            "of its library, say)"
+        )
+    return source
 
 
 def _has_columns(code: types.CodeType) -> bool:
@@ -226,13 +253,11 @@ def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
     position = _positions(code)[lasti // 2]
     if None in position:
         raise SpliceError("the position of the expression is not known")
-    line, end_line, column, end_column = position
-    wanted = (line, end_line, column, end_column)
-    nodes = [n for n in source.nodes if isinstance(n, (ast.expr, ast.AugAssign))]
-    for node in nodes:
-        if span_of(node) == wanted:
+    _, end_line, _, end_column = position
+    for node in source.spans.get(position, ()):
+        if isinstance(node, (ast.expr, ast.AugAssign)):
             return node
-    for node in nodes:  # of a chain of calls over several lines, Python keeps the place of the last
+    for node in source.nodes:  # of a chain of calls over several lines, Python keeps the place of the last
         if isinstance(node, ast.Call) and (node.end_lineno, node.end_col_offset) == (end_line, end_column):
             return node
     raise SpliceError("the position of the expression is not known")

@@ -80,8 +80,7 @@ def _class_without(module: RetrofittedBlock, chosen: set[int] | None) -> type:
         return recipe.base
     if not gone:
         return type(module)
-    kept = [(s, d) for s, d in zip(recipe.splices, recipe.digests, strict=True) if s.child not in gone]
-    rest: Recipe = replace(recipe, splices=tuple(s for s, _ in kept), digests=tuple(d for _, d in kept))
+    rest: Recipe = replace(recipe, splices=tuple(s for s in recipe.splices if s.child not in gone))
     return derived_class(rest)
 
 

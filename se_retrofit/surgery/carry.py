@@ -1,0 +1,272 @@
+"""Carrying out a plan: its SE modules are built, and called where its edits say. Nothing is recorded and nothing recognised."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import keyword
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ..attention import SEAttention
+from ..errors import RetrofitError
+from ..plan import Edit, Plan, Site
+from .arguments import Options
+from .copying import mode_of
+from .derived import Recipe, RetrofittedBlock, derived_class
+from .graphs import insert_node, insertions
+from .isolation import isolated
+from .methods import unwrapped
+from .roles import is_sequential
+from .splice import Splice, SpliceError, source_as_before, source_of
+from .undo import PLAN, is_retrofitted, strip
+
+__all__ = [
+    "apply_edits",
+    "block_around",
+    "carry_out",
+    "class_name",
+    "forward_digest",
+    "has_attribute",
+    "misfit",
+    "structure_of",
+]
+
+
+def carry_out(model: nn.Module, plan: Plan) -> None:
+    """Retrofit a model in place by a plan that fits it.
+
+    Raises:
+        RetrofitError: the plan contradicts itself, or a class can't be derived; the model is as it was.
+    """
+    options, modules = Options.of(plan), {}
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())  # the global random state is left as it is
+    for site in plan.sites:
+        modules[site.path] = _built(model, site, options, generator)
+        vars(modules[site.path]).update(site=site, plan=plan)
+    edits = {edit: (site.path, modules[site.path]) for site in plan.sites for edit in site.edits}
+    if len(edits) < sum(len(site.edits) for site in plan.sites) or len(modules) < len(plan.sites):
+        raise RetrofitError("the plan is broken: it has two sites at one place")
+    try:
+        with isolated(model):  # deriving a class may fill a registry
+            apply_edits(model, edits)
+    except BaseException as error:
+        strip(model)
+        if isinstance(error, SpliceError):
+            raise RetrofitError(str(error)) from None
+        raise
+    vars(model)[PLAN] = plan
+
+
+# Whether a plan fits --------------------------------------------------------------------------------------------------
+
+
+def structure_of(model: nn.Module) -> str:
+    """A digest of a model without its SE: the paths and classes of its modules, the shapes of their parameters and buffers."""
+    text: list[str] = []
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        if is_retrofitted(module):
+            inside.update(map(id, module.modules()))
+        if id(module) not in inside:
+            cls = type(module).se_recipe.base if isinstance(module, RetrofittedBlock) else type(module)
+            tensors = (*module._parameters.items(), *module._buffers.items())
+            shapes = [(name, is_lazy(t) or tuple(t.shape)) for name, t in tensors if t is not None]
+            text.append(f"{path} {class_name(cls)} {shapes}")
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
+
+
+def misfit(model: nn.Module, plan: Plan) -> str:
+    """What does not fit first of a plan's edits, the source of a method that has changed, say; empty where all of them do."""
+    try:
+        _prepared(model, {edit: site.path for site in plan.sites for edit in site.edits})
+    except SpliceError as error:
+        return str(error)
+    return ""
+
+
+def forward_digest(cls: type) -> str:
+    """Of the source of a class's forward; empty where that is not at hand."""
+    function = unwrapped(next((vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c)), None))
+    try:
+        return "" if function is None else source_of(function).digest
+    except SpliceError:
+        return ""
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+
+def block_around(model: nn.Module, path: str) -> nn.Module:
+    """The module around an SE module whose parameters it is to be like: the innermost one that has any."""
+    found = module = model
+    for name in path.split(".")[:-1]:
+        child = module._modules.get(name)
+        if child is None:
+            break
+        module = child
+        if next(module.parameters(), None) is not None:
+            found = module
+    return found
+
+
+def _built(model: nn.Module, site: Site, options: Options, generator: torch.Generator) -> SEAttention:
+    block = block_around(model, site.path)
+    like = next(block.parameters(), torch.empty(0))
+    dtype = like.dtype if site.dtype is None else getattr(torch, site.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RetrofitError(f"the plan is broken: the dtype of {site.path} is {site.dtype!r}")
+    with _disable_current_modes(), torch.inference_mode(False):
+        se = SEAttention(
+            site.channels, options.reduction, gate=options.gate if site.hidden else "static", bias=options.bias,
+            min_hidden=options.min_hidden, channel_dim=site.channel_dim, inplace=site.inplace, dtype=dtype, device="meta",
+        )  # fmt: skip
+        if se.hidden != site.hidden:
+            raise RetrofitError(
+                f"the plan is broken: {site.path} has hidden={site.hidden}, its options give {se.hidden} for "
+                f"{site.channels} channels"
+            )
+        if not like.is_meta:
+            with mode_of(like):
+                se._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
+                se.init_weights(generator)
+    return se.train(block.training)
+
+
+# Inserting ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Holder:
+    """What is to be done to one module."""
+
+    module: nn.Module
+    splices: list[Splice] = field(default_factory=list)
+    returned: str = ""
+    nodes: dict[Edit, str] = field(default_factory=dict)  # with the path of SE in the GraphModule
+
+    @property
+    def recipe(self) -> Recipe | None:
+        if not self.splices and not self.returned:
+            return None
+        splices = tuple(sorted(self.splices, key=lambda splice: (splice.method, splice.span)))
+        return Recipe(type(self.module), splices, "" if splices else self.returned)
+
+
+def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, SEAttention]]) -> None:
+    """Insert SE modules into a model: for each edit the path of its SE module, and that module.
+
+    Raises:
+        SpliceError: an edit does not fit, or a class can't be derived. Nothing has been changed then.
+    """
+    holders = _prepared(model, {edit: path for edit, (path, _) in edits.items()})
+    recipes = [(holder.module, holder.recipe) for holder in holders]
+    classes = [(module, derived_class(recipe)) for module, recipe in recipes if recipe is not None]
+    graphs = [(holder, insertions(holder.module, list(holder.nodes))) for holder in holders if holder.nodes]
+    modules = dict(model.named_modules())
+    for path, se in edits.values():
+        parent, _, child = path.rpartition(".")
+        modules[parent]._modules[child] = se
+    for holder, found in graphs:
+        for path, nodes in zip(holder.nodes.values(), found, strict=True):
+            for graph, node, users in nodes:
+                insert_node(graph, node, path, users)
+        holder.module.recompile()  # type: ignore[operator]
+    for module, cls in classes:
+        object.__setattr__(module, "__class__", cls)
+
+
+def problems_of(model: nn.Module, edits: Mapping[Edit, str]) -> dict[Edit, str]:
+    """Which of some edits can't be carried out together, and why; edits come with the path of their SE module."""
+    groups: dict[str, dict[Edit, str]] = {}
+    for edit, path in edits.items():
+        groups.setdefault(edit.holder, {})[edit] = path
+    found = {}
+    for group in groups.values():
+        problem = _problem_of(model, group)
+        if problem:
+            alone = {edit: _problem_of(model, {edit: path}) for edit, path in group.items()}
+            found.update({edit: p for edit, p in alone.items() if p} or dict.fromkeys(group, problem))
+    return found
+
+
+def _problem_of(model: nn.Module, edits: Mapping[Edit, str]) -> str:
+    try:
+        for holder in _prepared(model, edits):
+            if holder.recipe is not None:
+                derived_class(holder.recipe)
+    except SpliceError as error:
+        return str(error)
+    return ""
+
+
+def _prepared(model: nn.Module, edits: Mapping[Edit, str]) -> list[_Holder]:
+    """What is to be done to each module, each edit seen to fit; edits come with the path of their SE module."""
+    modules = dict(model.named_modules())
+    holders: dict[str, _Holder] = {}
+    for edit, path in edits.items():
+        parent, _, child = path.rpartition(".")
+        if edit.holder not in modules or parent not in modules:
+            raise SpliceError(f"there is no module {edit.holder if parent in modules else parent}")
+        if not child.isidentifier() or keyword.iskeyword(child) or has_attribute(modules[parent], child):
+            raise SpliceError(f"{path} can't be the path of an SE module")
+        module = modules[edit.holder]
+        holder = holders.setdefault(edit.holder, _Holder(module))
+        if edit.form == "graph" and f"{parent}.".startswith(f"{edit.holder}." if edit.holder else ""):
+            holder.nodes[edit] = path[len(edit.holder) + 1 :] if edit.holder else path
+        elif parent != edit.holder or (edit.form != "append" and "forward" in vars(module)):
+            raise SpliceError(f"the forward of {edit.holder or 'the model'} does not call {path}")
+        elif edit.form == "splice":
+            holder.splices.append(_splice(edit, module, child))
+        elif edit.form == "return" and edit.digest == forward_digest(type(module)):
+            holder.returned = child
+        elif edit.form != "append" or not is_sequential(module):
+            raise SpliceError(
+                f"the source of {type(module).__module__}.{type(module).__qualname__}.forward has changed"
+            )
+    for holder in holders.values():
+        if holder.nodes:
+            insertions(holder.module, list(holder.nodes))
+    return list(holders.values())
+
+
+def _splice(edit: Edit, module: nn.Module, child: str) -> Splice:
+    """A splice with its class, which is looked for among those of the module, and with the name of the SE module.
+
+    Raises:
+        SpliceError: there is no such method, its source has changed, or has nothing of the kind at that place.
+    """
+    owner = next((c for c in type(module).__mro__ if class_name(c) == edit.owner and edit.method in vars(c)), None)
+    if owner is None:
+        raise SpliceError(f"{class_name(type(module))} has no method {edit.method} of {edit.owner}")
+    splice = Splice(owner, edit.method, edit.span, edit.statement, child, edit.target, edit.digest)
+    source = source_as_before(splice)
+    kind = ast.expr if edit.statement == "wrap" else (ast.AugAssign, ast.Expr)
+    place = (*(line + source.first for line in edit.span[:2]), *edit.span[2:])
+    node = next((n for n in source.spans.get(place, ()) if isinstance(n, kind)), None)
+    variables = (ast.Name, ast.Attribute, ast.Subscript)  # what is put into the source stands there already
+    if node is None or not (
+        (edit.statement == "wrap" and not edit.target)
+        or (
+            edit.statement in ("after", "before")
+            and any(source.text(n) == edit.target for n in ast.walk(node) if isinstance(n, variables))
+        )
+    ):
+        raise SpliceError(f"{class_name(owner)}.{edit.method} has no such expression as the edit is for")
+    return splice
+
+
+def class_name(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def has_attribute(module: nn.Module, name: str) -> bool:
+    # not hasattr: a __getattr__ may have an answer to everything
+    places = (vars(module), module._modules, module._parameters, module._buffers)
+    return any(name in place for place in places) or any(name in vars(cls) for cls in type(module).__mro__)
