@@ -6,17 +6,17 @@ from __future__ import annotations
 import fnmatch
 import glob
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .attention import SEAttention, hidden_width, parameter_count
+from .attention import Attention, Inserted, Slot, built, name_of
 from .errors import RetrofitError, check_module
-from .plan import Plan, Site, Skipped
+from .plan import Plan, Site, Skipped, current_options, noted_options
 from .surgery.arguments import Options, Patterns, check_model, patterns_of
 from .surgery.copying import copied, mode_of
 from .surgery.derived import RetrofittedBlock
@@ -37,6 +37,7 @@ def add_se(
     model: M,
     reduction: int = 8,
     *,
+    attention: Attention = "se",
     placement: str = "auto",
     gate: str = "identity",
     bias: bool = False,
@@ -54,13 +55,17 @@ def add_se(
 
     Args:
         model: a network from torchvision, timm or your own code. It is not changed unless ``inplace``.
-        reduction: the excitation's bottleneck has ``channels // reduction`` units (the paper's r).
+        reduction: the bottleneck of SE and CBAM has ``channels // reduction`` units (the paper's r).
+        attention: what is inserted. ``"se"``; ``"eca"`` (arXiv:1910.03151); ``"cbam"`` (arXiv:1807.06521); ``"static"``, a
+            learned factor for each channel, as a control; a class, built as ``cls(channels)``, or a ``functools.partial`` of one;
+            or a factory ``(slot) -> nn.Module``. What a class or factory makes is inserted as the step
+            ``x + alpha * (f(x) - x)`` (``FromIdentity``), unless it is an ``Inserted`` itself. It is called twice for each
+            site: on the meta device, to count its parameters, and to build it.
         placement: ``"auto"``, or for residual units one of the paper's others: ``"standard"``, ``"pre"``, ``"post"``,
             ``"identity"``, ``"3x3"`` (section 6.4, figure 5).
         gate: ``"identity"``, ``2 * sigmoid`` that starts at exactly 1; or ``"sigmoid"``, the paper's, which starts at
-            about 1/2 and so is for training from scratch and for loading the weights of a native SE network; or
-            ``"static"``, a learned factor for each channel that starts at exactly 1, as a control.
-        bias: whether the excitation's layers have biases.
+            about 1/2 and so is for training from scratch and for loading the weights of a native SE network.
+        bias: whether the bottleneck's layers have biases.
         min_hidden: minimum number of units in the bottleneck.
         include, exclude: one or several patterns of block paths (``"layer4.*"``): retrofit only matching blocks, or all others.
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, ``(args, kwargs)``, or any
@@ -68,15 +73,20 @@ def add_se(
             Without it the model's config, sizes in its own attributes and then usual sizes are tried.
         plan: a plan from ``plan_se``, for this model or one with the same sites. Its sites and options are used instead of
             the options above, and its input shapes unless ``example_inputs`` are given. Blocks may have been removed
-            from it (``dataclasses.replace(plan, sites=...)``).
+            from it (``dataclasses.replace(plan, sites=...)``). Where its attention was a class or factory, and the plan was
+            saved in between or taken from a model, that is given again: ``attention=``.
         inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
 
     Returns:
         The retrofitted network: a deep copy, or ``model`` itself if ``inplace``.
 
     Raises:
-        RetrofitError: nothing can be retrofitted, or an option is invalid; the model is unchanged.
+        RetrofitError: nothing can be retrofitted, an option is invalid, or what a class or factory makes can't be inserted;
+            the model is unchanged.
         TypeError: an argument is of the wrong type; the model is unchanged.
+
+    Warns:
+        UserWarning: what a class or factory makes draws random numbers in train mode, which moves the network's own draws.
 
     Example:
         >>> import timm
@@ -93,7 +103,7 @@ def add_se(
           )
         )
     """
-    options = Options(reduction, placement, gate, bias, min_hidden, include, exclude)
+    options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention)
     if plan is None:
         plan, surgery = _prepare(model, options, example_inputs)
     else:
@@ -108,7 +118,7 @@ def add_se(
         if isinstance(error, SpliceError):
             raise RetrofitError(str(error)) from None
         raise
-    vars(target)[PLAN] = plan
+    vars(target)[PLAN] = _noted(plan)
     return target
 
 
@@ -116,6 +126,7 @@ def plan_se(
     model: nn.Module,
     reduction: int = 8,
     *,
+    attention: Attention = "se",
     placement: str = "auto",
     gate: str = "identity",
     bias: bool = False,
@@ -135,7 +146,9 @@ def plan_se(
         >>> len(plan.sites), plan.sites[0].path, plan.sites[0].after
         (8, 'layer1.0.se_attention', 'bn2')
     """
-    return _prepare(model, Options(reduction, placement, gate, bias, min_hidden, include, exclude), example_inputs)[0]
+    return _prepare(
+        model, Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention), example_inputs
+    )[0]
 
 
 def remove_se(model: M, *, inplace: bool = False) -> M:
@@ -269,13 +282,13 @@ def _prepare(model: nn.Module, options: Options, example_inputs: Any) -> tuple[P
     surgery = plan_surgery(model, options.placement, example_inputs, choose)
     if not surgery.sites:
         raise RetrofitError(_why_nothing(model, surgery.attended if nothing else 0, surgery.skipped))
-    sites = [_site(site, options) for site in _in_order(surgery)]
+    sites = _sites(model, surgery, options)
     called: dict[str, int] = {}
     for index, call in enumerate(surgery.record.calls):
         called.setdefault(call.path, index)
     left = sorted(surgery.skipped.items(), key=lambda item: called.get(item[0], len(called)))
     skipped = tuple(Skipped(block, reason) for block, reason in left)
-    noted = asdict(replace(options, include=included or None, exclude=excluded or None))
+    noted = {**vars(options), "include": included or None, "exclude": excluded or None}
     return Plan(tuple(sites), skipped, noted, describe(surgery.inputs)), surgery
 
 
@@ -283,11 +296,12 @@ def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs
     """The same for the sites of a plan that was made before."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
-    if options != Options():
+    attention = _attention_again(plan, options.attention)
+    if replace(options, attention="se") != Options():
         raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
     if example_inputs is None and plan.inputs is not None:
         example_inputs = from_description(plan.inputs)
-    chosen = Options(**plan.options)
+    chosen = Options(**{**current_options(plan.options), "attention": attention})
     again, surgery = _prepare(model, chosen, example_inputs)
     wanted, found = ([(s.path, s.after, s.channels) for s in p.sites] for p in (plan, again))
     if wanted != found and set(wanted) < set(found):  # some were taken out of the plan
@@ -343,14 +357,48 @@ def _in_order(surgery: Surgery) -> list[SurgerySite]:
     return sorted(surgery.sites, key=lambda site: site.place.op.index)
 
 
-def _site(site: SurgerySite, options: Options) -> Site:
-    place, gate = site.place, options.gate
-    hidden = 0 if gate == "static" else hidden_width(place.channels, options.reduction, options.min_hidden)
-    assert place.op.channel_dim is not None
-    parameters = parameter_count(place.channels, hidden, gate, options.bias)
-    return Site(
-        site.path, place.block, place.kind, _after(place), place.channels, hidden, parameters, place.op.channel_dim
-    )
+def _sites(model: nn.Module, surgery: Surgery, options: Options) -> list[Site]:
+    """The sites in order of execution, each with the number of parameters of a module that was built for it."""
+    settings, name = vars(options), name_of(options.attention)
+    counts: dict[Any, int] = {}  # of an attention with a name, by what its parameters depend on
+    sites = []
+    for site in _in_order(surgery):
+        place, slot = site.place, _slot(site.place, torch.device("meta"))
+        key = site.path if name != options.attention else (slot.channels, slot.dims, slot.dtype)
+        if key not in counts:
+            with _disable_current_modes(), torch.random.fork_rng(devices=[]):
+                module = built(options.attention, settings, slot)
+            counts[key] = sum(parameter.numel() for parameter in module.parameters())
+        sites.append(
+            Site(site.path, place.block, place.kind, _after(place), place.channels, counts[key], slot.channel_dim, name)
+        )
+    return sites
+
+
+def _slot(place: Place, device: torch.device) -> Slot:
+    op = place.op
+    assert op.channel_dim is not None
+    shape = tuple(int(size) for size in op.shape)
+    return Slot(place.channels, op.channel_dim, shape, place.kind, place.block, op.dtype, device, place.overwritten)
+
+
+def _attention_again(plan: Plan, given: Attention) -> Attention:
+    """The attention of a plan that was made before."""
+    noted = current_options(plan.options)["attention"]
+    if not isinstance(noted, dict):
+        if given not in ("se", noted):
+            raise RetrofitError(f"the plan brings its own attention, {name_of(noted)}; leave attention out")
+        return noted
+    if isinstance(given, str):
+        raise RetrofitError(
+            f"the plan was made with a class or factory for the attention, {noted['callable']}; give it again: attention=..."
+        )
+    return given
+
+
+def _noted(plan: Plan) -> Plan:
+    """A plan as a model keeps it: plain data, which can be pickled."""
+    return replace(plan, options=noted_options(plan.options))
 
 
 def _after(place: Place) -> str:
@@ -378,30 +426,27 @@ def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str]) -> st
     )
 
 
-def _build(model: nn.Module, plan: Plan, surgery: Surgery) -> dict[str, SEAttention]:
-    """The SE modules, by path; the global random state is left as it is."""
-    options, built = plan.options, {}
+def _build(model: nn.Module, plan: Plan, surgery: Surgery) -> dict[str, Inserted]:
+    """The modules to insert, by path; the global random state is left as it is."""
     places = {site.path: site.place for site in surgery.sites}
     fallback = next(model.parameters(), torch.empty(0))
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())
-    for site in plan.sites:
-        block = _nearest(model, site)
-        like = next(block.parameters(), fallback)
-        with _disable_current_modes(), torch.inference_mode(False):
-            se = SEAttention(
-                site.channels, options["reduction"], gate=options["gate"], bias=options["bias"],
-                min_hidden=options["min_hidden"], channel_dim=site.channel_dim, inplace=places[site.path].overwritten,
-                dtype=places[site.path].op.dtype, device="meta",
-            )  # fmt: skip
-            if not like.is_meta:
-                with mode_of(like):
-                    se._apply(lambda t, device=like.device: torch.empty(t.shape, dtype=t.dtype, device=device))
-                    se.init_weights(generator)
-        se.train(block.training)
-        vars(se).update(site=site, plan=plan)
-        built[site.path] = se
-    return built
+    kept, modules = _noted(plan), {}
+    with torch.random.fork_rng(devices=[]):
+        for site in plan.sites:
+            block = _nearest(model, site)
+            like = next(block.parameters(), fallback)
+            with _disable_current_modes(), torch.inference_mode(False):
+                module = built(plan.options["attention"], plan.options, _slot(places[site.path], like.device))
+                with mode_of(like) as fake:
+                    module._apply(lambda t, device=like.device: _placed(t, device, fake is not None))
+            module.train(block.training)
+            vars(module).update(site=site, plan=kept)
+            modules[site.path] = module
+    return modules
+
+
+def _placed(tensor: Tensor, device: torch.device, fake: bool) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if fake else tensor.to(device)
 
 
 def _nearest(model: nn.Module, site: Site) -> nn.Module:

@@ -10,7 +10,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+from ..attention import Attention
 from ..errors import RetrofitError, check_module
+from ..plan import noted_options
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
 from .rebuild import belongs_to, check_plan, options_again, retrofit_again
@@ -51,18 +53,26 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     state = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan.sites)}
     stored, tied = untied(state)
     sites = {key: value for key, value in plan.to_dict().items() if key != "options"}
-    header = {"format": FORMAT, "add_se": dict(plan.options), **sites, "tied": tied}
+    header = {"format": FORMAT, "add_se": noted_options(plan.options), **sites, "tied": tied}
     with replaced_file(Path(file)) as fresh:
         write_tensors(stored, fresh, {"se_retrofit": json.dumps(header)})
     return Path(file)
 
 
-def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
+def load_se(
+    model: nn.Module,
+    file: str | Path,
+    *,
+    attention: Attention | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> nn.Module:
     """Load saved SE modules into a network: a bare one is retrofitted first, a retrofitted one gets their weights.
 
     Args:
         model: the base network that the SE modules were trained on, bare or retrofitted with the same options.
         file: what ``save_se`` wrote.
+        attention: as for ``load_retrofitted``.
         example_inputs: for ``add_se``, instead of inputs with the shapes that the network was retrofitted with.
         inplace: change ``model`` itself instead of a copy.
 
@@ -95,7 +105,7 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
         result = model if inplace else copy.deepcopy(model)
     else:
         # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
-        options = options_again(header["add_se"], header["inputs"], example_inputs, file)
+        options = options_again(header["add_se"], header["inputs"], example_inputs, attention, file)
         retrofitted = retrofit_again(model, options, header, str(file), inplace=False)
         own = {k: v for k, v in tensors_of(retrofitted).items() if belongs_to(k, plan_of(retrofitted).sites)}
         check_keys(own, state, str(file))

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..attention import Attention
 from ..errors import RetrofitError, brief, check_module
 from ..models import Base
+from ..plan import noted_options
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base
@@ -63,7 +65,11 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
 
 
 def load_retrofitted(
-    directory: str | Path, *, base: nn.Module | Base | str | None = None, example_inputs: Any = None
+    directory: str | Path,
+    *,
+    base: nn.Module | Base | str | None = None,
+    attention: Attention | None = None,
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Load the network that ``save_retrofitted`` saved: build the base, repeat the retrofit, load the weights.
 
@@ -71,6 +77,8 @@ def load_retrofitted(
         directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
         base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its
             weights don't matter, since all of them are replaced.
+        attention: the class or factory that the network was retrofitted with, which is not saved; None where the attention
+            has a name.
         example_inputs: for ``add_se``, instead of inputs with the shapes that the network was retrofitted with.
 
     Returns:
@@ -78,7 +86,7 @@ def load_retrofitted(
 
     Raises:
         RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; its format is
-            newer than this version reads; the base is not known; the retrofit no longer gives the plan that was saved; the
+            newer than this version reads; the base or the attention is not known; the retrofit no longer gives the plan that was saved; the
             weights don't fit.
 
     Example:
@@ -100,7 +108,7 @@ def load_retrofitted(
     source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:
-        options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, folder / RECIPE)
+        options = options_again(recipe["add_se"], recipe["plan"]["inputs"], example_inputs, attention, folder / RECIPE)
         model = retrofit_again(model, options, recipe["plan"], str(folder), inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     if isinstance(source, Base):
@@ -134,7 +142,7 @@ def write_network(
         "format": FORMAT,
         "base": None if base is None else {"library": base.library, "name": base.name, "kwargs": base.kwargs},
         "base_note": note,
-        "add_se": None if plan is None else dict(plan.options),
+        "add_se": None if plan is None else noted_options(plan.options),
         "plan": None if plan is None else {k: v for k, v in plan.to_dict().items() if k != "options"},
         "tied": tied,
         "images": vars(model).get(IMAGES),

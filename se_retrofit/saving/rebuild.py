@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention import Attention
 from ..errors import RetrofitError
-from ..plan import FOLDED, Plan, Site, Skipped
+from ..plan import FOLDED, Plan, Site, Skipped, current_options, current_site
 from ..retrofit import add_se, plan_of
 from ..surgery.inputs import from_description
 from ..surgery.undo import is_retrofitted, strip
@@ -18,14 +19,26 @@ from ..surgery.undo import is_retrofitted, strip
 __all__ = ["belongs_to", "check_plan", "options_again", "retrofit_again"]
 
 
-def options_again(saved: dict[str, Any], inputs: Any, example_inputs: Any, where: Path) -> dict[str, Any]:
-    """The arguments of ``add_se``, with inputs of the shapes that were saved unless others are given."""
+def options_again(
+    saved: dict[str, Any], inputs: Any, example_inputs: Any, attention: Attention | None, where: Path
+) -> dict[str, Any]:
+    """The arguments of ``add_se``, with inputs of the shapes that were saved unless others are given; and with the attention
+    that is given, where it can't be saved."""
     if example_inputs is None and inputs is not None:
         try:
             example_inputs = from_description(inputs)
         except ValueError as error:
             raise RetrofitError(f"{where}: the inputs can't be rebuilt: {error}; or give example_inputs") from error
-    return {**saved, "example_inputs": example_inputs}
+    options = current_options(saved)
+    noted = options["attention"]
+    if isinstance(noted, dict) and attention is None:
+        raise RetrofitError(
+            f"{where} was made with a class or factory for the attention, {noted.get('callable')}, which is not saved; "
+            "give it again: attention=..."
+        )
+    if not isinstance(noted, dict) and attention not in (None, noted):
+        raise RetrofitError(f"{where} says itself which attention it has, {noted!r}; leave attention out")
+    return {**options, "attention": noted if attention is None else attention, "example_inputs": example_inputs}
 
 
 def retrofit_again(
@@ -55,8 +68,9 @@ def _take_out_folded(model: nn.Module, skipped: list[Any]) -> None:
 
 def _leave_factors(model: nn.Module, options: dict[str, Any], sites: list[Any]) -> None:
     """Where a fold has left constant factors, put such in the place of SE."""
-    saved = {site["path"] for site in sites if isinstance(site, dict) and site.get("hidden") == 0 and "path" in site}
-    if options.get("gate") != "static" and saved:
+    now = [current_site(site) for site in sites if isinstance(site, dict)]
+    saved = {site.get("path") for site in now if site["attention"] == "static"}
+    if options["attention"] != "static" and saved:
         from ..folding.fold import put_factor  # imported when it is used
 
         for site in plan_of(model).sites:
@@ -69,7 +83,7 @@ def check_plan(sites: tuple[Site, ...], saved: list[Any], where: str) -> None:
 
     def essence(site: Any) -> tuple[Any, ...]:
         try:
-            return tuple(site[k] for k in ("path", "after", "channels", "hidden", "channel_dim"))
+            return tuple(site[k] for k in ("path", "after", "channels", "parameters", "channel_dim"))
         except (TypeError, KeyError) as error:
             raise RetrofitError(f"{where}: a site of the plan is broken: {site!r}") from error
 

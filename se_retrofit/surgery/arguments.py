@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention import check_options
+from ..attention import check_attention, check_options
 from ..errors import RetrofitError, brief, check_module
 from .placement import PLACEMENTS
 from .undo import is_retrofitted
@@ -62,11 +62,17 @@ class Options:
     min_hidden: Any = 4
     include: Any = None
     exclude: Any = None
+    attention: Any = "se"
 
     def check(self) -> None:
         if isinstance(self.reduction, (torch.Tensor, tuple, list, dict)):
             raise TypeError(
                 f"reduction must be a positive int, got {brief(self.reduction)}; inputs are given by name: example_inputs=..."
+            )
+        check_attention(self.attention)
+        if self.attention != "se" and self.gate == "sigmoid":
+            raise RetrofitError(
+                'gate="sigmoid" is SE\'s alone (attention="se"); the other attentions start as an identity'
             )
         check_options(self.reduction, self.gate, self.bias, self.min_hidden)
         if not isinstance(self.placement, str):

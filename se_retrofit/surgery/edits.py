@@ -9,13 +9,13 @@ from __future__ import annotations
 import ast
 import types
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
-from ..attention import SEAttention
+from ..attention import Inserted
 from .derived import Recipe, derived_class
 from .graphs import graph_place, insert_into_graphs
 from .methods import Method, methods_of, unwrapped
@@ -267,13 +267,13 @@ def _graph_path(modules: dict[str, nn.Module], root: str, block: str, name: str,
     return path
 
 
-def apply_edits(model: nn.Module, edits: dict[Edit, tuple[str, SEAttention]]) -> None:
+def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) -> None:
     """Carry out edits: each with the path of its SE module, and that module.
 
     Raises:
         SpliceError: a class can't be derived. Nothing has been changed then.
     """
-    groups: dict[str, list[tuple[Edit, str, SEAttention]]] = {}
+    groups: dict[str, list[tuple[Edit, str, Inserted]]] = {}
     for edit, (path, se) in edits.items():
         groups.setdefault(edit.holder, []).append((edit, path, se))
     modules = dict(model.named_modules())

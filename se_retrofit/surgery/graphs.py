@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..attention import SEAttention
+from ..attention import Inserted
 from .record import Call, Op
 from .splice import SpliceError
 
@@ -77,7 +77,7 @@ def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: Iterable[fx.
     return se
 
 
-def insert_into_graphs(module: Any, todo: list[tuple[Any, str, SEAttention]]) -> None:
+def insert_into_graphs(module: Any, todo: list[tuple[Any, str, Inserted]]) -> None:
     """Insert SE modules into all graphs of a GraphModule: for each the node and its users by name, the path, the module.
 
     Raises:

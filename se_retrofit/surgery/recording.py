@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..attention import SEAttention
+from ..attention import Inserted
 from .inputs import Inputs, tensors_in
 from .isolation import PrivateRandomness
 from .meta import MetaOperations, all_on_meta
@@ -87,7 +87,9 @@ class _Recorder(TorchDispatchMode):
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.one is not None:
-            if isinstance(module, SEAttention):  # the one operation is retrofitted: SE comes after it
+            if isinstance(module, Inserted) and not isinstance(
+                self.one, Inserted
+            ):  # the one operation is retrofitted: SE comes after it
                 self.add_module(self.one, args[0])
                 self.around, self.one = self.one, module
                 self.one_inputs, self.changed = (self.op_of(args[0]),), {}
