@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .attention import name_of
 from .errors import RetrofitError, brief
 from .tables import aligned
 
-__all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped"]
+__all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "noted_options"]
 
 FOLDED = "folded"  # why fold_se leaves out a block, or one site of a block that keeps others
 
@@ -59,9 +60,9 @@ class Site:
             ``"chain"``.
         after: the node of the block's graph whose value it scales, e.g. ``bn3``.
         channels: number of channels of that value.
-        hidden: width of the excitation's bottleneck; 0 where a factor for each channel stands in its place.
-        parameters: how many parameters the SE module has.
+        parameters: how many parameters the inserted module has.
         channel_dim: which dim of the value holds the channels, counted from the end.
+        attention: what goes there: a name such as ``"se"``, or the qualified name of a class or factory.
         shape: of the value, in the run by which the plan was made.
         inplace: whether SE may scale the value in place where no gradient is needed, because nothing else uses it.
         dtype: of the value, ``"float32"`` for instance; None where it is that of the block's parameters.
@@ -71,8 +72,8 @@ class Site:
         >>> import timm
         >>> from se_retrofit import plan_se
         >>> site = plan_se(timm.create_model("resnet18"), reduction=16).sites[-1]
-        >>> site.path, site.kind, site.channels, site.hidden, site.parameters
-        ('layer4.1.se_attention', 'residual', 512, 32, 32768)
+        >>> site.path, site.kind, site.channels, site.parameters
+        ('layer4.1.se_attention', 'residual', 512, 32768)
     """
 
     path: str
@@ -80,9 +81,9 @@ class Site:
     kind: str
     after: str
     channels: int
-    hidden: int
     parameters: int
     channel_dim: int
+    attention: str = "se"
     shape: tuple[int, ...] = ()
     inplace: bool = False
     dtype: str | None = None
@@ -118,10 +119,10 @@ class Plan:
         >>> import timm
         >>> from se_retrofit import plan_se
         >>> print(plan_se(timm.create_model("resnet18"), include="layer1.*"))  # doctest: +ELLIPSIS
-        block     kind      after  channels  hidden  parameters
-        --------  --------  -----  --------  ------  ----------
-        layer1.0  residual  bn2          64       8       1,024
-        layer1.1  residual  bn2          64       8       1,024
+        block     kind      after  channels  parameters
+        --------  --------  -----  --------  ----------
+        layer1.0  residual  bn2          64       1,024
+        layer1.1  residual  bn2          64       1,024
         2 SE modules, 2,048 parameters
         skipped:
           layer2.0: not included
@@ -139,18 +140,24 @@ class Plan:
         """Parameters that the retrofit adds."""
         return sum(site.parameters for site in self.sites)
 
+    @property
+    def what(self) -> str:
+        """What is inserted, in few words: ``"SE"``, ``"eca"``, ``"CoordAttn"``."""
+        names = dict.fromkeys(site.attention.rpartition(".")[2] for site in self.sites)
+        return " and ".join("SE" if name == "se" else name for name in names)
+
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, fit for JSON."""
-        return asdict(self)
+        """The plan as plain data, fit for JSON: of an attention that is a class or a factory, the name alone."""
+        return asdict(replace(self, options=noted_options(self.options)))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that ``to_dict`` wrote. Nothing is imported, and nothing of it is run.
+        """The plan that ``to_dict`` wrote, of this version or an older one. Nothing is imported, and nothing of it is run.
 
         Raises:
             RetrofitError: it is no such data; the message names what is wrong.
         """
-        plan: Plan = _read(data, cls, "plan")
+        plan: Plan = _read(_as_now(data), cls, "plan")
         return plan
 
     def to_json(self) -> str:
@@ -180,27 +187,52 @@ class Plan:
         return cls.from_dict(data)
 
     def __str__(self) -> str:
-        header = ("block", "kind", "after", "channels", "hidden", "parameters")
+        header = ("block", "kind", "after", "channels", "parameters")
         rows = [
             (
                 site.block or "(model)",
                 site.kind,
                 site.after,
                 f"{site.channels:,}",
-                f"{site.hidden:,}",
                 f"{site.parameters:,}",
             )
             for site in self.sites
         ]
         lines = aligned([header, *rows], left=3, rule=True)
-        lines.append(f"{len(self.sites)} SE modules, {self.parameters:,} parameters")
+        lines.append(f"{len(self.sites)} {self.what} modules, {self.parameters:,} parameters")
         if self.skipped:
             lines.append("skipped:")
             lines += [f"  {skip.block or '(model)'}: {skip.reason}" for skip in self.skipped]
         return "\n".join(lines)
 
 
+def noted_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as plain data: of a class or factory that was given for the attention, the name alone, as information."""
+    attention = options.get("attention", "se")
+    return {**options, "attention": {"callable": name_of(attention)} if callable(attention) else attention}
+
+
 # Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _as_now(data: Any) -> Any:
+    """What older versions wrote as this one writes it: SE was the only attention, a static factor one of its gates, or a site of
+    a hidden width of 0."""
+    if not isinstance(data, dict) or not isinstance(data.get("options"), dict) or "attention" in data["options"]:
+        return data
+    static = data["options"].get("gate") == "static"
+    options = {**data["options"], "attention": "static" if static else "se"}
+    if static:
+        options["gate"] = "identity"
+    sites = data.get("sites")
+    if isinstance(sites, (list, tuple)):
+        sites = [_site_as_now(site) if isinstance(site, dict) else site for site in sites]
+    return {**data, "options": options, "sites": sites}
+
+
+def _site_as_now(site: dict[str, Any]) -> dict[str, Any]:
+    attention = "static" if site.get("hidden") == 0 else "se"
+    return {"attention": attention, **{key: value for key, value in site.items() if key != "hidden"}}
 
 
 def _read(value: Any, kind: Any, where: str) -> Any:

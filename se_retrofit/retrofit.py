@@ -3,27 +3,24 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from .attention import hidden_width, parameter_count
+from .attention import Attention
 from .errors import RetrofitError, check_module
-from .plan import Edit, Plan, Site, Skipped
-from .surgery.arguments import Options, Patterns, check_model, patterns_of
-from .surgery.blocks import Place
-from .surgery.carry import block_around, carry_out, misfit, structure_of
+from .plan import Edit, Plan, Site
+from .surgery.arguments import Options, Patterns
+from .surgery.blocks import Recognise
+from .surgery.carry import carry_out, structure_of
 from .surgery.copying import copied
 from .surgery.derived import RetrofittedBlock
-from .surgery.edits import se_paths
-from .surgery.fitting import SurgerySite
-from .surgery.inputs import describe, described_inputs
-from .surgery.planning import plan_surgery
+from .surgery.planning import fitted, planned
 from .surgery.undo import is_retrofitted, lost_sites, strip
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
@@ -35,12 +32,16 @@ def add_se(
     model: M,
     reduction: int = 8,
     *,
+    attention: Attention = "se",
     placement: str = "auto",
     gate: str = "identity",
     bias: bool = False,
     min_hidden: int = 4,
     include: Patterns = None,
     exclude: Patterns = None,
+    at: Patterns = None,
+    auto: bool | None = None,
+    recognisers: Iterable[Recognise] = (),
     example_inputs: Any = None,
     plan: Plan | None = None,
     inplace: bool = False,
@@ -52,29 +53,42 @@ def add_se(
 
     Args:
         model: a network from torchvision, timm or your own code. It is not changed unless ``inplace``.
-        reduction: the excitation's bottleneck has ``channels // reduction`` units (the paper's r).
+        reduction: the bottleneck of SE and CBAM has ``channels // reduction`` units (the paper's r).
+        attention: what is inserted. ``"se"``; ``"eca"`` (arXiv:1910.03151); ``"cbam"`` (arXiv:1807.06521); ``"static"``, a
+            learned factor for each channel, as a control; a class, built as ``cls(channels)``, or a ``functools.partial`` of one;
+            or a factory ``(slot) -> nn.Module``. What a class or factory makes is inserted as the step
+            ``x + alpha * (f(x) - x)`` (``FromIdentity``), unless it is an ``Inserted`` itself. It is called twice for each
+            site: on the meta device, to count its parameters, and to build it.
         placement: ``"auto"``, or for residual units one of the paper's others: ``"standard"``, ``"pre"``, ``"post"``,
             ``"identity"``, ``"3x3"`` (section 6.4, figure 5).
         gate: ``"identity"``, ``2 * sigmoid`` that starts at exactly 1; or ``"sigmoid"``, the paper's, which starts at
-            about 1/2 and so is for training from scratch and for loading the weights of a native SE network; or
-            ``"static"``, a learned factor for each channel that starts at exactly 1, as a control.
-        bias: whether the excitation's layers have biases.
+            about 1/2 and so is for training from scratch and for loading the weights of a native SE network.
+        bias: whether the bottleneck's layers have biases.
         min_hidden: minimum number of units in the bottleneck.
         include, exclude: one or several patterns of block paths (``"layer4.*"``): retrofit only matching blocks, or all others.
+        at: one or several patterns of module paths (``"decoder.blocks.*.conv2"``): put SE on what these modules return, instead
+            of into the blocks found.
+        auto: put SE into the blocks found as well; by default only without ``at``.
+        recognisers: further functions ``(record) -> Iterable[Block]``, asked before those of the package.
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, ``(args, kwargs)``, or any
             other object that the model takes. Only shapes and dtypes are read, unless the forward itself looks at values.
             Without it the model's config, sizes in its own attributes and then usual sizes are tried.
         plan: a plan from ``plan_se``, for this model or one with the same sites. Its sites and options are used instead of
             the options above, and its input shapes unless ``example_inputs`` are given. Blocks may have been removed
-            from it (``dataclasses.replace(plan, sites=...)``).
+            from it (``dataclasses.replace(plan, sites=...)``). Where its attention was a class or factory, and the plan was
+            saved in between or taken from a model, that is given again: ``attention=``.
         inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
 
     Returns:
         The retrofitted network: a deep copy, or ``model`` itself if ``inplace``.
 
     Raises:
-        RetrofitError: nothing can be retrofitted, or an option is invalid; the model is unchanged.
+        RetrofitError: nothing can be retrofitted, an option is invalid, or what a class or factory makes can't be inserted;
+            the model is unchanged.
         TypeError: an argument is of the wrong type; the model is unchanged.
+
+    Warns:
+        UserWarning: what a class or factory makes draws random numbers in train mode, which moves the network's own draws.
 
     Example:
         >>> import timm
@@ -91,11 +105,11 @@ def add_se(
           )
         )
     """
-    options = Options(reduction, placement, gate, bias, min_hidden, include, exclude)
+    options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
     if plan is None:
-        plan = _planned(model, options, example_inputs)
+        plan = planned(model, options, example_inputs)
     else:
-        plan = _fitted(model, plan, options, example_inputs)
+        plan = fitted(model, plan, options, example_inputs)
     target = model if inplace else copied(model)
     carry_out(target, plan)
     return target
@@ -105,12 +119,16 @@ def plan_se(
     model: nn.Module,
     reduction: int = 8,
     *,
+    attention: Attention = "se",
     placement: str = "auto",
     gate: str = "identity",
     bias: bool = False,
     min_hidden: int = 4,
     include: Patterns = None,
     exclude: Patterns = None,
+    at: Patterns = None,
+    auto: bool | None = None,
+    recognisers: Iterable[Recognise] = (),
     example_inputs: Any = None,
 ) -> Plan:
     """What ``add_se`` would do with the same arguments, without doing it.
@@ -124,7 +142,8 @@ def plan_se(
         >>> len(plan.sites), plan.sites[0].path, plan.sites[0].after
         (8, 'layer1.0.se_attention', 'bn2')
     """
-    return _planned(model, Options(reduction, placement, gate, bias, min_hidden, include, exclude), example_inputs)
+    options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
+    return planned(model, options, example_inputs)
 
 
 def remove_se(model: M, *, inplace: bool = False) -> M:
@@ -254,154 +273,3 @@ class InsertSE(PassBase):
                 f"InsertSE takes a GraphModule, got {type(graph_module).__name__}; for other modules call add_se"
             )
         return PassResult(add_se(graph_module, self.reduction, **self.options, inplace=True), True)
-
-
-# Behind them ------------------------------------------------------------------
-
-
-def _planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
-    """Find out all that is to be done; touch nothing."""
-    check_model(model)
-    options.check()
-    included, excluded = patterns_of("include", options.include), patterns_of("exclude", options.exclude)
-    nothing: list[str] = []
-
-    def choose(places: list[Place], skipped: dict[str, str]) -> list[Place]:
-        if not places:
-            nothing.append("")
-            return places
-        return _chosen(places, skipped, included, excluded)
-
-    surgery = plan_surgery(model, options.placement, example_inputs, choose)
-    if not surgery.sites:
-        raise RetrofitError(_why_nothing(model, surgery.attended if nothing else 0, surgery.skipped))
-    in_order = sorted(surgery.sites, key=lambda site: site.place.op.index)
-    sites = tuple(_site(model, site, options) for site in in_order)
-    called: dict[str, int] = {}
-    for index, call in enumerate(surgery.record.calls):
-        called.setdefault(call.path, index)
-    left = sorted(surgery.skipped.items(), key=lambda item: called.get(item[0], len(called)))
-    skipped = tuple(Skipped(block, reason) for block, reason in left)
-    noted = asdict(replace(options, include=included or None, exclude=excluded or None))
-    return Plan(sites, skipped, noted, describe(surgery.inputs, model), structure_of(model))
-
-
-def _fitted(model: nn.Module, plan: Any, options: Options, example_inputs: Any) -> Plan:
-    """A plan that was made before; where the model is another one by now, or its code has changed, the plan made again, if that
-    has the same sites."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
-    if options != Options():
-        raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
-    check_model(model)
-    chosen = Options.of(plan)
-    if not plan.sites:
-        raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
-    changed = ""
-    if plan.structure == structure_of(model) and all(site.edits for site in plan.sites):
-        changed = misfit(model, plan)
-        if not changed:
-            return plan
-    if example_inputs is None:
-        try:
-            example_inputs = described_inputs(plan.inputs, model)
-        except ValueError as error:
-            raise RetrofitError(f"the inputs of the plan can't be rebuilt: {error}; or give example_inputs") from error
-    again = _planned(model, chosen, example_inputs)
-    sites = tuple(_found_again(site, again, type(model).__name__) for site in plan.sites)
-    if changed:
-        warnings.warn(
-            f"{changed}, so the plan of this {type(model).__name__} was made again; its {len(sites)} sites are there as before",
-            stacklevel=3,
-        )
-    return replace(again, sites=sites, skipped=plan.skipped)
-
-
-def _found_again(wanted: Site, again: Plan, model: str) -> Site:
-    """A site of an earlier plan in one that was made now.
-
-    Raises:
-        RetrofitError: there is none, or its SE would be another.
-    """
-    value = (wanted.after, wanted.channels, wanted.channel_dim)
-    alike = [site for site in again.sites if (site.after, site.channels, site.channel_dim) == value]
-    found = next((site for site in alike if site.path == wanted.path), None)
-    found = found or next((site for site in alike if site.block == wanted.block), None)
-    if found is None or wanted.hidden not in (0, found.hidden):
-        reason = next((f": {skip.reason}" for skip in again.skipped if skip.block == wanted.block), "")
-        raise RetrofitError(
-            f"the plan does not fit {model}, which has no place for its site {wanted.path} (after {wanted.after}, {wanted.channels} "
-            f"channels, hidden={wanted.hidden}){reason}. Make a plan of this model with plan_se(...), or take the site out of the plan"
-        )
-    return replace(found, hidden=wanted.hidden, parameters=wanted.parameters)
-
-
-def _chosen(places: list[Place], skipped: dict[str, str], included: list[str], excluded: list[str]) -> list[Place]:
-    """The places that ``include`` and ``exclude`` let through. A pattern is over the paths of blocks, and of what in a plain chain
-    is less than a block: its convolutions; where it matches none of these, over those of SE modules."""
-    names = {place: [place.block, *place.names] for place in places}
-    blocks = list(dict.fromkeys(place.block for place in places))
-    for pattern in included + excluded:
-        if not any(fnmatch.filter(of_place, pattern) for of_place in names.values()):
-            paths = se_paths(places)
-            matched = [place for place in places if fnmatch.fnmatchcase(paths.get(place, ""), pattern)]
-            if not matched:
-                raise RetrofitError(
-                    f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
-                    f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
-                )
-            for place in matched:
-                names[place].append(paths[place])
-    chosen = []
-    reasons: dict[Place, str] = {}
-    for place in places:
-        if included and not any(fnmatch.filter(names[place], p) for p in included):
-            reasons[place] = "not included"
-        elif any(fnmatch.filter(names[place], p) for p in excluded):
-            reasons[place] = "excluded"
-        else:
-            chosen.append(place)
-    if not chosen:
-        raise RetrofitError("include and exclude together leave no block to retrofit")
-    kept = {place.block for place in chosen}
-    for place, reason in reasons.items():  # of a block that keeps others, what is left out is named on its own
-        skipped[place.block if place.block not in kept else se_paths(places).get(place, place.block)] = reason
-    return chosen
-
-
-def _site(model: nn.Module, site: SurgerySite, options: Options) -> Site:
-    place, op, gate = site.place, site.place.op, options.gate
-    hidden = 0 if gate == "static" else hidden_width(place.channels, options.reduction, options.min_hidden)
-    assert op.channel_dim is not None
-    like = next(block_around(model, site.path).parameters(), None)
-    own = like is not None and like.dtype == op.dtype
-    return Site(
-        site.path, place.block, place.kind, _after(place), place.channels, hidden,
-        parameter_count(place.channels, hidden, gate, options.bias), op.channel_dim, tuple(op.shape), place.overwritten,
-        None if own else str(op.dtype).removeprefix("torch."), tuple(site.edits),
-    )  # fmt: skip
-
-
-def _after(place: Place) -> str:
-    """What makes the value that SE scales: a module's path in the block, or else an operation's name."""
-    call, op = place.call, place.op
-    while op.path is None and op.role in ("shape", "pass") and len(op.data) == 1 and call.shows(op.data[0]):
-        op = op.data[0]
-    child = None if op.call is call else next((c for c in call.children if op in c.outputs), None)
-    path = op.path if child is None else child.path
-    if path is None or (op.call is not call and child is None):
-        return op.name
-    return path[len(call.path) + 1 :] if call.path else path
-
-
-def _why_nothing(model: nn.Module, attended: int, skipped: dict[str, str]) -> str:
-    name = type(model).__name__
-    if attended:
-        return f"{name} has channel attention already, in all of its convolutional blocks ({attended}), so there is nothing to retrofit"
-    if skipped:
-        block, reason = next(iter(skipped.items()))
-        return f"{name} has no block that can be retrofitted ({len(skipped)} skipped; {block or 'the model'}: {reason})"
-    return (
-        f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
-        "and no plain chain of convolutions, so there is nothing to retrofit"
-    )

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from .attention import SEAttention
+from .attention import Inserted, scale
 from .errors import RetrofitError, extra
 from .models import Base
 from .surgery.copying import in_mode
@@ -92,20 +92,20 @@ def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> C
     scrambled = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     for module in scrambled.modules():
-        if isinstance(module, SEAttention):
-            module.fc = _FixedGates(2 * torch.rand(module.channel, generator=generator))
+        if isinstance(module, Inserted):
+            module.register_forward_hook(_FixedGates(2 * torch.rand(module.channel, generator=generator)))
     return compare(model, scrambled, inputs)
 
 
-class _FixedGates(nn.Sequential):
-    """Stands for the excitation: the same gates whatever comes in (random weights could leave them at 1)."""
+class _FixedGates:
+    """A hook that scales what a module returns by the same gates whatever comes in (random weights could leave them at 1)."""
 
     def __init__(self, gates: Tensor) -> None:
-        super().__init__()
         self.gates = gates
 
-    def forward(self, squeezed: Tensor) -> Tensor:
-        return self.gates.to(squeezed).expand_as(squeezed)
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        assert isinstance(module, Inserted)
+        return scale(output, self.gates.to(output), module.channel_dim)
 
 
 def redraw_vectors(model: nn.Module, seed: int = 0) -> None:

@@ -185,8 +185,8 @@ def test_without_a_gradient_the_values_are_the_same_bit_for_bit(
 
 
 class Halved(SEAttention):
-    def excite(self, x: Tensor) -> Tensor:
-        return super().excite(x) / 2
+    def gates(self, x: Tensor) -> Tensor:
+        return super().gates(x) / 2
 
 
 class Constant(nn.Module):
@@ -257,7 +257,7 @@ def test_it_is_scriptable_as_the_seed_is_and_traces_symbolically() -> None:
         ({"reduction": True}, TypeError, "reduction must be a positive int, got True"),
         ({"reduction": "8"}, TypeError, "reduction must be a positive int, got '8'"),
         ({"min_hidden": 0}, RetrofitError, "min_hidden must be at least 1"),
-        ({"gate": "relu"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', 'static', got 'relu'"),
+        ({"gate": "relu"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', got 'relu'"),
         ({"gate": None}, TypeError, "gate must be a string"),
         ({"bias": 1}, TypeError, "bias must be True or False"),
         ({"channel_dim": 0}, RetrofitError, "is the batch"),

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_retrofit import SEAttention, add_se, plan_se
+from se_retrofit import add_se, plan_se
+from se_retrofit.attention import Inserted
 
 __all__ = ["ARMS", "Arm", "parameter_groups"]
 
@@ -52,7 +53,7 @@ class Arm:
         if self.trains == "all":
             return model.parameters()
         chosen: Callable[[nn.Module], bool]
-        chosen = {"se": lambda m: isinstance(m, SEAttention), "norms": is_norm, "head": lambda m: False}[self.trains]
+        chosen = {"se": lambda m: isinstance(m, Inserted), "norms": is_norm, "head": lambda m: False}[self.trains]
         modules = [head_of(model), *filter(chosen, model.modules())]
         return [p for module in modules for p in module.parameters()]
 
@@ -63,13 +64,13 @@ def is_norm(module: nn.Module) -> bool:
 
 def head_of(model: nn.Module) -> nn.Module:
     """The last linear layer outside of SE."""
-    inside = {m for se in model.modules() if isinstance(se, SEAttention) for m in se.modules()}
+    inside = {m for se in model.modules() if isinstance(se, Inserted) for m in se.modules()}
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m not in inside][-1]
 
 
 def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     """For the optimizer: SE and static factors with a learning rate of their own, and without weight decay for factors."""
-    se = {p for m in model.modules() if isinstance(m, SEAttention) for p in m.parameters() if p.requires_grad}
+    se = {p for m in model.modules() if isinstance(m, Inserted) for p in m.parameters() if p.requires_grad}
     rest = [p for p in model.parameters() if p.requires_grad and p not in se]
     groups: list[dict[str, Any]] = [{"params": rest, "lr": lr}]
     if se:
@@ -98,10 +99,10 @@ ARMS = {
         Arm("plain", unchanged),
         Arm("SE", with_se()),
         Arm("SE, gate of 0.5", with_se(gate="sigmoid")),
-        Arm("static factors", with_se(gate="static")),
+        Arm("static factors", with_se(attention="static")),
         Arm("SE, late blocks", with_late_se),
         Arm("SE only", with_se(), "se"),
-        Arm("static factors only", with_se(gate="static"), "se"),
+        Arm("static factors only", with_se(attention="static"), "se"),
         Arm("norms only", unchanged, "norms"),
         Arm("head only", unchanged, "head"),
     )

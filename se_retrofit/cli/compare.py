@@ -26,16 +26,18 @@ from .options import (
 
 
 @app.command("compare")
-@takes(SE_OPTIONS, RECIPE_OPTIONS, without=("trainable", "patience"))
+@takes(SE_OPTIONS, RECIPE_OPTIONS, without=("attention", "trainable", "patience"))
 def compare_command(
     context: typer.Context,
     model: ModelOrFolder,
     data: Data,
     seeds: Annotated[int, typer.Option(help="runs of each network")] = 3,
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(help="plain, se, static (a factor for each channel) or sigmoid (the paper's gate); repeat it"),
-    ] = None,
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="plain and others, with commas: se, eca, cbam, static (a factor for each channel), sigmoid (SE with the paper's gate)"
+        ),
+    ] = "plain,se,static",
     output: RunFolder = None,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
@@ -68,7 +70,7 @@ def compare_command(
             config=recipe,
             seeds=seeds,
             se_options=options,
-            arms=arm or ("plain", "se", "static"),
+            arms=[name.strip() for name in arms.split(",")],
             output_dir=output,
             base=base,
         )

@@ -46,9 +46,20 @@ Data = Annotated[str, typer.Option(help=DATA_HELP)]
 Root = Annotated[Path, typer.Option(help="where timm's datasets are stored")]
 Download = Annotated[bool, typer.Option("--download", help="download timm's dataset if it is missing")]
 
+
+def known_attention(name: str) -> str:
+    """A name in the table of attentions, which is imported when another than SE is asked for."""
+    if name != "se":
+        from ..attention import ATTENTIONS
+
+        if name not in ATTENTIONS:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, ATTENTIONS))}")
+    return name
+
+
 # The retrofit: the arguments of add_se, with their defaults
 SE_OPTIONS: Options = {
-    "reduction": (Annotated[int, typer.Option(min=1, help="SE's reduction ratio")], 8),
+    "reduction": (Annotated[int, typer.Option(min=1, help="reduction ratio of SE or CBAM")], 8),
     "placement": (
         Annotated[
             Literal["auto", "standard", "pre", "post", "identity", "3x3"],
@@ -56,17 +67,25 @@ SE_OPTIONS: Options = {
         ],
         "auto",
     ),
+    "attention": (
+        Annotated[
+            str,
+            typer.Option(
+                callback=known_attention,
+                help="se, eca, cbam, or static: a learned factor for each channel, as a control",
+            ),
+        ],
+        "se",
+    ),
     "gate": (
         Annotated[
-            Literal["identity", "sigmoid", "static"],
-            typer.Option(
-                help="identity keeps the function; sigmoid is the paper's; static is a learned factor for each channel"
-            ),
+            Literal["identity", "sigmoid"],
+            typer.Option(help="of SE: identity keeps the function; sigmoid is the paper's"),
         ],
         "identity",
     ),
-    "bias": (Annotated[bool, typer.Option("--bias", help="use biases in SE's two linear layers")], False),
-    "min_hidden": (Annotated[int, typer.Option(min=1, help="minimum width between SE's two layers")], 4),
+    "bias": (Annotated[bool, typer.Option("--bias", help="use biases in the two linear layers of SE or CBAM")], False),
+    "min_hidden": (Annotated[int, typer.Option(min=1, help="minimum width between their two layers")], 4),
     "include": (
         Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'; repeat it for more")],
         None,
@@ -133,7 +152,7 @@ def takes(*groups: Options, without: tuple[str, ...] = ()) -> Callable[[Callable
 
 def se_options(context: typer.Context) -> dict[str, Any]:
     """The arguments of ``add_se`` that a command got."""
-    values = {name: context.params[name] for name in SE_OPTIONS}
+    values = {name: context.params[name] for name in SE_OPTIONS if name in context.params}
     return {**values, **{name: list(values[name]) if values[name] else None for name in ("include", "exclude")}}
 
 

@@ -1,4 +1,4 @@
-"""A retrofitted network as a Python file of its own: the changed classes and SE in plain PyTorch, and the weights beside it."""
+"""A retrofitted network as a Python file of its own: the changed classes and the attention in plain PyTorch, and the weights beside it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
-from ..attention import SEAttention, scale, squeeze
 from ..errors import RetrofitError
 from ..models import Base
-from ..plan import Site
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..saving.base import base_of, check_base
@@ -27,10 +25,11 @@ from ..surgery.derived import Recipe, RetrofittedBlock
 from ..surgery.inputs import tensors_in
 from ..surgery.methods import unwrapped
 from ..surgery.undo import strip
+from .attentions import arguments_of, classes_text
 
 __all__ = ["export_source"]
 
-_HEAD = '''"""{name} with Squeeze-and-Excitation. ``load()`` builds it and loads the weights, from the file beside this one."""
+_HEAD = '''"""{name} with {what}. ``load()`` builds it and loads the weights, from the file beside this one."""
 
 from __future__ import annotations
 
@@ -45,29 +44,7 @@ from torch import Tensor, nn
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 
 
-{squeeze}
-
-{scale}
-
-class SqueezeExcitation(nn.Module):
-    """Squeeze-and-Excitation (Hu et al., arXiv:1709.01507)."""
-
-    def __init__(self, channels: int, hidden: int, gate: str, bias: bool, channel_dim: int) -> None:
-        super().__init__()
-        self.gate, self.channel_dim = gate, channel_dim
-        if gate == "static":
-            self.factor = nn.Parameter(torch.ones(channels))
-        else:
-            self.fc = nn.Sequential(
-                nn.Linear(channels, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, channels, bias=bias), nn.Sigmoid()
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gate == "static":
-            return scale(x, self.factor.expand(x.shape[0], -1), self.channel_dim)
-        gate = self.fc(squeeze(x, self.channel_dim))
-        return scale(x, 2.0 * gate if self.gate == "identity" else gate, self.channel_dim)
-
+{attentions}
 
 def method_of(owner: type):
     """The names in a method are those of the module that it was copied from, and its ``super()`` is that of its class."""
@@ -85,7 +62,7 @@ def method_of(owner: type):
 '''
 
 _TAIL = '''
-# the SE modules: channels, hidden width, gate, whether there are biases, which dim holds the channels
+# the inserted modules: their class, and the arguments of its constructor
 SITES = {sites}
 
 # the modules that call them
@@ -100,9 +77,9 @@ TIED: dict[str, str] = {tied}
 def load({argument}) -> nn.Module:
     """The network with its weights, in eval mode{argument_note}."""
 {build}
-    for path, options in SITES.items():
+    for path, (attention, *arguments) in SITES.items():
         holder, _, name = path.rpartition(".")
-        model.get_submodule(holder).add_module(name, SqueezeExcitation(*options))
+        model.get_submodule(holder).add_module(name, attention(*arguments))
     for path, cls in BLOCKS.items():
         model.get_submodule(path).__class__ = cls
     state = load_file(WEIGHTS)
@@ -158,12 +135,15 @@ def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> st
             bodies.append(_class_text(type(module), recipe, classes[recipe]))
             imports.update(_modules_of(recipe))
         blocks.append(f"    {json.dumps(path)}: {classes[recipe]},")
-    sites = {s.path: _options(model, s) for s in plan_of(model).sites} if has_se(model) else {}
+    plan = plan_of(model) if has_se(model) else None
+    inserted = {site.path: model.get_submodule(site.path) for site in plan.sites} if plan is not None else {}
+    sites = {path: arguments_of(path, module) for path, module in inserted.items()}
     if base is not None:
         imports.add(base.library)
     head = _HEAD.format(
         name=type(model).__name__, imports="".join(f"\nimport {m}" for m in sorted(imports)),
-        squeeze=inspect.getsource(squeeze), scale=inspect.getsource(scale),
+        attentions=classes_text(inserted.values()),
+        what="Squeeze-and-Excitation" if plan is None or plan.what == "SE" else f"{plan.what} modules",
     )  # fmt: skip
     tail = _TAIL.format(
         sites=_pretty(sites), blocks="\n".join(blocks), tied=_pretty(tied),
@@ -178,13 +158,6 @@ def _pretty(values: object) -> str:
     if not isinstance(values, dict) or not values:
         return "{}"
     return "{\n" + "".join(f"    {key!r}: {value!r},\n" for key, value in values.items()) + "}"
-
-
-def _options(model: nn.Module, site: Site) -> tuple[int, int, str, bool, int]:
-    se = model.get_submodule(site.path)
-    assert isinstance(se, SEAttention)
-    bias = isinstance(se.fc, nn.Sequential) and se.fc[0].bias is not None
-    return se.channel, se.hidden, se.gate, bias, se.channel_dim
 
 
 def _build_text(base: Base | None) -> str:

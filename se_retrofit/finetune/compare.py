@@ -14,6 +14,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
+from ..attention import ATTENTIONS
 from ..errors import RetrofitError, brief
 from ..models import Base
 from ..retrofit import add_se
@@ -28,12 +29,13 @@ from .train import finetune
 __all__ = ["Arm", "Comparison", "Contrast", "compare"]
 
 
-ARMS = {
+ARMS = {  # beside any other name of an attention
     "plain": "without SE",
     "se": "with SE",
     "static": "a learned factor for each channel, no squeeze",
     "sigmoid": "with SE, the paper's gate",
 }
+NAMES = {"se": "SE", "sigmoid": "SE with the paper's gate", "static": "The static factor"}
 FEWEST_SEEDS = 3  # for a verdict
 
 
@@ -125,7 +127,7 @@ class Contrast:
     @property
     def verdict(self) -> str:
         """One plain sentence."""
-        name = {"se": "SE", "sigmoid": "SE with the paper's gate", "static": "The static factor"}[self.name]
+        name = NAMES.get(self.name, self.name.upper())
         against = {"plain": "", "static": " than the static factor"}[self.other]
         n = len(self.differences)
         if self.interval is None:
@@ -170,7 +172,7 @@ class Comparison:
     """A network without and with SE, after the same recipe, seed by seed.
 
     Attributes:
-        arms: the networks by name: ``"plain"``, ``"se"``, ``"static"``, ``"sigmoid"``.
+        arms: the networks by name: ``"plain"``, ``"se"`` and other attentions, ``"sigmoid"``.
         seeds: of the runs.
     """
 
@@ -179,7 +181,7 @@ class Comparison:
 
     @property
     def contrasts(self) -> list[Contrast]:
-        """Each arm against the plain network, and SE against the static factor where that was run."""
+        """Each arm against the plain network, and against the static factor where that was run."""
         pairs = [(name, "plain") for name in self.arms if name != "plain"]
         if "static" in self.arms:
             pairs += [(name, "static") for name in self.arms if name not in ("plain", "static")]
@@ -238,9 +240,9 @@ def compare(
         config: the recipe; its seed is the first one.
         seeds: how many.
         se_options: for ``add_se``, such as ``{"reduction": 16}``.
-        arms: the networks to compare: ``"plain"`` and one or more of ``"se"``, ``"static"`` (a learned factor for
-            each channel in the same places, which tells SE's squeeze from the mere parameters) and ``"sigmoid"``
-            (SE with the paper's gate, which is no identity at first).
+        arms: the networks to compare: ``"plain"`` and one or more of the attentions ``"se"``, ``"eca"``, ``"cbam"`` and
+            ``"static"`` (a learned factor for each channel in the same places, which tells SE's squeeze from the mere
+            parameters), and ``"sigmoid"`` (SE with the paper's gate, which is no identity at first).
         output_dir: folder for ``comparison.json`` and the runs; None writes nothing.
         base: as for ``finetune``.
         quiet: print nothing.
@@ -272,7 +274,7 @@ def compare(
             networks = {name: _network(name, bare, se_options or {}) for name in arms}
         for name, network in networks.items():
             if not quiet:
-                print(f"seed {seed}, {name}: {ARMS[name]}", flush=True)
+                print(f"seed {seed}, {name}: {ARMS.get(name, f'with {name.upper()}')}", flush=True)
             recipe = config.replace(seed=seed)
             result = finetune(
                 network,
@@ -304,11 +306,11 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
         raise RetrofitError(
             f'a network without SE can\'t be trained with trainable="{config.trainable}"; compare with "all"'
         )
-    unknown = [name for name in arms if name not in ARMS]
+    known = list(dict.fromkeys([*ARMS, *ATTENTIONS]))
+    unknown = [name for name in arms if name not in known]
     if unknown or "plain" not in arms or len(set(arms)) < max(2, len(arms)):
         raise RetrofitError(
-            f"arms must be 'plain' and one or more of {', '.join(name for name in ARMS if name != 'plain')}, each "
-            f"once, got {list(arms)}"
+            f"arms must be 'plain' and one or more of {', '.join(known[1:])}, each once, got {list(arms)}"
         )
     if val_data is None:
         raise RetrofitError("compare needs validation data")
@@ -318,8 +320,10 @@ def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Modul
     """A copy of the bare network for one arm."""
     if name == "plain":
         return copy.deepcopy(bare)
-    gate = {} if name == "se" else {"gate": name}
-    return add_se(bare, **{**se_options, **gate})
+    if name == "sigmoid":
+        return add_se(bare, **{**se_options, "attention": "se", "gate": "sigmoid"})
+    gate = {} if name == "se" else {"gate": "identity"}  # the others have no other
+    return add_se(bare, **{**se_options, "attention": name, **gate})
 
 
 def _arm(results: list[FinetuneResult], answers: list[Tensor]) -> Arm:

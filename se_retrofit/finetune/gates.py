@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..attention import has_gates
 from ..inspection.gate_log import GateLogger, plot_gates
 from ..saving.atomic import replaced_file
 from ..surgery.undo import is_retrofitted
@@ -19,7 +20,7 @@ __all__ = ["draw_gates", "listening", "log_gates"]
 @contextlib.contextmanager
 def listening(model: nn.Module) -> Iterator[GateLogger | None]:
     """Gather the gates of a network while it is evaluated; None where it has none."""
-    if not any(map(is_retrofitted, model.modules())):
+    if not any(is_retrofitted(module) and has_gates(module) for module in model.modules()):
         yield None
         return
     with GateLogger(model) as gates:

@@ -13,9 +13,9 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from ..attention import SEAttention
 from ..errors import RetrofitError
 from ..saving.recipe import BASE
+from ..surgery.undo import is_retrofitted
 
 __all__ = [
     "as_found",
@@ -30,7 +30,7 @@ AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # of torchvision's G
 
 
 def se_modules(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, SEAttention)]
+    return [module for module in model.modules() if is_retrofitted(module)]
 
 
 def head_of(model: nn.Module) -> list[nn.Module]:

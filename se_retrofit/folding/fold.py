@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import SEAttention
+from ..attention import Inserted, StaticFactor, check_gates
 from ..errors import RetrofitError, brief, check_module
 from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
@@ -46,7 +46,7 @@ def fold_se(
     of the norms or convolutions before SE (through ReLU, LeakyReLU and other operations that commute with a factor),
     or else into the weights of the convolutions after it. A block without SE gets its original class back. If all
     sites are folded, the result is a plain network with the keys of the original. A factor that can't be folded into
-    any weight remains as an SE module with ``gate="static"``.
+    any weight remains as a ``StaticFactor``.
 
     Args:
         model: a network that ``add_se`` made.
@@ -62,8 +62,8 @@ def fold_se(
         The folded network, and a ``FoldReport`` with spread, effect and verdict of each site.
 
     Raises:
-        RetrofitError: the model has no SE inserted by ``add_se`` (it may be folded already), or only factors that
-            can't be folded; the data is empty; a pattern matches no site. The model is unchanged.
+        RetrofitError: the model has no SE inserted by ``add_se`` (it may be folded already), only factors that can't be
+            folded, or modules without gates for each channel (CBAM); the data is empty; a pattern matches no site. The model is unchanged.
         TypeError: an argument is of the wrong type; the model is unchanged.
 
     Example:
@@ -76,11 +76,12 @@ def fold_se(
     """
     _check(model, tolerance, max_accuracy_loss, max_batches)
     chosen = _chosen(plan_of(model), sites)
+    check_gates({site.path: model.get_submodule(site.path) for site in chosen}, "it can't be folded")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = batches_of(data, max_batches, device)
     work = in_mode(copied(model, independent=True), False)
     with isolated(model), forked_randomness(), torch.no_grad():
-        ses = {path: m for path, m in work.named_modules() if is_retrofitted(m) and isinstance(m, SEAttention)}
+        ses = {path: m for path, m in work.named_modules() if is_retrofitted(m)}
         gates = gates_of(work, {site.path: ses[site.path] for site in chosen}, batches)
         reference = Reference(work, batches)
         effects = _effects(work, gates, reference)
@@ -235,8 +236,8 @@ def absorb(
     return None
 
 
-def _check_progress(todo: Todo, ses: dict[str, SEAttention], chosen: list[Site]) -> None:
-    if not todo.gone and all(ses[site.path].gate == "static" for site in chosen):
+def _check_progress(todo: Todo, ses: dict[str, Inserted], chosen: list[Site]) -> None:
+    if not todo.gone and all(isinstance(ses[site.path], StaticFactor) for site in chosen):
         raise RetrofitError(
             f"there is nothing left to fold: {', '.join(site.path for site in chosen[:3])}"
             f"{', ...' if len(chosen) > 3 else ''} {'are constant factors' if len(chosen) > 1 else 'is a constant factor'} "
@@ -256,17 +257,15 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 def put_factor(model: nn.Module, path: str, factor: Tensor) -> nn.Module:
     """Put a constant factor for each channel in the place of an SE module, which is returned."""
     se = model.get_submodule(path)
-    assert isinstance(se, SEAttention)
-    parameter = next(se.parameters())
-    static = SEAttention(
-        se.channel, se.reduction, gate="static", channel_dim=se.channel_dim, inplace=se.inplace,
-        device=parameter.device, dtype=parameter.dtype,
-    )  # fmt: skip
-    assert static.factor is not None
+    assert isinstance(se, Inserted)
+    like = next(se.parameters())
+    static = StaticFactor(
+        se.channel, channel_dim=se.channel_dim, inplace=se.inplace, device=like.device, dtype=like.dtype
+    )
     with torch.no_grad():
         static.factor.copy_(factor)
-    site = replace(vars(se)["site"], hidden=0, parameters=se.channel)
-    vars(static).update(site=site, plan=vars(se)["plan"])
+    site = replace(se.site, attention="static", parameters=se.channel)
+    vars(static).update(site=site, plan=se.plan)
     put(model, path, static.train(se.training))
     return se
 

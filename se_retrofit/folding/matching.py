@@ -78,8 +78,6 @@ def parts_of(record: Record) -> list[Part]:
 
 def _own_gate(path: str, se: nn.Module) -> Gate:
     assert isinstance(se, SEAttention)
-    if se.gate == "static":
-        raise RetrofitError(f"{path} is a constant factor for each channel, which has no native form")
     assert isinstance(se.fc, nn.Sequential)
     biases = [f"{path}.fc.{i}.bias" if se.fc[i].bias is not None else None for i in (0, 2)]
     return Gate(path, se.channel, se.hidden, (f"{path}.fc.0.weight", f"{path}.fc.2.weight"), (biases[0], biases[1]))

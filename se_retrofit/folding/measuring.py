@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
-from ..attention import SEAttention
+from ..attention import Inserted
 from ..errors import RetrofitError
 from ..surgery.isolation import forked_randomness
 
@@ -87,11 +87,11 @@ class Gates:
     between: float
 
 
-def gates_of(model: nn.Module, ses: dict[str, SEAttention], batches: list[Batch]) -> dict[str, Gates]:
-    """The gates of SE modules, by path; those that are never called are left out."""
+def gates_of(model: nn.Module, ses: dict[str, Inserted], batches: list[Batch]) -> dict[str, Gates]:
+    """The gates of inserted modules, by path; those that are never called are left out."""
     seen: dict[str, list[Tensor]] = {path: [] for path in ses}
     hooks = [
-        se.register_forward_pre_hook(lambda se, args, path=path: seen[path].append(se.excite(args[0]).double().cpu()))
+        se.register_forward_pre_hook(lambda se, args, path=path: seen[path].append(se.gates(args[0]).double().cpu()))
         for path, se in ses.items()
     ]
     try:

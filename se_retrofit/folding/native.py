@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import SEAttention, TwiceSigmoid
+from ..attention import Inserted, SEAttention, TwiceSigmoid
 from ..errors import RetrofitError, check_module
 from ..retrofit import has_se, plan_of
 from ..surgery.copying import copied, in_mode
@@ -46,7 +46,7 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
         computes what the model does, which is checked by running both.
 
     Raises:
-        RetrofitError: the model is not retrofitted; the gate of a site is a constant factor, or a factor of two
+        RetrofitError: the model is not retrofitted; a site has another attention than SE, or a factor of two
             can't be moved into the layers around it; the target does not fit (the message names the site or layer);
             the outputs differ.
         TypeError: one of them is not an nn.Module.
@@ -137,12 +137,10 @@ def _check_retrofitted(model: nn.Module, caller: str) -> None:
         )
     if any(p.is_meta for p in model.parameters()):
         raise RetrofitError("the model is on the meta device and has no values; load weights first")
-    for path, se in _ses(model).items():
-        if se.gate == "static":
-            raise RetrofitError(
-                f"{path} has the gate 'static', a constant factor for each channel, which has no native form; "
-                "fold_se or remove_se first"
-            )
+    for path, module in model.named_modules():
+        if is_retrofitted(module) and not isinstance(module, SEAttention):
+            words = module.summary() if isinstance(module, Inserted) else type(module).__name__
+            raise RetrofitError(f"{path} is {words}, not SE, and has no native form; {caller} takes SE alone")
 
 
 def _check_native(network: nn.Module) -> None:

@@ -39,7 +39,6 @@ class FusedSEAttention(SEAttention):
             return super().forward(norm(u))
         a, b = found
         squeezed = (a * means + b).to(u.dtype)
-        gate = self.factor.expand(u.shape[0], -1) if self.factor is not None else self.fc(squeezed)
-        gate = gate.to(values.dtype)
+        gate = self.fc(squeezed).to(values.dtype)
         shape = (*gate.shape, *(1 for _ in spatial))
         return ((a * gate).view(shape) * values + (b * gate).view(shape)).to(u.dtype)

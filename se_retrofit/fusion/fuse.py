@@ -172,7 +172,7 @@ def _why_not(block: Any, name: str) -> str | None:
     if all(s.form == "norm" for s in splices) and isinstance(se, FusedSEAttention) and splices:
         return None
     if type(se) is not SEAttention:
-        return f"it is of the class {type(se).__name__}"
+        return f"it is of the class {type(se).__name__}: SEAttention alone is fused"
     if not splices or any(s.form != "wrap" for s in splices):
         return "SE does not wrap an expression of the block's code"
     for splice in splices:

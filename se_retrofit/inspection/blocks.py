@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..attention import SEAttention
 from ..plan import Site
 from ..surgery.derived import RetrofittedBlock
 from ..surgery.record import Op, Record
+from ..surgery.undo import is_retrofitted
 
 __all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "join"]
 
@@ -34,7 +34,7 @@ class BlockGraph:
     @property
     def ses(self) -> list[fx.Node]:
         """The nodes that call an inserted SE module."""
-        return [node for node, module in self.modules.items() if isinstance(module, SEAttention)]
+        return [node for node, module in self.modules.items() if is_retrofitted(module)]
 
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
@@ -201,8 +201,8 @@ def _structure(block: BlockGraph) -> tuple[Any, ...]:
 def describe(module: nn.Module) -> str:
     """A module in few words: ``Conv2d 64 -> 256, 1x1``, ``SE 256 -> 16 -> 256``."""
     name = class_name(module)
-    if isinstance(module, SEAttention):
-        return f"SE {module.channel} -> {module.hidden} -> {module.channel}"
+    if is_retrofitted(module):
+        return module.summary()
     if isinstance(module, nn.modules.conv._ConvNd):
         words = [f"{name} {module.in_channels} -> {module.out_channels}", "x".join(map(str, module.kernel_size))]
         if any(s != 1 for s in module.stride):

@@ -2,7 +2,8 @@
 
 Counted are the multiply-adds of convolutions, linear layers and matrix products, by ``torch.utils.flop_counter`` on
 meta tensors, as most of the field counts. SE's squeeze (an addition a value) and scale (a multiplication a value),
-which such counts leave out, make one multiply-add a value; they are counted on their own.
+which such counts leave out, make one multiply-add a value; they are counted on their own, as are the passes over all values of
+any other attention.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..attention import SEAttention
 from ..surgery.copying import copied, in_mode, on_cpu, on_meta
 from ..surgery.inputs import tensors_in
 from ..surgery.isolation import isolated
-from ..surgery.record import Record
-from ..surgery.undo import strip
+from ..surgery.record import Op, Record
+from ..surgery.undo import is_retrofitted, strip
 from .graphs import Recorded, batch_size
 from .measuring import watched
 
@@ -31,11 +31,12 @@ __all__ = ["Costs", "SiteCost", "costs"]
 
 @dataclass(frozen=True)
 class SiteCost:
-    """Cost of one SE module for one input of the network, in multiply-adds: ``excitation``, its two linear layers, and
-    ``squeeze_scale``, one for each value; ``shape`` of what it scales, without the batch."""
+    """Cost of one SE module for one input of the network, in multiply-adds: ``excitation``, its layers, and ``squeeze_scale``,
+    its passes over all values, two of which make one for each value; ``shape`` of what it scales, without the batch. None where
+    it can't be run without data."""
 
-    excitation: int
-    squeeze_scale: int
+    excitation: int | None
+    squeeze_scale: int | None
     shape: tuple[int, ...]
 
 
@@ -55,7 +56,7 @@ class Costs:
     @property
     def squeeze_scale(self) -> int:
         """Multiply-adds of all squeezes and scales, which neither ``before`` nor ``after`` holds."""
-        return sum(site.squeeze_scale for site in self.sites.values())
+        return sum(site.squeeze_scale or 0 for site in self.sites.values())
 
 
 def costs(found: Recorded) -> Costs:
@@ -64,13 +65,12 @@ def costs(found: Recorded) -> Costs:
     batch = batch_size(record)
     sites: dict[str, SiteCost] = {}
     for op in record.ops:
-        if isinstance(op.module, SEAttention) and op.path is not None:
-            se, values = op.module, math.prod(op.shape)
-            rows = op.shape[0] if op.dim > -se.channel_dim or se.channel_dim > 0 else 1
+        if is_retrofitted(op.module) and op.path is not None:
             known = sites.get(op.path, SiteCost(0, 0, tuple(op.shape[1:])))
+            layers, passes = _cost_of(op.module, op)
             sites[op.path] = SiteCost(
-                known.excitation + rows * 2 * se.channel * se.hidden // batch,
-                known.squeeze_scale + values // batch,
+                None if layers is None or known.excitation is None else known.excitation + layers // batch,
+                None if passes is None or known.squeeze_scale is None else known.squeeze_scale + passes // batch,
                 known.shape,
             )
     before = _count(found.model, record, strip)
@@ -83,6 +83,35 @@ def costs(found: Recorded) -> Costs:
         _describe((*record.inputs.args, *record.inputs.kwargs.values())),
         _resized(record),
     )
+
+
+def _cost_of(module: nn.Module, op: Op) -> tuple[int | None, int | None]:
+    """The multiply-adds of a call: of its layers, and of its passes over all values, each of which is half of one."""
+    try:
+        with _disable_current_modes(), torch.no_grad():
+            copy = copied(module, on_meta, independent=True).eval()
+            x = torch.empty(tuple(op.shape), dtype=op.dtype, device="meta")
+            with FlopCounterMode(display=False) as counter, _Passes(x.numel()) as passes:
+                copy(x)
+    except (RuntimeError, NotImplementedError):
+        return None, None
+    return counter.get_total_flops() // 2, passes.count * x.numel() // 2
+
+
+class _Passes(TorchDispatchMode):
+    """Counts the operations that compute from, or to, as many values as a feature map has."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        moved = func.is_view or func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten._to_copy)
+        full = any(t.numel() == self.size for t in tensors_in((args, result)))
+        self.count += full and not moved
+        return result
 
 
 def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None] | None) -> dict[str, int] | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import fx, nn
 
-from ..attention import SEAttention
 from ..errors import RetrofitError, extra
 from ..paths import writable
+from ..surgery.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe
 from .graphs import Recorded
 
@@ -206,7 +206,7 @@ def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, nodes: dict[fx.Nod
 
 def _edge_style(block: BlockGraph, ends: list[fx.Node | None]) -> dict[str, str]:
     """How the edge between two nodes looks; None is a gap, through which it goes on."""
-    if any(isinstance(block.modules.get(end), SEAttention) for end in ends if end is not None):
+    if any(is_retrofitted(block.modules.get(end)) for end in ends if end is not None):
         return {"class": "se", "color": _SE_LINE, "penwidth": "1.8", "fontcolor": _SE_LINE}
     if ends[1] is None:
         return {"headclip": "false", "arrowhead": "none"}
@@ -215,7 +215,7 @@ def _edge_style(block: BlockGraph, ends: list[fx.Node | None]) -> dict[str, str]
 
 def _draw_node(drawing: graphviz.Digraph, block: BlockGraph, node: fx.Node, name: str) -> None:
     module, kind = block.modules.get(node), block.kind(node)
-    if isinstance(module, SEAttention):
+    if is_retrofitted(module):
         label = f"{describe(module)}\n{block.path(str(node.target))}".replace("->", "→")
         style = {"fillcolor": _SE_FILL, "color": _SE_LINE, "penwidth": "2", "fontname": "Helvetica-Bold"}
         drawing.node(name, graphviz.escape(label), **{"class": "se"}, **style)

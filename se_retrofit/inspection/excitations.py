@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..attention import check_gates
 from ..errors import RetrofitError, check_module, extra
 from ..paths import save_figure
 from ..retrofit import plan_of
@@ -262,7 +263,7 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
         max_batches: stop after so many.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or no values (on the meta device, or of fake
+        RetrofitError: the model has no SE that ``add_se`` put in, modules without gates for each channel (CBAM), or no values (on the meta device, or of fake
             tensors); or the loader yields nothing.
         TypeError: the model is none, or a batch is neither a tensor nor begins with one.
 
@@ -277,6 +278,7 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
     check_module(model)
     blocks = {site.path: site.block for site in plan_of(model).sites}
     ses = {path: module for path, module in model.named_modules() if is_retrofitted(module)}
+    check_gates(ses, "there are none to look at")
     for name, parameter in model.named_parameters():
         if not has_values(parameter):
             kind = "on the meta device" if parameter.is_meta else "a fake tensor"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..attention import check_gates
 from ..errors import RetrofitError, brief, check_module, extra
 from ..retrofit import plan_of
 from ..surgery.undo import is_retrofitted
@@ -60,20 +61,19 @@ class GateSummary:
 
 
 def gates_of(se: Any, take: Callable[[Tensor], object]) -> RemovableHandle:
-    """Call ``take`` with an SE module's gates, ``(N, C)`` without their gradients, each time that it runs; until the handle's
+    """Call ``take`` with a module's gates, ``(N, C)`` without their gradients, each time that it runs; until the handle's
     ``remove``."""
 
     def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
         take(gates.detach().flatten(0, -2))
 
     def read(module: nn.Module, args: tuple[Any, ...]) -> None:
-        # a fused SE is called with the norm before its input
-        take(se.factor.detach().expand(len(args[-1]), -1))
+        with torch.no_grad():
+            take(se.gates(args[-1]).flatten(0, -2))
 
-    handle: RemovableHandle = (
-        se.fc.register_forward_hook(hear) if se.factor is None else se.register_forward_pre_hook(read)
-    )
-    return handle
+    if se.gate_layer:  # computed already, as also in a fused SE, which is called with the norm before its input
+        return se.get_submodule(se.gate_layer).register_forward_hook(hear)
+    return se.register_forward_pre_hook(read)
 
 
 class GateLogger:
@@ -88,7 +88,8 @@ class GateLogger:
         every: listen to each ``every``-th call of a site only.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or ``every`` is less than 1.
+        RetrofitError: the model has no SE that ``add_se`` put in, or modules without gates for each channel (CBAM); or ``every``
+            is less than 1.
         TypeError: an argument is of the wrong type.
 
     Example:
@@ -113,6 +114,7 @@ class GateLogger:
         plan_of(model)  # raises where there is no SE
         self.every = every
         self._ses: dict[str, Any] = {path: se for path, se in model.named_modules() if is_retrofitted(se)}
+        check_gates(self._ses, "there are none to gather")
         self.reset()
         self._hooks = [gates_of(se, partial(self._take, path)) for path, se in self._ses.items()]
 

@@ -15,7 +15,6 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from ..attention import SEAttention
 from ..errors import RetrofitError, check_module
 from ..plan import Plan
 from ..retrofit import plan_of
@@ -23,6 +22,7 @@ from ..surgery.inputs import Inputs, described_inputs, given_inputs
 from ..surgery.record import Call, Op, Record
 from ..surgery.roles import is_sequential
 from ..surgery.runs import record
+from ..surgery.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, join
 
 __all__ = ["Recorded", "find_block", "graph_of", "recorded"]
@@ -190,7 +190,7 @@ def _calls_by_path(record: Record) -> dict[str, list[Call]]:
 
 
 def _opens(module: nn.Module) -> bool:
-    return is_sequential(module) or any(isinstance(m, SEAttention) for m in module.modules())
+    return is_sequential(module) or any(is_retrofitted(m) for m in module.modules())
 
 
 def graph_of(call: Call, opened: set[str]) -> BlockGraph:

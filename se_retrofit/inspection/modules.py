@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..attention import SEAttention
 from ..surgery.record import Record
+from ..surgery.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import describe
 from .costs import human
@@ -63,7 +63,7 @@ def module_rows(
         ModuleRow(
             path,
             describe(module),
-            isinstance(module, SEAttention),
+            is_retrofitted(module),
             tuple(shapes.get(path, ())),
             sum(p.numel() for p in module.parameters()),
             _with_parts(module, path, multiply_adds),

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..attention import SEAttention
 from ..surgery.record import Op
+from ..surgery.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, join
 from .graphs import Recorded, graph_of
 
@@ -125,7 +125,7 @@ class _Nodes:
             pair = self.by_path.get(path)
             if pair is not None:
                 return [self.add(path, pair.cls, "block", ops, taken, pair)]
-            if isinstance(module, SEAttention):  # the network itself is the block
+            if is_retrofitted(module):  # the network itself is the block
                 own = next((p for p in self.pairs if any(site.path == path for site in p.sites)), None)
                 node = self.add(path, describe(module), "block", ops, taken)
                 node.block, node.ses = own, 1

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from torch.fx.node import map_arg
 
-from ..attention import SEAttention
+from ..attention import Inserted
+from ..surgery.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import BlockPair, class_name, describe, join
 from .difference import sources
@@ -35,16 +36,14 @@ class _Tree:
         known = self.keys.get((id(module), sizes))
         if known is None:
             children = (
-                ()
-                if isinstance(module, SEAttention)
-                else tuple((n, self.key(m, sizes)) for n, m in module.named_children())
+                () if is_retrofitted(module) else tuple((n, self.key(m, sizes)) for n, m in module.named_children())
             )
             own = (describe(module), module.extra_repr() if not children else "") if sizes else class_name(module)
             known = self.keys[id(module), sizes] = (own, children)
         return known
 
-    def ses(self, module: nn.Module) -> list[SEAttention]:
-        return [m for m in module.modules() if isinstance(m, SEAttention)]
+    def ses(self, module: nn.Module) -> list[Inserted]:
+        return [m for m in module.modules() if is_retrofitted(m)]
 
     def folds(self, module: nn.Module, path: str) -> bool:
         """Whether a module may be left to a reference to one printed before: a block may, but no part of a block that
@@ -71,7 +70,7 @@ class _Tree:
         while children:
             name, child = children.pop(0)
             child_path, pad = join(path, name), "  " * indent
-            if isinstance(child, SEAttention):
+            if is_retrofitted(child):
                 after = self.after.get(child_path)
                 yield pad + name, describe(child) + (f", after {after}" if after else ""), True
                 continue
@@ -116,7 +115,7 @@ def headline(pair: BlockPair) -> list[Line]:
     lines = [Line(f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}", style="bold")]
     for site in pair.sites:
         before = pair.se_before(site)
-        words = f"SE {site.channels} -> {site.hidden} -> {site.channels} after {pair.se_after(site)}"
+        words = f"{describe(pair.root.get_submodule(site.path))} after {pair.se_after(site)}"
         lines.append(Line(words + (f", before {before}" if before else ""), se=True))
     return lines
 
@@ -134,7 +133,7 @@ def block_lines(pair: BlockPair) -> list[Line]:
         target = pair.after.kind(node) if node.op == "call_function" else str(node.target)
         arguments = ", ".join([*(_text(a) for a in node.args), *(f"{k}={_text(v)}" for k, v in node.kwargs.items())])
         rows.append([node.op, node.name, target, arguments, describe(module) if module else "", pair.after.shape(node)])
-        marks.append(isinstance(module, SEAttention))
+        marks.append(is_retrofitted(module))
     texts = aligned(rows)
     lines += [
         Line(""),

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..attention import SEAttention
 from ..plan import Skipped
+from ..surgery.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import class_name
 from .costs import costs, human
@@ -31,7 +31,7 @@ class Row:
         block, cls, kind: path of the block, its class before the retrofit, and what it is ("residual", "dense", ...).
         after, before: what in the block gives the value that SE scales, and what takes it.
         shape: of that value, without the batch; () where it is not called on these inputs.
-        channels, hidden, parameters: of the SE module.
+        channels, parameters: of the SE module.
         space: the spatial part of the shape, by which rows are grouped into stages.
         excitation, squeeze_scale: its multiply-adds (see ``costs``); None where it is not called on these inputs.
     """
@@ -44,7 +44,6 @@ class Row:
     before: str
     shape: tuple[int, ...]
     channels: int
-    hidden: int
     parameters: int
     space: tuple[int, ...]
     excitation: int | None
@@ -72,6 +71,7 @@ class Report:
         multiply_adds_before, multiply_adds_after: of convolutions, linear layers and matrix products; None if unknown.
         squeeze_scale: multiply-adds of SE's squeezes and scales, one for each value, which these leave out.
         modules: one row per module, the network itself first.
+        what: is inserted, in few words: ``"SE"``.
         milliseconds, saved_bytes: of the whole network for one input, where they were measured (see ``ModuleRow``).
         measured: on what that was, in words.
     """
@@ -90,6 +90,7 @@ class Report:
     multiply_adds_after: int | None
     squeeze_scale: int
     modules: tuple[ModuleRow, ...]
+    what: str = "SE"
     milliseconds: float | None = None
     saved_bytes: int | None = None
     measured: str | None = None
@@ -102,6 +103,11 @@ class Report:
             "skipped": len(self.skipped),
             **{name: getattr(self, name) for name in TOTALS[2:]},
         }
+
+    @property
+    def title(self) -> str:
+        """What is inserted, in full."""
+        return "Squeeze-and-Excitation" if self.what == "SE" else f"{self.what} modules"
 
     def module_table(self, depth: int | None = None) -> Lines:
         """The modules as a table of text; with ``depth``, only those that are in at most so many others."""
@@ -122,8 +128,9 @@ class Report:
     def summary(self) -> list[tuple[str, str]]:
         """The totals, as pairs of a heading and a text."""
         share = 100 * self.trainable_after / self.parameters_after if self.parameters_after else 0.0
+        of = "" if self.what != "SE" else f", reduction {self.options['reduction']}, gate {self.options['gate']}"
         lines = [
-            ("SE modules", f"{len(self.rows)}, reduction {self.options['reduction']}, gate {self.options['gate']}"),
+            (f"{self.what} modules", f"{len(self.rows)}{of}"),
             ("parameters", _change(self.parameters_before, self.parameters_after)),
             ("trainable", f"{self.trainable_before:,} -> {self.trainable_after:,} ({share:.2f}% of all)"),
         ]
@@ -160,7 +167,6 @@ class Report:
             "before",
             "feature map",
             "channels",
-            "hidden",
             "parameters",
             "multiply-adds",
         ]
@@ -173,7 +179,6 @@ class Report:
                 row.before,
                 "x".join(map(str, row.shape)),
                 f"{row.channels:,}",
-                f"{row.hidden:,}",
                 f"{row.parameters:,}",
                 "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
             ]
@@ -184,7 +189,7 @@ class Report:
     def __str__(self) -> str:
         header, rows = self.cells()
         lines = [
-            f"{self.model} with Squeeze-and-Excitation",
+            f"{self.model} with {self.title}",
             "",
             *aligned([header, *rows], left=FIRST_NUMBER, rule=True),
             "",
@@ -205,7 +210,7 @@ class Report:
 
         header, rows = self.cells()
         table = Table(
-            title=f"{self.model} with Squeeze-and-Excitation",
+            title=f"{self.model} with {self.title}",
             title_justify="left",
             title_style="bold",
             box=box.SIMPLE_HEAD,
@@ -274,7 +279,6 @@ def report_of(found: Recorded, *, measure: bool = False) -> Report:
                 pair.se_before(site),
                 price.shape if price else (),
                 site.channels,
-                site.hidden,
                 site.parameters,
                 _space(price.shape, site.channel_dim) if price else (),
                 price.excitation if price else None,
@@ -282,12 +286,7 @@ def report_of(found: Recorded, *, measure: bool = False) -> Report:
             )
         )
     inserted = {site.path for site in plan.sites}
-    new = {
-        id(p)
-        for path, m in model.named_modules()
-        if path in inserted and isinstance(m, SEAttention)
-        for p in m.parameters()
-    }
+    new = {id(p) for path, m in model.named_modules() if path in inserted and is_retrofitted(m) for p in m.parameters()}
     parameters = list(model.parameters())
     return Report(
         class_name(model),
@@ -304,6 +303,7 @@ def report_of(found: Recorded, *, measure: bool = False) -> Report:
         multiply_adds_after=cost.after,
         squeeze_scale=cost.squeeze_scale,
         modules=module_rows(model, found.record, cost.modules, milliseconds, saved),
+        what=plan.what,
         milliseconds=None if milliseconds is None else milliseconds[""],
         saved_bytes=None if saved is None else saved[""],
         measured=None if taken is None else taken.where,

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 from torch import nn
 
+from ..attention import Attention
 from ..errors import RetrofitError, brief
 from ..models import Base
 from ..plan import Plan
@@ -89,6 +90,7 @@ def from_pretrained(
     token: str | None = None,
     cache_dir: str | Path | None = None,
     base: nn.Module | Base | str | None = None,
+    attention: Attention | None = None,
     example_inputs: Any = None,
 ) -> nn.Module:
     """Load a retrofitted network from the Hugging Face hub, or from a folder on disk.
@@ -98,7 +100,7 @@ def from_pretrained(
         revision: a branch, tag or commit; None for the main branch.
         token: as for ``push_to_hub``.
         cache_dir: where downloads are kept; None for the hub's own cache.
-        base, example_inputs: as for ``load_retrofitted``.
+        base, attention, example_inputs: as for ``load_retrofitted``.
 
     Returns:
         The network, on the CPU, in eval mode.
@@ -115,13 +117,13 @@ def from_pretrained(
         'ResNet'
     """
     if settled(Path(name)).is_dir():
-        return load_retrofitted(name, base=base, example_inputs=example_inputs)
+        return load_retrofitted(name, base=base, attention=attention, example_inputs=example_inputs)
     with _hub_errors(f"{name} is neither a folder nor could it be downloaded"):
         folder = huggingface_hub.snapshot_download(
             str(name), revision=revision, token=token, cache_dir=cache_dir, allow_patterns=[WEIGHTS, RECIPE],
             library_name="se_retrofit",
         )  # fmt: skip
-    return load_retrofitted(folder, base=base, example_inputs=example_inputs)
+    return load_retrofitted(folder, base=base, attention=attention, example_inputs=example_inputs)
 
 
 @contextmanager
@@ -145,17 +147,20 @@ def _card(recipe: dict[str, Any], repo_id: str) -> str:
     )
     of = "" if base is None else f" of {base}"
     bare = "" if base is not None else ", base=the_bare_network"
+    attention = (recipe["add_se"] or {}).get("attention")
+    bare += ", attention=the_same" if isinstance(attention, dict) else ""
     options = {key: value for key, value in (recipe["add_se"] or {}).items() if value not in (None, [])}
     given = ", ".join(f"{key}={value!r}" for key, value in options.items())
     versions = ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())
     table = "This network has no SE." if plan is None else f"Made by `add_se(model, {given})`:\n\n```text\n{plan}\n```"
+    inserted = "Squeeze-and-Excitation" if plan is None or plan.what == "SE" else f"{plan.what} modules"
     return f"""---
 {data.to_yaml()}
 ---
 
 # {repo_id.rpartition("/")[2]}
 
-A copy{of} with Squeeze-and-Excitation in its convolutional blocks.
+A copy{of} with {inserted} in its convolutional blocks.
 
 ```python
 from se_retrofit import from_pretrained

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
+from ..attention import Attention
 from ..errors import RetrofitError, check_module
 from ..plan import Plan
 from ..retrofit import has_se, plan_of
@@ -57,12 +58,20 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     return Path(file)
 
 
-def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
+def load_se(
+    model: nn.Module,
+    file: str | Path,
+    *,
+    attention: Attention | None = None,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> nn.Module:
     """Load saved SE modules into a network: a bare one is retrofitted first, a retrofitted one gets their weights.
 
     Args:
         model: the base network that the SE modules were trained on, bare or retrofitted with the same options.
         file: what ``save_se`` wrote.
+        attention: as for ``load_retrofitted``.
         example_inputs: where the plan has to be made again, instead of inputs with the shapes that the network was
             retrofitted with.
         inplace: change ``model`` itself instead of a copy.
@@ -96,12 +105,12 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
         result = model if inplace else copy.deepcopy(model)
     else:
         # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
-        retrofitted = carried_out(model, plan, file, example_inputs, inplace=False)
+        retrofitted = carried_out(model, plan, file, example_inputs, attention, inplace=False)
         own = {k: v for k, v in tensors_of(retrofitted).items() if belongs_to(k, plan_of(retrofitted).sites)}
         check_keys(own, state, str(file))
         result = retrofitted
         if inplace:
-            result = carried_out(model, plan_of(retrofitted), file, example_inputs, inplace=True)
+            result = carried_out(model, plan_of(retrofitted), file, example_inputs, attention, inplace=True)
     retype(result, state)
     result.load_state_dict(state, strict=False)
     return result

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..attention import Attention
 from ..errors import RetrofitError, brief, check_module
 from ..models import Base
+from ..plan import noted_options
 from ..retrofit import has_se, plan_of
 from ..surgery.copying import in_mode
 from .atomic import replaced_directory, settled
@@ -64,7 +66,11 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
 
 
 def load_retrofitted(
-    directory: str | Path, *, base: nn.Module | Base | str | None = None, example_inputs: Any = None
+    directory: str | Path,
+    *,
+    base: nn.Module | Base | str | None = None,
+    attention: Attention | None = None,
+    example_inputs: Any = None,
 ) -> nn.Module:
     """Load the network that ``save_retrofitted`` saved: build the base, carry out the plan, load the weights.
 
@@ -72,6 +78,8 @@ def load_retrofitted(
         directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
         base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its
             weights don't matter, since all of them are replaced.
+        attention: the class or factory that the network was retrofitted with, which is not saved; None where the attention
+            has a name.
         example_inputs: where the plan has to be made again, instead of inputs with the shapes that the network was
             retrofitted with.
 
@@ -80,7 +88,8 @@ def load_retrofitted(
 
     Raises:
         RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; its format is
-            newer than this version reads; the base is not known; the plan does not fit the base; the weights don't fit.
+            newer than this version reads; the base or the attention is not known; the plan does not fit the base; the
+            weights don't fit.
 
     Warns:
         UserWarning: the code of a block has changed since the network was saved (another version of its library, say). The
@@ -106,7 +115,7 @@ def load_retrofitted(
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:
         plan = read_plan(recipe["plan"], recipe["add_se"], folder / RECIPE)
-        model = carried_out(model, plan, folder, example_inputs, inplace=True)
+        model = carried_out(model, plan, folder, example_inputs, attention, inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     if isinstance(source, Base):
         vars(model)[BASE] = source
@@ -139,7 +148,7 @@ def write_network(
         "format": FORMAT,
         "base": None if base is None else {"library": base.library, "name": base.name, "kwargs": base.kwargs},
         "base_note": note,
-        "add_se": None if plan is None else dict(plan.options),
+        "add_se": None if plan is None else noted_options(plan.options),
         "plan": None if plan is None else {k: v for k, v in plan.to_dict().items() if k != "options"},
         "tied": tied,
         "images": vars(model).get(IMAGES),

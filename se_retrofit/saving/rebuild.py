@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..attention import Attention
 from ..errors import RetrofitError
 from ..plan import Plan, Site
 from ..retrofit import add_se, plan_of
@@ -21,10 +22,14 @@ def read_plan(data: dict[str, Any], options: dict[str, Any], where: object) -> P
         raise RetrofitError(f"{where}: {error}") from error
 
 
-def carried_out(model: nn.Module, plan: Plan, where: object, example_inputs: Any, *, inplace: bool) -> nn.Module:
-    """A bare network retrofitted by a plan that was saved."""
+def carried_out(
+    model: nn.Module, plan: Plan, where: object, example_inputs: Any, attention: Attention | None, *, inplace: bool
+) -> nn.Module:
+    """A bare network retrofitted by a plan that was saved, with the attention that is given, where it can't be saved."""
     try:
-        retrofitted = add_se(model, plan=plan, example_inputs=example_inputs, inplace=inplace)
+        retrofitted = add_se(
+            model, plan=plan, example_inputs=example_inputs, attention=attention or "se", inplace=inplace
+        )
     except (RetrofitError, TypeError) as error:
         raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
     check_same_sites(plan_of(retrofitted), plan, where)
@@ -34,7 +39,10 @@ def carried_out(model: nn.Module, plan: Plan, where: object, example_inputs: Any
 def check_same_sites(now: Plan, then: Plan, where: object) -> None:
     """Raise unless the sites are the same in every respect that the weights or the function depend on."""
     mine, theirs = (
-        {(site.path, site.after, site.channels, site.hidden, site.channel_dim) for site in plan.sites}
+        {
+            (site.path, site.after, site.channels, site.channel_dim, site.attention, site.parameters)
+            for site in plan.sites
+        }
         for plan in (now, then)
     )
     if mine != theirs:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention import check_options
+from ..attention import check_attention, check_options, name_of
 from ..errors import RetrofitError, brief, check_module
 from ..plan import Plan
 from .blocks import PLACEMENTS
@@ -63,6 +63,10 @@ class Options:
     min_hidden: Any = 4
     include: Any = None
     exclude: Any = None
+    attention: Any = "se"
+    at: Any = None
+    auto: Any = None
+    recognisers: Any = ()
 
     @classmethod
     def of(cls, plan: Plan) -> Options:
@@ -72,17 +76,33 @@ class Options:
             RetrofitError: the plan has others, or of other types.
         """
         try:
-            options = cls(**plan.options)
+            options = cls(**{**plan.options, "recognisers": ()})
             options.check()
-            patterns_of("include", options.include), patterns_of("exclude", options.exclude)
         except TypeError as error:
             raise RetrofitError(f"the options of the plan are broken: {error}") from None
         return options
+
+    def noted(self) -> dict[str, Any]:
+        """The options as a plan keeps them."""
+        patterns = {name: patterns_of(name, getattr(self, name)) or None for name in ("include", "exclude", "at")}
+        return {**vars(self), **patterns, "recognisers": [name_of(find) for find in self.recognisers]}
 
     def check(self) -> None:
         if isinstance(self.reduction, (torch.Tensor, tuple, list, dict)):
             raise TypeError(
                 f"reduction must be a positive int, got {brief(self.reduction)}; inputs are given by name: example_inputs=..."
+            )
+        check_attention(self.attention)
+        at = [patterns_of(name, getattr(self, name)) for name in ("include", "exclude", "at")][-1]
+        if self.auto is not None and not isinstance(self.auto, bool):
+            raise TypeError(f"auto must be True, False or None, got {brief(self.auto)}")
+        if self.auto is False and not at:
+            raise RetrofitError("auto=False leaves nothing to retrofit unless at names modules")
+        if not isinstance(self.recognisers, (list, tuple)) or not all(map(callable, self.recognisers)):
+            raise TypeError(f"recognisers must be a list of functions, got {brief(self.recognisers)}")
+        if self.attention != "se" and self.gate == "sigmoid":
+            raise RetrofitError(
+                'gate="sigmoid" is SE\'s alone (attention="se"); the other attentions start as an identity'
             )
         check_options(self.reduction, self.gate, self.bias, self.min_hidden)
         if not isinstance(self.placement, str):
@@ -98,5 +118,5 @@ def patterns_of(name: str, patterns: Patterns) -> list[str]:
         return []
     several = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(several, (list, tuple, set)) or not all(isinstance(p, str) for p in several):
-        raise TypeError(f"{name} must be a pattern of block paths or a list of them, got {brief(patterns)}")
+        raise TypeError(f"{name} must be a pattern of paths or a list of them, got {brief(patterns)}")
     return list(several)

@@ -6,16 +6,16 @@ import ast
 import hashlib
 import keyword
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..attention import SEAttention
+from ..attention import ATTENTIONS, Inserted, Slot, built, name_of
 from ..errors import RetrofitError
-from ..plan import Edit, Plan, Site
+from ..plan import Edit, Plan, Site, noted_options
 from .arguments import Options
 from .copying import mode_of
 from .derived import Recipe, RetrofittedBlock, derived_class
@@ -45,11 +45,11 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
         RetrofitError: the plan contradicts itself, or a class can't be derived; the model is as it was.
     """
     options, modules = Options.of(plan), {}
-    generator = torch.Generator()
-    generator.set_state(torch.get_rng_state())  # the global random state is left as it is
-    for site in plan.sites:
-        modules[site.path] = _built(model, site, options, generator)
-        vars(modules[site.path]).update(site=site, plan=plan)
+    kept = replace(plan, options=noted_options(plan.options))  # plain data, which can be pickled
+    with torch.random.fork_rng(devices=[]):
+        for site in plan.sites:
+            modules[site.path] = _built(model, site, options)
+            vars(modules[site.path]).update(site=site, plan=kept)
     edits = {edit: (site.path, modules[site.path]) for site in plan.sites for edit in site.edits}
     if len(edits) < sum(len(site.edits) for site in plan.sites) or len(modules) < len(plan.sites):
         raise RetrofitError("the plan is broken: it has two sites at one place")
@@ -61,7 +61,7 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
         if isinstance(error, SpliceError):
             raise RetrofitError(str(error)) from None
         raise
-    vars(model)[PLAN] = plan
+    vars(model)[PLAN] = kept
 
 
 # Whether a plan fits --------------------------------------------------------------------------------------------------
@@ -116,27 +116,31 @@ def block_around(model: nn.Module, path: str) -> nn.Module:
     return found
 
 
-def _built(model: nn.Module, site: Site, options: Options, generator: torch.Generator) -> SEAttention:
+def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
     block = block_around(model, site.path)
     like = next(block.parameters(), torch.empty(0))
     dtype = like.dtype if site.dtype is None else getattr(torch, site.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise RetrofitError(f"the plan is broken: the dtype of {site.path} is {site.dtype!r}")
+    attention = site.attention if site.attention in ATTENTIONS else options.attention
+    if not isinstance(dtype, torch.dtype) or name_of(attention) != site.attention:
+        raise RetrofitError(
+            f"the plan is broken: at {site.path} it has the dtype {site.dtype!r} and the attention {site.attention!r}"
+        )
+    shape = site.shape or (2, *(site.channels for _ in range(-site.channel_dim)))  # older plans don't tell
+    slot = Slot(site.channels, site.channel_dim, shape, site.kind, site.block, dtype, like.device, site.inplace)
     with _disable_current_modes(), torch.inference_mode(False):
-        se = SEAttention(
-            site.channels, options.reduction, gate=options.gate if site.hidden else "static", bias=options.bias,
-            min_hidden=options.min_hidden, channel_dim=site.channel_dim, inplace=site.inplace, dtype=dtype, device="meta",
-        )  # fmt: skip
-        if se.hidden != site.hidden:
+        module = built(attention, vars(options), slot)
+        count = sum(parameter.numel() for parameter in module.parameters())
+        if count != site.parameters:
             raise RetrofitError(
-                f"the plan is broken: {site.path} has hidden={site.hidden}, its options give {se.hidden} for "
-                f"{site.channels} channels"
+                f"the plan is broken: {site.path} has {site.parameters} parameters, by its options it has {count}"
             )
-        if not like.is_meta:
-            with mode_of(like):
-                se._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
-                se.init_weights(generator)
-    return se.train(block.training)
+        with mode_of(like) as fake:
+            module._apply(lambda t: _placed(t, like.device, fake is not None))
+    return module.train(block.training)
+
+
+def _placed(tensor: Tensor, device: torch.device, fake: bool) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if fake else tensor.to(device)
 
 
 # Inserting ------------------------------------------------------------------------------------------------------------
@@ -159,7 +163,7 @@ class _Holder:
         return Recipe(type(self.module), splices, "" if splices else self.returned)
 
 
-def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, SEAttention]]) -> None:
+def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) -> None:
     """Insert SE modules into a model: for each edit the path of its SE module, and that module.
 
     Raises:

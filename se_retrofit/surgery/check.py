@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..attention import SEAttention
+from ..attention import Inserted
 from .blocks import Place
 from .record import Call, Op, Record
 
@@ -42,7 +42,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], 
     scaled: dict[str, list[tuple[Op, Op]]] = {}  # by path: what SE was given, and SE's own operation
     index = 0
     for op in after.ops:
-        if isinstance(op.module, SEAttention) and op.path is not None and op.path in expected:
+        if isinstance(op.module, Inserted) and op.path is not None and op.path in expected:
             given = op.inputs[0]
             same[op] = same[given]
             scaled.setdefault(op.path, []).append((given, op))

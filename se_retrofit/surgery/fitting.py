@@ -6,15 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..attention import SEAttention
+from ..attention import Inserted
 from ..plan import Edit
 from .blocks import Place
 from .carry import apply_edits, problems_of
 from .check import Comparison, compare
-from .copying import on_cpu
 from .edits import named, ways
 from .record import Record
 from .runs import Runs
@@ -28,6 +26,15 @@ LOOKS_INSIDE = (
     "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
     "parameters"
 )
+
+
+class Probe(Inserted):
+    """What is inserted on a trial, whatever the attention will be: a product, so that a value that can't be scaled shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [1] * x.dim()
+        shape[self.channel_dim] = self.channel
+        return x * x.new_ones(shape)
 
 
 @dataclass(eq=False)
@@ -191,12 +198,7 @@ class Fitting:
         modules = {}
         for site in sites:
             place = site.place
-            se = SEAttention(
-                place.channels, place.channels, gate="identity", channel_dim=place.op.channel_dim or 1,
-                dtype=place.op.dtype, device="meta",
-            ).requires_grad_(False)  # fmt: skip
-            if self.runs.convert is on_cpu:
-                se.to_empty(device="cpu").init_weights(torch.Generator())
+            se = Probe(place.channels, place.op.channel_dim or 1)
             for edit in site.edits:
                 modules[edit] = (site.path, se)
         apply_edits(copy, modules)

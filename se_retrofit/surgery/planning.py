@@ -1,59 +1,245 @@
-"""From a model to the edits that retrofit it, each of them seen to be right on a copy. The model itself is not touched."""
+"""From a model to the plan that retrofits it, each edit of it seen to be right on a copy. The model itself is not touched."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import fnmatch
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .blocks import Place, find_places
+from ..attention import Attention, Slot, built, name_of
+from ..errors import RetrofitError
+from ..plan import Plan, Site, Skipped
+from .arguments import Options, check_model, patterns_of
+from .blocks import RECOGNISERS, Found, Place, Recogniser, find_places, places_at
+from .carry import block_around, misfit, structure_of
+from .edits import se_paths
 from .fitting import Fitting, SurgerySite
-from .inputs import Inputs
+from .inputs import describe, described_inputs
 from .isolation import isolated, without_collections
 from .methods import forget_methods
 from .operations import read
 from .record import Record
 from .runs import Runs
 
-__all__ = ["Surgery", "plan_surgery"]
+__all__ = ["fitted", "planned"]
 
 
-@dataclass(eq=False)
-class Surgery:
-    """What is to be done to a model: the sites, and the blocks that are skipped, with the reasons."""
-
-    inputs: Inputs
-    record: Record
-    sites: list[SurgerySite]
-    skipped: dict[str, str]
-    attended: int  # blocks that have channel attention already
-
-
-Choose = Callable[[list[Place], dict[str, str]], list[Place]]
-
-
-def plan_surgery(model: nn.Module, placement: str, example_inputs: Any, choose: Choose) -> Surgery:
-    """Find out what is to be done to retrofit a model.
-
-    Args:
-        model: it is not touched.
-        placement: one of ``PLACEMENTS``.
-        example_inputs: see ``given_inputs``; None for inputs that the model may take.
-        choose: which of the places that were found are wanted; the blocks of the others are put into the dict, with the
-            reason.
+def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
+    """The plan of a retrofit.
 
     Raises:
-        RetrofitError: the model can't be copied, or run on the inputs.
+        RetrofitError: the model can't be copied, or run on the inputs; nothing can be retrofitted; an option is invalid.
+        TypeError: an argument is of the wrong type.
     """
+    check_model(model)
+    options.check()
     forget_methods()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
-        found = find_places(read(runs.evaluation), placement)
-        skipped = dict(found.skipped)
-        places = choose(found.places, skipped)
-        training = find_places(read(runs.training), placement).places if runs.training is not None else []
-        sites = Fitting(runs, places, training, skipped).sites()
-    return Surgery(runs.inputs, runs.evaluation, sites, skipped, found.attended)
+        found = _found(read(runs.evaluation), options)
+        places = _chosen(found, options)
+        training = _found(read(runs.training), options).places if runs.training is not None else []
+        fitting = Fitting(runs, list(places), training, found.skipped)
+        sites = sorted(fitting.sites(), key=lambda site: site.place.op.index)
+    if not sites:
+        raise RetrofitError(_why_nothing(model, found))
+    called: dict[str, int] = {}
+    for index, call in enumerate(runs.evaluation.calls):
+        called.setdefault(call.path, index)
+    left = sorted(found.skipped.items(), key=lambda item: called.get(item[0], len(called)))
+    skipped = tuple(Skipped(block, reason) for block, reason in left)
+    described = describe(runs.inputs, model)
+    return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure_of(model))
+
+
+def fitted(model: nn.Module, plan: Any, options: Options, example_inputs: Any) -> Plan:
+    """A plan that was made before; where the model is another one by now, or its code has changed, the plan made again, if that
+    has the same sites.
+
+    Raises:
+        RetrofitError, TypeError: as ``planned``; it is no plan, or has a site that the model has no place for.
+
+    Warns:
+        UserWarning: a block's code has changed.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
+    if replace(options, attention="se", recognisers=()) != Options():
+        raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
+    check_model(model)
+    plan = replace(plan, options={**plan.options, "attention": _attention_again(plan, options.attention)})
+    chosen = replace(Options.of(plan), recognisers=options.recognisers)
+    if not plan.sites:
+        raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
+    changed = ""
+    if plan.structure == structure_of(model) and all(site.edits for site in plan.sites):
+        changed = misfit(model, plan)
+        if not changed:
+            return plan
+    if example_inputs is None:
+        try:
+            example_inputs = described_inputs(plan.inputs, model)
+        except ValueError as error:
+            raise RetrofitError(f"the inputs of the plan can't be rebuilt: {error}; or give example_inputs") from error
+    again = planned(model, chosen, example_inputs)
+    sites = tuple(_found_again(site, again, type(model).__name__) for site in plan.sites)
+    if changed:
+        warnings.warn(
+            f"{changed}, so the plan of this {type(model).__name__} was made again; its {len(sites)} sites are there as before",
+            stacklevel=3,
+        )
+    return replace(again, sites=sites, skipped=plan.skipped)
+
+
+def _found_again(wanted: Site, again: Plan, model: str) -> Site:
+    """A site of an earlier plan in one that was made now.
+
+    Raises:
+        RetrofitError: there is none, or its attention would be another.
+    """
+    value = (wanted.after, wanted.channels, wanted.channel_dim)
+    alike = [site for site in again.sites if (site.after, site.channels, site.channel_dim) == value]
+    found = next((site for site in alike if site.path == wanted.path), None)
+    found = found or next((site for site in alike if site.block == wanted.block), None)
+    same = found is not None and (wanted.attention != found.attention or wanted.parameters == found.parameters)
+    if found is None or not same:
+        reason = next((f": {skip.reason}" for skip in again.skipped if skip.block == wanted.block), "")
+        raise RetrofitError(
+            f"the plan does not fit {model}, which has no place for its site {wanted.path} (after {wanted.after}, {wanted.channels} "
+            f"channels, {wanted.parameters} parameters){reason}. Make a plan of this model with plan_se(...), or take the site "
+            "out of the plan"
+        )
+    return replace(found, attention=wanted.attention, parameters=wanted.parameters)
+
+
+def _attention_again(plan: Plan, given: Attention) -> Attention:
+    """The attention of a plan that was made before: of a class or factory that was saved, the one that is given again."""
+    noted: Any = plan.options.get("attention", "se")
+    if not isinstance(noted, dict):
+        if given not in ("se", noted):
+            raise RetrofitError(f"the plan brings its own attention, {name_of(noted)}; leave attention out")
+        return noted
+    if isinstance(given, str):
+        raise RetrofitError(
+            f"the plan was made with a class or factory for the attention, {noted.get('callable')}, which is not saved; give it "
+            "again: attention=..."
+        )
+    return given
+
+
+# Which places ---------------------------------------------------------------------------------------------------------
+
+
+def _found(record: Record, options: Options) -> Found:
+    """The places of blocks, those that ``at`` names, or both."""
+    patterns = patterns_of("at", options.at)
+    if not patterns:
+        return find_places(record, options.placement, _table(options.recognisers))
+    named = places_at(record, patterns)
+    if options.auto:
+        found = find_places(record, options.placement, _table(options.recognisers))
+        taken = {place.op for place in named.places}
+        named.places += [place for place in found.places if place.op not in taken]
+        named.places.sort(key=lambda place: place.op.index)
+        named.skipped |= found.skipped
+        named.attended = found.attended
+    return named
+
+
+def _table(recognisers: Iterable[Any]) -> list[Recogniser]:
+    return [*(Recogniser(find) for find in recognisers), *RECOGNISERS]
+
+
+def _chosen(found: Found, options: Options) -> list[Place]:
+    """The places that ``include`` and ``exclude`` let through. A pattern is over the paths of blocks, and of what in a plain chain
+    is less than a block: its convolutions; where it matches none of these, over those of SE modules."""
+    included, excluded = patterns_of("include", options.include), patterns_of("exclude", options.exclude)
+    places, named = found.places, [place for place in found.places if place.named]
+    if not places or not (included or excluded):
+        return places
+    names = {place: [place.block, *place.names] for place in places if not place.named}
+    for pattern in included + excluded:
+        if not any(fnmatch.filter(of_place, pattern) for of_place in names.values()):
+            paths = se_paths(places)
+            matched = [place for place in names if fnmatch.fnmatchcase(paths.get(place, ""), pattern)]
+            if not matched:
+                blocks = list(dict.fromkeys(place.block for place in names))
+                raise RetrofitError(
+                    f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
+                    f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
+                )
+            for place in matched:
+                names[place].append(paths[place])
+    reasons = {}
+    for place, of_place in names.items():
+        if included and not any(fnmatch.filter(of_place, p) for p in included):
+            reasons[place] = "not included"
+        elif any(fnmatch.filter(of_place, p) for p in excluded):
+            reasons[place] = "excluded"
+    chosen = [place for place in places if place not in reasons]
+    if not chosen and not named:
+        raise RetrofitError("include and exclude together leave no block to retrofit")
+    kept = {place.block for place in chosen}
+    for place, reason in reasons.items():  # of a block that keeps others, what is left out is named on its own
+        found.skipped[place.block if place.block not in kept else se_paths(places).get(place, place.block)] = reason
+    return chosen
+
+
+def _why_nothing(model: nn.Module, found: Found) -> str:
+    name = type(model).__name__
+    if found.attended and not found.places:
+        return (
+            f"{name} has channel attention already, in all of its convolutional blocks ({found.attended}), so there is "
+            "nothing to retrofit"
+        )
+    if found.skipped:
+        block, reason = next(iter(found.skipped.items()))
+        return f"{name} has no block that can be retrofitted ({len(found.skipped)} skipped; {block or 'the model'}: {reason})"
+    return (
+        f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
+        "and no plain chain of convolutions, so there is nothing to retrofit"
+    )
+
+
+# As data --------------------------------------------------------------------------------------------------------------
+
+
+def _sites(model: nn.Module, found: list[SurgerySite], options: Options) -> Iterable[Site]:
+    """The sites as data, each with the number of parameters of a module that was built for it."""
+    settings, name = vars(options), name_of(options.attention)
+    counts: dict[Any, int] = {}  # of an attention with a name, by what its parameters depend on
+    for site in found:
+        place, op = site.place, site.place.op
+        assert op.channel_dim is not None
+        shape = tuple(int(size) for size in op.shape)
+        meta = torch.device("meta")
+        slot = Slot(place.channels, op.channel_dim, shape, place.kind, place.block, op.dtype, meta, place.overwritten)
+        key = site.path if name != options.attention else (slot.channels, slot.dims)
+        if key not in counts:
+            with _disable_current_modes(), torch.random.fork_rng(devices=[]):
+                module = built(options.attention, settings, slot)
+            counts[key] = sum(parameter.numel() for parameter in module.parameters())
+        like = next(block_around(model, site.path).parameters(), None)
+        own = like is not None and like.dtype == op.dtype
+        yield Site(
+            site.path, place.block, place.kind, _after(place), place.channels, counts[key], op.channel_dim, name, shape,
+            place.overwritten, None if own else str(op.dtype).removeprefix("torch."), tuple(site.edits),
+        )  # fmt: skip
+
+
+def _after(place: Place) -> str:
+    """What makes the value that SE scales: a module's path in the block, or else an operation's name."""
+    call, op = place.call, place.op
+    while op.path is None and op.role in ("shape", "pass") and len(op.data) == 1 and call.shows(op.data[0]):
+        op = op.data[0]
+    child = None if op.call is call else next((c for c in call.children if op in c.outputs), None)
+    path = op.path if child is None else child.path
+    if path is None or (op.call is not call and child is None):
+        return op.name
+    return path[len(call.path) + 1 :] if call.path else path

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..attention import SEAttention
+from ..attention import Inserted
 from .inputs import Inputs, tensors_in
 from .isolation import forked_randomness
 from .meta import MetaOperations, all_on_meta
@@ -90,8 +90,9 @@ class _Recorder(TorchDispatchMode):
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         op_of = self.values.op_of
         if self.singles:
-            if isinstance(module, SEAttention):  # the one operation is retrofitted: SE comes after it
-                self.add_module(self.singles[-1], args[0])
+            around = self.singles[-1]
+            if isinstance(module, Inserted) and not isinstance(around.module, Inserted):
+                self.add_module(around, args[0])  # the one operation is retrofitted: SE comes after it
                 self.singles.append(_Single(module, (args, kwargs), (op_of(args[0]),)))
             return
         given = [op_of(t) for t in tensors_in((args, kwargs))]

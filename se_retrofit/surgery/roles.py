@@ -14,12 +14,12 @@ from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.nn.utils import parametrize
 
-from ..attention import SEAttention
+from ..attention import Inserted
 
 __all__ = ["is_sequential", "module_role", "role_of"]
 
 _MODULE_ROLES: tuple[tuple[str, tuple[type, ...]], ...] = (
-    ("se", (SEAttention,)),
+    ("se", (Inserted,)),
     ("conv", (nn.modules.conv._ConvNd,)),
     ("linear", (nn.Linear, nn.Bilinear)),
     ("norm", (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)),
@@ -89,7 +89,7 @@ def role_of(operation: str) -> str:
 
 def module_role(module: nn.Module) -> str | None:
     """The role of a module that counts as one operation, as those of torch.nn do; None for one to look into."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, SEAttention, FakeQuantizeBase, ObserverBase)):
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, Inserted, FakeQuantizeBase, ObserverBase)):
         return _known_role(module)
     # a class that parametrize derived tells nothing: what counts is the one below it
     own = next(c for c in type(module).__mro__ if c.__module__ != parametrize.__name__)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import TypeGuard
 
 from torch import fx, nn
 
-from ..attention import SEAttention
+from ..attention import Inserted
 from .derived import Recipe, RetrofittedBlock, derived_class
 from .graphs import graphs_of
 
@@ -16,9 +17,9 @@ __all__ = ["PLAN", "is_retrofitted", "lost_sites", "strip"]
 PLAN = "_se_plan"  # the attribute by which the model that was retrofitted keeps the plan
 
 
-def is_retrofitted(module: nn.Module) -> bool:
-    """Whether a module is an SE module that a retrofit put in."""
-    return isinstance(module, SEAttention) and vars(module).get("site") is not None
+def is_retrofitted(module: object) -> TypeGuard[Inserted]:
+    """Whether a module is one that a retrofit put in."""
+    return isinstance(module, Inserted) and module.site is not None
 
 
 def lost_sites(model: nn.Module) -> list[str]:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from networks import se_modules
 from torch import nn
 from typer.testing import CliRunner, Result
 
 import se_retrofit.cli.convert as command
-from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted, plan_of
+from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted
 from se_retrofit.cli import main
 from se_retrofit.cli.commands import app
 from se_retrofit.cli.options import RECIPE_FIELDS, recipe_fields
@@ -104,7 +105,7 @@ def test_the_output_folder_loads_as_it_is(tmp_path: Path) -> None:
     result = run("convert", SMALL, "--num-classes", "5", "--reduction", "4", "--output", str(folder))
     assert result.exit_code == 0, result.output
     loaded = load_retrofitted(folder)
-    assert [site.hidden for site in plan_of(loaded).sites] == [8, 12, 48, 24]
+    assert [se.hidden for se in se_modules(loaded).values()] == [8, 12, 48, 24]
     assert loaded(torch.randn(2, 3, 64, 64)).shape == (2, 5)
 
 

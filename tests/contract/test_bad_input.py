@@ -69,7 +69,7 @@ def test_a_class_in_place_of_an_instance() -> None:
         ({"min_hidden": 2.0}, TypeError, "min_hidden must be a positive int, got 2.0"),
         ({"placement": "behind"}, RetrofitError, "placement must be one of 'auto', .*, got 'behind'"),
         ({"placement": None}, TypeError, "placement must be a string, got None"),
-        ({"gate": "tanh"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', 'static', got 'tanh'"),
+        ({"gate": "tanh"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', got 'tanh'"),
         ({"gate": 2}, TypeError, "gate must be a string, got 2"),
         ({"bias": "yes"}, TypeError, "bias must be True or False, got 'yes'"),
         (

@@ -382,8 +382,8 @@ def test_every_se_module_is_reported_by_the_plan_with_its_true_figures(pair: Pai
     for site in plan.sites:
         se = found[site.path]
         assert isinstance(se, SEAttention)
-        assert (se.channel, se.hidden, se.channel_dim) == (site.channels, site.hidden, site.channel_dim)
-        assert site.hidden == max(site.channels // 8, 4)
+        assert (se.channel, se.channel_dim) == (site.channels, site.channel_dim)
+        assert se.hidden == max(site.channels // 8, 4)
         assert site.parameters == sum(p.numel() for p in se.parameters())
         assert isinstance(model.get_submodule(site.block), nn.Module)
     added = sum(p.numel() for p in retrofitted.parameters()) - sum(p.numel() for p in model.parameters())

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from sweeps import swept
+from timm.layers import SEModule
 from timm.models.convnext import ConvNeXt
 from timm.models.densenet import DenseNet
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from se_retrofit import (
     save_se,
     unfuse_se,
 )
+from se_retrofit.attention import ATTENTIONS
 
 pytestmark = [
     # copy.deepcopy of a tensor asks for its address, of a fake one, too
@@ -85,10 +87,15 @@ def runs_on_cuda(model: nn.Module, mode: FakeTensorMode) -> bool:
     return {str(t.device) for t in (y, z, *model.parameters(), *model.buffers())} == {"cuda:0"}
 
 
-@pytest.mark.parametrize("gate", swept(["identity"], ["sigmoid", "static"]))
-def test_every_se_parameter_is_on_the_models_device(network: nn.Module, mode: FakeTensorMode, gate: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    swept([{}, {"attention": SEModule}], [{"gate": "sigmoid"}, *({"attention": name} for name in ATTENTIONS)]),
+)
+def test_every_se_parameter_is_on_the_models_device(
+    network: nn.Module, mode: FakeTensorMode, options: dict[str, Any]
+) -> None:
     before = torch.get_rng_state()
-    model = add_se(network, gate=gate)
+    model = add_se(network, **options)
     new = model.state_dict().keys() - network.state_dict().keys()
     assert len(new) >= len(plan_se(network).sites)
     assert {str(model.state_dict()[key].device) for key in new} == {"cuda:0"}

@@ -62,7 +62,7 @@ def test_the_source_runs_without_this_package_and_gives_equal_outputs(name: str,
     assert torch.equal(torch.load(tmp_path / "y.pt"), model(x))
 
 
-@pytest.mark.parametrize("options", [{"gate": "static"}, {"gate": "sigmoid", "bias": True}, {"placement": "pre"}])
+@pytest.mark.parametrize("options", [{"attention": "static"}, {"gate": "sigmoid", "bias": True}, {"placement": "pre"}])
 def test_the_source_holds_every_kind_of_gate(options: dict[str, Any], tmp_path: Path) -> None:
     model = retrofitted(**options)
     base = Base.of(SMALL.name, num_classes=10)

@@ -166,7 +166,9 @@ def test_mistakes_are_refused(network: Network, config: Config, digits: NamedDat
     with pytest.raises(RetrofitError, match=r"needs validation data"):
         compare(network(se=False), digits.train, None)
     for arms in (("se",), ("plain",), ("plain", "bigger"), ("plain", "se", "se")):
-        with pytest.raises(RetrofitError, match=r"arms must be 'plain' and one or more of se, static, sigmoid"):
+        with pytest.raises(
+            RetrofitError, match=r"arms must be 'plain' and one or more of se, static, sigmoid, eca, cbam"
+        ):
             compare(network(se=False), digits.train, digits.val, arms=arms)
     with pytest.raises(RetrofitError, match=r"retrofitted already"):
         compare(network(), digits.train, digits.val, config=config())

@@ -180,10 +180,8 @@ def test_compare_prints_and_writes(tmp_path: Path) -> None:
         *SMALL,
         "--output",
         str(tmp_path),
-        "--arm",
-        "plain",
-        "--arm",
-        "se",
+        "--arms",
+        "plain,se",
     )
     for piece in (
         "without SE",

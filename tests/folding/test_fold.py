@@ -38,6 +38,7 @@ from se_retrofit import (
     save_retrofitted,
     save_se,
 )
+from se_retrofit.attention import StaticFactor
 from se_retrofit.folding.factors import Factors
 from se_retrofit.models import Base
 from se_retrofit.surgery.inputs import given_inputs
@@ -138,7 +139,7 @@ def test_a_convolution_that_is_called_twice_takes_no_gates() -> None:
 
     _, folded, report = folded_from(own(Twice(conv(), nn.Identity(), nn.ReLU())))
     assert [site.verdict for site in report.sites] == ["factor"]
-    assert [se.gate for se in se_modules(folded).values()] == ["static"]
+    assert [type(se) for se in se_modules(folded).values()] == [StaticFactor]
 
 
 def test_a_weight_that_two_modules_share_takes_no_gates() -> None:
@@ -189,9 +190,9 @@ def test_no_factor_goes_through_an_activation_that_is_not_homogeneous(act: Calla
     model, folded, report = folded_from(own(Unit(conv(), nn.BatchNorm2d(8), act())))
     assert [site.verdict for site in report.sites] == ["factor"]
     (left,) = se_modules(folded).values()
-    assert left.factor is not None
+    assert isinstance(left, StaticFactor)
     assert type(folded[1]) is type(model[1])
-    again, _ = fold_se(add_se(own(Unit(conv(), nn.BatchNorm2d(8), nn.ReLU())).double(), gate="static"), [images()])
+    again, _ = fold_se(add_se(own(Unit(conv(), nn.BatchNorm2d(8), nn.ReLU())).double(), attention="static"), [images()])
     assert not has_se(again)
 
 
@@ -199,7 +200,7 @@ def test_static_gates_fold_exactly() -> None:
     network = (
         own(Unit(conv(), nn.BatchNorm2d(8), nn.ReLU()), Unit(conv(), nn.BatchNorm2d(8), nn.ReLU())).double().eval()
     )
-    model = add_se(network, gate="static", example_inputs=images())
+    model = add_se(network, attention="static", example_inputs=images())
     with torch.no_grad():
         for se in se_modules(model).values():
             se.factor.copy_(torch.rand(8) + 0.5)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from se_retrofit import SEAttention
+from se_retrofit.attention import Inserted
 from se_retrofit.models import Base
 
 
@@ -135,9 +135,9 @@ def randomised(model: nn.Module, seed: int = 11) -> nn.Module:
 # Looking at models ---------------------------
 
 
-def se_modules(model: nn.Module) -> dict[str, SEAttention]:
+def se_modules(model: nn.Module) -> dict[str, Inserted]:
     """The SE modules of a model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SEAttention)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, Inserted)}
 
 
 def se_keys(model: nn.Module) -> set[str]:

@@ -34,7 +34,7 @@ def trained() -> nn.Module:
 def gates_of(model: nn.Module, path: str) -> Tensor:
     """All gates of a site, gathered in the plainest way."""
     se, seen = model.get_submodule(path), []
-    hook = se.register_forward_pre_hook(lambda module, args: seen.append(module.excite(args[0])))
+    hook = se.register_forward_pre_hook(lambda module, args: seen.append(module.gates(args[0])))
     model.eval()
     with torch.no_grad():
         for x, _ in batches():

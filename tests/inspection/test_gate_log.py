@@ -12,6 +12,7 @@ from inspected import small_resnet
 from torch import Tensor, nn
 
 from se_retrofit import GateLogger, RetrofitError, SEAttention, add_se, excitations, fuse_se
+from se_retrofit.attention import Inserted, StaticFactor
 from se_retrofit.inspection import plot_gates
 from se_retrofit.inspection.moments import Moments
 
@@ -27,15 +28,15 @@ def network(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = add_se(small_resnet(), **options)
     for module in model.modules():
-        if isinstance(module, SEAttention):
+        if isinstance(module, Inserted):
             for parameter in module.parameters():
-                nn.init.normal_(parameter, mean=float(module.gate == "static"), std=0.5)
+                nn.init.normal_(parameter, mean=float(isinstance(module, StaticFactor)), std=0.5)
     return model.eval()
 
 
 @pytest.mark.parametrize("form", ["", "static", "fused"])
 def test_a_logger_and_excitations_tell_the_same_of_the_same_data(form: str) -> None:
-    model = network(gate="static") if form == "static" else network()
+    model = network(attention="static") if form == "static" else network()
     if form == "fused":
         model = fuse_se(model).eval()
     with GateLogger(model) as gates, torch.no_grad():

@@ -38,7 +38,7 @@ def test_counts_agree_with_torchs(name: str) -> None:
     assert found.multiply_adds_after == counted(model)
     excitations = sum(row.excitation or 0 for row in found.rows)
     assert found.multiply_adds_after == found.multiply_adds_before + excitations
-    assert excitations == sum(2 * row.channels * row.hidden for row in found.rows)
+    assert excitations == sum(2 * row.channels * max(row.channels // 8, 4) for row in found.rows)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_trainable_parameters_are_counted_before_and_after() -> None:
 def test_a_module_called_twice_costs_twice() -> None:
     model = add_se(Twice(), example_inputs=torch.empty(1, 3, 8, 8))
     (row,) = report(model, torch.empty(1, 3, 8, 8)).rows
-    assert row.excitation == 2 * 2 * row.channels * row.hidden
+    assert row.excitation == 2 * 2 * row.channels * max(row.channels // 8, 4)
     assert row.squeeze_scale == 2 * 8 * 8 * 8
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from se_retrofit.attention import SEAttention
+from se_retrofit.attention import Inserted
 from se_retrofit.errors import RetrofitError
 from se_retrofit.plan import Plan
 from se_retrofit.retrofit import add_se, plan_of, remove_se
@@ -156,7 +156,7 @@ def _check_retrofitted(model: nn.Module, plan: Plan, before: Structure) -> None:
         raise CheckFailed("the SE modules are not where the plan says")
     for site in plan.sites:
         se = ses[site.path]
-        assert isinstance(se, SEAttention)
+        assert isinstance(se, Inserted)
         if se.channel != site.channels or sum(p.numel() for p in se.parameters()) != site.parameters:
             raise CheckFailed(f"{site.path} is not as large as the plan says")
     classes, keys = _structure(model)

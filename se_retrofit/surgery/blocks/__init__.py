@@ -5,9 +5,23 @@ the block (Hu et al., sections 3.3 and 6.4). Blocks are recognised by what their
 """
 
 from .block import Block, Target
-from .find import Found, Place, find_places
+from .find import find_places
+from .named import places_at
+from .place import Found, Place
 from .placements import PLACEMENTS
 from .questions import is_gate
-from .table import RECOGNISERS, Recogniser
+from .table import RECOGNISERS, Recognise, Recogniser
 
-__all__ = ["PLACEMENTS", "RECOGNISERS", "Block", "Found", "Place", "Recogniser", "Target", "find_places", "is_gate"]
+__all__ = [
+    "PLACEMENTS",
+    "RECOGNISERS",
+    "Block",
+    "Found",
+    "Place",
+    "Recognise",
+    "Recogniser",
+    "Target",
+    "find_places",
+    "is_gate",
+    "places_at",
+]

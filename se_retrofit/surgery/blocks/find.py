@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 
-from ..operations import only_user
 from ..record import Call, Op, Record
 from .block import Block, Target
 from .names import name_of, other_names
+from .place import Found, Place, problem_of
 from .placements import PLACEMENTS
 from .questions import gated_after, is_gate
 from .table import RECOGNISERS, Recogniser
 
-__all__ = ["Found", "Place", "find_places"]
+__all__ = ["find_places"]
 
 HAS_ATTENTION = "has channel attention already"
-
-
-@dataclass(eq=False)
-class Place:
-    """A place for SE: on the value that ``op`` makes, as it appears in the code of the module that ``call`` called.
-
-    Attributes:
-        block, kind: path and kind of the block.
-        users: the operations that get the recalibrated value; None means all that come after.
-        names: paths beside the block's by which it may be asked for.
-        layers: the paths of the modules and parameters that make the block: those of another call of the same block are
-            the same, and only with such a one does it share its SE.
-    """
-
-    block: str
-    kind: str
-    call: Call
-    op: Op
-    users: frozenset[Op] | None = None
-    names: tuple[str, ...] = ()
-    layers: frozenset[str] = frozenset()
-
-    @property
-    def channels(self) -> int:
-        assert self.op.channels is not None
-        return self.op.channels
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether the record itself overwrites the value next (``out += identity``): then SE may do so, too."""
-        user = only_user(self.op)
-        return self.users is None and user is not None and user.inplace and user.inputs[:1] == (self.op,)
-
-
-@dataclass(eq=False)
-class Found:
-    """What was found in a record: where SE goes, and which blocks are skipped and why."""
-
-    places: list[Place] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    attended: int = 0  # blocks that have channel attention already
 
 
 def find_places(record: Record, placement: str = "auto", recognisers: Sequence[Recogniser] = RECOGNISERS) -> Found:
@@ -126,20 +84,18 @@ class _Finder:
         op = target.op
         call = None if target.call is None else _where_shown(target.call, op)
         if call is None:
-            problem = "the value that SE should recalibrate does not appear in the code of any of its modules"
-        elif op.channels is None:
-            problem = f"it is not known which dim of the output of {op.path or op.name} holds the channels"
-        elif op.channels < 2:
-            problem = f"the output of {op.path or op.name} has only one channel"
-        elif not op.dtype.is_floating_point:
-            problem = f"the output of {op.path or op.name} is of dtype {op.dtype}; SE is for real floating-point values"
+            problem: str | None = (
+                "the value that SE should recalibrate does not appear in the code of any of its modules"
+            )
         else:
-            self.sited |= op.bit
-            self.covered |= block.region
-            names, layers = other_names(self.record, block), self.layers(block)
-            self.found.places.append(Place(name, block.kind, call, op, target.users, names, layers))
+            problem = problem_of(op)
+        if call is None or problem is not None:
+            self.unplaced[name] = (str(problem), block.region)
             return
-        self.unplaced[name] = (problem, block.region)
+        self.sited |= op.bit
+        self.covered |= block.region
+        names, layers = other_names(self.record, block), self.layers(block)
+        self.found.places.append(Place(name, block.kind, call, op, target.users, names, layers))
 
     def layers(self, block: Block) -> frozenset[str]:
         return frozenset(

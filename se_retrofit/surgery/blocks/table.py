@@ -14,7 +14,9 @@ from .multi_branch import multi_branch_blocks
 from .rep_sum import reparameterisable_sums
 from .residual import residual_units
 
-__all__ = ["RECOGNISERS", "Recogniser"]
+__all__ = ["RECOGNISERS", "Recognise", "Recogniser"]
+
+Recognise = Callable[[Record], Iterable[Block]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Recogniser:
         alone: its blocks count only in a network that has no others.
     """
 
-    find: Callable[[Record], Iterable[Block]]
+    find: Recognise
     nests: bool = False
     alone: bool = False
 

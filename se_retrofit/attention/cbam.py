@@ -1,0 +1,118 @@
+"""Convolutional Block Attention Module: a gate for each channel, then one for each position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RetrofitError
+from .inserted import Inserted
+from .parts import TwiceSigmoid, check_positive, hidden_width, init_bottleneck, scale, squeeze, undrawn
+
+__all__ = ["CBAM"]
+
+
+def over_channels(x: Tensor, channel_dim: int, dims: int) -> Tensor:
+    """Mean and largest value over the channels, as two maps: ``(N, 2, *spatial)``."""
+    channel = channel_dim % x.dim()
+    maps = torch.stack([x.mean(channel), x.amax(channel)], -1 - dims)
+    return maps.unsqueeze(0).flatten(0, -2 - dims)
+
+
+def scale_positions(x: Tensor, gate: Tensor, channel_dim: int) -> Tensor:
+    """Multiply each position of ``x`` by its gate, ``(N, 1, *spatial)``."""
+    shape = list(x.shape)
+    shape[channel_dim % x.dim()] = 1
+    return x * gate.reshape(shape).to(x.dtype)
+
+
+torch.fx.wrap("over_channels")
+torch.fx.wrap("scale")
+torch.fx.wrap("scale_positions")
+torch.fx.wrap("squeeze")
+
+
+class CBAM(Inserted):
+    """Convolutional Block Attention Module (Woo et al., arXiv:1807.06521).
+
+    First a gate for each channel: one bottleneck of two linear layers on the means and on the largest values of the channels,
+    its two results added. Then a gate for each position: a wide convolution over the mean and the largest value of the
+    channels. Both gates are ``2 * sigmoid`` and their last layers start at zero, so that the module is an exact identity at
+    first, and learns from the first step on.
+
+    Args:
+        channel: number of channels C of the feature maps.
+        reduction, bias, min_hidden: of the bottleneck, as of ``SEAttention``.
+        kernel_size: of the convolution over the positions, odd.
+        dims: number of spatial dims: 1, 2 or 3.
+        channel_dim, inplace, device, dtype: as of ``SEAttention``.
+
+    Shape:
+        ``(N, C, *spatial)`` or ``(N, *spatial, C)``, to the same shape.
+
+    Raises:
+        RetrofitError: an option is out of range.
+        TypeError: an option is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit.attention import CBAM
+        >>> x = torch.randn(1, 64, 32, 32)
+        >>> torch.equal(CBAM(64)(x), x)
+        True
+    """
+
+    def __init__(
+        self,
+        channel: int,
+        reduction: int = 8,
+        *,
+        bias: bool = False,
+        min_hidden: int = 1,
+        kernel_size: int = 7,
+        dims: int = 2,
+        channel_dim: int = 1,
+        inplace: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channel, channel_dim, inplace)
+        for name, value in (("reduction", reduction), ("min_hidden", min_hidden), ("kernel_size", kernel_size)):
+            check_positive(name, value)
+        if kernel_size % 2 == 0:
+            raise RetrofitError(f"kernel_size must be odd, got {kernel_size}")
+        if dims not in (1, 2, 3):
+            raise RetrofitError(f"CBAM needs 1, 2 or 3 spatial dims, got {dims}")
+        self.hidden = hidden_width(channel, reduction, min_hidden)
+        self.dims = dims
+        factory = {"device": device, "dtype": dtype}
+        self.mlp = nn.Sequential(
+            undrawn(nn.Linear, channel, self.hidden, bias=bias, **factory),
+            nn.ReLU(inplace=True),
+            undrawn(nn.Linear, self.hidden, channel, bias=bias, **factory),
+        )
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        self.conv = undrawn(conv, 2, 1, kernel_size, padding=kernel_size // 2, bias=False, **factory)
+        self.gate = TwiceSigmoid()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the bottleneck's first layer, and set the last layer of both gates to zero."""
+        if self.conv.weight.is_meta:
+            return
+        init_bottleneck(self.mlp[0], self.mlp[2])
+        nn.init.zeros_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = self.channel_dim
+        gate = self.gate(self.mlp(squeeze(x, dim)) + self.mlp(squeeze(x, dim, True)))
+        x = scale(x, gate, dim, self.inplace and not torch.jit.is_tracing())
+        return scale_positions(x, self.gate(self.conv(over_channels(x, dim, self.dims))), dim)
+
+    def summary(self) -> str:
+        return f"CBAM {self.channel} -> {self.hidden} -> {self.channel}, kernel {self.conv.kernel_size[0]}"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, hidden={self.hidden}"

@@ -1,0 +1,87 @@
+"""Efficient Channel Attention: each channel's gate from its own mean and those of its neighbours."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RetrofitError
+from .inserted import Inserted
+from .parts import TwiceSigmoid, check_positive, scale, squeeze, undrawn
+
+__all__ = ["ECA"]
+
+torch.fx.wrap("scale")
+torch.fx.wrap("squeeze")
+
+
+class ECA(Inserted):
+    """Efficient Channel Attention (Wang et al., arXiv:1910.03151): the means of the channels are convolved along the channels.
+
+    The gate is ``2 * sigmoid`` and the kernel starts at zero, so that all gates are exactly 1.0 at first; the kernel learns from
+    the first step on.
+
+    Args:
+        channel: number of channels C of the feature maps.
+        kernel_size: of the convolution over the channels, odd; None for the paper's, ``(log2(C) + 1) / 2`` made odd.
+        channel_dim, inplace, device, dtype: as of ``SEAttention``.
+
+    Shape:
+        ``(N, C, *spatial)`` or ``(N, *spatial, C)`` with any number of spatial dims, to the same shape.
+
+    Raises:
+        RetrofitError: an option is out of range.
+        TypeError: an option is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit.attention import ECA
+        >>> eca, x = ECA(64), torch.randn(1, 64, 32, 32)
+        >>> eca.conv.kernel_size, torch.equal(eca(x), x)
+        ((3,), True)
+    """
+
+    gate_layer = "gate"
+
+    def __init__(
+        self,
+        channel: int,
+        kernel_size: int | None = None,
+        *,
+        channel_dim: int = 1,
+        inplace: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channel, channel_dim, inplace)
+        if kernel_size is None:
+            width = int(abs((math.log2(channel) + 1) / 2))
+            kernel_size = width if width % 2 else width + 1
+        check_positive("kernel_size", kernel_size)
+        if kernel_size % 2 == 0:
+            raise RetrofitError(f"kernel_size must be odd, got {kernel_size}")
+        self.conv = undrawn(
+            nn.Conv1d, 1, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype
+        )
+        self.gate = TwiceSigmoid()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the kernel to zero."""
+        nn.init.zeros_(self.conv.weight)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """The gates of an input, ``(N, C)``."""
+        z = squeeze(x, self.channel_dim)
+        # (N, C) -> (N, 1, C), whatever dims there are in front of C
+        rows = z.unsqueeze(0).unsqueeze(-2).flatten(0, -3)
+        return self.gate(self.conv(rows).reshape(z.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scale(x, self.gates(x), self.channel_dim, self.inplace and not torch.jit.is_tracing())
+
+    def summary(self) -> str:
+        return f"ECA {self.channel}, kernel {self.conv.kernel_size[0]}"

@@ -1,0 +1,118 @@
+"""What the attentions share: pooling, scaling, the gate ``2 * sigmoid``, and the bottleneck's first values.
+
+The functions are leaves to torch.fx: which dims they touch depends on the number of dims of their input, which a symbolic trace
+does not know. ``channel_dim`` says where C is: 1 for ``(N, C, *spatial)``, -1 for ``(N, *spatial, C)``; below -1 it is counted
+from the end and all dims behind it are spatial.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+
+from ..errors import RetrofitError, brief
+
+__all__ = [
+    "TwiceSigmoid",
+    "broadcast",
+    "check_positive",
+    "hidden_width",
+    "init_bottleneck",
+    "scale",
+    "squeeze",
+    "undrawn",
+]
+
+
+class TwiceSigmoid(nn.Module):
+    """``2 * sigmoid(z)``: exactly 1.0 at ``z = 0`` in every float format, range (0, 2)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 2.0 * torch.sigmoid(z)
+
+
+def squeeze(x: Tensor, channel_dim: int, largest: bool = False) -> Tensor:
+    """Mean (or the largest value) over all spatial dims: ``(N, C, *spatial) -> (N, C)``, wherever C is."""
+    channel = channel_dim % x.dim()
+    if channel == x.dim() - 1:
+        if channel < 2:
+            return x
+        values, dim = x.flatten(1, -2), 1
+    elif channel_dim < -1 or channel == 1:
+        values, dim = (
+            x.flatten(channel + 1),
+            -1,
+        )  # a view in both memory formats, and quicker to reduce than several dims
+    else:
+        values, dim = x.movedim(channel, 1).flatten(2), -1
+    return values.amax(dim) if largest else values.mean(dim)
+
+
+def broadcast(gate: Tensor, x: Tensor, channel_dim: int) -> Tensor:
+    """Gates ``(N, C)``, or one for each channel, ``(C,)``, in a shape that broadcasts over ``x``, and in its dtype."""
+    channel = channel_dim % x.dim()
+    for _ in range(x.dim() - 1 - channel):
+        gate = gate.unsqueeze(-1)
+    if channel == x.dim() - 1 and gate.dim() == 2:
+        for _ in range(channel - 1):
+            gate = gate.unsqueeze(1)
+    return gate.to(x.dtype)
+
+
+def scale(x: Tensor, gate: Tensor, channel_dim: int, inplace: bool = False) -> Tensor:
+    """Multiply each channel of ``x`` by its gate, ``(N, C)`` or ``(C,)``; where ``inplace`` and no gradient is needed, in ``x``
+    itself."""
+    gate = broadcast(gate, x, channel_dim)
+    if inplace and not (torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad)):
+        return x.mul_(gate)
+    return x * gate
+
+
+def hidden_width(channels: int, reduction: int, min_hidden: int) -> int:
+    """Width of the bottleneck between the two layers of the excitation: ``max(channels // reduction, min_hidden)``."""
+    return max(channels // reduction, min_hidden)
+
+
+def undrawn(layer: type[nn.Module], *sizes: int, device: Any, **options: Any) -> Any:
+    """A layer whose parameters have no values yet: to draw values that are drawn anew takes long."""
+    device = torch.get_default_device() if device is None else device
+    return layer(*sizes, **options, device="meta").to_empty(device=device)
+
+
+def init_bottleneck(first: nn.Module, last: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Kaiming's values for the first layer, zero for the last: all gates are 1.0, while the last layer's gradient is not zero
+    (as in LoRA)."""
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    draw(first.weight, math.sqrt(2 / first.in_features), generator)
+    # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all of them.
+    # Units in pairs of opposite sign: of each pair, one is alive for any input.
+    with torch.no_grad():
+        pairs = first.out_features // 2
+        first.weight[pairs : 2 * pairs] = -first.weight[:pairs]
+    init.zeros_(last.weight)
+    for layer in (first, last):
+        if layer.bias is not None:
+            init.zeros_(layer.bias)
+
+
+def draw(weight: Any, std: float, generator: torch.Generator | None) -> None:
+    """Fill a weight with normal values; with a generator of the CPU they are the same on every device."""
+    if generator is None or weight.device.type in ("cpu", "meta"):
+        init.normal_(weight, std=std, generator=None if weight.device.type == "meta" else generator)
+        return
+    drawn = torch.empty(weight.shape, dtype=weight.dtype)
+    with torch.no_grad():
+        weight.copy_(drawn.normal_(0.0, std, generator=generator))
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise unless ``value`` is an int of at least 1 (True is none)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive int, got {brief(value)} of type {type(value).__name__}")
+    if value < 1:
+        raise RetrofitError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,168 @@
+"""Squeeze-and-Excitation itself: pool a feature map, compute a gate per channel, scale the channels with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import RetrofitError, brief
+from .inserted import Inserted
+from .parts import TwiceSigmoid, check_positive, draw, hidden_width, init_bottleneck, scale, squeeze, undrawn
+
+__all__ = ["GATES", "SEAttention", "check_options"]
+
+GATES = ("identity", "sigmoid")
+
+torch.fx.wrap("scale")
+torch.fx.wrap("squeeze")
+
+
+class SEAttention(Inserted):
+    """Squeeze-and-Excitation (Hu et al., arXiv:1709.01507, section 3).
+
+    Squeeze: global average pooling over the spatial dims. Excitation: ``Linear(C -> hidden)``, ReLU,
+    ``Linear(hidden -> C)``, gate. Scale: the channel-wise product of input and gate.
+
+    Args:
+        channel: number of channels C of the feature maps.
+        reduction: the bottleneck between the two layers is ``channel // reduction`` wide.
+        gate: ``"sigmoid"``, the paper's, range (0, 1), which halves its input at z = 0; or ``"identity"``,
+            ``2 * sigmoid`` with the last layer at zero, range (0, 2), which starts as an exact identity.
+        bias: whether the two linear layers have biases.
+        min_hidden: lower bound of the bottleneck's width.
+        channel_dim: which dim of the input holds the channels: 1 for ``(N, C, *spatial)``, -1 for
+            ``(N, *spatial, C)``. Below -1 it counts from the end, and all dims behind it are spatial: -3 takes
+            ``(N, C, H, W)`` and ``(C, H, W)`` alike.
+        inplace: where no gradient is needed, scale the input itself instead of a copy, which is several times faster on
+            a CPU. For an input that nothing else uses.
+        device, dtype: of the parameters, as in every torch module.
+
+    Shape:
+        ``(N, C, *spatial)`` or ``(N, *spatial, C)`` with any number of spatial dims, to the same shape.
+
+    Raises:
+        RetrofitError: an option is out of range.
+        TypeError: an option is of the wrong type.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit import SEAttention
+        >>> se = SEAttention(channel=64, reduction=8)
+        >>> se(torch.randn(1, 64, 32, 32)).shape
+        torch.Size([1, 64, 32, 32])
+        >>> list(se.state_dict())
+        ['fc.0.weight', 'fc.2.weight']
+    """
+
+    gate_layer = "fc"
+
+    def __init__(
+        self,
+        channel: int = 32,
+        reduction: int = 8,
+        *,
+        gate: str = "sigmoid",
+        bias: bool = False,
+        min_hidden: int = 1,
+        channel_dim: int = 1,
+        inplace: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_options(reduction, gate, bias, min_hidden)
+        super().__init__(channel, channel_dim, inplace)
+        self.reduction = reduction
+        self.gate = gate
+        self.hidden = hidden_width(channel, reduction, min_hidden)
+        factory = {"device": device, "dtype": dtype}
+        self.fc: nn.Module = nn.Sequential(
+            undrawn(nn.Linear, channel, self.hidden, bias=bias, **factory),
+            nn.ReLU(inplace=True),
+            undrawn(nn.Linear, self.hidden, channel, bias=bias, **factory),
+            nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid(),
+        )
+        self.init_weights()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights anew.
+
+        Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer, zero for
+        the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA).
+
+        Args:
+            generator: of the CPU, whatever device the weights are on; None for torch's own.
+        """
+        if next(self.parameters()).is_meta:
+            return  # no values to draw, and torch takes long to draw none
+        assert isinstance(self.fc, nn.Sequential)
+        init_bottleneck(self.fc[0], self.fc[2], generator)
+        if self.gate == "sigmoid":
+            draw(self.fc[0].weight, 0.001, generator)
+            draw(self.fc[2].weight, 0.001, generator)
+
+    reset_parameters = init_weights  # the name by which FSDP fills modules that were built on the meta device
+
+    def gates(self, x: Tensor) -> Tensor:
+        """The gates of an input, ``(N, C)``."""
+        return self.fc(squeeze(x, self.channel_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 - a block of its own is not compiled by torch.jit.script
+            if not torch.is_grad_enabled() and self._is_bare(x):
+                return self._forward_without_grad(x)
+        # a trace by torch.jit holds for both grad modes
+        return scale(x, self.gates(x), self.channel_dim, self.inplace and not torch.jit.is_tracing())
+
+    def _is_bare(self, x: Tensor) -> bool:
+        """Whether an eager call would come to the same operations as ``_forward_without_grad``: nothing is traced, hooked, or
+        put in the place of a layer."""
+        fc = self.fc
+        if type(x) is not Tensor or x.dim() != 4 or self.channel_dim not in (1, -3) or type(fc) is not nn.Sequential:
+            return False
+        if type(self).gates is not SEAttention.gates or "gates" in self.__dict__:
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or nn.modules.module._has_any_global_hook():
+            return False
+        layers = tuple(fc._modules.values())
+        if tuple(map(type, layers)) not in _LAYERS:
+            return False
+        for module in (fc, *layers):
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return False
+        return True
+
+    def _forward_without_grad(self, x: Tensor) -> Tensor:
+        """The same values, bit for bit, by fewer calls: at a batch of one these take as long as the arithmetic."""
+        layers: Any = self.fc._modules.values()
+        first, _, last, gate_layer = layers
+        z = F.linear(x.flatten(2).mean(-1), first.weight, first.bias).relu_()
+        z = F.linear(z, last.weight, last.bias).sigmoid_()
+        if type(gate_layer) is TwiceSigmoid:
+            z.mul_(2.0)
+        gate = z.to(x.dtype).view(*z.shape, 1, 1)
+        return x.mul_(gate) if self.inplace else x * gate
+
+    def summary(self) -> str:
+        return f"SE {self.channel} -> {self.hidden} -> {self.channel}"
+
+    def extra_repr(self) -> str:
+        dim = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
+        return f"{self.channel}, hidden={self.hidden}, gate={self.gate}{dim}"
+
+
+_LAYERS = {(nn.Linear, nn.ReLU, nn.Linear, last) for last in (nn.Sigmoid, TwiceSigmoid)}
+
+
+def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> None:
+    """Raise unless these are options that an SE module can be built with."""
+    check_positive("reduction", reduction)
+    check_positive("min_hidden", min_hidden)
+    if not isinstance(bias, bool):
+        raise TypeError(f"bias must be True or False, got {brief(bias)}")
+    if not isinstance(gate, str):
+        raise TypeError(f"gate must be a string, got {brief(gate)}")
+    if gate not in GATES:
+        raise RetrofitError(f"gate must be one of {', '.join(map(repr, GATES))}, got {brief(gate)}")

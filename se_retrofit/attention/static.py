@@ -1,0 +1,64 @@
+"""A learned factor for each channel: what is left of SE without its squeeze."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inserted import Inserted
+from .parts import scale
+
+__all__ = ["StaticFactor"]
+
+torch.fx.wrap("scale")
+
+
+class StaticFactor(Inserted):
+    """A learned factor for each channel that looks at no input (the scale of SSF, Lian et al., arXiv:2210.08823).
+
+    It starts at exactly 1. It is a control for what the squeeze and the excitation of SE add, and what a fold leaves where a
+    constant gate can't be folded into a weight.
+
+    Args:
+        channel: number of channels C of the feature maps.
+        channel_dim, inplace, device, dtype: as of ``SEAttention``.
+
+    Shape:
+        ``(N, C, *spatial)`` or ``(N, *spatial, C)`` with any number of spatial dims, to the same shape.
+
+    Example:
+        >>> import torch
+        >>> from se_retrofit.attention import StaticFactor
+        >>> x = torch.randn(1, 64, 32, 32)
+        >>> torch.equal(StaticFactor(64)(x), x)
+        True
+    """
+
+    def __init__(
+        self,
+        channel: int,
+        *,
+        channel_dim: int = 1,
+        inplace: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channel, channel_dim, inplace)
+        self.factor = nn.Parameter(torch.empty(channel, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all factors to 1."""
+        nn.init.ones_(self.factor)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """The factors as the gates of an input, ``(N, C)``."""
+        return self.factor.expand(x.shape[0], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scale(x, self.factor, self.channel_dim, self.inplace and not torch.jit.is_tracing())
+
+    def summary(self) -> str:
+        return f"a factor for each of {self.channel} channels"

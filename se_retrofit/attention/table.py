@@ -1,0 +1,130 @@
+"""Which attention: a name in a table, a class, or a factory of the user's; and the building of the module for a place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RetrofitError, brief
+from .cbam import CBAM
+from .checking import check_made
+from .eca import ECA
+from .from_identity import FromIdentity
+from .inserted import Inserted, Slot
+from .se import SEAttention
+from .static import StaticFactor
+
+__all__ = ["ATTENTIONS", "Attention", "built", "check_attention", "name_of"]
+
+Attention = str | Callable[..., nn.Module]
+
+
+def _se(slot: Slot, options: Mapping[str, Any]) -> Inserted:
+    return SEAttention(slot.channels, options["reduction"], gate=options["gate"], **_bottleneck(options), **slot.where)
+
+
+def _eca(slot: Slot, options: Mapping[str, Any]) -> Inserted:
+    return ECA(slot.channels, **slot.where)
+
+
+def _cbam(slot: Slot, options: Mapping[str, Any]) -> Inserted:
+    return CBAM(slot.channels, options["reduction"], dims=slot.dims, **_bottleneck(options), **slot.where)
+
+
+def _static(slot: Slot, options: Mapping[str, Any]) -> Inserted:
+    return StaticFactor(slot.channels, **slot.where)
+
+
+def _bottleneck(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("bias", "min_hidden")}
+
+
+# A row is a function of the slot and of the retrofit's options: reduction, gate, bias, min_hidden. What it gives is on the slot's
+# device, and an exact identity.
+ATTENTIONS: dict[str, Callable[[Slot, Mapping[str, Any]], Inserted]] = {
+    "se": _se,
+    "eca": _eca,
+    "cbam": _cbam,
+    "static": _static,
+}
+
+
+def check_attention(attention: Any) -> None:
+    """Raise unless it is a name in the table, a class or a factory."""
+    if isinstance(attention, str):
+        if attention not in ATTENTIONS:
+            raise RetrofitError(
+                f"attention must be one of {', '.join(map(repr, ATTENTIONS))}, a class or a factory, got {brief(attention)}"
+            )
+    elif isinstance(attention, nn.Module):
+        raise TypeError(
+            f"attention must make a new module for each place, got one {type(attention).__name__}; give its class, or a "
+            "factory: lambda slot: ..."
+        )
+    elif not callable(attention):
+        raise TypeError(f"attention must be a name, a class or a factory, got {brief(attention)}")
+
+
+def name_of(attention: Attention) -> str:
+    """The name in the table, or the qualified name of a class or factory."""
+    if isinstance(attention, str):
+        return attention
+    named: Any = attention.func if isinstance(attention, functools.partial) else attention
+    named = named if hasattr(named, "__qualname__") else type(named)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inserted:
+    """The module for a place: with values on the CPU, which are drawn from torch's global generator; without, where the slot's
+    device is meta.
+
+    Raises:
+        RetrofitError: what a class or factory of the user's raises, or gives, can't be inserted.
+        TypeError: it gives no module.
+    """
+    cpu = replace(slot, device=torch.device("cpu"))
+    if isinstance(attention, str):
+        return ATTENTIONS[attention](slot if slot.device.type == "meta" else cpu, options)
+    if slot.device.type != "meta":
+        return _inserted(_made(attention, cpu, slot), attention, slot)
+    try:
+        module = _made(attention, slot, slot)
+    except RetrofitError:  # a constructor may look at values
+        module = _made(attention, cpu, cpu)
+    return _inserted(module, attention, slot).to("meta")
+
+
+def _made(attention: Callable[..., nn.Module], built_for: Slot, slot: Slot) -> nn.Module:
+    cls = attention.func if isinstance(attention, functools.partial) else attention
+    arguments: dict[str, Any] = {}
+    if isinstance(cls, type) and issubclass(cls, Inserted):
+        arguments = {"channel_dim": slot.channel_dim}
+    try:
+        with built_for.device:
+            module = attention(built_for.channels if isinstance(cls, type) else built_for, **arguments)
+    except Exception as error:
+        raise RetrofitError(
+            f"attention={name_of(attention)} can't be built for {slot.channels} channels, in block {slot.block or '(model)'}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"attention={name_of(attention)} must give an nn.Module, got {brief(module)}")
+    return module
+
+
+def _inserted(module: nn.Module, attention: Attention, slot: Slot) -> Inserted:
+    """A module as it is inserted: with the slot's dtype, and an exact identity."""
+    if isinstance(module, Inserted) and module.site is not None:
+        raise RetrofitError(
+            f"attention={name_of(attention)} gave the module of another site; it must make a new one each time"
+        )
+    check_made(module, slot, name_of(attention))
+    if not isinstance(module, Inserted):
+        alpha = next((p.device for p in module.parameters()), None)
+        module = FromIdentity(module, slot.channels, channel_dim=slot.channel_dim, device=alpha)
+    return module.to(slot.dtype)

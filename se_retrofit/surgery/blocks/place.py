@@ -1,0 +1,64 @@
+"""Where SE goes: a value, as it appears in the code of a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..operations import only_user
+from ..record import Call, Op
+
+__all__ = ["Found", "Place", "problem_of"]
+
+
+@dataclass(eq=False)
+class Place:
+    """A place for SE: on the value that ``op`` makes, as it appears in the code of the module that ``call`` called.
+
+    Attributes:
+        block, kind: path and kind of the block.
+        users: the operations that get the recalibrated value; None means all that come after.
+        names: paths beside the block's by which it may be asked for.
+        layers: the paths of the modules and parameters that make the block: those of another call of the same block are
+            the same, and only with such a one does it share its SE.
+        named: the user named it; it is no block that was found.
+    """
+
+    block: str
+    kind: str
+    call: Call
+    op: Op
+    users: frozenset[Op] | None = None
+    names: tuple[str, ...] = ()
+    layers: frozenset[str] = frozenset()
+    named: bool = False
+
+    @property
+    def channels(self) -> int:
+        assert self.op.channels is not None
+        return self.op.channels
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the record itself overwrites the value next (``out += identity``): then SE may do so, too."""
+        user = only_user(self.op)
+        return self.users is None and user is not None and user.inplace and user.inputs[:1] == (self.op,)
+
+
+@dataclass(eq=False)
+class Found:
+    """What was found in a record: where SE goes, and which blocks are skipped and why."""
+
+    places: list[Place] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    attended: int = 0  # blocks that have channel attention already
+
+
+def problem_of(op: Op) -> str | None:
+    """Why SE can't recalibrate a value, if it can't."""
+    if op.channels is None:
+        return f"it is not known which dim of the output of {op.path or op.name} holds the channels"
+    if op.channels < 2:
+        return f"the output of {op.path or op.name} has only one channel"
+    if not op.dtype.is_floating_point:
+        return f"the output of {op.path or op.name} is of dtype {op.dtype}; SE is for real floating-point values"
+    return None
