@@ -467,8 +467,5 @@ def test_a_network_and_a_teacher_whose_train_returns_nothing_are_trained_with(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(x)
 
-    data = NamedData(
-        torch.utils.data.Subset(digits.train, range(32)), torch.utils.data.Subset(digits.val, range(16)), 10
-    )
-    result = finetune(Quiet(), data, config=config(epochs=1), teacher=Quiet(), quiet=True)
+    result = finetune(Quiet(), digits.train, digits.val, config=config(epochs=1), teacher=Quiet(), quiet=True)
     assert [row["epoch"] for row in result.history] == [0, 1]
