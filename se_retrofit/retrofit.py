@@ -15,13 +15,13 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .attention import SEAttention, hidden_width, parameter_count
-from .errors import RetrofitError, check_module
+from .errors import RetrofitError, check_module, told_as_fault
 from .plan import Plan, Site, Skipped
 from .surgery.arguments import Options, Patterns, check_model, patterns_of
 from .surgery.copying import copied, mode_of
 from .surgery.derived import RetrofittedBlock
 from .surgery.edits import apply_edits, se_paths
-from .surgery.inputs import describe, described_inputs
+from .surgery.inputs import describe, described_inputs, given_inputs
 from .surgery.isolation import isolated
 from .surgery.placement import Place
 from .surgery.planning import Surgery, SurgerySite, plan_surgery
@@ -94,10 +94,17 @@ def add_se(
         )
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude)
+    _check(model, options, example_inputs, plan)
+    with told_as_fault():
+        return _add(model, options, example_inputs, plan, inplace)
+
+
+def _add(model: M, options: Options, example_inputs: Any, plan: Plan | None, inplace: bool) -> M:
+    """``add_se``, of arguments that have been checked."""
     if plan is None:
         plan, surgery = _prepare(model, options, example_inputs)
     else:
-        plan, surgery = _prepare_again(model, plan, options, example_inputs)
+        plan, surgery = _prepare_again(model, plan, example_inputs)
     target = model if inplace else copied(model)
     modules = _build(target, plan, surgery)
     try:
@@ -135,7 +142,10 @@ def plan_se(
         >>> len(plan.sites), plan.sites[0].path, plan.sites[0].after
         (8, 'layer1.0.se_attention', 'bn2')
     """
-    return _prepare(model, Options(reduction, placement, gate, bias, min_hidden, include, exclude), example_inputs)[0]
+    options = Options(reduction, placement, gate, bias, min_hidden, include, exclude)
+    _check(model, options, example_inputs)
+    with told_as_fault():
+        return _prepare(model, options, example_inputs)[0]
 
 
 def remove_se(model: M, *, inplace: bool = False) -> M:
@@ -159,8 +169,9 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
     if not has_se(model):
         raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to remove")
     check_removable(model, "remove_se")
-    target = model if inplace else copied(model)
-    strip(target)
+    with told_as_fault():
+        target = model if inplace else copied(model)
+        strip(target)
     return target
 
 
@@ -253,10 +264,23 @@ class InsertSE(PassBase):
 # Behind them ------------------------------------------------------------------
 
 
-def _prepare(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Surgery]:
-    """Find out all that is to be done; touch nothing."""
+def _check(model: nn.Module, options: Options, example_inputs: Any, plan: Any = None) -> None:
+    """Raise unless these arguments are of types and in ranges that ``add_se`` takes."""
+    if plan is not None:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
+        if options != Options():
+            raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
+        options = Options(**plan.options)
     check_model(model)
     options.check()
+    patterns_of("include", options.include), patterns_of("exclude", options.exclude)
+    if example_inputs is not None:
+        given_inputs(example_inputs)
+
+
+def _prepare(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Surgery]:
+    """Find out all that is to be done; touch nothing."""
     included, excluded = patterns_of("include", options.include), patterns_of("exclude", options.exclude)
     nothing: list[str] = []
 
@@ -279,12 +303,8 @@ def _prepare(model: nn.Module, options: Options, example_inputs: Any) -> tuple[P
     return Plan(tuple(sites), skipped, noted, describe(surgery.inputs, model)), surgery
 
 
-def _prepare_again(model: nn.Module, plan: Any, options: Options, example_inputs: Any) -> tuple[Plan, Surgery]:
+def _prepare_again(model: nn.Module, plan: Plan, example_inputs: Any) -> tuple[Plan, Surgery]:
     """The same for the sites of a plan that was made before."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
-    if options != Options():
-        raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
     if example_inputs is None:
         example_inputs = described_inputs(plan.inputs, model)
     chosen = Options(**plan.options)
