@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["RetrofitError", "brief", "check_module", "extra"]
+__all__ = ["RetrofitError", "brief", "check_module", "extra", "told_as_fault"]
 
 
 class RetrofitError(ValueError):
@@ -40,6 +40,20 @@ def extra(name: str) -> Iterator[None]:
         raise RetrofitError(
             f"the package {error.name.partition('.')[0]} is not installed; install what this needs with "
             f"pip install 'se-retrofit[{name}]'"
+        ) from error
+
+
+@contextmanager
+def told_as_fault() -> Iterator[None]:
+    """What is raised inside it and is no ``RetrofitError`` becomes one that asks to report it: it is a fault of this package.
+    Arguments are checked before."""
+    try:
+        yield
+    except RetrofitError:
+        raise
+    except Exception as error:
+        raise RetrofitError(
+            f"a fault of se_retrofit, please report it with this traceback: {type(error).__name__}: {error}. The model is unchanged"
         ) from error
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .attention import Attention
-from .errors import RetrofitError, check_module
+from .errors import RetrofitError, check_module, told_as_fault
 from .plan import Edit, Plan, Site
-from .surgery.arguments import Options, Patterns
+from .surgery.arguments import Options, Patterns, check_arguments
 from .surgery.blocks import Recognise
 from .surgery.carry import carry_out, structure_of
 from .surgery.copying import copied
@@ -106,6 +106,13 @@ def add_se(
         )
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
+    check_arguments(model, options, example_inputs, plan)
+    with told_as_fault():
+        return _add(model, options, example_inputs, plan, inplace)
+
+
+def _add(model: M, options: Options, example_inputs: Any, plan: Plan | None, inplace: bool) -> M:
+    """``add_se``, of arguments that have been checked."""
     if plan is None:
         plan = planned(model, options, example_inputs)
     else:
@@ -143,7 +150,9 @@ def plan_se(
         (8, 'layer1.0.se_attention', 'bn2')
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
-    return planned(model, options, example_inputs)
+    check_arguments(model, options, example_inputs)
+    with told_as_fault():
+        return planned(model, options, example_inputs)
 
 
 def remove_se(model: M, *, inplace: bool = False) -> M:
@@ -167,8 +176,9 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
     if not has_se(model):
         raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to remove")
     check_removable(model, "remove_se")
-    target = model if inplace else copied(model)
-    strip(target)
+    with told_as_fault():
+        target = model if inplace else copied(model)
+        strip(target)
     return target
 
 

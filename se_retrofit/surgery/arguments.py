@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from ..attention import check_attention, check_options, name_of
 from ..errors import RetrofitError, brief, check_module
 from ..plan import Plan
 from .blocks import PLACEMENTS
+from .inputs import given_inputs
 from .undo import is_retrofitted
 
-__all__ = ["Options", "Patterns", "check_model", "patterns_of"]
+__all__ = ["Options", "Patterns", "check_arguments", "patterns_of"]
 
 Patterns = str | Iterable[str] | None
 
 
-def check_model(model: Any) -> None:
+def _check_model(model: Any) -> None:
     check_module(model)
     name = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -111,6 +112,23 @@ class Options:
             raise RetrofitError(
                 f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {brief(self.placement)}"
             )
+
+
+def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None) -> None:
+    """Raise unless the arguments of ``add_se`` are of types and in ranges that it takes.
+
+    Raises:
+        RetrofitError, TypeError: one is not; the message names it.
+    """
+    if plan is not None:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
+        if replace(options, attention="se", recognisers=()) != Options():
+            raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
+    _check_model(model)
+    options.check()
+    if example_inputs is not None:
+        given_inputs(example_inputs)
 
 
 def patterns_of(name: str, patterns: Patterns) -> list[str]:

@@ -127,7 +127,7 @@ def _copied(value: T, convert: Convert | None, independent: bool) -> T:
         forced = modules
     else:
         forced = [m for m in modules if _answers_anything(m) or (independent and _copies_itself(m))]
-    given = {id(m): type(m).__new__(type(m)) for m in forced}  # what the copy is to hold in the place of an object
+    given = {id(m): object.__new__(type(m)) for m in forced}  # what the copy is to hold in the place of an object
     try:
         result, memo = _deep_copy(value, modules, given, convert, independent, forced)
     except Exception as error:
@@ -141,7 +141,7 @@ def _copied(value: T, convert: Convert | None, independent: bool) -> T:
     shared = _shared(modules, result)
     if shared:
         forced += shared
-        given.update({id(module): type(module).__new__(type(module)) for module in shared})
+        given.update({id(module): object.__new__(type(module)) for module in shared})
         result, memo = _deep_copy(value, modules, given, convert, independent, forced)
     _point_weak_references(modules, memo)
     if not independent:
@@ -238,8 +238,21 @@ def _shared(modules: list[nn.Module], result: Any) -> list[nn.Module]:
 
 
 def _copies_itself(module: nn.Module) -> bool:
-    own = any("__deepcopy__" in vars(cls) for cls in type(module).__mro__)
-    return own and not isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule))
+    """Whether a module's class has a way of its own to be copied: with a constructor, say, that makes tensors with values."""
+    if isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule)):
+        return False
+    names = {
+        name
+        for cls in type(module).__mro__
+        if cls.__module__.partition(".")[0] not in ("torch", "builtins")
+        for name in vars(cls)
+    }
+    return type(module) in copyreg.dispatch_table or hasattr(type(module), "__deepcopy__") or bool(names & _COPYING)
+
+
+_COPYING = {
+    "__new__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__setstate__",
+}  # fmt: skip
 
 
 def _answers_anything(module: nn.Module) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import copyreg
 import inspect
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,24 +49,54 @@ class RetrofittedBlock:
         """A derived class is not a new class of the user's, so registries that are filled here do not get it."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
+        """As the author's class reduces the block without SE; the SE modules come with its state."""
+        if "se_recipe" not in vars(type(self)):  # something has derived a class from ours: it is up to that
+            return super().__reduce_ex__(protocol)
+        recipe, children = type(self).se_recipe, vars(self)["_modules"]
+        reduced = _without_se(self).__reduce_ex__(protocol)
         if not isinstance(reduced, tuple):
             return reduced
-        function, arguments, *rest = reduced
-        base = type(self).se_recipe.base
-        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            function, arguments = object.__new__, (base, *arguments[1:])
-        elif function is type(self):
-            function = base
-        return _revive, (type(self).se_recipe, function, arguments), *rest
+        function, arguments, state, *rest = (*reduced, None) if len(reduced) == 2 else reduced
+        ses = {name: children[name] for name in recipe.names if name in children}
+        return _revive, (recipe, function, arguments), _State(state, ses, tuple(children)), *rest
+
+    def __setstate__(self, given: Any) -> None:
+        cls = type(self)
+        if not isinstance(given, _State):  # of a pickle that an earlier version wrote
+            super().__setstate__(given)  # type: ignore[misc]
+            return
+        if given.state is not None:
+            object.__setattr__(self, "__class__", cls.se_recipe.base)
+            self.__setstate__(given.state)
+            object.__setattr__(self, "__class__", cls)
+        children = vars(self)["_modules"]
+        children.update(given.ses)
+        for name in given.order:  # the state dict is in this order
+            if name in children:
+                children[name] = children.pop(name)
+
+
+class _State(NamedTuple):
+    """What a retrofitted block gets back: what its own class keeps of it, its SE modules, and the order of its children."""
+
+    state: Any
+    ses: dict[str, nn.Module]
+    order: tuple[str, ...]
+
+
+def _without_se(block: Any) -> nn.Module:
+    """A block as it was, which shares all but SE with the retrofitted one."""
+    recipe = type(block).se_recipe
+    bare: nn.Module = object.__new__(recipe.base)
+    vars(bare).update(vars(block))
+    vars(bare)["_modules"] = {k: m for k, m in block._modules.items() if k not in recipe.names}
+    return bare
 
 
 def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """For a base that copies itself in a way of its own: its copy of the block without SE, and SE's own copies."""
     recipe: Recipe = type(self).se_recipe  # type: ignore[attr-defined]
-    bare: nn.Module = object.__new__(recipe.base)
-    vars(bare).update(vars(self))
-    vars(bare)["_modules"] = {k: m for k, m in self._modules.items() if k not in recipe.names}
+    bare = _without_se(self)
     memo.setdefault(id(memo), []).append(bare)  # alive as long as the memo, in which its id stands for its copy
     new = recipe.base.__deepcopy__(bare, memo)  # type: ignore[attr-defined]
     if new is bare:

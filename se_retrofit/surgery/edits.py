@@ -105,6 +105,10 @@ def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | Splic
         yield SpliceError(f"{len(users)} operations take the value that SE should recalibrate")
         return
     (user,) = users
+    while (
+        not call.holds(user) and call.parent is not None
+    ):  # made further in, as by an in-place ReLU on the block's input
+        call = call.parent
     child = None if user.call is call else call.child_with(user)
     where = user.where if child is None else child.where
     for source, node, method in _nodes(call, where):

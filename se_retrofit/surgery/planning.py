@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..attention import Attention, Slot, built, name_of
 from ..errors import RetrofitError
 from ..plan import Plan, Site, Skipped
-from .arguments import Options, check_model, patterns_of
+from .arguments import Options, patterns_of
 from .blocks import RECOGNISERS, Found, Place, Recogniser, find_places, places_at
 from .carry import block_around, misfit, structure_of
 from .edits import se_paths
@@ -34,11 +34,8 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     """The plan of a retrofit.
 
     Raises:
-        RetrofitError: the model can't be copied, or run on the inputs; nothing can be retrofitted; an option is invalid.
-        TypeError: an argument is of the wrong type.
+        RetrofitError: the model can't be copied, or run on the inputs; nothing can be retrofitted.
     """
-    check_model(model)
-    options.check()
     forget_methods()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
@@ -58,21 +55,16 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure_of(model))
 
 
-def fitted(model: nn.Module, plan: Any, options: Options, example_inputs: Any) -> Plan:
+def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) -> Plan:
     """A plan that was made before; where the model is another one by now, or its code has changed, the plan made again, if that
     has the same sites.
 
     Raises:
-        RetrofitError, TypeError: as ``planned``; it is no plan, or has a site that the model has no place for.
+        RetrofitError: as ``planned``; it has a site that the model has no place for.
 
     Warns:
         UserWarning: a block's code has changed.
     """
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")
-    if replace(options, attention="se", recognisers=()) != Options():
-        raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
-    check_model(model)
     plan = replace(plan, options={**plan.options, "attention": _attention_again(plan, options.attention)})
     chosen = replace(Options.of(plan), recognisers=options.recognisers)
     if not plan.sites:

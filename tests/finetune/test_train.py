@@ -451,3 +451,21 @@ def test_stochastic_depth_is_set_and_given_back(config: Config, digits: NamedDat
     hook.remove()
     assert inside[0][-1] == 0.3
     assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == rates
+
+
+def test_a_network_and_a_teacher_whose_train_returns_nothing_are_trained_with(
+    network: Network, config: Config, digits: NamedData
+) -> None:
+    class Quiet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    result = finetune(Quiet(), digits.train, digits.val, config=config(epochs=1), teacher=Quiet(), quiet=True)
+    assert [row["epoch"] for row in result.history] == [0, 1]

@@ -365,3 +365,25 @@ def test_star_arguments_and_defaults_that_are_tuples() -> None:
     assert len(se_modules(retrofitted)) == 2
     assert _same_or_loud(retrofitted.units[0], model.units[0], x)
     assert _same_or_loud(retrofitted.units[0], model.units[0], x, pads=(0, 0))
+
+
+class ReLUFirst(nn.Module):
+    """The branch's first ReLU overwrites the block's input, one module further in."""
+
+    def __init__(self, swapped: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.swapped = swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.body(x)) if self.swapped else self.body(x) + x
+
+
+def test_the_skip_may_be_overwritten_inside_of_the_branch() -> None:
+    x = torch.randn(2, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), ReLUFirst(swapped=False))
+    retrofitted = add_se(model, 2, placement="identity", example_inputs=x)
+    assert list(se_modules(retrofitted)) == ["1.se_attention"]
+    assert torch.equal(retrofitted(x), model(x))
+    with pytest.raises(RetrofitError, match="no block that can be retrofitted"):
+        add_se(nn.Sequential(nn.Conv2d(3, 8, 3), ReLUFirst(swapped=True)), 2, placement="identity", example_inputs=x)

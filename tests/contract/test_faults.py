@@ -1,0 +1,86 @@
+"""What goes wrong in the package itself is told as such, and the model stays as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_untouched, snapshot
+from timm.models.resnet import BasicBlock
+from torch import nn
+from torch.fx.passes.infra.pass_base import PassBase
+
+from se_retrofit import InsertSE, RetrofitError, add_se, plan_se, remove_se, retrofit
+
+X = torch.zeros(1, 3, 9, 9)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8)).eval()
+
+
+def broken(error: BaseException) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("where", ["plan_surgery", "_build", "apply_edits"])
+@pytest.mark.parametrize("error", [KeyError("block"), TypeError("deep inside"), RuntimeError("of torch")])
+def test_a_fault_asks_to_be_reported(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, where: str, inplace: bool
+) -> None:
+    model = network()
+    before = snapshot(model)
+    monkeypatch.setattr(retrofit, where, broken(error))
+    with pytest.raises(RetrofitError, match="fault of se_retrofit, please report") as raised:
+        add_se(model, 2, example_inputs=X, inplace=inplace)
+    assert raised.value.__cause__ is error
+    assert_untouched(model, before)
+
+
+def test_so_it_is_in_planning_undoing_and_in_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = add_se(network(), 2, example_inputs=X)
+    traced = torch.fx.symbolic_trace(network())
+    monkeypatch.setattr(retrofit, "strip", broken(KeyError("class")))
+    monkeypatch.setattr(retrofit, "plan_surgery", broken(KeyError("block")))
+    before = snapshot(model)
+    run_pass: PassBase = InsertSE(2, example_inputs=X)
+    for call in (lambda: plan_se(network()), lambda: remove_se(model, inplace=True), lambda: run_pass(traced)):
+        with pytest.raises(RetrofitError, match="please report"):
+            call()
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit(), RetrofitError("with a reason")])
+def test_interruptions_and_reasons_pass_as_they_are(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    monkeypatch.setattr(retrofit, "apply_edits", broken(error))
+    with pytest.raises(type(error)) as raised:
+        add_se(network(), 2, example_inputs=X)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": 1.5},
+        {"gate": 1},
+        {"include": 3},
+        {"example_inputs": [X]},
+        {"example_inputs": "x"},
+        {"plan": "auto"},
+    ],
+)
+def test_arguments_of_a_wrong_type_stay_type_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        add_se(network(), **options)
+
+
+@pytest.mark.parametrize("model", [BasicBlock, "resnet18", None])
+def test_what_is_no_model_stays_a_type_error(model: Any) -> None:
+    for function in (add_se, plan_se, remove_se):
+        with pytest.raises(TypeError):
+            function(model)
