@@ -30,6 +30,7 @@ from .data import Batch, Stream
 from .engine import Forward, Interrupt
 from .form import TrainingForm
 from .freezing import Stage, Trained, choose_trainable
+from .groups import group_summary
 from .log import Log
 from .parts import count, kept_state, layout_of
 from .recomputing import Kept
@@ -222,6 +223,7 @@ class Run:
             step_seconds=progress.step_seconds,
             parameters=count(self.model),
             trained_parameters=count(self.model, trainable=True),
+            groups=group_summary(self.raw_optimizer.param_groups),
         )
 
     def note_pace(self) -> None:

@@ -35,6 +35,7 @@ from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
 from .form import check_sync, training_form
 from .freezing import Stage, choose_trainable, stages_of, trained_ever, trained_in, trained_parts
+from .groups import group_summary, learning_rates_in_words, param_groups
 from .lock import alone_in
 from .log import Log
 from .parts import (
@@ -42,7 +43,6 @@ from .parts import (
     count,
     head_size,
     new_head,
-    param_groups,
     se_modules,
     set_drop_path,
     structure_of,
@@ -143,7 +143,8 @@ def start_run(
         classes, remark = fit_head(model, train_data, config, wanted)
         note_images(model, train_data, config, base)
         stages = stages_of(model, config)
-        progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
+        groups = group_summary(trained_groups(model, config, stages, wanted))
+        progress, saved = load_saved(output if resume else None, model, config, experiment, groups, accelerator)
         if base is not None:
             check_base(model, base)  # rather now than when the first epoch is to be saved
         place(model, config, accelerator)
@@ -187,13 +188,14 @@ def place(model: nn.Module, config: FinetuneConfig, accelerator: Accelerator) ->
 
 
 def load_saved(
-    output: Path | None, model: nn.Module, config: FinetuneConfig, experiment: dict[str, Any], accelerator: Accelerator
-) -> tuple[Progress, dict[str, Any]]:
+    output: Path | None, model: nn.Module, config: FinetuneConfig, experiment: dict[str, Any],
+    groups: list[dict[str, Any]], accelerator: Accelerator,
+) -> tuple[Progress, dict[str, Any]]:  # fmt: skip
     """How far the run in ``output`` has come, and its state dicts; the weights go into ``model``."""
     if output is None or not disk.has_checkpoint(output):
         return Progress(), {}
     world = accelerator.num_processes
-    return disk.load_training(output, model, config.to_dict(), experiment, world=world, free=FREE_FIELDS)
+    return disk.load_training(output, model, config.to_dict(), experiment, groups, world=world, free=FREE_FIELDS)
 
 
 def learning(
@@ -201,17 +203,25 @@ def learning(
     classes: int | None, *, fused: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The parts of a run by which the network learns."""
-    # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
-    # That holds for stages that this run does not reach, too: it may be extended.
-    choose_trainable(model, trained_ever(config, stages), wanted)
-    groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
-    raw_optimizer = optimizer(groups, config, fused)
+    raw_optimizer = optimizer(trained_groups(model, config, stages, wanted), config, fused)
     return {
         "raw_optimizer": raw_optimizer,
         "schedule": schedule(raw_optimizer, config, math.ceil(batches / config.grad_accum_steps)),
         "ema": ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None,
         "mixup": mixup_of(config, classes),
     }
+
+
+def trained_groups(
+    model: nn.Module, config: FinetuneConfig, stages: tuple[Stage, ...], wanted: dict[str, bool]
+) -> list[dict[str, Any]]:
+    """The optimizer's groups.
+
+    All that is ever trained is in them from the start; what is frozen has no gradient and is passed over. That holds for
+    stages that this run does not reach, too: it may be extended.
+    """
+    choose_trainable(model, trained_ever(config, stages), wanted)
+    return param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
 
 
 def on_device(criterion: Criterion, device: torch.device) -> Criterion:
@@ -329,6 +339,7 @@ def introduce(run: Run, remark: str) -> None:
     precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     processes = f", {run.world} processes" if run.world > 1 else ""
     run.log.note(f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch")
+    run.log.note(learning_rates_in_words(run.raw_optimizer.param_groups, config.lr))
     if remark:
         run.log.note(remark)
     if run.stages:
