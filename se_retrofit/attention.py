@@ -185,6 +185,11 @@ class SEAttention(nn.Module):
 
     reset_parameters = init_weights  # the name by which FSDP fills modules that were built on the meta device
 
+    @property
+    def gate_range(self) -> tuple[float, float] | None:
+        """The ends of the range of the gates, which they come close to but never reach; None for static factors, which have none."""
+        return {"sigmoid": (0.0, 1.0), "identity": (0.0, 2.0)}.get(self.gate)
+
     def excite(self, x: Tensor) -> Tensor:
         """The gates of an input, ``(N, C)``."""
         if self.factor is not None:

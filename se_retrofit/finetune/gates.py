@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from ..inspection.gate_log import GateLogger, plot_gates
+from ..inspection.gate_log import GateLogger, plot_gates, saturation_limits
 from ..saving.atomic import replaced_file
 from ..surgery.undo import is_retrofitted
 
-__all__ = ["draw_gates", "listening", "log_gates"]
+__all__ = ["draw_gates", "listening", "log_gates", "saturated_sites", "saturation_in_words"]
+
+MANY = 0.1  # of a site's gates that are saturated: it is named
 
 
 @contextlib.contextmanager
@@ -40,3 +42,18 @@ def draw_gates(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     if epochs:
         with replaced_file(path) as fresh:
             plot_gates(epochs, fresh)
+
+
+def saturated_sites(gates: GateLogger | None) -> dict[str, float]:
+    """The sites of which more than a tenth of the gates are saturated, with that share."""
+    summary = {} if gates is None else gates.summary()
+    return {path: seen.saturated for path, seen in summary.items() if seen.saturated > MANY}
+
+
+def saturation_in_words(model: nn.Module, shares: Mapping[str, float]) -> str:
+    """A warning that names the sites, by the limits that their gates have passed."""
+    sites: dict[tuple[float, float], list[str]] = {}
+    for path, share in shares.items():
+        sites.setdefault(saturation_limits(model.get_submodule(path)), []).append(f"{path} ({share:.0%})")
+    beyond = "; ".join(f"{', '.join(named)} below {low:g} or above {high:g}" for (low, high), named in sites.items())
+    return f"gates are saturated, and hardly learn any more: {beyond}. Lower lr or se_lr_scale"
