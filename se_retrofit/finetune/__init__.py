@@ -4,7 +4,7 @@ Read ``train.py`` first: it is the training loop, top to bottom. What it calls i
 ``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``result.py`` what it comes to, ``metrics.py`` and ``scores.py`` evaluation, ``criteria.py`` losses,
 ``targets.py`` what a data set's labels are, ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
 ``splits.py`` which part of it is evaluated,
-``parts.py`` the parts of a network, ``groups.py`` how fast each learns,
+``parts.py`` the parts of a network, ``groups.py`` how fast each learns, ``optimizing.py`` by which optimizer,
 ``freezing.py`` which of them are trained when,
 ``form.py`` as what it is trained, ``recomputing.py`` gradient checkpointing, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
 a person sees, ``gates.py`` what SE's gates did in each epoch, ``compare.py`` the question whether SE helps,

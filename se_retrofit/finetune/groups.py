@@ -9,9 +9,10 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from ..errors import RetrofitError
+from .config import FinetuneConfig
 from .parts import head_of, se_modules
 
-__all__ = ["fan_in_scales", "group_summary", "learning_rates_in_words", "param_groups"]
+__all__ = ["fan_in_scales", "group_summary", "groups_of", "learning_rates_in_words", "param_groups"]
 
 FULL_RATE = 16  # inputs up to which a layer of an SE module learns at the full rate
 
@@ -53,6 +54,11 @@ def param_groups(
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def groups_of(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """The groups of a run."""
+    return param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
 
 
 def fan_in_scales(module: nn.Module) -> dict[int, float]:

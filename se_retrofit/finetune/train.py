@@ -25,7 +25,7 @@ from .criteria import Criterion, checked_criterion, distillation_loss, loss_by
 from .data import Batch
 from .engine import called, logits_of
 from .freezing import set_modes, trained_in
-from .gates import listening, log_gates, saturated_sites, saturation_in_words
+from .gates import listening, log_gates, news_of_saturation, saturated_sites
 from .metrics import check_targets, hits, measure
 from .parts import count
 from .randomness import UPDATE, seed_all
@@ -130,21 +130,17 @@ def train_epoch(run: Run, epoch: int) -> None:
     begin_epoch(run, epoch)
     start = run.progress.step * run.config.grad_accum_steps
     for batches in windows(run.train.batches(epoch, start), run.config.grad_accum_steps):
-        tally = update_and_listen(run, batches) if ends_unheard_epoch(run) else update(run, batches)
+        last = run.progress.step == run.updates_per_epoch - 1
+        unheard = run.val is None and not run.config.compile  # compiled code would not be heard
+        tally = update_and_listen(run, batches) if last and unheard else update(run, batches)
         run.pending.append(tally)
         run.tell(run.callbacks.after_update, epoch + 1, tally[0] / tally[2])
         if is_time_to_look(run):
             look(run, epoch)
 
 
-def ends_unheard_epoch(run: Run) -> bool:
-    """Whether the next update is the last of an epoch that no validation follows, in which gates would be heard. Compiled code
-    would not hear them."""
-    return run.val is None and not run.config.compile and run.progress.step == run.updates_per_epoch - 1
-
-
 def update_and_listen(run: Run, batches: list[Batch]) -> Tensor:
-    """An update, in which the sites with saturated gates are found."""
+    """The last update of an epoch that no validation follows: what saturated gates there are is found in it."""
     with listening(run.model) as gates:
         tally = update(run, batches)
     run.saturated = saturated_sites(gates)
@@ -321,8 +317,7 @@ def finish_epoch(run: Run, epoch: int) -> None:
     row = training_row(run, epoch)
     if run.val is not None:
         row.update(validate(run))
-    if run.saturated:
-        row["saturated"] = run.saturated
+    row.update({"saturated": run.saturated} if run.saturated else {})
     take_note(run, row)
     run.check_weights()
     # best before last: after a kill between the two, the epoch's end is done again and gives the same
@@ -330,7 +325,8 @@ def finish_epoch(run: Run, epoch: int) -> None:
         run.keep_best()
     run.keep_checkpoint()
     run.log.row(row)
-    warn_of_saturation(run)
+    if news := news_of_saturation(run.tested, run.progress.history):
+        run.log.note(news)
     run.log.history(run.progress.history)
     figures = {name: value for name, value in row.items() if isinstance(value, (int, float))}
     run.accelerator.log(figures, step=run.progress.updates)
@@ -342,15 +338,6 @@ def finish_epoch(run: Run, epoch: int) -> None:
         _, stop, _ = agree(run, False)
         if stop:
             run.leave(stop)
-
-
-def warn_of_saturation(run: Run) -> None:
-    """Name the sites with saturated gates, each once in a run."""
-    *before, row = run.progress.history
-    told = {path for earlier in before for path in earlier.get("saturated", {})}
-    news = {path: share for path, share in row.get("saturated", {}).items() if path not in told}
-    if news:
-        run.log.note(saturation_in_words(run.tested, news))
 
 
 def training_row(run: Run, epoch: int) -> dict[str, Any]:
