@@ -44,6 +44,7 @@ class ECA(Inserted):
         ((3,), True)
     """
 
+    gate_range = (0.0, 2.0)
     gate_layer = "gate"
 
     def __init__(

@@ -71,6 +71,7 @@ class Inserted(nn.Module):
 
     Attributes:
         site, plan: where a retrofit put the module, and by which plan; None for one that no retrofit put in.
+        gate_range: the ends of the range of the gates, which they come close to but never reach; None where there are none.
         gate_layer: name of the child whose output is the gates, ``(..., C)``, so that who listens need not compute them again.
 
     Raises:
@@ -81,6 +82,7 @@ class Inserted(nn.Module):
     # no annotations: torch.jit.script would read them
     site = cast(Any, None)
     plan = cast(Any, None)
+    gate_range = cast(Any, None)
     gate_layer = ""
 
     def __init__(self, channel: int, channel_dim: int = 1, inplace: bool = False) -> None:

@@ -105,6 +105,10 @@ class SEAttention(Inserted):
 
     reset_parameters = init_weights  # the name by which FSDP fills modules that were built on the meta device
 
+    @property
+    def gate_range(self) -> tuple[float, float]:
+        return (0.0, 1.0) if self.gate == "sigmoid" else (0.0, 2.0)
+
     def gates(self, x: Tensor) -> Tensor:
         """The gates of an input, ``(N, C)``."""
         return self.fc(squeeze(x, self.channel_dim))

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from .app import app, say
-from .folders import network_in, run_settings
+from .folders import network_in, run_settings, training_data_of
 from .options import BatchSize, Cpu, Data, Download, Folder, ImageSize, Root, Workers
 
 
@@ -20,7 +20,13 @@ def evaluate_command(
     data: Data,
     data_root: Root = Path("data"),
     download: Download = False,
-    split: Annotated[Literal["val", "train"], typer.Option(help="which part of the data")] = "val",
+    split: Annotated[
+        Literal["train", "val", "test", "all"] | None,
+        typer.Option(
+            help="which images; by default all of a folder of classes, elsewhere val, or test where there is no val",
+            show_default=False,
+        ),
+    ] = None,
     confusion: Annotated[
         Path | None, typer.Option(help="draw the confusion matrix into this file (.png, .svg)")
     ] = None,
@@ -32,9 +38,12 @@ def evaluate_command(
 ) -> None:
     """Evaluate a saved network: accuracy, and for each class precision, recall and F1.
 
-    Images are prepared as in the fine-tune's validation; of a run's folder, its recipe tells the image size.
+    Images are prepared as in the fine-tune's validation; of a run's folder, its recipe tells the image size. Of a folder of
+    classes that a run has split by itself, val is what it held out, and train what it was trained on.
     """
-    from ..finetune import FinetuneConfig, evaluate_closely, load_data
+    from ..finetune import FinetuneConfig, evaluate_closely, load_split
+    from ..finetune.splits import trained_on
+    from ..finetune.transforms import class_names
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_file
 
@@ -43,10 +52,13 @@ def evaluate_command(
     named = {"image_size": image_size, "batch_size": batch_size, "workers": workers, "cpu": cpu}
     chosen = {name: value for name, value in named.items() if value is not None}
     config = FinetuneConfig.from_dict({**run_settings(saved), **chosen})
-    parts = load_data(data, root=data_root, download=download, image_size=config.image_size)
-    if parts.note:
-        say(Console(), parts.note)
-    found = evaluate_closely(network, getattr(parts, split), config=config)
+    part = load_split(
+        data, split, root=data_root, download=download, image_size=config.image_size, classes=class_names(network)
+    )
+    remark = trained_on(part, training_data_of(saved))
+    if remark:
+        say(Console(), remark)
+    found = evaluate_closely(network, part, config=config)
     say(Console(), found)
     if confusion is not None:
         say(Console(), f"wrote {found.plot(confusion)}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import RetrofitError
 
-__all__ = ["network_in", "run_settings"]
+__all__ = ["network_in", "run_settings", "training_data_of"]
 
 # of a run's recipe: what decides how its network is evaluated
 SETTINGS = ("image_size", "batch_size", "precision", "multi_label")
@@ -38,3 +38,16 @@ def run_settings(saved: Path) -> dict[str, Any]:
         return {}
     recipe = FinetuneConfig.from_yaml(file).to_dict()
     return {name: recipe[name] for name in SETTINGS}
+
+
+def training_data_of(saved: Path) -> dict[str, Any] | None:
+    """The fingerprint of the data that a saved network was trained on, where it is in a run's folder whose ``run.yaml`` tells
+    it."""
+    from ..finetune.checkpoint import BEST, LAST
+    from ..finetune.setup import RUN, written
+
+    if saved.name not in (BEST, LAST):
+        return None
+    experiment = written(saved.parent / RUN).get("experiment")
+    found = experiment.get("training data") if isinstance(experiment, dict) else None
+    return found if isinstance(found, dict) else None

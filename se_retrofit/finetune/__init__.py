@@ -3,7 +3,9 @@
 Read ``train.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
 ``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``result.py`` what it comes to, ``metrics.py`` and ``scores.py`` evaluation, ``criteria.py`` losses,
 ``targets.py`` what a data set's labels are, ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
-``parts.py`` the parts of a network, ``freezing.py`` which of them are trained when,
+``splits.py`` which part of it is evaluated,
+``parts.py`` the parts of a network, ``groups.py`` how fast each learns, ``optimizing.py`` by which optimizer,
+``freezing.py`` which of them are trained when,
 ``form.py`` as what it is trained, ``recomputing.py`` gradient checkpointing, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
 a person sees, ``gates.py`` what SE's gates did in each epoch, ``compare.py`` the question whether SE helps,
 ``rates.py`` the learning-rate finder, ``experiment.py`` which experiment a folder holds, ``callbacks.py`` the caller's own functions.
@@ -21,6 +23,7 @@ with extra("finetune"):
     from .parts import new_head
     from .rates import LearningRates, find_lr
     from .result import FinetuneResult
+    from .splits import Split, load_split
     from .train import finetune
     from .transforms import transform_of
 
@@ -35,12 +38,14 @@ __all__ = [
     "LearningRates",
     "NamedData",
     "Prediction",
+    "Split",
     "compare",
     "evaluate",
     "evaluate_closely",
     "find_lr",
     "finetune",
     "load_data",
+    "load_split",
     "new_head",
     "predict",
     "transform_of",

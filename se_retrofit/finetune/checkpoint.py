@@ -24,6 +24,7 @@ from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_json, read_recip
 from ..saving.tensors import load_strictly, read_weights, save_tensors
 from .config import FinetuneConfig
 from .experiment import check_same
+from .groups import group_summary
 
 __all__ = ["LAST", "Progress", "has_checkpoint", "load_training", "save_training", "write_best"]
 
@@ -110,8 +111,9 @@ def write_best(output: Path, model: nn.Module, *, base: Base | None) -> None:
 
 
 def load_training(
-    output: Path, model: nn.Module, config: dict[str, Any], experiment: dict[str, Any], *, world: int, free: set[str]
-) -> tuple[Progress, dict[str, Any]]:
+    output: Path, model: nn.Module, config: dict[str, Any], experiment: dict[str, Any], groups: list[dict[str, Any]], *,
+    world: int, free: set[str],
+) -> tuple[Progress, dict[str, Any]]:  # fmt: skip
     """Read ``last/``: its weights go into ``model``, the rest is returned.
 
     Args:
@@ -120,12 +122,13 @@ def load_training(
         config: of the run that goes on; the saved one must agree but for the fields in ``free``. A run that is over may
             have more epochs now.
         experiment: as ``describe_run`` gives it; the saved one must agree.
+        groups: of the optimizer, as ``group_summary`` gives them; the saved ones must agree.
         world: number of processes.
         free: names of config fields that may have changed.
 
     Raises:
-        RetrofitError: the checkpoint is broken, or of another network, experiment, config or number of processes. The model is
-            unchanged.
+        RetrofitError: the checkpoint is broken, or of another network, experiment, config, number of processes or division of the
+            parameters. The model is unchanged.
     """
     folder = settled(output / LAST)
     state = read_json(folder / STATE)
@@ -154,8 +157,28 @@ def load_training(
     weights = read_weights(folder / WEIGHTS)
     weights.update({alias: weights[kept] for alias, kept in recipe["tied"].items() if kept in weights})
     parts = join(state["parts"], read_weights(folder / TENSORS))
+    check_groups(parts, groups, output)
     load_strictly(model, weights, str(folder / WEIGHTS))
     return Progress(**state["progress"]), parts
+
+
+def check_groups(parts: dict[str, Any], groups: list[dict[str, Any]], output: Path) -> None:
+    """Raise where another version of this package gave the parameters other learning rates: an optimizer's state goes by their
+    order in the groups."""
+    try:
+        then = group_summary(parts["optimizer"]["param_groups"])
+    except (AttributeError, LookupError, TypeError):
+        return  # it was edited, which is told when it is loaded
+    if then == groups:
+        return
+    words = [
+        ", ".join(f"{g['name']} {g['lr_scale']:.4g} ({g['tensors']} tensors)" for g in found)
+        for found in (then, groups)
+    ]
+    raise RetrofitError(
+        f"{output} holds a run whose parameters learn at other parts of lr, as a version of this package before or after this one "
+        f"divides them ({words[0]} then; {words[1]} now); finish it with that version, or start anew in another folder"
+    )
 
 
 def check_folders(output: Path) -> None:

@@ -26,7 +26,7 @@ class FinetuneConfig:
         grad_accum_steps: batches whose gradients are added up before the weights change.
         optimizer: any name that timm's optimizer factory knows.
         lr: learning rate at its peak.
-        se_lr_scale: multiplies ``lr`` for the SE modules.
+        se_lr_scale: multiplies ``lr`` for the SE modules, whose layers with more than 16 inputs have it times 16 / inputs.
         head_lr_scale: multiplies ``lr`` for the classifier.
         layer_decay: multiplies ``lr`` once more for each layer further from the head, so that early layers change less; None
             for the same everywhere.
@@ -103,7 +103,7 @@ class FinetuneConfig:
     grad_accum_steps: int = 1
     optimizer: str = "adamw"
     lr: float = 2e-4
-    se_lr_scale: float = 5.0
+    se_lr_scale: float = 1.0
     head_lr_scale: float = 5.0
     layer_decay: float | None = None
     weight_decay: float = 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,24 @@ from torchvision.datasets import ImageFolder
 
 from ..errors import RetrofitError
 
-__all__ = ["NamedData", "digit_images", "load_data"]
+__all__ = [
+    "NamedData",
+    "Subfolder",
+    "check_several",
+    "class_folders",
+    "data_folder",
+    "digit_images",
+    "held_out",
+    "is_of_timm",
+    "load_data",
+    "of_timm",
+    "readable",
+    "split_folders",
+]
 
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-VALIDATION = ("val", "validation", "valid", "test")  # folders that are looked for, in this order
+# the names of a split's folder, of which the first that is there is taken
+FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,9 @@ def load_data(
     """
     if str(name) == "digits":
         return _digits(image_size or 32)
-    if str(name).lower().startswith(TIMM_PREFIXES) and not Path(name).is_dir():
-        return _from_timm(str(name), root, download)
+    if is_of_timm(name):
+        train, val = (of_timm(str(name), split, root, download) for split in ("train", "val"))
+        return NamedData(train, val, _count_classes(train))
     return _from_folder(Path(name), val_fraction)
 
 
@@ -88,41 +105,82 @@ def _digits(size: int) -> NamedData:
 
 
 def _from_folder(folder: Path, val_fraction: float) -> NamedData:
-    if not folder.is_dir():
-        raise RetrofitError(
-            f"no data {str(folder)!r}: give digits, a folder with train/ and val/, or a name of timm's dataset factory "
-            f"({', '.join(TIMM_PREFIXES)}...)"
-        )
-    train = folder / "train"
-    val = next((folder / name for name in VALIDATION if (folder / name).is_dir()), None)
-    try:
-        if train.is_dir() and val is not None:
-            train_images = ImageFolder(str(train))
-            _check_classes(train_images, train)
+    with readable(data_folder(folder)):
+        parts = split_folders(folder)
+        val = parts.get("val", parts.get("test"))
+        if "train" in parts and val is not None:
+            train_images = ImageFolder(str(parts["train"]))
+            check_several(train_images.classes, parts["train"])
             return NamedData(train_images, Subfolder(val, train_images.class_to_idx), len(train_images.classes))
-        if not train.is_dir() and val is None and any(entry.is_dir() for entry in folder.iterdir()):
+        found = class_folders(folder)
+        if not parts and found:
             images = ImageFolder(str(folder))
-            _check_classes(images, folder)
-            return _split(images, folder, val_fraction)
-    except OSError as error:
-        raise RetrofitError(f"{folder} can't be read as folders of images: {error}") from error
-    found = sorted(f.name for f in folder.iterdir() if f.is_dir())
+            check_several(images.classes, folder)
+            train, kept = held_out(images, folder, val_fraction)
+            note = (
+                f"{folder} has no train/ and val/: {len(kept):,} of its {len(images):,} images, of each class, are for "
+                "validation"
+            )
+            return NamedData(train, kept, len(images.classes), note)
     raise RetrofitError(
         f"{folder} must hold the folders train and val, each with one folder of images a class, or the folders of the "
         f"classes alone; it holds {', '.join(found[:5]) or 'no folders'}"
     )
 
 
-def _check_classes(images: ImageFolder, folder: Path) -> None:
-    if len(images.classes) == 1:  # most likely a folder too high up
+def data_folder(name: str | Path) -> Path:
+    """The folder of this name.
+
+    Raises:
+        RetrofitError: there is none.
+    """
+    if not Path(name).is_dir():
         raise RetrofitError(
-            f"{folder} holds a single class, {images.classes[0]}, and there is nothing to tell it from; it must hold a folder "
+            f"no data {str(name)!r}: give digits, a folder with train/ and val/, or a name of timm's dataset factory "
+            f"({', '.join(TIMM_PREFIXES)}...)"
+        )
+    return Path(name)
+
+
+@contextlib.contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """What goes wrong in reading a folder, as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise RetrofitError(f"{folder} can't be read as folders of images: {error}") from error
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folders of ``train``, ``val`` and ``test``, as far as they are there; none in a folder of classes, of which one may
+    have such a name."""
+    found = set(class_folders(folder))
+    names = {split: next((name for name in known if name in found), None) for split, known in FOLDERS.items()}
+    parts = {split: folder / name for split, name in names.items() if name is not None}
+    others = found - {name for known in FOLDERS.values() for name in known}
+    return {} if others and not any(map(class_folders, parts.values())) else parts
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
+def check_several(classes: list[str], folder: Path) -> None:
+    """Raise where there is a single class."""
+    if len(classes) == 1:  # most likely a folder too high up
+        raise RetrofitError(
+            f"{folder} holds a single class, {classes[0]}, and there is nothing to tell it from; it must hold a folder "
             "of images for each class"
         )
 
 
-def _split(images: ImageFolder, folder: Path, val_fraction: float) -> NamedData:
-    """A part of each class for validation: the same images in every run."""
+def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Subset[Any], Subset[Any]]:
+    """What is left for training, and a part of each class for validation: the same images in every run.
+
+    Raises:
+        RetrofitError: a class has too few images.
+    """
     if not 0 < val_fraction < 1:
         raise RetrofitError(f"val_fraction must be above 0 and below 1, got {val_fraction}")
     train: list[int] = []
@@ -139,8 +197,7 @@ def _split(images: ImageFolder, folder: Path, val_fraction: float) -> NamedData:
         order = torch.randperm(len(members), generator=generator).tolist()
         val += sorted(members[place] for place in order[:kept])
         train += sorted(members[place] for place in order[kept:])
-    note = f"{folder} has no train/ and val/: {len(val):,} of its {len(images):,} images, of each class, are for validation"
-    return NamedData(Subset(images, train), Subset(images, val), len(images.classes), note)
+    return Subset(images, train), Subset(images, val)
 
 
 class Subfolder(ImageFolder):
@@ -152,7 +209,7 @@ class Subfolder(ImageFolder):
         self.classes = list(class_to_idx)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found = sorted(entry.name for entry in Path(directory).iterdir() if entry.is_dir())
+        found = class_folders(Path(directory))
         unknown = [name for name in found if name not in self.wanted]
         if unknown:
             raise RetrofitError(
@@ -164,15 +221,23 @@ class Subfolder(ImageFolder):
         return found, {name: self.wanted[name] for name in found}
 
 
-def _from_timm(name: str, root: str | Path, download: bool) -> NamedData:
-    parts = []
-    for split, training in (("train", True), ("validation", False)):
-        try:
-            parts.append(create_dataset(name, root=str(root), split=split, is_training=training, download=download))
-        except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
-            hint = "" if download else "; --download (download=True) lets it be fetched"
-            raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
-    return NamedData(parts[0], parts[1], _count_classes(parts[0]))
+def is_of_timm(name: str | Path) -> bool:
+    """Whether data of this name comes from timm's dataset factory."""
+    return str(name).lower().startswith(TIMM_PREFIXES) and not Path(name).is_dir()
+
+
+def of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
+    """A split of a data set of timm's factory.
+
+    Raises:
+        RetrofitError: it can't be opened.
+    """
+    called = "validation" if split == "val" else split
+    try:
+        return create_dataset(name, root=str(root), split=called, is_training=split == "train", download=download)
+    except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
+        hint = "" if download else "; --download (download=True) lets it be fetched"
+        raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
 
 
 def _count_classes(data: Any) -> int | None:

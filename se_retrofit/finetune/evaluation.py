@@ -24,6 +24,7 @@ from .engine import called
 from .metrics import answers
 from .parts import as_found
 from .scores import confusion_of, each_class, scores_of
+from .splits import opened
 from .transforms import class_names, class_names_of, has_several_labels, transform_of
 
 __all__ = ["ClassScores", "Evaluation", "Prediction", "evaluate_closely", "predict", "write_predictions"]
@@ -52,6 +53,7 @@ class Evaluation:
         macro_f1: the mean F1 over the classes that have images or were an answer, as ``evaluate`` gives it.
         classes: each class that the network knows.
         confusion: (classes, classes), counts; rows are the true classes, columns the predicted ones.
+        split, about: which images of which data they are; empty where the data was not given by name.
     """
 
     images: int
@@ -61,13 +63,15 @@ class Evaluation:
     macro_f1: float
     classes: tuple[ClassScores, ...]
     confusion: Tensor
+    split: str = ""
+    about: str = ""
 
     def __str__(self) -> str:
         rows = [("class", "images", "precision", "recall", "F1")]
         rows += [
             (c.name, f"{c.images:,}", f"{c.precision:.2%}", f"{c.recall:.2%}", f"{c.f1:.2%}") for c in self.classes
         ]
-        lines = aligned(rows, left=1, rule=True)
+        lines = [*([self.about] if self.about else []), *aligned(rows, left=1, rule=True)]
         top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
         lines.append(
             f"{self.images:,} images: accuracy {self.accuracy:.2%}{top5}, mean F1 {self.macro_f1:.2%}, loss {self.loss:.4f}"
@@ -79,7 +83,7 @@ class Evaluation:
         return {
             "images": self.images, "loss": self.loss, "accuracy": self.accuracy, "top5": self.top5,
             "macro_f1": self.macro_f1, "classes": [vars(scores) for scores in self.classes],
-            "confusion": self.confusion.tolist(),
+            "confusion": self.confusion.tolist(), "split": self.split, "about": self.about,
         }  # fmt: skip
 
     def plot(self, file: str | Path) -> Path:
@@ -114,7 +118,12 @@ class Evaluation:
 
 
 def evaluate_closely(
-    model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
+    model: nn.Module,
+    data: Any,
+    *,
+    split: str | None = None,
+    config: FinetuneConfig | None = None,
+    base: Base | None = None,
 ) -> Evaluation:
     """Accuracy, and for each class precision, recall, F1 and what it is taken for.
 
@@ -132,8 +141,10 @@ def evaluate_closely(
         raise RetrofitError(
             "evaluate_closely is for one class an image; with multi_label=True evaluate gives precision, recall, F1 and mAP"
         )
-    found = answers(model, data, config=config, base=base)
-    names = class_names(model) or class_names_of(data) or []
+    config = FinetuneConfig() if config is None else config
+    part = opened(data, split, model, config)
+    found = answers(model, part.data, config=config, base=base)
+    names = class_names(model) or class_names_of(part.data) or []
     names = [*names, *(str(number) for number in range(len(names), found.classes))]  # a head for more classes
     each, scores = each_class(found), scores_of(found)
     figures = zip(names, *(each[name].tolist() for name in ("images", "precision", "recall", "f1")), strict=False)
@@ -145,6 +156,8 @@ def evaluate_closely(
         macro_f1=scores["val_f1"],
         classes=tuple(ClassScores(*figure) for figure in figures),
         confusion=confusion_of(found),
+        split=part.name,
+        about=part.about,
     )
 
 

@@ -20,6 +20,7 @@ from .parts import as_found, to_device
 from .randomness import kept_randomness
 from .run import placed, uses_channels_last
 from .scores import Answers, scores_of
+from .splits import opened
 from .transforms import check_classes, transforms_for
 
 __all__ = ["answers", "check_targets", "evaluate", "hits", "measure"]
@@ -28,13 +29,21 @@ MOST_LIKELY = 5  # classes of each image that are kept
 
 
 def evaluate(
-    model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None
+    model: nn.Module,
+    data: Any,
+    *,
+    split: str | None = None,
+    config: FinetuneConfig | None = None,
+    base: Base | None = None,
 ) -> dict[str, float]:
-    """Loss, accuracy and the other scores of a classifier on a Dataset or a DataLoader, as the fine-tune measures them.
+    """Loss, accuracy and the other scores of a classifier on images, as the fine-tune measures them.
 
     Args:
         model: the network; it is moved to the device where it is run, and stays there.
-        data: as for ``finetune``.
+        data: a Dataset or a DataLoader, as for ``finetune``, which is measured whole; a name of data, such as a folder, as
+            ``load_split`` takes; or what ``load_split`` gave.
+        split: which images of data that is given by name; None for all of a folder of classes, and ``"val"`` elsewhere, or
+            ``"test"`` where there is no ``"val"``.
         config: for batch size, image size, precision, ``multi_label`` and the like.
         base: as for ``finetune``; tells the transforms of torchvision's networks.
 
@@ -43,16 +52,17 @@ def evaluate(
         than five classes ``val_top5``; with ``multi_label`` ``val_map`` instead.
 
     Raises:
-        RetrofitError: data and network don't fit together.
+        RetrofitError: data and network don't fit together; the data has no such split.
         TypeError: an argument is of the wrong type.
     """
-    return scores_of(answers(model, data, config=config, base=base))
+    config = FinetuneConfig() if config is None else config
+    return scores_of(answers(model, opened(data, split, model, config).data, config=config, base=base))
 
 
 def answers(model: nn.Module, data: Any, *, config: FinetuneConfig | None = None, base: Base | None = None) -> Answers:
     """What a classifier says about each image, in the same order for each network.
 
-    Arguments and errors are those of ``evaluate``.
+    Arguments and errors are those of ``evaluate``, but for data by name.
     """
     config = FinetuneConfig() if config is None else config
     setup.checked(model, config, None, False)

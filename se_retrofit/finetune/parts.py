@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -21,7 +20,6 @@ __all__ = [
     "as_found",
     "head_of",
     "new_head",
-    "param_groups",
     "set_drop_path",
 ]
 
@@ -121,44 +119,6 @@ def _resized(layer: nn.Module, outputs: int) -> nn.Module:
     assert isinstance(layer, nn.Conv2d)
     size, bias = layer.kernel_size, layer.bias is not None
     return nn.Conv2d(layer.in_channels, outputs, size, layer.stride, layer.padding, bias=bias, **where)  # type: ignore[arg-type]
-
-
-def param_groups(
-    model: nn.Module, weight_decay: float, se_lr_scale: float, head_lr_scale: float, layer_decay: float | None = None
-) -> list[dict[str, Any]]:
-    """Parameters that require a gradient, in groups: SE, head and body, each with and without weight decay.
-
-    ``lr_scale`` is read by timm's schedulers. No decay for norms and biases (all with one dim), nor for what the
-    network's own ``no_weight_decay`` names. With ``layer_decay`` (timm's layers, from the head down; SE is of its block's)
-    each group is split by layer.
-    """
-    se = {id(p) for module in se_modules(model) for p in module.parameters()}
-    head = {id(p) for module in head_of(model) for p in module.parameters()}
-    no_weight_decay = getattr(model, "no_weight_decay", None)
-    exempt = set(no_weight_decay()) if callable(no_weight_decay) else set()
-    layer_scales: dict[int, float] = {}
-    if layer_decay is not None:
-        layers = param_groups_layer_decay(model, layer_decay=layer_decay)
-        layer_scales = {id(p): layer["lr_scale"] for layer in layers for p in layer["params"]}
-        if len(set(layer_scales.values())) == 1:
-            raise RetrofitError(
-                f"layer_decay={layer_decay}: timm finds no layers in {type(model).__name__}, which has neither a "
-                "group_matcher nor a pretrained_cfg that names its classifier; leave layer_decay out"
-            )
-    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        kind = "se" if id(parameter) in se else "head" if id(parameter) in head else "body"
-        decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
-        scale = {"se": se_lr_scale, "head": head_lr_scale, "body": 1.0}[kind]
-        scale *= layer_scales.get(id(parameter), 1.0)
-        group = groups.setdefault(
-            (kind, decays, scale),
-            {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale, "name": kind},
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:

@@ -27,6 +27,7 @@ class FinetuneResult:
         step_seconds: median time of an update, loading included; None for runs too short to tell.
         parameters: of the network.
         trained_parameters: those of them that were trained in the end.
+        groups: of the optimizer: name, part of the learning rate, weight decay and number of tensors of each.
     """
 
     model: nn.Module
@@ -40,3 +41,4 @@ class FinetuneResult:
     step_seconds: float | None
     parameters: int
     trained_parameters: int
+    groups: list[dict[str, Any]]

@@ -30,6 +30,7 @@ from .data import Batch, Stream
 from .engine import Forward, Interrupt
 from .form import TrainingForm
 from .freezing import Stage, Trained, choose_trainable
+from .groups import group_summary
 from .log import Log
 from .parts import count, kept_state, layout_of
 from .recomputing import Kept
@@ -54,6 +55,7 @@ class Run:
         trained: what is trained now.
         best_weights: the state dict of the best epoch so far, on the CPU.
         pending: loss, correct and seen of updates that have not been looked at yet, on the device.
+        saturated: the sites whose gates were last seen to be saturated, with the share.
         looked, began: when the last look and the epoch began; ``seen_before`` is what had been seen then.
     """
 
@@ -84,6 +86,7 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     pending: list[Tensor] = field(default_factory=list)
     step_times: list[float] = field(default_factory=list)
+    saturated: dict[str, float] = field(default_factory=dict)
     began: float = 0.0
     looked: float = 0.0
     seen_before: float = 0.0
@@ -222,6 +225,7 @@ class Run:
             step_seconds=progress.step_seconds,
             parameters=count(self.model),
             trained_parameters=count(self.model, trainable=True),
+            groups=group_summary(self.raw_optimizer.param_groups),
         )
 
     def note_pace(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
-from timm.scheduler import create_scheduler_v2
+from timm.optim import get_optimizer_class, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -35,15 +33,16 @@ from .data import Stream, stream
 from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
 from .form import check_sync, training_form
-from .freezing import Stage, choose_trainable, stages_of, trained_ever, trained_in, trained_parts
+from .freezing import choose_trainable, stages_of, trained_ever, trained_in, trained_parts
+from .groups import group_summary, groups_of, learning_rates_in_words
 from .lock import alone_in
 from .log import Log
+from .optimizing import optimizer, schedule, try_optimizer, try_schedule
 from .parts import (
     as_found,
     count,
     head_size,
     new_head,
-    param_groups,
     se_modules,
     set_drop_path,
     structure_of,
@@ -146,13 +145,16 @@ def start_run(
         classes, remark = fit_head(model, train_data, config, wanted)
         note_images(model, train_data, config, base)
         stages = stages_of(model, config)
+        # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
+        # That holds for stages that this run does not reach, too: it may be extended.
+        choose_trainable(model, trained_ever(config, stages), wanted)
         progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
         if base is not None:
             check_base(model, base)  # rather now than when the first epoch is to be saved
         place(model, config, accelerator)
         run = Run(
             model, config, accelerator, interrupt, wanted, output, base, experiment, train, val, progress,
-            **learning(model, config, stages, wanted, len(train), classes, fused=accelerator.device.type == "cuda"),
+            **learning(model, config, len(train), classes, fused=accelerator.device.type == "cuda"),
             criterion=on_device(criterion_of(config, criterion, train_data, classes), accelerator.device),
             teacher=None if teacher is None else in_mode(on_device(teacher, accelerator.device), False),
             form=training_form(model, config), kept=Kept(model, config.grad_checkpointing),
@@ -195,20 +197,15 @@ def load_saved(
     """How far the run in ``output`` has come, and its state dicts; the weights go into ``model``."""
     if output is None or not disk.has_checkpoint(output):
         return Progress(), {}
-    world = accelerator.num_processes
-    return disk.load_training(output, model, config.to_dict(), experiment, world=world, free=FREE_FIELDS)
+    world, groups = accelerator.num_processes, group_summary(groups_of(model, config))
+    return disk.load_training(output, model, config.to_dict(), experiment, groups, world=world, free=FREE_FIELDS)
 
 
 def learning(
-    model: nn.Module, config: FinetuneConfig, stages: tuple[Stage, ...], wanted: dict[str, bool], batches: int,
-    classes: int | None, *, fused: bool,
-) -> dict[str, Any]:  # fmt: skip
+    model: nn.Module, config: FinetuneConfig, batches: int, classes: int | None, *, fused: bool
+) -> dict[str, Any]:
     """The parts of a run by which the network learns."""
-    # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
-    # That holds for stages that this run does not reach, too: it may be extended.
-    choose_trainable(model, trained_ever(config, stages), wanted)
-    groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
-    raw_optimizer = optimizer(groups, config, fused)
+    raw_optimizer = optimizer(groups_of(model, config), config, fused)
     return {
         "raw_optimizer": raw_optimizer,
         "schedule": schedule(raw_optimizer, config, math.ceil(batches / config.grad_accum_steps)),
@@ -335,6 +332,7 @@ def introduce(run: Run, remark: str) -> None:
     precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     processes = f", {run.world} processes" if run.world > 1 else ""
     run.log.note(f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch")
+    run.log.note(learning_rates_in_words(run.raw_optimizer.param_groups, config.lr))
     if remark:
         run.log.note(remark)
     if run.stages:
@@ -358,94 +356,3 @@ def start_trackers(accelerator: Accelerator, config: FinetuneConfig) -> list[Any
     flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.to_dict().items()}
     accelerator.init_trackers("se-retrofit", config=flat)
     return list(accelerator.trackers) if accelerator.is_main_process else []
-
-
-def try_schedule(config: FinetuneConfig) -> None:
-    """Raise where the config's schedule can't be made, or fails at an update."""
-    made = schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr), config, 1000)
-    try:
-        for part in range(11 if made is not None else 0):
-            made.step_update(part * config.epochs * 100)
-    except Exception as error:  # of what kind, each schedule decides
-        raise RetrofitError(
-            f"schedule {config.schedule!r} fails with {config.schedule_options}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def try_optimizer(config: FinetuneConfig) -> None:
-    """Make one update of two small parameters with the config's optimizer, write its state and load it again.
-
-    Raises:
-        RetrofitError: it can't be made, needs a closure, or has a state that a checkpoint can't hold.
-    """
-
-    def small() -> torch.optim.Optimizer:
-        with torch.random.fork_rng(devices=[]):
-            parameters = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
-            return optimizer([{"params": parameters, "lr_scale": 1.0}], config, fused=False)
-
-    first = small()
-    for group in first.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.full_like(parameter, 0.1)
-    try:
-        first.step()
-    except Exception as error:  # each optimizer has its own words for it
-        raise RetrofitError(
-            f"optimizer {config.optimizer!r} can't make an update from gradients alone: {error}; take one that "
-            "needs no closure and no second derivative, such as adamw"
-        ) from error
-    try:
-        tree, tensors = disk.split({"optimizer": first.state_dict()})
-        again = disk.join(json.loads(json.dumps(tree)), tensors)
-        disk.load_optimizer(small(), again["optimizer"])
-    except Exception as error:  # neither does it matter here what can't be stored, but that it can't
-        raise RetrofitError(
-            f"the state of optimizer {config.optimizer!r} can't be written to a checkpoint and read again: {error}; "
-            "take another optimizer, such as adamw"
-        ) from error
-
-
-def optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
-    if not groups:
-        raise RetrofitError("no parameter of the network requires a gradient; unfreeze what is to be trained")
-    options = dict(config.optimizer_options)
-    if (
-        fused
-        and "foreach" not in options
-        and config.optimizer.lower() in ("adam", "adamw", "sgd", "nesterov", "momentum")
-    ):
-        options.setdefault("fused", True)
-    try:
-        return create_optimizer_v2(
-            groups,
-            opt=config.optimizer,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **options,
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RetrofitError(f"optimizer {config.optimizer!r} can't be made with {options}: {error}") from error
-
-
-def schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
-    warmup: Any = config.warmup_ratio * config.epochs  # timm says int, and takes fractions
-    try:
-        schedule, _ = create_scheduler_v2(
-            optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
-            warmup_lr=config.lr / 100, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
-            **config.schedule_options,
-        )  # fmt: skip
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RetrofitError(
-            f"schedule {config.schedule!r} can't be made with {config.schedule_options}: {error}"
-        ) from error
-    if (
-        schedule is None and config.schedule != "none"
-    ):  # what older versions of timm do with a name that they don't know
-        raise RetrofitError(f"schedule {config.schedule!r} can't be made: timm's scheduler factory does not know it")
-    if schedule is None:  # there is nobody to apply the scales of the groups
-        for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
-    return schedule

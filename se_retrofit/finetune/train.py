@@ -25,7 +25,7 @@ from .criteria import Criterion, checked_criterion, distillation_loss, loss_by
 from .data import Batch
 from .engine import called, logits_of
 from .freezing import set_modes, trained_in
-from .gates import listening, log_gates
+from .gates import listening, log_gates, news_of_saturation, saturated_sites
 from .metrics import check_targets, hits, measure
 from .parts import count
 from .randomness import UPDATE, seed_all
@@ -130,11 +130,21 @@ def train_epoch(run: Run, epoch: int) -> None:
     begin_epoch(run, epoch)
     start = run.progress.step * run.config.grad_accum_steps
     for batches in windows(run.train.batches(epoch, start), run.config.grad_accum_steps):
-        tally = update(run, batches)
+        last = run.progress.step == run.updates_per_epoch - 1
+        unheard = run.val is None and not run.config.compile  # compiled code would not be heard
+        tally = update_and_listen(run, batches) if last and unheard else update(run, batches)
         run.pending.append(tally)
         run.tell(run.callbacks.after_update, epoch + 1, tally[0] / tally[2])
         if is_time_to_look(run):
             look(run, epoch)
+
+
+def update_and_listen(run: Run, batches: list[Batch]) -> Tensor:
+    """The last update of an epoch that no validation follows: what saturated gates there are is found in it."""
+    with listening(run.model) as gates:
+        tally = update(run, batches)
+    run.saturated = saturated_sites(gates)
+    return tally
 
 
 def begin_epoch(run: Run, epoch: int) -> None:
@@ -295,6 +305,7 @@ def validate(run: Run) -> dict[str, Any]:
         raise RetrofitError(f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {answers.classes}")
     if gates is None:
         return scores
+    run.saturated = saturated_sites(gates)
     return {**scores, "gates": log_gates(gates, run.accelerator.trackers, run.progress.updates)}
 
 
@@ -306,6 +317,7 @@ def finish_epoch(run: Run, epoch: int) -> None:
     row = training_row(run, epoch)
     if run.val is not None:
         row.update(validate(run))
+    row.update({"saturated": run.saturated} if run.saturated else {})
     take_note(run, row)
     run.check_weights()
     # best before last: after a kill between the two, the epoch's end is done again and gives the same
@@ -313,8 +325,11 @@ def finish_epoch(run: Run, epoch: int) -> None:
         run.keep_best()
     run.keep_checkpoint()
     run.log.row(row)
+    if news := news_of_saturation(run.tested, run.progress.history):
+        run.log.note(news)
     run.log.history(run.progress.history)
-    run.accelerator.log({k: v for k, v in row.items() if v is not None and k != "gates"}, step=run.progress.updates)
+    figures = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    run.accelerator.log(figures, step=run.progress.updates)
     if run.val is not None:
         run.tell(run.callbacks.after_evaluation, epoch + 1)
     run.tell(run.callbacks.after_epoch, epoch + 1)

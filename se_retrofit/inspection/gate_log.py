@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +22,12 @@ from .moments import Moments
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["GateLogger", "GateSummary", "gates_of", "plot_gates"]
+__all__ = ["GateLogger", "GateSummary", "gates_of", "plot_gates", "saturation_limits"]
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+MARGIN = (
+    0.025  # of the range of gates: as close to an end they are saturated, their slope is below a tenth of its highest
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,8 @@ class GateSummary:
         count: number of gate vectors seen.
         mean, std: of each channel's gate over the inputs, ``(C,)``, on the CPU.
         low, high: the smallest and the largest gate.
+        saturated: the share of the gates that is close to an end of their range: below 0.05 or above 1.95 of the identity
+            gate, below 0.025 or above 0.975 of the paper's; 0 for static factors.
     """
 
     path: str
@@ -43,6 +49,7 @@ class GateSummary:
     std: Tensor
     low: float
     high: float
+    saturated: float = 0.0
 
     @property
     def variation(self) -> float:
@@ -50,14 +57,25 @@ class GateSummary:
         return float(self.std.mean())
 
     def to_dict(self) -> dict[str, Any]:
-        """A few numbers, fit for JSON: the quartiles of the channels' mean gates, the range, and the variation."""
+        """A few numbers, fit for JSON: the quartiles of the channels' mean gates, the range, the variation, and the share that
+        is saturated."""
         quartiles = torch.quantile(self.mean, torch.tensor(QUANTILES, dtype=self.mean.dtype))
         return {
             "channels": [float(value) for value in quartiles],
             "low": self.low,
             "high": self.high,
             "variation": self.variation,
+            "saturated": self.saturated,
         }
+
+
+def saturation_limits(se: Any) -> tuple[float, float]:
+    """The gates of an SE module are saturated below the first and above the second."""
+    if se.gate_range is None:
+        return -math.inf, math.inf
+    low, high = se.gate_range
+    margin = MARGIN * (high - low)
+    return low + margin, high - margin
 
 
 def gates_of(se: Any, take: Callable[[Tensor], object]) -> RemovableHandle:
@@ -129,7 +147,9 @@ class GateLogger:
         """By the path of each SE module that has run since the last ``reset``, in the order of the network's modules, what its
         gates did."""
         return {
-            path: GateSummary(path, int(m.rows), m.mean.cpu(), m.std.cpu(), float(m.low), float(m.high))
+            path: GateSummary(
+                path, int(m.rows), m.mean.cpu(), m.std.cpu(), float(m.low), float(m.high), float(m.beyond)
+            )
             for path, m in self._moments.items()
             if m.rows
         }
@@ -137,7 +157,7 @@ class GateLogger:
     def reset(self) -> None:
         """Forget what was gathered, for the next epoch."""
         self._calls = dict.fromkeys(self._ses, 0)
-        self._moments = {path: Moments(se.channel) for path, se in self._ses.items()}
+        self._moments = {path: Moments(se.channel, limits=saturation_limits(se)) for path, se in self._ses.items()}
 
     def write(self, writer: Any, step: int, *, tag: str = "gates") -> None:
         """Write the summary to TensorBoard: for each site a histogram of its channels' mean gates, and the variation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,18 +19,24 @@ class Moments:
     Args:
         columns: how many there are, ``C``.
         dtype: of the statistics.
+        limits: values below the first and above the second are counted.
 
     Attributes:
         rows: number of rows so far, as a tensor without dims.
         mean: of each column, ``(C,)``.
         low, high: the smallest and the largest value of all, as tensors without dims.
+        beyond: the share of all values that is beyond the limits, likewise.
     """
 
-    def __init__(self, columns: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, columns: int, dtype: torch.dtype = torch.float32, limits: tuple[float, float] = (-math.inf, math.inf)
+    ) -> None:
+        self.limits = limits
         self.rows = torch.zeros((), dtype=dtype)
         self.mean = torch.zeros(columns, dtype=dtype)
         self._squares = torch.zeros(columns, dtype=dtype)
-        self.low, self.high = (torch.full((), limit, dtype=dtype) for limit in (float("inf"), float("-inf")))
+        self.low, self.high = (torch.full((), limit, dtype=dtype) for limit in (math.inf, -math.inf))
+        self.beyond = torch.zeros((), dtype=dtype)
 
     @torch.no_grad()
     def add(self, values: Tensor) -> None:
@@ -45,6 +53,8 @@ class Moments:
         delta = mean - self.mean
         self._squares = self._squares + (values - mean).square().sum(0) + delta.square() * self.rows * share
         self.mean = self.mean + delta * share
+        beyond = ((values < self.limits[0]) | (values > self.limits[1])).to(values.dtype).mean()
+        self.beyond = self.beyond + (beyond - self.beyond) * share
         self.rows = self.rows + number
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
 
@@ -54,5 +64,5 @@ class Moments:
         return (self._squares / self.rows).sqrt()
 
     def _move(self, device: torch.device) -> None:
-        for name in ("rows", "mean", "_squares", "low", "high"):
+        for name in ("rows", "mean", "_squares", "low", "high", "beyond"):
             setattr(self, name, getattr(self, name).to(device))

@@ -108,10 +108,12 @@ def test_evaluate_prints_a_table_and_draws_the_confusion(result: Path, pictures:
     )  # fmt: skip
     assert said.exit_code == 0, said.output
     lines = said.output.splitlines()
-    assert lines[0].split() == ["class", "images", "precision", "recall", "F1"]
-    assert [line.split()[:2] for line in lines[2:4]] == [["blue", "5"], ["red", "5"]]
+    assert lines[0] == f"val of {pictures}: 10 images"
+    assert lines[1].split() == ["class", "images", "precision", "recall", "F1"]
+    assert [line.split()[:2] for line in lines[3:5]] == [["blue", "5"], ["red", "5"]]
     figures = json.loads((tmp_path / "e.json").read_text())
-    assert f"10 images: accuracy {figures['accuracy']:.2%}, mean F1" in lines[4]
+    assert (figures["split"], figures["about"]) == ("val", lines[0])
+    assert f"10 images: accuracy {figures['accuracy']:.2%}, mean F1" in lines[5]
     assert figures["confusion"][0][0] + figures["confusion"][0][1] == 5
     with Image.open(tmp_path / "confusion.png") as picture:
         assert picture.size[0] > 300
@@ -144,7 +146,7 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
         (("predict", "RUN", "empty"), "empty holds no images", 1),
         (("predict", "empty", "README"), "holds no network that convert, finetune or fold wrote", 1),
         (("evaluate", "empty", "--data", "digits"), "holds no network that convert, finetune or fold wrote", 1),
-        (("evaluate", "RUN", "--data", "digits", "--split", "test"), "--split", 2),
+        (("evaluate", "RUN", "--data", "digits", "--split", "tests"), "--split", 2),
         (("predict", "RUN", "README", "--top", "0"), "--top", 2),
     ],
 )

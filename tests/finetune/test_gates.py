@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from sweeps import swept
+from tiny import tiny_network
 from torch import nn
 
-from se_retrofit import SEAttention, excitations
+from se_retrofit import SEAttention, add_se, excitations
 from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
 
 Network = Callable[..., nn.Module]
@@ -56,3 +58,60 @@ def test_a_plain_network_has_no_gates_and_no_picture_of_them(
     assert not any("gates" in row for row in result.history)
     assert (tmp_path / "curves.png").exists()
     assert not (tmp_path / "gates.png").exists()
+
+
+def saturating(model: nn.Module, path: str, share: float) -> nn.Module:
+    """With a share of the channels' gates of a site at an end of their range, whatever the input."""
+    se = model.get_submodule(path)
+    assert isinstance(se, SEAttention)
+    count = round(share * se.channel)
+    with torch.no_grad():
+        for parameter in se.parameters():
+            parameter.zero_()
+        se.fc[2].bias[:count] = 20.0 * torch.tensor([1.0, -1.0]).repeat(count)[:count]
+    return model
+
+
+def network_with_biases(gate: str = "identity") -> nn.Module:
+    return add_se(tiny_network(se=False), bias=True, gate=gate)
+
+
+@pytest.mark.parametrize("gate", ["identity", "sigmoid"])
+@pytest.mark.parametrize("validated", [True, False])
+def test_sites_with_saturated_gates_are_named_once(
+    gate: str, validated: bool, config: Config, digits: NamedData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full, few = "layer4.0.se_attention", "layer3.0.se_attention"
+    model = saturating(saturating(network_with_biases(gate), full, 0.25), few, 0.07)
+    recipe = config(epochs=2, lr=1e-9, weight_decay=0.0)
+    result = finetune(model, digits.train, digits.val if validated else None, config=recipe)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "saturated" in line]
+    limits = "below 0.05 or above 1.95" if gate == "identity" else "below 0.025 or above 0.975"
+    assert lines == [f"gates are saturated, and hardly learn any more: {full} (25%) {limits}. Lower lr or se_lr_scale"]
+    assert [row["saturated"] for row in result.history[-2:]] == [{full: 0.25}] * 2
+    if validated:
+        assert result.history[-1]["gates"][few]["saturated"] == pytest.approx(1 / 16)
+
+
+def test_static_factors_and_gates_within_their_range_are_never_called_saturated(
+    config: Config, digits: NamedData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    static = add_se(tiny_network(se=False), gate="static")
+    for module in static.modules():
+        if isinstance(module, SEAttention):
+            nn.init.constant_(module.factor, 3.0)
+    for model in (static, tiny_network()):
+        result = finetune(model, digits.train, digits.val, config=config(epochs=1))
+        assert not any("saturated" in row for row in result.history)
+    assert "saturated" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_does_not_name_the_sites_again(
+    config: Config, digits: NamedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = "layer4.0.se_attention"
+    for epochs, said in ((1, 1), (2, 0)):
+        model = saturating(network_with_biases(), full, 0.5)
+        recipe = config(epochs=epochs, lr=1e-9)
+        finetune(model, digits.train, digits.val, config=recipe, output_dir=tmp_path, resume=True)
+        assert capsys.readouterr().out.count("saturated") == said

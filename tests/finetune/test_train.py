@@ -158,7 +158,7 @@ def test_accumulating_two_batches_is_one_batch_of_both(network: Network, config:
 
 
 def test_se_and_head_have_their_own_learning_rate_and_norms_no_decay(network: Network) -> None:
-    from se_retrofit.finetune.parts import param_groups
+    from se_retrofit.finetune.groups import param_groups
 
     model = network()
     groups = param_groups(model, weight_decay=0.1, se_lr_scale=5.0, head_lr_scale=2.0)
@@ -170,7 +170,7 @@ def test_se_and_head_have_their_own_learning_rate_and_norms_no_decay(network: Ne
 
 
 def test_with_layer_decay_layers_learn_the_more_slowly_the_further_they_are_from_the_head(network: Network) -> None:
-    from se_retrofit.finetune.parts import param_groups
+    from se_retrofit.finetune.groups import param_groups
 
     model = network()
     groups = param_groups(model, 0.1, 5.0, 2.0, layer_decay=0.5)

@@ -95,13 +95,16 @@ def test_every_listens_to_some_calls_only_and_reset_begins_anew() -> None:
 
 def test_batches_of_any_size_and_far_from_zero_have_exact_moments() -> None:
     values = 1000 + torch.randn(97, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    moments = Moments(5, torch.float64)
+    moments = Moments(5, torch.float64, limits=(999.0, 1002.0))
     for part in (values[:1], values[1:1], values[1:60], values[60:]):
         moments.add(part)
     assert int(moments.rows) == 97
     torch.testing.assert_close(moments.mean, values.mean(0), rtol=1e-14, atol=0)
     torch.testing.assert_close(moments.std, values.std(0, correction=0), rtol=1e-10, atol=0)
     assert (moments.low, moments.high) == (values.min(), values.max())
+    beyond = ((values < 999) | (values > 1002)).double().mean()
+    assert 0.1 < beyond < 0.9
+    torch.testing.assert_close(moments.beyond, beyond, rtol=1e-12, atol=0)
 
 
 @pytest.mark.sweep

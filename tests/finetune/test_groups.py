@@ -1,0 +1,123 @@
+"""Gates move alike at every width: SE's layers learn the more slowly, the more inputs they have."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+
+from se_retrofit import RetrofitError, SEAttention, add_se
+from se_retrofit.finetune import FinetuneConfig, NamedData, find_lr, finetune
+from se_retrofit.finetune.groups import fan_in_scales, param_groups
+
+Network = Callable[..., nn.Module]
+Config = Callable[..., FinetuneConfig]
+
+
+def wide_network(gate: str = "identity") -> nn.Module:
+    """Blocks of 8, 8, 16 and 64 channels; the layers of the last one's SE have 64 and 32 inputs, all others 16 or fewer."""
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 64), num_classes=10, zero_init_last=False)
+    return add_se(model, reduction=2, gate=gate)
+
+
+def movement(channels: int, scaled: bool) -> float:
+    """How far the gates are from 1 after two updates of Adam whose gradients ask for more of everything."""
+    torch.manual_seed(0)
+    se = SEAttention(channels, reduction=8, gate="identity")
+    groups = param_groups(se, 0.0, 1.0, 1.0)
+    optimizer = torch.optim.Adam(
+        [{"params": group["params"], "lr": 3e-3 * (group["lr_scale"] if scaled else 1.0)} for group in groups]
+    )
+    x = torch.rand(8, channels, 2, 2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (-se(x).sum()).backward()
+        optimizer.step()
+    return float((se.excite(x).detach() - 1).abs().mean())
+
+
+def test_gates_move_alike_at_every_width() -> None:
+    narrow, wide = (movement(channels, scaled=True) for channels in (128, 4096))
+    assert wide == pytest.approx(narrow, rel=0.2)
+    assert movement(4096, scaled=False) > 0.9  # of at most 1: saturated by two updates
+
+
+def test_a_layer_is_scaled_by_its_own_fan_in_whatever_module_it_is_in() -> None:
+    attention = nn.ModuleDict(
+        {
+            "eca": nn.Conv1d(1, 1, 5, bias=False),
+            "spatial": nn.Conv2d(2, 1, 7),  # 98 inputs
+            "wide": nn.Linear(64, 8),
+            "norm": nn.LayerNorm(64),
+        }
+    )
+    attention.factor = nn.Parameter(torch.ones(512))
+    scales = fan_in_scales(attention)
+    by_name = {name: scales[id(parameter)] for name, parameter in attention.named_parameters()}
+    assert by_name == {
+        "factor": 1.0, "eca.weight": 1.0, "spatial.weight": 16 / 98, "spatial.bias": 16 / 98,
+        "wide.weight": 0.25, "wide.bias": 0.25, "norm.weight": 1.0, "norm.bias": 1.0,
+    }  # fmt: skip
+
+
+def test_static_factors_learn_at_the_full_rate_and_so_do_all_other_parameters() -> None:
+    groups = param_groups(wide_network(gate="static"), 0.1, 3.0, 5.0)
+    assert {(g["name"], g["lr_scale"]) for g in groups} == {("se", 3.0), ("head", 5.0), ("body", 1.0)}
+
+
+def test_layers_of_one_rate_share_a_group_and_the_run_tells_the_rates(
+    config: Config, digits: NamedData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = finetune(wide_network(), digits.val, config=config(epochs=1, se_lr_scale=2.0, head_lr_scale=5.0))
+    se = {group["lr_scale"]: group["tensors"] for group in result.groups if group["name"] == "se"}
+    assert se == {2.0: 6, 1.0: 1, 0.5: 1}
+    assert Counter(group["name"] for group in result.groups) == {"se": 3, "head": 2, "body": 2}
+    assert sum(group["tensors"] for group in result.groups) == len(list(result.model.parameters()))
+    told = "learning rates at their peak: body 1.00e-03; head 5.00e-03; SE 5.00e-04 to 2.00e-03, by the fan-in of its layers"
+    assert told in capsys.readouterr().out.splitlines()
+
+
+def test_find_lr_trains_each_layer_at_its_part_of_the_rate(
+    config: Config, digits: NamedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[tuple[float, float]]] = []
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: Any) -> Any:
+        seen.append({(group["lr_scale"], group["lr"]) for group in self.param_groups})
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    found = find_lr(wide_network(), digits.val, config=config(trainable="se"), steps=10)
+    for rate, groups in zip(found.rates, seen[-10:], strict=True):
+        assert groups == {(scale, rate * scale) for scale in (1.0, 0.5, 0.25)}
+
+
+def test_a_run_whose_parameters_were_divided_otherwise_is_not_resumed(
+    config: Config, digits: NamedData, tmp_path: Path
+) -> None:
+    recipe = config(epochs=1)
+    finetune(wide_network(), digits.train, config=recipe, output_dir=tmp_path, quiet=True)
+    file = tmp_path / "last" / "training.json"
+    whole = file.read_text()
+    longer = recipe.replace(epochs=2)
+    assert (
+        finetune(wide_network(), digits.train, config=longer, output_dir=tmp_path, resume=True, quiet=True).updates
+        == 16
+    )
+    file.write_text(whole.replace('["lr_scale", 0.25]', '["lr_scale", 5.0]'))  # as an earlier version had it
+    assert file.read_text() != whole
+    model = wide_network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RetrofitError, match=r"se 5 \(1 tensors\).* then; .*se 0\.25 \(1 tensors\).* now.*start anew"):
+        finetune(model, digits.train, config=longer, output_dir=tmp_path, resume=True, quiet=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert json.loads(file.read_text())["progress"]["epoch"] == 1
