@@ -178,15 +178,16 @@ def network_builder(
     """A function that builds the bare network, and the base that the saved recipe names."""
     from ..models import Base, load_checkpoint
     from ..saving import load_retrofitted
+    from ..saving.base import named_base
     from ..saving.recipe import read_recipe
 
     if Path(name).is_dir():
         saved = network_in(Path(name))
-        named = read_recipe(saved)["base"]
+        named = named_base(read_recipe(saved), saved)
         if named is None:
             raise RetrofitError(f"{saved} does not say how to build its base network; fine-tune it from Python")
-        kwargs = {**named["kwargs"], "num_classes": recipe.num_classes}
-        return lambda: load_retrofitted(saved), Base(named["library"], named["name"], kwargs)
+        kwargs = {**named.kwargs, "num_classes": recipe.num_classes}
+        return lambda: load_retrofitted(saved), Base(named.library, named.name, kwargs)
     if pretrained and checkpoint is not None:
         raise RetrofitError("give --pretrained or --checkpoint, not both")
     kwargs = read_settings(arg, "--arg")

@@ -13,9 +13,9 @@ from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_directory, settled
-from .base import base_of, check_base
+from .base import base_of, check_base, named_base
 from .rebuild import options_again, retrofit_again
-from .recipe import BASE, FORMAT, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
+from .recipe import BASE, FORMAT, IMAGE_FIELDS, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, untied, write_tensors
 
 __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
@@ -124,7 +124,10 @@ def write_network(
     state = tensors_of(model) if state is None else state
     plan = plan_of(model) if has_se(model) else None
     sites = plan.sites if plan else ()
+    images = vars(model).get(IMAGES)
     if base is not None:
+        if isinstance(base, Base) and ":" in base.name:  # the folder tells all by itself: who loads it fetches nothing
+            base, images = base.in_library(), images or _own_images(model)
         check_base(model, base, state)
         note = ""
     else:
@@ -137,7 +140,7 @@ def write_network(
         "add_se": None if plan is None else dict(plan.options),
         "plan": None if plan is None else {k: v for k, v in plan.to_dict().items() if k != "options"},
         "tied": tied,
-        "images": vars(model).get(IMAGES),
+        "images": images,
         "versions": {name: version_of(name) for name in ("se-retrofit", "torch", "torchvision", "timm")},
     }
     try:
@@ -150,16 +153,26 @@ def write_network(
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
 
 
+def _own_images(model: nn.Module) -> dict[str, Any]:
+    """How a network of timm's says that its images are prepared."""
+    from timm.data import resolve_data_config  # slow to import
+
+    own = resolve_data_config({}, model=model)
+    own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+    return {**{name: own[name] for name in IMAGE_FIELDS if name in own}, "classes": None, "multi_label": False}
+
+
 def _source(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module | Base:
     """The bare network, or where it comes from."""
     if base is None:
-        if recipe["base"] is None:
+        named = named_base(recipe, folder)
+        if named is None:
             reason = f" ({recipe['base_note']})" if recipe["base_note"] else ""
             raise RetrofitError(
                 f"{folder} does not say how to build its base network{reason}; "
                 "give the bare one: load_retrofitted(directory, base=model)"
             )
-        return Base(**recipe["base"])
+        return named
     if not isinstance(base, (nn.Module, Base)):
         raise TypeError(f"base must be a network, a name or a Base, got {brief(base)} of type {type(base).__name__}")
     return base
