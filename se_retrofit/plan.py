@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
+from .errors import RetrofitError, brief
 from .tables import aligned
 
 __all__ = ["FOLDED", "Plan", "Site", "Skipped"]
 
+T = TypeVar("T")
 FOLDED = "folded"  # why fold_se leaves out a block, or one site of a block that keeps others
 
 
@@ -102,10 +104,20 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that ``to_dict`` wrote."""
+        """The plan that ``to_dict`` wrote.
+
+        Raises:
+            RetrofitError: a field is missing, unknown or of another type.
+        """
+        if not isinstance(data, dict) or data.keys() != {"sites", "skipped", "options", "inputs"}:
+            raise RetrofitError(f"a plan must have sites, skipped, options and inputs, got {brief(data)}")
+        if not (
+            isinstance(data["sites"], list) and isinstance(data["skipped"], list) and isinstance(data["options"], dict)
+        ):
+            raise RetrofitError("a plan must have lists of sites and of skipped blocks, and options by name")
         return cls(
-            tuple(Site(**site) for site in data["sites"]),
-            tuple(Skipped(**skip) for skip in data["skipped"]),
+            tuple(_made(Site, "site", site) for site in data["sites"]),
+            tuple(_made(Skipped, "skipped block", skip) for skip in data["skipped"]),
             dict(data["options"]),
             data["inputs"],
         )
@@ -129,3 +141,12 @@ class Plan:
             lines.append("skipped:")
             lines += [f"  {skip.block or '(model)'}: {skip.reason}" for skip in self.skipped]
         return "\n".join(lines)
+
+
+def _made(cls: type[T], what: str, data: Any) -> T:
+    """A site or a skipped block from plain data."""
+    types = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(data, dict) or {name: type(value).__name__ for name, value in data.items()} != types:
+        expected = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        raise RetrofitError(f"a {what} of the plan is broken: it must have {expected}, got {brief(data)}")
+    return cls(**data)

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from torch import nn
 
 from ..errors import RetrofitError, check_module
+from ..plaindata import parse_json
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
 from .rebuild import belongs_to, check_plan, options_again, retrofit_again
-from .recipe import FORMAT, PLAN_FIELDS, check_fields
-from .tensors import check_keys, read_weights, retype, tensors_of, untied, write_tensors
+from .recipe import FORMAT, PLAN_FIELDS, check_fields, check_names, check_plan_fields
+from .tensors import check_keys, read_weights, retype, tensors_of, tie, untied, write_tensors
 
 __all__ = ["load_se", "save_se"]
 
@@ -86,8 +87,7 @@ def load_se(model: nn.Module, file: str | Path, *, example_inputs: Any = None, i
     file = Path(file)
     state = read_weights(file)
     header = _read_se_header(file)
-    for alias, kept in header["tied"].items():
-        state[alias] = state[kept]
+    tie(state, header["tied"], file)
     if has_se(model):
         check_plan(plan_of(model).sites, header["sites"], str(file))
         own = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan_of(model).sites)}
@@ -112,10 +112,9 @@ def _read_se_header(file: Path) -> dict[str, Any]:
         text = (handle.metadata() or {}).get("se_retrofit")
     if text is None:
         raise RetrofitError(f"{file} holds no SE modules by save_se; a whole network is loaded by load_retrofitted")
-    try:
-        header = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RetrofitError(f"{file} has a broken header: {error}") from error
+    header = parse_json(text, f"the header of {file}")
     fields: dict[str, tuple[type, ...]] = {"format": (int,), "add_se": (dict,), "tied": (dict,), **PLAN_FIELDS}
     check_fields(header, fields, file)
+    check_plan_fields({name: header[name] for name in PLAN_FIELDS}, header["add_se"], file)
+    check_names(header["tied"], "tied", file)
     return dict(header)

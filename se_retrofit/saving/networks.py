@@ -16,7 +16,7 @@ from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
 from .rebuild import options_again, retrofit_again
 from .recipe import BASE, FORMAT, IMAGE_FIELDS, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
-from .tensors import load_strictly, read_weights, tensors_of, untied, write_tensors
+from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
 __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
 
@@ -93,10 +93,7 @@ def load_retrofitted(
     folder = settled(Path(directory))
     recipe = read_recipe(folder)
     state = read_weights(folder / WEIGHTS)
-    for alias, kept in recipe["tied"].items():
-        if kept not in state:
-            raise RetrofitError(f"{folder / RECIPE}: {alias} is tied to {kept}, which {WEIGHTS} does not hold")
-        state[alias] = state[kept]
+    tie(state, recipe["tied"], folder / RECIPE)
     source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:

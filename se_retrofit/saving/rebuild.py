@@ -34,7 +34,7 @@ def retrofit_again(
     """Retrofit a bare network as the saved plan says, a fold included."""
     try:
         retrofitted = add_se(model, **options, inplace=inplace)
-    except (RetrofitError, TypeError) as error:
+    except Exception as error:  # the options are what a file says, and the base runs with inputs of its choice
         raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
     _take_out_folded(retrofitted, plan["skipped"])
     _leave_factors(retrofitted, options, plan["sites"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
+from ..plan import Plan
+from ..plaindata import read_json
 
 __all__ = [
     "FORMAT",
@@ -16,7 +18,8 @@ __all__ = [
     "RECIPE_FIELDS",
     "WEIGHTS",
     "check_fields",
-    "read_json",
+    "check_names",
+    "check_plan_fields",
     "read_recipe",
     "version_of",
 ]
@@ -48,6 +51,7 @@ IMAGE_FIELDS: dict[str, tuple[type, ...]] = {
     "classes": (list, type(None)),
     "multi_label": (bool,),
 }
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "random")  # those of timm
 PLAN_FIELDS: dict[str, tuple[type, ...]] = {"sites": (list,), "skipped": (list,), "inputs": (dict, type(None))}
 
 
@@ -66,25 +70,44 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     if (recipe["plan"] is None) != (recipe["add_se"] is None):
         raise RetrofitError(f"{folder / RECIPE}: add_se and plan must both be given or both be null")
     if recipe["plan"] is not None:
-        check_fields(recipe["plan"], PLAN_FIELDS, f"{folder / RECIPE}: plan")
-    if not all(isinstance(v, str) for v in recipe["tied"].values()):
-        raise RetrofitError(f"{folder / RECIPE}: tied must map names to names")
-
+        check_plan_fields(recipe["plan"], recipe["add_se"], folder / RECIPE)
+    check_names(recipe["tied"], "tied", folder / RECIPE)
+    check_names(recipe["versions"], "versions", folder / RECIPE)
     if recipe["images"] is not None:
-        check_fields(recipe["images"], IMAGE_FIELDS, f"{folder / RECIPE}: images")
-    return recipe
+        _check_images(recipe["images"], f"{folder / RECIPE}: images")
+    return dict(recipe)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or a ``RetrofitError`` that says what is wrong with it."""
+def check_plan_fields(plan: dict[str, Any], options: dict[str, Any], where: object) -> None:
+    """Raise unless a plan that was read has the fields of one, of their types."""
+    check_fields(plan, PLAN_FIELDS, f"{where}: plan")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        Plan.from_dict({**plan, "options": options})
+    except RetrofitError as error:
+        raise RetrofitError(f"{where}: {error}") from error
+
+
+def check_names(names: dict[str, Any], field: str, where: object) -> None:
+    if not all(isinstance(v, str) for v in names.values()):
+        raise RetrofitError(f"{where}: {field} must map names to names")
+
+
+def _check_images(images: dict[str, Any], where: str) -> None:
+    check_fields(images, IMAGE_FIELDS, where)
+    size, crop, classes = images["input_size"], images["crop_pct"], images["classes"]
+    if len(size) != 3 or not all(type(n) is int and 0 < n <= 2**16 for n in size):
+        raise RetrofitError(f"{where}: input_size must be channels, height and width, got {brief(size)}")
+    for name in ("mean", "std"):
+        if not images[name] or not all(type(n) in (int, float) and math.isfinite(n) for n in images[name]):
+            raise RetrofitError(f"{where}: {name} must be a number for each channel, got {brief(images[name])}")
+    if not 0 < crop <= 100:
+        raise RetrofitError(f"{where}: crop_pct must be a part above 0, got {brief(crop)}")
+    if images["interpolation"] not in INTERPOLATIONS:
         raise RetrofitError(
-            f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RetrofitError(f"{path} can't be read, it may be cut short: {error}") from error
+            f"{where}: interpolation must be one of {', '.join(INTERPOLATIONS)}, got {brief(images['interpolation'])}"
+        )
+    if classes is not None and not all(isinstance(name, str) for name in classes):
+        raise RetrofitError(f"{where}: classes must be names, got {brief(classes)}")
 
 
 def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, newest: int = FORMAT) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -224,37 +223,66 @@ def _described(value: Any) -> Any:
 
 
 def from_description(description: Any) -> Inputs:
-    """The inputs (on meta) that ``describe`` wrote.
+    """The inputs (on meta) that ``describe`` wrote. Nothing of a class is called: its objects get their fields.
 
     Raises:
         ValueError: it is no such description, or needs a class that the program has not imported.
     """
     try:
-        return Inputs(
-            tuple(_restored(a) for a in description["args"]),
-            {k: _restored(v) for k, v in description["kwargs"].items()},
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a description of inputs: {error}") from error
+        args, kwargs = description["args"], description["kwargs"]
+        if not (isinstance(args, list) and isinstance(kwargs, dict)):
+            raise ValueError("not a description of inputs: args must be a list and kwargs a dict")
+        return Inputs(tuple(_restored(a) for a in args), {k: _restored(v) for k, v in kwargs.items()})
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"not a description of inputs: {error!r}") from error
 
 
 def _restored(value: Any) -> Any:
     if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise TypeError("a list that is not marked as one")
         return value
     if "tensor" in value:
-        return torch.empty(value["tensor"], dtype=getattr(torch, value["dtype"]), device="meta")
+        dtype = vars(torch).get(value["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{value['dtype']!r} is no dtype")
+        return torch.empty(value["tensor"], dtype=dtype, device="meta")
     if "list" in value:
         return [_restored(v) for v in value["list"]]
     if "tuple" in value:
         return tuple(_restored(v) for v in value["tuple"])
     if "dict" in value:
         return {k: _restored(v) for k, v in value["dict"].items()}
-    module, _, qualname = value["class"].partition(":")
-    if module not in sys.modules:  # a file must not make us import, and so run, anything
+    return _object(_class(value["class"]), {k: _restored(v) for k, v in value["fields"].items()})
+
+
+def _class(name: str) -> type:
+    """A class by its module and name. A file must not make us run anything: what is not imported stays so, and modules that
+    import a name when it is asked for are not asked."""
+    module, _, qualname = name.partition(":")
+    if module not in sys.modules:
         raise ValueError(f"the inputs are of class {qualname} of {module}, which is not imported: import it first")
-    found: Any = importlib.import_module(module)
+    found: Any = sys.modules[module]
     for part in qualname.split("."):
-        found = getattr(found, part)
-    if not (isinstance(found, type) and (dataclasses.is_dataclass(found) or hasattr(found, "_fields"))):
-        raise ValueError(f"the inputs are of class {value['class']}, which is neither a dataclass nor a namedtuple")
-    return found(**{k: _restored(v) for k, v in value["fields"].items()})
+        found = vars(found)[part]
+    if not (isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, tuple))):
+        raise ValueError(f"the inputs are of class {name}, which is neither a dataclass nor a namedtuple")
+    return found
+
+
+def _object(cls: type, values: dict[str, Any]) -> Any:
+    """A namedtuple or dataclass with these fields. Its constructor may do anything with them, so it is not called; what it had
+    made of them was saved."""
+    if issubclass(cls, tuple):
+        if inspect.getattr_static(cls, "_fields", None) != tuple(values):
+            raise TypeError(f"{cls.__qualname__} has other fields than {', '.join(values)}")
+        return tuple.__new__(cls, values.values())
+    if {f.name for f in dataclasses.fields(cast(Any, cls))} != values.keys():
+        raise TypeError(f"{cls.__qualname__} has other fields than {', '.join(values)}")
+    made = object.__new__(cls)
+    if hasattr(made, "__dict__"):
+        vars(made).update(values)
+    else:
+        for name, value in values.items():
+            object.__setattr__(made, name, value)
+    return made
