@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RetrofitError, brief
-from ..plan import Plan
 from ..plaindata import read_json
+from ..plan import Plan
 
 __all__ = [
     "FORMAT",

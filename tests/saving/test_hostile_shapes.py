@@ -21,8 +21,8 @@ from sweeps import swept
 from torch import Tensor
 
 from se_retrofit import RetrofitError, add_se, load_retrofitted, load_se, save_retrofitted, save_se
-from se_retrofit.plan import Plan
 from se_retrofit.plaindata import parse_json, parse_yaml
+from se_retrofit.plan import Plan
 from se_retrofit.surgery.inputs import Inputs, describe, from_description
 
 NETWORK = "test_resnet"  # timm's smallest
