@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import re
 import sys
 import warnings
 from collections import deque
@@ -18,9 +19,11 @@ import timm
 import torch
 import torchvision
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from timm.models import DefaultCfg
+from timm.models import DefaultCfg, load_model_config_from_hf, load_state_dict_from_hf
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from .building import check_arguments
 from .errors import RetrofitError, brief
 from .retrofit import add_se
 from .surgery.edits import SE_NAME
@@ -31,6 +34,7 @@ LIBRARIES = ("timm", "torchvision")
 # timm's own prefixes, which it resolves itself; what follows them holds slashes of its own
 HUB_SCHEMES = ("hf-hub", "hf_hub")
 TIMM_SCHEMES = (*HUB_SCHEMES, "local-dir")
+WEIGHTS_ENDS = (".safetensors", ".bin", ".pth", ".pth.tar", ".pt")
 TIMM_PREFIX = "se_retrofit_"  # of the names that register_timm gives; timm drops what stands before a slash
 
 
@@ -41,7 +45,12 @@ class Base:
     Attributes:
         library: ``"timm"`` or ``"torchvision"``.
         name: the model's name in that library.
-        kwargs: further arguments of the library's builder.
+        kwargs: further arguments of the library's builder: those that say how the network is built (``num_classes``,
+            ``output_stride``, ``act_layer="gelu"``, ...), as numbers, switches, names, and lists and dicts of these.
+
+    Raises:
+        RetrofitError: another argument is given, such as ``checkpoint_path`` or ``weights``, or a value of another kind. Build
+            such a network yourself, and give it in the place of its name.
 
     Example:
         >>> from se_retrofit.models import Base
@@ -54,6 +63,9 @@ class Base:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_arguments(str(self), self.kwargs)
+
     @classmethod
     def of(cls, name: str, **kwargs: Any) -> Base:
         """Read a name such as ``resnet50``, ``timm/resnet50``, ``resnet50.a1_in1k`` or ``torchvision/resnet50``.
@@ -64,7 +76,8 @@ class Base:
             kwargs: for the library's builder, e.g. ``num_classes=10``.
 
         Raises:
-            RetrofitError: neither library has a model of that name; the message lists close names.
+            RetrofitError: neither library has a model of that name (the message lists close names), or an argument does not
+                say how a network is built.
 
         Example:
             >>> from se_retrofit.models import Base
@@ -75,6 +88,11 @@ class Base:
             raise TypeError(f"a model's name must be a string, got {brief(name)} of type {type(name).__name__}")
         if name.split(":")[0] in TIMM_SCHEMES:
             return cls("timm", name, kwargs)
+        return cls.listed(name, kwargs)
+
+    @classmethod
+    def listed(cls, name: str, kwargs: dict[str, Any]) -> Base:
+        """As ``of``, but of the libraries' own networks alone: the name neither fetches nor reads anything."""
         library, _, model = name.rpartition("/")
         if library and library not in LIBRARIES:
             raise RetrofitError(f"no library {library!r} in {name!r}; give timm/NAME or torchvision/NAME")
@@ -112,8 +130,58 @@ class Base:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RetrofitError(f"{self.library} can't build {self.name!r} {weights}{given}: {reason}") from error
 
+    def in_library(self) -> Base:
+        """The same network by the library's own name, where this one names a repository of the hub or a folder: what the
+        config there says of how it is built becomes arguments.
+
+        Raises:
+            RetrofitError: the config can't be read, or holds an argument that does not say how a network is built.
+        """
+        if ":" not in self.name:
+            return self
+        _, architecture, arguments = self._config()
+        return Base.listed(f"timm/{architecture}", {**arguments, **self.kwargs})
+
     def _timm(self, pretrained: bool) -> nn.Module:
-        return timm.create_model(self.name, pretrained=pretrained, **self.kwargs)
+        overlay = None
+        if ":" in self.name:
+            self.in_library()
+            # without a source, timm takes the weights from what it is given
+            overlay = {"source": "", "state_dict": self._weights()} if pretrained else None
+        model = timm.create_model(self.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **self.kwargs)
+        if overlay is not None:
+            vars(model)["pretrained_cfg"].pop("state_dict", None)
+        return model
+
+    def _config(self) -> tuple[dict[str, Any], str, dict[str, Any]]:
+        """What the config of a repository or folder holds: of the weights, the architecture, and the arguments, among them those
+        that timm takes from what it says of the weights."""
+        scheme, _, place = self.name.partition(":")
+        read = load_model_config_from_hf if scheme in HUB_SCHEMES else load_model_config_from_path
+        try:
+            weights, architecture, arguments = read(place)
+            told = {name: weights.get(name) for name in ("num_classes", "global_pool")}
+            if size := weights.get("input_size"):
+                told["in_chans"], *told["img_size"] = size
+            if not weights.get("fixed_input_size"):
+                told.pop("img_size", None)
+            told = {name: value for name, value in told.items() if value is not None}
+            return dict(weights), str(architecture), {**told, **(arguments or {})}
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise RetrofitError(f"config.json of {self.name} describes no network of timm: {error!r}") from error
+
+    def _weights(self) -> dict[str, Any]:
+        """The weights of a repository or folder. timm's older versions would unpickle, and so run, what they find there."""
+        scheme, _, place = self.name.partition(":")
+        if scheme in HUB_SCHEMES:
+            name = self._config()[0].get("hf_hub_filename")
+            named = {"filename": name} if name else {}
+            return dict(load_state_dict_from_hf(place, weights_only=True, **named))
+        files = [file for end in WEIGHTS_ENDS for file in sorted(Path(place).glob(f"*{end}"))]
+        if not files:
+            raise RetrofitError(f"{place} holds no weights; *{', *'.join(WEIGHTS_ENDS)} were looked for")
+        chosen = min(files, key=lambda file: file.name not in ("model.safetensors", "pytorch_model.bin"))
+        return dict(timm.models.load_state_dict(str(chosen), weights_only=True))
 
     def _torchvision(self, pretrained: bool) -> nn.Module:
         kwargs: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
@@ -267,6 +335,8 @@ def _names(library: str) -> list[str]:
 
 def _known(library: str, name: str) -> str | None:
     """The library's own spelling of a name, None where it has no such model."""
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        return None
     if library == "timm":
         return next((spelling for spelling in (name, name.lower()) if timm.is_model(spelling)), None)
     return name.lower() if name.lower() in torchvision.models.list_models() else None

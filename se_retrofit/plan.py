@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .attention import name_of
 from .errors import RetrofitError, brief
+from .plaindata import parse_json
 from .tables import aligned
 
 __all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "noted_options"]
@@ -174,17 +175,13 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Plan:
+    def from_json(cls, text: str) -> Plan:
         """The plan that ``to_json`` wrote.
 
         Raises:
             RetrofitError: as for ``from_dict``; or it is no JSON.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RetrofitError(f"the plan can't be read, it may be cut short: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(parse_json(text, "the plan"))
 
     def __str__(self) -> str:
         header = ("block", "kind", "after", "channels", "parameters")

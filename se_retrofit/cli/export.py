@@ -32,8 +32,8 @@ def export_command(
     from ..exporting import export
     from ..exporting.export import SUFFIXES
     from ..folding import to_native
-    from ..models import Base
     from ..saving import load_retrofitted
+    from ..saving.base import named_base
     from ..saving.recipe import read_recipe
 
     example = None
@@ -41,8 +41,7 @@ def export_command(
         like = example_of(input_size)
         example = torch.rand(like.shape, generator=torch.Generator().manual_seed(0))
     saved = network_in(folder)
-    named = read_recipe(saved)["base"]
-    base = None if named is None else Base(named["library"], named["name"], named["kwargs"])
+    base = named_base(read_recipe(saved), saved)
     network = load_retrofitted(saved)
     if native:
         network = to_native(network)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from ..models import Base
 
 # What run.yaml holds of a command, besides the recipe
-COMMAND = {"model", "data", "data_root", "pretrained", "checkpoint", "arg", "plain", *SE_OPTIONS}
+COMMAND_TYPES: dict[str, Any] = {
+    "model": str, "data": str, "data_root": str, "pretrained": bool, "checkpoint": (str, NoneType), "arg": list, "plain": bool,
+}  # fmt: skip
+COMMAND = {*COMMAND_TYPES, *SE_OPTIONS}
 
 
 @app.command("finetune")
@@ -144,17 +148,14 @@ def read_config(context: typer.Context) -> FinetuneConfig:
 
 def read_settings(settings: list[str] | None, option: str) -> dict[str, Any]:
     """``NAME=VALUE`` pairs; values are read as YAML."""
-    import yaml
+    from ..plaindata import parse_yaml
 
     read = {}
     for setting in settings or []:
         name, equals, value = setting.partition("=")
         if not equals:
             raise RetrofitError(f"{option} takes NAME=VALUE, got {setting!r}")
-        try:
-            read[name.strip().replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RetrofitError(f"{option} {setting!r}: the value can't be read: {error}") from error
+        read[name.strip().replace("-", "_")] = parse_yaml(value, f"the value of {option} {setting!r}")
     return read
 
 
@@ -178,15 +179,16 @@ def network_builder(
     """A function that builds the bare network, and the base that the saved recipe names."""
     from ..models import Base, load_checkpoint
     from ..saving import load_retrofitted
+    from ..saving.base import named_base
     from ..saving.recipe import read_recipe
 
     if Path(name).is_dir():
         saved = network_in(Path(name))
-        named = read_recipe(saved)["base"]
+        named = named_base(read_recipe(saved), saved)
         if named is None:
             raise RetrofitError(f"{saved} does not say how to build its base network; fine-tune it from Python")
-        kwargs = {**named["kwargs"], "num_classes": recipe.num_classes}
-        return lambda: load_retrofitted(saved), Base(named["library"], named["name"], kwargs)
+        kwargs = {**named.kwargs, "num_classes": recipe.num_classes}
+        return lambda: load_retrofitted(saved), Base(named.library, named.name, kwargs)
     if pretrained and checkpoint is not None:
         raise RetrofitError("give --pretrained or --checkpoint, not both")
     kwargs = read_settings(arg, "--arg")
@@ -220,24 +222,29 @@ def read_run(folder: Path, given: set[str]) -> tuple[dict[str, Any], FinetuneCon
     Raises:
         RetrofitError: there is no run that the command line began, or options are repeated that it holds.
     """
-    import yaml
-
     from ..finetune import FinetuneConfig
+    from ..plaindata import parse_yaml
 
     repeated = sorted(given - {"resume", "download", "epochs"})
     if repeated:
         options = ", ".join(name.rstrip("_").replace("_", "-") for name in repeated)
         raise RetrofitError(f"--resume reads every option but --epochs from {folder / 'run.yaml'}; remove {options}")
+    file = folder / "run.yaml"
     try:
-        content = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        command, fields = content["command"], content["config"]
+        content = parse_yaml(file.read_text(encoding="utf-8"), file)
+        command, recipe = content["command"], FinetuneConfig.from_dict(dict(content["config"]))
     except OSError as error:
         raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise RetrofitError(f"{folder / 'run.yaml'} does not hold a command and a config: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise RetrofitError(f"{file} does not hold a command and a config: {error}") from error
     if not isinstance(command, dict) or command.keys() != COMMAND:
         raise RetrofitError(
             f"the run in {folder} was not started from the command line; resume it from Python: "
             "finetune(..., output_dir=..., resume=True)"
         )
-    return command, FinetuneConfig.from_dict(fields)
+    wrong = [name for name, kinds in COMMAND_TYPES.items() if not isinstance(command[name], kinds)]
+    if wrong or not all(isinstance(setting, str) for setting in command["arg"]):
+        raise RetrofitError(
+            f"{file}: {' and '.join(wrong or ['arg'])} of its command must be as the command line gives it"
+        )
+    return command, recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -38,15 +38,14 @@ def fold_command(
     from ..finetune.data import stream
     from ..finetune.transforms import transforms_for
     from ..folding import fold_se
-    from ..models import Base
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_directory
+    from ..saving.base import named_base
     from ..saving.networks import write_network
     from ..saving.recipe import RECIPE, WEIGHTS, read_recipe
 
     saved = network_in(folder)
-    named: dict[str, Any] | None = read_recipe(saved)["base"]
-    base = None if named is None else Base(named["library"], named["name"], named["kwargs"])
+    base = named_base(read_recipe(saved), saved)
     network = load_retrofitted(saved)
     for file in (plot, json_file):
         if file is not None:

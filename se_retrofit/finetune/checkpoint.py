@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..models import Base
+from ..plaindata import read_json
 from ..saving.atomic import replaced_directory, settled
 from ..saving.networks import write_network
-from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_json, read_recipe
-from ..saving.tensors import load_strictly, read_weights, save_tensors
+from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_recipe
+from ..saving.tensors import load_strictly, read_weights, save_tensors, tie
 from .config import FinetuneConfig
 from .experiment import check_same
 from .groups import group_summary
@@ -67,6 +68,10 @@ PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
     "epoch": (int,), "step": (int,), "updates": (int,), "loss": (float, int), "correct": (float, int), "seen": (float, int),
     "history": (list,), "best": (float, int, type(None)), "best_epoch": (int, type(None)), "stale": (int,),
     "finished": (str, type(None)), "step_seconds": (float, int, type(None)),
+}  # fmt: skip
+
+GATE_FIELDS: dict[str, tuple[type, ...]] = {
+    "channels": (list,), "low": (float, int), "high": (float, int), "variation": (float, int),
 }  # fmt: skip
 
 
@@ -137,9 +142,12 @@ def load_training(
     }  # fmt: skip
     check_fields(state, shape, folder / STATE, FORMAT)
     check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
+    _check_history(state["progress"]["history"], f"{folder / STATE}: history")
     check_same(state["experiment"], experiment, output)
     # a field that came in a later version had no effect then, which is its default
     then = {**FinetuneConfig().to_dict(), **state["config"]}
+    if type(then["epochs"]) is not int:
+        raise RetrofitError(f"{folder / STATE}: epochs must be a number, got {brief(then['epochs'])}")
     if state["progress"]["finished"] and config["epochs"] > then["epochs"]:
         free = free | {"epochs"}  # a run that is over may be extended
         state["progress"]["finished"] = None
@@ -155,8 +163,11 @@ def load_training(
         )
     recipe = read_recipe(folder)
     weights = read_weights(folder / WEIGHTS)
-    weights.update({alias: weights[kept] for alias, kept in recipe["tied"].items() if kept in weights})
-    parts = join(state["parts"], read_weights(folder / TENSORS))
+    tie(weights, recipe["tied"], folder / RECIPE)
+    try:
+        parts = join(state["parts"], read_weights(folder / TENSORS))
+    except (TypeError, ValueError) as error:
+        raise RetrofitError(f"{folder / STATE}: parts can't be put together: {error}") from error
     check_groups(parts, groups, output)
     load_strictly(model, weights, str(folder / WEIGHTS))
     return Progress(**state["progress"]), parts
@@ -181,6 +192,23 @@ def check_groups(parts: dict[str, Any], groups: list[dict[str, Any]], output: Pa
     )
 
 
+def _check_history(history: list[Any], where: str) -> None:
+    """Raise unless it holds a row of numbers for each epoch, with what ``log_gates`` gives for each site."""
+    for row in history:
+        check = dict(row) if isinstance(row, dict) else {}
+        gates = check.pop("gates", {})
+        numbers = [*check.values()]
+        for seen in gates.values() if isinstance(gates, dict) else [gates]:
+            check_fields(seen, GATE_FIELDS, f"{where}: gates")
+            numbers += [*seen["channels"], *([] if len(seen["channels"]) == 5 else ["five are expected"])]
+        if type(check.get("epoch")) is not int or not all(map(_is_number, numbers)):
+            raise RetrofitError(f"{where} must hold a row of numbers for each epoch, got {brief(row)}")
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not abs(value) > 2**53)
+
+
 def check_folders(output: Path) -> None:
     """Raise before training where ``last/`` or ``best/`` hold files that a checkpoint would delete."""
     for part, ours in ((LAST, (WEIGHTS, RECIPE, TENSORS, STATE)), (BEST, (WEIGHTS, RECIPE))):
@@ -199,7 +227,7 @@ def load_best(output: Path) -> dict[str, Tensor]:
     """The weights in ``best/``."""
     folder = settled(output / BEST)
     weights = read_weights(folder / WEIGHTS)
-    weights.update({alias: weights[kept] for alias, kept in read_recipe(folder)["tied"].items()})
+    tie(weights, read_recipe(folder)["tied"], folder / RECIPE)
     return weights
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import RetrofitError, brief
+from ..plaindata import parse_yaml
 
 __all__ = ["FinetuneConfig"]
 
@@ -248,19 +251,20 @@ class FinetuneConfig:
         is_path = isinstance(source, Path) or ("\n" not in source and ":" not in source[2:])
         try:
             text = Path(source).read_text(encoding="utf-8") if is_path else str(source)
-            data = yaml.safe_load(text)
         except FileNotFoundError as error:
             raise RetrofitError(f"no config file {source}") from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RetrofitError(f"the config can't be read as YAML: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RetrofitError(f"{source} can't be read: {error}") from error
+        where = source if is_path else "the config"
+        data = parse_yaml(text, where)
         if data is None:
             data = {}
         if not isinstance(data, dict):
-            raise RetrofitError(f"the config must hold 'field: value' lines, got {type(data).__name__}")
+            raise RetrofitError(f"{where} must hold 'field: value' lines, got {type(data).__name__}")
         try:
             return cls.from_dict(data)
-        except TypeError as error:
-            raise RetrofitError(f"{source if is_path else 'the config'}: {error}") from error
+        except (RetrofitError, TypeError) as error:
+            raise RetrofitError(f"{where}: {error}") from error
 
 
 def _one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
@@ -300,16 +304,13 @@ def _typed(name: str, annotation: str, value: Any) -> Any:
     kind = kinds[0].split("[")[0]
     if kind == "bool" and isinstance(value, bool):
         return value
-    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return value
     if kind == "float":
-        if isinstance(value, str):  # YAML reads 1e-4 (without a point) as text
-            try:
+        # YAML reads 1e-4 (without a point) as text
+        with contextlib.suppress(OverflowError, ValueError):
+            if not isinstance(value, bool) and isinstance(value, (int, float, str)) and math.isfinite(float(value)):
                 return float(value)
-            except ValueError:
-                pass
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
     if kind == "str" and isinstance(value, str):
         return value
     if kind == "dict" and isinstance(value, dict):

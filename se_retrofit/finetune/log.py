@@ -96,7 +96,7 @@ class Log:
             try:
                 if json.loads(line)["update"] <= updates:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (KeyError, RecursionError, TypeError, ValueError):
                 continue  # the line that was being written when the run was killed
         with replaced_file(path) as fresh:
             fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

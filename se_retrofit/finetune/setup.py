@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import RetrofitError, brief, check_module
 from ..models import Base
+from ..plaindata import parse_yaml
 from ..retrofit import warn_of_lost_sites
 from ..saving.atomic import replaced_file
 from ..saving.base import check_base
@@ -310,8 +311,8 @@ def prepare_folder(run: Run, output: Path, command: dict[str, Any] | None, *, re
 def written(file: Path) -> dict[str, Any]:
     """What a ``run.yaml`` holds; nothing where it is missing or broken."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = parse_yaml(file.read_text(encoding="utf-8"), file)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

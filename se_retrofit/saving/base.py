@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
-from ..models import Base
+from ..models import LIBRARIES, Base
 from ..plan import Site
 from ..retrofit import has_se, plan_of
 from .rebuild import belongs_to
-from .recipe import BASE
+from .recipe import BASE, RECIPE
 from .tensors import tensors_of
 
-__all__ = ["base_of", "check_base"]
+__all__ = ["base_of", "check_base", "named_base"]
 
 
 def base_of(
@@ -51,6 +52,30 @@ def base_of(
     if problem:
         return None, f"timm's {name} with {kwargs} is another network than the one that was saved: {problem}"
     return base, ""
+
+
+def named_base(recipe: dict[str, Any], folder: Path) -> Base | None:
+    """The base that a recipe names, None where it names none. A folder may be anybody's, so it is one of the libraries' own
+    networks, and takes only arguments that say how it is built: nothing else is read, fetched or run.
+
+    Raises:
+        RetrofitError: it is no such network; the message says what to do.
+    """
+    named = recipe["base"]
+    if named is None:
+        return None
+    try:
+        if named["library"] not in LIBRARIES:
+            raise RetrofitError(f"no library {brief(named['library'])}; there are {' and '.join(LIBRARIES)}")
+        return Base.listed(f"{named['library']}/{named['name']}", named["kwargs"])
+    except RetrofitError as error:
+        hint = ""
+        if ":" in named["name"]:
+            hint = (
+                f"; if you trust what is there, give it yourself, load_retrofitted(directory, base={brief(named['name'])}), "
+                "and save the network again"
+            )
+        raise RetrofitError(f"the base network that {folder / RECIPE} names can't be built: {error}{hint}") from error
 
 
 def check_base(model: nn.Module, base: Base, state: dict[str, Tensor] | None = None) -> None:

@@ -17,6 +17,7 @@ from ..errors import RetrofitError, brief
 from ..models import Base
 from ..plan import Plan
 from .atomic import settled
+from .base import named_base
 from .networks import load_retrofitted, save_retrofitted
 from .recipe import RECIPE, WEIGHTS, read_recipe
 
@@ -78,7 +79,7 @@ def push_to_hub(
         with _hub_errors(f"{repo_id} can't be uploaded"):
             url = str(api.create_repo(repo_id, private=private, exist_ok=True))
             if not api.file_exists(repo_id, CARD, revision=revision):
-                (folder / CARD).write_text(_card(read_recipe(folder), repo_id), encoding="utf-8")
+                (folder / CARD).write_text(_card(folder, repo_id), encoding="utf-8")
             api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
     return url
 
@@ -136,10 +137,10 @@ def _hub_errors(what: str) -> Iterator[None]:
         raise RetrofitError(f"{what}: {reason}") from error
 
 
-def _card(recipe: dict[str, Any], repo_id: str) -> str:
+def _card(folder: Path, repo_id: str) -> str:
+    recipe = read_recipe(folder)
     plan = None if recipe["plan"] is None else Plan.from_dict({**recipe["plan"], "options": recipe["add_se"]})
-    named = recipe["base"]
-    base = None if named is None else Base(named["library"], named["name"], named["kwargs"])
+    base = named_base(recipe, folder)
     data = huggingface_hub.ModelCardData(
         library_name="se_retrofit",
         tags=["squeeze-and-excitation", "channel-attention", "pytorch"],

@@ -12,12 +12,13 @@ from torch import nn
 
 from ..attention import Attention
 from ..errors import RetrofitError, check_module
+from ..plaindata import parse_json
 from ..plan import Plan
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
-from .rebuild import belongs_to, carried_out, check_same_sites, read_plan
-from .recipe import FORMAT, check_fields
-from .tensors import check_keys, read_weights, retype, tensors_of, untied, write_tensors
+from .rebuild import belongs_to, carried_out, check_same_sites
+from .recipe import FORMAT, check_fields, check_names, read_plan
+from .tensors import check_keys, read_weights, retype, tensors_of, tie, untied, write_tensors
 
 __all__ = ["load_se", "save_se"]
 
@@ -96,8 +97,7 @@ def load_se(
     file = Path(file)
     state = read_weights(file)
     plan, tied = _read_se_header(file)
-    for alias, kept in tied.items():
-        state[alias] = state[kept]
+    tie(state, tied, file)
     if has_se(model):
         check_same_sites(plan_of(model), plan, file)
         own = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan_of(model).sites)}
@@ -121,12 +121,10 @@ def _read_se_header(file: Path) -> tuple[Plan, dict[str, str]]:
         text = (handle.metadata() or {}).get("se_retrofit")
     if text is None:
         raise RetrofitError(f"{file} holds no SE modules by save_se; a whole network is loaded by load_retrofitted")
-    try:
-        header = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RetrofitError(f"{file} has a broken header: {error}") from error
+    header = parse_json(text, f"the header of {file}")
     if isinstance(header, dict) and "plan" not in header:  # as it was written before plans could be carried out
         parts = {key: header.pop(key) for key in ("sites", "skipped", "inputs") if key in header}
         header["plan"] = {**parts, "options": header.pop("add_se", None)}
     check_fields(header, {"format": (int,), "plan": (dict,), "tied": (dict,)}, file)
+    check_names(header["tied"], "tied", file)
     return read_plan(header["plan"], header["plan"].pop("options", None), file), header["tied"]

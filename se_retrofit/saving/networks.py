@@ -16,10 +16,10 @@ from ..plan import noted_options
 from ..retrofit import has_se, plan_of
 from ..surgery.copying import in_mode
 from .atomic import replaced_directory, settled
-from .base import base_of, check_base
-from .rebuild import carried_out, read_plan
-from .recipe import BASE, FORMAT, IMAGES, RECIPE, WEIGHTS, read_recipe, version_of
-from .tensors import load_strictly, read_weights, tensors_of, untied, write_tensors
+from .base import base_of, check_base, named_base
+from .rebuild import carried_out
+from .recipe import BASE, FORMAT, IMAGE_FIELDS, IMAGES, RECIPE, WEIGHTS, read_plan, read_recipe, version_of
+from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
 __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
 
@@ -107,10 +107,7 @@ def load_retrofitted(
     folder = settled(Path(directory))
     recipe = read_recipe(folder)
     state = read_weights(folder / WEIGHTS)
-    for alias, kept in recipe["tied"].items():
-        if kept not in state:
-            raise RetrofitError(f"{folder / RECIPE}: {alias} is tied to {kept}, which {WEIGHTS} does not hold")
-        state[alias] = state[kept]
+    tie(state, recipe["tied"], folder / RECIPE)
     source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
     if recipe["plan"] is not None:
@@ -138,7 +135,10 @@ def write_network(
     state = tensors_of(model) if state is None else state
     plan = plan_of(model) if has_se(model) else None
     sites = plan.sites if plan else ()
+    images = vars(model).get(IMAGES)
     if base is not None:
+        if isinstance(base, Base) and ":" in base.name:  # the folder tells all by itself: who loads it fetches nothing
+            base, images = base.in_library(), images or _own_images(model)
         check_base(model, base, state)
         note = ""
     else:
@@ -151,7 +151,7 @@ def write_network(
         "add_se": None if plan is None else noted_options(plan.options),
         "plan": None if plan is None else {k: v for k, v in plan.to_dict().items() if k != "options"},
         "tied": tied,
-        "images": vars(model).get(IMAGES),
+        "images": images,
         "versions": {name: version_of(name) for name in ("se-retrofit", "torch", "torchvision", "timm")},
     }
     try:
@@ -164,16 +164,26 @@ def write_network(
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
 
 
+def _own_images(model: nn.Module) -> dict[str, Any]:
+    """How a network of timm's says that its images are prepared."""
+    from timm.data import resolve_data_config  # slow to import
+
+    own = resolve_data_config({}, model=model)
+    own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+    return {**{name: own[name] for name in IMAGE_FIELDS if name in own}, "classes": None, "multi_label": False}
+
+
 def _source(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module | Base:
     """The bare network, or where it comes from."""
     if base is None:
-        if recipe["base"] is None:
+        named = named_base(recipe, folder)
+        if named is None:
             reason = f" ({recipe['base_note']})" if recipe["base_note"] else ""
             raise RetrofitError(
                 f"{folder} does not say how to build its base network{reason}; "
                 "give the bare one: load_retrofitted(directory, base=model)"
             )
-        return Base(**recipe["base"])
+        return named
     if not isinstance(base, (nn.Module, Base)):
         raise TypeError(f"base must be a network, a name or a Base, got {brief(base)} of type {type(base).__name__}")
     return base

@@ -11,15 +11,7 @@ from ..errors import RetrofitError
 from ..plan import Plan, Site
 from ..retrofit import add_se, plan_of
 
-__all__ = ["belongs_to", "carried_out", "check_same_sites", "read_plan"]
-
-
-def read_plan(data: dict[str, Any], options: dict[str, Any], where: object) -> Plan:
-    """The plan that a file holds apart from its options."""
-    try:
-        return Plan.from_dict({**data, "options": options})
-    except RetrofitError as error:
-        raise RetrofitError(f"{where}: {error}") from error
+__all__ = ["belongs_to", "carried_out", "check_same_sites"]
 
 
 def carried_out(
@@ -30,7 +22,7 @@ def carried_out(
         retrofitted = add_se(
             model, plan=plan, example_inputs=example_inputs, attention=attention or "se", inplace=inplace
         )
-    except (RetrofitError, TypeError) as error:
+    except Exception as error:  # the plan is what a file says, and the base runs with inputs of its choice
         raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
     check_same_sites(plan_of(retrofitted), plan, where)
     return retrofitted

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
+from ..plaindata import read_json
+from ..plan import Plan
 
 __all__ = [
     "FORMAT",
@@ -15,7 +17,8 @@ __all__ = [
     "RECIPE_FIELDS",
     "WEIGHTS",
     "check_fields",
-    "read_json",
+    "check_names",
+    "read_plan",
     "read_recipe",
     "version_of",
 ]
@@ -47,6 +50,7 @@ IMAGE_FIELDS: dict[str, tuple[type, ...]] = {
     "classes": (list, type(None)),
     "multi_label": (bool,),
 }
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "random")  # those of timm
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
@@ -63,24 +67,44 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         check_fields(recipe["base"], {"library": (str,), "name": (str,), "kwargs": (dict,)}, f"{folder / RECIPE}: base")
     if (recipe["plan"] is None) != (recipe["add_se"] is None):
         raise RetrofitError(f"{folder / RECIPE}: add_se and plan must both be given or both be null")
-    if not all(isinstance(v, str) for v in recipe["tied"].values()):
-        raise RetrofitError(f"{folder / RECIPE}: tied must map names to names")
-
+    if recipe["plan"] is not None:
+        read_plan(recipe["plan"], recipe["add_se"], folder / RECIPE)
+    check_names(recipe["tied"], "tied", folder / RECIPE)
+    check_names(recipe["versions"], "versions", folder / RECIPE)
     if recipe["images"] is not None:
-        check_fields(recipe["images"], IMAGE_FIELDS, f"{folder / RECIPE}: images")
-    return recipe
+        _check_images(recipe["images"], f"{folder / RECIPE}: images")
+    return dict(recipe)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or a ``RetrofitError`` that says what is wrong with it."""
+def read_plan(data: dict[str, Any], options: dict[str, Any] | None, where: object) -> Plan:
+    """The plan that a file holds apart from its options."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        return Plan.from_dict({**data, "options": options})
+    except RetrofitError as error:
+        raise RetrofitError(f"{where}: {error}") from error
+
+
+def check_names(names: dict[str, Any], field: str, where: object) -> None:
+    if not all(isinstance(v, str) for v in names.values()):
+        raise RetrofitError(f"{where}: {field} must map names to names")
+
+
+def _check_images(images: dict[str, Any], where: str) -> None:
+    check_fields(images, IMAGE_FIELDS, where)
+    size, crop, classes = images["input_size"], images["crop_pct"], images["classes"]
+    if len(size) != 3 or not all(type(n) is int and 0 < n <= 2**16 for n in size):
+        raise RetrofitError(f"{where}: input_size must be channels, height and width, got {brief(size)}")
+    for name in ("mean", "std"):
+        if not images[name] or not all(type(n) in (int, float) and math.isfinite(n) for n in images[name]):
+            raise RetrofitError(f"{where}: {name} must be a number for each channel, got {brief(images[name])}")
+    if not 0 < crop <= 100:
+        raise RetrofitError(f"{where}: crop_pct must be a part above 0, got {brief(crop)}")
+    if images["interpolation"] not in INTERPOLATIONS:
         raise RetrofitError(
-            f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RetrofitError(f"{path} can't be read, it may be cut short: {error}") from error
+            f"{where}: interpolation must be one of {', '.join(INTERPOLATIONS)}, got {brief(images['interpolation'])}"
+        )
+    if classes is not None and not all(isinstance(name, str) for name in classes):
+        raise RetrofitError(f"{where}: classes must be names, got {brief(classes)}")
 
 
 def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, newest: int = FORMAT) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "retype",
     "save_tensors",
     "tensors_of",
+    "tie",
     "untied",
     "write_tensors",
 ]
@@ -59,6 +60,14 @@ def untied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]
     return stored, tied
 
 
+def tie(state: dict[str, Tensor], tied: dict[str, str], where: object) -> None:
+    """Put each tensor that ``untied`` left out back into ``state``."""
+    for name, kept in tied.items():
+        if kept not in state:
+            raise RetrofitError(f"{where}: {name} is tied to {kept}, which the weights do not hold")
+        state[name] = state[kept]
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str]) -> None:
     # Views of one storage that overlap in part are written each on its own, hence the clone.
     owners: dict[int, int] = {}
@@ -91,7 +100,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise RetrofitError(f"no file {path}")
     try:
         return dict(load_file(path))
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # beside its own, safetensors lets through what torch raises
         raise RetrofitError(f"{path} can't be read as safetensors, it may be cut short: {error}") from error
 
 

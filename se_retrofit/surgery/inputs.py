@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -244,6 +243,7 @@ def _described(value: Any) -> Any:
 
 def described_inputs(description: Any, model: nn.Module) -> Inputs | None:
     """The inputs (on meta) that ``describe`` wrote, in the dtype that the model has by now; None if there is no description.
+    Nothing of a class is called: its objects get their fields.
 
     Raises:
         ValueError: it is no such description, or needs a class that the program has not imported.
@@ -251,40 +251,83 @@ def described_inputs(description: Any, model: nn.Module) -> Inputs | None:
     if description is None:
         return None
     try:
-        inputs = Inputs(
-            tuple(_restored(a) for a in description["args"]),
-            {k: _restored(v) for k, v in description["kwargs"].items()},
-        )
-        before = getattr(torch, description["dtype"]) if "dtype" in description else None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a description of inputs: {error}") from error
-    return in_dtype_of(model, inputs, before)
+        args, kwargs = description["args"], description["kwargs"]
+        if not (isinstance(args, list) and isinstance(kwargs, dict)):
+            raise ValueError("not a description of inputs: args must be a list and kwargs a dict")
+        now = _DTypes(_dtype(description["dtype"]) if "dtype" in description else None, float_dtype(model))
+        return Inputs(tuple(_restored(a, now) for a in args), {k: _restored(v, now) for k, v in kwargs.items()})
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(f"not a description of inputs: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class _DTypes:
+    """From the dtypes of a network's inputs to those of its inputs after a cast: what had the network's own (None: all that is
+    floating) has its new one."""
+
+    before: torch.dtype | None
+    now: torch.dtype
+
+    def of(self, dtype: torch.dtype) -> torch.dtype:
+        return self.now if dtype.is_floating_point and self.before in (None, dtype) else dtype
 
 
 def in_dtype_of(model: nn.Module, inputs: Inputs, before: torch.dtype | None) -> Inputs:
-    """Inputs of a network whose dtype was ``before`` for one like it of another dtype: tensors of that dtype (None: all that are
-    floating) get the new one."""
-    now = float_dtype(model)
-    return copied(inputs, lambda t: t.to(now) if t.is_floating_point() and before in (None, t.dtype) else t)
+    """Inputs of a network whose dtype was ``before`` for one like it of another dtype."""
+    dtypes = _DTypes(before, float_dtype(model))
+    return copied(inputs, lambda tensor: tensor.to(dtypes.of(tensor.dtype)))
 
 
-def _restored(value: Any) -> Any:
+def _restored(value: Any, now: _DTypes) -> Any:
     if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise TypeError("a list that is not marked as one")
         return value
     if "tensor" in value:
-        return torch.empty(value["tensor"], dtype=getattr(torch, value["dtype"]), device="meta")
+        return torch.empty(value["tensor"], dtype=now.of(_dtype(value["dtype"])), device="meta")
     if "list" in value:
-        return [_restored(v) for v in value["list"]]
+        return [_restored(v, now) for v in value["list"]]
     if "tuple" in value:
-        return tuple(_restored(v) for v in value["tuple"])
+        return tuple(_restored(v, now) for v in value["tuple"])
     if "dict" in value:
-        return {k: _restored(v) for k, v in value["dict"].items()}
-    module, _, qualname = value["class"].partition(":")
-    if module not in sys.modules:  # a file must not make us import, and so run, anything
+        return {k: _restored(v, now) for k, v in value["dict"].items()}
+    return _object(_class(value["class"]), {k: _restored(v, now) for k, v in value["fields"].items()})
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = vars(torch).get(name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name!r} is no dtype")
+    return dtype
+
+
+def _class(name: str) -> type:
+    """A class by its module and name. A file must not make us run anything: what is not imported stays so, and modules that
+    import a name when it is asked for are not asked."""
+    module, _, qualname = name.partition(":")
+    if module not in sys.modules:
         raise ValueError(f"the inputs are of class {qualname} of {module}, which is not imported: import it first")
-    found: Any = importlib.import_module(module)
+    found: Any = sys.modules[module]
     for part in qualname.split("."):
-        found = getattr(found, part)
-    if not (isinstance(found, type) and (dataclasses.is_dataclass(found) or hasattr(found, "_fields"))):
-        raise ValueError(f"the inputs are of class {value['class']}, which is neither a dataclass nor a namedtuple")
-    return found(**{k: _restored(v) for k, v in value["fields"].items()})
+        found = vars(found)[part]
+    if not (isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, tuple))):
+        raise ValueError(f"the inputs are of class {name}, which is neither a dataclass nor a namedtuple")
+    return found
+
+
+def _object(cls: type, values: dict[str, Any]) -> Any:
+    """A namedtuple or dataclass with these fields. Its constructor may do anything with them, so it is not called; what it had
+    made of them was saved."""
+    if issubclass(cls, tuple):
+        if inspect.getattr_static(cls, "_fields", None) != tuple(values):
+            raise TypeError(f"{cls.__qualname__} has other fields than {', '.join(values)}")
+        return tuple.__new__(cls, values.values())
+    if {f.name for f in dataclasses.fields(cast(Any, cls))} != values.keys():
+        raise TypeError(f"{cls.__qualname__} has other fields than {', '.join(values)}")
+    made = object.__new__(cls)
+    if hasattr(made, "__dict__"):
+        vars(made).update(values)
+    else:
+        for name, value in values.items():
+            object.__setattr__(made, name, value)
+    return made

@@ -1,0 +1,94 @@
+"""JSON and YAML that anybody may have written: plain data, or one error that names the file and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import RetrofitError, brief
+
+__all__ = ["parse_json", "parse_yaml", "read_json"]
+
+DEEPEST = 100  # nests of dicts and lists; below what Python's recursion bears, wherever the data goes
+MOST = 100_000  # values in YAML, in which a few lines of aliases can stand for billions
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        RetrofitError: as ``parse_json``; or the file is missing or can't be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RetrofitError(
+            f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RetrofitError(f"{path} can't be read, it may be cut short: {error}") from error
+    return parse_json(text, path)
+
+
+def parse_json(text: str, where: object) -> Any:
+    """What JSON text that comes from ``where`` holds.
+
+    Raises:
+        RetrofitError: it is no JSON; a key stands twice in it; it is nested too deeply.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_once)
+        json.dumps(data, ensure_ascii=False).encode()  # halves of characters could be neither printed nor written again
+    except json.JSONDecodeError as error:
+        raise RetrofitError(f"{where} can't be read, it may be cut short: {error}") from error
+    except (RecursionError, ValueError) as error:  # as of a number of 5,000 digits
+        raise RetrofitError(f"{where} can't be read: {error}") from error
+    _check_nesting(data, where)
+    return data
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """What YAML text that comes from ``where`` holds, of plain data alone.
+
+    Raises:
+        RetrofitError: as ``parse_json``; or it holds too much.
+    """
+    import yaml  # of the extra "finetune"
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if repeated := [value for at, (_, value) in enumerate(keys) if keys[at] in keys[:at]]:
+                raise ValueError(f"{brief(repeated[0])} stands in it twice")
+            made: dict[Any, Any] = super().construct_mapping(node, deep)
+            return made
+
+    try:
+        data = yaml.load(text, Loader)
+    except Exception as error:  # its constructors raise of every kind: a date without a month, a number without digits
+        raise RetrofitError(f"{where} can't be read as YAML: {error or type(error).__name__}") from error
+    _check_nesting(data, where, MOST)
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{brief(next(name for name in names if names.count(name) > 1))} stands in it twice")
+    return made
+
+
+def _check_nesting(data: Any, where: object, most: float = float("inf")) -> None:
+    """Raise where data are nested too deeply, contain themselves, or repeat a part too often."""
+    level, seen = [data], 0
+    for _ in range(DEEPEST):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
+        level = [entry for entries in inner for entry in entries]
+        seen += len(level)
+        if not level:
+            return
+        if seen > most:
+            raise RetrofitError(f"{where} holds more than {most:,} values, by aliases of aliases")
+    raise RetrofitError(f"{where} is nested more than {DEEPEST} levels deep")

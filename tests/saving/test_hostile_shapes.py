@@ -1,0 +1,279 @@
+"""JSON and YAML of any shape, and inputs of any class: loaded, or one error that says what is wrong; never run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sweeps import swept
+from torch import Tensor, nn
+
+from se_retrofit import RetrofitError, add_se, load_retrofitted, load_se, save_retrofitted, save_se
+from se_retrofit.plaindata import parse_json, parse_yaml
+from se_retrofit.plan import Plan
+from se_retrofit.surgery.inputs import Inputs, describe, described_inputs
+
+NETWORK = "test_resnet"  # timm's smallest
+MODULE = nn.Conv2d(3, 4, 3)
+IMAGES = {
+    "input_size": [3, 64, 64], "mean": [0.5], "std": [0.5], "interpolation": "bicubic", "crop_pct": 0.9,
+    "crop_mode": "center", "classes": ["a", "b"], "multi_label": False,
+}  # fmt: skip
+
+
+class Gone:
+    def __repr__(self) -> str:
+        return "gone"
+
+
+GONE = Gone()
+HOSTILE = swept([GONE, 10**30], [None, [], True, -1, float("nan"), "", "../x", [[1]], {"a": 1}])
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network = add_se(timm.create_model(NETWORK, num_classes=2))
+    vars(network)["_se_images"] = IMAGES
+    folder = tmp_path_factory.mktemp("sound")
+    save_se(network, folder / "se.safetensors")
+    return save_retrofitted(network, folder / "saved")
+
+
+@pytest.fixture
+def saved(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "saved"))
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each value; of lists, to the first entry alone."""
+    yield path
+    entries = data.items() if isinstance(data, dict) else enumerate(data[:1]) if isinstance(data, list) else ()
+    for key, value in entries:
+        yield from places(value, (*path, key))
+
+
+def changed(data: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    data = copy.deepcopy(data)
+    holder = data
+    for key in path[:-1]:
+        holder = holder[key]
+    if value is GONE:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = value
+    return data
+
+
+def refusals(data: Any, value: Any, load: Callable[[Any], Any]) -> list[str]:
+    """What ``load`` says with ``value`` in each place of the data in turn; any error that is not ours is raised."""
+    said = []
+    for path in places(data):
+        if path or value is not GONE:
+            try:
+                load(changed(data, path, value))
+            except RetrofitError as error:
+                said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=repr)
+def test_whatever_stands_in_a_recipe_it_loads_or_is_refused(value: Any, saved: Path) -> None:
+    file = saved / "recipe.json"
+
+    def load(recipe: Any) -> None:
+        file.write_text(json.dumps(recipe))
+        load_retrofitted(saved)
+
+    said = refusals(json.loads(file.read_text()), value, load)
+    assert len(said) > 30
+    assert all(str(saved) in text for text in said)
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=repr)
+def test_whatever_stands_in_the_header_of_se_modules_they_load_or_are_refused(
+    value: Any, sound: Path, tmp_path: Path
+) -> None:
+    source, file = sound.parent / "se.safetensors", tmp_path / "se.safetensors"
+    with safe_open(source, "pt") as handle:
+        header = json.loads(handle.metadata()["se_retrofit"])
+    tensors, bare = load_file(source), timm.create_model(NETWORK, num_classes=2)
+
+    def load(header: Any) -> None:
+        save_file(tensors, file, {"se_retrofit": json.dumps(header)})
+        load_se(bare, file)
+
+    said = refusals(header, value, load)
+    assert len(said) > 15
+    assert all(str(file) in text for text in said)
+
+
+TEXTS = {
+    "deep": ("[" * 100_000, "recursion"),
+    "deep dicts": ('{"a":' * 100_000, "recursion"),
+    "deep and whole": ("[" * 200 + "]" * 200, "nested more than 100 levels deep"),
+    "digits": ("9" * 5000, "4300 digits"),
+    "twice": ('{"format": 2, "format": 1}', "'format' stands in it twice"),
+    "half a character": ('{"\\ud800": 1}', "surrogates not allowed"),
+    "cut short": ('{"format": 2', "cut short"),
+    "nothing": ("", "cut short"),
+    "no JSON": ("!!python/object/apply:os.system ['true']", "cut short"),
+    "no mapping": ("NaN", "must hold a mapping, got float"),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_json_of_a_hostile_shape_is_one_error_that_names_the_file(case: str, saved: Path) -> None:
+    text, said = TEXTS[case]
+    (saved / "recipe.json").write_text(text)
+    with pytest.raises(RetrofitError, match=f"recipe.json .*{said}"):
+        load_retrofitted(saved)
+
+
+def test_bytes_that_are_no_text_are_one_error(saved: Path) -> None:
+    (saved / "recipe.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RetrofitError, match=r"recipe.json can't be read"):
+        load_retrofitted(saved)
+
+
+def test_sound_json_is_read_as_it_is() -> None:
+    data = {"a": [1, 2.5, None, True, "ü"], "b": {"c": [[]]}}
+    assert parse_json(json.dumps(data), "file") == data
+
+
+BILLION = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+YAML = {
+    "a command": ("lr: !!python/object/apply:os.mkdir [code-ran]", "could not determine a constructor"),
+    "an import": ("lr: !!python/module:os", "could not determine a constructor"),
+    "a billion": (BILLION, "holds more than 100,000 values"),
+    "itself": ("a: &a [*a]", "nested more than 100 levels deep"),
+    "deep": ("[" * 100_000, "recursion|nested"),
+    "twice": ("lr: 1\nepochs: 2\nlr: 3", "'lr' stands in it twice"),
+    "a date of no calendar": ("lr: 2020-99-99", "month must be in 1..12"),
+    "no date": ("lr: !!timestamp x", "can't be read"),
+    "no bool": ("lr: !!bool x", "can't be read"),
+    "a key that is a list": ("? [a]\n: 1", "unhashable key"),
+    "digits": ("lr: " + "9" * 5000, "4300 digits"),
+}
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_yaml_of_a_hostile_shape_is_one_error_that_names_the_file(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, said = YAML[case]
+    with pytest.raises(RetrofitError, match=rf"config.yaml (.|\n)*({said})"):
+        parse_yaml(text, "config.yaml")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sound_yaml_with_aliases_is_read_as_it_is() -> None:
+    assert parse_yaml("a: &x {lr: 1.5}\nb: *x\nc: {<<: *x, lr: 2}", "file") == {
+        "a": {"lr": 1.5}, "b": {"lr": 1.5}, "c": {"lr": 2},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data",
+    [None, [], {}, {"sites": [], "skipped": [], "options": [], "inputs": None}, {"sites": [1], "skipped": [], "options": {}, "inputs": None}],
+)  # fmt: skip
+def test_a_plan_of_a_hostile_shape_is_one_error(data: Any) -> None:
+    with pytest.raises(RetrofitError, match="plan"):
+        Plan.from_dict(data)
+
+
+# Inputs of the program's own classes
+
+ran: list[str] = []
+
+
+@dataclass
+class Loud:
+    """A class whose constructor does something with what it is given, as those of many libraries do."""
+
+    image: Tensor
+    scale: float = 1.0
+    size: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        ran.append("post init")
+        self.size = self.image.shape[-1]
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+class LoudPair(NamedTuple("Base", [("left", Tensor)])):
+    def __new__(cls, left: Tensor) -> LoudPair:
+        ran.append("new")
+        return super().__new__(cls, left)
+
+
+def test_inputs_of_own_classes_come_back_without_calling_them() -> None:
+    given = Inputs(
+        (Loud(torch.zeros(2, 3, 8, 8), 2.0), Pair(torch.zeros(1), torch.zeros(2))), {"x": LoudPair(torch.ones(3))}
+    )
+    description = json.loads(json.dumps(describe(given, MODULE)))
+    ran.clear()
+    again = described_inputs(description, MODULE)
+    assert not ran
+    loud, pair = again.args
+    assert (type(loud), loud.image.shape, loud.scale, loud.size) == (Loud, (2, 3, 8, 8), 2.0, 8)
+    assert isinstance(pair, Pair)
+    assert pair.right.shape == (2,)
+    assert type(again.kwargs["x"]) is LoudPair
+    assert not ran
+
+
+DESCRIPTIONS: dict[str, Any] = {
+    "a function": {"class": "os:system", "fields": {"command": "true"}},
+    "a class that is no data": {"class": "subprocess:Popen", "fields": {"args": "true"}},
+    "through a module": {"class": "torch:os.system", "fields": {}},
+    "not imported": {"class": "antigravity:x", "fields": {}},
+    "no name": {"class": "os:", "fields": {}},
+    "other fields": {"class": f"{__name__}:Loud", "fields": {"image": 1}},
+    "fields that are none": {"class": f"{__name__}:Pair", "fields": {"left": 1, "up": 2}},
+    "too large": {"tensor": [2**62, 2**62], "dtype": "float32"},
+    "no size": {"tensor": ["x"], "dtype": "float32"},
+    "negative": {"tensor": [-1], "dtype": "float32"},
+    "no dtype": {"tensor": [1], "dtype": "load"},
+    "a module's lazy name": {"tensor": [1], "dtype": "_dynamo"},
+    "a list": [1],
+    "an empty dict": {},
+    "a number of entries": {"list": 3},
+}
+
+
+@pytest.mark.parametrize("case", DESCRIPTIONS)
+def test_inputs_that_are_none_are_refused(case: str) -> None:
+    with pytest.raises(ValueError, match="input"):
+        described_inputs({"args": [DESCRIPTIONS[case]], "kwargs": {}}, MODULE)
+
+
+def test_a_module_that_imports_a_name_when_it_is_asked_for_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lazily(name: str) -> Callable[..., Any]:
+        raise AssertionError(f"asked for {name}, which may import anything")
+
+    lazy = ModuleType("lazy_module")
+    lazy.__getattr__ = lazily  # type: ignore[method-assign]
+    monkeypatch.setitem(sys.modules, "lazy_module", lazy)
+    with pytest.raises(ValueError, match="not a description of inputs"):
+        described_inputs({"args": [{"class": "lazy_module:Thing", "fields": {}}], "kwargs": {}}, MODULE)
