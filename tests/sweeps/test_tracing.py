@@ -1,5 +1,5 @@
 """One network of each structure in docs/zoo.csv, without data: it must be converted or refused as it is listed, and
-torch.fx.symbolic_trace takes the retrofitted network where it takes the original.
+torch.fx.symbolic_trace and torch.jit.script take the retrofitted network where they take the original.
 
 ``python -m tools.zoo`` walks all the names; docs/zoo.md says when that was done last.
 """
@@ -7,6 +7,7 @@ torch.fx.symbolic_trace takes the retrofitted network where it takes the origina
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable
 
 import pytest
 import torch
@@ -22,29 +23,35 @@ pytestmark = [
 ]
 
 
-def trace_error(model: nn.Module) -> Exception | None:
+def family(row: Row) -> Hashable:
+    return row.name.partition("/")[0], row.family
+
+
+# scripting takes longer than all else
+SCRIPTED = {row.name for row in smallest((row for row in listed_rows() if row.verdict == CONVERTED), family)}
+
+
+def refusal(take: Callable[[nn.Module], object], model: nn.Module) -> Exception | None:
+    """Why a tracer does not take a network; None if it does."""
     try:
-        torch.fx.symbolic_trace(model)
+        take(copy.deepcopy(model).eval())  # it may leave proxies in attributes, and more
     except Exception as error:
         return error
     return None
 
 
 @pytest.mark.parametrize("listed", smallest(listed_rows(), structure), ids=lambda row: row.name)
-def test_is_converted_or_refused_as_listed_and_traced_where_the_original_is(listed: Row) -> None:
+def test_is_converted_or_refused_as_listed_and_traced_and_scripted_where_the_original_is(listed: Row) -> None:
     (entry,) = entries([listed.name])
     row = Row(entry.name, entry.family, FAILED + "it was not checked")
-    errors: list[Exception | None] = []
-
-    def trace(retrofitted: nn.Module) -> None:
-        errors.append(trace_error(copy.deepcopy(retrofitted).eval()))  # a trace may leave proxies in attributes
-
+    takers = [torch.fx.symbolic_trace, *([torch.jit.script] if listed.name in SCRIPTED else [])]
+    refusals: list[Exception | None] = []
     model = entry.build()
-    inspect_model(model, row, trace)
-    assert (row.verdict, row.kinds) == (listed.verdict, listed.kinds), (
+    inspect_model(model, row, lambda retrofitted: refusals.extend(refusal(take, retrofitted) for take in takers))
+    assert (row.verdict, row.kinds, row.extra) == (listed.verdict, listed.kinds, listed.extra), (
         "docs/zoo.csv is out of date: python -m tools.zoo --output docs/zoo --fresh"
     )
-    assert len(errors) == (row.verdict == CONVERTED)
-    for error in errors:
-        if error is not None and (never_refused(row) or trace_error(model.eval()) is None):
-            raise AssertionError("the original is traced, and the retrofitted network is not") from error
+    assert len(refusals) == (len(takers) if row.verdict == CONVERTED else 0)
+    for take, error in zip(takers, refusals, strict=False):
+        if error is not None and (never_refused(row) or refusal(take, model) is None):
+            raise AssertionError(f"{take.__name__} takes the original, and not the retrofitted network") from error
