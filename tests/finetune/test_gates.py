@@ -13,6 +13,8 @@ from torch import nn
 from se_retrofit import SEAttention, excitations
 from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
+
 Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
 
