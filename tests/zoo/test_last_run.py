@@ -8,8 +8,20 @@ import warnings
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from tools.zoo import FullRun, Row, changed_since, entries, present_run, read_rows, read_run, write_markdown
+from tools.zoo import (
+    Entry,
+    FullRun,
+    Row,
+    changed_since,
+    command,
+    entries,
+    present_run,
+    read_rows,
+    read_run,
+    write_markdown,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 ROWS = [Row("timm/a", "one", "converted", 1000, 128, {"residual": 2}, ["Block"])]
@@ -68,6 +80,26 @@ def test_only_a_full_run_changes_the_commit_that_the_page_names(tmp_path: Path) 
     assert read_run(page.read_text()) == run
     write_markdown(ROWS, page)
     assert read_run(page.read_text()) == run
+
+
+def test_a_walk_over_some_names_or_one_that_was_resumed_is_no_full_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [Entry("timm", "one", "a"), Entry("timm", "one", "b")]
+    monkeypatch.setattr(command, "entries", lambda patterns: names[:1] if patterns else names)
+    monkeypatch.setattr(command, "walk", lambda todo, *_: [Row(e.name, e.family, "converted", 1) for e in todo])
+    page = tmp_path / "zoo.md"
+
+    def walked(*arguments: str) -> FullRun | None:
+        assert CliRunner().invoke(command.app, [*arguments, "--output", str(tmp_path / "zoo")]).exit_code == 0
+        return read_run(page.read_text())
+
+    assert walked("a") is None
+    assert walked() is None  # it went on with the row of a
+    assert walked("--fresh") == present_run()
+    page.write_text(page.read_text().replace(present_run().commit, "0123abc"))
+    (tmp_path / "zoo.csv").write_text("".join((tmp_path / "zoo.csv").read_text().splitlines(keepends=True)[:2]))
+    assert walked() == FullRun("0123abc", present_run().versions)
 
 
 @pytest.mark.sweep
