@@ -47,7 +47,7 @@ def _pair(name: str) -> Pair:
 
 # Small networks of most kinds of block; the sweeps take the others, too.
 EVERY_TIME = (
-    "torchvision/resnet18", "torchvision/alexnet", "torchvision/squeezenet1_1", "torchvision/googlenet",
+    "torchvision/resnet18", "torchvision/alexnet", "torchvision/squeezenet1_1",
     "torchvision/mobilenet_v3_small", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto",
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("timm_registry_as_before")
 
 ROOT = Path(__file__).parents[2]
 LONG_PAGES = ("finetuning", "folding", "inspecting", "trainers")
-LONG_EXAMPLES = ("se_retrofit.exporting.", "se_retrofit.finetune.")
+LONG_EXAMPLES = tuple(f"se_retrofit.{part}." for part in ("exporting", "finetune", "folding", "fusion"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?P<comment><!--[^>]*-->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 # written on the line above a fence: the code in it can't run in a test, and why

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,3 +35,15 @@ def same() -> Callable[[dict[str, Any], dict[str, Any]], bool]:
         return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
     return equal
+
+
+@pytest.fixture
+def drawn_pictures() -> None:
+    """For tests that look at the pictures of a run."""
+
+
+@pytest.fixture(autouse=True)
+def empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing its curves takes two fifths of a run as short as these: it is left to the sweeps, and to tests that ask for it."""
+    if "drawn_pictures" not in request.fixturenames and request.node.get_closest_marker("sweep") is None:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: Path(path).touch())

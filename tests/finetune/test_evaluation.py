@@ -34,6 +34,8 @@ from se_retrofit.finetune import (
     transform_of,
 )
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
+
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -15,6 +15,8 @@ from torch import nn
 from se_retrofit import SEAttention, add_se, excitations
 from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
+
 Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
 

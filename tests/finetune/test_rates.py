@@ -19,6 +19,8 @@ from se_retrofit.cli.commands import app
 from se_retrofit.finetune import FinetuneConfig, LearningRates, NamedData, find_lr, finetune, load_data
 from se_retrofit.finetune.rates import learning_rates
 
+pytestmark = pytest.mark.usefixtures("drawn_pictures")
+
 Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
 Same = Callable[[dict[str, Any], dict[str, Any]], bool]

@@ -34,10 +34,8 @@ def progress_in(output: Path) -> dict[str, Any]:
     ("number", "code", "loader"),
     [
         (signal.SIGTERM, 143, "loader"),
-        pytest.param(signal.SIGTERM, 143, "", marks=pytest.mark.sweep),
         # by its own handler Python ends itself by the signal, which a shell tells as 130
-        pytest.param(signal.SIGINT, -signal.SIGINT, "loader", marks=pytest.mark.sweep),
-        pytest.param(signal.SIGINT, -signal.SIGINT, "", marks=pytest.mark.sweep),
+        (signal.SIGINT, -signal.SIGINT, ""),
     ],
 )
 def test_a_signal_to_the_process_group_with_loading_workers_writes_a_checkpoint(

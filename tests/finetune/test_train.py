@@ -201,6 +201,7 @@ def test_early_stop(network: Network, config: Config, digits: NamedData, tmp_pat
     assert result.best_epoch == 1
 
 
+@pytest.mark.usefixtures("drawn_pictures")
 def test_metrics_are_written_as_jsonl_csv_and_a_plot(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,14 @@ def test_static_gates_fold_exactly() -> None:
 
 
 def partly_varying() -> tuple[nn.Module, Tensor, tuple[str, str]]:
-    network = NETWORKS["torchvision/resnet18"]
-    model = with_constant_gates(add_se(network.build(), bias=True))
     varying = ("layer2.0.se_attention", "layer3.1.se_attention")
-    return with_varying_gates(model, *varying), network.input(batch=4), varying
+    model = with_varying_gates(copy.deepcopy(constant_resnet()), *varying)
+    return model, NETWORKS["torchvision/resnet18"].input(batch=4), varying
+
+
+@cache
+def constant_resnet() -> nn.Module:
+    return with_constant_gates(add_se(NETWORKS["torchvision/resnet18"].build(), bias=True))
 
 
 def test_gates_that_vary_stay_and_the_others_go() -> None:

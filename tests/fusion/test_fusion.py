@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from sweeps import swept
 from torch import Tensor, nn
 
 from se_retrofit import (
@@ -25,7 +26,11 @@ from se_retrofit import (
     unfuse_se,
 )
 
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
+FORMS = [
+    (dtype, layout)
+    for dtype in (torch.float64, torch.float32)
+    for layout in (torch.contiguous_format, torch.channels_last)
+]
 
 
 class Unit(nn.Module):
@@ -102,16 +107,15 @@ def agree(one: nn.Module, other: nn.Module, dtype: torch.dtype, layout: torch.me
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("form", swept(FORMS[:1], FORMS[1:]), ids=lambda form: " ".join(map(str, form)))
 @pytest.mark.parametrize("norm", NORMS)
 def test_fused_equals_unfused_over_training_steps(
-    norm: str, dtype: torch.dtype, layout: torch.memory_format, training: bool
+    norm: str, form: tuple[torch.dtype, torch.memory_format], training: bool
 ) -> None:
     net = retrofitted(NORMS[norm])
     fused = fuse_se(net)
     assert plan_fusion(fused).fused == ("unit1.se_attention", "unit2.se_attention")
-    agree(fused, net, dtype, layout, training)
+    agree(fused, net, *form, training)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

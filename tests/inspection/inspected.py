@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,11 @@ def network(name: str) -> nn.Module:
 
 
 def retrofitted(name: str, reduction: int = 16) -> nn.Module:
+    return copy.deepcopy(_retrofitted(name, reduction))
+
+
+@cache
+def _retrofitted(name: str, reduction: int) -> nn.Module:
     return add_se(network(name), reduction)
 
 

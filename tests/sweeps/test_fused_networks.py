@@ -17,11 +17,11 @@ pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
 NETWORKS = {
     **dict.fromkeys(
         (
-            "timm/resnet10t", "timm/resnet18", "timm/resnet26", "timm/resnet34", "timm/resnet50_gn",
+            "timm/resnet10t", "timm/resnet26", "timm/resnet50_gn",
             "timm/resnetblur18", "timm/resnext26ts", "timm/resnext50_32x4d", "timm/res2net50_14w_8s",
             "timm/res2next50", "timm/dla34", "timm/hrnet_w18_small", "timm/cspresnet50", "timm/gernet_s",
             "timm/regnetx_002", "torchvision/resnet18", "torchvision/resnext50_32x4d",
-            "torchvision/resnet34", "torchvision/regnet_x_400mf",
+            "torchvision/regnet_x_400mf",
         ),
         (3, 64, 64),
     ),

@@ -1,48 +1,57 @@
-"""torch.jit.script takes the retrofitted network wherever it takes the original: the smallest of each family."""
+"""One network of each structure in docs/zoo.csv, without data: it must be converted or refused as it is listed, and
+torch.fx.symbolic_trace and torch.jit.script take the retrofitted network where they take the original.
+
+``python -m tools.zoo`` walks all the names; docs/zoo.md says when that was done last.
+"""
 
 from __future__ import annotations
 
 import copy
-import os
-import warnings
-from pathlib import Path
+from collections.abc import Callable, Hashable
 
 import pytest
 import torch
+from torch import nn
+from zoo_rows import listed_rows, never_refused
 
-from se_retrofit import add_se
-from tools.zoo import Entry, Row, entries, read_rows, walk
-from tools.zoo.check import CONVERTED, FAILED
+from tools.zoo import Row, entries, smallest, structure
+from tools.zoo.check import CONVERTED, FAILED, inspect_model
 
-ROOT = Path(__file__).parents[2]
-
-
-def scripted(entry: Entry) -> Row:
-    """The row of a network: "failed" where TorchScript takes the original and not the retrofitted network."""
-    row = Row(entry.name, entry.family, CONVERTED)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = entry.build().eval()
-        retrofitted = copy.deepcopy(model)  # scripting may leave something behind in what it is given
-        try:
-            torch.jit.script(model)
-        except Exception:
-            row.verdict = "the original neither"
-            return row
-        try:
-            torch.jit.script(add_se(retrofitted, inplace=True))
-        except Exception as error:
-            row.verdict = f"{FAILED}{type(error).__name__}: {str(error)[:300]}"
-    return row
+pytestmark = [
+    pytest.mark.sweep,
+    pytest.mark.filterwarnings("ignore"),  # the libraries warn a great deal while they build networks
+]
 
 
-@pytest.mark.sweep
-@pytest.mark.filterwarnings("ignore")
-def test_torchscript_works_wherever_it_works_on_the_original() -> None:
-    smallest: dict[tuple[str, str], str] = {}
-    for row in sorted(read_rows(ROOT / "docs" / "zoo.csv"), key=lambda row: row.parameters):
-        if row.verdict == CONVERTED:
-            smallest.setdefault((row.name.partition("/")[0], row.family), row.name)
-    rows = list(walk(entries(smallest.values()), jobs=os.cpu_count() or 1, checker=scripted))
-    assert sum(row.verdict == CONVERTED for row in rows) > len(rows) / 4
-    assert {row.name: row.verdict for row in rows if row.verdict.startswith(FAILED)} == {}
+def family(row: Row) -> Hashable:
+    return row.name.partition("/")[0], row.family
+
+
+# scripting takes longer than all else
+SCRIPTED = {row.name for row in smallest((row for row in listed_rows() if row.verdict == CONVERTED), family)}
+
+
+def refusal(take: Callable[[nn.Module], object], model: nn.Module) -> Exception | None:
+    """Why a tracer does not take a network; None if it does."""
+    try:
+        take(copy.deepcopy(model).eval())  # it may leave proxies in attributes, and more
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("listed", smallest(listed_rows(), structure), ids=lambda row: row.name)
+def test_is_converted_or_refused_as_listed_and_traced_and_scripted_where_the_original_is(listed: Row) -> None:
+    (entry,) = entries([listed.name])
+    row = Row(entry.name, entry.family, FAILED + "it was not checked")
+    takers = [torch.fx.symbolic_trace, *([torch.jit.script] if listed.name in SCRIPTED else [])]
+    refusals: list[Exception | None] = []
+    model = entry.build()
+    inspect_model(model, row, lambda retrofitted: refusals.extend(refusal(take, retrofitted) for take in takers))
+    assert (row.verdict, row.kinds, row.extra) == (listed.verdict, listed.kinds, listed.extra), (
+        "docs/zoo.csv is out of date: python -m tools.zoo --output docs/zoo --fresh"
+    )
+    assert len(refusals) == (len(takers) if row.verdict == CONVERTED else 0)
+    for take, error in zip(takers, refusals, strict=False):
+        if error is not None and (never_refused(row) or refusal(take, model) is None):
+            raise AssertionError(f"{take.__name__} takes the original, and not the retrofitted network") from error

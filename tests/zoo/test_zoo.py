@@ -58,23 +58,9 @@ def test_a_network_is_built_without_memory_where_its_constructor_lets_it() -> No
 # One network ------------------------------------------------------------------------------------------------------------
 
 
-# They take several seconds each: the recorder has to compute on a copy with values, or there are hundreds of blocks.
-# One or two for each kind of block; the sweeps take the others, too.
-EVERY_TIME = (
-    "torchvision/resnet50", "torchvision/shufflenet_v2_x1_0", "torchvision/squeezenet1_1", "torchvision/quantized_mobilenet_v2",
-    "timm/densenet121", "timm/repvgg_a0", "timm/convnext_atto", "timm/swin_tiny_patch4_window7_224",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "expected",
-    [
-        pytest.param(row, id=row["name"], marks=() if row["name"] in EVERY_TIME else pytest.mark.sweep)
-        for row in EXPECTED
-    ],
-)
+@pytest.mark.parametrize("expected", EXPECTED, ids=lambda row: row["name"])
 def test_se_goes_where_it_went(expected: dict[str, str]) -> None:
-    """A change of placement shows up in the diff of zoo_expected.csv."""
+    """One or two networks for each kind of block; tests/sweeps/test_tracing.py has one of each structure."""
     (entry,) = entries([expected["name"]])
     row = check(entry)
     counts = {kind: str(row.kinds.get(kind, 0)) for kind in KINDS}

@@ -13,6 +13,7 @@ from se_retrofit.errors import RetrofitError
 from se_retrofit.tables import aligned
 
 from .check import FAILED, Row
+from .last_run import present_run
 from .names import Entry, entries
 from .tables import RowWriter, family_table, read_rows, summary_line, write_markdown
 from .walk import walk
@@ -22,7 +23,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 HELP = """
 Retrofit networks of timm and torchvision by name, with random weights, check each, and tabulate how it went.
 
-A walk that was cut off goes on where it stopped when called again with the same output.
+A walk that was cut off goes on where it stopped when called again with the same output. NAME.md names the commit and
+the versions of the last walk over all names that was made in one go.
 
 Examples:
 
@@ -50,10 +52,11 @@ def zoo(
     rows = _rows_so_far(chosen, output, fresh)
     done = {row.name for row in rows}
     todo = [entry for entry in chosen if entry.name not in done]
+    full = not patterns and not done
     console = Console(stderr=True)
     rows += _walk(todo, jobs or os.cpu_count() or 1, timeout, output, console)
     if output is not None:
-        write_markdown(rows, output.with_name(f"{output.name}.md"))
+        write_markdown(rows, output.with_name(f"{output.name}.md"), present_run() if full else None)
     _print(rows, Console())
     if any(row.verdict.startswith(FAILED) for row in rows):
         raise typer.Exit(1)

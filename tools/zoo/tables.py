@@ -6,18 +6,15 @@ import csv
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
-
-import timm
-import torch
-import torchvision
 
 from se_retrofit.errors import RetrofitError
 
 from .check import CONVERTED, FAILED, HAS_ATTENTION, KINDS, NO_BLOCKS, Row
+from .last_run import FullRun, read_run
 
-__all__ = ["RowWriter", "family_table", "read_rows", "summary_line", "write_markdown"]
+__all__ = ["RowWriter", "family_table", "read_rows", "smallest", "structure", "summary_line", "write_markdown"]
 
 COLUMNS = (
     "name",
@@ -102,6 +99,26 @@ def _row(cells: dict[str, str]) -> Row:
     )  # fmt: skip
 
 
+def structure(row: Row) -> Hashable:
+    """What tells networks apart: library, family, verdict, the classes of the blocks with SE, and their kinds."""
+    return row.name.partition("/")[0], row.family, row.verdict, *row.classes, *row.kinds
+
+
+def smallest(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> list[Row]:
+    """The row with the fewest parameters for each value of a key, sorted by name.
+
+    Example:
+        >>> from tools.zoo import Row
+        >>> rows = [Row("timm/b", "f", "converted", 20), Row("timm/a", "f", "converted", 10)]
+        >>> [row.name for row in smallest(rows, structure)]
+        ['timm/a']
+    """
+    found: dict[Hashable, Row] = {}
+    for row in sorted(rows, key=lambda row: (row.parameters, row.name)):
+        found.setdefault(key(row), row)
+    return sorted(found.values(), key=lambda row: row.name)
+
+
 # Markdown ---------------------------------------------------------------------------------------------------------------
 
 
@@ -136,15 +153,20 @@ def family_table(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     return table
 
 
-def write_markdown(rows: list[Row], path: Path) -> None:
+def write_markdown(rows: list[Row], path: Path, run: FullRun | None = None) -> None:
     """Write the tables into a Markdown file: between the two marks, if it has them, so that the text around them stays.
+
+    Args:
+        rows: of the tables.
+        path: of the file.
+        run: in which all rows were made; without it, the last full run is still the one that the file names.
 
     Raises:
         RetrofitError: the file exists and has no such marks.
     """
-    body = f"{BEGIN}\n{_markdown(rows)}{END}"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    body = f"{BEGIN}\n{_markdown(rows, run or read_run(text))}{END}"
     if path.exists():
-        text = path.read_text(encoding="utf-8")
         if BEGIN not in text or END not in text:
             raise RetrofitError(
                 f"{path} exists and has no lines {BEGIN} and {END} to write between; give another --output"
@@ -154,13 +176,12 @@ def write_markdown(rows: list[Row], path: Path) -> None:
     path.write_text(body.rstrip("\n") + "\n", encoding="utf-8")
 
 
-def _markdown(rows: list[Row]) -> str:
+def _markdown(rows: list[Row], run: FullRun | None) -> str:
     rows = sorted(rows, key=lambda row: row.name)
     seconds = sum(row.seconds for row in rows)
     sections = [
-        f"{summary_line(rows)}.\n",
-        f"timm {timm.__version__}, torchvision {_release(torchvision.__version__)}, torch {_release(torch.__version__)}; "
-        f"{seconds / 60:.0f} minutes of one core.\n",
+        f"{summary_line(rows)}. The rows took {seconds / 60:.0f} minutes of one core.\n",
+        f"{run or 'Never run in full.'}\n",
         "### By family\n",
         _lines(family_table(rows)),
     ]
@@ -177,10 +198,6 @@ def _markdown(rows: list[Row]) -> str:
         _lines([("name", "verdict", "SE modules", "extra parameters", "of", "seconds"), *map(_line, rows)]),
     ]
     return "\n".join(sections)
-
-
-def _release(version: str) -> str:
-    return version.partition("+")[0]
 
 
 def _skipped_table(rows: list[Row]) -> list[tuple[str, ...]]:

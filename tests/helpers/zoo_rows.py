@@ -1,0 +1,26 @@
+"""Rows of docs/zoo.csv, the last walk over all names: what a sweep over networks chooses from and compares with."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from tools.zoo import Row, entries, read_rows
+
+__all__ = ["listed_rows", "never_refused"]
+
+TABLE = Path(__file__).parents[2] / "docs" / "zoo.csv"
+
+
+@cache
+def listed_rows() -> list[Row]:
+    """Those of names that the installed versions have, too."""
+    names = {entry.name for entry in entries()}
+    rows = [row for row in read_rows(TABLE) if row.name in names]
+    assert rows, "docs/zoo.csv is missing: python -m tools.zoo --output docs/zoo"
+    return rows
+
+
+def never_refused(row: Row) -> bool:
+    """Whether it is a classifier of torchvision: each of them is taken by torch.fx.symbolic_trace and by TorchScript."""
+    return row.name.startswith("torchvision/") and "." not in row.family

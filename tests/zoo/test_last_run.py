@@ -1,0 +1,123 @@
+"""docs/zoo.md says on which commit all names were last walked, and a sweep says what has changed since."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tools.zoo import (
+    Entry,
+    FullRun,
+    Row,
+    changed_since,
+    command,
+    entries,
+    present_run,
+    read_rows,
+    read_run,
+    write_markdown,
+)
+
+PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
+ROWS = [Row("timm/a", "one", "converted", 1000, 128, {"residual": 2}, ["Block"])]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "protocol.file.allow=always")
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """With a file of the surgery and one that is none, in one commit."""
+    folder = tmp_path / "repository"
+    (folder / "se_retrofit" / "surgery").mkdir(parents=True)
+    (folder / "se_retrofit" / "surgery" / "blocks.py").write_text("old\n")
+    (folder / "README.md").write_text("old\n")
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "-m", "first")
+    return folder
+
+
+def test_files_of_the_surgery_that_changed_since_a_commit_are_told_committed_or_not(repository: Path) -> None:
+    first = git(repository, "rev-parse", "--short", "HEAD")
+    (repository / "README.md").write_text("new\n")
+    assert changed_since(first, repository) == []
+    (repository / "se_retrofit" / "surgery" / "blocks.py").write_text("new\n")
+    assert changed_since(first, repository) == ["se_retrofit/surgery/blocks.py"]
+    git(repository, "commit", "--quiet", "--all", "-m", "second")
+    assert changed_since(first, repository) == ["se_retrofit/surgery/blocks.py"]
+
+
+def test_where_git_lacks_the_commit_or_is_not_there_it_can_not_be_told(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = git(repository, "rev-parse", "HEAD")
+    git(repository, "commit", "--quiet", "--allow-empty", "-m", "second")
+    git(tmp_path, "clone", "--quiet", "--depth", "1", repository.as_uri(), "shallow")
+    assert changed_since(first, repository) == []
+    assert changed_since(first, tmp_path / "shallow") is None
+    shutil.rmtree(repository / ".git")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert changed_since(first, repository) is None
+    monkeypatch.setenv("PATH", "")
+    assert changed_since(first, tmp_path / "shallow") is None
+
+
+def test_only_a_full_run_changes_the_commit_that_the_page_names(tmp_path: Path) -> None:
+    page = tmp_path / "zoo.md"
+    write_markdown(ROWS, page)
+    assert read_run(page.read_text()) is None
+    run = FullRun("0123abc", "timm 1.0, torchvision 2.0, torch 3.0")
+    write_markdown(ROWS, page, run)
+    assert read_run(page.read_text()) == run
+    write_markdown(ROWS, page)
+    assert read_run(page.read_text()) == run
+
+
+def test_a_walk_over_some_names_or_one_that_was_resumed_is_no_full_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [Entry("timm", "one", "a"), Entry("timm", "one", "b")]
+    monkeypatch.setattr(command, "entries", lambda patterns: names[:1] if patterns else names)
+    monkeypatch.setattr(command, "walk", lambda todo, *_: [Row(e.name, e.family, "converted", 1) for e in todo])
+    page = tmp_path / "zoo.md"
+
+    def walked(*arguments: str) -> FullRun | None:
+        assert CliRunner().invoke(command.app, [*arguments, "--output", str(tmp_path / "zoo")]).exit_code == 0
+        return read_run(page.read_text())
+
+    assert walked("a") is None
+    assert walked() is None  # it went on with the row of a
+    assert walked("--fresh") == present_run()
+    page.write_text(page.read_text().replace(present_run().commit, "0123abc"))
+    (tmp_path / "zoo.csv").write_text("".join((tmp_path / "zoo.csv").read_text().splitlines(keepends=True)[:2]))
+    assert walked() == FullRun("0123abc", present_run().versions)
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("always:the last walk over all names")
+def test_the_page_names_the_last_walk_over_all_names_and_the_summary_says_what_changed_since() -> None:
+    run, present = read_run(PAGE.read_text()), present_run()
+    assert run is not None, "docs/zoo.md must name the last full run: python -m tools.zoo --output docs/zoo --fresh"
+    changed = changed_since(run.commit)
+    missing = {entry.name for entry in entries()} - {row.name for row in read_rows(PAGE.with_suffix(".csv"))}
+    news = [
+        f"whether the surgery has changed since commit {run.commit} can't be told: git does not have it here"
+        if changed is None
+        else f"{len(changed)} files of the surgery have changed since commit {run.commit}: {', '.join(changed)}",
+        f"it was with {run.versions}, and here are {present.versions}",
+        f"{len(missing)} names are new: {', '.join(sorted(missing)[:10])}",
+    ]
+    told = [
+        text for text, so in zip(news, (changed != [], run.versions != present.versions, missing), strict=True) if so
+    ]
+    if told:  # nothing is wrong with that: the sweep walks one network of each structure
+        warnings.warn(f"the last walk over all names is not of what is here: {'; '.join(told)}", stacklevel=1)
