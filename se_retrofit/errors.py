@@ -46,10 +46,12 @@ def extra(name: str) -> Iterator[None]:
 @contextmanager
 def told_as_fault() -> Iterator[None]:
     """What is raised inside it and is no ``RetrofitError`` becomes one that asks to report it: it is a fault of this package.
-    Arguments are checked before."""
+    Arguments are checked before. That memory ran out is no fault."""
+    from torch import OutOfMemoryError
+
     try:
         yield
-    except RetrofitError:
+    except (RetrofitError, MemoryError, OutOfMemoryError):
         raise
     except Exception as error:
         raise RetrofitError(

@@ -55,7 +55,17 @@ def test_so_it_is_in_planning_undoing_and_in_the_pass(monkeypatch: pytest.Monkey
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), GeneratorExit(), RetrofitError("with a reason")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        SystemExit(3),
+        GeneratorExit(),
+        RetrofitError("with a reason"),
+        MemoryError(),
+        torch.OutOfMemoryError(),
+    ],
+)
 def test_interruptions_and_reasons_pass_as_they_are(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(retrofit, "apply_edits", broken(error))
     with pytest.raises(type(error)) as raised:
