@@ -1,0 +1,9 @@
+"""The surgery: record a run, find the blocks, splice SE in, check.
+
+What a recogniser of one's own needs is here: it is a function from a ``Record`` to ``Block``s.
+"""
+
+from .blocks import PLACEMENTS, RECOGNISERS, Block, Target
+from .record import Call, Op, Record
+
+__all__ = ["PLACEMENTS", "RECOGNISERS", "Block", "Call", "Op", "Record", "Target"]

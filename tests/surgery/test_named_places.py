@@ -1,0 +1,110 @@
+"""``at``: SE on what the modules return that a user names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from networks import assert_same_function, randomised, se_modules
+from torch import Tensor, nn
+
+from se_retrofit import Plan, RetrofitError, add_se, plan_se, remove_se
+
+
+class Step(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv2(self.act(self.conv1(x))))
+
+
+class Net(nn.Module):
+    """An encoder of residual blocks and a decoder of plain steps, one of which runs twice; and a module that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.block = Step(8, 8)
+        self.decoder = nn.ModuleList([Step(8, 8), Step(8, 12)])
+        self.pair, self.unused = nn.LSTM(12, 4, batch_first=True), nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.block(x)
+        x = self.decoder[1](self.decoder[0](self.decoder[0](x)))
+        return self.pair(x.flatten(2).transpose(1, 2))[0]
+
+
+def net() -> nn.Module:
+    return randomised(Net()).eval()
+
+
+def sites(plan: Plan) -> list[tuple[str, str, int]]:
+    return [(site.block, site.kind, site.channels) for site in plan.sites]
+
+
+X = torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        ("decoder.*.conv2", [("decoder.0.conv2", "named", 8), ("decoder.1.conv2", "named", 12)]),
+        ("stem", [("stem", "named", 8)]),
+        ("stem.1", [("stem.1", "named", 8)]),
+        (["block", "decoder.1"], [("block", "named", 8), ("decoder.1", "named", 12)]),
+    ],
+)
+def test_se_goes_on_what_the_named_modules_return_and_nowhere_else(at: str | list[str], expected: list[object]) -> None:
+    model = net()
+    assert sites(plan_se(model, at=at)) == expected
+    retrofitted = add_se(model, at=at)
+    assert len(se_modules(retrofitted)) == len(expected)
+    assert_same_function(model, retrofitted, X)
+    assert list(remove_se(retrofitted).state_dict()) == list(model.state_dict())
+
+
+def test_se_scales_the_named_modules_output_itself() -> None:
+    model = net()
+    retrofitted = add_se(model, at="decoder.0.conv1")
+    (se,) = se_modules(retrofitted).values()
+    given: list[Tensor] = []
+    se.register_forward_pre_hook(lambda module, args: given.append(args[0].clone()))
+    made: list[Tensor] = []
+    model.decoder[0].conv1.register_forward_hook(lambda module, args, output: made.append(output.clone()))
+    model(X), retrofitted(X)
+    assert len(given) == len(made) == 2  # the module runs twice, with one SE
+    assert all(map(torch.equal, given, made))
+
+
+def test_beside_the_blocks_found_and_once_where_both_are_the_same() -> None:
+    model = net()
+    auto = plan_se(model)
+    assert [site.kind for site in auto.sites] == ["residual"]
+    both = plan_se(model, at=["stem", "block"], auto=True)
+    assert [site.block for site in both.sites] == ["stem", "block"]
+    assert both.sites[1].kind == "named"
+    assert plan_se(model, at="stem", auto=True, exclude="block").sites[0].block == "stem"
+
+
+def test_a_plan_with_named_places_is_carried_out_from_its_json() -> None:
+    model = net()
+    plan = Plan.from_json(plan_se(model, at="decoder.*", auto=True).to_json())
+    assert_same_function(model, add_se(model, plan=plan), X)
+    assert plan.options["at"] == ["decoder.*"]
+
+
+def test_what_cannot_be_had_is_said() -> None:
+    model = net()
+    with pytest.raises(RetrofitError, match=r"'encoder\.\*' matches none of the"):
+        plan_se(model, at="encoder.*")
+    with pytest.raises(RetrofitError, match="'unused' matches are not called"):
+        plan_se(model, at="unused")
+    with pytest.raises(RetrofitError, match="auto=False"):
+        plan_se(model, auto=False)
+    with pytest.raises(TypeError, match="at must be"):
+        plan_se(model, at=3)  # type: ignore[arg-type]
+    skipped = {skip.block: skip.reason for skip in plan_se(model, at="[su]*").skipped}
+    assert skipped == {"unused": "it is not called on these inputs"}

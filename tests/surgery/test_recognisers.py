@@ -1,0 +1,93 @@
+"""Recognisers of the user's own, and how the culprits of a wrong edit are found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from networks import assert_same_function, randomised, se_modules
+from own_networks import Branch
+from torch import Tensor, nn
+
+from se_retrofit import add_se, plan_se
+from se_retrofit.surgery import RECOGNISERS, Block, Record
+from se_retrofit.surgery.runs import Runs
+
+
+class Gated(nn.Module):
+    """The gated unit of PixelCNN (van den Oord et al., arXiv:1606.05328), which the package knows nothing of."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.value, self.weight = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.value(x)) * torch.sigmoid(self.weight(x))
+
+
+def gated_units(record: Record) -> Iterator[Block]:
+    for op in record.ops:
+        if op.role == "mul" and {value.name for value in op.data} == {"tanh", "sigmoid"}:
+            region = (op.ancestors | op.bit) & op.call.mask
+            yield Block("gated", op.call, region, op, op)
+
+
+def test_a_recogniser_of_the_users_own_finds_blocks() -> None:
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), Gated(8), Gated(8))).eval()
+    assert {site.kind for site in plan_se(model).sites} == {"chain"}
+    plan = plan_se(model, recognisers=[gated_units])
+    assert [(site.path, site.kind) for site in plan.sites] == [("1.se_attention", "gated"), ("2.se_attention", "gated")]
+    x = torch.randn(2, 3, 6, 6)
+    assert_same_function(model, add_se(model, recognisers=[gated_units]), x)
+    assert_same_function(model, add_se(model, plan=plan), x)
+
+
+def test_it_is_asked_before_those_of_the_package() -> None:
+    class Residual(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), Residual(8))).eval()
+    assert [site.kind for site in plan_se(model).sites] == ["residual"]
+    assert [site.kind for site in plan_se(model, recognisers=[gated_units]).sites] == ["gated"]
+
+
+def test_every_row_of_the_table_names_its_paper() -> None:
+    for row in RECOGNISERS:
+        assert "arXiv:" in (row.find.__doc__ or ""), row.find
+
+
+@pytest.mark.parametrize("recognisers", ["residual", [3], gated_units])
+def test_what_is_no_list_of_functions_is_refused(recognisers: object) -> None:
+    with pytest.raises(TypeError, match="recognisers must be a list of functions"):
+        plan_se(nn.Conv2d(3, 4, 3), recognisers=recognisers)  # type: ignore[arg-type]
+
+
+class Unit(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(torch.relu(self.conv1(x)))
+
+
+class Suspicious(Unit):
+    """Does something else once its class is another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.conv2(torch.relu(self.conv1(x)))
+        return x if type(self) is Suspicious else x.mul(1.0)
+
+
+def test_the_blocks_at_fault_alone_are_left_out_by_few_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [Unit(8) for _ in range(24)]
+    layers[7] = Suspicious(8)
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), *layers)).eval()
+    again, runs = Runs.again, []
+    monkeypatch.setattr(Runs, "again", lambda self, *args, **kwargs: runs.append(1) or again(self, *args, **kwargs))
+    plan = plan_se(model)
+    assert len(plan.sites) == 23
+    assert [skip.block for skip in plan.skipped] == ["8"]
+    assert "does something else" in plan.skipped[0].reason
+    assert len(runs) <= 12
+    x = torch.randn(2, 3, 6, 6)
+    assert_same_function(model, add_se(model), x)
+    assert len(se_modules(add_se(model))) == 23
