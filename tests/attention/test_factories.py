@@ -117,9 +117,9 @@ def test_what_cannot_be_inserted_is_refused_and_the_model_unchanged(
 
 
 def test_random_numbers_in_train_mode_are_said_and_none_are_drawn_in_the_check() -> None:
-    before = torch.get_rng_state()
+    network, before = Network().eval(), torch.get_rng_state()
     with pytest.warns(UserWarning, match="draws random numbers in train mode"):
-        model = retrofitted(Network().eval(), lambda slot: nn.Dropout(0.1), inputs())
+        model = retrofitted(network, lambda slot: nn.Dropout(0.1), inputs())
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(model(inputs()), model(inputs()))
     with warnings.catch_warnings():
