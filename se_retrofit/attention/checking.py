@@ -53,7 +53,7 @@ def check_made(module: nn.Module, slot: Slot, name: str) -> None:
         )
     if drawn:
         warnings.warn(
-            f"{what} draws random numbers in train mode, so the network's own draws (its dropout, say) will be others than "
+            f"attention={name} draws random numbers in train mode, so the network's own draws (its dropout, say) will be others than "
             "without it; in eval mode it is an exact identity",
             stacklevel=2,
         )

@@ -80,8 +80,8 @@ def name_of(attention: Attention) -> str:
 
 
 def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inserted:
-    """The module for a place: with values on the CPU, which are drawn from torch's global generator; without, where the slot's
-    device is meta.
+    """The module for a place: on the CPU, with values that are drawn from torch's global generator; without values, if that can be,
+    where the slot's device is meta.
 
     Raises:
         RetrofitError: what a class or factory of the user's raises, or gives, can't be inserted.
@@ -96,7 +96,7 @@ def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inser
         module = _made(attention, slot, slot)
     except RetrofitError:  # a constructor may look at values
         module = _made(attention, cpu, cpu)
-    return _inserted(module, attention, slot).to("meta")
+    return _inserted(module, attention, slot)
 
 
 def _made(attention: Callable[..., nn.Module], built_for: Slot, slot: Slot) -> nn.Module:

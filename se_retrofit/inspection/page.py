@@ -77,7 +77,7 @@ def _stages(report: Report, links: dict[str, str]) -> dict[str, Any]:
         adds = [row.multiply_adds for row in rows if row.multiply_adds is not None]
         names = [", ".join(dict.fromkeys(text[i] for text in texts)) for i in range(len(header))]
         size = "x".join(map(str, space)) or "not called"
-        stage = [f"{size}, {len(rows)} site{'s' * (len(rows) > 1)}", *names[1:3], "", "", "", names[6], names[7]]
+        stage = [f"{size}, {len(rows)} site{'s' * (len(rows) > 1)}", *names[1:3], "", "", "", names[6]]
         stage += [f"{sum(row.parameters for row in rows):,}", f"{sum(adds):,}" if adds else ""]
         listed = [{"cells": text, "link": links.get(row.block)} for row, text in zip(rows, texts, strict=True)]
         stages.append({"cells": stage, "rows": listed, "open": len(report.rows) <= _FEW})

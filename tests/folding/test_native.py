@@ -183,7 +183,7 @@ def test_a_target_that_does_not_fit_is_refused_with_the_site(target: Callable[[]
 def test_other_bad_input_is_refused() -> None:
     with pytest.raises(RetrofitError, match="takes a retrofitted network"):
         to_native(own(Unit))
-    with pytest.raises(RetrofitError, match="is a factor for each of 8 channels, not SE"):
+    with pytest.raises(RetrofitError, match="is a factor for each of 16 channels, not SE"):
         to_native(own_retrofitted(attention="static"))
     with pytest.raises(TypeError, match="native network as a"):
         from_native(own_retrofitted(), "seresnet50")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from inspected import Twice, network, retrofitted, small_resnet
+from networks import se_modules
 from rich.console import Console
 from sweeps import swept
 from torch import nn
@@ -38,7 +39,7 @@ def test_counts_agree_with_torchs(name: str) -> None:
     assert found.multiply_adds_after == counted(model)
     excitations = sum(row.excitation or 0 for row in found.rows)
     assert found.multiply_adds_after == found.multiply_adds_before + excitations
-    assert excitations == sum(2 * row.channels * max(row.channels // 8, 4) for row in found.rows)
+    assert excitations == sum(2 * se.channel * se.hidden for se in se_modules(model).values())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,162 @@
+"""Classes and factories of a user's own: what they may give, and what is refused or said."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attentions import Gain, Network, inputs, inserted, retrofitted
+from torch import Tensor, nn
+
+from se_retrofit import RetrofitError, add_se, plan_of, plan_se
+from se_retrofit.attention import ATTENTIONS, ECA, FromIdentity, Inserted, Slot, scale, squeeze
+
+
+def test_a_factory_is_told_its_place() -> None:
+    slots: list[Slot] = []
+
+    def factory(slot: Slot) -> nn.Module:
+        slots.append(slot)
+        return Gain(slot.channels)
+
+    model = retrofitted(Network().bfloat16(), factory, inputs(dtype=torch.bfloat16))
+    assert {str(slot.device) for slot in slots} == {"meta", "cpu"}
+    assert [(s.channels, s.channel_dim, s.shape, s.kind, s.block, s.dtype, s.dims) for s in slots[-2:]] == [
+        (8, -3, (2, 8, 7, 6), "residual", block, torch.bfloat16, 2) for block in ("first", "second")
+    ]
+    assert {p.dtype for module in inserted(model).values() for p in module.parameters()} == {torch.bfloat16}
+
+
+def test_parameters_are_counted_on_the_built_module() -> None:
+    for attention in (
+        *ATTENTIONS,
+        Gain,
+        lambda slot: nn.Sequential(Gain(slot.channels), nn.Conv2d(8, 8, 3, padding=1)),
+    ):
+        plan = plan_se(Network(), attention=attention, example_inputs=inputs())
+        for site, module in zip(plan.sites, inserted(add_se(Network(), plan=plan)).values(), strict=True):
+            assert site.parameters == sum(p.numel() for p in module.parameters())
+
+
+def test_a_class_that_looks_at_values_in_its_constructor_is_counted_all_the_same() -> None:
+    class Looking(Gain):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            assert self.weight.sum().item() > 0
+
+    assert plan_se(Network(), attention=Looking, example_inputs=inputs()).sites[0].parameters == 16
+
+
+def test_an_inserted_of_the_users_own_is_inserted_as_it_is() -> None:
+    class Mine(Inserted):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1.0
+
+    for attention in (Mine, ECA, lambda slot: Mine(slot.channels, slot.channel_dim)):
+        found = inserted(retrofitted(Network(last=True), attention, inputs())).values()
+        assert not any(isinstance(module, FromIdentity) for module in found)
+        assert [module.channel_dim for module in found] == [-1, -1]
+
+
+def test_an_attention_that_holds_se_itself_is_one_module() -> None:
+    model = retrofitted(Network(), lambda slot: nn.Sequential(ECA(slot.channels), Gain(slot.channels)), inputs())
+    assert list(inserted(model)) == ["first.se_attention", "second.se_attention"]
+    assert all(isinstance(module, FromIdentity) for module in inserted(model).values())
+
+
+def grow(slot: Slot) -> nn.Module:
+    return nn.Conv2d(slot.channels, 2 * slot.channels, 1)
+
+
+def overwrite(slot: Slot) -> nn.Module:
+    return nn.ReLU(inplace=True)
+
+
+def infinite(slot: Slot) -> nn.Module:
+    class Log(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.log()
+
+    return Log()
+
+
+def shared() -> Callable[[Slot], nn.Module]:
+    one = ECA(8, channel_dim=-3)
+    return lambda slot: one
+
+
+@pytest.mark.parametrize(
+    ("attention", "error", "words"),
+    [
+        ("senet", RetrofitError, "attention must be one of 'se', 'eca', 'cbam', 'static', a class or a factory, got 'senet'"),
+        (3, TypeError, "attention must be a name, a class or a factory, got 3"),
+        (nn.Identity(), TypeError, "must make a new module for each place, got one Identity"),
+        (lambda slot: 3, TypeError, "must give an nn.Module, got 3"),
+        (grow, RetrofitError, r"grow, in block first, must give the shape that it is given, \(2, 8, 7, 6\), and gives \(2, 16, 7, 6\)"),
+        (overwrite, RetrofitError, "overwrite, in block first, changes its input in place"),
+        (infinite, RetrofitError, "infinite, in block first, gives values that are not finite"),
+        (lambda slot: nn.Conv2d(3, 8, 1), RetrofitError, "can't be run on a value of shape"),
+        (lambda slot: slot.nothing, RetrofitError, "can't be built for 8 channels, in block first: AttributeError"),
+        (shared(), RetrofitError, "gave the module of another site"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_cannot_be_inserted_is_refused_and_the_model_unchanged(
+    attention: Any, error: type[Exception], words: str, inplace: bool
+) -> None:
+    network = Network()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(error, match=words):
+        add_se(network, attention=attention, example_inputs=inputs(), inplace=inplace)
+    assert list(network.state_dict()) == list(before)
+    assert type(network.first).__name__ == "Unit"
+
+
+def test_random_numbers_in_train_mode_are_said_and_none_are_drawn_in_the_check() -> None:
+    network, before = Network().eval(), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="draws random numbers in train mode"):
+        model = retrofitted(network, lambda slot: nn.Dropout(0.1), inputs())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(model(inputs()), model(inputs()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        retrofitted(Network(), Gain, inputs())
+
+
+def test_gate_options_of_se_are_refused_for_others() -> None:
+    with pytest.raises(RetrofitError, match='gate="sigmoid" is SE\'s alone'):
+        plan_se(Network(), attention="eca", gate="sigmoid", example_inputs=inputs())
+
+
+def test_a_plan_brings_its_attention() -> None:
+    plan = plan_se(Network(), attention=Gain, example_inputs=inputs())
+    model = add_se(Network(), plan=plan)
+    assert [site.attention for site in plan_of(model).sites] == ["attentions.Gain"] * 2
+    with pytest.raises(
+        RetrofitError, match=r"made with a class or factory for the attention, attentions.Gain; give it again"
+    ):
+        add_se(Network(), plan=plan_of(model))
+    again = add_se(Network(), plan=type(plan).from_dict(plan.to_dict()), attention=Gain)
+    assert [module.f.__class__ for module in inserted(again).values()] == [Gain, Gain]
+    with pytest.raises(RetrofitError, match="the plan brings its own attention, eca; leave attention out"):
+        add_se(Network(), plan=plan_se(Network(), attention="eca", example_inputs=inputs()), attention="cbam")
+
+
+def test_gates_of_eca_and_static_are_factors_of_their_outputs() -> None:
+    for name in ("se", "eca", "static"):
+        for last in (False, True):
+            module = next(iter(inserted(retrofitted(Network(last=last), name, inputs())).values()))
+            for parameter in module.parameters():
+                nn.init.normal_(parameter)
+            x = torch.randn(3, 6, 5, 8) if last else torch.randn(3, 8, 6, 5)
+            gates = module.gates(x)  # type: ignore[operator]
+            assert gates.shape == (3, 8)
+            torch.testing.assert_close(module(x), scale(x, gates, module.channel_dim))
+            if name == "eca":  # against the paper's formula
+                z = squeeze(x, module.channel_dim)
+                expected = 2 * torch.sigmoid(nn.functional.conv1d(z[:, None], module.conv.weight, padding="same")[:, 0])
+                torch.testing.assert_close(gates, expected)
