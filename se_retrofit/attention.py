@@ -172,12 +172,12 @@ class SEAttention(nn.Module):
             _draw(first.weight, 0.001, generator)
             _draw(last.weight, 0.001, generator)
         else:
-            _draw(first.weight, math.sqrt(2 / self.channel), generator)  # Kaiming's, for a ReLU
             # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all
             # of them. Units in pairs of opposite sign: of each pair, one is alive for any input.
+            pairs = self.hidden // 2
+            _draw(first.weight[pairs:], math.sqrt(2 / self.channel), generator)  # Kaiming's, for a ReLU
             with torch.no_grad():
-                pairs = self.hidden // 2
-                first.weight[pairs : 2 * pairs] = -first.weight[:pairs]
+                torch.neg(first.weight[pairs : 2 * pairs], out=first.weight[:pairs])
             init.zeros_(last.weight)
         for layer in (first, last):
             if layer.bias is not None:

@@ -68,8 +68,10 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
 
 
 def structure_of(model: nn.Module) -> str:
-    """A digest of a model without its SE: the paths and classes of its modules, the shapes of their parameters and buffers."""
+    """A digest of a model without its SE: the paths and classes of its modules, the shapes of their parameters and buffers,
+    and which methods each class has of its own, because one that overrides another puts that out of use."""
     text: list[str] = []
+    classes: set[type] = set()
     inside: set[int] = set()
     for path, module in model.named_modules():
         if is_retrofitted(module):
@@ -79,6 +81,9 @@ def structure_of(model: nn.Module) -> str:
             tensors = (*module._parameters.items(), *module._buffers.items())
             shapes = [(name, is_lazy(t) or tuple(t.shape)) for name, t in tensors if t is not None]
             text.append(f"{path} {class_name(cls)} {shapes}")
+            classes.update(cls.__mro__)
+    own = (cls for cls in classes if not cls.__module__.startswith(("torch.", "builtins")))
+    text += sorted(f"{class_name(cls)} {sorted(n for n, m in vars(cls).items() if unwrapped(m))}" for cls in own)
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
@@ -120,22 +125,21 @@ def _built(model: nn.Module, site: Site, options: Options, generator: torch.Gene
     block = block_around(model, site.path)
     like = next(block.parameters(), torch.empty(0))
     dtype = like.dtype if site.dtype is None else getattr(torch, site.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise RetrofitError(f"the plan is broken: the dtype of {site.path} is {site.dtype!r}")
     with _disable_current_modes(), torch.inference_mode(False):
         se = SEAttention(
             site.channels, options.reduction, gate=options.gate if site.hidden else "static", bias=options.bias,
             min_hidden=options.min_hidden, channel_dim=site.channel_dim, inplace=site.inplace, dtype=dtype, device="meta",
         )  # fmt: skip
-        if se.hidden != site.hidden:
-            raise RetrofitError(
-                f"the plan is broken: {site.path} has hidden={site.hidden}, its options give {se.hidden} for "
-                f"{site.channels} channels"
-            )
         if not like.is_meta:
             with mode_of(like):
                 se._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
                 se.init_weights(generator)
+    if se.hidden != site.hidden:
+        raise RetrofitError(
+            f"the plan is broken: {site.path} has hidden={site.hidden}, its options give {se.hidden} for {site.channels} channels"
+        )
     return se.train(block.training)
 
 
