@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .attention import hidden_width, parameter_count
 from .errors import RetrofitError, check_module
-from .plan import Edit, Plan, Site, Skipped
+from .plan import Plan, Site, Skipped
 from .surgery.arguments import Options, Patterns, check_model, patterns_of
 from .surgery.carry import block_around, carry_out, misfit, structure_of
 from .surgery.copying import copied
@@ -63,17 +63,20 @@ def add_se(
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, ``(args, kwargs)``, or any
             other object that the model takes. Only shapes and dtypes are read, unless the forward itself looks at values.
             Without it the model's config, sizes in its own attributes and then usual sizes are tried.
-        plan: a plan from ``plan_se``, for this model or one with the same sites. Its sites and options are used instead of
-            the options above, and its input shapes unless ``example_inputs`` are given. Blocks may have been removed
-            from it (``dataclasses.replace(plan, sites=...)``).
+        plan: a plan from ``plan_se``, for this model or one built alike, which is carried out instead of the options above.
+            Sites may have been taken out of it (``dataclasses.replace(plan, sites=...)``). Where the model has other modules,
+            or the source of a method has changed, the plan is made again and must have the same sites.
         inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
 
     Returns:
         The retrofitted network: a deep copy, or ``model`` itself if ``inplace``.
 
     Raises:
-        RetrofitError: nothing can be retrofitted, or an option is invalid; the model is unchanged.
+        RetrofitError: nothing can be retrofitted, an option is invalid, or the plan does not fit; the model is unchanged.
         TypeError: an argument is of the wrong type; the model is unchanged.
+
+    Warns:
+        UserWarning: the source of a method has changed since the plan was made, and its sites are there all the same.
 
     Example:
         >>> import timm
@@ -212,19 +215,10 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def _moved(site: Site, path: str) -> Site:
-    """A site of a network that is a part of another now, or of a part of the network that it was in."""
-    if path == site.path:
-        return site
-    edits: list[Edit] = []
-    for edit in site.edits:
-        within = f"{edit.holder}." if edit.holder else ""
-        if path.endswith(f".{site.path}"):
-            edits.append(replace(edit, holder=f"{path.removesuffix(site.path)}{edit.holder}".rstrip(".")))
-        elif site.path.endswith(f".{path}") and within.startswith(site.path.removesuffix(path)):
-            edits.append(replace(edit, holder=within.removeprefix(site.path.removesuffix(path)).rstrip(".")))
-        else:
-            return replace(site, path=path, edits=())
-    return replace(site, path=path, edits=tuple(edits))
+    """A site of a network that may be a part of another now. In a part of the network itself, its edits have no meaning."""
+    outer = path.removesuffix(site.path)
+    edits = [replace(edit, holder=f"{outer}{edit.holder}".rstrip(".")) for edit in site.edits]
+    return replace(site, path=path, edits=tuple(edits) if outer + site.path == path else ())
 
 
 class InsertSE(PassBase):

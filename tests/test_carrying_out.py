@@ -117,13 +117,19 @@ def test_each_site_is_carried_out_alone(not_recorded: Callable[[], None]) -> Non
         assert not same_tensors(run(randomise_se(alone), x), run(model, x))
 
 
-def test_the_plan_of_a_part_and_of_a_whole_can_be_carried_out_there(not_recorded: Callable[[], None]) -> None:
+def test_the_plan_of_a_network_within_another_can_be_carried_out_there(not_recorded: Callable[[], None]) -> None:
     model = randomised(narrow()).eval()
-    retrofitted = add_se(model, 2)
-    whole, part = plan_of(nn.Sequential(nn.Identity(), retrofitted)), plan_of(retrofitted.layer3)
+    plan = plan_of(nn.Sequential(nn.Identity(), add_se(model, 2)))
     not_recorded()
-    assert list(se_modules(add_se(nn.Sequential(nn.Identity(), model), plan=whole))) == [s.path for s in whole.sites]
-    assert list(se_modules(add_se(model.layer3, plan=part))) == ["0.se_attention", "1.se_attention"]
+    within = add_se(nn.Sequential(nn.Identity(), model), plan=plan)
+    assert list(se_modules(within)) == [f"1.{site.path}" for site in plan_of(within[1]).sites] != []
+
+
+def test_the_plan_of_a_part_of_a_network_can_be_made_again() -> None:
+    model = randomised(narrow()).eval()
+    plan = plan_of(add_se(model, 2, example_inputs=torch.zeros(1, 3, 64, 64)).layer3)
+    part = add_se(model.layer3, plan=plan, example_inputs=torch.zeros(1, 4, 8, 8))
+    assert list(se_modules(part)) == ["0.se_attention", "1.se_attention"]
 
 
 def test_se_is_like_the_network_that_it_goes_into(not_recorded: Callable[[], None]) -> None:

@@ -18,12 +18,12 @@ from ..errors import RetrofitError
 from ..plan import Edit, Plan, Site
 from .arguments import Options
 from .copying import mode_of
-from .derived import Recipe, RetrofittedBlock, derived_class
+from .derived import Recipe, RetrofittedBlock, derived_class, source_as_before
 from .graphs import insert_node, insertions
 from .isolation import isolated
 from .methods import unwrapped
 from .roles import is_sequential
-from .splice import Splice, SpliceError, source_as_before, source_of
+from .splice import Splice, SpliceError, source_of
 from .undo import PLAN, is_retrofitted, strip
 
 __all__ = [
