@@ -14,7 +14,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .attention import Attention
 from .errors import RetrofitError, check_module, told_as_fault
-from .plan import Edit, Plan, Site
+from .plan import Plan, Site
 from .surgery.arguments import Options, Patterns, check_arguments
 from .surgery.blocks import Recognise
 from .surgery.carry import carry_out, structure_of
@@ -73,22 +73,23 @@ def add_se(
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, ``(args, kwargs)``, or any
             other object that the model takes. Only shapes and dtypes are read, unless the forward itself looks at values.
             Without it the model's config, sizes in its own attributes and then usual sizes are tried.
-        plan: a plan from ``plan_se``, for this model or one with the same sites. Its sites and options are used instead of
-            the options above, and its input shapes unless ``example_inputs`` are given. Blocks may have been removed
-            from it (``dataclasses.replace(plan, sites=...)``). Where its attention was a class or factory, and the plan was
-            saved in between or taken from a model, that is given again: ``attention=``.
+        plan: a plan from ``plan_se``, for this model or one built alike, which is carried out instead of the options above.
+            Sites may have been taken out of it (``dataclasses.replace(plan, sites=...)``). Where the model has other modules,
+            or the source of a method has changed, the plan is made again and must have the same sites. Where its attention
+            was a class or factory, and the plan was saved in between or taken from a model, that is given again: ``attention=``.
         inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
 
     Returns:
         The retrofitted network: a deep copy, or ``model`` itself if ``inplace``.
 
     Raises:
-        RetrofitError: nothing can be retrofitted, an option is invalid, or what a class or factory makes can't be inserted;
-            the model is unchanged.
+        RetrofitError: nothing can be retrofitted, an option is invalid, the plan does not fit, or what a class or factory makes
+            can't be inserted; the model is unchanged.
         TypeError: an argument is of the wrong type; the model is unchanged.
 
     Warns:
-        UserWarning: what a class or factory makes draws random numbers in train mode, which moves the network's own draws.
+        UserWarning: what a class or factory makes draws random numbers in train mode, which moves the network's own draws; or
+            the source of a method has changed since the plan was made, and its sites are there all the same.
 
     Example:
         >>> import timm
@@ -242,19 +243,10 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def _moved(site: Site, path: str) -> Site:
-    """A site of a network that is a part of another now, or of a part of the network that it was in."""
-    if path == site.path:
-        return site
-    edits: list[Edit] = []
-    for edit in site.edits:
-        within = f"{edit.holder}." if edit.holder else ""
-        if path.endswith(f".{site.path}"):
-            edits.append(replace(edit, holder=f"{path.removesuffix(site.path)}{edit.holder}".rstrip(".")))
-        elif site.path.endswith(f".{path}") and within.startswith(site.path.removesuffix(path)):
-            edits.append(replace(edit, holder=within.removeprefix(site.path.removesuffix(path)).rstrip(".")))
-        else:
-            return replace(site, path=path, edits=())
-    return replace(site, path=path, edits=tuple(edits))
+    """A site of a network that may be a part of another now. In a part of the network itself, its edits have no meaning."""
+    outer = path.removesuffix(site.path)
+    edits = [replace(edit, holder=f"{outer}{edit.holder}".rstrip(".")) for edit in site.edits]
+    return replace(site, path=path, edits=tuple(edits) if outer + site.path == path else ())
 
 
 class InsertSE(PassBase):

@@ -18,12 +18,12 @@ from ..errors import RetrofitError
 from ..plan import Edit, Plan, Site, noted_options
 from .arguments import Options
 from .copying import mode_of
-from .derived import Recipe, RetrofittedBlock, derived_class
+from .derived import Recipe, RetrofittedBlock, derived_class, source_as_before
 from .graphs import insert_node, insertions
 from .isolation import isolated
 from .methods import unwrapped
 from .roles import is_sequential
-from .splice import Splice, SpliceError, source_as_before, source_of
+from .splice import Splice, SpliceError, source_of
 from .undo import PLAN, is_retrofitted, strip
 
 __all__ = [
@@ -68,8 +68,10 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
 
 
 def structure_of(model: nn.Module) -> str:
-    """A digest of a model without its SE: the paths and classes of its modules, the shapes of their parameters and buffers."""
+    """A digest of a model without its SE: the paths and classes of its modules, the shapes of their parameters and buffers,
+    and which methods each class has of its own, because one that overrides another puts that out of use."""
     text: list[str] = []
+    classes: set[type] = set()
     inside: set[int] = set()
     for path, module in model.named_modules():
         if is_retrofitted(module):
@@ -79,6 +81,9 @@ def structure_of(model: nn.Module) -> str:
             tensors = (*module._parameters.items(), *module._buffers.items())
             shapes = [(name, is_lazy(t) or tuple(t.shape)) for name, t in tensors if t is not None]
             text.append(f"{path} {class_name(cls)} {shapes}")
+            classes.update(cls.__mro__)
+    own = (cls for cls in classes if not cls.__module__.startswith(("torch.", "builtins")))
+    text += sorted(f"{class_name(cls)} {sorted(n for n, m in vars(cls).items() if unwrapped(m))}" for cls in own)
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
@@ -121,7 +126,8 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
     like = next(block.parameters(), torch.empty(0))
     dtype = like.dtype if site.dtype is None else getattr(torch, site.dtype, None)
     attention = site.attention if site.attention in ATTENTIONS else options.attention
-    if not isinstance(dtype, torch.dtype) or name_of(attention) != site.attention:
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not isinstance(dtype, torch.dtype) or not floating or name_of(attention) != site.attention:
         raise RetrofitError(
             f"the plan is broken: at {site.path} it has the dtype {site.dtype!r} and the attention {site.attention!r}"
         )

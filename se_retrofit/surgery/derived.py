@@ -14,9 +14,9 @@ from torch import nn
 
 from ..errors import RetrofitError
 from .methods import unwrapped
-from .splice import Splice, SpliceError, source_as_before, spliced_members
+from .splice import Source, Splice, SpliceError, source_of, spliced_members
 
-__all__ = ["Recipe", "RetrofittedBlock", "derived_class"]
+__all__ = ["Recipe", "RetrofittedBlock", "derived_class", "source_as_before"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,22 @@ def derived_class(recipe: Recipe) -> type:
                 ) from None
         cls = _derived[recipe] = _derive(recipe)
     return cls
+
+
+def source_as_before(splice: Splice) -> Source:
+    """The source of the method that a splice is for.
+
+    Raises:
+        SpliceError: it is not that for which the splice was made, or not at hand.
+    """
+    function = unwrapped(vars(splice.owner).get(splice.method))
+    source = None if function is None else source_of(function)
+    if source is None or source.digest != splice.digest:
+        raise SpliceError(
+            f"the source of {splice.owner.__module__}.{splice.owner.__qualname__}.{splice.method} has changed (another version "
+            "of its library, say)"
+        )
+    return source
 
 
 def _derive(recipe: Recipe) -> type:

@@ -69,21 +69,24 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
     chosen = replace(Options.of(plan), recognisers=options.recognisers)
     if not plan.sites:
         raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
-    changed = ""
-    if plan.structure == structure_of(model) and all(site.edits for site in plan.sites):
-        changed = misfit(model, plan)
-        if not changed:
-            return plan
+    executable = all(site.edits for site in plan.sites)  # one that was saved by an earlier version has no edits
+    changed = misfit(model, plan) if executable else ""
+    if executable and not changed and plan.structure == structure_of(model):
+        return plan
     if example_inputs is None:
         try:
             example_inputs = described_inputs(plan.inputs, model)
         except ValueError as error:
             raise RetrofitError(f"the inputs of the plan can't be rebuilt: {error}; or give example_inputs") from error
-    again = planned(model, chosen, example_inputs)
-    sites = tuple(_found_again(site, again, type(model).__name__) for site in plan.sites)
+    name = type(model).__name__
+    try:
+        again = planned(model, chosen, example_inputs)
+    except RetrofitError as error:
+        raise RetrofitError(f"the plan does not fit {name}, as for its site {plan.sites[0].path}: {error}") from error
+    sites = tuple(_found_again(site, again, name) for site in plan.sites)
     if changed:
         warnings.warn(
-            f"{changed}, so the plan of this {type(model).__name__} was made again; its {len(sites)} sites are there as before",
+            f"{changed}, so the plan of this {name} was made again; its {len(sites)} sites are there as before",
             stacklevel=3,
         )
     return replace(again, sites=sites, skipped=plan.skipped)

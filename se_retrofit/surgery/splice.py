@@ -19,7 +19,7 @@ from typing import Any
 
 from .methods import unwrapped
 
-__all__ = ["Source", "Splice", "SpliceError", "node_at", "source_as_before", "source_of", "span_of", "spliced_members"]
+__all__ = ["Source", "Splice", "SpliceError", "node_at", "source_of", "span_of", "spliced_members"]
 
 Span = tuple[int, ...]  # first line, last line (counted from the method's first), first column, end column
 
@@ -129,22 +129,6 @@ def source_of(function: types.FunctionType) -> Source:
             "rewrote it"
         )
     return Source(function, tuple(lines), first, tree)
-
-
-def source_as_before(splice: Splice) -> Source:
-    """The source of the method that a splice is for.
-
-    Raises:
-        SpliceError: it is not that for which the splice was made, or not at hand.
-    """
-    function = unwrapped(vars(splice.owner).get(splice.method))
-    source = None if function is None else source_of(function)
-    if source is None or source.digest != splice.digest:
-        raise SpliceError(
-            f"the source of {splice.owner.__module__}.{splice.owner.__qualname__}.{splice.method} has changed (another version "
-            "of its library, say)"
-        )
-    return source
 
 
 def _has_columns(code: types.CodeType) -> bool:

@@ -1,0 +1,345 @@
+"""A plan is carried out as it is: without a recording, wherever its edits fit; and where they don't, it is made again and compared."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from networks import assert_untouched, randomise_se, randomised, run, same_tensors, se_modules, snapshot
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+from torchvision.models.densenet import DenseNet
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import se_retrofit.surgery.planning
+from se_retrofit import Plan, RetrofitError, add_se, has_se, plan_of, plan_se, remove_se
+
+
+class Unit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        if relu:
+            return torch.relu(self.branch(x) + x)
+        out = self.branch(x)
+        out += x
+        return out
+
+
+class Derived(Unit):
+    def branch(self, x: Tensor) -> Tensor:
+        return super().branch(x)
+
+
+class Twice(nn.Module):
+    """A unit that is called in two ways and stands under two paths; one whose branch is a method of its base class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.unit, self.derived = Unit(), Derived()
+        self.alias = self.unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alias(self.derived(self.unit(self.stem(x))), relu=True)
+
+
+def narrow() -> nn.Module:
+    return ResNet(BasicBlock, (1, 1, 2, 1), channels=(4, 4, 8, 8), stem_type="deep", stem_width=4, num_classes=3)
+
+
+def chain() -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Conv2d(c, 6, 3), nn.BatchNorm2d(6), nn.ReLU()) for c in (3, 6, 6)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "residual": narrow,
+    "called in two ways": Twice,
+    "chain": chain,
+    "a graph for each mode": lambda: create_feature_extractor(narrow(), ["layer3", "fc"]),
+    "traced": lambda: torch.fx.symbolic_trace(narrow()),
+    "dense": lambda: DenseNet(4, (2, 2), 8, num_classes=3),
+    "within another": lambda: nn.Sequential(narrow(), nn.Identity()),
+}
+
+
+@pytest.fixture
+def not_recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """When it is called: from there on, nothing may be recorded."""
+
+    def recorded(*args: Any) -> None:
+        raise AssertionError("a model was recorded")
+
+    return lambda: monkeypatch.setattr(se_retrofit.surgery.planning, "record", recorded)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_plan_is_carried_out_on_two_networks(name: str, training: bool, not_recorded: Callable[[], None]) -> None:
+    first, second = (randomised(NETWORKS[name](), seed).train(training) for seed in (0, 1))
+    by_options = randomise_se(add_se(second, 2))
+    plan = plan_se(first, 2)
+    text = plan.to_json()
+    not_recorded()
+    carried = [add_se(model, plan=Plan.from_json(text)) for model in (first, second)]
+    assert plan_of(carried[1]) == plan_of(by_options) == plan
+    assert not {id(p) for p in carried[0].parameters()} & {id(p) for p in carried[1].parameters()}
+    x = torch.randn(2, 3, 40, 40)
+    assert same_tensors(run(copy.deepcopy(carried[1]), x), run(copy.deepcopy(second), x))
+    carried[1].load_state_dict(by_options.state_dict())
+    assert same_tensors(run(copy.deepcopy(carried[1]), x), run(copy.deepcopy(by_options), x))
+    assert list(remove_se(carried[1]).state_dict()) == list(second.state_dict())
+
+
+def test_each_site_is_carried_out_alone(not_recorded: Callable[[], None]) -> None:
+    model = randomised(chain()).eval()
+    plan, x = plan_se(model, 2), torch.randn(2, 3, 16, 16)
+    not_recorded()
+    for site in plan.sites:
+        alone = add_se(model, plan=replace(plan, sites=(site,)))
+        assert list(se_modules(alone)) == [site.path]
+        assert same_tensors(run(alone, x), run(model, x))
+        assert not same_tensors(run(randomise_se(alone), x), run(model, x))
+
+
+def test_the_plan_of_a_network_within_another_can_be_carried_out_there(not_recorded: Callable[[], None]) -> None:
+    model = randomised(narrow()).eval()
+    plan = plan_of(nn.Sequential(nn.Identity(), add_se(model, 2)))
+    not_recorded()
+    within = add_se(nn.Sequential(nn.Identity(), model), plan=plan)
+    assert list(se_modules(within)) == [f"1.{site.path}" for site in plan_of(within[1]).sites] != []
+
+
+def test_the_plan_of_a_part_of_a_network_can_be_made_again() -> None:
+    model = randomised(narrow()).eval()
+    plan = plan_of(add_se(model, 2, example_inputs=torch.zeros(1, 3, 64, 64)).layer3)
+    part = add_se(model.layer3, plan=plan, example_inputs=torch.zeros(1, 4, 8, 8))
+    assert list(se_modules(part)) == ["0.se_attention", "1.se_attention"]
+
+
+def test_se_is_like_the_network_that_it_goes_into(not_recorded: Callable[[], None]) -> None:
+    plan = plan_se(narrow())
+    with torch.device("meta"):
+        empty = narrow()
+    not_recorded()
+    for model in (narrow().half(), narrow().double(), empty, narrow().train(False)):
+        retrofitted = add_se(model, plan=plan)
+        like = next(model.parameters())
+        for se in se_modules(retrofitted).values():
+            assert {(p.dtype, p.device) for p in se.parameters()} == {(like.dtype, like.device)}
+            assert se.training == model.training
+    # where the value is of another dtype than the block's parameters, that of the value holds
+    plan = replace(plan, sites=tuple(replace(site, dtype="float32") for site in plan.sites))
+    assert {se.fc[0].weight.dtype for se in se_modules(add_se(narrow().half(), plan=plan)).values()} == {torch.float32}
+
+
+def test_in_place_an_optimizer_stays_bound(not_recorded: Callable[[], None]) -> None:
+    model = randomised(narrow())
+    plan = plan_se(model)
+    optimizer, state = torch.optim.SGD(model.parameters(), lr=0.1), torch.get_rng_state()
+    not_recorded()
+    assert add_se(model, plan=plan, inplace=True) is model
+    assert torch.equal(torch.get_rng_state(), state)
+    before = model.layer1[0].conv1.weight.detach().clone()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.layer1[0].conv1.weight, before)
+    assert all(parameter.grad is not None for se in se_modules(model).values() for parameter in se.parameters())
+
+
+# Where it does not fit --------------------------------------------------------------------------------------------------
+
+LIBRARY = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        out = self.norm(self.conv(x))
+        return torch.relu(x + out)
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 1), Block(), Block())
+"""
+LOADING = """
+import json, sys, warnings, torch, library
+from se_retrofit import Plan, RetrofitError, add_se, load_retrofitted, plan_of
+plan = Plan.from_json(open("plan.json").read())
+told = {}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        model = add_se(library.network(), plan=plan)
+        loaded = load_retrofitted("saved", base=library.network())
+        told["sites"] = [site.path for site in plan_of(model).sites]
+        told["value"] = loaded(torch.ones(1, 3, 8, 8)).sum().item()
+    except RetrofitError as error:
+        told["error"] = str(error)
+told["warnings"] = [str(warning.message) for warning in caught if warning.category is UserWarning]
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], dict[str, Any]]:
+    """A plan, and a network, that were saved with a library of today; what comes of them where some of its text is another."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "library.py").write_text(LIBRARY)
+    module = importlib.import_module("library")
+    network = add_se(randomised(module.network()), 2).eval()
+    monkeypatch.delitem(sys.modules, "library")
+    (tmp_path / "plan.json").write_text(plan_of(network).to_json())
+    se_retrofit.save_retrofitted(network, tmp_path / "saved")
+    value = network(torch.ones(1, 3, 8, 8)).sum().item()
+
+    def later(old: str, new: str) -> dict[str, Any]:
+        assert old in LIBRARY
+        (tmp_path / "library.py").write_text(LIBRARY.replace(old, new))
+        (tmp_path / "load.py").write_text(LOADING)
+        path = os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run([sys.executable, "load.py"], capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        told: dict[str, Any] = json.loads(done.stdout)
+        return {**told, "same": told.get("value") == pytest.approx(value, rel=1e-5)}
+
+    return later
+
+
+SITES = ["1.se_attention", "2.se_attention"]
+
+
+def test_a_later_library_whose_block_is_written_in_another_way_is_said(library: Callable[..., dict[str, Any]]) -> None:
+    told = library(
+        "out = self.norm(self.conv(x))", "# normalised\n        out = self.conv(x)\n        out = self.norm(out)"
+    )
+    assert (told["sites"], told["same"]) == (SITES, True)
+    assert len(told["warnings"]) == 2
+    assert all("source of library.Block.forward has changed" in text for text in told["warnings"])
+
+
+def test_a_later_library_with_another_block_is_refused(library: Callable[..., dict[str, Any]]) -> None:
+    told = library("return torch.relu(x + out)", "return torch.relu(out)")
+    assert "1.se_attention" in told["error"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("import torch\n", "import torch\nimport math\n\nSIZE = math.pi\n"),
+        ("    def forward", "    def extra_repr(self):\n        return 'a block'\n\n    def forward"),
+    ],
+    ids=["lines above", "another method"],
+)
+def test_a_later_library_with_the_same_block_is_no_news(
+    library: Callable[..., dict[str, Any]], old: str, new: str
+) -> None:
+    assert library(old, new) == {"sites": SITES, "value": pytest.approx(0, abs=1e9), "warnings": [], "same": True}
+
+
+def test_a_plan_without_edits_is_made_again_silently() -> None:
+    model = randomised(narrow()).eval()
+    plan = plan_se(model)
+    earlier = plan.to_dict()
+    del earlier["structure"]
+    earlier["sites"] = [
+        {k: v for k, v in site.items() if k not in ("edits", "shape", "inplace", "dtype")} for site in earlier["sites"]
+    ]
+    assert plan_of(add_se(model, plan=Plan.from_dict(earlier))) == plan
+
+
+def test_a_plan_of_the_same_class_with_other_widths_is_refused() -> None:
+    model = ResNet(BasicBlock, (1, 1, 2, 1), channels=(4, 8, 8, 8), stem_type="deep", stem_width=4, num_classes=3)
+    before = snapshot(model)
+    with pytest.raises(RetrofitError, match=r"layer2\.0\.se_attention .*4 channels"):
+        add_se(model, plan=plan_se(narrow()), inplace=True)
+    assert_untouched(model, before)
+
+
+def test_with_another_head_it_is_the_same_plan() -> None:
+    model = narrow()
+    model.reset_classifier(7)
+    plan = plan_se(narrow())
+    assert plan_of(add_se(model, plan=plan)).sites == plan.sites
+
+
+# Hostile plans --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("holder", "layer9"), ("holder", 1), ("form", "exec"), ("owner", "os:system"), ("owner", ["os"]), ("method", "__init__"),
+        ("span", [0, 0, 0, "1"]), ("span", [10**9] * 4), ("span", [0, 0, 0, 9]), ("span", []), ("statement", "after"),
+        ("statement", "norm"), ("target", "open('owned', 'w')"), ("digest", ""), ("digest", None), ("form", "append"),
+        ("form", "return"), ("form", "graph"), ("users", [1]), ("more", 1), ("path", "layer1.0.open('owned', 'w')"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*was made again:UserWarning")
+def test_a_plan_that_was_tampered_with_runs_nothing(name: str, value: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, x = randomised(narrow()).eval(), torch.randn(2, 3, 32, 32)
+    data = json.loads(plan_se(model).to_json())
+    paths = [site["path"] for site in data["sites"]]
+    (data["sites"][0] if name == "path" else data["sites"][0]["edits"][0])[name] = value
+    try:
+        retrofitted = add_se(model, plan=Plan.from_json(json.dumps(data)))
+    except RetrofitError:
+        assert not has_se(model)
+    else:  # the plan was made again
+        assert list(se_modules(retrofitted)) == paths
+        assert same_tensors(run(retrofitted, x), run(model, x))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d["sites"][0].update(channels="4"), r"sites\[0\].channels"),
+        (lambda d: d["sites"][0].update(channels=True), r"sites\[0\].channels"),
+        (lambda d: d["sites"][0].update(hidden=3), "hidden=3"),
+        (lambda d: d["sites"][0].update(dtype="nn"), "dtype"),
+        (lambda d: d["sites"].append(d["sites"][0]), "two sites at one place"),
+        (lambda d: d["sites"].clear(), "no sites"),
+        (lambda d: d.update(sites={}), "sites is broken"),
+        (lambda d: d["options"].update(reduction="8"), "reduction"),
+        (lambda d: d["options"].update(include=[1]), "include"),
+        (lambda d: d["options"].update(glow=1), "glow"),
+        (lambda d: d.update(mood=1), "mood"),
+        (lambda d: d.pop("skipped"), "skipped"),
+    ],
+)
+def test_a_broken_plan_is_a_clear_error(change: Callable[[Any], Any], says: str) -> None:
+    model = narrow()
+    data = json.loads(plan_se(model).to_json())
+    change(data)
+    before = snapshot(model)
+    with pytest.raises(RetrofitError, match=says):
+        add_se(model, plan=Plan.from_json(json.dumps(data)), inplace=True)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "null", '{"sites": 1}', "[" * 100_000])
+def test_text_that_is_no_plan_is_a_clear_error(text: str) -> None:
+    with pytest.raises(RetrofitError, match="plan"):
+        Plan.from_json(text)
