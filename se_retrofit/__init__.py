@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .plan import Plan, Site, Skipped
     from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
     from .saving import from_pretrained, load_retrofitted, load_se, push_to_hub, save_retrofitted, save_se
-    from .surgery.runs import record
+    from .surgery.record.runs import record
 
 __version__ = "0.2.0"
 
@@ -34,7 +34,7 @@ _MODULES = {
     "inspection": ("GateLogger", "Inspection", "draw", "excitations", "inspect", "print_graph", "report"),
     "plan": ("Plan", "Site", "Skipped"),
     "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
-    "surgery.runs": ("record",),
+    "surgery.record.runs": ("record",),
     "saving": ("from_pretrained", "load_retrofitted", "load_se", "push_to_hub", "save_retrofitted", "save_se"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -26,7 +26,7 @@ from torch import nn
 from .building import check_arguments
 from .errors import RetrofitError, brief
 from .retrofit import add_se
-from .surgery.edits import SE_NAME
+from .surgery.splice.ways import SE_NAME
 
 __all__ = ["TIMM_PREFIX", "Base", "load_checkpoint", "register_timm"]
 

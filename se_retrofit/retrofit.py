@@ -17,11 +17,11 @@ from .errors import RetrofitError, check_module, told_as_fault
 from .plan import Plan, Site
 from .surgery.arguments import Options, Patterns, check_arguments
 from .surgery.blocks import Recognise
-from .surgery.carry import carry_out, structure_of
-from .surgery.copying import copied
-from .surgery.derived import RetrofittedBlock
 from .surgery.planning import fitted, planned
-from .surgery.undo import is_retrofitted, lost_sites, strip
+from .surgery.record.copying import copied
+from .surgery.splice.carry import carry_out, structure_of
+from .surgery.splice.derived import RetrofittedBlock
+from .surgery.splice.undo import is_retrofitted, lost_sites, strip
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import Inserted, scale
 from .errors import RetrofitError, extra
 from .models import Base
-from .surgery.copying import in_mode
+from .surgery.record.copying import in_mode
 
 __all__ = ["PHOTOGRAPHS", "Comparison", "compare", "photographs", "prepared_for", "redraw_vectors", "se_matters"]
 

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from ..errors import RetrofitError
 from ..inspection import excitations
 from ..retrofit import add_se, plan_of
-from ..surgery.copying import in_mode
+from ..surgery.record.copying import in_mode
 from ..tables import aligned
 from ..verify import compare
 from .app import app, say

@@ -18,10 +18,10 @@ from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
-from ..surgery.copying import copied, in_mode
-from ..surgery.inputs import Inputs, described_inputs, float_dtype, given_inputs, tensors_in
-from ..surgery.isolation import forked_randomness
-from ..surgery.runs import record
+from ..surgery.record.copying import copied, in_mode
+from ..surgery.record.inputs import Inputs, described_inputs, float_dtype, given_inputs, tensors_in
+from ..surgery.record.isolation import forked_randomness
+from ..surgery.record.runs import record
 from .plain_form import use_plain_form
 from .source import export_source
 

@@ -20,11 +20,11 @@ from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..saving.base import base_of, check_base
 from ..saving.tensors import tensors_of, untied
-from ..surgery.copying import copied
-from ..surgery.derived import Recipe, RetrofittedBlock
-from ..surgery.inputs import tensors_in
-from ..surgery.methods import unwrapped
-from ..surgery.undo import strip
+from ..surgery.record.copying import copied
+from ..surgery.record.inputs import tensors_in
+from ..surgery.record.methods import unwrapped
+from ..surgery.splice.derived import Recipe, RetrofittedBlock
+from ..surgery.splice.undo import strip
 from .attentions import arguments_of, classes_text
 
 __all__ = ["export_source"]

@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..errors import RetrofitError
 from ..models import Base
 from ..saving.atomic import replaced_file
-from ..surgery.copying import in_mode
+from ..surgery.record.copying import in_mode
 from ..tables import aligned
 from .config import FinetuneConfig
 from .data import UNREADABLE

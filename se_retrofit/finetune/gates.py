@@ -12,7 +12,7 @@ from torch import nn
 from ..attention import has_gates
 from ..inspection.gate_log import GateLogger, plot_gates, saturation_limits
 from ..saving.atomic import replaced_file
-from ..surgery.undo import is_retrofitted
+from ..surgery.splice.undo import is_retrofitted
 
 __all__ = ["draw_gates", "listening", "log_gates", "news_of_saturation", "saturated_sites"]
 

@@ -14,7 +14,7 @@ from torchvision.ops import StochasticDepth
 
 from ..errors import RetrofitError
 from ..saving.recipe import BASE
-from ..surgery.undo import is_retrofitted
+from ..surgery.splice.undo import is_retrofitted
 
 __all__ = [
     "as_found",

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import RetrofitError
 from ..retrofit import has_se, plan_se
-from ..surgery.undo import is_retrofitted
+from ..surgery.splice.undo import is_retrofitted
 
 __all__ = ["Kept", "recompute_activations"]
 

@@ -24,7 +24,7 @@ from ..plaindata import parse_yaml
 from ..retrofit import warn_of_lost_sites
 from ..saving.atomic import replaced_file
 from ..saving.base import check_base
-from ..surgery.copying import in_mode
+from ..surgery.record.copying import in_mode
 from . import checkpoint as disk
 from .callbacks import Callbacks
 from .checkpoint import Progress

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..surgery.operations import real_users
-from ..surgery.record import Op, Record
+from ..surgery.record.facts import real_users
+from ..surgery.record.graph import Op, Record
 from .probing import along, scales_input, scales_output
 
 __all__ = ["Factors", "Scaling"]

@@ -14,12 +14,12 @@ from ..attention import Inserted, StaticFactor, check_gates
 from ..errors import RetrofitError, brief, check_module
 from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
-from ..surgery.copying import copied, in_mode
-from ..surgery.inputs import Inputs
-from ..surgery.isolation import forked_randomness, isolated
-from ..surgery.runs import record
-from ..surgery.splice import SpliceError
-from ..surgery.undo import is_retrofitted, strip
+from ..surgery.record.copying import copied, in_mode
+from ..surgery.record.inputs import Inputs
+from ..surgery.record.isolation import forked_randomness, isolated
+from ..surgery.record.runs import record
+from ..surgery.splice.source import SpliceError
+from ..surgery.splice.undo import is_retrofitted, strip
 from .factors import Factors, Scaling
 from .measuring import Batch, Gates, Reference, batches_of, difference, gates_of, outputs_of
 from .result import FoldedSite, FoldReport

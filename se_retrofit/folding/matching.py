@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..attention import SEAttention
 from ..errors import RetrofitError
 from ..surgery.blocks import is_gate
-from ..surgery.record import Op, Record
-from ..surgery.undo import is_retrofitted
+from ..surgery.record.graph import Op, Record
+from ..surgery.splice.undo import is_retrofitted
 
 __all__ = ["Gate", "Layer", "copy_layers", "matched", "parts_of"]
 

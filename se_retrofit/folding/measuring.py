@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..attention import Inserted
 from ..errors import RetrofitError
-from ..surgery.isolation import forked_randomness
+from ..surgery.record.isolation import forked_randomness
 
 __all__ = ["Batch", "Gates", "Reference", "batches_of", "difference", "gates_of", "outputs_of"]
 

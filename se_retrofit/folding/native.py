@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..attention import Inserted, SEAttention, TwiceSigmoid
 from ..errors import RetrofitError, check_module
 from ..retrofit import has_se, plan_of
-from ..surgery.copying import copied, in_mode
-from ..surgery.inputs import Inputs, described_inputs, float_dtype, in_dtype_of, tensors_in
-from ..surgery.isolation import forked_randomness, isolated
-from ..surgery.record import Record
-from ..surgery.runs import record
-from ..surgery.undo import is_retrofitted
+from ..surgery.record.copying import copied, in_mode
+from ..surgery.record.graph import Record
+from ..surgery.record.inputs import Inputs, described_inputs, float_dtype, in_dtype_of, tensors_in
+from ..surgery.record.isolation import forked_randomness, isolated
+from ..surgery.record.runs import record
+from ..surgery.splice.undo import is_retrofitted
 from .factors import Factors
 from .matching import Gate, copy_layers, matched, parts_of
 from .measuring import difference

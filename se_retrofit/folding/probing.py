@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..surgery.copying import copied, in_mode
-from ..surgery.record import Op
+from ..surgery.record.copying import copied, in_mode
+from ..surgery.record.graph import Op
 
 __all__ = ["along", "scales_input", "scales_output"]
 

@@ -11,12 +11,12 @@ from torch import nn
 from ..attention import SEAttention
 from ..errors import RetrofitError, check_module
 from ..plan import Skipped
-from ..surgery.copying import copied
-from ..surgery.derived import Recipe, RetrofittedBlock, derived_class
-from ..surgery.isolation import isolated
-from ..surgery.methods import unwrapped
-from ..surgery.splice import Splice, SpliceError, source_of, span_of
-from ..surgery.undo import is_retrofitted
+from ..surgery.record.copying import copied
+from ..surgery.record.isolation import isolated
+from ..surgery.record.methods import unwrapped
+from ..surgery.splice.derived import Recipe, RetrofittedBlock, derived_class
+from ..surgery.splice.source import Splice, SpliceError, source_of, span_of
+from ..surgery.splice.undo import is_retrofitted
 from .attention import FusedSEAttention
 from .norms import why_no_norm
 

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..surgery.roles import is_sequential
+from ..surgery.record.roles import is_sequential
 
 __all__ = ["affine_map", "needs_statistics", "parts", "process_group", "why_no_norm"]
 

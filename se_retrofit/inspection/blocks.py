@@ -8,9 +8,9 @@ from typing import Any
 from torch import fx, nn
 
 from ..plan import Site
-from ..surgery.derived import RetrofittedBlock
-from ..surgery.record import Op, Record
-from ..surgery.undo import is_retrofitted
+from ..surgery.record.graph import Op, Record
+from ..surgery.splice.derived import RetrofittedBlock
+from ..surgery.splice.undo import is_retrofitted
 
 __all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "join"]
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..surgery.copying import copied, in_mode, on_cpu, on_meta
-from ..surgery.inputs import tensors_in
-from ..surgery.isolation import isolated
-from ..surgery.record import Op, Record
-from ..surgery.undo import is_retrofitted, strip
+from ..surgery.record.copying import copied, in_mode, on_cpu, on_meta
+from ..surgery.record.graph import Op, Record
+from ..surgery.record.inputs import tensors_in
+from ..surgery.record.isolation import isolated
+from ..surgery.splice.undo import is_retrofitted, strip
 from .graphs import Recorded, batch_size
 from .measuring import watched
 

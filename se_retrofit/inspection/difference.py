@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..surgery.copying import copied, on_meta
-from ..surgery.derived import RetrofittedBlock
-from ..surgery.methods import unwrapped
-from ..surgery.undo import strip
+from ..surgery.record.copying import copied, on_meta
+from ..surgery.record.methods import unwrapped
+from ..surgery.splice.derived import RetrofittedBlock
+from ..surgery.splice.undo import strip
 from .blocks import BlockPair, class_name
 from .lines import Line
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..errors import RetrofitError, extra
 from ..paths import writable
-from ..surgery.undo import is_retrofitted
+from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe
 from .graphs import Recorded
 

@@ -17,8 +17,8 @@ from ..attention import check_gates
 from ..errors import RetrofitError, check_module, extra
 from ..paths import save_figure
 from ..retrofit import plan_of
-from ..surgery.copying import has_values
-from ..surgery.undo import is_retrofitted
+from ..surgery.record.copying import has_values
+from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .gate_log import gates_of
 from .moments import Moments

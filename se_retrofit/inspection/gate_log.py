@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from ..attention import check_gates
 from ..errors import RetrofitError, brief, check_module, extra
 from ..retrofit import plan_of
-from ..surgery.undo import is_retrofitted
+from ..surgery.splice.undo import is_retrofitted
 from .moments import Moments
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from torch.fx.node import map_arg
 from ..errors import RetrofitError, check_module
 from ..plan import Plan
 from ..retrofit import plan_of
-from ..surgery.inputs import Inputs, described_inputs, given_inputs
-from ..surgery.record import Call, Op, Record
-from ..surgery.roles import is_sequential
-from ..surgery.runs import record
-from ..surgery.undo import is_retrofitted
+from ..surgery.record.graph import Call, Op, Record
+from ..surgery.record.inputs import Inputs, described_inputs, given_inputs
+from ..surgery.record.roles import is_sequential
+from ..surgery.record.runs import record
+from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, join
 
 __all__ = ["Recorded", "find_block", "graph_of", "recorded"]

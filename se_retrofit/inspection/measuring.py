@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import RetrofitError
-from ..surgery.copying import copied, has_values, in_mode, on_cpu, on_meta
-from ..surgery.inputs import Inputs
-from ..surgery.isolation import forked_randomness, isolated
-from ..surgery.record import Record
+from ..surgery.record.copying import copied, has_values, in_mode, on_cpu, on_meta
+from ..surgery.record.graph import Record
+from ..surgery.record.inputs import Inputs
+from ..surgery.record.isolation import forked_randomness, isolated
 from .graphs import batch_size
 
 __all__ = ["Measured", "Number", "measured", "watched"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..surgery.record import Record
-from ..surgery.undo import is_retrofitted
+from ..surgery.record.graph import Record
+from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import describe
 from .costs import human

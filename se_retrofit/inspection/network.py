@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..surgery.record import Op
-from ..surgery.undo import is_retrofitted
+from ..surgery.record.graph import Op
+from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, join
 from .graphs import Recorded, graph_of
 

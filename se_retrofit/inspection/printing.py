@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx.node import map_arg
 
 from ..attention import Inserted
-from ..surgery.undo import is_retrofitted
+from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import BlockPair, class_name, describe, join
 from .difference import sources

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..plan import Skipped
-from ..surgery.undo import is_retrofitted
+from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import class_name
 from .costs import costs, human

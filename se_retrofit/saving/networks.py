@@ -14,7 +14,7 @@ from ..errors import RetrofitError, brief, check_module
 from ..models import Base
 from ..plan import noted_options
 from ..retrofit import has_se, plan_of
-from ..surgery.copying import in_mode
+from ..surgery.record.copying import in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
 from .rebuild import carried_out

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
-from ..surgery.copying import has_values
+from ..surgery.record.copying import has_values
 
 __all__ = [
     "check_keys",

@@ -4,6 +4,6 @@ What a recogniser of one's own needs is here: it is a function from a ``Record``
 """
 
 from .blocks import PLACEMENTS, RECOGNISERS, Block, Target
-from .record import Call, Op, Record
+from .record.graph import Call, Op, Record
 
 __all__ = ["PLACEMENTS", "RECOGNISERS", "Block", "Call", "Op", "Record", "Target"]

@@ -14,8 +14,8 @@ from ..attention import check_attention, check_options, name_of
 from ..errors import RetrofitError, brief, check_module
 from ..plan import Plan
 from .blocks import PLACEMENTS
-from .inputs import given_inputs
-from .undo import is_retrofitted
+from .record.inputs import given_inputs
+from .splice.undo import is_retrofitted
 
 __all__ = ["Options", "Patterns", "check_arguments", "patterns_of"]
 

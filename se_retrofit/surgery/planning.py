@@ -17,15 +17,15 @@ from ..errors import RetrofitError
 from ..plan import Plan, Site, Skipped
 from .arguments import Options, patterns_of
 from .blocks import RECOGNISERS, Found, Place, Recogniser, find_places, places_at
-from .carry import block_around, misfit, structure_of
-from .edits import se_paths
-from .fitting import Fitting, SurgerySite
-from .inputs import describe, described_inputs
-from .isolation import isolated, without_collections
-from .methods import forget_methods
-from .operations import read
-from .record import Record
-from .runs import Runs
+from .record.facts import read
+from .record.graph import Record
+from .record.inputs import describe, described_inputs
+from .record.isolation import isolated, without_collections
+from .record.methods import forget_methods
+from .record.runs import Runs
+from .splice.carry import block_around, misfit, structure_of
+from .splice.fitting import Fitting, SurgerySite
+from .splice.ways import se_paths
 
 __all__ = ["fitted", "planned"]
 

@@ -31,7 +31,7 @@ from networks import (
 )
 from torch import nn
 
-import se_retrofit.surgery.carry
+import se_retrofit.surgery.splice.carry
 from se_retrofit import RetrofitError, SEAttention, add_se, has_se, plan_of, plan_se, remove_se
 from se_retrofit.models import Base
 
@@ -231,7 +231,7 @@ def test_planning_and_copying_leave_the_model_untouched(pair: Pair) -> None:
 def test_a_failure_half_way_leaves_the_model_untouched(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, _ = pair
     before = snapshot(model)
-    real, done = se_retrofit.surgery.carry.apply_edits, []
+    real, done = se_retrofit.surgery.splice.carry.apply_edits, []
 
     def failing(model: nn.Module, edits: dict[Any, Any]) -> None:
         half = dict(list(edits.items())[: (len(edits) + 1) // 2])
@@ -239,7 +239,7 @@ def test_a_failure_half_way_leaves_the_model_untouched(pair: Pair, monkeypatch: 
         done.append(half)
         raise MemoryError("in the middle")
 
-    monkeypatch.setattr(se_retrofit.surgery.carry, "apply_edits", failing)
+    monkeypatch.setattr(se_retrofit.surgery.splice.carry, "apply_edits", failing)
     with pytest.raises(MemoryError, match="in the middle"):
         add_se(model, inplace=True)
     assert done

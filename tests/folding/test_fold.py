@@ -42,8 +42,8 @@ from se_retrofit import (
 from se_retrofit.attention import StaticFactor
 from se_retrofit.folding.factors import Factors
 from se_retrofit.models import Base
-from se_retrofit.surgery.inputs import given_inputs
-from se_retrofit.surgery.runs import record
+from se_retrofit.surgery.record.inputs import given_inputs
+from se_retrofit.surgery.record.runs import record
 
 KINDS = {
     "residual": "torchvision/resnet18",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from se_retrofit import RetrofitError, add_se, load_retrofitted, load_se, save_retrofitted, save_se
 from se_retrofit.plaindata import parse_json, parse_yaml
 from se_retrofit.plan import Plan
-from se_retrofit.surgery.inputs import Inputs, describe, described_inputs
+from se_retrofit.surgery.record.inputs import Inputs, describe, described_inputs
 
 NETWORK = "test_resnet"  # timm's smallest
 MODULE = nn.Conv2d(3, 4, 3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from se_retrofit import add_se, plan_se
 from se_retrofit.surgery import RECOGNISERS, Block, Record
-from se_retrofit.surgery.runs import Runs
+from se_retrofit.surgery.record.runs import Runs
 
 
 class Gated(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from se_retrofit import plan_se
-from se_retrofit.surgery.copying import copied, on_meta
-from se_retrofit.surgery.meta import MetaOperations
+from se_retrofit.surgery.record.copying import copied, on_meta
+from se_retrofit.surgery.record.meta import MetaOperations
 
 aten = torch.ops.aten
 X = torch.empty(2, 4, 6, 6, device="meta")

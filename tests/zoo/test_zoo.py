@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, SEAttention, add_se
-from se_retrofit.surgery.runs import record
+from se_retrofit.surgery.record.runs import record
 from tools.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
 from tools.zoo.check import KINDS, CheckFailed, inspect_model
 from tools.zoo.command import app

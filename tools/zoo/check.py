@@ -14,10 +14,10 @@ from se_retrofit.attention import Inserted
 from se_retrofit.errors import RetrofitError
 from se_retrofit.plan import Plan
 from se_retrofit.retrofit import add_se, plan_of, remove_se
-from se_retrofit.surgery.inputs import described_inputs
-from se_retrofit.surgery.record import Record
-from se_retrofit.surgery.runs import record
-from se_retrofit.surgery.undo import is_retrofitted
+from se_retrofit.surgery.record.graph import Record
+from se_retrofit.surgery.record.inputs import described_inputs
+from se_retrofit.surgery.record.runs import record
+from se_retrofit.surgery.splice.undo import is_retrofitted
 
 from .names import Entry
 

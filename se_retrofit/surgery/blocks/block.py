@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..record import Call, Op
+from ..record.graph import Call, Op
 
 __all__ = ["Block", "Target"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..operations import innermost, real_users
-from ..record import Op, Record
+from ..record.facts import innermost, real_users
+from ..record.graph import Op, Record
 from .block import Block, Target
 from .questions import is_pointwise, next_after
 

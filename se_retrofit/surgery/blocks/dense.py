@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..operations import is_conv_or_linear
-from ..record import Call, Op, Record
+from ..record.facts import is_conv_or_linear
+from ..record.graph import Call, Op, Record
 from .block import Block, Target
 from .questions import (
     TRANSPARENT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from ..record import Call, Op, Record
+from ..record.graph import Call, Op, Record
 from .block import Block, Target
 from .names import name_of, other_names
 from .place import Found, Place, problem_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..operations import innermost, only_user, real_users
-from ..record import Op, Record
+from ..record.facts import innermost, only_user, real_users
+from ..record.graph import Op, Record
 from .block import Block
 from .questions import edge, is_gate, is_pointwise, next_after
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ...errors import RetrofitError
-from ..record import Call, Op, Record
+from ..record.graph import Call, Op, Record
 from .place import Found, Place, problem_of
 
 __all__ = ["places_at"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..record import Call, Record
-from ..roles import is_sequential
+from ..record.graph import Call, Record
+from ..record.roles import is_sequential
 from .block import Block
 from .questions import prefix_of
 

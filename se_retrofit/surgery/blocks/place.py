@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..operations import only_user
-from ..record import Call, Op
+from ..record.facts import only_user
+from ..record.graph import Call, Op
 
 __all__ = ["Found", "Place", "problem_of"]
 

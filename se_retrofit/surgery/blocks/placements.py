@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..operations import only_user
-from ..record import Record
+from ..record.facts import only_user
+from ..record.graph import Record
 from .block import Block, Target
 from .questions import before, edge, is_pointwise
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ..operations import innermost, only_user, real_users
-from ..record import Call, Op, Record
+from ..record.facts import innermost, only_user, real_users
+from ..record.graph import Call, Op, Record
 from .block import Target
 
 # What leaves a value the same but for its place, its size or a linear map of each channel.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..operations import only_user
-from ..record import Call, Op, Record
+from ..record.facts import only_user
+from ..record.graph import Call, Op, Record
 from .block import Block, Target
 from .questions import common_source, escapes, has_nonlinearity, has_spatial_conv, next_after, own_operations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record import Call, Op, Record
+from ..record.graph import Call, Op, Record
 from .block import Block
 from .inverted import core_of
 from .questions import bypass_source, edge, escapes, has_nonlinearity, has_spatial_conv, own_operations, resizes

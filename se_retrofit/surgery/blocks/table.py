@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..record import Record
+from ..record.graph import Record
 from .block import Block
 from .chains import plain_chains
 from .dense import dense_layers, dual_paths, split_units

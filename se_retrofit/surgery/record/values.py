@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .graph import Op
 from .inputs import tensors_in
-from .record import Op
 
 __all__ = ["Values", "makes", "written_by"]
 

@@ -8,15 +8,15 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..attention import Inserted
-from ..plan import Edit
-from .blocks import Place
+from ...attention import Inserted
+from ...plan import Edit
+from ..blocks import Place
+from ..record.graph import Record
+from ..record.runs import Runs
 from .carry import apply_edits, problems_of
 from .check import Comparison, compare
-from .edits import named, ways
-from .record import Record
-from .runs import Runs
-from .splice import SpliceError
+from .source import SpliceError
+from .ways import named, ways
 
 __all__ = ["Fitting", "SurgerySite"]
 

@@ -10,9 +10,9 @@ from functools import partial
 
 from torch import fx, nn
 
-from ..plan import Edit
-from .record import Call, Op
-from .splice import SpliceError
+from ...plan import Edit
+from ..record.graph import Call, Op
+from .source import SpliceError
 
 __all__ = ["graph_place", "graphs_of", "insert_node", "insertions"]
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import RetrofitError
-from .methods import unwrapped
-from .splice import Source, Splice, SpliceError, source_of, spliced_members
+from ...errors import RetrofitError
+from ..record.methods import unwrapped
+from .source import Source, Splice, SpliceError, source_of, spliced_members
 
 __all__ = ["Recipe", "RetrofittedBlock", "derived_class", "source_as_before"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .record import Conv, Op, Record
+from .graph import Conv, Op, Record
 from .roles import module_role, role_of
 
 Takers = dict[Op, list[Op]]

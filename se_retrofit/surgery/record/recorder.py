@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..attention import Inserted
+from ...attention import Inserted
+from .graph import Call, Op, Record, Where, rewritten, tensor_of
 from .inputs import Inputs, tensors_in
 from .isolation import forked_randomness
 from .meta import MetaOperations, all_on_meta
 from .methods import methods_of
-from .record import Call, Op, Record, Where, rewritten, tensor_of
 from .roles import module_role, role_of
 from .values import Values, makes, written_by
 

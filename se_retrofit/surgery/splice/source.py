@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import unwrapped
+from ..record.methods import unwrapped
 
 __all__ = ["Source", "Splice", "SpliceError", "node_at", "source_of", "span_of", "spliced_members"]
 

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..attention import ATTENTIONS, Inserted, Slot, built, name_of
-from ..errors import RetrofitError
-from ..plan import Edit, Plan, Site, noted_options
-from .arguments import Options
-from .copying import mode_of
+from ...attention import ATTENTIONS, Inserted, Slot, built, name_of
+from ...errors import RetrofitError
+from ...plan import Edit, Plan, Site, noted_options
+from ..arguments import Options
+from ..record.copying import mode_of
+from ..record.isolation import isolated
+from ..record.methods import unwrapped
+from ..record.roles import is_sequential
 from .derived import Recipe, RetrofittedBlock, derived_class, source_as_before
 from .graphs import insert_node, insertions
-from .isolation import isolated
-from .methods import unwrapped
-from .roles import is_sequential
-from .splice import Splice, SpliceError, source_of
+from .source import Splice, SpliceError, source_of
 from .undo import PLAN, is_retrofitted, strip
 
 __all__ = [

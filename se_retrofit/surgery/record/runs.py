@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import RetrofitError
+from ...errors import RetrofitError
+from ..splice.undo import strip
 from .copying import copied, in_mode, on_cpu, on_meta
+from .facts import read
+from .graph import Record
 from .inputs import Inputs, candidate_inputs, given_inputs
 from .isolation import isolated, without_collections
 from .meta import MetaOperations
-from .operations import read
-from .record import Record
-from .recording import NeedsValues, record_run
-from .undo import strip
+from .recorder import NeedsValues, record_run
 
 __all__ = ["Runs", "record"]
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.nn.utils import parametrize
 
-from ..attention import Inserted
+from ...attention import Inserted
 
 __all__ = ["is_sequential", "module_role", "role_of"]
 

@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..plan import Edit
-from .blocks import Place
+from ...plan import Edit
+from ..blocks import Place
+from ..record.facts import only_user
+from ..record.graph import Call, Op, Where
+from ..record.methods import Method, methods_of
+from ..record.roles import is_sequential
 from .carry import class_name, forward_digest, has_attribute
 from .graphs import graph_place
-from .methods import Method, methods_of
-from .operations import only_user
-from .record import Call, Op, Where
-from .roles import is_sequential
-from .splice import Source, SpliceError, node_at, source_of, span_of
+from .source import Source, SpliceError, node_at, source_of, span_of
 
 __all__ = ["SE_NAME", "named", "se_paths", "ways"]
 

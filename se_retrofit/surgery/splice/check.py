@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..attention import Inserted
-from .blocks import Place
-from .record import Call, Op, Record
+from ...attention import Inserted
+from ..blocks import Place
+from ..record.graph import Call, Op, Record
 
 __all__ = ["Comparison", "compare"]
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.overrides import TorchFunctionMode
 
-from ..errors import RetrofitError
+from ...errors import RetrofitError
 from .isolation import forked_randomness
 
 __all__ = ["copied", "has_values", "in_mode", "mode_of", "on_cpu", "on_meta"]

@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from torch import fx, nn
 
-from ..attention import Inserted
+from ...attention import Inserted
 from .derived import Recipe, RetrofittedBlock, derived_class
 from .graphs import graphs_of
 
