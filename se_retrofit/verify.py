@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from .attention import Inserted, scale
+from .attention import Inserted
 from .errors import RetrofitError, extra
 from .models import Base
 from .surgery.record.copying import in_mode
@@ -93,19 +93,29 @@ def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> C
     generator = torch.Generator().manual_seed(seed)
     for module in scrambled.modules():
         if isinstance(module, Inserted):
-            module.register_forward_hook(_FixedGates(2 * torch.rand(module.channel, generator=generator)))
+            _scramble(module, generator)
     return compare(model, scrambled, inputs)
 
 
-class _FixedGates:
-    """A hook that scales what a module returns by the same gates whatever comes in (random weights could leave them at 1)."""
+@torch.no_grad()
+def _scramble(module: Inserted, generator: torch.Generator) -> None:
+    """Give a module fixed random gates, or where it has no layer of gates, random parameters."""
+    if module.gate_layer:
+        setattr(module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator)))
+        return
+    for parameter in module.parameters():
+        parameter.copy_(2 * torch.rand(parameter.shape, generator=generator))
+
+
+class _FixedGates(nn.Sequential):
+    """Stands for the excitation: the same gates whatever comes in (random weights could leave them at 1)."""
 
     def __init__(self, gates: Tensor) -> None:
+        super().__init__()
         self.gates = gates
 
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        assert isinstance(module, Inserted)
-        return scale(output, self.gates.to(output), module.channel_dim)
+    def forward(self, squeezed: Tensor) -> Tensor:
+        return self.gates.to(squeezed).expand_as(squeezed)
 
 
 def redraw_vectors(model: nn.Module, seed: int = 0) -> None:

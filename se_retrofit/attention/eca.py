@@ -48,16 +48,9 @@ class ECA(Inserted):
     gate_layer = "gate"
 
     def __init__(
-        self,
-        channel: int,
-        kernel_size: int | None = None,
-        *,
-        channel_dim: int = 1,
-        inplace: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
+        self, channel: int, kernel_size: int | None = None, *, device: Any = None, dtype: Any = None, **where: Any
     ) -> None:
-        super().__init__(channel, channel_dim, inplace)
+        super().__init__(channel, **where)
         if kernel_size is None:
             width = int(abs((math.log2(channel) + 1) / 2))
             kernel_size = width if width % 2 else width + 1

@@ -53,16 +53,8 @@ class FromIdentity(Inserted):
         True
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        channel: int,
-        *,
-        channel_dim: int = 1,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(channel, channel_dim)
+    def __init__(self, module: nn.Module, channel: int, *, device: Any = None, dtype: Any = None, **where: Any) -> None:
+        super().__init__(channel, **where)
         self.f = module
         self.alpha = nn.Parameter(torch.empty(channel, device=device, dtype=dtype))
         self.reset_parameters()

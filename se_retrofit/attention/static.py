@@ -36,16 +36,8 @@ class StaticFactor(Inserted):
         True
     """
 
-    def __init__(
-        self,
-        channel: int,
-        *,
-        channel_dim: int = 1,
-        inplace: bool = False,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(channel, channel_dim, inplace)
+    def __init__(self, channel: int, *, device: Any = None, dtype: Any = None, **where: Any) -> None:
+        super().__init__(channel, **where)
         self.factor = nn.Parameter(torch.empty(channel, device=device, dtype=dtype))
         self.reset_parameters()
 
