@@ -88,12 +88,12 @@ def init_bottleneck(first: nn.Module, last: nn.Module, generator: torch.Generato
     (as in LoRA)."""
     assert isinstance(first, nn.Linear)
     assert isinstance(last, nn.Linear)
-    draw(first.weight, math.sqrt(2 / first.in_features), generator)
     # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all of them.
     # Units in pairs of opposite sign: of each pair, one is alive for any input.
+    pairs = first.out_features // 2
+    draw(first.weight[pairs:], math.sqrt(2 / first.in_features), generator)
     with torch.no_grad():
-        pairs = first.out_features // 2
-        first.weight[pairs : 2 * pairs] = -first.weight[:pairs]
+        torch.neg(first.weight[pairs : 2 * pairs], out=first.weight[:pairs])
     init.zeros_(last.weight)
     for layer in (first, last):
         if layer.bias is not None:

@@ -27,16 +27,7 @@ __all__ = ["check_same", "describe_data", "describe_run", "difference", "digest"
 
 SAMPLES = 8  # items of a data set whose content is looked at
 DIGITS = 16  # of a hash, in hexadecimal
-SITE = (
-    "path",
-    "block",
-    "kind",
-    "after",
-    "channels",
-    "hidden",
-    "parameters",
-    "channel_dim",
-)  # not by which edits SE is called
+SITE = ("path", "block", "kind", "after", "channels", "parameters", "channel_dim", "attention")  # not the edits
 
 
 def describe_run(model: nn.Module, train_data: Any, val_data: Any, base: Base | None) -> dict[str, Any]:
