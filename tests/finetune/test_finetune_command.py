@@ -181,11 +181,12 @@ def test_compare_prints_and_writes(tmp_path: Path) -> None:
         "--output",
         str(tmp_path),
         "--arms",
-        "plain,se",
+        "plain,se,cbam",
     )
     for piece in (
         "without SE",
         "with SE",
+        "with CBAM",
         "seed 0, accuracy %",
         "seed 1, accuracy %",
         "ms per step",
