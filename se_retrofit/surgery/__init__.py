@@ -3,7 +3,7 @@
 What a recogniser of one's own needs is here: it is a function from a ``Record`` to ``Block``s.
 """
 
-from .blocks import PLACEMENTS, RECOGNISERS, Block, Target
+from .blocks import PLACEMENTS, RECOGNISERS, Block, Recogniser, Target
 from .record.graph import Call, Op, Record
 
-__all__ = ["PLACEMENTS", "RECOGNISERS", "Block", "Call", "Op", "Record", "Target"]
+__all__ = ["PLACEMENTS", "RECOGNISERS", "Block", "Call", "Op", "Recogniser", "Record", "Target"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from own_networks import Branch
 from torch import Tensor, nn
 
 from se_retrofit import add_se, plan_se
-from se_retrofit.surgery import RECOGNISERS, Block, Record
+from se_retrofit.surgery import RECOGNISERS, Block, Recogniser, Record
 from se_retrofit.surgery.record.runs import Runs
 
 
@@ -41,6 +44,25 @@ def test_a_recogniser_of_the_users_own_finds_blocks() -> None:
     x = torch.randn(2, 3, 6, 6)
     assert_same_function(model, add_se(model, recognisers=[gated_units]), x)
     assert_same_function(model, add_se(model, plan=plan), x)
+
+
+def test_one_file_and_one_row_are_all_that_a_kind_of_block_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worked example of CONTRIBUTING.md."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    file, row = re.findall(r"```python\n(.*?)```", text[text.index("## Add a kind of block") :], re.DOTALL)[:2]
+    (tmp_path / "gated_units_of_a_stranger.py").write_text(file, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("gated_units_of_a_stranger")
+    before = RECOGNISERS.copy()
+    try:
+        exec(row, {"RECOGNISERS": RECOGNISERS, "Recogniser": Recogniser, "gated_units": module.gated_units})
+        model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), Gated(8), Gated(8))).eval()
+        assert {site.kind for site in plan_se(model).sites} == {"gated"}
+        assert_same_function(model, add_se(model), torch.randn(2, 3, 6, 6))
+    finally:
+        RECOGNISERS[:] = before
 
 
 def test_it_is_asked_before_those_of_the_package() -> None:

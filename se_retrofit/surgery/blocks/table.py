@@ -36,7 +36,7 @@ class Recogniser:
 
 
 # In this order: what one has found is left alone by those that follow.
-RECOGNISERS: tuple[Recogniser, ...] = (
+RECOGNISERS: list[Recogniser] = [
     Recogniser(dense_layers, nests=True),
     Recogniser(residual_units, nests=True),
     Recogniser(split_units, nests=True),
@@ -45,4 +45,4 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     Recogniser(multi_branch_blocks),
     Recogniser(reparameterisable_sums),
     Recogniser(plain_chains, alone=True),
-)
+]
