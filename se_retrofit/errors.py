@@ -46,12 +46,12 @@ def extra(name: str) -> Iterator[None]:
 @contextmanager
 def told_as_fault() -> Iterator[None]:
     """What is raised inside it and is no ``RetrofitError`` becomes one that asks to report it: it is a fault of this package.
-    Arguments are checked before. That memory ran out is no fault."""
+    Arguments are checked before. That memory ran out is no fault, nor is a warning that the caller has made an error."""
     from torch import OutOfMemoryError
 
     try:
         yield
-    except (RetrofitError, MemoryError, OutOfMemoryError):
+    except (RetrofitError, Warning, MemoryError, OutOfMemoryError):
         raise
     except Exception as error:
         raise RetrofitError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import se_retrofit.surgery.planning
+import se_retrofit.surgery.record.runs
 from se_retrofit import Plan, RetrofitError, add_se, has_se, plan_of, plan_se, remove_se
 
 
@@ -85,7 +85,7 @@ def not_recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def recorded(*args: Any) -> None:
         raise AssertionError("a model was recorded")
 
-    return lambda: monkeypatch.setattr(se_retrofit.surgery.planning, "record", recorded)
+    return lambda: monkeypatch.setattr(se_retrofit.surgery.record.runs, "record_run", recorded)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -317,7 +317,7 @@ def test_a_plan_that_was_tampered_with_runs_nothing(name: str, value: Any, tmp_p
     [
         (lambda d: d["sites"][0].update(channels="4"), r"sites\[0\].channels"),
         (lambda d: d["sites"][0].update(channels=True), r"sites\[0\].channels"),
-        (lambda d: d["sites"][0].update(hidden=3), "hidden=3"),
+        (lambda d: d["sites"][0].update(parameters=3), "3 parameters"),
         (lambda d: d["sites"][0].update(dtype="nn"), "dtype"),
         (lambda d: d["sites"].append(d["sites"][0]), "two sites at one place"),
         (lambda d: d["sites"].clear(), "no sites"),

@@ -85,7 +85,6 @@ def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inser
 
     Raises:
         RetrofitError: what a class or factory of the user's raises, or gives, can't be inserted.
-        TypeError: it gives no module.
     """
     cpu = replace(slot, device=torch.device("cpu"))
     if isinstance(attention, str):
@@ -113,7 +112,7 @@ def _made(attention: Callable[..., nn.Module], built_for: Slot, slot: Slot) -> n
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(module, nn.Module):
-        raise TypeError(f"attention={name_of(attention)} must give an nn.Module, got {brief(module)}")
+        raise RetrofitError(f"attention={name_of(attention)} must give an nn.Module, got {brief(module)}")
     return module
 
 

@@ -71,7 +71,7 @@ PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 
 GATE_FIELDS: dict[str, tuple[type, ...]] = {
-    "channels": (list,), "low": (float, int), "high": (float, int), "variation": (float, int),
+    "channels": (list,), "low": (float, int), "high": (float, int), "variation": (float, int), "saturated": (float, int),
 }  # fmt: skip
 
 
@@ -196,10 +196,11 @@ def _check_history(history: list[Any], where: str) -> None:
     """Raise unless it holds a row of numbers for each epoch, with what ``log_gates`` gives for each site."""
     for row in history:
         check = dict(row) if isinstance(row, dict) else {}
-        gates = check.pop("gates", {})
-        numbers = [*check.values()]
+        gates, saturated = check.pop("gates", {}), check.pop("saturated", {})
+        numbers = [*check.values(), *(saturated.values() if isinstance(saturated, dict) else [saturated])]
         for seen in gates.values() if isinstance(gates, dict) else [gates]:
-            check_fields(seen, GATE_FIELDS, f"{where}: gates")
+            older = {"saturated": 0.0} if isinstance(seen, dict) else {}  # what runs before this version did not note
+            check_fields({**older, **seen} if older else seen, GATE_FIELDS, f"{where}: gates")
             numbers += [*seen["channels"], *([] if len(seen["channels"]) == 5 else ["five are expected"])]
         if type(check.get("epoch")) is not int or not all(map(_is_number, numbers)):
             raise RetrofitError(f"{where} must hold a row of numbers for each epoch, got {brief(row)}")

@@ -22,6 +22,8 @@ def carried_out(
         retrofitted = add_se(
             model, plan=plan, example_inputs=example_inputs, attention=attention or "se", inplace=inplace
         )
+    except Warning:
+        raise
     except Exception as error:  # the plan is what a file says, and the base runs with inputs of its choice
         raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
     check_same_sites(plan_of(retrofitted), plan, where)

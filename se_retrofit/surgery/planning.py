@@ -65,7 +65,7 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
     Warns:
         UserWarning: a block's code has changed.
     """
-    plan = replace(plan, options={**plan.options, "attention": _attention_again(plan, options.attention)})
+    plan = _with_attention(plan, options.attention)
     chosen = replace(Options.of(plan), recognisers=options.recognisers)
     if not plan.sites:
         raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
@@ -113,19 +113,21 @@ def _found_again(wanted: Site, again: Plan, model: str) -> Site:
     return replace(found, attention=wanted.attention, parameters=wanted.parameters)
 
 
-def _attention_again(plan: Plan, given: Attention) -> Attention:
-    """The attention of a plan that was made before: of a class or factory that was saved, the one that is given again."""
+def _with_attention(plan: Plan, given: Attention) -> Plan:
+    """A plan that was made before; where it was made with a class or factory and saved, with the one that is given again."""
     noted: Any = plan.options.get("attention", "se")
     if not isinstance(noted, dict):
         if given not in ("se", noted):
             raise RetrofitError(f"the plan brings its own attention, {name_of(noted)}; leave attention out")
-        return noted
+        return plan
+    saved = noted.get("callable")
     if isinstance(given, str):
         raise RetrofitError(
-            f"the plan was made with a class or factory for the attention, {noted.get('callable')}, which is not saved; give it "
-            "again: attention=..."
+            f"the plan was made with a class or factory for the attention, {saved}, which is not saved; give it again: "
+            "attention=..."
         )
-    return given
+    sites = tuple(replace(s, attention=name_of(given)) if s.attention == saved else s for s in plan.sites)
+    return replace(plan, sites=sites, options={**plan.options, "attention": given})
 
 
 # Which places ---------------------------------------------------------------------------------------------------------

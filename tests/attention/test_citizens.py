@@ -145,7 +145,7 @@ def test_a_name_is_saved_with_its_options(name: str, tmp_path: Path) -> None:
     assert plan_of(again) == plan_of(model)
     bare = remove_se(model)
     assert torch.equal(load_se(bare, save_se(model, tmp_path / "se.safetensors"))(inputs()), model(inputs()))
-    with pytest.raises(RetrofitError, match=f"says itself which attention it has, '{name}'; leave attention out"):
+    with pytest.raises(RetrofitError, match=f"brings its own attention, {name}; leave attention out"):
         load_retrofitted(folder, base=Network(), attention=Gain)
 
 
@@ -159,7 +159,7 @@ def test_a_class_is_given_again(name: str, tmp_path: Path) -> None:
         RetrofitError, match=r"made with a class or factory for the attention, .*, which is not saved; give it"
     ):
         load_retrofitted(folder, base=Network())
-    with pytest.raises(RetrofitError, match="no longer fits"):
+    with pytest.raises(RetrofitError, match=r"parameters, by its options"):
         load_retrofitted(folder, base=Network(), attention=lambda slot: nn.Conv2d(8, 8, 3, padding=1))
 
 

@@ -95,7 +95,7 @@ def shared() -> Callable[[Slot], nn.Module]:
         ("senet", RetrofitError, "attention must be one of 'se', 'eca', 'cbam', 'static', a class or a factory, got 'senet'"),
         (3, TypeError, "attention must be a name, a class or a factory, got 3"),
         (nn.Identity(), TypeError, "must make a new module for each place, got one Identity"),
-        (lambda slot: 3, TypeError, "must give an nn.Module, got 3"),
+        (lambda slot: 3, RetrofitError, "must give an nn.Module, got 3"),
         (grow, RetrofitError, r"grow, in block first, must give the shape that it is given, \(2, 8, 7, 6\), and gives \(2, 16, 7, 6\)"),
         (overwrite, RetrofitError, "overwrite, in block first, changes its input in place"),
         (infinite, RetrofitError, "infinite, in block first, gives values that are not finite"),
@@ -137,7 +137,8 @@ def test_a_plan_brings_its_attention() -> None:
     model = add_se(Network(), plan=plan)
     assert [site.attention for site in plan_of(model).sites] == ["attentions.Gain"] * 2
     with pytest.raises(
-        RetrofitError, match=r"made with a class or factory for the attention, attentions.Gain; give it again"
+        RetrofitError,
+        match=r"made with a class or factory for the attention, attentions.Gain, which is not saved; give it again",
     ):
         add_se(Network(), plan=plan_of(model))
     again = add_se(Network(), plan=type(plan).from_dict(plan.to_dict()), attention=Gain)

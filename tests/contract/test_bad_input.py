@@ -79,8 +79,8 @@ def test_a_class_in_place_of_an_instance() -> None:
         ),
         ({"exclude": ["1", "nowhere"]}, RetrofitError, "the pattern 'nowhere' matches none"),
         ({"exclude": "*"}, RetrofitError, "leave no block"),
-        ({"include": [1]}, TypeError, r"include must be a pattern of block paths or a list of them, got \[1\]"),
-        ({"include": 1}, TypeError, "include must be a pattern of block paths or a list of them"),
+        ({"include": [1]}, TypeError, r"include must be a pattern of paths or a list of them, got \[1\]"),
+        ({"include": 1}, TypeError, "include must be a pattern of paths or a list of them"),
         (
             {"example_inputs": torch.zeros(2, 5, 8, 8)},
             RetrofitError,

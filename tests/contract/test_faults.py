@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock
 from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase
 
-from se_retrofit import InsertSE, RetrofitError, add_se, plan_se, remove_se, retrofit
+from se_retrofit import InsertSE, RetrofitError, add_se, plan_se, remove_se
 
 X = torch.zeros(1, 3, 9, 9)
 
@@ -28,14 +28,16 @@ def broken(error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("where", ["plan_surgery", "_build", "apply_edits"])
+@pytest.mark.parametrize(
+    "where", ["retrofit.planned", "surgery.splice.carry.built", "surgery.splice.carry.apply_edits"]
+)
 @pytest.mark.parametrize("error", [KeyError("block"), TypeError("deep inside"), RuntimeError("of torch")])
 def test_a_fault_asks_to_be_reported(
     monkeypatch: pytest.MonkeyPatch, error: Exception, where: str, inplace: bool
 ) -> None:
     model = network()
     before = snapshot(model)
-    monkeypatch.setattr(retrofit, where, broken(error))
+    monkeypatch.setattr(f"se_retrofit.{where}", broken(error))
     with pytest.raises(RetrofitError, match="fault of se_retrofit, please report") as raised:
         add_se(model, 2, example_inputs=X, inplace=inplace)
     assert raised.value.__cause__ is error
@@ -45,8 +47,8 @@ def test_a_fault_asks_to_be_reported(
 def test_so_it_is_in_planning_undoing_and_in_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = add_se(network(), 2, example_inputs=X)
     traced = torch.fx.symbolic_trace(network())
-    monkeypatch.setattr(retrofit, "strip", broken(KeyError("class")))
-    monkeypatch.setattr(retrofit, "plan_surgery", broken(KeyError("block")))
+    monkeypatch.setattr("se_retrofit.retrofit.strip", broken(KeyError("class")))
+    monkeypatch.setattr("se_retrofit.retrofit.planned", broken(KeyError("block")))
     before = snapshot(model)
     run_pass: PassBase = InsertSE(2, example_inputs=X)
     for call in (lambda: plan_se(network()), lambda: remove_se(model, inplace=True), lambda: run_pass(traced)):
@@ -64,10 +66,11 @@ def test_so_it_is_in_planning_undoing_and_in_the_pass(monkeypatch: pytest.Monkey
         RetrofitError("with a reason"),
         MemoryError(),
         torch.OutOfMemoryError(),
+        UserWarning("a warning that the user has made an error"),
     ],
 )
 def test_interruptions_and_reasons_pass_as_they_are(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    monkeypatch.setattr(retrofit, "apply_edits", broken(error))
+    monkeypatch.setattr("se_retrofit.surgery.splice.carry.apply_edits", broken(error))
     with pytest.raises(type(error)) as raised:
         add_se(network(), 2, example_inputs=X)
     assert raised.value is error

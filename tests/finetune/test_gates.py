@@ -98,7 +98,7 @@ def test_sites_with_saturated_gates_are_named_once(
 def test_static_factors_and_gates_within_their_range_are_never_called_saturated(
     config: Config, digits: NamedData, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    static = add_se(tiny_network(se=False), gate="static")
+    static = add_se(tiny_network(se=False), attention="static")
     for module in static.modules():
         if isinstance(module, SEAttention):
             nn.init.constant_(module.factor, 3.0)

@@ -41,7 +41,7 @@ def movement(channels: int, scaled: bool) -> float:
         optimizer.zero_grad()
         (-se(x).sum()).backward()
         optimizer.step()
-    return float((se.excite(x).detach() - 1).abs().mean())
+    return float((se.gates(x).detach() - 1).abs().mean())
 
 
 def test_gates_move_alike_at_every_width() -> None:
@@ -69,7 +69,7 @@ def test_a_layer_is_scaled_by_its_own_fan_in_whatever_module_it_is_in() -> None:
 
 
 def test_static_factors_learn_at_the_full_rate_and_so_do_all_other_parameters() -> None:
-    groups = param_groups(wide_network(gate="static"), 0.1, 3.0, 5.0)
+    groups = param_groups(wide_network(attention="static"), 0.1, 3.0, 5.0)
     assert {(g["name"], g["lr_scale"]) for g in groups} == {("se", 3.0), ("head", 5.0), ("body", 1.0)}
 
 

@@ -215,8 +215,6 @@ def test_each_placement_keeps_the_outputs(name: str, placement: str) -> None:
 BLOCKS = {
     "torchvision/resnet18": {"residual": "BasicBlock"},
     "torchvision/resnet50": {"residual": "Bottleneck"},
-    "torchvision/resnext50_32x4d": {"residual": "Bottleneck"},
-    "torchvision/wide_resnet50_2": {"residual": "Bottleneck"},
     "torchvision/densenet121": {"dense": "_DenseLayer"},
     "torchvision/googlenet": {"multi-branch": "Inception"},
     "torchvision/inception_v3": {"multi-branch": "InceptionA InceptionB InceptionC InceptionD InceptionE"},
@@ -229,14 +227,11 @@ BLOCKS = {
     "timm/resnetv2_50": {"residual": "PreActBottleneck"},
     "timm/densenet121": {"dense": "DenseLayer"},
     "timm/mobilenetv2_100": {"inverted": "InvertedResidual DepthwiseSeparableConv"},
-    "timm/mnasnet_100": {"inverted": "InvertedResidual DepthwiseSeparableConv"},
-    "timm/efficientnet_lite0": {"inverted": "InvertedResidual DepthwiseSeparableConv"},
     "timm/convnext_atto": {"residual": "ConvNeXtBlock"},
     "timm/dla34": {"residual": "DlaBasic"},
     "timm/res2net50_26w_4s": {"residual": "Bottle2neck"},
     "timm/hrnet_w18_small": {"residual": "BasicBlock Bottleneck"},
     "timm/cspdarknet53": {"residual": "DarkBlock"},
-    "timm/darknet53": {"residual": "DarkBlock"},
     "timm/vovnet39a": {"multi-branch": "OsaBlock"},
     "timm/nf_resnet50": {"residual": "NormFreeBlock"},
     "timm/repvgg_b0": {"rep-sum": "RepVggBlock"},
@@ -246,7 +241,7 @@ BLOCKS = {
 
 # One for each kind; the sweeps take the others, too.
 EVERY_TIME = (
-    "torchvision/resnet18", "torchvision/squeezenet1_1", "torchvision/shufflenet_v2_x0_5", "timm/mnasnet_100", "timm/repvgg_b0",
+    "torchvision/resnet18", "torchvision/squeezenet1_1", "torchvision/shufflenet_v2_x0_5", "timm/mobilenetv2_100", "timm/repvgg_b0",
     "timm/convnext_atto",
 )  # fmt: skip
 

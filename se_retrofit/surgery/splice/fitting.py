@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ...attention import Inserted
 from ...plan import Edit
 from ..blocks import Place
+from ..record.copying import on_cpu
 from ..record.graph import Record
 from ..record.runs import Runs
 from .carry import apply_edits, problems_of
@@ -29,12 +31,17 @@ LOOKS_INSIDE = (
 
 
 class Probe(Inserted):
-    """What is inserted on a trial, whatever the attention will be: a product, so that a value that can't be scaled shows."""
+    """What is inserted on a trial, whatever the attention will be: a product with a parameter, so that a value that can't be
+    scaled shows, and a network that looks at its parameters."""
+
+    def __init__(self, channels: int, channel_dim: int, dtype: torch.dtype, device: str) -> None:
+        super().__init__(channels, channel_dim)
+        self.factor = nn.Parameter(torch.ones(channels, dtype=dtype, device=device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.dim()
         shape[self.channel_dim] = self.channel
-        return x * x.new_ones(shape)
+        return x * self.factor.view(shape)
 
 
 @dataclass(eq=False)
@@ -198,7 +205,8 @@ class Fitting:
         modules = {}
         for site in sites:
             place = site.place
-            se = Probe(place.channels, place.op.channel_dim or 1)
+            device = "cpu" if self.runs.convert is on_cpu else "meta"
+            se = Probe(place.channels, place.op.channel_dim or 1, place.op.dtype, device)
             for edit in site.edits:
                 modules[edit] = (site.path, se)
         apply_edits(copy, modules)
