@@ -12,9 +12,9 @@ from timm.layers import DropPath
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from ..attention import Inserted
 from ..errors import RetrofitError
 from ..saving.recipe import BASE
-from ..surgery.splice.undo import is_retrofitted
 
 __all__ = [
     "as_found",
@@ -28,7 +28,7 @@ AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # of torchvision's G
 
 
 def se_modules(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if is_retrofitted(module)]
+    return [module for module in model.modules() if isinstance(module, Inserted)]
 
 
 def head_of(model: nn.Module) -> list[nn.Module]:

@@ -21,11 +21,11 @@ Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
 
 
-def wide_network(gate: str = "identity") -> nn.Module:
+def wide_network(attention: str = "se") -> nn.Module:
     """Blocks of 8, 8, 16 and 64 channels; the layers of the last one's SE have 64 and 32 inputs, all others 16 or fewer."""
     torch.manual_seed(0)
     model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 64), num_classes=10, zero_init_last=False)
-    return add_se(model, reduction=2, gate=gate)
+    return add_se(model, reduction=2, attention=attention)
 
 
 def movement(channels: int, scaled: bool) -> float:
