@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,13 +78,23 @@ ENDS = [
     "x = x + out\nreturn F.relu(x)",
     "return out.add(x)",
 ]
+LOOPS = [  # over blocks that are each other's equals, or the same one again, or of other widths
+    "for layer in self.layers:\n    x = x + layer(x)",
+    "for layer in self.layers:\n    x = x * 1.0\n    x += layer(x)",
+    "for conv, bn in zip(self.convs, self.bns):\n    x = x + bn(conv(F.relu(x)))",
+    "for i in range(2):\n    x = self.layers[i](x) + x",
+    "for layer in self.layers:\n    x = x + layer.forward(x)",
+    "for _ in range(2):\n    x = x + self.layers[0](x)",
+    "for layer in self.widths:\n    x = F.relu(layer(x))\nfor layer in self.layers:\n    x = x + layer(x)",
+    "values = [x]\nfor layer in self.layers:\n    values.append(values[-1] + layer(values[-1]))\nx = values[-1]",
+]
 LAST = ["self.bn2(self.conv2({}))", "self.body({})", "self.conv2({})"]
 
 
 @st.composite
 def blocks(draw: st.DrawFn, name: str) -> str:
-    """The source of a class of residual, inverted, dense or multi-branch blocks."""
-    kind = draw(st.sampled_from(["residual", "residual", "inverted", "dense", "branches"]))
+    """The source of a class of residual, inverted, dense or multi-branch blocks, or of loops over several."""
+    kind = draw(st.sampled_from(["residual", "residual", "inverted", "dense", "branches", "loop"]))
     act = draw(st.sampled_from(ACTIVATIONS))
     # between branch and skip nothing may happen to x that makes another value of it than the block's input
     python = [draw(st.sampled_from(PYTHON)), draw(st.sampled_from([p for p in PYTHON if "pool" not in p]))]
@@ -104,6 +115,8 @@ def blocks(draw: st.DrawFn, name: str) -> str:
             "out = self.project(out)",
         ]
         lines += draw(st.sampled_from(ENDS[:3])).splitlines()
+    elif kind == "loop":
+        lines += [*draw(st.sampled_from(LOOPS)).splitlines(), "return x"]
     elif kind == "dense":
         lines += [*python[1].splitlines(), "a, b = x.chunk(2, 1)", f"out = {act.replace('{}', 'self.narrow(b)')}"]
         lines += ["return torch.cat([a, out], 1)"]
@@ -126,6 +139,12 @@ class {name}(nn.Module):
         self.expand, self.project = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
         self.dw, self.dwn = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)
         self.narrow, self.merge = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(2)
+        )
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.widths = nn.ModuleList([nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)])
         self.act = nn.ReLU()
         self.calls, self.seen, self.cfg = 0, [], {{"alpha": 0.5}}
 
@@ -166,6 +185,11 @@ class Network(nn.Module):
     )
 
 
+ATTENTIONS = st.sampled_from(["se", "se", "eca", "cbam", "static"])
+PLACES = st.sampled_from([{}, {}, {"at": "stem"}, {"at": "blocks*"}, {"at": ["stem", "blocks.0*"], "auto": True}])
+OPTIONS = st.builds(lambda attention, places: {"attention": attention, **places}, ATTENTIONS, PLACES)
+
+
 def imported(program: str, folder: Path) -> type[nn.Module]:
     name = f"random_network_{abs(hash(program))}"
     path = folder / f"{name}.py"
@@ -179,27 +203,29 @@ def imported(program: str, folder: Path) -> type[nn.Module]:
     return module.Network
 
 
-def keeps_the_contract(program: str, folder: Path) -> None:
+def keeps_the_contract(program: str, options: dict[str, Any], folder: Path) -> None:
     network = imported(program, folder)
     try:
         torch.manual_seed(0)
         model = network()
-        check(model, sites=None, sizes=((2, 3, 12, 12), (1, 3, 7, 9)))
+        check(model, sites=None, sizes=((2, 3, 12, 12), (1, 3, 7, 9)), **options)
     except Exception as error:
-        error.add_note(f"the network, as a program:\n{program}")
+        error.add_note(f"add_se(model, 2, **{options}); the network, as a program:\n{program}")
         raise
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(program=programs())
-def test_networks_composed_at_random_keep_the_contract(program: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    keeps_the_contract(program, tmp_path_factory.mktemp("networks"))
+@given(program=programs(), options=OPTIONS)
+def test_networks_composed_at_random_keep_the_contract(
+    program: str, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    keeps_the_contract(program, options, tmp_path_factory.mktemp("networks"))
 
 
 @pytest.mark.sweep
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(program=programs())
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(program=programs(), options=OPTIONS)
 def test_hundreds_of_networks_composed_at_random_keep_the_contract(
-    program: str, tmp_path_factory: pytest.TempPathFactory
+    program: str, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    keeps_the_contract(program, tmp_path_factory.mktemp("networks"))
+    keeps_the_contract(program, options, tmp_path_factory.mktemp("networks"))
