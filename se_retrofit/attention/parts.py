@@ -7,6 +7,7 @@ from the end and all dims behind it are spatial.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -77,10 +78,16 @@ def hidden_width(channels: int, reduction: int, min_hidden: int) -> int:
     return max(channels // reduction, min_hidden)
 
 
-def undrawn(layer: type[nn.Module], *sizes: int, device: Any, **options: Any) -> Any:
+def undrawn(layer: Any, *sizes: int, **options: Any) -> Any:
     """A layer whose parameters have no values yet: to draw values that are drawn anew takes long."""
-    device = torch.get_default_device() if device is None else device
-    return layer(*sizes, **options, device="meta").to_empty(device=device)
+    made = _without_draws(layer)(*sizes, **options)
+    made.__class__ = layer
+    return made
+
+
+@functools.cache
+def _without_draws(layer: type[nn.Module]) -> type[nn.Module]:
+    return type(layer.__name__, (layer,), {"reset_parameters": lambda self: None})
 
 
 def init_bottleneck(first: nn.Module, last: nn.Module, generator: torch.Generator | None = None) -> None:
