@@ -90,6 +90,7 @@ def refusals(data: Any, value: Any, load: Callable[[Any], Any]) -> list[str]:
     return said
 
 
+@pytest.mark.filterwarnings("ignore:.*the plan of this ResNet was made again")
 @pytest.mark.parametrize("value", HOSTILE, ids=repr)
 def test_whatever_stands_in_a_recipe_it_loads_or_is_refused(value: Any, saved: Path) -> None:
     file = saved / "recipe.json"
@@ -103,6 +104,7 @@ def test_whatever_stands_in_a_recipe_it_loads_or_is_refused(value: Any, saved: P
     assert all(str(saved) in text for text in said)
 
 
+@pytest.mark.filterwarnings("ignore:.*the plan of this ResNet was made again")
 @pytest.mark.parametrize("value", HOSTILE, ids=repr)
 def test_whatever_stands_in_the_header_of_se_modules_they_load_or_are_refused(
     value: Any, sound: Path, tmp_path: Path
