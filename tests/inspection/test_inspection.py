@@ -16,8 +16,8 @@ from se_retrofit.inspection import graphs
 
 def test_all_views_come_from_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[bool] = []
-    record_of = graphs.record_of
-    monkeypatch.setattr(graphs, "record_of", lambda *args, **kw: recorded.append(True) or record_of(*args, **kw))
+    record = graphs.record
+    monkeypatch.setattr(graphs, "record", lambda *args, **kw: recorded.append(True) or record(*args, **kw))
     inspection = inspect(add_se(small_resnet()))
     assert str(inspection) == str(inspection.report())
     views = [inspection.graph(), inspection.graph("layer1.0"), inspection.diff(), inspection.diff("layer1.0")]
