@@ -13,7 +13,7 @@ from ..surgery.record.graph import Op, Record, tensor_of
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
 
-__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_part", "join", "sign_of", "spoken"]
+__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_part", "join", "sign_of"]
 
 
 @dataclass(eq=False)
@@ -50,8 +50,9 @@ class BlockGraph:
         return node.op
 
     def path(self, target: str) -> str:
-        """A path in the block as people read it."""
-        return spoken(self.scope, target)
+        """A path in the block as people read it: what has a number alone for a name is named with the sequence that it is in."""
+        holder = self.scope.rpartition(".")[2]
+        return f"{holder}.{target}" if holder and target[:1].isdigit() else target
 
     def label(self, node: fx.Node) -> str:
         """A node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
@@ -171,12 +172,6 @@ class BlockPair:
 def join(*parts: str) -> str:
     """A module path from parts, any of which may be empty."""
     return ".".join(part for part in parts if part)
-
-
-def spoken(scope: str, target: str) -> str:
-    """A path in a module as people read it: what has a number alone for a name is named with the sequence that it is in."""
-    holder = scope.rpartition(".")[2]
-    return f"{holder}.{target}" if holder and target[:1].isdigit() else target
 
 
 def sign_of(op: Op) -> str:

@@ -24,7 +24,7 @@ from ..surgery.record.inputs import Inputs, described_inputs, given_inputs
 from ..surgery.record.roles import is_sequential
 from ..surgery.record.runs import record
 from ..surgery.splice.undo import is_retrofitted
-from .blocks import BlockGraph, BlockPair, class_name, join, spoken
+from .blocks import BlockGraph, BlockPair, class_name, join
 
 __all__ = ["Recorded", "call_graph", "find_block", "recorded"]
 
@@ -84,9 +84,14 @@ def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
             cls = class_name(_unit_around(after, site.block, module))
             blocks[site.block] = BlockPair(site.block, site.kind, cls, [], module, model, after)
         blocks[site.block].sites.append(site)
-    graphs = _Graphs(original, after)
+    # what is open after is open before, so that the two differ in nothing but SE
+    opened = {
+        call.path
+        for call in after.calls
+        if is_sequential(call.module) or any(map(is_retrofitted, call.module.modules()))
+    }
     for pair in blocks.values():
-        graphs.fill(pair)
+        _fill(pair, original, opened)
     return Recorded(model, plan, after, original, list(blocks.values()))
 
 
@@ -146,46 +151,29 @@ def _unit_around(record: Record, path: str, module: nn.Module) -> nn.Module:
     return module if call is None or call.path == path else call.module
 
 
-class _Graphs:
-    """The graphs of blocks in the record of a network without SE, and with it."""
+# Parts of a record's graph --------------------------------------------------------------------------------------------
 
-    def __init__(self, original: Record, record: Record) -> None:
-        self.original, self.record = original, record
-        # what is open after is open before, so that the two differ in nothing but SE
-        self.opened = {call.path for call in record.calls if _opens(call.module)}
+Steps = list[Op | Call]
 
-    def fill(self, pair: BlockPair) -> None:
-        """Put the graphs into a pair, or the reason why there are none."""
-        calls = self.calls(pair)
-        original = next((call for call in self.original.calls if calls and call.path == calls[0].path), None)
-        if not calls or original is None:
-            pair.failure = "it is not called on these inputs"
-            return
-        pair.calls = len(calls)
-        before, after = _steps(self.original, original, self.opened), _steps(self.record, calls[0], self.opened)
-        if calls[0].path == pair.path:
-            pair.before = graph_of(self.original, before, original)
-            pair.after = graph_of(self.record, after, calls[0])
-            pair.span = range(calls[0].start, calls[0].end)
-            return
+
+def _fill(pair: BlockPair, original: Record, opened: Container[str]) -> None:
+    """Put the graphs before and after into a pair, or the reason why there are none."""
+    se = next((op for op in pair.record.ops if op.path == pair.sites[0].path), None)
+    call = se.call if se is not None else None
+    while call is not None and call.path and not f"{pair.path}.".startswith(f"{call.path}."):
+        call = call.parent
+    call_before = next((c for c in original.calls if call is not None and c.path == call.path), None)
+    if call is None or call_before is None:
+        pair.failure = "it is not called on these inputs"
+        return
+    pair.calls = sum(other.path == call.path for other in pair.record.calls)
+    before, after = _steps(original, call_before, opened), _steps(pair.record, call, opened)
+    if call.path == pair.path:
+        pair.before, pair.after = graph_of(original, before, call_before), graph_of(pair.record, after, call)
+    else:
         before, after = _parts(pair, before, after)
-        pair.before, pair.after = graph_of(self.original, before), graph_of(self.record, after)
-        pair.span = _span(after)
-
-    def calls(self, pair: BlockPair) -> list[Call]:
-        """The calls of the innermost module that is called and holds the block and its sites."""
-        paths = [pair.path, *(site.path.rpartition(".")[0] for site in pair.sites)]
-        holder = pair.path
-        while True:
-            if all(not holder or f"{path}.".startswith(f"{holder}.") for path in paths):
-                found = [call for call in self.record.calls if call.path == holder]
-                if found or not holder:
-                    return found
-            holder = holder.rpartition(".")[0]
-
-
-def _opens(module: nn.Module) -> bool:
-    return is_sequential(module) or any(is_retrofitted(m) for m in module.modules())
+        pair.before, pair.after = graph_of(original, before), graph_of(pair.record, after)
+    pair.span = _span(after)
 
 
 def call_graph(record: Record, call: Call, opened: Container[str]) -> BlockGraph:
@@ -193,9 +181,9 @@ def call_graph(record: Record, call: Call, opened: Container[str]) -> BlockGraph
     return graph_of(record, _steps(record, call, opened), call)
 
 
-def _steps(record: Record, call: Call, opened: Container[str]) -> list[Op | Call]:
+def _steps(record: Record, call: Call, opened: Container[str]) -> Steps:
     """What happens in a call, in order: its own operations, and the calls of modules; what happens in opened ones is put in."""
-    steps: list[Op | Call] = []
+    steps: Steps = []
     position = call.start
     for child in call.children:
         steps += record.ops[position : child.start]
@@ -204,54 +192,44 @@ def _steps(record: Record, call: Call, opened: Container[str]) -> list[Op | Call
     return steps + record.ops[position : call.end]
 
 
-def _span(steps: list[Op | Call]) -> range:
+def _span(steps: Steps) -> range:
     """The indices of the operations in some consecutive steps."""
     first, last = steps[0], steps[-1]
     start = first.start if isinstance(first, Call) else first.index
     return range(start, last.end if isinstance(last, Call) else last.index + 1)
 
 
-def _parts(pair: BlockPair, before: list[Op | Call], after: list[Op | Call]) -> tuple[list[Op | Call], list[Op | Call]]:
+def _parts(pair: BlockPair, before: Steps, after: Steps) -> tuple[Steps, Steps]:
     """The steps that are a block which is a part of a larger graph: from its first module to its last or to its SE."""
     own = {pair.path, *(site.path for site in pair.sites)}
     inside = [step.path is not None and (step.path in own or step.path.startswith(f"{pair.path}.")) for step in after]
     first, end = inside.index(True), len(inside) - inside[::-1].index(True)
-    while pair.kind != "chain" and end < len(after) and _is_function(after[end]):
+    while pair.kind != "chain" and end < len(after) and after[end].module is None and after[end].path is None:
         end += 1
-    earlier, within = (sum(_is_se(step) for step in steps) for steps in (after[:first], after[first:end]))
+    earlier, within = (sum(is_retrofitted(step.module) for step in part) for part in (after[:first], after[first:end]))
     return before[first - earlier : end - earlier - within], after[first:end]
 
 
-def _is_function(step: Op | Call) -> bool:
-    return isinstance(step, Op) and step.module is None and step.role != "param"
-
-
-def _is_se(step: Op | Call) -> bool:
-    return is_retrofitted(step.module)
-
-
-# Parts of a record's graph --------------------------------------------------------------------------------------------
-
-
-def graph_of(record: Record, steps: list[Op | Call], call: Call | None = None) -> BlockGraph:
+def graph_of(record: Record, steps: Steps, call: Call | None = None) -> BlockGraph:
     """The part of a record's graph that is some consecutive steps: all of a call, whose inputs and outputs it has then; or
     without a call, with paths from the model's root."""
-    cut = _Cut(record, "" if call is None else call.path)
+    copies = _Copies(record, "" if call is None else call.path)
     for op in dict.fromkeys(call.inputs if call is not None else ()):
-        cut.placeholder(op)
+        copies.placeholder(op)
     for step in steps:
         if isinstance(step, Call):
-            cut.call(step)
+            copies.add_call(step)
         elif step.role != "param":
-            cut.copy(node_of(step))
+            copies.add(node_of(step))
     outputs = call.outputs if call is not None else _leaving(record, steps)
-    results = tuple(cut.copied(node_of(op)) for op in outputs)
-    cut.graph.output(results[0] if len(results) == 1 else results)
-    cut.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "call_module", "output"))
-    return BlockGraph(cut.graph, cut.scope)
+    results = tuple(copies[node_of(op)] for op in outputs)
+    graph = copies.block.graph
+    graph.output(results[0] if len(results) == 1 else results)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "call_module", "output"))
+    return copies.block
 
 
-def _leaving(record: Record, steps: list[Op | Call]) -> list[Op]:
+def _leaving(record: Record, steps: Steps) -> list[Op]:
     """The values that are taken after some steps."""
     made = [op for step in steps for op in (step.outputs if isinstance(step, Call) else [step])]
     end, outputs = _span(steps).stop, record.calls[0].outputs
@@ -263,61 +241,54 @@ def node_of(op: Op) -> fx.Node:
     return op.node
 
 
-class _Cut:
-    """A graph that nodes of a record's graph are copied to."""
+class _Copies(dict[fx.Node, fx.Node]):
+    """The nodes of a record's graph that a block's graph has copies of, with the copies; others are copied when asked for."""
 
     def __init__(self, record: Record, scope: str) -> None:
-        self.record, self.scope = record, scope
-        self.graph = fx.Graph()
+        self.record, self.block = record, BlockGraph(fx.Graph(), scope)
         self.ops = {op.node: op for op in record.ops}
-        self.copies: dict[fx.Node, fx.Node] = {}
+
+    def __missing__(self, node: fx.Node) -> fx.Node:
+        # what depends on no input is copied where it is first taken, as is what returns several tensors, an operation each
+        op = self.ops.get(node)
+        return self.add(node) if op is None or op.role == "param" else self.placeholder(op)
 
     def placeholder(self, op: Op) -> fx.Node:
         """A new input for a value that comes from elsewhere."""
-        given = self.graph.find_nodes(op="placeholder")
-        with self.graph.inserting_after(given[-1]) if given else self.graph.inserting_before():
-            node = self.graph.placeholder(f"x_{len(given)}" if given else "x")
-        node.meta.update(node_of(op).meta, ops=[op])
-        self.copies[node_of(op)] = node
-        return node
+        graph, node = self.block.graph, node_of(op)
+        given = graph.find_nodes(op="placeholder")
+        with graph.inserting_after(given[-1]) if given else graph.inserting_before():
+            self[node] = graph.placeholder(f"x_{len(given)}" if given else "x")
+        self[node].meta.update(node.meta, ops=[op])
+        return self[node]
 
-    def copied(self, node: fx.Node) -> fx.Node:
-        """The copy of a node of the record. What depends on no input is copied where it is first taken; so is an operation that
-        returns several tensors, which are operations each."""
-        if node in self.copies:
-            return self.copies[node]
-        op = self.ops.get(node)
-        return self.copy(node) if op is None or op.role == "param" else self.placeholder(op)
-
-    def copy(self, node: fx.Node) -> fx.Node:
-        """Copy a node as ``graph.node_copy`` does, with its target and its name as they are in the block."""
-        op = self.ops.get(node)
-        ops = [op] if op is not None else [self.ops[user] for user in node.users if user in self.ops]
+    def add(self, node: fx.Node) -> fx.Node:
+        """Copy a node as ``graph.node_copy`` does, with the target and the name that it has in the block."""
+        ops = [self.ops[n] for n in ([node] if node in self.ops else node.users) if n in self.ops]
         target, name = node.target, ops[0].name if isinstance(node.target, torch._ops.OpOverload) else None
         if node.op in ("call_module", "get_attr"):
             target, name = self.named(str(target))
-        args, kwargs = map_arg((node.args, node.kwargs), self.copied)
-        copy = self.graph.create_node(node.op, target, args, kwargs, name, node.type)
+        args, kwargs = map_arg((node.args, node.kwargs), self.__getitem__)
+        copy = self[node] = self.block.graph.create_node(node.op, target, args, kwargs, name)
         copy.meta.update(node.meta, ops=ops)
         if node.op == "call_module":
             copy.meta["module"] = self.record.model.get_submodule(str(node.target))
-        self.copies[node] = copy
         return copy
 
-    def call(self, call: Call) -> None:
+    def add_call(self, call: Call) -> None:
         """One node for all that happens in the call of a module."""
-        args = tuple(self.copied(node_of(op)) for op in dict.fromkeys(call.inputs))
+        args = tuple(self[node_of(op)] for op in dict.fromkeys(call.inputs))
         target, name = self.named(call.path)
-        node = self.graph.create_node("call_module", target, args, name=name)
+        node = self.block.graph.create_node("call_module", target, args, name=name)
         node.meta.update(call=call.parent, where=call.where, module=call.module, ops=call.outputs)
         if call.returned is not None:
             node.meta.update(shape=call.returned.shape, dtype=call.returned.dtype)
-        self.copies.update((node_of(op), node) for op in call.outputs)
+        self.update((node_of(op), node) for op in call.outputs)
 
     def named(self, path: str) -> tuple[str, str]:
         """A path from the block on, and the name of its node."""
-        target = path.removeprefix(f"{self.scope}.") if self.scope else path
-        return target, re.sub(r"\W", "_", spoken(self.scope, target))
+        target = path.removeprefix(f"{self.block.scope}.") if self.block.scope else path
+        return target, re.sub(r"\W", "_", self.block.path(target))
 
 
 def batch_size(record: Record) -> int:

@@ -63,14 +63,12 @@ class Network:
 
 def network_of(found: Recorded) -> Network:
     """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
-    paths = [path for pair in found.blocks for path in (pair.path, *(site.path for site in pair.sites))]
     called = {pair.path for pair in found.blocks if not pair.is_part and pair.failure is None}
-    opened = {path.rpartition(".")[0] for path in paths if path} | {""}
-    for path in list(opened):
-        while path:
-            path = path.rpartition(".")[0]
-            opened.add(path)
-    opened = {path for path in opened if not any(path == c or path.startswith(f"{c}.") for c in called if c)}
+    opened = {
+        call.path
+        for call in found.record.calls
+        if (not call.path or call.path not in called) and any(map(is_retrofitted, call.module.modules()))
+    }
     root = next(call for call in found.record.calls if not call.path)
     whole = call_graph(found.record, root, opened)
     by_op = {
