@@ -13,7 +13,7 @@ from ..surgery.record.graph import Op, Record, tensor_of
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
 
-__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_part", "join", "sign_of"]
+__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_getitem", "join", "sign_of"]
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class BlockGraph:
         if node.op == "call_module":
             return class_name(node.meta["module"])
         if node.op == "call_function":
-            return "getitem" if is_part(node) else sign_of(node.meta["ops"][0])
+            return "getitem" if is_getitem(node) else sign_of(node.meta["ops"][0])
         return node.op
 
     def path(self, target: str) -> str:
@@ -66,7 +66,7 @@ class BlockGraph:
         return " ".join([self.kind(node), *constants])
 
 
-def is_part(node: fx.Node) -> bool:
+def is_getitem(node: fx.Node) -> bool:
     """Whether a node stands for one of the tensors that an operation returned."""
     return node.target in (operator.getitem, tensor_of)
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..errors import RetrofitError, extra
 from ..paths import writable
 from ..surgery.splice.undo import is_retrofitted
-from .blocks import BlockGraph, BlockPair, class_name, describe, is_part
+from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem
 from .graphs import Recorded
 
 with extra("inspect"):
@@ -174,7 +174,7 @@ def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, nodes: dict[fx.Nod
     order = next(iter(nodes)).graph.nodes
     for place in order:
         node = nodes.get(place)
-        if is_part(place) or (node is not None and node in several[1:]):
+        if is_getitem(place) or (node is not None and node in several[1:]):
             continue
         if node is None:
             drawing.node(prefix + place.name, " \n ", style="invis")
@@ -186,7 +186,7 @@ def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, nodes: dict[fx.Nod
             origin = (
                 next(p for p in order if nodes.get(p) is several[0]) if made is not None and made in several else source
             )
-            while is_part(origin):  # an arrow from all that an operation returned, with the shape of the part
+            while is_getitem(origin):  # an arrow from all that an operation returned, with the shape of the part
                 origin = origin.all_input_nodes[0]
             shape = block.shape(made if made is not None else nodes[source.all_input_nodes[0]])
             flowing.setdefault(origin, []).append(shape.replace("x", "\u00d7"))

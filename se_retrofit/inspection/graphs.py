@@ -214,8 +214,7 @@ def graph_of(record: Record, steps: Steps, call: Call | None = None) -> BlockGra
     """The part of a record's graph that is some consecutive steps: all of a call, whose inputs and outputs it has then; or
     without a call, with paths from the model's root."""
     copies = _Copies(record, "" if call is None else call.path)
-    for op in dict.fromkeys(call.inputs if call is not None else ()):
-        copies.placeholder(op)
+    given = [copies.placeholder(op) for op in dict.fromkeys(call.inputs if call is not None else ())]
     for step in steps:
         if isinstance(step, Call):
             copies.add_call(step)
@@ -225,7 +224,7 @@ def graph_of(record: Record, steps: Steps, call: Call | None = None) -> BlockGra
     results = tuple(copies[node_of(op)] for op in outputs)
     graph = copies.block.graph
     graph.output(results[0] if len(results) == 1 else results)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "call_module", "output"))
+    graph.eliminate_dead_code(lambda node: node.op in ("call_module", "output") or node in given)
     return copies.block
 
 

@@ -130,8 +130,13 @@ def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
         (small_resnet(), "layer2.0", (64, 8, 8)),
         (torchvision.models.mobilenet_v2(width_mult=0.35), "features.3", (8, 8, 8)),
         (torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0), "denselayer1", (8, 8, 8)),
+        (
+            torchvision.models.shufflenet_v2_x0_5(),
+            "stage2.1",
+            (48, 28, 28),
+        ),  # functions with arguments, one with two results
     ],
-    ids=["residual", "projection", "inverted", "dense"],
+    ids=["residual", "projection", "inverted", "dense", "split"],
 )
 def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size: tuple[int, ...]) -> None:
     inputs = torch.randn(2, *size) if isinstance(model, torchvision.models.densenet._DenseBlock) else None
