@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ..plan import Site
 from ..surgery.record.graph import Op, Record, tensor_of
+from ..surgery.record.roles import is_sequential
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
 
@@ -153,7 +154,9 @@ class BlockPair:
                 continue
             call, module, path = op.call, op.module, op.path or ""
             while not call.holds(se) and call.parent is not None:
-                call, module, path = call.parent, call.module, call.path
+                if not is_sequential(call.module):
+                    module, path = call.module, call.path
+                call = call.parent
             found[f"{path} ({class_name(module)})" if module is not None else sign_of(op)] = None
         return list(found) or ["output"]
 

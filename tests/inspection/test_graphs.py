@@ -54,6 +54,8 @@ def test_what_takes_a_blocks_value_is_named_across_its_borders() -> None:
     assert before["u1.net.se_attention"] == "head (Conv2d)"
     alone = Inception(3, 8, 8, 8, 8, 8, 8)
     assert [row.before for row in report(add_se(alone, example_inputs=example), example).rows] == ["output"]
+    fire = inspect(retrofitted("tv/squeezenet1_1")).blocks[-1]  # a container without a forward of its own is not named
+    assert fire.se_before(fire.sites[0]) == "classifier.1 (Conv2d)"
     functions = report(add_se(PlainNet(), example_inputs=example), example).rows
     assert [row.before for row in functions] == ["max_pool2d_with_indices", "mean"]
 
