@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from ..plan import Site
-from ..surgery.record.graph import Op, Record
+from ..surgery.record.graph import Op, Record, tensor_of
+from ..surgery.record.roles import is_sequential
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
 
-__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "join"]
+__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_getitem", "join", "sign_of"]
 
 
 @dataclass(eq=False)
 class BlockGraph:
-    """One graph of a block, before or after.
+    """One graph of a block, before or after: a part of the graph of ``record``.
 
     Attributes:
-        graph: its nodes; the target of a ``call_module`` node is a path relative to ``scope``.
-        values: what each node computes, as operations of the record.
-        modules: the module that each ``call_module`` node calls.
-        scope: path of the module whose forward this is, or is a part of.
+        graph: its nodes. Their ``meta`` is that of the record's graph, with two keys more: ``"ops"``, the operations of the
+            record whose values a node gives (a module may return several), and ``"module"``, the one that a ``call_module``
+            node calls.
+        scope: path of the module whose forward this is. The targets of nodes are paths from there; from the model's root for
+            a block that is a part of a larger graph.
     """
 
     graph: fx.Graph
-    values: dict[fx.Node, list[Op]]
-    modules: dict[fx.Node, nn.Module]
     scope: str
 
     @property
     def ses(self) -> list[fx.Node]:
         """The nodes that call an inserted SE module."""
-        return [node for node, module in self.modules.items() if is_retrofitted(module)]
+        return [node for node in self.graph.nodes if is_retrofitted(node.meta.get("module"))]
 
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
-        return ", ".join("x".join(map(str, op.shape[1:])) or "scalar" for op in self.values.get(node, []))
+        shapes = [op.shape if op.role == "param" else op.shape[1:] for op in node.meta.get("ops", [])]
+        return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes)
 
     def kind(self, node: fx.Node) -> str:
         """Class of the module that a node calls, or the name of its function."""
-        if node in self.modules:
-            return class_name(self.modules[node])
+        if node.op == "call_module":
+            return class_name(node.meta["module"])
         if node.op == "call_function":
-            (op,) = self.values[node]
-            return sign_of(op)
+            return "getitem" if is_getitem(node) else sign_of(node.meta["ops"][0])
         return node.op
 
     def path(self, target: str) -> str:
@@ -54,25 +55,37 @@ class BlockGraph:
         holder = self.scope.rpartition(".")[2]
         return f"{holder}.{target}" if holder and target[:1].isdigit() else target
 
-    def changes_nothing(self, node: fx.Node) -> bool:
-        """Whether a node gives the values that it takes, if in another shape or order."""
-        given = [op for source in node.all_input_nodes for op in self.values.get(source, [])]
-        op = next(iter(self.values.get(node, [])), None)
-        while op is not None and op not in given and op.role in ("shape", "pass") and len(op.data) == 1:
-            op = op.data[0]
-        return op in given
-
-    def label(self, node: fx.Node, prefix: str = "") -> str:
+    def label(self, node: fx.Node) -> str:
         """A node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
         if node.op == "call_module":
-            target = str(node.target)
-            return f"{join(prefix, target) if prefix else self.path(target)} ({self.kind(node)})"
+            return f"{self.path(str(node.target))} ({self.kind(node)})"
         if node.op == "placeholder":
             return f"input {node.name}"
         if node.op == "get_attr":
             return str(node.target)
-        constants = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        constants = [str(n.target) for n in map(_parameter, node.all_input_nodes) if n.op == "get_attr"]
         return " ".join([self.kind(node), *constants])
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether a node stands for one of the tensors that an operation returned."""
+    return node.target in (operator.getitem, tensor_of)
+
+
+def _parameter(node: fx.Node) -> fx.Node:
+    """The parameter that a value is another shape of; other values are themselves."""
+    while len(node.all_input_nodes) == 1 and all(op.role == "param" for op in node.meta["ops"]):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    """Whether a node gives the values that it takes, if in another shape or order."""
+    given = [op for source in node.all_input_nodes for op in source.meta["ops"]]
+    op = next(iter(node.meta["ops"]), None)
+    while op is not None and op not in given and op.role in ("shape", "pass") and len(op.data) == 1:
+        op = op.data[0]
+    return op in given
 
 
 @dataclass(eq=False)
@@ -90,11 +103,18 @@ class BlockPair:
     after: BlockGraph | None = None
     failure: str | None = None
     calls: int = 1
-    whole: BlockGraph | None = None  # the graph after of which the block is a part
+    span: range = range(0)  # the indices of its operations in the record, in its first call
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is a part of the graph of a module around it."""
+        return self.after is not None and self.after.scope != self.path
 
     def se_node(self, site: Site) -> fx.Node | None:
         """The node of the graph after that calls a site's SE module."""
-        return _call_to(self.after, site.path)
+        if self.after is None:
+            return None
+        return next((node for node in self.after.ses if join(self.after.scope, str(node.target)) == site.path), None)
 
     def se_after(self, site: Site) -> str:
         """What gives the value that a site's SE scales, in few words: a layer, even if its output is permuted first."""
@@ -102,19 +122,18 @@ class BlockPair:
         if node is None or self.after is None:
             return site.after
         source = node.all_input_nodes[0]
-        while len(source.all_input_nodes) == 1 and self.after.changes_nothing(source):
+        while len(source.all_input_nodes) == 1 and _changes_nothing(source):
             source = source.all_input_nodes[0]
         return self.after.label(source)
 
     def se_before(self, site: Site) -> str:
         """What takes the value that a site's SE has scaled, in few words: in the block, or else behind it."""
-        graph, prefix = (self.after, "") if self.whole is None else (self.whole, self.whole.scope)
-        node = _call_to(graph, site.path)
-        if node is None or graph is None:
+        node = self.se_node(site)
+        if node is None or self.after is None:
             return ""
         takers: list[str] = []
         for user in node.users:
-            takers += [graph.label(user, prefix)] if user.op != "output" else self._behind(site)
+            takers += [self.after.label(user)] if user.op != "output" else self._behind(site)
         takers = list(dict.fromkeys(takers))
         return ", ".join(takers) if len(takers) < 3 else f"{takers[0]} and {len(takers) - 1} more"
 
@@ -122,23 +141,22 @@ class BlockPair:
         """What takes a value outside of the block whose end it is: the modules nearest to the block, or operations of the code
         around both."""
         se = next(op for op in self.record.ops if op.path == site.path)
-        scope = self.path if self.whole is None else self.whole.scope
-        block = next((call for call in self.record.calls if call.path == scope and call.holds(se)), None)
         found: dict[str, None] = {}
         seen: set[Op] = set()
         waiting = sorted(se.users, key=lambda op: op.index, reverse=True)
         while waiting:
             op = waiting.pop()
-            if op in seen:
+            if op in seen or op.index in self.span:
                 continue
             seen.add(op)
-            inside = block is not None and block.holds(op)
-            if inside or (op.module is None and op.role in ("shape", "pass") and op.users and op.call.holds(se)):
+            if op.module is None and op.role in ("shape", "pass") and op.users and op.call.holds(se):
                 waiting += sorted(op.users, key=lambda user: user.index, reverse=True)
                 continue
             call, module, path = op.call, op.module, op.path or ""
             while not call.holds(se) and call.parent is not None:
-                call, module, path = call.parent, call.module, call.path
+                if not is_sequential(call.module):
+                    module, path = call.module, call.path
+                call = call.parent
             found[f"{path} ({class_name(module)})" if module is not None else sign_of(op)] = None
         return list(found) or ["output"]
 
@@ -165,12 +183,6 @@ def sign_of(op: Op) -> str:
     return op.name if sign is None else sign + "=" * op.inplace
 
 
-def _call_to(block: BlockGraph | None, path: str) -> fx.Node | None:
-    if block is None:
-        return None
-    return next((node for node in block.ses if join(block.scope, str(node.target)) == path), None)
-
-
 def class_name(module: nn.Module) -> str:
     """Name of a module's class as it was before a retrofit."""
     cls = type(module)
@@ -189,7 +201,7 @@ def _structure(block: BlockGraph) -> tuple[Any, ...]:
     for node in block.graph.nodes:
         if node in given:
             continue
-        module = block.modules.get(node)
+        module = node.meta.get("module")
         detail: Any = None
         if isinstance(module, nn.modules.conv._ConvNd):
             detail = (module.kernel_size, module.groups > 1)

@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..errors import RetrofitError, extra
 from ..paths import writable
 from ..surgery.splice.undo import is_retrofitted
-from .blocks import BlockGraph, BlockPair, class_name, describe
+from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem
 from .graphs import Recorded
 
 with extra("inspect"):
@@ -174,7 +174,7 @@ def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, nodes: dict[fx.Nod
     order = next(iter(nodes)).graph.nodes
     for place in order:
         node = nodes.get(place)
-        if node is not None and node in several[1:]:
+        if is_getitem(place) or (node is not None and node in several[1:]):
             continue
         if node is None:
             drawing.node(prefix + place.name, " \n ", style="invis")
@@ -186,6 +186,8 @@ def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, nodes: dict[fx.Nod
             origin = (
                 next(p for p in order if nodes.get(p) is several[0]) if made is not None and made in several else source
             )
+            while is_getitem(origin):  # an arrow from all that an operation returned, with the shape of the part
+                origin = origin.all_input_nodes[0]
             shape = block.shape(made if made is not None else nodes[source.all_input_nodes[0]])
             flowing.setdefault(origin, []).append(shape.replace("x", "\u00d7"))
         for origin, shapes in flowing.items():
@@ -206,7 +208,7 @@ def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, nodes: dict[fx.Nod
 
 def _edge_style(block: BlockGraph, ends: list[fx.Node | None]) -> dict[str, str]:
     """How the edge between two nodes looks; None is a gap, through which it goes on."""
-    if any(is_retrofitted(block.modules.get(end)) for end in ends if end is not None):
+    if any(is_retrofitted(end.meta.get("module")) for end in ends if end is not None):
         return {"class": "se", "color": _SE_LINE, "penwidth": "1.8", "fontcolor": _SE_LINE}
     if ends[1] is None:
         return {"headclip": "false", "arrowhead": "none"}
@@ -214,7 +216,7 @@ def _edge_style(block: BlockGraph, ends: list[fx.Node | None]) -> dict[str, str]
 
 
 def _draw_node(drawing: graphviz.Digraph, block: BlockGraph, node: fx.Node, name: str) -> None:
-    module, kind = block.modules.get(node), block.kind(node)
+    module, kind = node.meta.get("module"), block.kind(node)
     if is_retrofitted(module):
         label = f"{describe(module)}\n{block.path(str(node.target))}".replace("->", "→")
         style = {"fillcolor": _SE_FILL, "color": _SE_LINE, "penwidth": "2", "fontname": "Helvetica-Bold"}

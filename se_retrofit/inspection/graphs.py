@@ -8,6 +8,7 @@ graph before is that of a copy without SE, not derived from the graph after.
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..surgery.record.runs import record
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, join
 
-__all__ = ["Recorded", "find_block", "graph_of", "recorded"]
+__all__ = ["Recorded", "call_graph", "find_block", "recorded"]
 
 
 @dataclass(eq=False)
@@ -83,9 +84,14 @@ def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
             cls = class_name(_unit_around(after, site.block, module))
             blocks[site.block] = BlockPair(site.block, site.kind, cls, [], module, model, after)
         blocks[site.block].sites.append(site)
-    graphs = _Graphs(original, after)
+    # what is open after is open before, so that the two differ in nothing but SE
+    opened = {
+        call.path
+        for call in after.calls
+        if is_sequential(call.module) or any(map(is_retrofitted, call.module.modules()))
+    }
     for pair in blocks.values():
-        graphs.fill(pair)
+        _fill(pair, original, opened)
     return Recorded(model, plan, after, original, list(blocks.values()))
 
 
@@ -120,7 +126,9 @@ def _own_names(pair: BlockPair) -> list[str]:
 
 def _inner_names(pair: BlockPair) -> list[str]:
     """The modules that a block calls."""
-    return [] if pair.after is None else [join(pair.after.scope, str(node.target)) for node in pair.after.modules]
+    if pair.after is None:
+        return []
+    return [join(pair.after.scope, str(node.target)) for node in pair.after.graph.find_nodes(op="call_module")]
 
 
 # From records to graphs -----------------------------------------------------------------------------------------------
@@ -143,200 +151,143 @@ def _unit_around(record: Record, path: str, module: nn.Module) -> nn.Module:
     return module if call is None or call.path == path else call.module
 
 
-class _Graphs:
-    """The graphs of calls in the record of a network without SE, and with it."""
+# Parts of a record's graph --------------------------------------------------------------------------------------------
 
-    def __init__(self, original: Record, record: Record) -> None:
-        self.original = _calls_by_path(original)
-        self.calls = _calls_by_path(record)
-        # what is open after is open before, so that the two differ in nothing but SE
-        self.opened = {path for path, calls in self.calls.items() if _opens(calls[0].module)}
-        self.made: dict[str, tuple[BlockGraph, BlockGraph]] = {}
-
-    def fill(self, pair: BlockPair) -> None:
-        """Put the graphs into a pair, or the reason why there are none."""
-        scope = self.scope(pair)
-        if scope is None or scope not in self.original:
-            pair.failure = "it is not called on these inputs"
-            return
-        pair.calls = len(self.calls[scope])
-        if scope not in self.made:
-            before, after = self.original[scope][0], self.calls[scope][0]
-            self.made[scope] = graph_of(before, self.opened), graph_of(after, self.opened)
-        pair.before, pair.after = self.made[scope]
-        if scope != pair.path:
-            pair.whole = pair.after
-            pair.before, pair.after = _slices(pair, pair.before, pair.after)
-
-    def scope(self, pair: BlockPair) -> str | None:
-        """Path of the innermost module that is called and holds the block and its sites."""
-        paths = [pair.path, *(site.path.rpartition(".")[0] for site in pair.sites)]
-        candidate = pair.path
-        while True:
-            if candidate in self.calls and all(
-                p == candidate or not candidate or p.startswith(f"{candidate}.") for p in paths
-            ):
-                return candidate
-            if not candidate:
-                return None
-            candidate = candidate.rpartition(".")[0]
+Steps = list[Op | Call]
 
 
-def _calls_by_path(record: Record) -> dict[str, list[Call]]:
-    calls: dict[str, list[Call]] = {}
-    for call in record.calls:
-        calls.setdefault(call.path, []).append(call)
-    return calls
+def _fill(pair: BlockPair, original: Record, opened: Container[str]) -> None:
+    """Put the graphs before and after into a pair, or the reason why there are none."""
+    se = next((op for op in pair.record.ops if op.path == pair.sites[0].path), None)
+    call = se.call if se is not None else None
+    while call is not None and call.path and not f"{pair.path}.".startswith(f"{call.path}."):
+        call = call.parent
+    call_before = next((c for c in original.calls if call is not None and c.path == call.path), None)
+    if call is None or call_before is None:
+        pair.failure = "it is not called on these inputs"
+        return
+    pair.calls = sum(other.path == call.path for other in pair.record.calls)
+    before, after = _steps(original, call_before, opened), _steps(pair.record, call, opened)
+    if call.path == pair.path:
+        pair.before, pair.after = graph_of(original, before, call_before), graph_of(pair.record, after, call)
+    else:
+        before, after = _parts(pair, before, after)
+        pair.before, pair.after = graph_of(original, before), graph_of(pair.record, after)
+    pair.span = _span(after)
 
 
-def _opens(module: nn.Module) -> bool:
-    return is_sequential(module) or any(is_retrofitted(m) for m in module.modules())
-
-
-def graph_of(call: Call, opened: set[str]) -> BlockGraph:
+def call_graph(record: Record, call: Call, opened: Container[str]) -> BlockGraph:
     """The graph of a call, with the calls of opened modules put in."""
-    result = BlockGraph(fx.Graph(), {}, {}, call.path)
-    nodes: dict[Op, fx.Node] = {}
-    drawn = _Drawing(result, call, opened, nodes)
-    for op in dict.fromkeys(call.inputs):
-        drawn.placeholder(op)
-    drawn.put_in(call)
-    result.graph.output(
-        tuple(drawn.node(o) for o in call.outputs) if len(call.outputs) != 1 else drawn.node(call.outputs[0])
-    )
-    return result
+    return graph_of(record, _steps(record, call, opened), call)
 
 
-@dataclass(eq=False)
-class _Drawing:
-    result: BlockGraph
-    scope: Call
-    opened: set[str]
-    nodes: dict[Op, fx.Node]
+def _steps(record: Record, call: Call, opened: Container[str]) -> Steps:
+    """What happens in a call, in order: its own operations, and the calls of modules; what happens in opened ones is put in."""
+    steps: Steps = []
+    position = call.start
+    for child in call.children:
+        steps += record.ops[position : child.start]
+        steps += _steps(record, child, opened) if child.path in opened else [child]
+        position = child.end
+    return steps + record.ops[position : call.end]
+
+
+def _span(steps: Steps) -> range:
+    """The indices of the operations in some consecutive steps."""
+    first, last = steps[0], steps[-1]
+    start = first.start if isinstance(first, Call) else first.index
+    return range(start, last.end if isinstance(last, Call) else last.index + 1)
+
+
+def _parts(pair: BlockPair, before: Steps, after: Steps) -> tuple[Steps, Steps]:
+    """The steps that are a block which is a part of a larger graph: from its first module to its last or to its SE."""
+    own = {pair.path, *(site.path for site in pair.sites)}
+    inside = [step.path is not None and (step.path in own or step.path.startswith(f"{pair.path}.")) for step in after]
+    first, end = inside.index(True), len(inside) - inside[::-1].index(True)
+    while pair.kind != "chain" and end < len(after) and after[end].module is None and after[end].path is None:
+        end += 1
+    earlier, within = (sum(is_retrofitted(step.module) for step in part) for part in (after[:first], after[first:end]))
+    return before[first - earlier : end - earlier - within], after[first:end]
+
+
+def graph_of(record: Record, steps: Steps, call: Call | None = None) -> BlockGraph:
+    """The part of a record's graph that is some consecutive steps: all of a call, whose inputs and outputs it has then; or
+    without a call, with paths from the model's root."""
+    copies = _Copies(record, "" if call is None else call.path)
+    given = [copies.placeholder(op) for op in dict.fromkeys(call.inputs if call is not None else ())]
+    for step in steps:
+        if isinstance(step, Call):
+            copies.add_call(step)
+        elif step.role != "param":
+            copies.add(node_of(step))
+    outputs = call.outputs if call is not None else _leaving(record, steps)
+    results = tuple(copies[node_of(op)] for op in outputs)
+    graph = copies.block.graph
+    graph.output(results[0] if len(results) == 1 else results)
+    graph.eliminate_dead_code(lambda node: node.op in ("call_module", "output") or node in given)
+    return copies.block
+
+
+def _leaving(record: Record, steps: Steps) -> list[Op]:
+    """The values that are taken after some steps."""
+    made = [op for step in steps for op in (step.outputs if isinstance(step, Call) else [step])]
+    end, outputs = _span(steps).stop, record.calls[0].outputs
+    return [op for op in made if op in outputs or any(user.index >= end for user in op.users)]
+
+
+def node_of(op: Op) -> fx.Node:
+    assert op.node is not None  # only a record that is compared with another has no graph
+    return op.node
+
+
+class _Copies(dict[fx.Node, fx.Node]):
+    """The nodes of a record's graph that a block's graph has copies of, with the copies; others are copied when asked for."""
+
+    def __init__(self, record: Record, scope: str) -> None:
+        self.record, self.block = record, BlockGraph(fx.Graph(), scope)
+        self.ops = {op.node: op for op in record.ops}
+
+    def __missing__(self, node: fx.Node) -> fx.Node:
+        # what depends on no input is copied where it is first taken, as is what returns several tensors, an operation each
+        op = self.ops.get(node)
+        return self.add(node) if op is None or op.role == "param" else self.placeholder(op)
 
     def placeholder(self, op: Op) -> fx.Node:
-        graph = self.result.graph
-        before = graph.find_nodes(op="placeholder")
-        first = next(iter(graph.nodes), None)
-        with graph.inserting_after(before[-1]) if before else graph.inserting_before(first):
-            node = graph.placeholder("x" if not before else f"x_{len(before)}")
-        self.nodes[op] = node
-        self.result.values[node] = [op]
-        return node
+        """A new input for a value that comes from elsewhere."""
+        graph, node = self.block.graph, node_of(op)
+        given = graph.find_nodes(op="placeholder")
+        with graph.inserting_after(given[-1]) if given else graph.inserting_before():
+            self[node] = graph.placeholder(f"x_{len(given)}" if given else "x")
+        self[node].meta.update(node.meta, ops=[op])
+        return self[node]
 
-    def node(self, op: Op) -> fx.Node:
-        """The node that makes a value; a parameter's, or a new input for one that comes from elsewhere."""
-        if op not in self.nodes:
-            if op.role != "param":
-                return self.placeholder(op)
-            named = op
-            while named.path is None and named.inputs:
-                named = named.inputs[0]
-            path = named.path or "constant"
-            self.nodes[op] = self.result.graph.create_node("get_attr", self.relative(path), (), {})
-            self.result.values[self.nodes[op]] = [op]
-        return self.nodes[op]
+    def add(self, node: fx.Node) -> fx.Node:
+        """Copy a node as ``graph.node_copy`` does, with the target and the name that it has in the block."""
+        ops = [self.ops[n] for n in ([node] if node in self.ops else node.users) if n in self.ops]
+        target, name = node.target, ops[0].name if isinstance(node.target, torch._ops.OpOverload) else None
+        if node.op in ("call_module", "get_attr"):
+            target, name = self.named(str(target))
+        args, kwargs = map_arg((node.args, node.kwargs), self.__getitem__)
+        copy = self[node] = self.block.graph.create_node(node.op, target, args, kwargs, name)
+        copy.meta.update(node.meta, ops=ops)
+        if node.op == "call_module":
+            copy.meta["module"] = self.record.model.get_submodule(str(node.target))
+        return copy
 
-    def relative(self, path: str) -> str:
-        scope = self.scope.path
-        return path[len(scope) + 1 :] if scope and path.startswith(f"{scope}.") else path
+    def add_call(self, call: Call) -> None:
+        """One node for all that happens in the call of a module."""
+        args = tuple(self[node_of(op)] for op in dict.fromkeys(call.inputs))
+        target, name = self.named(call.path)
+        node = self.block.graph.create_node("call_module", target, args, name=name)
+        node.meta.update(call=call.parent, where=call.where, module=call.module, ops=call.outputs)
+        if call.returned is not None:
+            node.meta.update(shape=call.returned.shape, dtype=call.returned.dtype)
+        self.update((node_of(op), node) for op in call.outputs)
 
-    def put_in(self, call: Call) -> None:
-        items: list[tuple[int, Op | Call]] = [(op.index, op) for op in _own_ops(call)]
-        items += [(child.start, child) for child in call.children]
-        # a module that computes nothing ends where it began, before the operation that comes next
-        for _, item in sorted(items, key=lambda pair: (pair[0], isinstance(pair[1], Op))):
-            if isinstance(item, Op):
-                self.operation(item)
-            elif item.path in self.opened:
-                self.put_in(item)
-            else:
-                self.module(item.path, item.module, item.inputs, item.outputs)
-
-    def operation(self, op: Op) -> None:
-        if op.role in ("param", "input"):
-            return
-        if op.module is not None and op.path is not None:
-            self.module(op.path, op.module, list(op.inputs), [op])
-            return
-        arguments = tuple(self.node(i) for i in op.inputs)
-        target = op.node.target if op.node is not None else torch.ops.aten.alias.default
-        self.nodes[op] = node = self.result.graph.create_node("call_function", target, arguments, {}, name=op.name)
-        self.result.values[node] = [op]
-
-    def module(self, path: str, module: nn.Module, inputs: list[Op], outputs: list[Op]) -> None:
-        arguments = tuple(self.node(i) for i in dict.fromkeys(inputs))
-        target = self.relative(path)
-        node = self.result.graph.create_node(
-            "call_module", target, arguments, {}, name=re.sub(r"\W", "_", self.result.path(target))
-        )
-        self.result.values[node] = outputs
-        self.result.modules[node] = module
-        for op in outputs:
-            self.nodes[op] = node
-
-
-def _own_ops(call: Call) -> list[Op]:
-    """The operations of a call's own code on which something that a module is given or returns depends."""
-    found: dict[int, Op] = {}
-    stack = [op for c in call.walk() for op in (*c.outputs, *c.inputs)]
-    while stack:
-        op = stack.pop()
-        if op.index not in found and call.holds(op):
-            found[op.index] = op
-            stack += op.inputs
-    return [found[i] for i in sorted(found) if found[i].call is call]
-
-
-# A block that is a part of a larger graph -----------------------------------------------------------------------------
-
-
-def _slices(pair: BlockPair, before: BlockGraph, after: BlockGraph) -> tuple[BlockGraph, BlockGraph]:
-    """The parts of two graphs that are this block: from its first module to its last or to its SE."""
-    own = {site.path for site in pair.sites}
-
-    def inside(node: fx.Node) -> bool:
-        path = join(after.scope, str(node.target)) if node.op in ("call_module", "get_attr") else ""
-        return bool(path) and (path in own or path == pair.path or path.startswith(f"{pair.path}."))
-
-    nodes = list(after.graph.nodes)
-    positions = [i for i, node in enumerate(nodes) if inside(node)]
-    first, last = positions[0], positions[-1]
-    while pair.kind != "chain" and nodes[last + 1].op in ("call_function", "call_method"):
-        last += 1
-    ses = set(after.ses)
-    earlier = sum(node in ses for node in nodes[:first])
-    part = nodes[first : last + 1]
-    number = len(part) - sum(node in ses for node in part)
-    original = list(before.graph.nodes)[first - earlier :][:number]
-    return _slice(before, original), _slice(after, part)
-
-
-def _slice(whole: BlockGraph, nodes: list[fx.Node]) -> BlockGraph:
-    """A graph of some consecutive nodes, with paths from the model's root."""
-    part = BlockGraph(fx.Graph(), {}, {}, "")
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            if source not in copies and source not in nodes:
-                copies[source] = part.graph.placeholder("x" if not copies else f"x_{len(copies)}")
-                part.values[copies[source]] = whole.values.get(source, [])
-    for node in nodes:
-        args = map_arg(node.args, lambda n: copies[n])
-        target = join(whole.scope, str(node.target)) if node.op in ("call_module", "get_attr") else node.target
-        copies[node] = part.graph.create_node(node.op, target, args, {}, _name(whole, node), node.type)
-        part.values[copies[node]] = whole.values.get(node, [])
-        if node in whole.modules:
-            part.modules[copies[node]] = whole.modules[node]
-    results = [copies[n] for n in nodes if any(user not in copies for user in n.users)]
-    part.graph.output(results[0] if len(results) == 1 else tuple(results))
-    return part
-
-
-def _name(whole: BlockGraph, node: fx.Node) -> str:
-    if node.op != "call_module" or not whole.scope:
-        return node.name
-    return re.sub(r"\W", "_", join(whole.scope, str(node.target)))
+    def named(self, path: str) -> tuple[str, str]:
+        """A path from the block on, and the name of its node."""
+        target = path.removeprefix(f"{self.block.scope}.") if self.block.scope else path
+        return target, re.sub(r"\W", "_", self.block.path(target))
 
 
 def batch_size(record: Record) -> int:

@@ -10,7 +10,7 @@ from torch import fx
 from ..surgery.record.graph import Op
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, join
-from .graphs import Recorded, graph_of
+from .graphs import Recorded, call_graph
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
 
@@ -63,27 +63,19 @@ class Network:
 
 def network_of(found: Recorded) -> Network:
     """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
-    paths = [path for pair in found.blocks for path in (pair.path, *(site.path for site in pair.sites))]
-    called = {pair.path for pair in found.blocks if pair.whole is None and pair.failure is None}
-    opened = {path.rpartition(".")[0] for path in paths if path} | {""}
-    for path in list(opened):
-        while path:
-            path = path.rpartition(".")[0]
-            opened.add(path)
-    opened = {path for path in opened if not any(path == c or path.startswith(f"{c}.") for c in called if c)}
+    called = {pair.path for pair in found.blocks if not pair.is_part and pair.failure is None}
+    opened = {
+        call.path
+        for call in found.record.calls
+        if (not call.path or call.path not in called) and any(map(is_retrofitted, call.module.modules()))
+    }
     root = next(call for call in found.record.calls if not call.path)
-    whole = graph_of(root, opened)
-    by_op = {op: pair for pair in found.blocks for op in _own_ops(pair)}
+    whole = call_graph(found.record, root, opened)
+    by_op = {
+        op: pair for pair in found.blocks if pair.is_part for op in found.record.ops[pair.span.start : pair.span.stop]
+    }
     by_path = {pair.path: pair for pair in found.blocks if pair.path in called and pair.path}
     return _connected(_Nodes(whole, by_path, by_op, found.blocks).made())
-
-
-def _own_ops(pair: BlockPair) -> list[Op]:
-    """The operations of a block that is a part of a larger graph."""
-    if pair.after is None or pair.whole is None:
-        return []
-    nodes = (node for node in pair.after.graph.nodes if node.op in ("call_module", "call_function"))
-    return [op for node in nodes for op in pair.after.values[node]]
 
 
 @dataclass
@@ -98,7 +90,7 @@ class _Nodes:
     def made(self) -> list[Node]:
         current: tuple[BlockPair, Node] | None = None
         for fx_node in self.whole.graph.nodes:
-            ops = self.whole.values.get(fx_node, [])
+            ops = fx_node.meta.get("ops", [])
             taken = list(dict.fromkeys(n for source in fx_node.all_input_nodes for n in self.seen.get(source, [])))
             pair = next((self.by_op[op] for op in ops if op in self.by_op), None)
             if pair is not None:  # the part of a graph that a block is becomes one node
@@ -115,7 +107,7 @@ class _Nodes:
 
     def other(self, fx_node: fx.Node, ops: list[Op], taken: list[Node]) -> list[Node]:
         """What stands for a value outside of the blocks that are parts of graphs."""
-        module, kind = self.whole.modules.get(fx_node), self.whole.kind(fx_node)
+        module, kind = fx_node.meta.get("module"), self.whole.kind(fx_node)
         if fx_node.op in ("placeholder", "get_attr"):
             if not ops or ops[0].role == "param" or fx_node.op == "get_attr":
                 return []

@@ -129,7 +129,7 @@ def block_lines(pair: BlockPair) -> list[Line]:
         return [*lines, Line(f"no graph: {pair.failure}")]
     rows, marks = [["opcode", "name", "target", "args", "module", "output"]], [False]
     for node in pair.after.graph.nodes:
-        module = pair.after.modules.get(node)
+        module = node.meta.get("module")
         target = pair.after.kind(node) if node.op == "call_function" else str(node.target)
         arguments = ", ".join([*(_text(a) for a in node.args), *(f"{k}={_text(v)}" for k, v in node.kwargs.items())])
         rows.append([node.op, node.name, target, arguments, describe(module) if module else "", pair.after.shape(node)])

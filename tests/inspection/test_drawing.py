@@ -32,6 +32,14 @@ def test_dot_shows_each_distinct_block_before_and_after_with_shapes(tmp_path: Pa
     assert source.count('label="SE 256 → 16 → 256') == 2  # nothing but the two after has it
 
 
+def test_what_returns_several_tensors_is_one_box_whose_arrows_have_their_shapes(tmp_path: Path) -> None:
+    source = draw(retrofitted("tv/shufflenet_v2_x1_0"), tmp_path / "a.dot", "stage2.1").read_text()
+    assert "getitem" not in source
+    assert source.count("label=split") == 2  # before and after
+    assert '"0_after_split" -> "0_after_branch2_0" [label=" 58\u00d728\u00d728 "]' in source
+    assert ("0_after_split", "0_after_cat") in edges(source)
+
+
 def test_one_block_alone(tmp_path: Path) -> None:
     source = draw(add_se(small_resnet()), tmp_path / "a.gv", "layer2.0").read_text()
     assert source.count("label=after") == 1

@@ -10,7 +10,7 @@ from sweeps import swept
 from torch import fx, nn
 from torchvision.models.googlenet import Inception
 
-from se_retrofit import RetrofitError, add_se, inspect, report
+from se_retrofit import RetrofitError, add_se, inspect, record, report
 
 _LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
 
@@ -54,8 +54,46 @@ def test_what_takes_a_blocks_value_is_named_across_its_borders() -> None:
     assert before["u1.net.se_attention"] == "head (Conv2d)"
     alone = Inception(3, 8, 8, 8, 8, 8, 8)
     assert [row.before for row in report(add_se(alone, example_inputs=example), example).rows] == ["output"]
+    fire = inspect(retrofitted("tv/squeezenet1_1")).blocks[-1]  # a container without a forward of its own is not named
+    assert fire.se_before(fire.sites[0]) == "classifier.1 (Conv2d)"
     functions = report(add_se(PlainNet(), example_inputs=example), example).rows
     assert [row.before for row in functions] == ["max_pool2d_with_indices", "mean"]
+
+
+def part_of(graph: fx.Graph, block: str) -> list[tuple[str, torch.Size | None]]:
+    """Targets and shapes of what happens in a block, in the graph of a whole network. What happens in a module in it, other than
+    an ``nn.Sequential``, is one row, with the last shape."""
+    rows: dict[object, tuple[str, torch.Size | None]] = {}
+    for node in graph.nodes:
+        call, closed = node.meta.get("call"), None
+        while call is not None and call.path != block:
+            closed, call = (closed if type(call.module) is nn.Sequential else call), call.parent
+        if call is not None:
+            target = str(node.target) if closed is None else closed.path
+            rows[closed or node] = target, node.meta.get("shape")
+    return list(rows.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("tv/resnet50", "layer1.0"),  # with an opened nn.Sequential
+        ("tv/googlenet", "inception3a"),  # with modules that stay closed
+        ("timm/convnext_atto", "stages.0.blocks.0"),  # with a view of a parameter
+        ("tv/shufflenet_v2_x1_0", "stage2.1"),  # with an operation that returns several tensors
+    ],
+)
+def test_a_blocks_graph_is_a_part_of_the_graph_of_the_network(name: str, block: str) -> None:
+    model = retrofitted(name)
+    after = inspect(model).block(block).after
+    assert after is not None
+    shown = [
+        (f"{block}.{n.target}" if n.op in ("call_module", "get_attr") else str(n.target), n.meta.get("shape"))
+        for n in after.graph.nodes
+        if n.op not in ("placeholder", "output")
+    ]
+    assert shown == part_of(record(model).graph, block)
+    assert any("se_attention" in target for target, _ in shown)
 
 
 def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
@@ -94,8 +132,13 @@ def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
         (small_resnet(), "layer2.0", (64, 8, 8)),
         (torchvision.models.mobilenet_v2(width_mult=0.35), "features.3", (8, 8, 8)),
         (torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0), "denselayer1", (8, 8, 8)),
+        (
+            torchvision.models.shufflenet_v2_x0_5(),
+            "stage2.1",
+            (48, 28, 28),
+        ),  # functions with arguments, one with two results
     ],
-    ids=["residual", "projection", "inverted", "dense"],
+    ids=["residual", "projection", "inverted", "dense", "split"],
 )
 def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size: tuple[int, ...]) -> None:
     inputs = torch.randn(2, *size) if isinstance(model, torchvision.models.densenet._DenseBlock) else None
@@ -106,8 +149,8 @@ def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size
     after = inspect(model, inputs).block(block).after
     assert after is not None
     module, x = model.get_submodule(block), torch.randn(2, *size)
-    given = [x] if block.startswith("denselayer") else x
-    assert torch.equal(fx.GraphModule(module, after.graph)(given), module(given))
+    given = [x] if block.startswith("denselayer") else x  # a list of tensors, each of them an input of the graph
+    assert torch.equal(fx.GraphModule(module, after.graph)(x), module(given))
 
 
 def test_graph_before_is_traced_from_the_original_class() -> None:
