@@ -63,7 +63,7 @@ def test_with_any_number_of_spatial_dims_and_channels_last(name: str, where: tup
     assert_identity(EVERYWHERE[name], *where, torch.float32, layout=False, autocast=False)
 
 
-@pytest.mark.parametrize("name", swept(BUILT_IN | {"class": 0}, (FACTORIES | TIMM).keys() - {"class"}))
+@pytest.mark.parametrize("name", swept([*BUILT_IN, "class"], [name for name in FACTORIES | TIMM if name != "class"]))
 def test_in_half_precision_under_autocast_and_in_both_memory_formats(name: str) -> None:
     for dtype, layout, autocast in (
         (torch.bfloat16, False, False), (torch.float16, True, False), (torch.float32, True, True),
