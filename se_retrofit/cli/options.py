@@ -91,6 +91,21 @@ SE_OPTIONS: Options = {
         None,
     ),
     "exclude": (Annotated[list[str] | None, typer.Option(help="not these blocks; repeat it for more")], None),
+    "at": (
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                help="on what these modules return, such as 'decoder.*.conv2', instead of into blocks; repeat it"
+            ),
+        ],
+        None,
+    ),
+    "auto": (
+        Annotated[
+            bool | None, typer.Option("--auto", help="with --at: into the blocks found as well", show_default=False)
+        ],
+        None,
+    ),
 }
 
 # The recipe: a file, the fields of FinetuneConfig that are set most often, and any other field
@@ -153,7 +168,7 @@ def takes(*groups: Options, without: tuple[str, ...] = ()) -> Callable[[Callable
 def se_options(context: typer.Context) -> dict[str, Any]:
     """The arguments of ``add_se`` that a command got."""
     values = {name: context.params[name] for name in SE_OPTIONS if name in context.params}
-    return {**values, **{name: list(values[name]) if values[name] else None for name in ("include", "exclude")}}
+    return {**values, **{name: list(values[name]) if values[name] else None for name in ("include", "exclude", "at")}}
 
 
 def recipe_fields(context: typer.Context) -> dict[str, Any]:

@@ -76,6 +76,14 @@ def test_a_sigmoid_gate_is_said_to_be_no_identity() -> None:
     assert "not the same function, as expected" in result.output
 
 
+def test_modules_that_a_user_names_get_se_alone_or_beside_the_blocks() -> None:
+    alone = run("convert", SMALL, "--at", "maxpool", "--at", "layer1.0.conv1").output
+    assert "2 SE modules" in alone
+    beside = run("convert", SMALL, "--at", "maxpool", "--auto").output
+    assert "5 SE modules" in beside
+    assert "maxpool" in beside
+
+
 def test_options_reach_the_retrofit() -> None:
     everything = run("convert", SMALL, "--reduction", "2").output
     assert "layer4.0" in everything
