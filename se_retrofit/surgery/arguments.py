@@ -97,8 +97,14 @@ class Options:
         at = [patterns_of(name, getattr(self, name)) for name in ("include", "exclude", "at")][-1]
         if self.auto is not None and not isinstance(self.auto, bool):
             raise TypeError(f"auto must be True, False or None, got {brief(self.auto)}")
+        if self.at is not None and not at:
+            raise RetrofitError("at is empty; name modules, or leave it out")
         if self.auto is False and not at:
             raise RetrofitError("auto=False leaves nothing to retrofit unless at names modules")
+        if at and not self.auto and self.placement != "auto":
+            raise RetrofitError(
+                f"placement={brief(self.placement)} is for the blocks found; with at, give auto=True as well"
+            )
         if not isinstance(self.recognisers, (list, tuple)) or not all(map(callable, self.recognisers)):
             raise TypeError(f"recognisers must be a list of functions, got {brief(self.recognisers)}")
         if self.attention != "se" and self.gate == "sigmoid":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..attention import Attention, Slot, built, name_of
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
 from ..plan import Plan, Site, Skipped
 from .arguments import Options, patterns_of
-from .blocks import RECOGNISERS, Found, Place, Recogniser, find_places, places_at
+from .blocks import RECOGNISERS, Block, Found, Place, Recogniser, find_places, places_at
 from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs
@@ -150,7 +151,23 @@ def _found(record: Record, options: Options) -> Found:
 
 
 def _table(recognisers: Iterable[Any]) -> list[Recogniser]:
-    return [*(Recogniser(find) for find in recognisers), *RECOGNISERS]
+    return [*(Recogniser(partial(_asked, find)) for find in recognisers), *RECOGNISERS]
+
+
+def _asked(find: Any, record: Record) -> Iterator[Block]:
+    """The blocks that a recogniser of the user's yields.
+
+    Raises:
+        RetrofitError: it raises, or yields something else.
+    """
+    try:
+        found = list(find(record))
+    except Exception as error:
+        raise RetrofitError(f"the recogniser {name_of(find)} raised {type(error).__name__}: {error}") from error
+    for block in found:
+        if not isinstance(block, Block):
+            raise RetrofitError(f"the recogniser {name_of(find)} must yield Block objects, got {brief(block)}")
+        yield block
 
 
 def _chosen(found: Found, options: Options) -> list[Place]:
@@ -161,6 +178,10 @@ def _chosen(found: Found, options: Options) -> list[Place]:
     if not places or not (included or excluded):
         return places
     names = {place: [place.block, *place.names] for place in places if not place.named}
+    if not names:
+        raise RetrofitError(
+            "include and exclude choose among the blocks found, and with at alone there are none: give at other patterns, or auto=True"
+        )
     for pattern in included + excluded:
         if not any(fnmatch.filter(of_place, pattern) for of_place in names.values()):
             paths = se_paths(places)

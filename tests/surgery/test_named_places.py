@@ -29,9 +29,10 @@ class Net(nn.Module):
         self.block = Step(8, 8)
         self.decoder = nn.ModuleList([Step(8, 8), Step(8, 12)])
         self.pair, self.unused = nn.LSTM(12, 4, batch_first=True), nn.Conv2d(1, 1, 1)
+        self.same, self.alias = nn.Identity(), self.block
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
+        x = self.same(self.stem(x))
         x = x + self.block(x)
         x = self.decoder[1](self.decoder[0](self.decoder[0](x)))
         return self.pair(x.flatten(2).transpose(1, 2))[0]
@@ -53,6 +54,7 @@ X = torch.randn(2, 3, 8, 8)
     [
         ("decoder.*.conv2", [("decoder.0.conv2", "named", 8), ("decoder.1.conv2", "named", 12)]),
         ("stem", [("stem", "named", 8)]),
+        ("alias", [("block", "named", 8)]),
         ("stem.1", [("stem.1", "named", 8)]),
         (["block", "decoder.1"], [("block", "named", 8), ("decoder.1", "named", 12)]),
     ],
@@ -100,11 +102,21 @@ def test_what_cannot_be_had_is_said() -> None:
     model = net()
     with pytest.raises(RetrofitError, match=r"'encoder\.\*' matches none of the"):
         plan_se(model, at="encoder.*")
-    with pytest.raises(RetrofitError, match="'unused' matches are not called"):
+    with pytest.raises(RetrofitError, match="'unused', but it is not called"):
         plan_se(model, at="unused")
+    with pytest.raises(RetrofitError, match="'same', but it returns its input as it is"):
+        plan_se(model, at="same")
+    with pytest.raises(RetrofitError, match="with at alone there are none"):
+        plan_se(model, at="stem", exclude="block")
+    with pytest.raises(RetrofitError, match="with at, give auto=True as well"):
+        plan_se(model, at="stem", placement="pre")
+    with pytest.raises(RetrofitError, match="at is empty"):
+        plan_se(model, at=[])
     with pytest.raises(RetrofitError, match="auto=False"):
         plan_se(model, auto=False)
     with pytest.raises(TypeError, match="at must be"):
         plan_se(model, at=3)  # type: ignore[arg-type]
     skipped = {skip.block: skip.reason for skip in plan_se(model, at="[su]*").skipped}
-    assert skipped == {"unused": "it is not called on these inputs"}
+    assert skipped == {
+        "unused": "it is not called on these inputs", "same": "it returns its input as it is: name the module before it",
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from networks import (
 from own_networks import CONVS, Branch, SmallResNet, Unit, check
 from torch import Tensor, nn
 
-from se_retrofit import RetrofitError, add_se, plan_se, remove_se
+from se_retrofit import RetrofitError, add_se, plan_of, plan_se, remove_se
 
 # Four kinds of network ---------------------------
 
@@ -250,3 +251,50 @@ def test_a_frozen_network_and_its_frozen_blocks() -> None:
         f"{path}.{name}" for path, se in se_modules(retrofitted).items() for name, _ in se.named_parameters()
     }
     assert len(trained) == 4
+
+
+class Consuming(nn.Module):
+    """Takes what it needs out of the containers that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        x, mask = batch["features"].pop(), batch.pop("mask", None)
+        x = x + self.body(x)
+        return x if mask is None else x * mask
+
+
+def test_each_run_gets_containers_of_its_own() -> None:
+    x, mask = torch.randn(2, 8, 9, 9), torch.ones(2, 1, 9, 9)
+    given = {"features": [x], "mask": mask}
+    model = randomised(Consuming())
+    retrofitted = add_se(model, example_inputs=(given,))
+    assert given.keys() == {"features", "mask"}
+    assert given["features"][0] is x
+    for training in (False, True):
+        got, wanted = (m.train(training)({"features": [x], "mask": mask}) for m in (retrofitted, model))
+        assert torch.equal(got, wanted)
+    assert [site.kind for site in plan_of(retrofitted).sites] == ["residual"]
+
+
+class Scaled(nn.Module):
+    """The layer scale of the original ConvNeXt: before the permutation back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.gamma = nn.Parameter(1e-6 * torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        y = self.gamma * self.down(torch.nn.functional.gelu(self.up(y)))
+        return x + y.permute(0, 3, 1, 2)
+
+
+def test_se_goes_before_a_layer_scale_that_stands_before_a_permutation() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 2, 2), Scaled(), Scaled())
+    assert [(site.after, site.channel_dim) for site in plan_se(model).sites] == [("down", -1)] * 2
+    check(model, torch.randn(2, 3, 16, 16))

@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from networks import assert_same_function, randomised, se_modules
 from own_networks import Branch
 from torch import Tensor, nn
 
-from se_retrofit import add_se, plan_se
+from se_retrofit import RetrofitError, add_se, plan_se
 from se_retrofit.surgery import RECOGNISERS, Block, Recogniser, Record
 from se_retrofit.surgery.record.runs import Runs
 
@@ -84,6 +85,21 @@ def test_every_row_of_the_table_names_its_paper() -> None:
 def test_what_is_no_list_of_functions_is_refused(recognisers: object) -> None:
     with pytest.raises(TypeError, match="recognisers must be a list of functions"):
         plan_se(nn.Conv2d(3, 4, 3), recognisers=recognisers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("recogniser", "says"),
+    [
+        (lambda record: 1 / 0, "raised ZeroDivisionError"),
+        (lambda record: None, "raised TypeError"),
+        (lambda record: ["x"], "must yield Block objects, got 'x'"),
+    ],
+)
+def test_what_a_recogniser_does_wrong_is_told_as_its_own(recogniser: Any, says: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Gated(8))
+    with pytest.raises(RetrofitError, match=says) as raised:
+        plan_se(model, recognisers=[recogniser])
+    assert "fault of se_retrofit" not in str(raised.value)
 
 
 class Unit(Branch):

@@ -20,24 +20,27 @@ def places_at(record: Record, patterns: Sequence[str]) -> Found:
     Raises:
         RetrofitError: a pattern matches no module, or none that was called.
     """
-    found = Found()
-    called = _returned(record)
-    modules = [path for path, module in record.model.named_modules() if not isinstance(module, _CONTAINERS)]
+    found, called, wanted = Found(), _returned(record), set()
+    first = {id(module): path for path, module in reversed(list(record.model.named_modules()))}
+    modules = {  # a module may be asked for by any of its paths
+        path: first[id(module)]
+        for path, module in record.model.named_modules(remove_duplicate=False)
+        if not isinstance(module, _CONTAINERS)
+    }
     for pattern in patterns:
-        matched = fnmatch.filter(modules, pattern)
-        if not any(path in called for path in matched):
-            what = f"the modules that {pattern!r} matches are not called on these inputs" if matched else (
-                f"the pattern {pattern!r} matches none of the {len(modules)} modules"
-            )  # fmt: skip
+        matched = {modules[path] for path in fnmatch.filter(modules, pattern)}
+        reasons = {path: _why_not(record, path) for path in matched - called.keys()}
+        if matched <= reasons.keys():
+            what = f"the pattern {pattern!r} matches none of the {len(modules)} modules"
+            for path, reason in list(reasons.items())[:1]:
+                what = f"the pattern {pattern!r} matches {path!r}, but {reason}"
             raise RetrofitError(
                 f"{what}; called are {', '.join(list(called)[1:5])}, ...: see record(model).graph for all of them"
             )
-        for path in matched:
-            if path not in called:
-                found.skipped.setdefault(path, "it is not called on these inputs")
-    wanted = [path for path in called if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
+        found.skipped.update(reasons)
+        wanted |= matched & called.keys()
     taken: set[Op] = set()
-    for path in wanted:
+    for path in [path for path in called if path in wanted]:
         for call, op in called[path]:
             problem = "it does not return one tensor" if op is None else problem_of(op)
             if problem is not None or op is None:
@@ -51,6 +54,12 @@ def places_at(record: Record, patterns: Sequence[str]) -> Found:
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _why_not(record: Record, path: str) -> str:
+    if any(path == passed for call in record.calls for _, _, passed in call.passes):
+        return "it returns its input as it is: name the module before it"
+    return "it is not called on these inputs"
 
 
 def _returned(record: Record) -> dict[str, list[tuple[Call, Op | None]]]:

@@ -167,7 +167,8 @@ class Record:
         model, inputs: the copy that was run, and what it was called with.
         graph: every operation of the run, in order. Inputs are placeholders, parameters and buffers ``get_attr`` nodes, a module
             of ``torch.nn`` (which counts as one operation) a ``call_module`` node, all else the ``call_function`` node of an
-            ATen overload. ``node.meta`` has ``"shape"`` and ``"dtype"`` of the value, ``"call"``, the call of the module in
+            ATen overload. It runs at the recorded sizes, where all tensors are inputs, parameters or buffers: a tensor that the code
+            takes from elsewhere is a ``get_attr`` node named ``constant``. ``node.meta`` has ``"shape"`` and ``"dtype"`` of the value, ``"call"``, the call of the module in
             which the operation happens, and ``"where"``, the frames of that module's own methods at that time.
         ops: what is known of the nodes whose values are tensors, in order.
         calls: the calls of modules that don't count as one operation, parents before children.

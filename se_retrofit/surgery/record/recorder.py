@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...attention import Inserted
+from .copying import copied
 from .graph import Call, Op, Record, Where, rewritten, tensor_of
 from .inputs import Inputs, tensors_in
 from .isolation import forked_randomness
@@ -251,7 +252,10 @@ class _Recorder(TorchDispatchMode):
         call = self.stack[-1] if self.stack else Call(self.result.model, "", None, 0)
         node, graph = None, self.result.graph
         if self.traced:
-            node = graph.placeholder("input") if not self.stack else graph.create_node("get_attr", path or "constant")
+            if self.stack:
+                node = graph.create_node("get_attr", path or f"constant_{len(self.result.ops)}")
+            else:
+                node = graph.placeholder(f"input_{len(self.result.ops) + 1}")
         op = self.new_op("param" if self.stack else "input", (), tensor, node, call=call)
         op.path = path
         return op
@@ -313,10 +317,10 @@ def record_run(
             module._forward_hooks[_HOOK] = recorder.end
             for flags in _flags_of_hooks(module):
                 flags[_HOOK] = True
-        args, kwargs = inputs.args, inputs.kwargs
         try:
+            own = copied(inputs, lambda tensor: tensor)  # a forward may write into the list or dict that it is given
             with recorder:
-                model(*args, **kwargs)
+                model(*own.args, **own.kwargs)
         except Exception as error:
             if recorder.needed_values is None and _asks_for_values(error, inputs):
                 recorder.needed_values = error

@@ -50,6 +50,11 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
         for site in plan.sites:
             modules[site.path] = _built(model, site, options)
             vars(modules[site.path]).update(site=site, plan=kept)
+    parts = [id(part) for module in modules.values() for part in module.modules()]
+    if len(set(parts)) < len(parts):
+        raise RetrofitError(
+            f"attention={name_of(options.attention)} gave one module to several sites; it must make a new one each time"
+        )
     edits = {edit: (site.path, modules[site.path]) for site in plan.sites for edit in site.edits}
     if len(edits) < sum(len(site.edits) for site in plan.sites) or len(modules) < len(plan.sites):
         raise RetrofitError("the plan is broken: it has two sites at one place")
@@ -130,6 +135,10 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
     if not isinstance(dtype, torch.dtype) or not floating or name_of(attention) != site.attention:
         raise RetrofitError(
             f"the plan is broken: at {site.path} it has the dtype {site.dtype!r} and the attention {site.attention!r}"
+        )
+    if site.shape and (not -len(site.shape) < site.channel_dim < 0 or site.shape[site.channel_dim] != site.channels):
+        raise RetrofitError(
+            f"the plan is broken: at {site.path} it has {site.channels} channels in dim {site.channel_dim} of {site.shape}"
         )
     shape = site.shape or (2, *(site.channels for _ in range(-site.channel_dim)))  # older plans don't tell
     slot = Slot(site.channels, site.channel_dim, shape, site.kind, site.block, dtype, like.device, site.inplace)
