@@ -319,6 +319,8 @@ def test_a_plan_that_was_tampered_with_runs_nothing(name: str, value: Any, tmp_p
         (lambda d: d["sites"][0].update(channels=True), r"sites\[0\].channels"),
         (lambda d: d["sites"][0].update(parameters=3), "3 parameters"),
         (lambda d: d["sites"][0].update(dtype="nn"), "dtype"),
+        (lambda d: d["sites"][0].update(channel_dim=-1), "channels in dim -1"),
+        (lambda d: d["sites"][0].update(channel_dim=-9), "channels in dim -9"),
         (lambda d: d["sites"].append(d["sites"][0]), "two sites at one place"),
         (lambda d: d["sites"].clear(), "no sites"),
         (lambda d: d.update(sites={}), "sites is broken"),

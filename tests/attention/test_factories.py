@@ -89,6 +89,9 @@ def shared() -> Callable[[Slot], nn.Module]:
     return lambda slot: one
 
 
+SAME = nn.Conv2d(8, 8, 1)
+
+
 @pytest.mark.parametrize(
     ("attention", "error", "words"),
     [
@@ -96,6 +99,7 @@ def shared() -> Callable[[Slot], nn.Module]:
         (3, TypeError, "attention must be a name, a class or a factory, got 3"),
         (nn.Identity(), TypeError, "must make a new module for each place, got one Identity"),
         (lambda slot: 3, RetrofitError, "must give an nn.Module, got 3"),
+        (lambda slot: SAME, RetrofitError, "one module to several sites"),
         (grow, RetrofitError, r"grow, in block first, must give the shape that it is given, \(2, 8, 7, 6\), and gives \(2, 16, 7, 6\)"),
         (overwrite, RetrofitError, "overwrite, in block first, changes its input in place"),
         (infinite, RetrofitError, "infinite, in block first, gives values that are not finite"),
