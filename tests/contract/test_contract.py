@@ -29,6 +29,7 @@ from networks import (
     se_modules,
     snapshot,
 )
+from sweeps import swept
 from torch import nn
 
 import se_retrofit.surgery.splice.carry
@@ -45,17 +46,20 @@ def _pair(name: str) -> Pair:
     return network, model, add_se(model)
 
 
-# Small networks of most kinds of block; the sweeps take the others, too.
+# Small networks of most kinds of block; the sweeps take one of each further structure. What a network computes and how it trains
+# is tested on one of every structure in tests/sweeps/test_numeric.py.
 EVERY_TIME = (
     "torchvision/resnet18", "torchvision/alexnet", "torchvision/squeezenet1_1",
     "torchvision/mobilenet_v3_small", "torchvision/shufflenet_v2_x0_5", "timm/convnext_atto",
 )  # fmt: skip
+IN_SWEEPS = (
+    "torchvision/resnet50", "torchvision/vgg16_bn", "torchvision/densenet121", "torchvision/googlenet", "torchvision/mobilenet_v2",
+    "torchvision/regnet_x_400mf", "timm/resnetv2_50", "timm/mobilenetv2_100", "timm/res2net50_26w_4s", "timm/hrnet_w18_small",
+    "timm/cspdarknet53", "timm/repvgg_b0", "timm/dpn68",
+)  # fmt: skip
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=() if name in EVERY_TIME else pytest.mark.sweep) for name in NETWORKS],
-)
+@pytest.fixture(scope="module", params=swept(EVERY_TIME, IN_SWEEPS))
 def pair(request: pytest.FixtureRequest) -> Pair:
     """A network, a model of it, and the retrofitted model. Tests copy what they change."""
     return _pair(request.param)
