@@ -243,6 +243,7 @@ def test_a_later_library_with_another_block_is_refused(library: Callable[..., di
     assert "1.se_attention" in told["error"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -269,6 +269,7 @@ def test_shufflenet_units_are_dense_at_stride_1_and_multi_branch_at_stride_2() -
         assert site.channels == (2 * new if block.stride == 2 else new)
 
 
+@pytest.mark.sweep
 def test_inception_resnet_v2_mixes_residual_and_multi_branch_blocks() -> None:
     model = NETWORKS["timm/inception_resnet_v2"].build()
     plan = plan_se(model)
