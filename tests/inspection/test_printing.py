@@ -11,7 +11,7 @@ from inspected import PlainNet, retrofitted, small_resnet
 from torch import fx
 from torchvision.models.resnet import BasicBlock
 
-from se_retrofit import RetrofitError, add_se, print_graph, report
+from se_retrofit import RetrofitError, add_se, plan_of, print_graph
 from se_retrofit import inspect as look_inside
 from se_retrofit.inspection.lines import Line, Lines
 
@@ -42,8 +42,8 @@ def test_every_site_is_in_the_tree() -> None:
     for name in ("tv/googlenet", "tv/convnext_tiny"):
         model = retrofitted(name)
         text = "\n".join(lines_of(model))
-        for row in report(model).rows:
-            assert f"SE {row.channels} -> {max(row.channels // 8, 4)} -> {row.channels}" in text
+        for site in plan_of(model).sites:
+            assert model.get_submodule(site.path).summary() in text
 
 
 def test_a_blocks_source_is_its_authors_with_the_call_of_se_marked() -> None:

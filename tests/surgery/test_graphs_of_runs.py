@@ -34,7 +34,7 @@ class Rewriting(nn.Module):
 NETWORKS = swept(
     ["timm/test_resnet", "timm/mobilenetv2_035", "torchvision/shufflenet_v2_x0_5"],
     ["timm/densenet121", "timm/convnext_atto", "timm/hrnet_w18_small", "torchvision/squeezenet1_1", "timm/repvgg_a0",
-     "timm/nfnet_f0", "timm/swin_tiny_patch4_window7_224", "torchvision/googlenet", "timm/res2net50_14w_8s"],
+     "timm/nf_resnet26", "timm/inception_next_atto", "torchvision/googlenet", "timm/res2net50_14w_8s"],
 )  # fmt: skip
 
 
