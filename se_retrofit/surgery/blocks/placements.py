@@ -19,11 +19,11 @@ def auto(record: Record, block: Block) -> Target | None:
 
 
 def branch_end(record: Record, block: Block) -> Target:
-    """The branch's last value before stochastic depth and layer scale, also where they stand before a last permutation."""
+    """The branch's last value before stochastic depth and layer scale, also where those stand before a last permutation."""
     end = before(block.branch, block.call, ("pass", "affine"))
-    unscaled = before(before(end, block.call, ("shape",)), block.call, ("pass", "affine"))
-    scaled = unscaled.role != end.role and before(end, block.call, ("shape",)) is not unscaled
-    return Target(block.call, unscaled if scaled and unscaled.channels is not None else end)
+    moved = before(end, block.call, ("shape",))
+    unscaled = before(moved, block.call, ("pass", "affine"))
+    return Target(block.call, unscaled if unscaled is not moved and unscaled.channels is not None else end)
 
 
 def standard(record: Record, block: Block) -> Target | None:

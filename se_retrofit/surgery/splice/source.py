@@ -5,12 +5,14 @@ changed at the expression's span and nothing is unparsed, so comments, layout an
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import functools
 import hashlib
 import inspect
 import linecache
+import operator
 import sys
 import types
 from collections.abc import Iterator
@@ -197,9 +199,9 @@ def _imported_in(filename: str) -> frozenset[str]:
     return frozenset(names - {"*"})
 
 
-_FUTURE = 0
-for _name in __import__("__future__").all_feature_names:
-    _FUTURE |= getattr(__import__("__future__"), _name).compiler_flag
+_FUTURE = functools.reduce(
+    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
 
 
 def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
