@@ -5,6 +5,7 @@ changed at the expression's span and nothing is unparsed, so comments, layout an
 """
 
 from __future__ import annotations
+
 import __future__
 
 import ast
@@ -112,7 +113,7 @@ def source_of(function: types.FunctionType) -> Source:
         SpliceError: there is none, or it is not what the function was compiled from.
     """
     name = function.__qualname__
-    if not _has_columns(function.__code__):
+    if all(position[2] is None for position in function.__code__.co_positions()):
         raise SpliceError(
             "Python runs without the positions of expressions (-X no_debug_ranges or PYTHONNODEBUGRANGES); run it with them"
         )
@@ -131,10 +132,6 @@ def source_of(function: types.FunctionType) -> Source:
             "rewrote it"
         )
     return Source(function, tuple(lines), first, tree)
-
-
-def _has_columns(code: types.CodeType) -> bool:
-    return any(position[2] is not None for position in code.co_positions())
 
 
 def _parsed(lines: list[str], first: int) -> ast.FunctionDef | ast.AsyncFunctionDef:
