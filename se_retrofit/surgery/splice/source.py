@@ -5,7 +5,6 @@ changed at the expression's span and nothing is unparsed, so comments, layout an
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
