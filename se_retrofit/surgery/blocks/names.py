@@ -36,7 +36,7 @@ def other_names(record: Record, block: Block) -> tuple[str, ...]:
 
 
 def conv_paths(record: Record, block: Block) -> list[str]:
-    own = (op for op in record.select(block.region) if op.conv is not None and not op.pooled)
+    own = (op for op in record.select(block.region) if op.conv is not None and not op.flat)
     return [op.path for op in own if op.path]
 
 
