@@ -26,7 +26,6 @@ from .record.methods import forget_methods
 from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
-from .splice.ways import se_paths
 
 __all__ = ["fitted", "planned"]
 
@@ -171,41 +170,28 @@ def _asked(find: Any, record: Record) -> Iterator[Block]:
 
 
 def _chosen(found: Found, options: Options) -> list[Place]:
-    """The places that ``include`` and ``exclude`` let through. A pattern is over the paths of blocks, and of what in a plain chain
-    is less than a block: its convolutions; where it matches none of these, over those of SE modules."""
+    """The places that ``include`` and ``exclude`` let through, patterns over the paths of blocks."""
     included, excluded = patterns_of("include", options.include), patterns_of("exclude", options.exclude)
-    places, named = found.places, [place for place in found.places if place.named]
-    if not places or not (included or excluded):
-        return places
-    names = {place: [place.block, *place.names] for place in places if not place.named}
-    if not names:
+    blocks = list(dict.fromkeys(place.block for place in found.places if not place.named))
+    if not found.places or not (included or excluded):
+        return found.places
+    if not blocks:
         raise RetrofitError(
             "include and exclude choose among the blocks found, and with at alone there are none: give at other patterns, or auto=True"
         )
     for pattern in included + excluded:
-        if not any(fnmatch.filter(of_place, pattern) for of_place in names.values()):
-            paths = se_paths(places)
-            matched = [place for place in names if fnmatch.fnmatchcase(paths.get(place, ""), pattern)]
-            if not matched:
-                blocks = list(dict.fromkeys(place.block for place in names))
-                raise RetrofitError(
-                    f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
-                    f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
-                )
-            for place in matched:
-                names[place].append(paths[place])
-    reasons = {}
-    for place, of_place in names.items():
-        if included and not any(fnmatch.filter(of_place, p) for p in included):
-            reasons[place] = "not included"
-        elif any(fnmatch.filter(of_place, p) for p in excluded):
-            reasons[place] = "excluded"
-    chosen = [place for place in places if place not in reasons]
-    if not chosen and not named:
+        if not fnmatch.filter(blocks, pattern):
+            raise RetrofitError(
+                f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
+                f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
+            )
+    left = {block: "excluded" for block in blocks if any(fnmatch.fnmatch(block, p) for p in excluded)}
+    if included:
+        left |= {block: "not included" for block in blocks if not any(fnmatch.fnmatch(block, p) for p in included)}
+    chosen = [place for place in found.places if place.named or place.block not in left]
+    if not chosen:
         raise RetrofitError("include and exclude together leave no block to retrofit")
-    kept = {place.block for place in chosen}
-    for place, reason in reasons.items():  # of a block that keeps others, what is left out is named on its own
-        found.skipped[place.block if place.block not in kept else se_paths(places).get(place, place.block)] = reason
+    found.skipped |= left
     return chosen
 
 

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from ..record.graph import Call, Op, Record
 from .block import Block, Target
-from .names import name_of, other_names
+from .names import name_of
 from .place import Found, Place, problem_of
 from .placements import PLACEMENTS
 from .questions import gated_after, is_gate
@@ -94,8 +94,7 @@ class _Finder:
             return
         self.sited |= op.bit
         self.covered |= block.region
-        names, layers = other_names(self.record, block), self.layers(block)
-        self.found.places.append(Place(name, block.kind, call, op, target.users, names, layers))
+        self.found.places.append(Place(name, block.kind, call, op, target.users, self.layers(block)))
 
     def layers(self, block: Block) -> frozenset[str]:
         return frozenset(
