@@ -7,13 +7,11 @@ from the end and all dims behind it are spatial.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import init
 
 from ..errors import RetrofitError, brief
 
@@ -80,41 +78,25 @@ def hidden_width(channels: int, reduction: int, min_hidden: int) -> int:
 
 def undrawn(layer: Any, *sizes: int, **options: Any) -> Any:
     """A layer whose parameters have no values yet: to draw values that are drawn anew takes long."""
-    made = _without_draws(layer)(*sizes, **options)
-    made.__class__ = layer
+    made = layer.__new__(layer)
+    vars(made)["reset_parameters"] = lambda: None
+    made.__init__(*sizes, **options)
+    del vars(made)["reset_parameters"]
     return made
 
 
-@functools.cache
-def _without_draws(layer: type[nn.Module]) -> type[nn.Module]:
-    return type(layer.__name__, (layer,), {"reset_parameters": lambda self: None})
-
-
-def init_bottleneck(first: nn.Module, last: nn.Module, generator: torch.Generator | None = None) -> None:
+@torch.no_grad()
+def init_bottleneck(first: nn.Linear, last: nn.Linear) -> None:
     """Kaiming's values for the first layer, zero for the last: all gates are 1.0, while the last layer's gradient is not zero
     (as in LoRA)."""
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
     # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all of them.
     # Units in pairs of opposite sign: of each pair, one is alive for any input.
     pairs = first.out_features // 2
-    draw(first.weight[pairs:], math.sqrt(2 / first.in_features), generator)
-    with torch.no_grad():
-        torch.neg(first.weight[pairs : 2 * pairs], out=first.weight[:pairs])
-    init.zeros_(last.weight)
-    for layer in (first, last):
-        if layer.bias is not None:
-            init.zeros_(layer.bias)
-
-
-def draw(weight: Any, std: float, generator: torch.Generator | None) -> None:
-    """Fill a weight with normal values; with a generator of the CPU they are the same on every device."""
-    if generator is None or weight.device.type in ("cpu", "meta"):
-        init.normal_(weight, std=std, generator=None if weight.device.type == "meta" else generator)
-        return
-    drawn = torch.empty(weight.shape, dtype=weight.dtype)
-    with torch.no_grad():
-        weight.copy_(drawn.normal_(0.0, std, generator=generator))
+    drawn = first.weight[pairs:].normal_(0, math.sqrt(2 / first.in_features))
+    torch.neg(drawn[:pairs], out=first.weight[:pairs])
+    for zeros in (last.weight, first.bias, last.bias):
+        if zeros is not None:
+            zeros.zero_()
 
 
 def check_positive(name: str, value: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
 from .inserted import Inserted
-from .parts import TwiceSigmoid, check_positive, draw, hidden_width, init_bottleneck, scale, squeeze, undrawn
+from .parts import TwiceSigmoid, check_positive, hidden_width, init_bottleneck, scale, squeeze, undrawn
 
 __all__ = ["GATES", "SEAttention", "check_options"]
 
@@ -84,26 +84,19 @@ class SEAttention(Inserted):
             undrawn(nn.Linear, self.hidden, channel, bias=bias, **factory),
             nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid(),
         )
-        self.init_weights()
+        self.reset_parameters()
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights anew.
-
-        Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer, zero for
-        the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA).
-
-        Args:
-            generator: of the CPU, whatever device the weights are on; None for torch's own.
-        """
-        if next(self.parameters()).is_meta:
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew. Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer,
+        zero for the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA)."""
+        first, _, last, _ = self.fc
+        if first.weight.is_meta:
             return  # no values to draw, and torch takes long to draw none
-        assert isinstance(self.fc, nn.Sequential)
-        init_bottleneck(self.fc[0], self.fc[2], generator)
+        init_bottleneck(first, last)
         if self.gate == "sigmoid":
-            draw(self.fc[0].weight, 0.001, generator)
-            draw(self.fc[2].weight, 0.001, generator)
-
-    reset_parameters = init_weights  # the name by which FSDP fills modules that were built on the meta device
+            first.weight.normal_(0, 0.001)
+            last.weight.normal_(0, 0.001)
 
     @property
     def gate_range(self) -> tuple[float, float]:

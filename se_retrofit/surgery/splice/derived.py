@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...errors import RetrofitError
+from ..record.isolation import isolated
 from ..record.methods import unwrapped
 from .source import Source, Splice, SpliceError, source_of, spliced_members
 
@@ -87,9 +88,13 @@ class _State(NamedTuple):
 def _without_se(block: Any) -> nn.Module:
     """A block as it was, which shares all but SE with the retrofitted one."""
     recipe = type(block).se_recipe
-    bare: nn.Module = object.__new__(recipe.base)
-    vars(bare).update(vars(block))
-    vars(bare)["_modules"] = {k: m for k, m in block._modules.items() if k not in recipe.names}
+    children = {name: child for name, child in block._modules.items() if name not in recipe.names}
+    return _bare(recipe.base, {**vars(block), "_modules": children})
+
+
+def _bare(cls: type, attributes: dict[str, Any]) -> nn.Module:
+    bare: nn.Module = object.__new__(cls)
+    vars(bare).update(attributes)
     return bare
 
 
@@ -135,7 +140,9 @@ def derived_class(recipe: Recipe) -> type:
                     f"{recipe.base.__qualname__} can't be retrofitted as before: {error}. Install the version that was used; or build "
                     "the network again, retrofit it, and load the state dict"
                 ) from None
-        cls = _derived[recipe] = _derive(recipe)
+        bare = _bare(recipe.base, {"_modules": {}})
+        with isolated(bare):  # to derive a class may fill a registry
+            cls = _derived[recipe] = _derive(recipe)
     return cls
 
 
