@@ -18,6 +18,7 @@ from ..errors import RetrofitError, brief
 __all__ = [
     "TwiceSigmoid",
     "broadcast",
+    "check_kernel",
     "check_positive",
     "hidden_width",
     "init_bottleneck",
@@ -42,10 +43,8 @@ def squeeze(x: Tensor, channel_dim: int, largest: bool = False) -> Tensor:
             return x
         values, dim = x.flatten(1, -2), 1
     elif channel_dim < -1 or channel == 1:
-        values, dim = (
-            x.flatten(channel + 1),
-            -1,
-        )  # a view in both memory formats, and quicker to reduce than several dims
+        # a view in both memory formats, and quicker to reduce than several dims
+        values, dim = x.flatten(channel + 1), -1
     else:
         values, dim = x.movedim(channel, 1).flatten(2), -1
     return values.amax(dim) if largest else values.mean(dim)
@@ -73,6 +72,8 @@ def scale(x: Tensor, gate: Tensor, channel_dim: int, inplace: bool = False) -> T
 
 def hidden_width(channels: int, reduction: int, min_hidden: int) -> int:
     """Width of the bottleneck between the two layers of the excitation: ``max(channels // reduction, min_hidden)``."""
+    check_positive("reduction", reduction)
+    check_positive("min_hidden", min_hidden)
     return max(channels // reduction, min_hidden)
 
 
@@ -105,3 +106,10 @@ def check_positive(name: str, value: int) -> None:
         raise TypeError(f"{name} must be a positive int, got {brief(value)} of type {type(value).__name__}")
     if value < 1:
         raise RetrofitError(f"{name} must be at least 1, got {value}")
+
+
+def check_kernel(size: int) -> None:
+    """Raise unless ``size`` is a positive odd int."""
+    check_positive("kernel_size", size)
+    if size % 2 == 0:
+        raise RetrofitError(f"kernel_size must be odd, got {size}")

@@ -46,7 +46,12 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     """
     options, modules = Options.of(plan), {}
     kept = replace(plan, options=noted_options(plan.options))  # plain data, which can be pickled
-    with torch.random.fork_rng(devices=[]), without_collections():
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.random.fork_rng(devices=[]),
+        without_collections(),
+    ):
         for site in plan.sites:
             modules[site.path] = _built(model, site, options)
             vars(modules[site.path]).update(site=site, plan=kept)
@@ -138,19 +143,19 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
             f"the plan is broken: at {site.path} it has {site.channels} channels in dim {site.channel_dim} of {site.shape}"
         )
     shape = site.shape or (2, *(site.channels for _ in range(-site.channel_dim)))  # older plans don't tell
-    slot = Slot(site.channels, site.channel_dim, shape, site.kind, site.block, dtype, like.device, site.inplace)
-    with _disable_current_modes(), torch.inference_mode(False):
-        module = built(attention, vars(options), slot)
-        count = sum(parameter.numel() for parameter in module.parameters())
-        if count != site.parameters:
-            raise RetrofitError(
-                f"the plan is broken: {site.path} has {site.parameters} parameters, by its options it has {count}"
-            )
-        with mode_of(like) as fake:
-            if fake is not None:
-                module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
-            elif like.device.type != "cpu":
-                module.to(like.device)
+    device = torch.device("meta" if like.is_meta else "cpu")
+    slot = Slot(site.channels, site.channel_dim, shape, site.kind, site.block, dtype, device, site.inplace)
+    module = built(attention, vars(options), slot)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    if count != site.parameters:
+        raise RetrofitError(
+            f"the plan is broken: {site.path} has {site.parameters} parameters, by its options it has {count}"
+        )
+    with mode_of(like) as fake:
+        if fake is not None:
+            module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
+        elif like.device.type != "cpu":
+            module.to(like.device)
     return module.train(block.training)
 
 
