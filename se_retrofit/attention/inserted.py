@@ -109,7 +109,7 @@ class Inserted(nn.Module):
         return scale(x, gate, self.channel_dim, self.inplace and not torch.jit.is_tracing())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scaled(x, self.gates(x))
+        return self.scaled(x, self.gates(x))  # type: ignore[operator]
 
     def summary(self) -> str:
         """The module in few words, for printouts: ``ECA 64``."""

@@ -87,8 +87,8 @@ def undrawn(layer: Any, *sizes: int, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def init_bottleneck(first: nn.Linear, last: nn.Linear) -> None:
-    """Kaiming's values for the first layer, zero for the last: all gates are 1.0, while the last layer's gradient is not zero
+def init_bottleneck(first: Any, last: Any) -> None:
+    """Of two linear layers: Kaiming's values for the first layer, zero for the last: all gates are 1.0, while the last layer's gradient is not zero
     (as in LoRA)."""
     # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all of them.
     # Units in pairs of opposite sign: of each pair, one is alive for any input.

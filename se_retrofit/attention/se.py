@@ -86,7 +86,8 @@ class SEAttention(Inserted):
     def reset_parameters(self) -> None:
         """Draw the weights anew. Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer,
         zero for the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA)."""
-        first, _, last, _ = self.fc
+        assert isinstance(self.fc, nn.Sequential)
+        first, last = self.fc[0], self.fc[2]
         if first.weight.is_meta:
             return  # no values to draw, and torch takes long to draw none
         init_bottleneck(first, last)

@@ -16,7 +16,7 @@ from ..record.copying import on_cpu
 from ..record.graph import Record
 from ..record.runs import Runs
 from .carry import apply_edits, problems_of
-from .check import Comparison, compare
+from .check import compare
 from .source import SpliceError
 from .ways import named, ways
 
@@ -26,7 +26,7 @@ NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one e
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
 LOOKS_INSIDE = (
     "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
-    "parameters"
+    "parameters, or takes other numbers in each run"
 )
 
 
@@ -102,7 +102,6 @@ class Fitting:
     skipped: dict[str, str]
     options: dict[Place, _Options] = field(default_factory=dict)
     extra: dict[Edit, Edit] = field(default_factory=dict)  # for a site: a further edit, for training
-    exactly: bool | None = None  # whether the original takes the same numbers in each run; None as long as no one asks
 
     def sites(self) -> list[SurgerySite]:
         """The sites for all places that can have SE."""
@@ -179,7 +178,7 @@ class Fitting:
         for record in (evaluation, trained):
             if record is not None and record.broke_off is not None and record.broke_in in by_path:
                 return _Outcome({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale
-        compared = self.compare(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
+        compared = compare(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
         outcome = _Outcome(compared.wrong, compared.different, evaluation.broke_off)
         if not outcome.right or trained is None or self.runs.training is None:
             return outcome
@@ -189,7 +188,7 @@ class Fitting:
         """What the record of train mode shows."""
         assert self.runs.training is not None
         expected = {path: self.in_training(site) for path, site in by_path.items()}
-        compared = self.compare(self.runs.training, after, {path: places or [] for path, places in expected.items()})
+        compared = compare(self.runs.training, after, {path: places or [] for path, places in expected.items()})
         wrong, extended = {}, False
         for path, problem in compared.wrong.items():
             places = expected[path]
@@ -210,20 +209,6 @@ class Fitting:
             for edit in site.edits:
                 modules[edit] = (site.path, se)
         apply_edits(copy, modules)
-
-    def compare(self, before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Comparison:
-        compared = compare(before, after, expected, exactly=self.exactly is not False)
-        if not compared.different or self.exactly is not None:
-            return compared
-        loosely = compare(before, after, expected, exactly=False)
-        if loosely.different:
-            return compared
-        evaluation, training = self.runs.again(lambda copy: None)  # the time of day, say
-        repeated = [(self.runs.evaluation, evaluation)]
-        if self.runs.training is not None and training is not None:
-            repeated.append((self.runs.training, training))
-        self.exactly = not any(compare(first, second, {}).different for first, second in repeated)
-        return compared if self.exactly else loosely
 
     # In training
 
