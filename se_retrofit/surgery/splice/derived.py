@@ -41,13 +41,17 @@ class Recipe:
         return tuple(dict.fromkeys([s.child for s in self.splices] + [self.returned] * bool(self.returned)))
 
 
-class RetrofittedBlock:
+class _Quiet:
+    """Mixed into derived classes, which are no new classes of the user's: registries that are filled here do not get them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+class RetrofittedBlock(_Quiet):
     """Mixed into the class of each module whose code calls SE."""
 
     se_recipe: Recipe
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A derived class is not a new class of the user's, so registries that are filled here do not get it."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the author's class reduces the block without SE; the SE modules come with its state."""
@@ -63,7 +67,7 @@ class RetrofittedBlock:
 
     def __setstate__(self, given: Any) -> None:
         cls = type(self)
-        if not isinstance(given, _State):  # of a pickle that an earlier version wrote
+        if not isinstance(given, _State):  # of a class that something has derived from ours
             super().__setstate__(given)  # type: ignore[misc]
             return
         if given.state is not None:
@@ -170,17 +174,13 @@ def _derive(recipe: Recipe) -> type:
         members, further = {"forward": _returning_through(base, recipe.returned)}, {}
     if hasattr(base, "__deepcopy__"):
         members["__deepcopy__"] = _deep_copy
-    bases: tuple[type, ...] = (RetrofittedBlock, base)
-    namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    metaclass: Any = type(base)
     between = []
     try:
         for owner, replaced in further.items():
-            names = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, **replaced}
-            between.append(type(owner)(f"SE{owner.__name__}", (_Quiet, owner), names))
-        derived: type = metaclass(
-            f"SE{base.__name__}", (*bases, *between), {**namespace, **members, "se_recipe": recipe}
-        )
+            between.append(type(owner)(f"SE{owner.__name__}", (_Quiet, owner), {**_names(owner), **replaced}))
+        namespace = {**_names(base), "__doc__": base.__doc__, **members, "se_recipe": recipe}
+        metaclass: Any = type(base)
+        derived: type = metaclass(f"SE{base.__name__}", (RetrofittedBlock, base, *between), namespace)
     except Exception as error:
         raise SpliceError(
             f"a class can't be derived from {base.__qualname__}: {type(error).__name__}: {error}"
@@ -188,6 +188,10 @@ def _derive(recipe: Recipe) -> type:
     for member in members.values():
         _keep_overloads(member, base, derived)
     return derived
+
+
+def _names(cls: type) -> dict[str, Any]:
+    return {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
 
 
 def _keep_overloads(member: Any, base: type, derived: type) -> None:
@@ -198,13 +202,6 @@ def _keep_overloads(member: Any, base: type, derived: type) -> None:
         by_class = registered.get(torch._jit_internal._qualified_name(function), {})
         if base.__name__ in by_class:
             by_class[derived.__name__] = by_class[base.__name__]
-
-
-class _Quiet:
-    """Mixed into classes that stand between a derived class and its base's own bases."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        pass
 
 
 def _returning_through(base: type, child: str) -> Any:

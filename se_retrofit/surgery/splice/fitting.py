@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...attention import Inserted
+from ...attention import Inserted, StaticFactor
 from ...plan import Edit
 from ..blocks import Place
 from ..record.copying import on_cpu
@@ -28,20 +27,6 @@ LOOKS_INSIDE = (
     "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
     "parameters, or takes other numbers in each run"
 )
-
-
-class Probe(Inserted):
-    """What is inserted on a trial, whatever the attention will be: a product with a parameter, so that a value that can't be
-    scaled shows, and a network that looks at its parameters."""
-
-    def __init__(self, channels: int, channel_dim: int, dtype: torch.dtype, device: str) -> None:
-        super().__init__(channels, channel_dim)
-        self.factor = nn.Parameter(torch.ones(channels, dtype=dtype, device=device), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = self.channel
-        return x * self.factor.view(shape)
 
 
 @dataclass(eq=False)
@@ -201,13 +186,14 @@ class Fitting:
         return _Outcome(wrong, compared.different, after.broke_off, again=extended)
 
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
-        modules = {}
+        """Insert factors, whatever the attention will be: a product with a parameter, so that a value that can't be scaled shows,
+        and a network that looks at its parameters."""
+        device = "cpu" if self.runs.convert is on_cpu else "meta"
+        modules: dict[Edit, tuple[str, Inserted]] = {}
         for site in sites:
-            place = site.place
-            device = "cpu" if self.runs.convert is on_cpu else "meta"
-            se = Probe(place.channels, place.op.channel_dim or 1, place.op.dtype, device)
-            for edit in site.edits:
-                modules[edit] = (site.path, se)
+            op, channels = site.place.op, site.place.channels
+            factor = StaticFactor(channels, channel_dim=op.channel_dim, dtype=op.dtype, device=device)
+            modules.update(dict.fromkeys(site.edits, (site.path, factor.requires_grad_(False))))
         apply_edits(copy, modules)
 
     # In training
