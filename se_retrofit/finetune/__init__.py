@@ -6,7 +6,7 @@ Read ``train.py`` first: it is the training loop, top to bottom. What it calls i
 ``splits.py`` which part of it is evaluated,
 ``parts.py`` the parts of a network, ``groups.py`` how fast each learns, ``optimizing.py`` by which optimizer,
 ``freezing.py`` which of them are trained when,
-``form.py`` as what it is trained, ``recomputing.py`` gradient checkpointing, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
+``form.py`` as what it is trained, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
 a person sees, ``gates.py`` what SE's gates did in each epoch, ``compare.py`` the question whether SE helps,
 ``rates.py`` the learning-rate finder, ``experiment.py`` which experiment a folder holds, ``callbacks.py`` the caller's own functions.
 """

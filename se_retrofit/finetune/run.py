@@ -29,11 +29,10 @@ from .criteria import Criterion
 from .data import Batch, Stream
 from .engine import Forward, Interrupt
 from .form import TrainingForm
-from .freezing import Stage, Trained, choose_trainable
+from .freezing import choose_trainable
 from .groups import group_summary
 from .log import Log
 from .parts import count, kept_state, layout_of
-from .recomputing import Kept
 from .result import FinetuneResult
 
 __all__ = ["Run", "share"]
@@ -49,10 +48,8 @@ class Run:
         output: the run's folder, None for none; ``base`` and ``experiment`` are written into it.
         train, val: this process's batches.
         form: the classes that modules have during a training step.
-        kept: the buffers that a recomputing backward pass must not change.
         raw_optimizer: holds the state; ``optimizer`` is the same one wrapped by Accelerate.
-        stages: what ``unfreeze_every`` unfreezes, from the last stage to the first.
-        trained: what is trained now.
+        trained: the part that is trained now.
         best_weights: the state dict of the best epoch so far, on the CPU.
         pending: loss, correct and seen of updates that have not been looked at yet, on the device.
         saturated: the sites whose gates were last seen to be saturated, with the share.
@@ -77,11 +74,9 @@ class Run:
     teacher: nn.Module | None
     mixup: Mixup | None
     form: TrainingForm
-    kept: Kept
     log: Log
     callbacks: Callbacks
-    stages: tuple[Stage, ...] = ()
-    trained: Trained | None = None
+    trained: str = ""
     best_weights: dict[str, Tensor] | None = None
     saved_at: float = field(default_factory=time.monotonic)
     pending: list[Tensor] = field(default_factory=list)
@@ -110,7 +105,7 @@ class Run:
         scale = group.get("lr_scale", 1.0)
         return float(group["lr"]) / scale if scale else 0.0
 
-    def choose(self, trained: Trained) -> None:
+    def choose(self, trained: str) -> None:
         """Train this part of the network from here on. The wrappers are made anew: DDP must know what is trained."""
         self.trained = trained
         choose_trainable(self.model, trained, self.wanted)
@@ -161,8 +156,9 @@ class Run:
 
     def leave(self, number: int | None) -> NoReturn:
         """End the run on a signal, after its checkpoint."""
-        complete = f"the checkpoint in {self.output}/{disk.LAST} is complete; rerun with resume to go on from it"
-        self.log.note("stopped" + (f"; {complete}" if self.output else ""))
+        there = self.output is not None and disk.has_checkpoint(self.output)
+        complete = f"; the checkpoint in {self.output}/{disk.LAST} is complete; rerun with resume to go on from it"
+        self.log.note("stopped" + (complete if there else ""))
         self._end(number)
 
     def _end(self, number: int | None) -> NoReturn:

@@ -33,8 +33,8 @@ from .criteria import Criterion, criterion_of, describe_criterion
 from .data import Stream, stream
 from .engine import Interrupt, engine, fast_math, refuse_sharding
 from .experiment import describe_run, plain
-from .form import check_sync, training_form
-from .freezing import choose_trainable, stages_of, trained_ever, trained_in, trained_parts
+from .form import TrainingForm, recomputing
+from .freezing import choose_trainable, trained_ever, trained_in, trained_parts
 from .groups import group_summary, groups_of, learning_rates_in_words
 from .lock import alone_in
 from .log import Log
@@ -50,7 +50,6 @@ from .parts import (
     to_device,
 )
 from .randomness import EPOCH, kept_randomness, seed_all
-from .recomputing import Kept
 from .run import Run, share, uses_channels_last
 from .transforms import note_images, other_classes, transforms_for
 
@@ -59,7 +58,7 @@ __all__ = ["checked", "start_run"]
 T = TypeVar("T")
 
 # These may be other than in the run that is resumed; all other fields decide the result.
-FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images", "grad_checkpointing"}
+FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
 RUN = "run.yaml"
 
 
@@ -93,7 +92,6 @@ def checked(model: Any, config: Any, output_dir: Any, resume: bool) -> Path | No
     try_schedule(config)
     try_optimizer(config)
     trained_parts(model, config.trainable)
-    stages_of(model, config)
     if output_dir is None:
         if resume:
             raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
@@ -141,14 +139,14 @@ def start_run(
         experiment = same_on_all(plain(described), accelerator)
         train = batches_of(train_data, "train_data", model, config, base, accelerator)
         val = None if val_data is None else batches_of(val_data, "val_data", model, config, base, accelerator)
+        stack.enter_context(recomputing(model, config.grad_checkpointing))
         undo = stack.enter_context(contextlib.ExitStack())
         undo.callback(structure_of(model))
         classes, remark = fit_head(model, train_data, config, wanted)
         note_images(model, train_data, config, base)
-        stages = stages_of(model, config)
         # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
-        # That holds for stages that this run does not reach, too: it may be extended.
-        choose_trainable(model, trained_ever(config, stages), wanted)
+        # That holds for what this run does not reach, too: it may be extended.
+        choose_trainable(model, trained_ever(config), wanted)
         progress, saved = load_saved(output if resume else None, model, config, experiment, accelerator)
         if base is not None:
             check_base(model, base)  # rather now than when the first epoch is to be saved
@@ -158,11 +156,10 @@ def start_run(
             **learning(model, config, len(train), classes, fused=accelerator.device.type == "cuda"),
             criterion=on_device(criterion_of(config, criterion, train_data, classes), accelerator.device),
             teacher=None if teacher is None else in_mode(on_device(teacher, accelerator.device), False),
-            form=training_form(model, config), kept=Kept(model, config.grad_checkpointing),
-            callbacks=callbacks, stages=stages,
+            form=TrainingForm(model, config.compile), callbacks=callbacks,
             log=log_of(config, output, len(train), val is not None, accelerator, quiet),
         )  # fmt: skip
-        run.choose(trained_in(config, stages, min(progress.epoch, config.epochs - 1)))
+        run.choose(trained_in(config, min(progress.epoch, config.epochs - 1)))
         if saved:
             restore(run, saved)
         stack.enter_context(run.log)
@@ -180,7 +177,6 @@ def checked_engine(model: nn.Module, config: FinetuneConfig, output: Path | None
     """The Accelerator of a run, which suits the network and the config."""
     with engine(config, None if output is None else str(output)) as accelerator:
         refuse_sharding(accelerator)
-        check_sync(model, config, accelerator.num_processes, accelerator.device.type)
         with alone_in(output) if output is not None and accelerator.is_main_process else contextlib.nullcontext():
             yield accelerator
 
@@ -241,7 +237,7 @@ def batches_of(
     train = name == "train_data"
     return stream(
         data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
-        balanced=config.sampling == "balanced", weighted=config.sample_weights and train,
+        balanced=config.sampling == "balanced",
         transform=transforms_for(model, config, train=train, base=base), seed=config.seed, workers=config.workers,
         rank=accelerator.process_index, world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
@@ -336,19 +332,8 @@ def introduce(run: Run, remark: str) -> None:
     run.log.note(learning_rates_in_words(run.raw_optimizer.param_groups, config.lr))
     if remark:
         run.log.note(remark)
-    if run.stages:
-        run.log.note(unfreezing(run))
     if progress.updates:
         run.log.note(f"resumed in epoch {min(progress.epoch + 1, config.epochs)}, after update {progress.updates}")
-
-
-def unfreezing(run: Run) -> str:
-    """When each stage is unfrozen, and which are not."""
-    every, epochs = run.config.unfreeze_every or 1, run.config.epochs
-    begins = [(stage.name, (number + 1) * every + 1) for number, stage in enumerate(run.stages)]
-    reached = "; ".join(f"{name} from epoch {epoch} on" for name, epoch in begins if epoch <= epochs)
-    never = "; ".join(name for name, epoch in begins if epoch > epochs)
-    return f"trained besides: {reached or 'nothing'}" + (f". {epochs} epochs are too few for {never}" if never else "")
 
 
 def start_trackers(accelerator: Accelerator, config: FinetuneConfig) -> list[Any]:

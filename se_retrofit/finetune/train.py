@@ -21,7 +21,7 @@ from ..models import Base
 from . import setup
 from .callbacks import Callbacks, checked_callbacks
 from .config import FinetuneConfig
-from .criteria import Criterion, checked_criterion, distillation_loss, loss_by
+from .criteria import Criterion, checked_criterion, checked_loss, distillation_loss
 from .data import Batch
 from .engine import called, logits_of
 from .freezing import set_modes, trained_in
@@ -68,9 +68,9 @@ def finetune(
         base: where the network came from before the retrofit, for the saved recipe; timm's networks tell it themselves.
         command: what ``run.yaml`` is to hold besides, as plain data; the command line writes its options there.
         quiet: print nothing.
-        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean, with
-            ``sample_weights`` the loss of each image, (N,); None for the config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``)
-            all the same.
+        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean; None for the
+            config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``) all
+            the same.
         teacher: a network for the same classes, whose answers to the same images are learned, too, by the config's
             ``distillation_weight``. It is moved to the device and not changed.
         callbacks: functions of yours, called after each update, evaluation and epoch; not part of the experiment.
@@ -148,11 +148,10 @@ def update_and_listen(run: Run, batches: list[Batch]) -> Tensor:
 
 
 def begin_epoch(run: Run, epoch: int) -> None:
-    trained = trained_in(run.config, run.stages, epoch)
+    trained = trained_in(run.config, epoch)
     if trained != run.trained:
         run.choose(trained)
-        what = trained.stages[-1].name if trained.stages else "the whole network"
-        run.log.note(f"epoch {epoch + 1}: {what} is trained from here on, {count(run.model, True):,} parameters")
+        run.log.note(f"epoch {epoch + 1}: all {count(run.model, True):,} parameters are trained from here on")
     set_modes(run.model, trained, run.config.freeze_bn)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -177,10 +176,8 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
         last = number == len(batches) - 1
         # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
         with run.form, contextlib.nullcontext() if last else run.accelerator.no_sync(run.network):
-            run.kept.note()
             loss, correct = loss_of(run, batch)
-            with run.kept.through_backward():
-                run.accelerator.backward(loss / len(batches))
+            run.accelerator.backward(loss / len(batches))
         seen = torch.full_like(correct, len(batch.targets))
         tally += torch.stack([loss.detach() * len(batch.targets), correct, seen])
     if run.config.clip_grad is not None:
@@ -206,15 +203,14 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, labels = mixed(run.mixup, images, targets)
     logits, auxiliary = called(run.network, inputs)
     check_targets(batch, logits.shape[1], run.config.multi_label)
-    weights = None if batch.weights is None else batch.weights.to(run.device, non_blocking=True)
-    loss = loss_by(run.criterion, logits, labels, weights)
+    loss = checked_loss(run.criterion(logits, labels))
     for more in auxiliary:
-        loss = loss + AUXILIARY_WEIGHT * loss_by(run.criterion, more, labels, weights)
+        loss = loss + AUXILIARY_WEIGHT * checked_loss(run.criterion(more, labels))
     if run.teacher is not None:
         with torch.no_grad(), run.accelerator.autocast():
             taught, _ = logits_of(run.teacher(inputs))
         part = run.config.distillation_weight
-        loss = (1 - part) * loss + part * distillation_loss(logits, taught, run.config, weights)
+        loss = (1 - part) * loss + part * distillation_loss(logits, taught, run.config)
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
 
 
@@ -269,7 +265,7 @@ def look(run: Run, epoch: int) -> None:
     run.log.update(epoch + 1, progress.step, entry, progress.correct / progress.seen)
     run.accelerator.log({"train/loss": entry["loss"], "train/lr": entry["lr"]}, step=progress.updates)
     run.looked, run.pending = now, []
-    if stop or (due and progress.step < run.updates_per_epoch):
+    if run.train.resumes_within and (stop or (due and progress.step < run.updates_per_epoch)):
         run.keep_checkpoint()
         run.looked = time.perf_counter()
     if stop:
@@ -298,7 +294,8 @@ def validate(run: Run) -> dict[str, Any]:
             network, run.val, run.accelerator, run.channels_last, run.log, run.config.multi_label, run.interrupt
         )
     if answers is None:
-        run.keep_checkpoint()
+        if run.train.resumes_within:
+            run.keep_checkpoint()
         run.leave(run.interrupt.signal)
     scores = scores_of(answers)
     if f"val_{run.config.best_metric}" not in scores:

@@ -1,7 +1,6 @@
 """A fine-tune for the tests that need a process of its own: ``python run_tiny.py OUTPUT FIELDS [resume] [loader]``.
 
-``loader`` among the flags: the data in a DataLoader of the caller's own; ``unused``: a network with a layer that its forward
-does not call; ``weighted``: images with weights.
+``unused`` among the flags: a network with a layer that its forward does not call.
 SE_TEST_DIE_AT: the update after which the process kills itself. SE_TEST_ENDS: a folder in which each process notes how it ends.
 """
 
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from tiny import tiny_config, tiny_data, tiny_network
 from torch import nn
-from torch.utils.data import DataLoader
 
 from se_retrofit.finetune import finetune
 
@@ -42,11 +40,8 @@ def run(output: str, fields: dict[str, Any], flags: Sequence[str] = ()) -> None:
         die_at(model, int(os.environ["SE_TEST_DIE_AT"]), config.grad_accum_steps)
     if "unused" in flags:
         model.unused = nn.Linear(2, 2)
-    train = DataLoader(data.train, 32, num_workers=2) if "loader" in flags else data.train
-    if "weighted" in flags:
-        train = [(image, target, 0.5 * (number % 5)) for number, (image, target) in enumerate(data.train)]
     try:
-        finetune(model, train, data.val, config=config, output_dir=output, resume="resume" in flags)
+        finetune(model, data.train, data.val, config=config, output_dir=output, resume="resume" in flags)
     except BaseException as error:
         if "SE_TEST_ENDS" in os.environ:
             (Path(os.environ["SE_TEST_ENDS"]) / os.environ["RANK"]).write_text(repr(error))

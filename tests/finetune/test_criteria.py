@@ -200,7 +200,7 @@ def test_targets_are_found_without_images() -> None:
 
 def test_balanced_sampling_draws_each_class_equally_often_and_alike_on_resume() -> None:
     data = imbalanced(2000, 0)
-    order = Order(2000, 50, train=True, seed=0, rank=0, world=1, weights=image_weights(data))
+    order = Order(data, 50, name="data", train=True, seed=0, rank=0, world=1, weights=image_weights(data))
     batches = list(order)
     drawn = torch.tensor([index for batch in batches for _, index, _ in batch])
     share = data.tensors[1][drawn].float().mean().item()

@@ -158,33 +158,27 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "loader"),
-    [
-        ("adamw", True),
-        *(
-            pytest.param(name, loader, marks=pytest.mark.sweep)
-            for name in ("sgd", "adamw", "lamb")
-            for loader in (False, True)
-            if (name, loader) != ("adamw", True)
-        ),
-    ],
+    ("optimizer", "loader"), [("adamw", False), ("lamb", False), pytest.param("sgd", True, marks=pytest.mark.sweep)]
 )
 def test_a_resumed_run_ends_with_the_same_weights(
     network: Network, config: Config, digits: NamedData, tmp_path: Path, optimizer: str, loader: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    recipe = config(checkpoint_minutes=0.0, optimizer=optimizer, channels_last=True)
+    """From the update that it had come to; with a loader of the caller's own, from its last whole epoch."""
+    recipe = config(
+        checkpoint_minutes=0.0, optimizer=optimizer, channels_last=True, trainable="se+head", unfreeze_epoch=2
+    )
 
     def data() -> Any:
-        if not loader:
-            return digits.train
-        return DataLoader(digits.train, 32, shuffle=True, generator=torch.Generator().manual_seed(3))
+        return DataLoader(digits.train, 32, shuffle=True) if loader else digits.train
 
     whole = finetune(network(), data(), digits.val, config=recipe, output_dir=tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch:
         stop_after(patch, 11)
         with pytest.raises(Stopped):
             finetune(network(), data(), digits.val, config=recipe, output_dir=tmp_path / "broken", quiet=True)
+    progress = json.loads((tmp_path / "broken" / "last" / "training.json").read_text())["progress"]
+    assert progress["updates"] == (8 if loader else 10)
     again = finetune(
         network(), data(), digits.val, config=recipe, output_dir=tmp_path / "broken", resume=True, quiet=True
     )

@@ -31,20 +31,20 @@ def progress_in(output: Path) -> dict[str, Any]:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize(
-    ("number", "code", "loader"),
+    ("number", "code"),
     [
-        (signal.SIGTERM, 143, "loader"),
+        (signal.SIGTERM, 143),
         # by its own handler Python ends itself by the signal, which a shell tells as 130
-        (signal.SIGINT, -signal.SIGINT, ""),
+        (signal.SIGINT, -signal.SIGINT),
     ],
 )
 def test_a_signal_to_the_process_group_with_loading_workers_writes_a_checkpoint(
-    tmp_path: Path, number: signal.Signals, code: int, loader: str
+    tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     fields = {"epochs": 500, "checkpoint_minutes": 100.0, "workers": 2}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "run_tiny.py"), str(tmp_path), json.dumps(fields), *([loader] if loader else [])],
+        [sys.executable, str(HERE / "run_tiny.py"), str(tmp_path), json.dumps(fields)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
@@ -62,9 +62,10 @@ LOADS = """
 import multiprocessing, os, signal, sys, time
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from se_retrofit.finetune.data import stream
+from se_retrofit.finetune.workers import begin_worker
 
 def begin(worker):
+    begin_worker(worker)
     if sys.argv[2] == "killed" and worker == 1:
         os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
         time.sleep(0.2)  # PyTorch's own watch of the main process begins after this, and takes its heir for it
@@ -72,7 +73,7 @@ def begin(worker):
 if __name__ == "__main__":
     data = TensorDataset(torch.zeros(40, 1), torch.zeros(40))
     loader = DataLoader(data, 2, num_workers=2, worker_init_fn=begin, multiprocessing_context=sys.argv[1])
-    batches = stream(loader, name="train_data", train=True, batch_size=2, transform=None).batches(0)
+    batches = iter(loader)
     next(batches)
     if sys.argv[2] == "killed":
         time.sleep(100)
