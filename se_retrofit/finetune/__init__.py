@@ -1,7 +1,7 @@
 """Fine-tune retrofitted networks: ``finetune(model, train_data, val_data, config=FinetuneConfig(...))``.
 
 Read ``train.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
-``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``result.py`` what it comes to, ``metrics.py`` and ``scores.py`` evaluation, ``criteria.py`` losses,
+``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``result.py`` what it comes to, ``evaluation.py`` scores, ``predicting.py`` classes of new images, ``criteria.py`` losses,
 ``targets.py`` what a data set's labels are, ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
 ``splits.py`` which part of it is evaluated,
 ``parts.py`` the parts of a network, ``groups.py`` how fast each learns, ``optimizing.py`` by which optimizer,
@@ -18,9 +18,9 @@ with extra("finetune"):
     from .compare import Comparison, Contrast, compare
     from .config import FinetuneConfig
     from .datasets import NamedData, load_data
-    from .evaluation import Evaluation, Prediction, evaluate_closely, predict
-    from .metrics import evaluate
+    from .evaluation import Evaluation, evaluate
     from .parts import new_head
+    from .predicting import Prediction, predict
     from .rates import LearningRates, find_lr
     from .result import FinetuneResult
     from .splits import Split, load_split
@@ -41,7 +41,6 @@ __all__ = [
     "Split",
     "compare",
     "evaluate",
-    "evaluate_closely",
     "find_lr",
     "finetune",
     "load_data",

@@ -21,7 +21,7 @@ from ..retrofit import add_se
 from ..saving.atomic import replaced_file
 from ..tables import aligned
 from .config import FinetuneConfig
-from .metrics import answers as answers_of
+from .evaluation import evaluate
 from .randomness import EPOCH, kept_randomness, seed_all
 from .result import FinetuneResult
 from .train import finetune
@@ -286,7 +286,7 @@ def compare(
                 base=base,
                 quiet=quiet,
             )
-            answers[name].append(answers_of(result.model, val_data, config=recipe, base=base).right)
+            answers[name].append(evaluate(result.model, val_data, config=recipe, base=base).right)
             # the weights are on the disk or not wanted, and the memory is
             runs[name].append(replace(result, model=nn.Identity()))
     comparison = Comparison({name: _arm(runs[name], answers[name]) for name in arms}, numbers)

@@ -157,6 +157,7 @@ class Interrupt:
 
     def __init__(self, quiet: bool = False) -> None:
         self.signal: int | None = None
+        self.event = threading.Event()
         self.quiet = quiet
         self.since = 0.0
         self.times = 0
@@ -172,6 +173,7 @@ class Interrupt:
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
+            self.event.set()
             self.say("stopping: the update under way is finished, then a checkpoint is written")
         elif number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE:
             self.times, self.since = self.times + 1, time.monotonic()

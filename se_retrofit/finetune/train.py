@@ -24,14 +24,13 @@ from .config import FinetuneConfig
 from .criteria import Criterion, checked_criterion, checked_loss, distillation_loss
 from .data import Batch
 from .engine import called, logits_of
+from .evaluation import check_targets, hits, measure
 from .freezing import set_modes, trained_in
 from .gates import listening, log_gates, news_of_saturation, saturated_sites
-from .metrics import check_targets, hits, measure
 from .parts import count
 from .randomness import UPDATE, seed_all
 from .result import FinetuneResult
 from .run import Run, share
-from .scores import higher_is_better, scores_of
 
 __all__ = ["finetune"]
 
@@ -290,16 +289,16 @@ def validate(run: Run) -> dict[str, Any]:
     assert run.val is not None
     network = run.network if run.ema is None else run.ema.module
     with listening(run.tested) as gates:
-        answers = measure(
-            network, run.val, run.accelerator, run.channels_last, run.log, run.config.multi_label, run.interrupt
-        )
-    if answers is None:
+        found = measure(network, run.val, run.accelerator, run.config, run.log, stop=run.interrupt.event)
+    if found is None:
         if run.train.resumes_within:
             run.keep_checkpoint()
         run.leave(run.interrupt.signal)
-    scores = scores_of(answers)
+    scores = {f"val_{name}": value for name, value in found.scores().items()}
     if f"val_{run.config.best_metric}" not in scores:
-        raise RetrofitError(f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {answers.classes}")
+        raise RetrofitError(
+            f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {len(found.classes)}"
+        )
     if gates is None:
         return scores
     run.saturated = saturated_sites(gates)
@@ -359,7 +358,7 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
     run.note_pace()
     if run.val is not None:
         score = row[f"val_{config.best_metric}"]
-        sign = 1 if higher_is_better(config.best_metric) else -1
+        sign = -1 if config.best_metric == "loss" else 1
         # NaN, of a loss that overflows, is worse than any number
         improved = (
             progress.best is None

@@ -153,7 +153,7 @@ def test_an_image_folder_is_learned(folder: Path, config: Config) -> None:
     result = finetune(small_network(), data.train, data.val, config=recipe, quiet=True)
     assert result.history[-1]["train_accuracy"] > 0.8
     scores = evaluate(result.model, data.val, config=recipe)
-    assert scores["val_accuracy"] == result.best_accuracy
+    assert scores.accuracy == result.best_accuracy
 
 
 def broken(folder: Path, part: str) -> Path:

@@ -40,7 +40,7 @@ def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path)
     model = load_retrofitted(output / "best")
     assert has_se(model)
     assert model.fc.out_features == 10
-    accuracy = evaluate(model, load_data("digits", image_size=16).val)["val_accuracy"]
+    accuracy = evaluate(model, load_data("digits", image_size=16).val).accuracy
     assert f"best validation accuracy {accuracy:.2%}" in said
     assert FinetuneConfig.from_yaml(output / "config.yaml").num_classes == 10
     assert "resumed" in run("finetune", "--resume", str(output))

@@ -38,7 +38,7 @@ def test_it_learns_in_every_precision(
     assert all(p.is_cuda and p.dtype == torch.float32 for p in result.model.parameters())
     assert not any(key.startswith("_orig_mod") for key in load_file(tmp_path / "best" / "weights.safetensors"))
     loaded = load_retrofitted(tmp_path / "best", base=network(se=False))
-    assert evaluate(loaded, digits.val, config=recipe)["val_accuracy"] == pytest.approx(result.best_accuracy, abs=0.02)
+    assert evaluate(loaded, digits.val, config=recipe).accuracy == pytest.approx(result.best_accuracy, abs=0.02)
 
 
 def test_auto_is_bf16_where_the_gpu_has_it(network: Network, config: Config, digits: NamedData, capsys: Any) -> None:

@@ -71,7 +71,7 @@ def test_runs_that_are_killed_three_times_end_with_the_weights_of_one_that_was_n
     chance, killed, runs = random.Random(seed), 0, 0
     context = multiprocessing.get_context("forkserver")
     # what a run imports late, too: it takes longer than the run
-    context.set_forkserver_preload(["run_tiny", "torchmetrics", "matplotlib.figure", "sklearn.model_selection"])
+    context.set_forkserver_preload(["run_tiny", "matplotlib.figure", "sklearn.model_selection"])
 
     def begin(output: Path) -> Any:
         fields = {**DEMANDING, "workers": chance.choice([0, 1, 2])}  # which may change on resume
