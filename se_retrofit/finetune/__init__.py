@@ -23,6 +23,7 @@ with extra("finetune"):
     from .predicting import Prediction, predict
     from .rates import LearningRates, find_lr
     from .result import FinetuneResult
+    from .run import Stopped
     from .splits import Split, load_split
     from .train import finetune
     from .transforms import transform_of
@@ -39,6 +40,7 @@ __all__ = [
     "NamedData",
     "Prediction",
     "Split",
+    "Stopped",
     "compare",
     "evaluate",
     "find_lr",

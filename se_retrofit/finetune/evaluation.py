@@ -18,14 +18,14 @@ from ..errors import RetrofitError
 from ..models import Base
 from ..saving.atomic import replaced_file
 from ..tables import aligned
-from . import setup
 from .config import FinetuneConfig
 from .data import Batch, Stream, stream
 from .engine import called, engine, fast_math
 from .log import Log
-from .parts import as_found, to_device
+from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
 from .run import placed, uses_channels_last
+from .setup import check_config
 from .splits import opened
 from .transforms import check_classes, class_names, class_names_of, transforms_for
 
@@ -219,7 +219,8 @@ def evaluate(
         (360, 10, torch.Size([10, 10]))
     """
     config = FinetuneConfig() if config is None else config
-    setup.checked(model, config, None, False)
+    check_network(model)
+    check_config(config)
     part = opened(data, split, model, config)
     check_classes(model, part.data)
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:

@@ -52,10 +52,10 @@ def test_the_optimizer_is_fused_and_images_are_channels_last(
 ) -> None:
     model, seen = network(), []
     model.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    from se_retrofit.finetune import setup
+    from se_retrofit.finetune import optimizing
 
-    make, optimizers = setup.optimizer, []
-    monkeypatch.setattr(setup, "optimizer", lambda *a, **k: optimizers.append(make(*a, **k)) or optimizers[-1])
+    make, optimizers = optimizing.optimizer, []
+    monkeypatch.setattr(optimizing, "optimizer", lambda *a, **k: optimizers.append(make(*a, **k)) or optimizers[-1])
     finetune(model, digits.train, config=config(cpu=False, epochs=1), quiet=True)
     assert optimizers[0].defaults["fused"]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)

@@ -37,18 +37,9 @@ DEMANDING = {
 KILLS = 3
 
 
-def start(output: Path, fields: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "run_tiny.py"), str(output), json.dumps(fields), *flags],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
 def updates_in(output: Path) -> list[dict[str, Any]]:
     path = output / "updates.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()[:]] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def lines_in(output: Path) -> int:
@@ -121,21 +112,6 @@ def check_same_runs(whole: Path, broken: Path) -> None:
     curves = [[(u["update"], u["loss"], u["lr"]) for u in updates_in(o)] for o in (whole, broken)]
     assert curves[0] == curves[1]
     assert [row["epoch"] for row in histories[1]] == list(range(DEMANDING["epochs"] + 1))
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
-def test_ctrl_c_writes_a_checkpoint_and_says_so(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    fields = {"epochs": 50, "checkpoint_minutes": 100.0, "workers": 1}
-    run = start(tmp_path, fields)
-    while lines_in(tmp_path) < 20 and run.poll() is None:
-        time.sleep(0.01)
-    run.send_signal(number)
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == code
-    assert "the checkpoint in" in said
-    progress = json.loads((tmp_path / "last" / "training.json").read_text())["progress"]
-    assert progress["updates"] >= 20
 
 
 class Stopped(Exception):
@@ -235,7 +211,7 @@ def test_a_broken_checkpoint_is_a_clear_error(
     elif damage == "field":
         state.write_text(json.dumps({**content, "mood": "good"}))
     elif damage == "newer":
-        state.write_text(json.dumps({**content, "format": 3, "mood": "good"}))
+        state.write_text(json.dumps({**content, "format": 4, "mood": "good"}))
     elif damage == "history":
         content["progress"]["history"] = 3
         state.write_text(json.dumps(content))
@@ -337,15 +313,15 @@ import resource, sys
 sys.path.insert(0, {str(HERE)!r})
 from tiny import *
 from se_retrofit.finetune import finetune
-import se_retrofit.finetune.checkpoint as disk
+from se_retrofit.finetune.checkpoint import Folder
 data = tiny_data()
-save, saves = disk.save_training, []
+save, saves = Folder.save, []
 def limited(*args, **kwargs):
     if saves:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     saves.append(1)
     save(*args, **kwargs)
-disk.save_training = limited
+Folder.save = limited
 finetune(tiny_network(), data.train, data.val, config=tiny_config(trainable="se"), output_dir={str(tmp_path)!r}, quiet=True)
 """
     run = subprocess.run(
