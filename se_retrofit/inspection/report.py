@@ -96,15 +96,6 @@ class Report:
     measured: str | None = None
 
     @property
-    def totals(self) -> dict[str, float | None]:
-        """The totals by name; None for one that is not known."""
-        return {
-            "sites": len(self.rows),
-            "skipped": len(self.skipped),
-            **{name: getattr(self, name) for name in TOTALS[2:]},
-        }
-
-    @property
     def title(self) -> str:
         """What is inserted, in full."""
         return "Squeeze-and-Excitation" if self.what == "SE" else f"{self.what} modules"
@@ -239,10 +230,6 @@ class Report:
 
 
 FIRST_NUMBER = 6
-TOTALS = (
-    "sites", "skipped", "parameters_before", "parameters_after", "trainable_before", "trainable_after",
-    "multiply_adds_before", "multiply_adds_after", "squeeze_scale", "milliseconds", "saved_bytes",
-)  # fmt: skip
 _STYLES = {"SE after": "dark_orange", "block": "bold"}
 
 
