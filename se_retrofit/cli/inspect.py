@@ -46,7 +46,6 @@ Examples:
 - `se-retrofit inspect timm/dla34 --diff`
 - `se-retrofit inspect my-network/ --html my-network.html --draw my-network.svg`
 - `se-retrofit inspect mobilenet_v2 --input-size 3x160x160 --json -`
-- `se-retrofit inspect resnet50 --modules --depth 2 --measure`
 - `se-retrofit inspect my-network/ --json - | jq -e '.parameters_after < 1.2 * .parameters_before'`
 
 Exit codes: 0, done; 1, it can't be done; 2, wrong usage.
@@ -67,37 +66,24 @@ def inspect(
     diff: Annotated[
         bool, typer.Option("--diff", help="print the blocks' code before and after, each distinct block once")
     ] = False,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="print each module's parameters, output shape and multiply-adds")
-    ] = False,
-    depth: Annotated[int | None, typer.Option(min=0, help="for --modules: those in at most so many others")] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="measure milliseconds and what is saved for the backward pass, too")
-    ] = False,
     draw: Annotated[Path | None, typer.Option(help="draw blocks before and after: FILE.svg, .png, .pdf, .dot")] = None,
     html: Annotated[Path | None, typer.Option(help="write all of it as one page, FILE.html")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
 ) -> None:
-    if depth is not None and not modules:
-        raise typer.BadParameter("is for --modules", param_hint="--depth")
     check_targets(draw, html, json_file)
     inspection = look_inside(network_of(context, model), None if input_size is None else example_of(input_size))
     if block is not None:
         inspection.block(block)  # one that is not there is told before anything is printed or written
     to_stdout = str(json_file) == "-"
     console = Console(stderr=to_stdout)
-    in_words = not (graph or diff or block or modules)
-    needed = in_words or modules or html is not None or json_file is not None
-    report = inspection.report(measure=measure) if needed else None
-    if report is not None and in_words and not to_stdout:
+    in_words = not (graph or diff or block)
+    if in_words and not to_stdout:
         if console.is_terminal:
-            console.print(report)
+            console.print(inspection)
         else:
-            say(console, report)
-    if report is not None and modules:
-        report.module_table(depth).show(console=console)
+            say(console, inspection)
     if graph or (block is not None and not diff):
         inspection.graph(block).show(console=console)
     if diff:
@@ -108,12 +94,12 @@ def inspect(
         with _writing(draw):
             inspection.draw(draw, block)
         say(console, f"drew {draw}")
-    if html is not None and report is not None:
+    if html is not None:
         with _writing(html):
-            inspection.write_html(html, report)
+            inspection.write_html(html)
         say(console, f"wrote {html}")
-    if json_file is not None and report is not None:
-        write_json(console, {"network": model, **report.to_dict()}, json_file)
+    if json_file is not None:
+        write_json(console, {"network": model, **inspection.to_dict()}, json_file)
 
 
 def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) -> None:

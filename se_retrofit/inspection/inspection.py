@@ -47,17 +47,9 @@ class Inspection(Recorded):
     def _report(self) -> Report:
         return report_of(self)
 
-    def report(self, *, measure: bool = False) -> Report:
-        """What was put where, and what it costs: a row for each site and for each module, and totals.
-
-        Args:
-            measure: measure milliseconds, on the device on which the model is, and what autograd saves for the backward pass,
-                too. Copies of the model are run for this.
-
-        Raises:
-            RetrofitError: the model is to be measured and has no values to compute with.
-        """
-        return report_of(self, measure=True) if measure else self._report
+    def report(self) -> Report:
+        """What was put where, and what it costs: a row for each site, and totals."""
+        return self._report
 
     def block(self, path: str) -> BlockPair:
         """A block: its ``before.graph`` and ``after.graph``, its ``sites``, its ``module``.
@@ -149,14 +141,13 @@ class Inspection(Recorded):
         path = check_target(path)
         return write(self, self._groups(block), path)
 
-    def write_html(self, path: str | Path, report: Report | None = None) -> Path:
-        """Write one HTML page: summary, table, drawings, differences, modules.
+    def write_html(self, path: str | Path) -> Path:
+        """Write one HTML page: summary, table, drawings, differences, and the tree of modules.
 
         The drawings are in it where Graphviz's program ``dot`` is installed. It opens offline and fetches nothing.
 
         Args:
             path: the file to write, which ends in ``.html`` or ``.htm``.
-            report: the numbers on it, such as ``report(measure=True)``; ``report()`` by default.
 
         Returns:
             The path that was written.
@@ -173,7 +164,7 @@ class Inspection(Recorded):
         from .page import check_target, page
 
         path = check_target(path)
-        path.write_text(page(self, report or self._report), encoding="utf-8")
+        path.write_text(page(self, self._report), encoding="utf-8")
         return path
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,10 +217,10 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
 # One view at a time ---------------------------------------------------------------------------------------------------
 
 
-def report(model: nn.Module, example_inputs: Any = None, *, measure: bool = False) -> Report:
-    """``inspect(model, example_inputs).report(measure=measure)``: what was put where, and what it costs.
+def report(model: nn.Module, example_inputs: Any = None) -> Report:
+    """``inspect(model, example_inputs).report()``: what was put where, and what it costs.
 
-    Args, raises, warns: as ``inspect`` and ``Inspection.report``.
+    Args, raises, warns: as ``inspect``.
 
     Example:
         >>> import timm
@@ -243,7 +234,7 @@ def report(model: nn.Module, example_inputs: Any = None, *, measure: bool = Fals
         multiply-adds: 1.814 G -> 1.815 G (+0.05%) for one 3x224x224 input
         of layers alone: 1.814 G -> 1.814 G (+0.00%)
     """
-    return inspect(model, example_inputs).report(measure=measure)
+    return inspect(model, example_inputs).report()
 
 
 def print_graph(

@@ -60,7 +60,7 @@ def test_they_are_retrofitted_inspected_folded_exported_and_saved(tmp_path: Path
     assert len(se_modules(model)) == 4
     assert same_tensors(run(model, X), run(original, X))
     assert compare(original, model, (X,), training=True).equal
-    assert len(report(model, measure=True).rows) == 4
+    assert len(report(model).rows) == 4
     assert inspect(model).write_html(tmp_path / "page.html").exists()
     assert len(excitations(model, [X]).sites) == 4
     assert fuse_se(model).training is False

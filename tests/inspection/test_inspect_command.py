@@ -60,13 +60,6 @@ def test_json_to_standard_output_is_json_alone() -> None:
     assert "+++" in result.stderr
 
 
-def test_modules_down_to_a_depth_and_measured() -> None:
-    lines = run(*SMALL, "--modules", "--depth", "1", "--measure").splitlines()
-    assert lines[0].split() == ["module", "class", "output", "parameters", "multiply-adds", "milliseconds", "saved"]
-    assert [line.split()[0] for line in lines[2:5]] == ["(model)", "conv1", "bn1"]
-    assert "call_module" not in "".join(lines)
-
-
 def test_options_reach_the_retrofit() -> None:
     output = run(*SMALL, "--include", "layer[12].*", "--gate", "sigmoid", "--placement", "pre")
     assert "SE modules         2, reduction 8, gate sigmoid" in output
