@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from ..errors import RetrofitError
-from ..inspection import inspect as look_inside
+from ..inspection import inspect_se
 from ..inspection.drawing import check_target as check_drawing
 from ..inspection.page import check_target as check_page
 from ..models import Base
@@ -73,7 +73,7 @@ def inspect(
     num_classes: NumClasses = None,
 ) -> None:
     check_targets(draw, html, json_file)
-    inspection = look_inside(network_of(context, model), None if input_size is None else example_of(input_size))
+    inspection = inspect_se(network_of(context, model), None if input_size is None else example_of(input_size))
     if block is not None:
         inspection.block(block)  # one that is not there is told before anything is printed or written
     to_stdout = str(json_file) == "-"

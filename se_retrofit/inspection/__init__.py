@@ -3,7 +3,7 @@
 from .blocks import BlockGraph, BlockPair
 from .excitations import Excitations, excitations
 from .gate_log import GateLogger, GateSummary, plot_gates
-from .inspection import Inspection, draw, inspect, print_graph, report
+from .inspection import Inspection, inspect_se
 from .report import Report
 
 __all__ = [
@@ -14,10 +14,7 @@ __all__ = [
     "GateSummary",
     "Inspection",
     "Report",
-    "draw",
     "excitations",
-    "inspect",
+    "inspect_se",
     "plot_gates",
-    "print_graph",
-    "report",
 ]

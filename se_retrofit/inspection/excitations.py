@@ -269,7 +269,8 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
 
     Example:
         >>> import timm, torch
-        >>> from se_retrofit import add_se, excitations
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.inspection import excitations
         >>> model = add_se(timm.create_model("resnet18"))
         >>> found = excitations(model, [torch.randn(2, 3, 64, 64)])
         >>> len(found.sites), found.sites[0].low, found.sites[0].high

@@ -112,7 +112,8 @@ class GateLogger:
 
     Example:
         >>> import timm, torch
-        >>> from se_retrofit import GateLogger, add_se
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.inspection import GateLogger
         >>> model = add_se(timm.create_model("resnet18"))
         >>> with GateLogger(model) as gates:
         ...     for epoch in range(2):

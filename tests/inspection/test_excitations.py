@@ -10,10 +10,10 @@ from inspected import small_resnet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from se_retrofit import RetrofitError, SEAttention, add_se, excitations, plan_of
+from se_retrofit import RetrofitError, SEAttention, add_se, plan_of
 from se_retrofit.cli.demo_network import SmallResNet
 from se_retrofit.finetune import FinetuneConfig, finetune, load_data
-from se_retrofit.inspection import Excitations
+from se_retrofit.inspection import Excitations, excitations
 
 
 def batches(number: int = 3, size: int = 6) -> list[tuple[Tensor, Tensor]]:

@@ -11,9 +11,9 @@ import torch
 from inspected import small_resnet
 from torch import Tensor, nn
 
-from se_retrofit import GateLogger, RetrofitError, SEAttention, add_se, excitations, fuse_se
+from se_retrofit import RetrofitError, SEAttention, add_se, fuse_se
 from se_retrofit.attention import Inserted, StaticFactor
-from se_retrofit.inspection import plot_gates
+from se_retrofit.inspection import GateLogger, excitations, plot_gates
 from se_retrofit.inspection.moments import Moments
 
 
