@@ -37,7 +37,7 @@ HELP = """
 Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graph, code and picture.
 
 MODEL is a name, whose network is built (with random weights) and retrofitted for this, or a folder that
-`convert`, `finetune` or `fold` wrote.
+`add`, `finetune` or `fold` wrote.
 
 Examples:
 

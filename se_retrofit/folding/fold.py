@@ -38,7 +38,7 @@ def fold_se(
     sites: str | Iterable[str] | None = None,
     max_batches: int = 8,
     inplace: bool = False,
-) -> tuple[M, FoldReport]:
+) -> M:
     """Fold SE modules whose gates hardly depend on the input into the network's own weights.
 
     The gates of each site are replaced by their means over the data, starting with the smallest effect on the
@@ -59,7 +59,7 @@ def fold_se(
         inplace: change the given model instead of a copy.
 
     Returns:
-        The folded network, and a ``FoldReport`` with spread, effect and verdict of each site.
+        The folded network. Its attribute ``fold_report``, a ``FoldReport``, has spread, effect and verdict of each site.
 
     Raises:
         RetrofitError: the model has no SE inserted by ``add_se`` (it may be folded already), only factors that can't be
@@ -70,8 +70,8 @@ def fold_se(
         >>> import timm, torch
         >>> from se_retrofit import add_se, fold_se
         >>> model = add_se(timm.create_model("resnet18", num_classes=10)).eval()
-        >>> folded, report = fold_se(model, [torch.randn(4, 3, 64, 64)])
-        >>> len(report.folded), type(folded.layer1[0]).__name__
+        >>> folded = fold_se(model, [torch.randn(4, 3, 64, 64)])
+        >>> len(folded.fold_report.folded), type(folded.layer1[0]).__name__
         (8, 'BasicBlock')
     """
     _check(model, tolerance, max_accuracy_loss, max_batches)
@@ -102,7 +102,9 @@ def fold_se(
             rows.append(FoldedSite(site.path, site.block, site.channels, *row))
     missed = tuple(site.path for site in chosen if site.path not in gates)
     count = sum(len(batch.inputs) for batch in batches)
-    return result, FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
+    report = FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
+    result.fold_report = report  # type: ignore[assignment]
+    return result
 
 
 def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any) -> None:
