@@ -2,7 +2,8 @@
 
 from .blocks import BlockGraph, BlockPair
 from .excitations import Excitations, excitations
-from .gate_log import GateLogger, GateSummary, plot_gates
+from .gate_plots import plot_gates
+from .gates import GateLogger, SiteGates
 from .inspection import Inspection, inspect_se
 from .report import Report
 
@@ -11,9 +12,9 @@ __all__ = [
     "BlockPair",
     "Excitations",
     "GateLogger",
-    "GateSummary",
     "Inspection",
     "Report",
+    "SiteGates",
     "excitations",
     "inspect_se",
     "plot_gates",
