@@ -16,14 +16,12 @@ from sweeps import swept
 from torch import Tensor, nn
 
 from se_retrofit import (
-    GateLogger,
     RetrofitError,
-    excitations,
     export,
     fold_se,
     from_native,
     has_se,
-    inspect,
+    inspect_se,
     load_retrofitted,
     load_se,
     plan_fusion,
@@ -32,6 +30,7 @@ from se_retrofit import (
     save_retrofitted,
     save_se,
 )
+from se_retrofit.inspection import GateLogger, excitations
 from se_retrofit.verify import se_matters
 
 pytestmark = pytest.mark.xdist_group("compilers")
@@ -218,7 +217,7 @@ def test_the_source_of_a_users_class_is_not_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_inspection_names_it_and_counts_its_costs(name: str) -> None:
     model = learned(name)
-    found = inspect(model, inputs())
+    found = inspect_se(model, inputs())
     report = found.report()
     word = "SE" if name == "se" else plan_of(model).what
     assert f"Network with {'Squeeze-and-Excitation' if name == 'se' else f'{word} modules'}" in str(report)

@@ -19,7 +19,7 @@ from se_retrofit import (
     fold_se,
     from_native,
     fuse_se,
-    inspect,
+    inspect_se,
     load_retrofitted,
     load_se,
     plan_of,
@@ -49,7 +49,7 @@ def cast(dtype: torch.dtype, **options: Any) -> nn.Module:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_inspected_drawn_exported_and_fused(dtype: torch.dtype, tmp_path: Path) -> None:
     model = cast(dtype)
-    found = inspect(model)
+    found = inspect_se(model)
     assert found.report().inputs == "3x32x32"
     assert "se_attention" in str(found.block("layer1.0"))
     assert found.write_html(tmp_path / "page.html").exists()
@@ -113,8 +113,8 @@ class Mixed(nn.Module):
 
 def test_inputs_that_differ_from_the_first_parameter_stay_as_they_were_given() -> None:
     model = add_se(Mixed(), 2, example_inputs=torch.zeros(1, 3, 8, 8))
-    assert inspect(model).report().inputs == "3x8x8"
-    assert inspect(model, torch.zeros(1, 3, 9, 9)).report().inputs == "3x9x9"
+    assert inspect_se(model).report().inputs == "3x8x8"
+    assert inspect_se(model, torch.zeros(1, 3, 9, 9)).report().inputs == "3x9x9"
 
 
 def test_a_plan_that_does_not_tell_the_dtype_of_its_model_follows_the_model() -> None:
