@@ -212,7 +212,8 @@ def _why_nothing(model: nn.Module, found: Found) -> str:
             f"nothing to retrofit{beside}"
         )
     if left:
-        block, reason = next(iter(left.items()))
+        # what a placement is not for says least
+        block, reason = max(left.items(), key=lambda item: not item[1].startswith("placement "))
         return f"{name} has no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason}){beside}"
     return (
         f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "

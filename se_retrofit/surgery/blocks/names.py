@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..record.graph import Call, Record
+from torch import nn
+
+from ..record.graph import Call, Op, Record
 from ..record.roles import is_sequential
 from .block import Block
 from .questions import prefix_of
@@ -22,13 +24,33 @@ def name_of(record: Record, block: Block) -> str:
             return outer.path
         paths = conv_paths(record, block)
         prefix = prefix_of(paths)
-        return prefix if prefix != outer.path else (paths or [prefix])[0]
+        return _in_list(record, paths, beside) or (prefix if prefix != outer.path else (paths or [prefix])[0])
+    if beside and block.kind != "chain" and (own := _in_list(record, conv_paths(record, block), beside)):
+        return own
     return _around(record, outer).path
 
 
 def conv_paths(record: Record, block: Block) -> list[str]:
     own = (op for op in record.select(block.region) if op.conv is not None and not op.flat)
-    return [op.path for op in own if op.path]
+    return [path for op in own if (path := path_of(op))]
+
+
+def path_of(conv: Op) -> str | None:
+    """The path of a convolution's module; of the one whose weight a function takes."""
+    weights = (source.path for source in conv.inputs if source.role == "param" and source.path)
+    return conv.path or next((path.rpartition(".")[0] or path for path in weights), None)
+
+
+def _in_list(record: Record, paths: list[str], beside: list[Op]) -> str | None:
+    """What a block is called that a loop over a list makes: by its own part of the list, if there are others in it."""
+    prefix = prefix_of(paths)
+    modules = dict(record.model.named_modules())
+    for name, around in ((paths[0] if paths else "", prefix), (prefix, prefix.rpartition(".")[0])):
+        if isinstance(modules.get(around), nn.ModuleList) and any(
+            (path_of(op) or "").startswith(f"{around}.") for op in beside
+        ):
+            return name
+    return None
 
 
 def _around(record: Record, call: Call) -> Call:

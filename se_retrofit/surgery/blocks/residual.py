@@ -110,7 +110,8 @@ def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
     al., arXiv:1608.03981), so that its branch is a network and no unit: one that holds most of the convolutions; or one that
     makes an image, added to the one that came in."""
     own = [op for op in ops if op.spatial_conv]
-    if len(own) > 3 and 2 * len(own) > sum(op.spatial_conv for op in record.ops):
+    layers, all_layers = ({op.path for op in some if op.spatial_conv} for some in (own, record.ops))
+    if len(layers) > 3 and 2 * len(layers) > len(all_layers):
         return True
     learned = [op for op in record.ops if op.role in LEARNED]
     raw = not any(op.bit & (skip.ancestors | skip.bit) for op in learned)
