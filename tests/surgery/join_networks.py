@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from structure import Unit, conv, structure
@@ -39,13 +41,13 @@ class Two(nn.Module):
         return x
 
 
-def joined(sites: str | None = "", refused: str = ""):  # type: ignore[no-untyped-def]
-    """A network of two such blocks."""
+def joined(after: str = "conv2") -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """A network of two such blocks, with SE behind one of their layers."""
 
     def noted(cls: type[nn.Module]) -> type[nn.Module]:
         network = type(cls.__name__, (Two,), {"block": cls})
-        expected = {} if sites is None else {f"blocks.{i}{sites}": 8 for i in range(2)}
-        structure(IMAGE, sites=expected, refused=refused)(network)
+        expected = {f"blocks.{i}": 8 for i in range(2)}
+        structure(IMAGE, sites=expected, after=after)(network)
         return cls
 
     return noted
@@ -122,6 +124,18 @@ class Lerp(Branch):
 
 
 @joined()
+class LerpByChannel(Branch):
+    """Taken apart on meta: x + t * (y - x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, self.branch(x), self.t)
+
+
+@joined()
 class AddCMul(Branch):
     """ViT's and ConvNeXt's layer scale in one call."""
 
@@ -161,7 +175,7 @@ class SumOfList(Branch):
         return sum([x, self.branch(x)])
 
 
-@joined()
+@joined("conv1")
 class SumOfOne(Branch):
     """A convolution beside its input: a residual unit, no sum to be fused."""
 
@@ -175,7 +189,7 @@ class Stacked(Branch):
         return torch.stack([x, self.branch(x)]).sum(0)
 
 
-@joined()
+@joined("body")
 class ReLUFirst(nn.Module):
     """The branch's first activation overwrites the input, and so the skip."""
 

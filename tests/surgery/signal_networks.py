@@ -151,6 +151,34 @@ class Scripted(nn.Module):
         return x + self.conv2(swish(self.conv1(x)))
 
 
+def no_meta(x: Tensor) -> None:
+    """Fails on meta as scripted functions may, in words that don't say so."""
+    if x.is_meta:
+        raise RuntimeError("Unknown device for graph fuser")
+
+
+@structure(torch.randn(2, 3, 10, 10), sites={"units.0": 8})
+class FailsOnMeta(nn.Module):
+    """What fails on meta is tried with values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.units = conv(3, 8), nn.Sequential(Unit())
+
+    def forward(self, x: Tensor) -> Tensor:
+        no_meta(x)
+        return self.units(self.stem(x))
+
+
+@structure(torch.randn(2, 3, 10, 10), refused="expected input.* to have 3 channels, but got 8")
+class FailsEither(FailsOnMeta):
+    """The reason is the one that is met with values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        no_meta(x)
+        return self.stem(self.stem(x))
+
+
 @structure(torch.randn(2, 3, 10, 10), sites={"units.0": 8, "units.1": 8})
 class ScriptedFunctions(nn.Module):
     """Activations by ``torch.jit.script``."""

@@ -24,6 +24,7 @@ def test_a_structure_has_the_plan_that_an_expert_would_write(found: Structure) -
         return
     plan = plan_se(model, 2, example_inputs=found.inputs)
     assert {site.path.removesuffix(".se_attention"): site.channels for site in plan.sites} == found.sites
+    assert not found.after or {site.after for site in plan.sites} == {found.after}
     assert {site.kind for site in plan.sites} == {found.kind}
     reasons = {skip.block: skip.reason for skip in plan.skipped}
     for block, reason in found.skipped.items():

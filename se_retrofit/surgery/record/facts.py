@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .graph import Conv, Op, Record
-from .joins import LEARNED, meaning
+from .joins import LEARNED, interpolated, meaning
 from .roles import module_role, role_of
 
 Takers = dict[Op, list[Op]]
@@ -39,6 +39,8 @@ def _read(op: Op, takers: Takers, learned: int) -> None:
                 op.role, op.takes = "act", (x,)
     if op.role == "pool" and (stack := _summed_stack(op, takers)) is not None:  # torch.stack([x, f(x)]).sum(0), an add
         op.role, op.takes, written_out = "add", stack.inputs, (stack,)
+    if path := interpolated(op):
+        op.takes, written_out = path[0].data[::-1], path
     if op.role == "conv":
         op.conv = _conv_of(op)
     for source in op.takes:
