@@ -47,6 +47,8 @@ def _read(op: Op, takers: Takers, learned: int) -> None:
         source.users = [user for user in source.users if user not in written_out]
         op.ancestors |= source.ancestors | source.bit
         source.users.append(op)
+    if path:
+        op.takes[1].users[-1] = path[0]  # the code names the branch in the difference alone
     op.channel_dim = _channel_dim(op)
     if op.role == "pool" and op.module is None and op.data:
         op.channel_dim = op.channel_dim or _channel_dim_of_several(op.data[0], op)
