@@ -349,6 +349,40 @@ class WaveNet(nn.Module):
         return self.head((total + x) * mask)
 
 
+class WN(nn.Module):
+    """The same in a loop, with both outputs from one convolution, the second of which are summed up (WaveGlow, arXiv:1811.00002)."""
+
+    def __init__(self, channels: int = 8, count: int = 3) -> None:
+        super().__init__()
+        self.channels = channels
+        self.enter = nn.ModuleList(conv(channels, 2 * channels, dims=1, dilation=2**i) for i in range(count))
+        self.leave = nn.ModuleList(
+            nn.Conv1d(channels, channels if i == count - 1 else 2 * channels, 1) for i in range(count)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for i, (enter, leave) in enumerate(zip(self.enter, self.leave, strict=True)):
+            a, b = enter(x).chunk(2, 1)
+            both = leave(torch.tanh(a) * torch.sigmoid(b))
+            if i < len(self.leave) - 1:
+                x = (x + both[:, : self.channels]) * mask
+                total = total + both[:, self.channels :]
+            else:
+                total = total + both
+        return total * mask
+
+
+@structure(WAVE, MASK, sites={"wn.leave.0": 16, "wn.leave.1": 16})
+class Flow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wn, self.head = nn.Conv1d(8, 8, 1), WN(), nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.wn(self.stem(x) * mask, mask))
+
+
 class Stream(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,9 @@ def name_of(record: Record, block: Block) -> str:
             return outer.path
         paths = conv_paths(record, block)
         prefix = prefix_of(paths)
-        return _in_list(record, paths, beside) or (prefix if prefix != outer.path else (paths or [prefix])[0])
+        if prefix == outer.path:
+            return (paths or [prefix])[0]
+        return _in_list(record, paths, beside) or prefix
     if beside and block.kind != "chain" and (own := _in_list(record, conv_paths(record, block), beside)):
         return own
     return _around(record, outer).path
