@@ -10,6 +10,7 @@ from structure import Unit, conv, structure
 from torch import Tensor, nn
 
 IMAGE = torch.randn(2, 3, 10, 10)
+WAVE = torch.randn(2, 8, 40)
 
 
 class Branch(nn.Module):
@@ -199,6 +200,39 @@ class ReLUFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.add(x, self.body(x))
+
+
+# Streams ------------------------------------------------------------------------------------------------------------
+
+
+class Stream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(conv(8, 8, dims=1), nn.ReLU(), conv(8, 8, dims=1)) for _ in range(3))
+
+
+@structure(WAVE, sites={f"layers.{i}": 8 for i in range(3)})
+class Summed(Stream):
+    """A stream whose stages are summed up as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = 0
+        for layer in self.layers:
+            x = x + layer(x)
+            total = total + x
+        return total
+
+
+@structure(WAVE, sites={f"layers.{i}": 8 for i in range(3)})
+class Yielded(Stream):
+    """A stream whose stages are all returned."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        stages = []
+        for layer in self.layers:
+            x = layer(x) + x
+            stages.append(x)
+        return stages
 
 
 # Couplings ------------------------------------------------------------------------------------------------------------

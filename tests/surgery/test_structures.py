@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import image_networks  # noqa: F401
 import join_networks  # noqa: F401
+import layer_networks  # noqa: F401
 import pytest
 import signal_networks  # noqa: F401
 import torch
