@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ...attention import Inserted
 from .copying import copied
 from .graph import Call, Op, Record, Where, rewritten, tensor_of
 from .inputs import Inputs, tensors_in
 from .isolation import forked_randomness
-from .meta import MetaOperations, all_on_meta
+from .meta import MetaOperations
 from .methods import methods_of
 from .roles import module_role, role_of
 from .values import Values, makes, written_by
@@ -220,7 +221,7 @@ class _Recorder(TorchDispatchMode):
             if not all(on_meta):
                 if func._schema.is_mutable and not all(t.is_meta for t in written_by(func, args, kwargs)):
                     raise self.needs(NeedsValues("a tensor with values is changed by one without"))
-                args, kwargs = all_on_meta(args), all_on_meta(kwargs)
+                args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else on_meta(t), (args, kwargs))
             try:
                 return self.on_meta.run(func, args, kwargs)
             except Exception as error:
@@ -280,15 +281,14 @@ class _Recorder(TorchDispatchMode):
 
     def nodes_in(self, value: Any) -> Any:
         """Arguments with the node in the place of each tensor."""
+        return fx.node.map_aggregate(value, self.node_of)
+
+    def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             op = self.values.known(value)
             return None if op is None else op.node
-        if type(value) in (tuple, list):
-            return type(value)(self.nodes_in(item) for item in value)
-        if isinstance(value, dict):
-            return {key: self.nodes_in(item) for key, item in value.items()}
         inside = tensors_in(value)
-        return tuple(map(self.nodes_in, inside)) if inside else value
+        return tuple(map(self.node_of, inside)) if inside else value
 
 
 def record_run(
@@ -322,8 +322,8 @@ def record_run(
             with recorder:
                 model(*own.args, **own.kwargs)
         except Exception as error:
-            if recorder.needed_values is None and _asks_for_values(error, inputs):
-                recorder.needed_values = error
+            if inputs.is_meta:
+                recorder.needs(error)
             result.broke_in = recorder.failed_in
             result.broke_off = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         finally:
@@ -348,8 +348,3 @@ def _flags_of_hooks(module: nn.Module) -> tuple[dict[int, bool], ...]:
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
     )
-
-
-def _asks_for_values(error: Exception, inputs: Inputs) -> bool:
-    on_meta = any(t.device.type == "meta" for t in tensors_in((inputs.args, inputs.kwargs)))
-    return on_meta and "meta" in str(error).lower()
