@@ -22,7 +22,7 @@ from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs
 from .record.isolation import isolated, without_collections
-from .record.methods import forget_methods
+from .record.methods import METHODS
 from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
@@ -36,7 +36,7 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     Raises:
         RetrofitError: the model can't be copied, or run on the inputs; nothing can be retrofitted.
     """
-    forget_methods()
+    METHODS.clear()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
         found = _found(read(runs.evaluation), options)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ...attention import Inserted
-from .copying import copied
+from .copying import copied, on_meta
 from .graph import Call, Op, Record, Where, rewritten, tensor_of
 from .inputs import Inputs, tensors_in
 from .isolation import forked_randomness
@@ -67,9 +67,7 @@ class _Single:
     module: nn.Module
     arguments: tuple[Any, Any]
     inputs: tuple[Op, ...]
-    changed: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # the tensors that it has changed, by id, and so kept alive
+    changed: dict[int, Tensor] = field(default_factory=dict)  # the tensors that it has changed, kept alive, by id
 
 
 class _Recorder(TorchDispatchMode):
@@ -216,17 +214,17 @@ class _Recorder(TorchDispatchMode):
             self.values.change_aliases(written, {id(t) for t in written})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
-        on_meta = [t.is_meta for t in given]
-        if any(on_meta):
-            if not all(on_meta):
-                if func._schema.is_mutable and not all(t.is_meta for t in written_by(func, args, kwargs)):
-                    raise self.needs(NeedsValues("a tensor with values is changed by one without"))
-                args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else on_meta(t), (args, kwargs))
-            try:
-                return self.on_meta.run(func, args, kwargs)
-            except Exception as error:
-                raise self.needs(error) from None
-        return func(*args, **kwargs)
+        with_values = [t for t in given if not t.is_meta]
+        if len(with_values) == len(given):
+            return func(*args, **kwargs)
+        if with_values:
+            if func._schema.is_mutable and not all(t.is_meta for t in written_by(func, args, kwargs)):
+                raise self.needs(NeedsValues("a tensor with values is changed by one without"))
+            args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else on_meta(t), (args, kwargs))
+        try:
+            return self.on_meta.run(func, args, kwargs)
+        except Exception as error:
+            raise self.needs(error) from None
 
     def needs(self, error: Exception) -> Exception:
         """Note that values were asked for, even if the model's code catches the error; other errors it would meet with values, too."""
@@ -313,10 +311,8 @@ def record_run(
         # a script module takes no such hooks; its operations are its caller's
         hooked = [m for m in recorder.modules if not isinstance(m, torch.jit.ScriptModule)]
         for module in hooked:  # as register_forward_hook does it, without an object for each of thousands of hooks
-            module._forward_pre_hooks[_HOOK] = recorder.begin
-            module._forward_hooks[_HOOK] = recorder.end
-            for flags in _flags_of_hooks(module):
-                flags[_HOOK] = True
+            for hooks, hook in zip(_hooks(module), (recorder.begin, recorder.end, True, True, True), strict=True):
+                hooks[_HOOK] = hook
         try:
             own = copied(inputs, lambda tensor: tensor)  # a forward may write into the list or dict that it is given
             with recorder:
@@ -328,9 +324,8 @@ def record_run(
             result.broke_off = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         finally:
             for module in hooked:
-                del module._forward_pre_hooks[_HOOK], module._forward_hooks[_HOOK]
-                for flags in _flags_of_hooks(module):
-                    del flags[_HOOK]
+                for hooks in _hooks(module):
+                    del hooks[_HOOK]
             for call in result.calls:
                 call.end = call.end or len(result.ops)
     if recorder.needed_values is not None:
@@ -341,9 +336,11 @@ def record_run(
 _HOOK: Any = "recorder"  # where PyTorch has a running number
 
 
-def _flags_of_hooks(module: nn.Module) -> tuple[dict[int, bool], ...]:
-    """Where PyTorch notes that a hook takes keyword arguments, and that it is called after an error, too."""
+def _hooks(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """Where PyTorch keeps hooks; and where it notes that one takes keyword arguments, and that it is called after an error, too."""
     return (
+        module._forward_pre_hooks,
+        module._forward_hooks,
         module._forward_pre_hooks_with_kwargs,
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
