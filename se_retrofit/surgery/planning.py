@@ -46,10 +46,8 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
         sites = sorted(fitting.sites(), key=lambda site: site.place.op.index)
     if not sites:
         raise RetrofitError(_why_nothing(model, found))
-    called: dict[str, int] = {}
-    for index, call in enumerate(runs.evaluation.calls):
-        called.setdefault(call.path, index)
-    left = sorted(found.skipped.items(), key=lambda item: called.get(item[0], len(called)))
+    called = {call.path: -index for index, call in enumerate(reversed(runs.evaluation.calls))}  # first calls last
+    left = sorted(found.skipped.items(), key=lambda item: called.get(item[0], 1))
     skipped = tuple(Skipped(block, reason) for block, reason in left)
     described = describe(runs.inputs, model)
     return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure_of(model))
@@ -136,21 +134,14 @@ def _with_attention(plan: Plan, given: Attention) -> Plan:
 def _found(record: Record, options: Options) -> Found:
     """The places of blocks, those that ``at`` names, or both."""
     patterns = patterns_of("at", options.at)
-    if not patterns:
-        return find_places(record, options.placement, _table(options.recognisers))
-    named = places_at(record, patterns)
-    if options.auto:
-        found = find_places(record, options.placement, _table(options.recognisers))
-        taken = {place.op for place in named.places}
-        named.places += [place for place in found.places if place.op not in taken]
-        named.places.sort(key=lambda place: place.op.index)
-        named.skipped |= found.skipped
-        named.attended = found.attended
-    return named
-
-
-def _table(recognisers: Iterable[Any]) -> list[Recogniser]:
-    return [*(Recogniser(partial(_asked, find)) for find in recognisers), *RECOGNISERS]
+    named = places_at(record, patterns) if patterns else Found()
+    if patterns and not options.auto:
+        return named
+    table = [*(Recogniser(partial(_asked, find)) for find in options.recognisers), *RECOGNISERS]
+    found = find_places(record, options.placement, table)
+    taken = {place.op for place in named.places}
+    places = [*named.places, *(place for place in found.places if place.op not in taken)]
+    return Found(sorted(places, key=lambda place: place.op.index), named.skipped | found.skipped, found.attended)
 
 
 def _asked(find: Any, record: Record) -> Iterator[Block]:

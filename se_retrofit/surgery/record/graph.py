@@ -1,6 +1,6 @@
 """A record of one run of a model: a ``torch.fx.Graph`` of every operation, and what is known of each of its nodes.
 
-``recording`` makes it; nothing changes it afterwards. What is concluded from it (``operations.read``) stands beside it.
+``recorder`` makes it; nothing changes it afterwards. What is concluded from it (``facts.read``) stands beside it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Op:
         inplace: it changes its first input.
         node: its node in the graph; None in the record of a run that is only compared with another.
 
-    Concluded by ``operations.read``: ``role`` (see ``roles``), ``conv``, ``ancestors`` (a bit set of indices), and
+    Concluded by ``facts.read``: ``role`` (see ``roles``), ``conv``, ``ancestors`` (a bit set of indices), and
 
         takes: its inputs as far as they count: of ``x * sigmoid(x)``, which is an activation, ``x`` alone.
         users: the operations that take it.

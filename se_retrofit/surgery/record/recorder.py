@@ -32,9 +32,6 @@ class NeedsValues(RuntimeError):
     """The run asks for values, which meta tensors do not have."""
 
 
-# Whose source -------------------------------------------------------------------------------------------------------
-
-
 _CALL = nn.Module._call_impl.__code__
 
 
@@ -55,9 +52,6 @@ def _frames(call: Call, skip: int) -> Where:
                 found.append((code, frame.f_lasti))
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found)
-
-
-# The recorder ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -239,8 +233,18 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, call: Call | None = None,
     ) -> Op:  # fmt: skip
         call = call or self.stack[-1]
-        op = Op(len(self.result.ops), name, inputs, args, tensor.shape, tensor.dtype, call, where=where, node=node)
-        op.kwargs = kwargs or {}
+        op = Op(
+            len(self.result.ops),
+            name,
+            inputs,
+            args,
+            tensor.shape,
+            tensor.dtype,
+            call,
+            where=where,
+            node=node,
+            kwargs=kwargs or {},
+        )
         self.result.ops.append(op)
         if node is not None:
             node.meta.update(shape=tensor.shape, dtype=tensor.dtype, call=call, where=where)
@@ -310,9 +314,8 @@ def record_run(
         recorder = _Recorder(result, on_meta or MetaOperations(), traced)
         # a script module takes no such hooks; its operations are its caller's
         hooked = [m for m in recorder.modules if not isinstance(m, torch.jit.ScriptModule)]
-        for module in hooked:  # as register_forward_hook does it, without an object for each of thousands of hooks
-            for hooks, hook in zip(_hooks(module), (recorder.begin, recorder.end, True, True, True), strict=True):
-                hooks[_HOOK] = hook
+        handles = [module.register_forward_pre_hook(recorder.begin, with_kwargs=True) for module in hooked]
+        handles += [m.register_forward_hook(recorder.end, with_kwargs=True, always_call=True) for m in hooked]
         try:
             own = copied(inputs, lambda tensor: tensor)  # a forward may write into the list or dict that it is given
             with recorder:
@@ -323,25 +326,10 @@ def record_run(
             result.broke_in = recorder.failed_in
             result.broke_off = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         finally:
-            for module in hooked:
-                for hooks in _hooks(module):
-                    del hooks[_HOOK]
+            for handle in handles:
+                handle.remove()
             for call in result.calls:
                 call.end = call.end or len(result.ops)
     if recorder.needed_values is not None:
         raise NeedsValues(str(recorder.needed_values)) from recorder.needed_values
     return result
-
-
-_HOOK: Any = "recorder"  # where PyTorch has a running number
-
-
-def _hooks(module: nn.Module) -> tuple[dict[Any, Any], ...]:
-    """Where PyTorch keeps hooks; and where it notes that one takes keyword arguments, and that it is called after an error, too."""
-    return (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._forward_pre_hooks_with_kwargs,
-        module._forward_hooks_with_kwargs,
-        module._forward_hooks_always_called,
-    )
