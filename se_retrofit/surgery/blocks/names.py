@@ -15,14 +15,14 @@ def name_of(record: Record, block: Block) -> str:
     graph that holds more than the block, what the paths of its convolutions tell. Those convolutions of a plain chain that
     are a unit of the network together (the two of a U-Net's double convolution) are named after the unit."""
     outer = block.call
-    if is_sequential(outer.module) or outer.path == "":
-        held = [op for op in record.select(outer.mask) if op.spatial_conv]
-        if any(not op.bit & block.region for op in held):
-            if block.kind == "chain" and is_unit(record, outer):
-                return outer.path
-            paths = conv_paths(record, block)
-            prefix = prefix_of(paths)
-            return prefix if prefix != outer.path else (paths or [prefix])[0]
+    beside = [op for op in record.select(outer.mask & ~block.region) if op.spatial_conv]
+    parted = block.kind == "chain" and any(op.call is not outer for op in beside)  # a stem, say, beside stages
+    if beside and (is_sequential(outer.module) or outer.path == "" or parted):
+        if block.kind == "chain" and not parted and is_unit(record, outer):
+            return outer.path
+        paths = conv_paths(record, block)
+        prefix = prefix_of(paths)
+        return prefix if prefix != outer.path else (paths or [prefix])[0]
     return _around(record, outer).path
 
 

@@ -20,7 +20,7 @@ from same_behaviour import Net
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from se_retrofit import RetrofitError, add_se, has_se, load_retrofitted, plan_of, plan_se, report, save_retrofitted
+from se_retrofit import RetrofitError, add_se, has_se, inspect_se, load_retrofitted, plan_of, plan_se, save_retrofitted
 
 
 @pytest.mark.parametrize("block", [blocks.PythonRandom, blocks.NumpyRandom, blocks.TorchRandomItem, blocks.SizedNoise])
@@ -104,7 +104,7 @@ def test_inputs_may_be_nested_and_are_needed_once_only(tmp_path) -> None:
     inputs = (({"image": torch.zeros(1, 3, 17, 17), "scale": 0.5},), {"more": ([torch.zeros(3)],)})
     retrofitted = add_se(model, 2, example_inputs=inputs)
     assert len(plan_of(retrofitted).sites) == 1
-    assert "8x15x15" in str(report(retrofitted))
+    assert "8x15x15" in str(inspect_se(retrofitted).report())
     again = load_retrofitted(save_retrofitted(retrofitted, tmp_path / "saved"), base=Structured())
     sample = {"image": torch.randn(2, 3, 9, 9), "scale": 2.0}
     assert torch.equal(again(sample)["out"], model(sample)["out"])
@@ -124,9 +124,9 @@ def test_inputs_may_be_of_any_class_and_are_given_again_for_a_printout() -> None
     inputs = (Sample(torch.zeros(1, 3, 17, 17)),)
     retrofitted = add_se(Sampled(nn.Conv2d(3, 8, 3), BasicBlock(8, 8)), 2, example_inputs=inputs)
     assert plan_of(retrofitted).inputs is None
-    assert "8x15x15" in str(report(retrofitted, example_inputs=inputs))
+    assert "8x15x15" in str(inspect_se(retrofitted, example_inputs=inputs).report())
     with pytest.raises(RetrofitError, match="example_inputs"):
-        report(retrofitted)
+        inspect_se(retrofitted)
 
 
 class Sized(nn.Module):
