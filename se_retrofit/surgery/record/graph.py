@@ -152,12 +152,6 @@ class Call:
         """Whether an operation's output is a value in this module's own code: made there, or returned to it."""
         return (op.call is self) or any(op in child.outputs for child in self.children)
 
-    def walk(self) -> Iterator[Call]:
-        """This call and all below it, in the order in which they began."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
-
 
 @dataclass(eq=False)
 class Record:

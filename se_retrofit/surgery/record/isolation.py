@@ -36,8 +36,7 @@ def forked_randomness() -> Iterator[None]:
         python, numpy, cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     random.seed(0)
-    with suppress(TypeError):  # NumPy was given another kind of generator
-        np.random.seed(0)
+    np.random.seed(0)
     torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of all devices
     try:
         yield

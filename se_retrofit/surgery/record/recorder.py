@@ -136,7 +136,7 @@ class _Recorder(TorchDispatchMode):
         name = type(module).__name__ if recipe is None else recipe.base.__name__
         whole: fx.Node | None = None
         for index, tensor in enumerate(tensors_in(output)):
-            before = self.values.op_of(tensor) if tensor in self.values else None
+            before = self.values.op_of(tensor) if self.values.known(tensor) is not None else None
             changed = id(tensor) in single.changed
             if before is not None and not changed and before in single.inputs:  # it returned what it was given
                 call.passes.append((before, module, path))

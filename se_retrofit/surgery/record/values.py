@@ -44,9 +44,6 @@ class Values:
             for name, t in reversed(getattr(module, own).items())
         }
 
-    def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._known
-
     def known(self, tensor: Tensor) -> Op | None:
         """The operation that is known to have made a tensor, whatever changed its data since."""
         return self._known.get(id(tensor))
