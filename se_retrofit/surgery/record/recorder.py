@@ -192,13 +192,13 @@ class _Recorder(TorchDispatchMode):
         def make_part(index: int) -> Op:
             return make(outputs[index], self.part_of(whole, output, index))
 
-        made = len(outputs) if role_of(name) == "part" else min(1, len(outputs))
-        for index, tensor in enumerate(outputs[:made]):
+        for index, tensor in enumerate(outputs):
+            if index and role_of(name) != "part":  # a norm's statistics, a pool's indices: hardly ever used
+                self.values.keep_for_later(tensor, partial(make_part, index))
+                continue
             op = make_part(index)
             op.inplace = any(tensor is t for t in written)
             self.values.keep(tensor, op)
-        for index in range(made, len(outputs)):  # a norm's statistics, a pool's indices: hardly ever used
-            self.values.keep_for_later(outputs[index], partial(make_part, index))
         for tensor in written:
             if not any(tensor is t for t in outputs):
                 op = make(tensor, self.rewritten(tensor, whole))
