@@ -219,23 +219,21 @@ def _match_paths(names: dict[Place, list[str]], patterns: list[str]) -> None:
 
 def _why_nothing(model: nn.Module, found: Found) -> str:
     name = type(model).__name__
-    aside = list(dict.fromkeys(place.block for place in found.places if place.aside))
-    left = {block: reason for block, reason in found.skipped.items() if block not in aside}
-    beside = (
-        f"; beside them, include may name {', '.join(aside[:3])}{', ...' if len(aside) > 3 else ''}" if aside else ""
-    )
-    if found.attended and all(place.aside for place in found.places):
-        return (
-            f"{name} has channel attention already, in all of its convolutional blocks ({found.attended}), so there is "
-            f"nothing to retrofit{beside}"
-        )
-    if left:
+    beside = [place for place in found.places if place.aside]
+    left = {block: why for block, why in found.skipped.items() if block not in {place.block for place in beside}}
+    if found.attended and len(beside) == len(found.places):
+        problem = f"channel attention already, in all of its convolutional blocks ({found.attended}), so there is nothing to retrofit"
+    elif left:
         block, reason = next(iter(left.items()))
-        return f"{name} has no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason}){beside}"
-    return (
-        f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
-        f"and no plain chain of convolutions, so there is nothing to retrofit{beside}"
-    )
+        problem = f"no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason})"
+    else:
+        problem = (
+            "no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, and no "
+            "plain chain of convolutions, so there is nothing to retrofit"
+        )
+    nameable = dict.fromkeys(next(name for name in (place.block, *place.names) if name) for place in beside)
+    hint = f"; beside them, include may name {', '.join([*nameable][:3])}" if nameable else ""
+    return f"{name} has {problem}{hint}{', ...' if len(nameable) > 3 else ''}"
 
 
 # As data --------------------------------------------------------------------------------------------------------------
