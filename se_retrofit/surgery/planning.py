@@ -26,7 +26,6 @@ from .record.methods import forget_methods
 from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
-from .splice.ways import se_paths
 
 __all__ = ["fitted", "planned"]
 
@@ -169,52 +168,35 @@ def _asked(find: Any, record: Record) -> Iterator[Block]:
 
 
 def _chosen(found: Found, options: Options) -> list[Place]:
-    """The places that ``include`` and ``exclude`` let through. A pattern is over the paths of blocks, and of what in a plain chain
-    is less than a block: its convolutions; where it matches none of these, over those of SE modules."""
+    """The places that ``include`` and ``exclude`` let through, patterns over the paths of blocks."""
     included, excluded = patterns_of("include", options.include), patterns_of("exclude", options.exclude)
-    named = [place for place in found.places if place.named]
-    names = {place: [place.block, *place.names] for place in found.places if not place.named}
-    if named and not names and (included or excluded):
+    blocks = list(dict.fromkeys(place.block for place in found.places if not place.named))
+    if found.places and not blocks and (included or excluded):
         raise RetrofitError(
             "include and exclude choose among the blocks found, and with at alone there are none: give at other patterns, or auto=True"
         )
-    _match_paths(names, included + excluded)
-    reasons = {}
-    for place, of_place in names.items():
-        asked = any(fnmatch.filter(of_place, p) for p in included)
-        if not asked and (place.aside or included):
-            reasons[place] = place.aside or "not included"
-        elif any(fnmatch.filter(of_place, p) for p in excluded):
-            reasons[place] = "excluded"
-    chosen = [place for place in found.places if place not in reasons]
-    if not chosen and any(reason != place.aside for place, reason in reasons.items()):
-        raise RetrofitError("include and exclude together leave no block to retrofit")
-    kept, paths = {place.block for place in chosen}, se_paths([place for place in names if not place.aside])
-    for place, reason in reasons.items():  # of a block that keeps others, what is left out is named on its own
-        path = place.names[0] if place.aside and place.names else paths.get(place, place.block)
-        found.leave(path if place.block in kept else place.block, reason, place.region)
-    return chosen
-
-
-def _match_paths(names: dict[Place, list[str]], patterns: list[str]) -> None:
-    """Add the paths of SE modules where a pattern matches nothing else.
-
-    Raises:
-        RetrofitError: a pattern doesn't match any of them either.
-    """
-    for pattern in patterns if names else ():
-        if any(fnmatch.filter(of_place, pattern) for of_place in names.values()):
-            continue
-        paths = se_paths(list(names))
-        matched = [place for place in names if fnmatch.fnmatchcase(paths.get(place, ""), pattern)]
-        if not matched:
-            blocks = list(dict.fromkeys(place.block for place in names))
+    for pattern in included + excluded if blocks else ():
+        if not fnmatch.filter(blocks, pattern):
             raise RetrofitError(
                 f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
                 f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
             )
-        for place in matched:
-            names[place].append(paths[place])
+    reasons = {}
+    for place in found.places:
+        asked = any(fnmatch.fnmatch(place.block, p) for p in included)
+        if place.named:
+            continue
+        if not asked and (place.aside or included):
+            reasons[place] = place.aside or "not included"
+        elif any(fnmatch.fnmatch(place.block, p) for p in excluded):
+            reasons[place] = "excluded"
+    chosen = [place for place in found.places if place not in reasons]
+    if not chosen and any(reason != place.aside for place, reason in reasons.items()):
+        raise RetrofitError("include and exclude together leave no block to retrofit")
+    kept = {place.block for place in chosen}
+    for place, reason in reasons.items():  # a chain in a block that keeps its SE is named after its layers
+        found.leave(min(place.layers) if place.block in kept else place.block, reason, place.region)
+    return chosen
 
 
 def _why_nothing(model: nn.Module, found: Found) -> str:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from ..record.graph import Call, Op, Record
 from .block import Block, Target
-from .names import name_of, other_names
+from .names import name_of
 from .place import Found, Place, problem_of
 from .placements import PLACEMENTS
 from .questions import gated_after, is_gate
@@ -104,8 +104,7 @@ class _Finder:
             return
         self.sited |= op.bit
         self.covered |= block.region
-        names, layers = other_names(self.record, block), self.layers(block)
-        place = Place(name, block.kind, call, op, target.users, names, layers, block.region, aside=aside)
+        place = Place(name, block.kind, call, op, target.users, self.layers(block), block.region, aside=aside)
         self.found.places.append(place)
         self.found.regions[name] = self.found.regions.get(name, 0) | block.region
 

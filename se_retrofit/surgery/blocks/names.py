@@ -7,7 +7,7 @@ from ..record.roles import is_sequential
 from .block import Block
 from .questions import prefix_of
 
-__all__ = ["name_of", "other_names"]
+__all__ = ["name_of"]
 
 
 def name_of(record: Record, block: Block) -> str:
@@ -24,15 +24,6 @@ def name_of(record: Record, block: Block) -> str:
     prefix = prefix_of(paths)
     shared = block.kind == "chain" and any((op.path or "").startswith(f"{prefix}.") for op in beside)
     return prefix if prefix != outer.path and not shared else (paths or [prefix])[0]
-
-
-def other_names(record: Record, block: Block) -> tuple[str, ...]:
-    """What a part of a plain chain may be asked for by beside its name: its convolutions, and a module that holds its unit alone."""
-    if block.kind != "chain":
-        return ()
-    name, around = name_of(record, block), _around(record, block.call).path
-    names = [*conv_paths(record, block), *([around] if name.startswith(f"{around}.") else [])]
-    return tuple(path for path in dict.fromkeys(names) if path != name)
 
 
 def conv_paths(record: Record, block: Block) -> list[str]:

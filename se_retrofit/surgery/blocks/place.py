@@ -17,7 +17,6 @@ class Place:
     Attributes:
         block, kind: path and kind of the block.
         users: the operations that get the recalibrated value; None means all that come after.
-        names: paths beside the block's by which it may be asked for.
         layers: the paths of the modules and parameters that make the block: those of another call of the same block are
             the same, and only with such a one does it share its SE.
         region: the operations of the block, as a bit set of their indices.
@@ -30,7 +29,6 @@ class Place:
     call: Call
     op: Op
     users: frozenset[Op] | None = None
-    names: tuple[str, ...] = ()
     layers: frozenset[str] = frozenset()
     region: int = 0
     named: bool = False
