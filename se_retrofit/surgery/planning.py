@@ -202,19 +202,20 @@ def _chosen(found: Found, options: Options) -> list[Place]:
 def _why_nothing(model: nn.Module, found: Found) -> str:
     name = type(model).__name__
     beside = [place for place in found.places if place.aside]
-    left = {block: why for block, why in found.skipped.items() if block not in {place.block for place in beside}}
+    nameable = list(dict.fromkeys(place.block for place in beside))
+    left = {block: why for block, why in found.skipped.items() if block not in nameable}
     if found.attended and len(beside) == len(found.places):
         problem = f"channel attention already, in all of its convolutional blocks ({found.attended}), so there is nothing to retrofit"
     elif left:
-        block, reason = next(iter(left.items()))
+        # what a placement is not for says least
+        block, reason = max(left.items(), key=lambda item: not item[1].startswith("placement "))
         problem = f"no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason})"
     else:
         problem = (
             "no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, and no "
             "plain chain of convolutions, so there is nothing to retrofit"
         )
-    nameable = dict.fromkeys(next(name for name in (place.block, *place.names) if name) for place in beside)
-    hint = f"; beside them, include may name {', '.join([*nameable][:3])}" if nameable else ""
+    hint = f"; beside them, include may name {', '.join(nameable[:3])}" if nameable else ""
     return f"{name} has {problem}{hint}{', ...' if len(nameable) > 3 else ''}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ..record.graph import Op, Record
 from .chains import covers_its_input, is_feature
+from .names import path_of
 from .place import Found, Place
 from .questions import TRANSPARENT, next_after
 
@@ -46,9 +47,7 @@ def _convolutions(record: Record, region: int) -> list[str]:
 
 
 def _path_of(conv: Op) -> str:
-    """The path of a convolution's module, of its weight where a function takes that, or else the operation's name."""
-    weight = next((source.path for source in conv.inputs if source.role == "param" and source.path), None)
-    return conv.path or weight or conv.name
+    return path_of(conv) or conv.name
 
 
 def _why_in_no_block(conv: Op) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from ..record.graph import Call, Op, Record
 from ..record.roles import is_sequential
 from .block import Block
 from .questions import prefix_of
 
-__all__ = ["name_of"]
+__all__ = ["name_of", "path_of"]
 
 
 def name_of(record: Record, block: Block) -> str:
@@ -16,19 +18,41 @@ def name_of(record: Record, block: Block) -> str:
     are a unit of the network together (the two of a U-Net's double convolution) are named after the unit."""
     outer = block.call
     beside = [op for op in record.select(outer.mask & ~block.region) if op.spatial_conv]
-    if not beside or not (block.kind == "chain" or is_sequential(outer.module) or outer.path == ""):
+    chain, paths = block.kind == "chain", conv_paths(record, block)
+    if not beside and (outer.path or not chain):
         return _around(record, outer).path
-    if block.kind == "chain" and is_unit(record, outer, beside):
+    if chain and is_unit(record, outer, beside):
         return outer.path
-    paths = conv_paths(record, block)
+    if of_list := _in_list(record, paths, beside):
+        return of_list
+    if not (chain or is_sequential(outer.module) or outer.path == ""):
+        return _around(record, outer).path
     prefix = prefix_of(paths)
-    shared = block.kind == "chain" and any((op.path or "").startswith(f"{prefix}.") for op in beside)
+    shared = chain and any((path_of(op) or "").startswith(f"{prefix}.") for op in beside)
     return prefix if prefix != outer.path and not shared else (paths or [prefix])[0]
 
 
 def conv_paths(record: Record, block: Block) -> list[str]:
-    own = (op for op in record.select(block.region) if op.conv is not None and not op.pooled)
-    return [op.path for op in own if op.path]
+    own = (op for op in record.select(block.region) if op.conv is not None and not op.flat)
+    return [path for op in own if (path := path_of(op))]
+
+
+def path_of(conv: Op) -> str | None:
+    """The path of a convolution's module; of the one whose weight a function takes."""
+    weights = (source.path for source in conv.inputs if source.role == "param" and source.path)
+    return conv.path or next((path.rpartition(".")[0] or path for path in weights), None)
+
+
+def _in_list(record: Record, paths: list[str], beside: list[Op]) -> str | None:
+    """What a block is called that a loop over a list makes: by its own part of the list, if there are others in it."""
+    prefix = prefix_of(paths)
+    modules = dict(record.model.named_modules())
+    for name, around in ((paths[0] if paths else "", prefix), (prefix, prefix.rpartition(".")[0])):
+        if isinstance(modules.get(around), nn.ModuleList) and any(
+            (path_of(op) or "").startswith(f"{around}.") for op in beside
+        ):
+            return name
+    return None
 
 
 def _around(record: Record, call: Call) -> Call:

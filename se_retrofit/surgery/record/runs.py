@@ -54,6 +54,9 @@ def record(model: nn.Module, example_inputs: Any = None, *, without_se: bool = F
         return read(Runs.find(model, example_inputs, clean, evaluation_only=True).evaluation)
 
 
+_WITH_VALUES = 2  # of the inputs that failed on meta, so many are tried with values
+
+
 @dataclass(eq=False)
 class Runs:
     """The records of a model in eval and in train mode, and what it takes to make others like them."""
@@ -70,9 +73,11 @@ class Runs:
     def find(
         cls, model: nn.Module, example_inputs: Any, clean: Callable[[], None], evaluation_only: bool = False
     ) -> Runs:
-        """Record a model on the inputs given, or on the first that go through: on meta, or where the run asks for values,
-        on a copy that has them. ``clean`` puts back what a run has left outside of the copy."""
+        """Record a model on the inputs given, or on the first that go through: on meta, or where the run asks for values or fails
+        in any other way (as a scripted function may on meta), on a copy that has them. ``clean`` puts back what a run has left
+        outside of the copy."""
         first_error: str | None = None
+        failed: list[Inputs] = []
         copy = copied(model, on_meta, independent=True)
         given = example_inputs is not None
         candidates: Iterator[Inputs] = iter([given_inputs(example_inputs)]) if given else candidate_inputs(copy)
@@ -81,13 +86,17 @@ class Runs:
                 copy = copied(model, on_meta, independent=True) if tried == 1 else copy
                 runs = cls._run(model, copy, inputs.on_meta(), inputs, on_meta, clean, evaluation_only)
             except NeedsValues:
-                # one image of those that we made up is enough, and is as slow as it has to be
-                values = (inputs if given else inputs.of_one()).with_values(torch.Generator().manual_seed(0))
-                copy_with_values = copied(model, on_cpu, independent=True)
-                runs = cls._run(model, copy_with_values, values, inputs, on_cpu, clean, evaluation_only)
+                runs = cls._with_values(model, inputs, given, clean, evaluation_only)
+            else:
+                failed.append(inputs)
             if runs.evaluation.broke_off is None:
                 return runs
             first_error = first_error or runs.evaluation.broke_off
+        for index, inputs in enumerate(failed[:_WITH_VALUES]):
+            runs = cls._with_values(model, inputs, given, clean, evaluation_only)
+            if runs.evaluation.broke_off is None:
+                return runs
+            first_error = runs.evaluation.broke_off if index == 0 else first_error
         name = type(model).__name__
         if first_error is None:
             raise RetrofitError(f"{name} has no convolution, so there is nothing to retrofit")
@@ -100,6 +109,14 @@ class Runs:
             f"{name} can't be run on any input that was tried; give add_se(..., example_inputs=...) a tensor (or a tuple of "
             f"positional inputs, or a dict of keyword inputs) of the right shape. On the first one tried its forward raised {first_error}"
         )
+
+    @classmethod
+    def _with_values(
+        cls, model: nn.Module, inputs: Inputs, given: bool, clean: Callable[[], None], evaluation_only: bool
+    ) -> Runs:
+        # one image of those that we made up is enough, and is as slow as it has to be
+        values = (inputs if given else inputs.of_one()).with_values(torch.Generator().manual_seed(0))
+        return cls._run(model, copied(model, on_cpu, independent=True), values, inputs, on_cpu, clean, evaluation_only)
 
     @classmethod
     def _run(
