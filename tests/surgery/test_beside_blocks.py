@@ -18,7 +18,7 @@ CHAIN, LONE = (
     "a plain chain beside other blocks: name it in include",
     "a convolution without a non-linearity: name it in include",
 )
-OUTPUT = "it makes what the network returns, or by what another value is sampled"
+OUTPUT = "no learned layer takes its output: a prediction, or not used"
 
 
 class ResUNet(nn.Module):
@@ -208,3 +208,20 @@ def test_the_plan_folds_what_is_skipped_by_reason() -> None:
     assert f"plain.0, plain.3, plain.6 and 5 more: {CHAIN}" in str(many)
     assert Plan.from_json(many.to_json()).skipped == many.skipped
     assert many.skipped[1].convolutions == ("plain.3",)
+
+
+def test_colours_that_are_shifted_afterwards_are_a_prediction_all_the_same() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), BasicBlock(8, 8), nn.Conv2d(8, 3, 3), nn.Conv2d(3, 3, 1)).eval()
+    assert left(plan_se(model)) == {"2": OUTPUT}
+
+
+def test_a_convolution_over_what_was_pooled_is_listed_as_that() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.over = nn.Sequential(nn.Conv2d(3, 8, 1), BasicBlock(8, 8)), nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.over(self.body(x).mean((2, 3))[:, None])
+
+    assert left(plan_se(Pooled().eval())) == {"over": "it runs over what was pooled, not over space"}
