@@ -66,6 +66,7 @@ def add_se(
         bias: whether the bottleneck's layers have biases.
         min_hidden: minimum number of units in the bottleneck.
         include, exclude: one or several patterns of block paths (``"layer4.*"``): retrofit only matching blocks, or all others.
+            What ``include`` names gets SE also where it is a plain chain beside other blocks (``"decoder.*"`` of a U-Net).
         at: one or several patterns of module paths (``"decoder.blocks.*.conv2"``): put SE on what these modules return, instead
             of into the blocks found.
         auto: put SE into the blocks found as well; by default only without ``at``.

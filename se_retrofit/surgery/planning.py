@@ -196,23 +196,22 @@ def _chosen(found: Found, options: Options) -> list[Place]:
 
 def _why_nothing(model: nn.Module, found: Found) -> str:
     name = type(model).__name__
-    aside = list(dict.fromkeys(place.block for place in found.places if place.aside))
-    left = {block: reason for block, reason in found.skipped.items() if block not in aside}
-    beside = (
-        f"; beside them, include may name {', '.join(aside[:3])}{', ...' if len(aside) > 3 else ''}" if aside else ""
-    )
-    if found.attended and all(place.aside for place in found.places):
-        return (
-            f"{name} has channel attention already, in all of its convolutional blocks ({found.attended}), so there is "
-            f"nothing to retrofit{beside}"
+    beside = [place for place in found.places if place.aside]
+    nameable = list(dict.fromkeys(place.block for place in beside))
+    left = {block: why for block, why in found.skipped.items() if block not in nameable}
+    if found.attended and len(beside) == len(found.places):
+        problem = f"channel attention already, in all of its convolutional blocks ({found.attended}), so there is nothing to retrofit"
+    elif left:
+        # what a placement is not for says least
+        block, reason = max(left.items(), key=lambda item: not item[1].startswith("placement "))
+        problem = f"no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason})"
+    else:
+        problem = (
+            "no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, and no "
+            "plain chain of convolutions, so there is nothing to retrofit"
         )
-    if left:
-        block, reason = next(iter(left.items()))
-        return f"{name} has no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason}){beside}"
-    return (
-        f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
-        f"and no plain chain of convolutions, so there is nothing to retrofit{beside}"
-    )
+    hint = f"; beside them, include may name {', '.join(nameable[:3])}" if nameable else ""
+    return f"{name} has {problem}{hint}{', ...' if len(nameable) > 3 else ''}"
 
 
 # As data --------------------------------------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ class Op:
         takes: its inputs as far as they count: of ``x * sigmoid(x)``, which is an activation, ``x`` alone.
         users: the operations that take it.
         channel_dim: which dim of its output holds the channels, counted from the end, if that is known.
-        pooled: it is computed from a pooled value and has not got its spatial extent back.
+        pooled: it is computed from a value that was pooled over some of its spatial dims, and has not got that extent back.
+        flat: it is pooled over all of them: no space is left.
         excited: it is pooled, and a learned layer or a non-linearity has been applied since.
     """
 
@@ -83,6 +84,7 @@ class Op:
     users: list[Op] = field(default_factory=list)
     channel_dim: int | None = None
     pooled: bool = False
+    flat: bool = False
     excited: bool = False
     ancestors: int = 0
 
@@ -97,7 +99,7 @@ class Op:
     @property
     def spatial_conv(self) -> bool:
         """A convolution over space (one inside a channel gate, as in ECA, runs over channels)."""
-        return self.conv is not None and self.conv.spatial and not self.pooled
+        return self.conv is not None and self.conv.spatial and not self.flat
 
     @property
     def channels(self) -> int | None:

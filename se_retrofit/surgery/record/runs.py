@@ -54,6 +54,9 @@ def record(model: nn.Module, example_inputs: Any = None, *, without_se: bool = F
         return read(Runs.find(model, example_inputs, clean, training=False).evaluation)
 
 
+_WITH_VALUES = 2  # of the inputs that failed on meta, so many are tried with values
+
+
 @dataclass(eq=False)
 class Runs:
     """The records of a model in eval and in train mode, and what it takes to make others like them."""
@@ -68,20 +71,27 @@ class Runs:
 
     @classmethod
     def find(cls, model: nn.Module, example_inputs: Any, clean: Callable[[], None], training: bool = True) -> Runs:
-        """Record a model on the inputs given, or on the first that go through: on meta, or where the run asks for values,
-        on a copy that has them. ``clean`` puts back what a run has left outside of the copy."""
+        """Record a model on the inputs given, or on the first that go through: on meta, or where the run asks for values or fails
+        in any other way (as a scripted function may on meta), on a copy that has them. ``clean`` puts back what a run has left
+        outside of the copy."""
         first_error: str | None = None
+        failed: list[Inputs] = []
         given = None if example_inputs is None else given_inputs(example_inputs)
         for inputs in candidate_inputs(model) if given is None else [given]:
             try:
                 runs = cls._on(model, inputs.on_meta(), inputs, on_meta, clean, training)
             except NeedsValues:
-                # one image of those that we made up is enough, and is as slow as it has to be
-                values = (given or inputs.of_one()).with_values(torch.Generator().manual_seed(0))
-                runs = cls._on(model, values, inputs, on_cpu, clean, training)
+                runs = cls._with_values(model, inputs, given is not None, clean, training)
+            else:
+                failed.append(inputs)
             if runs.evaluation.broke_off is None:
                 return runs
             first_error = first_error or runs.evaluation.broke_off
+        for index, inputs in enumerate(failed[:_WITH_VALUES]):
+            runs = cls._with_values(model, inputs, given is not None, clean, training)
+            if runs.evaluation.broke_off is None:
+                return runs
+            first_error = runs.evaluation.broke_off if index == 0 else first_error
         name = type(model).__name__
         if first_error is None:
             raise RetrofitError(f"{name} has no convolution, so there is nothing to retrofit")
@@ -94,6 +104,14 @@ class Runs:
             f"{name} can't be run on any input that was tried; give add_se(..., example_inputs=...) a tensor (or a tuple of "
             f"positional inputs, or a dict of keyword inputs) of the right shape. On the first one tried its forward raised {first_error}"
         )
+
+    @classmethod
+    def _with_values(
+        cls, model: nn.Module, inputs: Inputs, given: bool, clean: Callable[[], None], training: bool
+    ) -> Runs:
+        # one image of those that we made up is enough, and is as slow as it has to be
+        values = (inputs if given else inputs.of_one()).with_values(torch.Generator().manual_seed(0))
+        return cls._on(model, values, inputs, on_cpu, clean, training)
 
     @classmethod
     def _on(

@@ -49,6 +49,9 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
         if index == len(before.ops):
             return Comparison(different=True)
         original = before.ops[index]
+        early = _taken_early(op, original, same)
+        if early is not None:
+            return Comparison(wrong={early: OVERWRITTEN}, called={early})
         if (
             _signature(op) != _signature(original)
             or tuple(same[i] for i in op.inputs) != original.inputs
@@ -69,6 +72,18 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
         if problem is not None:
             result.wrong[path] = problem
     return result
+
+
+OVERWRITTEN = "the value that SE should recalibrate is overwritten in place, and the code names it before that"
+
+
+def _taken_early(op: Op, original: Op, same: Mapping[Op, Op]) -> str | None:
+    """The path of the SE module through which an operation takes a value that another one overwrites in between."""
+    if len(op.inputs) == len(original.inputs):
+        for taken, wanted in zip(op.inputs, original.inputs, strict=True):
+            if isinstance(taken.module, Inserted) and wanted.inplace and same[taken] in wanted.inputs:
+                return taken.path
+    return None
 
 
 class _Takers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import nn
@@ -111,9 +111,10 @@ class Fitting:
         """The sites by the best way that is left for each place, of which no one alone is known to be wrong."""
         while True:
             by_edit: dict[Edit, list[Place]] = {}
-            for place in list(self.places):
+            waiting = list(self.places)
+            for place in waiting:
                 if not self.options[place].edits:
-                    self.drop(place, self.options[place].problem)
+                    waiting += self.drop(place, self.options[place].problem)
                     continue
                 by_edit.setdefault(self.options[place].edits[0], []).append(place)
             sites = self.named(by_edit)
@@ -145,9 +146,24 @@ class Fitting:
         if not outcome.different:
             self.fail(sites, outcome.wrong)
 
-    def drop(self, place: Place, reason: str) -> None:
+    def drop(self, place: Place, reason: str) -> list[Place]:
+        """Leave a block out; or, where a function in a loop computes its value, give the one before that, which a module of its
+        own makes perhaps (``F.relu(norm(conv(x)))``)."""
         self.places.remove(place)
+        op = place.op
+        earlier = op.role in ("act", "pass", "affine", "pool") and op.module is None and len(op.data) == 1
+        if (
+            reason == ONE_FOR_SEVERAL
+            and earlier
+            and op.data[0].channels == place.channels
+            and place.call.shows(op.data[0])
+        ):
+            instead = replace(place, op=op.data[0])
+            self.places.append(instead)
+            self.options[instead] = _Options.of(instead)
+            return [instead]
         self.skipped[place.block] = reason
+        return []
 
     # Trials
 
