@@ -34,6 +34,7 @@ __all__ = [
     "forward_digest",
     "has_attribute",
     "misfit",
+    "problems_of",
     "structure_of",
 ]
 
@@ -96,10 +97,13 @@ def structure_of(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
-def misfit(model: nn.Module, plan: Plan) -> str:
-    """What does not fit first of a plan's edits, the source of a method that has changed, say; empty where all of them do."""
+def misfit(model: nn.Module, edits: Mapping[Edit, str]) -> str:
+    """What does not fit first of some edits, the source of a method that has changed, say; empty where all of them do. Edits come
+    with the path of their SE module."""
     try:
-        _prepared(model, {edit: site.path for site in plan.sites for edit in site.edits})
+        for holder in _prepared(model, edits):
+            if holder.recipe is not None:
+                derived_class(holder.recipe)
     except SpliceError as error:
         return str(error)
     return ""
@@ -203,27 +207,17 @@ def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) ->
 
 
 def problems_of(model: nn.Module, edits: Mapping[Edit, str]) -> dict[Edit, str]:
-    """Which of some edits can't be carried out together, and why; edits come with the path of their SE module."""
+    """Which of some edits can't be carried out together, and why."""
     groups: dict[str, dict[Edit, str]] = {}
     for edit, path in edits.items():
         groups.setdefault(edit.holder, {})[edit] = path
     found = {}
     for group in groups.values():
-        problem = _problem_of(model, group)
+        problem = misfit(model, group)
         if problem:
-            alone = {edit: _problem_of(model, {edit: path}) for edit, path in group.items()}
+            alone = {edit: misfit(model, {edit: path}) for edit, path in group.items()}
             found.update({edit: p for edit, p in alone.items() if p} or dict.fromkeys(group, problem))
     return found
-
-
-def _problem_of(model: nn.Module, edits: Mapping[Edit, str]) -> str:
-    try:
-        for holder in _prepared(model, edits):
-            if holder.recipe is not None:
-                derived_class(holder.recipe)
-    except SpliceError as error:
-        return str(error)
-    return ""
 
 
 def _prepared(model: nn.Module, edits: Mapping[Edit, str]) -> list[_Holder]:
