@@ -186,13 +186,7 @@ class Plan:
     def __str__(self) -> str:
         header = ("block", "kind", "after", "channels", "parameters")
         rows = [
-            (
-                site.block or "(model)",
-                site.kind,
-                site.after,
-                f"{site.channels:,}",
-                f"{site.parameters:,}",
-            )
+            (site.block or "(model)", site.kind, site.after, f"{site.channels:,}", f"{site.parameters:,}")
             for site in self.sites
         ]
         lines = aligned([header, *rows], left=3, rule=True)
