@@ -31,6 +31,7 @@ from .options import (
     se_options,
     takes,
 )
+from .signals import Signals
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +66,7 @@ def finetune_command(
     data_root: Root = Path("data"),
     download: Download = False,
 ) -> None:
-    """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network that convert, finetune or
+    """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network that add, finetune or
     fold wrote is trained without a further retrofit.
 
     Under torchrun or accelerate launch the same command runs on several GPUs or machines. Load the result, in
@@ -93,7 +94,7 @@ def finetune_command(
     if resume is None and output is None:
         details = [recipe.to_dict(), describe_run(network, parts.train, parts.val, base)]
         output = Path("runs") / default_name(command["model"], command["data"], details)
-    try:
+    with Signals() as signals:
         finetune(
             network,
             parts.train,
@@ -103,9 +104,8 @@ def finetune_command(
             resume=resume is not None,
             base=base,
             command=command,
+            stop=signals.stop,
         )
-    except KeyboardInterrupt as error:
-        raise typer.Exit(130) from error
 
 
 # What finetune, find-lr and compare share

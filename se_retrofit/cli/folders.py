@@ -25,7 +25,7 @@ def network_in(folder: Path) -> Path:
     for candidate in (folder, folder / "best"):
         if (settled(candidate) / RECIPE).is_file():
             return candidate
-    what = "holds no network that convert, finetune or fold wrote" if folder.is_dir() else "is not a folder"
+    what = "holds no network that add, finetune or fold wrote" if folder.is_dir() else "is not a folder"
     raise RetrofitError(f"{folder} {what}; {RECIPE} was looked for in it and in {folder / 'best'}")
 
 
@@ -43,8 +43,7 @@ def run_settings(saved: Path) -> dict[str, Any]:
 def training_data_of(saved: Path) -> dict[str, Any] | None:
     """The fingerprint of the data that a saved network was trained on, where it is in a run's folder whose ``run.yaml`` tells
     it."""
-    from ..finetune.checkpoint import BEST, LAST
-    from ..finetune.setup import RUN, written
+    from ..finetune.checkpoint import BEST, LAST, RUN, written
 
     if saved.name not in (BEST, LAST):
         return None

@@ -12,8 +12,9 @@ from sweeps import swept
 from tiny import tiny_network
 from torch import nn
 
-from se_retrofit import SEAttention, add_se, excitations
+from se_retrofit import SEAttention, add_se
 from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+from se_retrofit.inspection import excitations
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 

@@ -200,8 +200,9 @@ class Fitting:
 
     def in_training(self, site: SurgerySite) -> list[Place] | None:
         """The places of a site in the record of training; None if there is no block of its kind there."""
-        same = [p for p in self.training if (p.block, p.kind) == (site.place.block, site.place.kind)]
-        own = [p for p in self.places if (p.block, p.kind) == (site.place.block, site.place.kind)]
+        like = (site.place.block, site.place.kind, site.place.aside)
+        same = [p for p in self.training if (p.block, p.kind, p.aside) == like]
+        own = [p for p in self.places if (p.block, p.kind, p.aside) == like]
         if len(same) != len(own):
             return None
         return [twin for place, twin in zip(own, same, strict=True) if place in site.places]

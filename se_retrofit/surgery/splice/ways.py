@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -24,7 +24,7 @@ from .carry import class_name, forward_digest, has_attribute
 from .graphs import graph_place
 from .source import Source, SpliceError, node_at, source_of, span_of
 
-__all__ = ["SE_NAME", "named", "se_paths", "ways"]
+__all__ = ["SE_NAME", "named", "ways"]
 
 SE_NAME = "se_attention"
 
@@ -197,19 +197,6 @@ def named(edits: dict[Edit, str], model: nn.Module) -> dict[Edit, str]:
         own = name if counted[holder] == 1 else f"{name}_{counted[holder]}"
         paths[edit] = f"{holder}.{own}" if holder else own
     return paths
-
-
-def se_paths(places: Sequence[Place]) -> dict[Place, str]:
-    """The path that the SE module of each place will have if the best way to it is open, as nearly all are."""
-    best = {place: next((way for way in ways(place) if isinstance(way, Edit)), None) for place in places}
-    edits = {edit: place.block for place, edit in best.items() if edit is not None}
-    if not edits:
-        return {}
-    root = places[0].call
-    while root.parent is not None:
-        root = root.parent
-    paths = named(edits, root.module)
-    return {place: paths[edit] for place, edit in best.items() if edit is not None}
 
 
 def _free_name(modules: list[nn.Module]) -> str:
