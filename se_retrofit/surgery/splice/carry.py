@@ -264,14 +264,11 @@ def _splice(edit: Edit, module: nn.Module, child: str) -> Splice:
     kind = ast.expr if edit.statement == "wrap" else (ast.AugAssign, ast.Expr)
     place = (*(line + source.first for line in edit.span[:2]), *edit.span[2:])
     node = next((n for n in source.spans.get(place, ()) if isinstance(n, kind)), None)
-    variables = (ast.Name, ast.Attribute, ast.Subscript)  # what is put into the source stands there already
-    if node is None or not (
-        (edit.statement == "wrap" and not edit.target)
-        or (
-            edit.statement in ("after", "before")
-            and any(source.text(n) == edit.target for n in ast.walk(node) if isinstance(n, variables))
-        )
-    ):
+    inside = [] if node is None else ast.walk(node)
+    variables = {source.text(n) for n in inside if isinstance(n, (ast.Name, ast.Attribute, ast.Subscript))}
+    # what is put into the source stands there already
+    targets = {"wrap": {""}, "after": variables, "before": variables}
+    if node is None or edit.target not in targets.get(edit.statement, ()):
         raise SpliceError(f"{class_name(owner)}.{edit.method} has no such expression as the edit is for")
     return splice
 
