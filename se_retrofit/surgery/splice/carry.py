@@ -22,7 +22,7 @@ from ..record.isolation import without_collections
 from ..record.methods import unwrapped
 from ..record.roles import is_sequential
 from .derived import Recipe, RetrofittedBlock, derived_class, source_as_before
-from .graphs import insert_node, insertions
+from .graphs import Insertion, insert_node, insertions_of
 from .source import Splice, SpliceError, source_of
 from .undo import PLAN, is_retrofitted, strip
 
@@ -97,11 +97,11 @@ def structure_of(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
-def misfit(model: nn.Module, edits: Mapping[Edit, str]) -> str:
-    """What does not fit first of some edits, the source of a method that has changed, say; empty where all of them do. Edits come
-    with the path of their SE module."""
+def misfit(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> str:
+    """What does not fit first of some edits, the source of a method that has changed, say; empty where all of them do. The modules of
+    the network come by path, edits with the path of their SE module."""
     try:
-        for holder in _prepared(model, edits):
+        for holder in _prepared(modules, edits):
             if holder.recipe is not None:
                 derived_class(holder.recipe)
     except SpliceError as error:
@@ -174,6 +174,7 @@ class _Holder:
     splices: list[Splice] = field(default_factory=list)
     returned: str = ""
     nodes: dict[Edit, str] = field(default_factory=dict)  # with the path of SE in the GraphModule
+    insertions: list[list[Insertion]] = field(default_factory=list)  # for each of them
 
     @property
     def recipe(self) -> Recipe | None:
@@ -189,40 +190,40 @@ def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) ->
     Raises:
         SpliceError: an edit does not fit, or a class can't be derived. Nothing has been changed then.
     """
-    holders = _prepared(model, {edit: path for edit, (path, _) in edits.items()})
+    modules = dict(model.named_modules())
+    holders = _prepared(modules, {edit: path for edit, (path, _) in edits.items()})
     recipes = [(holder.module, holder.recipe) for holder in holders]
     classes = [(module, derived_class(recipe)) for module, recipe in recipes if recipe is not None]
-    graphs = [(holder, insertions(holder.module, list(holder.nodes))) for holder in holders if holder.nodes]
-    modules = dict(model.named_modules())
     for path, se in edits.values():
         parent, _, child = path.rpartition(".")
         modules[parent]._modules[child] = se
-    for holder, found in graphs:
-        for path, nodes in zip(holder.nodes.values(), found, strict=True):
-            for graph, node, users in nodes:
+    for holder in holders:
+        for path, insertions in zip(holder.nodes.values(), holder.insertions, strict=True):
+            for graph, node, users in insertions:
                 insert_node(graph, node, path, users)
-        holder.module.recompile()  # type: ignore[operator]
+        if holder.nodes:
+            holder.module.recompile()  # type: ignore[operator]
     for module, cls in classes:
         object.__setattr__(module, "__class__", cls)
 
 
 def problems_of(model: nn.Module, edits: Mapping[Edit, str]) -> dict[Edit, str]:
     """Which of some edits can't be carried out together, and why."""
+    modules = dict(model.named_modules())
     groups: dict[str, dict[Edit, str]] = {}
     for edit, path in edits.items():
         groups.setdefault(edit.holder, {})[edit] = path
     found = {}
     for group in groups.values():
-        problem = misfit(model, group)
+        problem = misfit(modules, group)
         if problem:
-            alone = {edit: misfit(model, {edit: path}) for edit, path in group.items()}
+            alone = {edit: misfit(modules, {edit: path}) for edit, path in group.items()}
             found.update({edit: p for edit, p in alone.items() if p} or dict.fromkeys(group, problem))
     return found
 
 
-def _prepared(model: nn.Module, edits: Mapping[Edit, str]) -> list[_Holder]:
+def _prepared(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> list[_Holder]:
     """What is to be done to each module, each edit seen to fit; edits come with the path of their SE module."""
-    modules = dict(model.named_modules())
     holders: dict[str, _Holder] = {}
     for edit, path in edits.items():
         parent, _, child = path.rpartition(".")
@@ -246,7 +247,7 @@ def _prepared(model: nn.Module, edits: Mapping[Edit, str]) -> list[_Holder]:
             )
     for holder in holders.values():
         if holder.nodes:
-            insertions(holder.module, list(holder.nodes))
+            holder.insertions = insertions_of(holder.module, list(holder.nodes))
     return list(holders.values())
 
 
