@@ -190,18 +190,9 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
-    names = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount")
-    if any(getattr(a, name) != getattr(b, name) for name in names) or len(a.co_consts) != len(b.co_consts):
+    if a.replace(co_flags=b.co_flags) != b:  # one may be nested in a function, the other not
         return False
-    if list(a.co_positions()) != list(b.co_positions()):
-        return False
-    for x, y in zip(a.co_consts, b.co_consts, strict=True):
-        if isinstance(x, types.CodeType) and isinstance(y, types.CodeType):
-            if not _same_code(x, y):
-                return False
-        elif type(x) is not type(y) or (repr(x) != repr(y) and x != y):
-            return False
-    return True
+    return all(x.co_linetable == y.co_linetable for x, y in zip((a, *_nested(a)), (b, *_nested(b)), strict=True))
 
 
 def span_of(node: Any) -> Span:
