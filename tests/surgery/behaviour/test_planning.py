@@ -124,9 +124,9 @@ def test_inputs_may_be_of_any_class_and_are_given_again_for_a_printout() -> None
     inputs = (Sample(torch.zeros(1, 3, 17, 17)),)
     retrofitted = add_se(Sampled(nn.Conv2d(3, 8, 3), BasicBlock(8, 8)), 2, example_inputs=inputs)
     assert plan_of(retrofitted).inputs is None
-    assert "8x15x15" in str(report(retrofitted, example_inputs=inputs))
+    assert "8x15x15" in str(inspect_se(retrofitted, example_inputs=inputs).report())
     with pytest.raises(RetrofitError, match="example_inputs"):
-        report(retrofitted)
+        inspect_se(retrofitted)
 
 
 class Sized(nn.Module):
