@@ -21,6 +21,7 @@ from .ways import named, ways
 
 __all__ = ["Fitting", "SurgerySite"]
 
+IN_NO_CODE = "the value that SE should recalibrate appears in no code that can be changed"
 NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one expression"
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
 LOOKS_INSIDE = (
@@ -57,11 +58,8 @@ class _Options:
     @classmethod
     def of(cls, place: Place) -> _Options:
         found = list(ways(place))
-        problems = [str(way) for way in found if isinstance(way, SpliceError)]
-        edits = list(dict.fromkeys(way for way in found if isinstance(way, Edit)))
-        return cls(
-            edits, (problems or ["the value that SE should recalibrate appears in no code that can be changed"])[0]
-        )
+        problems = [str(way) for way in found if isinstance(way, SpliceError)] or [IN_NO_CODE]
+        return cls(list(dict.fromkeys(way for way in found if isinstance(way, Edit))), problems[0])
 
     def fail(self, edit: Edit, problem: str) -> None:
         """A way turned out to be wrong; the reason given in the end is that of the first."""
