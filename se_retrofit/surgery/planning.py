@@ -68,7 +68,7 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
     if not plan.sites:
         raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
     executable = all(site.edits for site in plan.sites)  # one that was saved by an earlier version has no edits
-    changed = misfit(model, plan) if executable else ""
+    changed = misfit(dict(model.named_modules()), {edit: site.path for site in plan.sites for edit in site.edits})
     if executable and not changed and plan.structure == structure_of(model):
         return plan
     if example_inputs is None:
