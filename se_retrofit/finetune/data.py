@@ -84,8 +84,8 @@ def stream(
     """
     if balanced and train and isinstance(data, (DataLoader, IterableDataset)):
         raise RetrofitError(
-            f'sampling="balanced" needs a Dataset with indices as {name}, got {type(data).__name__}; give the Dataset, '
-            'or a DataLoader with a WeightedRandomSampler and sampling="shuffle"'
+            f'balance="sampling" needs a Dataset with indices as {name}, got {type(data).__name__}; give the Dataset, '
+            "or a DataLoader with a WeightedRandomSampler"
         )
     if isinstance(data, DataLoader):
         return LoaderStream(data, name=name, train=train, seed=seed, rank=rank, world=world)

@@ -292,7 +292,7 @@ def test_transforms_come_from_the_networks_own_config(config: Config) -> None:
 def test_augmentation_is_for_training_only(config: Config) -> None:
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    recipe = config(image_size=32, auto_augment="rand-m9-mstd0.5", random_erasing=0.5)
+    recipe = config(image_size=32, transform_options={"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5})
     train, test = (transforms_for(nn.Identity(), recipe, train=train) for train in (True, False))
     assert torch.equal(test(picture), test(picture))
     assert not torch.equal(train(picture), train(picture))

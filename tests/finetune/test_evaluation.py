@@ -49,7 +49,9 @@ def result(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     data = load_data(pictures)
     torch.manual_seed(0)
     model = add_se(timm.create_model("resnet10t", num_classes=2))
-    config = FinetuneConfig(epochs=2, batch_size=8, image_size=64, workers=0, crop_scale=0.8, cpu=True)
+    config = FinetuneConfig(
+        epochs=2, batch_size=8, image_size=64, workers=0, transform_options={"scale": (0.8, 1.0)}, cpu=True
+    )
     folder = tmp_path_factory.mktemp("run")
     finetune(model, data.train, data.val, config=config, output_dir=folder, quiet=True)
     return folder

@@ -82,7 +82,7 @@ def test_what_a_run_was_is_written_beside_it(
     assert written["config"] == config(epochs=1).to_dict()
     assert written["experiment"] == {
         **describe_run(network(), digits.train, digits.val, None),
-        **describe_criterion(None, None),
+        **describe_criterion(None, None, (0.5, 4.0)),
     }
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from se_retrofit import RetrofitError, add_se
-from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune
+from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune, parts, run
 from se_retrofit.finetune.engine import fast_math
+from se_retrofit.finetune.parts import layout_of
 from se_retrofit.finetune.train import mixed
 
 Network = Callable[..., nn.Module]
@@ -35,14 +36,17 @@ class Residual(nn.Module):
 @pytest.mark.parametrize(
     ("conv", "norm", "size"), [(nn.Conv1d, nn.BatchNorm1d, (16,)), (nn.Conv3d, nn.BatchNorm3d, (4, 6, 6))]
 )
-def test_channels_last_trains_1d_and_3d_networks(
-    config: Config, conv: type[nn.Module], norm: type[nn.Module], size: tuple[int, ...]
+def test_1d_and_3d_networks_are_trained(
+    config: Config, conv: type[nn.Module], norm: type[nn.Module], size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the layout that they get on CUDA."""
+    monkeypatch.setattr(parts, "layout_of", lambda value, _: layout_of(value, torch.device("cuda")))
+    monkeypatch.setattr(run, "layout_of", parts.layout_of)
     pool = nn.AdaptiveAvgPool1d(1) if len(size) == 1 else nn.AdaptiveAvgPool3d(1)
     bare = nn.Sequential(conv(3, 8, 3, padding=1), Residual(conv, norm), pool, nn.Flatten(), nn.Linear(8, 2))
     model = add_se(bare, example_inputs=torch.zeros(2, 3, *size))
     data = TensorDataset(torch.randn(8, 3, *size), torch.arange(8) % 2)
-    recipe = config(epochs=1, batch_size=4, channels_last=True)
+    recipe = config(epochs=1, batch_size=4)
     result = finetune(model, data, data, config=recipe, quiet=True)
     assert result.updates == 2
     if len(size) == 3:
@@ -51,10 +55,10 @@ def test_channels_last_trains_1d_and_3d_networks(
 
 
 def test_mixup_takes_odd_batches_and_batches_of_one(network: Network, config: Config, digits: NamedData) -> None:
-    recipe = config(epochs=1, mixup=0.4, cutmix=0.4)
+    recipe = config(epochs=1, mixup=0.4, cutmix=0.4, freeze_bn=True)
     for batch_size, images in ((7, 21), (1, 3)):
         loader = DataLoader(Subset(digits.train, range(images)), batch_size)
-        assert finetune(network(), loader, config=config(**{**recipe.to_dict(), "freeze_bn": True})).updates == 3
+        assert finetune(network(), loader, config=recipe).updates == 3
 
 
 def test_the_odd_image_of_a_mixed_batch_keeps_its_class() -> None:
@@ -90,8 +94,8 @@ def test_the_callers_precision_of_float32_products_is_given_back(own: str) -> No
             legacy = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("high")
         theirs = products.fp32_precision, convolutions.fp32_precision
-        for tf32, value in ((True, "tf32"), (False, "ieee")):
-            with fast_math(FinetuneConfig(tf32=tf32)):
+        for precision, value in (("auto", "tf32"), ("fp32", "ieee")):
+            with fast_math(FinetuneConfig(precision=precision)):
                 assert (products.fp32_precision, convolutions.fp32_precision) == (value, value)
             assert (products.fp32_precision, convolutions.fp32_precision) == theirs
         if own == "old":

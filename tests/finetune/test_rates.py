@@ -26,7 +26,13 @@ Config = Callable[..., FinetuneConfig]
 Same = Callable[[dict[str, Any], dict[str, Any]], bool]
 
 PLAIN = FinetuneConfig(
-    optimizer="momentum", momentum=0.0, weight_decay=0.0, clip_grad=None, label_smoothing=0.0, batch_size=64, cpu=True
+    optimizer="momentum",
+    optimizer_options={"momentum": 0.0},
+    weight_decay=0.0,
+    clip_grad=None,
+    label_smoothing=0.0,
+    batch_size=64,
+    cpu=True,
 )
 
 

@@ -31,7 +31,7 @@ Config = Callable[..., FinetuneConfig]
 # Everything that has state or is random, or changes what an update does
 DEMANDING = {
     "epochs": 4, "batch_size": 16, "grad_accum_steps": 2, "mixup": 0.4, "cutmix": 0.4, "ema_decay": 0.95, "trainable": "se+head",
-    "unfreeze_epoch": 2, "checkpoint_minutes": 0.0, "sampling": "balanced", "layer_decay": 0.8, "se_lr_scale": 2.0,
+    "unfreeze_epoch": 2, "checkpoint_minutes": 0.0, "balance": "sampling", "layer_decay": 0.8, "se_lr_scale": 2.0,
     "head_lr_scale": 3.0, "clip_grad": 0.5, "label_smoothing": 0.1, "best_metric": "f1",
 }  # fmt: skip
 KILLS = 3
@@ -141,9 +141,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """From the update that it had come to; with a loader of the caller's own, from its last whole epoch."""
-    recipe = config(
-        checkpoint_minutes=0.0, optimizer=optimizer, channels_last=True, trainable="se+head", unfreeze_epoch=2
-    )
+    recipe = config(checkpoint_minutes=0.0, optimizer=optimizer, trainable="se+head", unfreeze_epoch=2)
 
     def data() -> Any:
         return DataLoader(digits.train, 32, shuffle=True) if loader else digits.train
@@ -242,13 +240,13 @@ def test_a_run_goes_on_with_a_later_version_that_has_more_settings(
     finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
     state = tmp_path / "last" / "training.json"
     content = json.loads(state.read_text())
-    del content["config"]["focal_gamma"]  # as if it had come later
+    del content["config"]["label_smoothing"]  # as if it had come later
     state.write_text(json.dumps(content))
-    with pytest.raises(RetrofitError, match=r"focal_gamma: 2\.0 then, 3\.0 now"):
+    with pytest.raises(RetrofitError, match=r"label_smoothing: 0\.1 then, 0\.3 now"):
         finetune(
             network(),
             digits.train,
-            config=config(epochs=1, focal_gamma=3.0),
+            config=config(epochs=1, label_smoothing=0.3),
             output_dir=tmp_path,
             resume=True,
             quiet=True,

@@ -68,7 +68,7 @@ def test_scores_of_classes_agree_with_scikit_learn(loader: bool) -> None:
 
 def test_scores_of_several_labels_agree_with_scikit_learn() -> None:
     logits, targets = several_labels()
-    config = CONFIG.replace(multi_label=True, criterion="bce")
+    config = CONFIG.replace(multi_label=True, loss="bce")
     data = TensorDataset(logits[:, :, None, None], targets)
     scores = evaluate(Answers(), data, config=config)
     said, true, probable = (logits > 0).long().numpy(), targets.numpy(), logits.sigmoid().numpy()

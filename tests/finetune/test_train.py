@@ -16,7 +16,7 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted
+from se_retrofit import RetrofitError, SEAttention, load_retrofitted
 from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune
 
 Network = Callable[..., nn.Module]
@@ -336,7 +336,7 @@ def test_a_data_loader_trains(network: Network, config: Config, digits: NamedDat
             "schedule 'step' fails with .*ZeroDivisionError",
         ),
         ({"optimizer_options": {"wings": 2}}, "optimizer 'adamw' can't be made"),
-        ({"drop_path": 0.1}, "built without stochastic depth"),
+        ({"transform_options": {"wings": 2}}, "transform_options"),
         ({"patience": 2}, "patience needs validation data"),
     ],
 )
@@ -432,26 +432,6 @@ def test_weights_that_are_no_longer_finite_are_not_kept(
     with pytest.raises(RetrofitError, match=r"lower lr"):
         finetune(network(), digits.train, config=recipe, output_dir=tmp_path, quiet=True)
     assert not (tmp_path / "last").exists()
-
-
-# Timm
-
-
-def test_stochastic_depth_is_set_and_given_back(config: Config, digits: NamedData) -> None:
-    from timm.layers import DropPath
-
-    model = add_se(timm.create_model("resnet10t", num_classes=10, drop_path_rate=0.05))
-    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
-    inside = []
-    hook = model.register_forward_pre_hook(
-        lambda m, _: inside.append([round(d.drop_prob, 6) for d in m.modules() if isinstance(d, DropPath)])
-    )
-    finetune(
-        model, torch.utils.data.Subset(digits.train, range(32)), config=config(epochs=1, drop_path=0.3), quiet=True
-    )
-    hook.remove()
-    assert inside[0][-1] == 0.3
-    assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == rates
 
 
 def test_a_network_and_a_teacher_whose_train_returns_nothing_are_trained_with(

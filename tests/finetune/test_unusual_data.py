@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from se_retrofit import RetrofitError, load_retrofitted
 from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, predict, transform_of
-from se_retrofit.finetune.criteria import FocalLoss, criterion_of
+from se_retrofit.finetune.criteria import FocalLoss, MultiLabelFocalLoss
 from se_retrofit.finetune.data import stream
 from se_retrofit.finetune.train import mixed
 
@@ -62,7 +62,7 @@ def test_targets_of_other_kinds_are_shown(config: Config, targets: list[Any], sa
 def test_a_single_label_that_is_there_or_not_is_learned(config: Config, in_memory: bool) -> None:
     points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     data: Any = TensorDataset(points, (points[:, :1] > 0).float())
-    recipe = config(epochs=5, lr=0.05, multi_label=True, criterion="bce", best_metric="f1", weight_decay=0.0)
+    recipe = config(epochs=5, lr=0.05, multi_label=True, loss="bce", best_metric="f1", weight_decay=0.0)
     items = data if in_memory else [data[at] for at in range(len(data))]
     result = finetune(classifier(3, 1), items, items, config=recipe, quiet=True)
     assert result.best_score is not None
@@ -72,7 +72,7 @@ def test_a_single_label_that_is_there_or_not_is_learned(config: Config, in_memor
 
 def test_labels_that_no_image_has_score_zero(config: Config) -> None:
     data = TensorDataset(torch.randn(8, 3), torch.zeros(8, 2))
-    assert evaluate(classifier(3, 2), data, config=config(multi_label=True, criterion="bce")).map == 0.0
+    assert evaluate(classifier(3, 2), data, config=config(multi_label=True, loss="bce")).map == 0.0
 
 
 # Images
@@ -192,10 +192,8 @@ def test_grey_pictures_go_into_a_network_of_one_channel(tmp_path: Any, config: C
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_the_focal_loss_of_sure_answers_has_a_gradient(config: Config, multi_label: bool) -> None:
-    loss = criterion_of(
-        config(criterion="focal", focal_gamma=0.5, label_smoothing=0.0, multi_label=multi_label), None, None, 2
-    )
+def test_the_focal_loss_of_sure_answers_has_a_gradient(multi_label: bool) -> None:
+    loss = MultiLabelFocalLoss(0.5) if multi_label else FocalLoss(0.5)
     logits = torch.tensor([[200.0, -200.0], [0.5, 0.0]], requires_grad=True)
     targets = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     value = loss(logits, targets if multi_label else targets.argmax(1))
@@ -239,7 +237,7 @@ def test_each_of_several_labels_has_a_probability_of_its_own(tmp_path: Any, netw
     picture.save(tmp_path / "picture.png")
     data = [(picture, torch.tensor([1.0, 0.0, 1.0]))] * 4
     model = Base.of("resnet10t", num_classes=3).build()
-    recipe = config(epochs=1, multi_label=True, criterion="bce", image_size=32)
+    recipe = config(epochs=1, multi_label=True, loss="bce", image_size=32)
     result = finetune(model, data, data, config=recipe, output_dir=tmp_path / "run", quiet=True)
     assert result.directory is not None
     loaded = load_retrofitted(result.directory)
