@@ -77,3 +77,12 @@ def test_broken_files_are_clear_errors(tmp_path: Path) -> None:
     ]:  # fmt: skip
         with pytest.raises(RetrofitError, match=says):
             FinetuneConfig.from_yaml(tmp_path / f"{name}.yaml")
+
+
+def test_the_page_has_all_fields_with_their_defaults() -> None:
+    from tools.recipe import PAGE, TABLE, table
+
+    found = TABLE.search(PAGE.read_text(encoding="utf-8"))
+    assert found is not None
+    assert found.group() == table(), "write it anew with python -m tools.recipe"
+    assert all(f"| `{name}` |" in table() for name in FinetuneConfig.model_fields)
