@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
+from tiny import config, network, same
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision.ops import sigmoid_focal_loss
@@ -22,10 +22,6 @@ from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune
 from se_retrofit.finetune.criteria import FocalLoss, criterion_of
 from se_retrofit.finetune.data import Order
 from se_retrofit.finetune.targets import class_counts, image_weights, targets_of
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
-Same = Callable[[dict[str, Any], dict[str, Any]], bool]
 
 
 def classifier(inputs: int, outputs: int) -> nn.Module:
@@ -84,7 +80,7 @@ def test_on_several_labels_binary_cross_entropy_beats_the_default() -> None:
     assert after.f1 > before.f1 + 0.1
 
 
-def test_the_best_epoch_is_that_of_the_chosen_metric(network: Network, config: Config, digits: NamedData) -> None:
+def test_the_best_epoch_is_that_of_the_chosen_metric(digits: NamedData) -> None:
     for metric, pick in (("f1", max), ("loss", min), ("top5", max)):
         result = finetune(network(), digits.train, digits.val, config=config(epochs=3, best_metric=metric), quiet=True)
         values = {row["epoch"]: row[f"val_{metric}"] for row in result.history[1:]}
@@ -124,7 +120,7 @@ def test_without_focus_smoothing_is_that_of_cross_entropy() -> None:
     torch.testing.assert_close(FocalLoss(0.0, label_smoothing=0.1)(logits, targets), expected)
 
 
-def test_losses_by_name(config: Config) -> None:
+def test_losses_by_name() -> None:
     logits, labels = torch.randn(20, 4), torch.randint(2, (20, 4)).float()
     focal = criterion_of(config(multi_label=True, loss="focal"), None, None, 4)
     expected = sigmoid_focal_loss(logits, labels, alpha=-1, gamma=2.0, reduction="mean")
@@ -137,7 +133,7 @@ def test_losses_by_name(config: Config) -> None:
     torch.testing.assert_close(single(logits, targets), F.binary_cross_entropy_with_logits(logits, one_hot))
 
 
-def test_balanced_weights_are_scikit_learns(config: Config) -> None:
+def test_balanced_weights_are_scikit_learns() -> None:
     targets = torch.tensor([0] * 7 + [1] * 2 + [2])
     data = TensorDataset(torch.zeros(10, 1), targets)
     criterion = criterion_of(config(balance="loss"), None, data, 3)
@@ -148,7 +144,7 @@ def test_balanced_weights_are_scikit_learns(config: Config) -> None:
     assert criterion.weight.tolist() == pytest.approx(list(expected))
 
 
-def test_an_own_loss_trains(network: Network, config: Config, digits: NamedData, same: Same) -> None:
+def test_an_own_loss_trains(digits: NamedData) -> None:
     own, named = network(), network()
     recipe = config(epochs=1)
     finetune(
@@ -159,9 +155,7 @@ def test_an_own_loss_trains(network: Network, config: Config, digits: NamedData,
 
 
 @pytest.mark.sweep
-def test_a_teacher_is_learned_from_and_left_alone(
-    network: Network, config: Config, digits: NamedData, same: Same
-) -> None:
+def test_a_teacher_is_learned_from_and_left_alone(digits: NamedData) -> None:
     teacher = network(seed=1).train()
     finetune(teacher, digits.train, config=config(epochs=6, lr=3e-3), quiet=True)
     before, modes = copy.deepcopy(teacher.state_dict()), [module.training for module in teacher.modules()]
@@ -224,7 +218,7 @@ def test_targets_that_do_not_fit_are_refused(changes: dict[str, Any], data: Any,
         finetune(classifier(8, 2), data, config=RECIPE.replace(**changes), quiet=True)
 
 
-def test_criteria_and_teachers_that_are_none_are_refused(network: Network, config: Config, digits: NamedData) -> None:
+def test_criteria_and_teachers_that_are_none_are_refused(digits: NamedData) -> None:
     model = network()
     with pytest.raises(TypeError, match="criterion must be a function"):
         finetune(model, digits.train, config=config(), criterion="focal")  # type: ignore[arg-type]
@@ -238,9 +232,7 @@ def test_criteria_and_teachers_that_are_none_are_refused(network: Network, confi
         finetune(model, digits.train, config=config(), teacher=classifier(3 * 16 * 16, 3), quiet=True)
 
 
-def test_a_run_with_another_loss_or_teacher_is_not_resumed(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
+def test_a_run_with_another_loss_or_teacher_is_not_resumed(digits: NamedData, tmp_path: Path) -> None:
     def own(logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets)
 

@@ -6,7 +6,6 @@ import copy
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,14 @@ import timm
 import torch
 from pictures import make_folder
 from PIL import Image
-from torch import nn
+from tiny import config, network
 from torchvision.datasets import ImageFolder
 from typer.testing import CliRunner, Result
 
 from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of, save_retrofitted
 from se_retrofit.cli.commands import app
 from se_retrofit.cli.folders import run_settings
-from se_retrofit.finetune import (
-    FinetuneConfig,
-    NamedData,
-    evaluate,
-    finetune,
-    load_data,
-    predict,
-    transform_of,
-)
+from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune, load_data, predict, transform_of
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
@@ -73,9 +64,7 @@ def test_the_result_gives_the_transform_of_its_validation(result: Path, pictures
     assert torch.equal(transform_of(again)(image), prepared)
 
 
-def test_a_network_that_was_trained_on_tensors_does_not_pretend_to_know(
-    network: Callable[[], nn.Module], config: Callable[..., FinetuneConfig], digits: NamedData
-) -> None:
+def test_a_network_that_was_trained_on_tensors_does_not_pretend_to_know(digits: NamedData) -> None:
     model = network()
     finetune(model, digits.train, config=config(epochs=1), quiet=True)
     with pytest.raises(RetrofitError, match="does not tell how its images are prepared"):
@@ -178,9 +167,7 @@ def test_what_convert_wrote_is_fine_tuned_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.sweep
-def test_a_run_is_evaluated_at_the_size_that_it_was_trained_at(
-    network: Callable[[], nn.Module], config: Callable[..., FinetuneConfig], tmp_path: Path
-) -> None:
+def test_a_run_is_evaluated_at_the_size_that_it_was_trained_at(tmp_path: Path) -> None:
     data = load_data("digits", image_size=16)  # of tensors nothing else tells the size
     recipe = config(epochs=1, image_size=16)
     best = finetune(network(), data.train, data.val, config=recipe, output_dir=tmp_path / "run", base=None, quiet=True)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import nn
+from tiny import config, network
 
 from se_retrofit import RetrofitError
-from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+from se_retrofit.finetune import NamedData, finetune
 from se_retrofit.finetune.lock import LOCK, alone_in
 
 pytest.importorskip("fcntl", reason="only there folders are locked")
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 # a run, as far as others see it; without the package, whose import takes seconds
 HOLDS = """
@@ -29,7 +26,7 @@ with open(sys.argv[1], "w") as file:
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
+    digits: NamedData, tmp_path: Path
 ) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(tmp_path / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from timm.data import Mixup
+from tiny import network
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.data import TensorDataset
@@ -42,7 +41,7 @@ def places(*tensors: Tensor) -> set[str]:
     return {str(tensor.device) for tensor in tensors}
 
 
-def test_network_and_images_meet_on_the_device(network: Callable[[], nn.Module], mode: FakeTensorMode) -> None:
+def test_network_and_images_meet_on_the_device(mode: FakeTensorMode) -> None:
     model = in_mode(mode, network(), CUDA)
     with mode:
         images, targets = placed(batch_of(), CUDA)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from timm.data import Mixup
+from tiny import config, network
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -17,9 +17,6 @@ from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune, 
 from se_retrofit.finetune.engine import fast_math
 from se_retrofit.finetune.parts import layout_of
 from se_retrofit.finetune.train import mixed
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 
 class Residual(nn.Module):
@@ -37,7 +34,7 @@ class Residual(nn.Module):
     ("conv", "norm", "size"), [(nn.Conv1d, nn.BatchNorm1d, (16,)), (nn.Conv3d, nn.BatchNorm3d, (4, 6, 6))]
 )
 def test_1d_and_3d_networks_are_trained(
-    config: Config, conv: type[nn.Module], norm: type[nn.Module], size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    conv: type[nn.Module], norm: type[nn.Module], size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the layout that they get on CUDA."""
     monkeypatch.setattr(parts, "layout_of", lambda value, _: layout_of(value, torch.device("cuda")))
@@ -54,7 +51,7 @@ def test_1d_and_3d_networks_are_trained(
     evaluate(model, data, config=recipe)
 
 
-def test_mixup_takes_odd_batches_and_batches_of_one(network: Network, config: Config, digits: NamedData) -> None:
+def test_mixup_takes_odd_batches_and_batches_of_one(digits: NamedData) -> None:
     recipe = config(epochs=1, mixup=0.4, cutmix=0.4, freeze_bn=True)
     for batch_size, images in ((7, 21), (1, 3)):
         loader = DataLoader(Subset(digits.train, range(images)), batch_size)
@@ -70,9 +67,7 @@ def test_the_odd_image_of_a_mixed_batch_keeps_its_class() -> None:
     assert torch.equal(labels[4], torch.eye(5)[4])
 
 
-def test_a_class_that_the_network_lacks_is_found_before_the_images_are_mixed(
-    network: Network, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_the_network_lacks_is_found_before_the_images_are_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     def mix(*_: object) -> None:
         raise AssertionError("mixed")
 
@@ -108,7 +103,7 @@ def test_the_callers_precision_of_float32_products_is_given_back(own: str) -> No
 
 @pytest.mark.parametrize("folder", ["last", "best"])
 def test_a_foreign_file_where_checkpoints_go_is_found_before_the_first_step(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, folder: str
+    digits: NamedData, tmp_path: Path, folder: str
 ) -> None:
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "thesis.tex").write_text("")
@@ -125,20 +120,18 @@ def test_a_foreign_file_where_checkpoints_go_is_found_before_the_first_step(
     ],
 )
 def test_optimizers_that_would_fail_later_are_refused_at_once(
-    network: Network, config: Config, digits: NamedData, optimizer: str, options: dict[str, Any], says: str
+    digits: NamedData, optimizer: str, options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(RetrofitError, match=says):
         finetune(network(), digits.train, config=config(optimizer=optimizer, optimizer_options=options), quiet=True)
 
 
-def test_an_optimizer_whose_state_cannot_be_written_is_refused_or_resumes(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
+def test_an_optimizer_whose_state_cannot_be_written_is_refused_or_resumes(digits: NamedData, tmp_path: Path) -> None:
     with pytest.raises(RetrofitError, match=r"the state of optimizer 'adafactorbv' can't be written"):
         finetune(network(), digits.train, config=config(optimizer="adafactorbv"), output_dir=tmp_path, quiet=True)
 
 
-def test_a_sharded_network_is_refused(network: Network, config: Config, digits: NamedData) -> None:
+def test_a_sharded_network_is_refused(digits: NamedData) -> None:
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,17 +13,15 @@ import torch.nn.functional as F
 from PIL import Image
 from sweeps import swept
 from timm.data import Mixup
+from tiny import config, network
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from se_retrofit import RetrofitError, load_retrofitted
-from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, predict, transform_of
+from se_retrofit.finetune import evaluate, finetune, predict, transform_of
 from se_retrofit.finetune.criteria import FocalLoss, MultiLabelFocalLoss
 from se_retrofit.finetune.data import stream
 from se_retrofit.finetune.train import mixed
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 
 def classifier(inputs: int, outputs: int) -> nn.Module:
@@ -36,7 +34,7 @@ def classifier(inputs: int, outputs: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_fractions_are_no_classes_and_whole_numbers_are(config: Config, in_memory: bool) -> None:
+def test_fractions_are_no_classes_and_whole_numbers_are(in_memory: bool) -> None:
     def trained(targets: Tensor) -> float:
         data: Any = TensorDataset(torch.eye(4).repeat(8, 1), targets)
         items = data if in_memory else [(image, target.item()) for image, target in data]
@@ -52,14 +50,14 @@ def test_fractions_are_no_classes_and_whole_numbers_are(config: Config, in_memor
 @pytest.mark.parametrize(
     ("targets", "says"), [(["cat"] * 8, "got 'cat', 'cat', 'cat'"), ([None] * 8, "got None"), ([[0, 1], [1]] * 4, "one length")]
 )  # fmt: skip
-def test_targets_of_other_kinds_are_shown(config: Config, targets: list[Any], says: str) -> None:
+def test_targets_of_other_kinds_are_shown(targets: list[Any], says: str) -> None:
     data = [(torch.zeros(4), target) for target in targets]
     with pytest.raises(RetrofitError, match=says):
         finetune(classifier(4, 2), data, config=config(), quiet=True)
 
 
 @pytest.mark.parametrize("in_memory", swept([True], [False]))
-def test_a_single_label_that_is_there_or_not_is_learned(config: Config, in_memory: bool) -> None:
+def test_a_single_label_that_is_there_or_not_is_learned(in_memory: bool) -> None:
     points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     data: Any = TensorDataset(points, (points[:, :1] > 0).float())
     recipe = config(epochs=5, lr=0.05, multi_label=True, loss="bce", best_metric="f1", weight_decay=0.0)
@@ -70,7 +68,7 @@ def test_a_single_label_that_is_there_or_not_is_learned(config: Config, in_memor
     assert result.history[-1]["val_map"] > 0.95
 
 
-def test_labels_that_no_image_has_score_zero(config: Config) -> None:
+def test_labels_that_no_image_has_score_zero() -> None:
     data = TensorDataset(torch.randn(8, 3), torch.zeros(8, 2))
     assert evaluate(classifier(3, 2), data, config=config(multi_label=True, loss="bce")).map == 0.0
 
@@ -95,14 +93,14 @@ def test_cutmix_of_signals_is_refused_and_mixup_is_not() -> None:
     assert labels.shape == (8, 2)
 
 
-def test_a_batch_too_small_for_batch_norm_says_what_helps(network: Network, config: Config) -> None:
+def test_a_batch_too_small_for_batch_norm_says_what_helps() -> None:
     data = TensorDataset(torch.randn(1, 3, 16, 16), torch.zeros(1).long())
     with pytest.raises(RetrofitError, match="a larger batch_size, larger images, or freeze_bn=True"):
         finetune(network(), data, config=config(), quiet=True)
     finetune(network(), data, config=config(freeze_bn=True, epochs=1), quiet=True)
 
 
-def test_an_epoch_without_a_number_is_not_the_best(config: Config) -> None:
+def test_an_epoch_without_a_number_is_not_the_best() -> None:
     """Logits that overflow in the first epochs, and then no more."""
 
     class Overflowing(nn.Module):
@@ -131,16 +129,14 @@ def test_an_epoch_without_a_number_is_not_the_best(config: Config) -> None:
     ],
     ids=["channels", "channels last", "bytes", "doubles"],
 )
-def test_images_that_the_network_does_not_take_are_described(
-    network: Network, config: Config, images: Tensor, says: str
-) -> None:
+def test_images_that_the_network_does_not_take_are_described(images: Tensor, says: str) -> None:
     data = TensorDataset(images, torch.arange(8))
     for val in (None, data):
         with pytest.raises(RetrofitError, match=f"the network fails on a batch of .*{says}"):
             finetune(network(), data, val, config=config(), quiet=True)
 
 
-def test_images_of_several_shapes_and_items_that_are_no_pairs_are_told(network: Network, config: Config) -> None:
+def test_images_of_several_shapes_and_items_that_are_no_pairs_are_told() -> None:
     ragged = [(torch.zeros(3, 16 + number % 2, 16), 0) for number in range(8)]
     with pytest.raises(RetrofitError, match=r"tensors of one shape, got \(3, 16, 16\), \(3, 17, 16\)"):
         finetune(network(), ragged, config=config(), quiet=True)
@@ -163,19 +159,19 @@ def test_an_iterable_data_set_gives_each_item_once_with_several_workers() -> Non
     assert torch.cat([batch.images for batch in batches])[:, 0].tolist() == list(range(40))
 
 
-def test_a_loader_that_gives_no_batches_is_told(network: Network, config: Config) -> None:
+def test_a_loader_that_gives_no_batches_is_told() -> None:
     data = TensorDataset(torch.zeros(8, 3, 16, 16), torch.zeros(8).long())
     with pytest.raises(RetrofitError, match=r"train_data must give batches.*got shape \(3, 16, 16\) and shape \(\)"):
         finetune(network(), DataLoader(data, batch_size=None), config=config(), quiet=True)
 
 
-def test_a_mistake_that_a_loading_process_finds_is_told_without_its_traceback(network: Network, config: Config) -> None:
+def test_a_mistake_that_a_loading_process_finds_is_told_without_its_traceback() -> None:
     ragged = [(torch.zeros(3, 16 + number % 2, 16), 0) for number in range(8)]
     with pytest.raises(RetrofitError, match=r"^the images of a batch must be .*got \(3, 16, 16\), \(3, 17, 16\)$"):
         finetune(network(), ragged, config=config(workers=1), quiet=True)
 
 
-def test_grey_pictures_go_into_a_network_of_one_channel(tmp_path: Any, config: Config) -> None:
+def test_grey_pictures_go_into_a_network_of_one_channel(tmp_path: Any) -> None:
     picture = Image.effect_noise((40, 30), 50)
     picture.save(tmp_path / "picture.png")
     for colours in (picture, picture.convert("RGB")):
@@ -216,7 +212,7 @@ def test_the_focal_loss_of_sure_answers_has_a_gradient(multi_label: bool) -> Non
     ],
     ids=["each image", "constant", "number"],
 )
-def test_a_loss_that_cannot_be_learned_from_is_refused(config: Config, criterion: Any, says: str) -> None:
+def test_a_loss_that_cannot_be_learned_from_is_refused(criterion: Any, says: str) -> None:
     data = TensorDataset(torch.randn(4, 3), torch.arange(4) % 2)
     with pytest.raises(RetrofitError, match=f"mean loss of the batch as a scalar tensor .*{says}"):
         finetune(classifier(3, 2), data, config=config(), criterion=criterion, quiet=True)
@@ -230,7 +226,7 @@ def test_focal_loss_of_no_focus_is_cross_entropy_for_sure_answers() -> None:
 # Predictions
 
 
-def test_each_of_several_labels_has_a_probability_of_its_own(tmp_path: Any, network: Network, config: Config) -> None:
+def test_each_of_several_labels_has_a_probability_of_its_own(tmp_path: Any) -> None:
     from se_retrofit.models import Base
 
     picture = Image.effect_noise((16, 16), 50).convert("RGB")
