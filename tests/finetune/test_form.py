@@ -96,22 +96,3 @@ def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
     plain = finetune(network(), digits.train, digits.val, config=recipe.replace(compile=False), quiet=True)
     assert result.history[1]["train_loss"] == pytest.approx(plain.history[1]["train_loss"], rel=1e-3)
     torch.compiler.reset()
-
-
-@pytest.mark.sweep
-def test_a_compiled_run_is_resumed_to_the_same_weights(
-    digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from test_resume import Stopped, stop_after
-
-    monkeypatch.setattr("se_retrofit.finetune.engine.BACKEND", "eager")
-    recipe = config(epochs=2, compile=True, checkpoint_minutes=0.0)
-    data = digits.train, digits.val
-    whole = finetune(network(), *data, config=recipe, quiet=True)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 11)
-        with pytest.raises(Stopped):
-            finetune(network(), *data, config=recipe, output_dir=tmp_path, quiet=True)
-    again = finetune(network(), *data, config=recipe, output_dir=tmp_path, resume=True, quiet=True)
-    assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in again.model.state_dict().items())
-    torch.compiler.reset()

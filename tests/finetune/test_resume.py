@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from se_retrofit import RetrofitError, load_retrofitted
 from se_retrofit.finetune import FinetuneResult, NamedData, finetune
+from se_retrofit.finetune.lock import LOCK, alone_in
 from se_retrofit.saving.atomic import settled
 
 HERE = Path(__file__).parent
@@ -320,3 +321,38 @@ def test_an_output_folder_that_cannot_be_made_is_named(digits: NamedData, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(RetrofitError, match=r"file/run can't be made: Not a directory"):
         finetune(network(), digits.train, config=config(), output_dir=tmp_path / "file" / "run", quiet=True)
+
+
+# a run, as far as others see it; without the package, whose import takes seconds
+HOLDS = """
+import fcntl, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("holds", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no locks of this kind")
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
+    digits: NamedData, tmp_path: Path
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"holds\n"
+        with pytest.raises(RetrofitError, match=f"another process is running in {tmp_path}; wait"):
+            finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+        assert [file.name for file in tmp_path.iterdir()] == [LOCK]
+        other.kill()
+    # its file is still there, as after every kill, and holds nobody up
+    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no locks of this kind")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()  # as root, who may write everywhere
+    with pytest.raises(RetrofitError, match="can't be written: Is a directory"), alone_in(tmp_path):
+        pass
