@@ -7,7 +7,7 @@ import timm
 import torch
 
 import se_retrofit
-from se_retrofit import add_se, load_retrofitted, remove_se, report, save_retrofitted
+from se_retrofit import add_se, inspect_se, load_retrofitted, remove_se, save_retrofitted
 
 assert "site-packages" in str(se_retrofit.__file__), se_retrofit.__file__
 model = timm.create_model("resnet18").eval()
@@ -16,5 +16,5 @@ x = torch.randn(2, 3, 64, 64)
 assert torch.equal(retrofitted(x), model(x))
 loaded = load_retrofitted(save_retrofitted(retrofitted, Path(tempfile.mkdtemp()) / "saved"))
 assert torch.equal(loaded(x), model(x))
-print(report(loaded))
+print(inspect_se(loaded).report())
 assert list(remove_se(loaded).state_dict()) == list(model.state_dict())

@@ -40,7 +40,8 @@ def main() -> None:
             before = accuracy(model, test)
             control = accuracy(train(copy.deepcopy(model), data, 1, 5e-4, seed=2), test)
             for tolerance in arguments.tolerances:
-                folded, report = fold_se(model, seen, tolerance=tolerance)
+                folded = fold_se(model, seen, tolerance=tolerance)
+                report = folded.fold_report
                 if arguments.report:
                     print(report)
                 after = accuracy(folded, test)

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from se_retrofit import add_se, excitations
+from se_retrofit import add_se
 from se_retrofit.cli.demo_network import SmallResNet
 from se_retrofit.finetune import FinetuneConfig, finetune, load_data
+from se_retrofit.inspection import excitations
 
 torch.manual_seed(0)
 digits = load_data("digits", image_size=8)

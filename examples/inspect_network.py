@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torchvision
 
-from se_retrofit import add_se, inspect
+from se_retrofit import add_se, inspect_se
 
 folder = Path(tempfile.mkdtemp())
-inspection = inspect(add_se(torchvision.models.mobilenet_v2(num_classes=10), reduction=16))
+inspection = inspect_se(add_se(torchvision.models.mobilenet_v2(num_classes=10), reduction=16))
 
 # what was put where, and what it costs
 print(inspection)

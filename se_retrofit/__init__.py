@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from .exporting import export
     from .folding import fold_se, from_native, to_native
     from .fusion import Fusion, fuse_se, plan_fusion, unfuse_se
-    from .inspection.excitations import excitations
-    from .inspection.gate_log import GateLogger
-    from .inspection.inspection import Inspection, draw, inspect, print_graph, report
+    from .inspection.inspection import inspect_se
     from .plan import Plan, Site, Skipped
     from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
     from .saving import from_pretrained, load_retrofitted, load_se, push_to_hub, save_retrofitted, save_se
@@ -31,7 +29,7 @@ _MODULES = {
     "exporting": ("export",),
     "folding": ("fold_se", "from_native", "to_native"),
     "fusion": ("Fusion", "fuse_se", "plan_fusion", "unfuse_se"),
-    "inspection": ("GateLogger", "Inspection", "draw", "excitations", "inspect", "print_graph", "report"),
+    "inspection": ("inspect_se",),
     "plan": ("Plan", "Site", "Skipped"),
     "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
     "surgery.record.runs": ("record",),
@@ -41,34 +39,28 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Fusion",
-    "GateLogger",
     "InsertSE",
-    "Inspection",
     "Plan",
     "RetrofitError",
     "SEAttention",
     "Site",
     "Skipped",
     "add_se",
-    "draw",
-    "excitations",
     "export",
     "fold_se",
     "from_native",
     "from_pretrained",
     "fuse_se",
     "has_se",
-    "inspect",
+    "inspect_se",
     "load_retrofitted",
     "load_se",
     "plan_fusion",
     "plan_of",
     "plan_se",
-    "print_graph",
     "push_to_hub",
     "record",
     "remove_se",
-    "report",
     "save_retrofitted",
     "save_se",
     "to_native",

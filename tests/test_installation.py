@@ -37,13 +37,13 @@ def run_without(packages: tuple[str, ...], code: str, folder: Path) -> subproces
 def test_the_surgery_saving_and_reports_as_text_need_no_extra(tmp_path: Path) -> None:
     code = """
         import timm
-        from se_retrofit import add_se, load_retrofitted, print_graph, remove_se, report, save_retrofitted
+        from se_retrofit import add_se, inspect_se, load_retrofitted, remove_se, save_retrofitted
 
         model = add_se(timm.create_model("resnet18"))
         save_retrofitted(model, "saved", base="timm/resnet18")
         loaded = load_retrofitted("saved")
-        print(report(loaded))
-        print_graph(loaded, "layer1.0")
+        print(inspect_se(loaded).report())
+        print(inspect_se(loaded).graph("layer1.0"))
         remove_se(loaded)
     """
     done = run_without(EXTRAS, code, tmp_path)
@@ -54,11 +54,11 @@ def test_the_surgery_saving_and_reports_as_text_need_no_extra(tmp_path: Path) ->
 
 NETWORK = """
 import torchvision
-from se_retrofit import add_se, inspect
+from se_retrofit import add_se, inspect_se
 model = add_se(torchvision.models.resnet18())
 """
-DRAW = NETWORK + "inspect(model).draw('a.dot')"
-WRITE_HTML = NETWORK + "inspect(model).write_html('a.html')"
+DRAW = NETWORK + "inspect_se(model).draw('a.dot')"
+WRITE_HTML = NETWORK + "inspect_se(model).write_html('a.html')"
 
 
 @pytest.mark.sweep

@@ -1,4 +1,4 @@
-"""The check that ``convert`` and the demo rest on: it must see a difference where there is one."""
+"""The check that ``add`` and the demo rest on: it must see a difference where there is one."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def demo(
     for line in aligned(rows, left=1):
         say(console, line)
     say(console, verdict(results["fine-tuned with SE"][1], results["fine-tuned without SE"][1]))
-    say(console, f"\n{time.perf_counter() - started:.0f} seconds. Next: se-retrofit convert resnet50")
+    say(console, f"\n{time.perf_counter() - started:.0f} seconds. Next: se-retrofit add resnet50")
 
 
 def verdict(with_se: Tensor, without: Tensor) -> str:

@@ -16,7 +16,10 @@ from .options import Folder, InputSize, example_of
 @app.command("export")
 def export_command(
     folder: Folder,
-    format: Annotated[Literal["onnx", "pt2", "torchscript", "source"], typer.Option(help="format of the file")],
+    format: Annotated[
+        Literal["onnx", "pt2", "source"] | None,
+        typer.Option(help="format of the file; by default what OUTPUT ends in, or onnx"),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="the file; by default beside DIR, with its name")] = None,
     input_size: InputSize = None,
     native: Annotated[
@@ -45,6 +48,6 @@ def export_command(
     network = load_retrofitted(saved)
     if native:
         network = to_native(network)
-    file = output or folder.with_name(folder.name + SUFFIXES[format])
+    file = output or folder.with_name(folder.name + SUFFIXES[format or "onnx"])
     export(network, file, format=format, example_inputs=example, base=base)
-    say(Console(), f"wrote {file}" + (f" and {file.with_suffix('.safetensors')}" if format == "source" else ""))
+    say(Console(), f"wrote {file}" + (f" and {file.with_suffix('.safetensors')}" if file.suffix == ".py" else ""))

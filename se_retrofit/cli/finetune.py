@@ -66,7 +66,7 @@ def finetune_command(
     data_root: Root = Path("data"),
     download: Download = False,
 ) -> None:
-    """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network that convert, finetune or
+    """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network that add, finetune or
     fold wrote is trained without a further retrofit.
 
     Under torchrun or accelerate launch the same command runs on several GPUs or machines. Load the result, in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -53,10 +53,11 @@ def fold_command(
     parts = load_data(data, root=data_root, download=download, image_size=image_size)
     transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False, base=base)
     images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)
-    folded, report = fold_se(
+    folded = fold_se(
         network, images.batches(0), tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, sites=sites or None,
         max_batches=batches, inplace=True,
     )  # fmt: skip
+    report: Any = folded.fold_report
     target = output or folder.with_name(f"{folder.name}-folded")
     with replaced_directory(target, (WEIGHTS, RECIPE)) as fresh:
         write_network(folded, fresh, base=base)

@@ -25,7 +25,7 @@ def network_in(folder: Path) -> Path:
     for candidate in (folder, folder / "best"):
         if (settled(candidate) / RECIPE).is_file():
             return candidate
-    what = "holds no network that convert, finetune or fold wrote" if folder.is_dir() else "is not a folder"
+    what = "holds no network that add, finetune or fold wrote" if folder.is_dir() else "is not a folder"
     raise RetrofitError(f"{folder} {what}; {RECIPE} was looked for in it and in {folder / 'best'}")
 
 

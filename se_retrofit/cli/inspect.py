@@ -14,12 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from ..errors import RetrofitError
-from ..inspection import Report
-from ..inspection import inspect as look_inside
-from ..inspection.conditions import Condition, WrongExpression
+from ..inspection import inspect_se
 from ..inspection.drawing import check_target as check_drawing
 from ..inspection.page import check_target as check_page
-from ..inspection.report import TOTALS
 from ..models import Base
 from ..paths import writable
 from ..retrofit import add_se
@@ -40,7 +37,7 @@ HELP = """
 Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graph, code and picture.
 
 MODEL is a name, whose network is built (with random weights) and retrofitted for this, or a folder that
-`convert`, `finetune` or `fold` wrote.
+`add`, `finetune` or `fold` wrote.
 
 Examples:
 
@@ -49,14 +46,10 @@ Examples:
 - `se-retrofit inspect timm/dla34 --diff`
 - `se-retrofit inspect my-network/ --html my-network.html --draw my-network.svg`
 - `se-retrofit inspect mobilenet_v2 --input-size 3x160x160 --json -`
-- `se-retrofit inspect resnet50 --modules --depth 2 --measure`
-- `se-retrofit inspect my-network/ --fail-if 'sites < 16 or parameters_after > 1.2 * parameters_before'`
+- `se-retrofit inspect my-network/ --json - | jq -e '.parameters_after < 1.2 * .parameters_before'`
 
---fail-if takes numbers, + - * /, comparisons, `and`, `or`, `not`, and the totals by name:
-NAMES.
-
-Exit codes: 0, done; 1, it can't be done, or the condition of --fail-if holds; 2, wrong usage.
-""".replace("NAMES", ", ".join(f"`{name}`" for name in TOTALS))
+Exit codes: 0, done; 1, it can't be done; 2, wrong usage.
+"""
 
 
 @app.command("inspect", help=HELP, no_args_is_help=True)
@@ -73,41 +66,24 @@ def inspect(
     diff: Annotated[
         bool, typer.Option("--diff", help="print the blocks' code before and after, each distinct block once")
     ] = False,
-    modules: Annotated[
-        bool, typer.Option("--modules", help="print each module's parameters, output shape and multiply-adds")
-    ] = False,
-    depth: Annotated[int | None, typer.Option(min=0, help="for --modules: those in at most so many others")] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="measure milliseconds and what is saved for the backward pass, too")
-    ] = False,
-    fail_if: Annotated[
-        list[str] | None, typer.Option(help="exit with 1 if this holds, such as 'sites < 16'; repeat it for more")
-    ] = None,
     draw: Annotated[Path | None, typer.Option(help="draw blocks before and after: FILE.svg, .png, .pdf, .dot")] = None,
     html: Annotated[Path | None, typer.Option(help="write all of it as one page, FILE.html")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
     input_size: InputSize = None,
     num_classes: NumClasses = None,
 ) -> None:
-    if depth is not None and not modules:
-        raise typer.BadParameter("is for --modules", param_hint="--depth")
     check_targets(draw, html, json_file)
-    conditions = conditions_of(fail_if or [], measure)
-    inspection = look_inside(network_of(context, model), None if input_size is None else example_of(input_size))
+    inspection = inspect_se(network_of(context, model), None if input_size is None else example_of(input_size))
     if block is not None:
         inspection.block(block)  # one that is not there is told before anything is printed or written
     to_stdout = str(json_file) == "-"
     console = Console(stderr=to_stdout)
-    in_words = not (graph or diff or block or modules)
-    needed = in_words or modules or html is not None or json_file is not None or conditions
-    report = inspection.report(measure=measure) if needed else None
-    if report is not None and in_words and not to_stdout:
+    in_words = not (graph or diff or block)
+    if in_words and not to_stdout:
         if console.is_terminal:
-            console.print(report)
+            console.print(inspection)
         else:
-            say(console, report)
-    if report is not None and modules:
-        report.module_table(depth).show(console=console)
+            say(console, inspection)
     if graph or (block is not None and not diff):
         inspection.graph(block).show(console=console)
     if diff:
@@ -118,40 +94,12 @@ def inspect(
         with _writing(draw):
             inspection.draw(draw, block)
         say(console, f"drew {draw}")
-    if html is not None and report is not None:
+    if html is not None:
         with _writing(html):
-            inspection.write_html(html, report)
+            inspection.write_html(html)
         say(console, f"wrote {html}")
-    if json_file is not None and report is not None:
-        write_json(console, {"network": model, **report.to_dict()}, json_file)
-    if report is not None:
-        check_conditions(conditions, report)
-
-
-def conditions_of(texts: list[str], measure: bool) -> list[Condition]:
-    """The conditions of --fail-if, found to be right before the work."""
-    conditions = []
-    for text in texts:
-        try:
-            condition = Condition.read(text, TOTALS)
-        except WrongExpression as error:
-            raise typer.BadParameter(str(error), param_hint="--fail-if") from None
-        measured = [name for name in condition.names if name in ("milliseconds", "saved_bytes")]
-        if measured and not measure:
-            raise typer.BadParameter(f"{measured[0]} is measured with --measure only", param_hint="--fail-if")
-        conditions.append(condition)
-    return conditions
-
-
-def check_conditions(conditions: list[Condition], report: Report) -> None:
-    """Raise if one of them holds."""
-    for condition in conditions:
-        try:
-            holds = condition.holds(report.totals)
-        except WrongExpression as error:
-            raise typer.BadParameter(str(error), param_hint="--fail-if") from None
-        if holds:
-            raise RetrofitError(f"--fail-if {condition.text!r} holds: {condition.told(report.totals)}")
+    if json_file is not None:
+        write_json(console, {"network": model, **inspection.to_dict()}, json_file)
 
 
 def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) -> None:

@@ -28,7 +28,7 @@ __all__ = [
 Options = dict[str, tuple[Any, Any]]  # the type and the default of each option, by name
 
 MODEL_HELP = "a name: resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME"
-FOLDER_HELP = "what convert, finetune or fold wrote: a saved network, or a run's folder"
+FOLDER_HELP = "what add, finetune or fold wrote: a saved network, or a run's folder"
 DATA_HELP = "digits, a folder with train/ and val/ or with one folder of images a class, or a name of timm's: torch/cifar10, hfds/..."
 
 # The network and its data

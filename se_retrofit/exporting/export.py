@@ -27,7 +27,7 @@ from .source import export_source
 
 __all__ = ["FORMATS", "export"]
 
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "source": ".py"}
+SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "source": ".py"}
 FORMATS = tuple(SUFFIXES)
 
 Run = Callable[[tuple[Tensor, ...]], list[Tensor]]  # an exported network
@@ -37,7 +37,7 @@ def export(
     model: nn.Module,
     file: str | Path,
     *,
-    format: str = "onnx",
+    format: str | None = None,
     example_inputs: Any = None,
     base: Base | None = None,
 ) -> Path:
@@ -50,10 +50,10 @@ def export(
         model: the network; it is exported in eval mode, from a copy on the CPU.
         file: where to write.
         format: ``"onnx"`` (by torch.onnx, with dynamic batch and spatial sizes if the network allows it; compared by
-            onnxruntime, if it is installed), ``"pt2"`` (torch.export, with dynamic sizes as well), ``"torchscript"`` (scripted, or
-            else traced), or ``"source"``: a Python file with the changed classes and SE in plain PyTorch, which loads the
-            weights from a ``.safetensors`` file of the same name beside it and needs PyTorch, safetensors and the network's
-            own library only.
+            onnxruntime, if it is installed), ``"pt2"`` (torch.export, with dynamic sizes as well), or ``"source"``: a Python
+            file with the changed classes and SE in plain PyTorch, which loads the weights from a ``.safetensors`` file of
+            the same name beside it and needs PyTorch, safetensors and the network's own library only. Without it, the
+            format that the ending of ``file`` stands for: ``.onnx``, ``.pt2`` or ``.py``.
         example_inputs: a tensor or a tuple of positional inputs, large enough that no feature map has a size of one,
             which torch.export would specialise. Without it, inputs with the shapes that the network was retrofitted
             with, or of a size that fits.
@@ -64,7 +64,7 @@ def export(
         The file.
 
     Raises:
-        RetrofitError: the format is none of these, or can't represent this network (the message has the reason); the
+        RetrofitError: the format or the ending is none of these, or the format can't represent this network (the message has the reason); the
             result does not compute the same. No file is written then.
         TypeError: ``model`` is not an nn.Module.
 
@@ -73,16 +73,17 @@ def export(
         >>> from se_retrofit import add_se
         >>> from se_retrofit.exporting import export
         >>> model = add_se(timm.create_model("resnet10t", num_classes=10)).eval()
-        >>> file = export(model, tempfile.mkdtemp() + "/model.pt2", format="pt2", example_inputs=torch.randn(2, 3, 64, 64))
+        >>> file = export(model, tempfile.mkdtemp() + "/model.pt2", example_inputs=torch.randn(2, 3, 64, 64))
         >>> torch.export.load(file).module()(torch.randn(5, 3, 64, 64)).shape
         torch.Size([5, 10])
     """
     check_module(model)
-    if format not in SUFFIXES:
-        raise RetrofitError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {brief(format)}")
     if any(p.is_meta for p in model.parameters()):
         raise RetrofitError("the model is on the meta device and has no values; load weights first")
     file = Path(file)
+    format = _format_of(file) if format is None else format
+    if format not in SUFFIXES:
+        raise RetrofitError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {brief(format)}")
     with forked_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on formats
         copy = in_mode(copied(model, lambda t: t.detach().to("cpu", copy=True)), False)
@@ -91,7 +92,7 @@ def export(
             return export_source(model, copy, file, inputs, base)
         original = copied(copy)
         use_plain_form(copy)
-        write = {"onnx": _to_onnx, "pt2": _to_pt2, "torchscript": _to_torchscript}[format]
+        write = {"onnx": _to_onnx, "pt2": _to_pt2}[format]
         with replaced_file(file) as fresh:
             try:
                 with torch.no_grad(), _no_thread_left():
@@ -105,6 +106,14 @@ def export(
                 ) from error
             _compare(original, run, inputs, format)
     return file
+
+
+def _format_of(file: Path) -> str:
+    for format, suffix in SUFFIXES.items():
+        if file.suffix == suffix:
+            return format
+    endings = ", ".join(SUFFIXES.values())
+    raise RetrofitError(f"{file.name} must end in one of {endings}, which tells the format; or say which with format=")
 
 
 @contextmanager
@@ -167,16 +176,6 @@ def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run | 
 def _to_pt2(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run:
     torch.export.save(torch.export.export(model, inputs, dynamic_shapes=_free(inputs)), str(file))
     module = torch.export.load(str(file)).module()
-    return lambda given: tensors_in(module(*given))
-
-
-def _to_torchscript(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run:
-    try:
-        script: Any = torch.jit.script(model)
-    except Exception:  # what scripting does not understand, tracing may
-        script = torch.jit.trace(model, inputs)
-    torch.jit.save(script, str(file))
-    module = torch.jit.load(str(file))
     return lambda given: tensors_in(module(*given))
 
 

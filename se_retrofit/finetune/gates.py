@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..attention import has_gates
-from ..inspection.gate_log import GateLogger, plot_gates, saturation_limits
+from ..inspection.gate_plots import plot_gates
+from ..inspection.gates import GateLogger, saturation_limits
 from ..saving.atomic import replaced_file
 from ..surgery.splice.undo import is_retrofitted
 
@@ -34,7 +35,7 @@ def log_gates(gates: GateLogger, trackers: Sequence[Any], step: int) -> dict[str
     for tracker in trackers:
         if tracker.name == "tensorboard":
             gates.write(tracker.writer, step)
-    return {path: seen.to_dict() for path, seen in gates.summary().items()}
+    return {path: seen.quartiles() for path, seen in gates.summary().items()}
 
 
 def draw_gates(history: Sequence[Mapping[str, Any]], path: Path) -> None:

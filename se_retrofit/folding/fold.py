@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..attention import Inserted, StaticFactor, check_gates
 from ..errors import RetrofitError, brief, check_module
+from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Plan, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
@@ -21,7 +22,7 @@ from ..surgery.record.runs import record
 from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
 from .factors import Factors, Scaling
-from .measuring import Batch, Gates, Reference, batches_of, difference, gates_of, outputs_of
+from .measuring import Batch, Reference, batches_of, difference, outputs_of
 from .result import FoldedSite, FoldReport
 
 __all__ = ["fold_se"]
@@ -38,7 +39,7 @@ def fold_se(
     sites: str | Iterable[str] | None = None,
     max_batches: int = 8,
     inplace: bool = False,
-) -> tuple[M, FoldReport]:
+) -> M:
     """Fold SE modules whose gates hardly depend on the input into the network's own weights.
 
     The gates of each site are replaced by their means over the data, starting with the smallest effect on the
@@ -59,7 +60,7 @@ def fold_se(
         inplace: change the given model instead of a copy.
 
     Returns:
-        The folded network, and a ``FoldReport`` with spread, effect and verdict of each site.
+        The folded network. Its attribute ``fold_report``, a ``FoldReport``, has spread, effect and verdict of each site.
 
     Raises:
         RetrofitError: the model has no SE inserted by ``add_se`` (it may be folded already), only factors that can't be
@@ -70,8 +71,8 @@ def fold_se(
         >>> import timm, torch
         >>> from se_retrofit import add_se, fold_se
         >>> model = add_se(timm.create_model("resnet18", num_classes=10)).eval()
-        >>> folded, report = fold_se(model, [torch.randn(4, 3, 64, 64)])
-        >>> len(report.folded), type(folded.layer1[0]).__name__
+        >>> folded = fold_se(model, [torch.randn(4, 3, 64, 64)])
+        >>> len(folded.fold_report.folded), type(folded.layer1[0]).__name__
         (8, 'BasicBlock')
     """
     _check(model, tolerance, max_accuracy_loss, max_batches)
@@ -82,7 +83,8 @@ def fold_se(
     work = in_mode(copied(model, independent=True), False)
     with isolated(model), forked_randomness(), torch.no_grad():
         ses = {path: m for path, m in work.named_modules() if is_retrofitted(m)}
-        gates = gates_of(work, {site.path: ses[site.path] for site in chosen}, batches)
+        runs = ((batch.inputs, None) for batch in batches)
+        gates = gates_over(work, {site.path: ses[site.path] for site in chosen}, runs)
         reference = Reference(work, batches)
         effects = _effects(work, gates, reference)
         constant = _greedy(work, gates, effects, reference, tolerance, max_accuracy_loss)
@@ -98,11 +100,13 @@ def fold_se(
             found = gates[site.path]
             verdict = "folded" if site.path in todo.gone else "factor" if site.path in todo.factors else "kept"
             into = tuple(s.path for s in todo.gone.get(site.path, ()))
-            row = (found.spread, found.between, effects[site.path], verdict, into)
+            row = (found.variation, found.between, effects[site.path], verdict, into)
             rows.append(FoldedSite(site.path, site.block, site.channels, *row))
     missed = tuple(site.path for site in chosen if site.path not in gates)
     count = sum(len(batch.inputs) for batch in batches)
-    return result, FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
+    report = FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
+    result.fold_report = report  # type: ignore[assignment]
+    return result
 
 
 def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any) -> None:
@@ -149,7 +153,7 @@ def _chosen(plan: Plan, sites: Any) -> list[Site]:
 # Which gates may be constant ------------------------------------------------------------------------------------------
 
 
-def _effects(work: nn.Module, gates: dict[str, Gates], reference: Reference) -> dict[str, float]:
+def _effects(work: nn.Module, gates: dict[str, SiteGates], reference: Reference) -> dict[str, float]:
     """What each site's constant gates do to the outputs, all others being as they are."""
     effects = {}
     for path, found in gates.items():
@@ -160,7 +164,7 @@ def _effects(work: nn.Module, gates: dict[str, Gates], reference: Reference) -> 
 
 
 def _greedy(
-    work: nn.Module, gates: dict[str, Gates], effects: dict[str, float], reference: Reference,
+    work: nn.Module, gates: dict[str, SiteGates], effects: dict[str, float], reference: Reference,
     tolerance: float, max_accuracy_loss: float,
 ) -> list[str]:  # fmt: skip
     """Make gates constant, the least effect first, where the outputs stay within the tolerance; which is returned."""
@@ -196,7 +200,7 @@ class Todo:
     factors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _absorb(work: nn.Module, constant: list[str], gates: dict[str, Gates], batches: list[Batch]) -> Todo:
+def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Batch]) -> Todo:
     """Let the network take in constant gates, each seen to leave the outputs as they are but for rounding."""
     todo = Todo()
     if not constant:

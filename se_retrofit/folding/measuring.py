@@ -1,4 +1,4 @@
-"""What is run over the data: the gates of each site, and what a change does to the outputs."""
+"""What is run over the data: a few batches, and what a change does to the outputs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 
-from ..attention import Inserted
 from ..errors import RetrofitError
+from ..inspection.gates import parted
 from ..surgery.record.isolation import forked_randomness
 
-__all__ = ["Batch", "Gates", "Reference", "batches_of", "difference", "gates_of", "outputs_of"]
+__all__ = ["Batch", "Reference", "batches_of", "difference", "outputs_of"]
 
 BATCH_SIZE = 32  # of a Dataset, which has none of its own
 
@@ -59,55 +59,8 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def _batch(item: Any, device: torch.device) -> Batch:
-    inputs, *rest = item if isinstance(item, (tuple, list)) and item else (item,)
-    if not isinstance(inputs, Tensor):
-        raise TypeError(
-            f"each batch must be a tensor, or a tuple or list that begins with one, got {type(inputs).__name__}"
-        )
-    labels = rest[0] if rest else None
-    usable = isinstance(labels, Tensor) and labels.shape == inputs.shape[:1] and not labels.is_floating_point()
-    return Batch(inputs.to(device), labels.to(device) if usable and isinstance(labels, Tensor) else None)
-
-
-# Gates ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Gates:
-    """The gates of one site over the data.
-
-    Attributes:
-        mean: of each channel's gate, ``(C,)``, in float64.
-        spread: the standard deviation of a channel's gate between inputs, averaged over the channels.
-        between: how much of the gates' variance is between inputs, from 0 to 1; the rest is between channels.
-    """
-
-    mean: Tensor
-    spread: float
-    between: float
-
-
-def gates_of(model: nn.Module, ses: dict[str, Inserted], batches: list[Batch]) -> dict[str, Gates]:
-    """The gates of inserted modules, by path; those that are never called are left out."""
-    seen: dict[str, list[Tensor]] = {path: [] for path in ses}
-    hooks = [
-        se.register_forward_pre_hook(lambda se, args, path=path: seen[path].append(se.gates(args[0]).double().cpu()))
-        for path, se in ses.items()
-    ]
-    try:
-        for batch in batches:
-            model(batch.inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {}
-    for path, gates in seen.items():
-        if gates:
-            values = torch.cat([g.flatten(0, -2) for g in gates])
-            inputs, total = values.var(0, correction=0), values.var(correction=0)
-            between = float(inputs.mean() / total) if total > 0 else 0.0
-            found[path] = Gates(values.mean(0), float(inputs.sqrt().mean()), between)
-    return found
+    inputs, labels = parted(item)
+    return Batch(inputs.to(device), None if labels is None else labels.to(device))
 
 
 # Outputs --------------------------------------------------------------------------------------------------------------

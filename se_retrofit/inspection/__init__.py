@@ -2,8 +2,9 @@
 
 from .blocks import BlockGraph, BlockPair
 from .excitations import Excitations, excitations
-from .gate_log import GateLogger, GateSummary, plot_gates
-from .inspection import Inspection, draw, inspect, print_graph, report
+from .gate_plots import plot_gates
+from .gates import GateLogger, SiteGates
+from .inspection import Inspection, inspect_se
 from .report import Report
 
 __all__ = [
@@ -11,13 +12,10 @@ __all__ = [
     "BlockPair",
     "Excitations",
     "GateLogger",
-    "GateSummary",
     "Inspection",
     "Report",
-    "draw",
+    "SiteGates",
     "excitations",
-    "inspect",
+    "inspect_se",
     "plot_gates",
-    "print_graph",
-    "report",
 ]

@@ -24,7 +24,6 @@ from ..surgery.record.inputs import tensors_in
 from ..surgery.record.isolation import isolated
 from ..surgery.splice.undo import is_retrofitted, strip
 from .graphs import Recorded, batch_size
-from .measuring import watched
 
 __all__ = ["Costs", "SiteCost", "costs"]
 
@@ -42,14 +41,13 @@ class SiteCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost of the whole network for one input, ``before`` and ``after``, and after by the path of each ``modules``; None
-    where the network can't be run to its end without data. ``inputs`` says what one input is, and ``resized``
+    """Cost of the whole network for one input, ``before`` and ``after``; None where the network can't be run to its end without
+    data. ``inputs`` says what one input is, and ``resized``
     what of it the network's first convolution is given, if the network brings it to another size first."""
 
     before: int | None
     after: int | None
     sites: dict[str, SiteCost]
-    modules: dict[str, int] | None
     inputs: str
     resized: str | None = None
 
@@ -76,10 +74,9 @@ def costs(found: Recorded) -> Costs:
     before = _count(found.model, record, strip)
     after = _count(found.model, record, None)
     return Costs(
-        None if before is None else before[""] // batch,
-        None if after is None else after[""] // batch,
+        None if before is None else before // batch,
+        None if after is None else after // batch,
         sites,
-        None if after is None else {path: number // batch for path, number in after.items()},
         _describe((*record.inputs.args, *record.inputs.kwargs.values())),
         _resized(record),
     )
@@ -114,25 +111,19 @@ class _Passes(TorchDispatchMode):
         return result
 
 
-def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None] | None) -> dict[str, int] | None:
-    """The multiply-adds of one more run like the recorded one, by module."""
+def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None] | None) -> int | None:
+    """The multiply-adds of one more run like the recorded one."""
     inputs = record.inputs
     with isolated(model), _disable_current_modes():
         copy = in_mode(copied(model, on_meta if inputs.is_meta else on_cpu, independent=True), False)
         if prepare is not None:
             prepare(copy)
-        sums: dict[str, int] = {}
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
-                count = counter.get_total_flops
-                with watched(copy, count, lambda before: count() - before, sums):
-                    copy(*inputs.args, **inputs.kwargs)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # the record may mix tensors of meta and of the CPU; a plain run not
-            return None
-    return {path: flops // 2 for path, flops in sums.items()}
+                copy(*inputs.args, **inputs.kwargs)
+        except (RuntimeError, NotImplementedError):
+            return None  # the record may mix tensors of meta and of the CPU; a plain run not
+    return counter.get_total_flops() // 2
 
 
 def _describe(args: tuple[Any, ...]) -> str:

@@ -65,7 +65,7 @@ def inputs_of(model: nn.Module, plan: Plan, example_inputs: Any) -> Inputs | Non
 def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
     """Record a retrofitted model and a copy of it without SE, and find the graph of each of its blocks in both.
 
-    Args, raises: as ``inspect``.
+    Args, raises: as ``inspect_se``.
     """
     check_module(model)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,11 +19,11 @@ from .report import Report, report_of
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["Inspection", "draw", "inspect", "print_graph", "report"]
+__all__ = ["Inspection", "inspect_se"]
 
 
 class Inspection(Recorded):
-    """What ``inspect`` found. ``print(inspection)`` prints the report, ``rich.print(inspection)`` prints it in colour.
+    """What ``inspect_se`` found. ``print(inspection)`` prints the report, ``rich.print(inspection)`` prints it in colour.
 
     Where a view takes a ``block``, it is the path of a block, such as ``"layer1.0"``, of a module in it (its SE, say), or of
     one around it that holds no other block. The error for a path that is none of these lists blocks that there are.
@@ -35,8 +35,8 @@ class Inspection(Recorded):
 
     Example:
         >>> import timm
-        >>> from se_retrofit import add_se, inspect
-        >>> inspection = inspect(add_se(timm.create_model("resnet18")))
+        >>> from se_retrofit import add_se, inspect_se
+        >>> inspection = inspect_se(add_se(timm.create_model("resnet18")))
         >>> [block.path for block in inspection.blocks][:3]
         ['layer1.0', 'layer1.1', 'layer2.0']
         >>> inspection.report().parameters_before
@@ -47,17 +47,9 @@ class Inspection(Recorded):
     def _report(self) -> Report:
         return report_of(self)
 
-    def report(self, *, measure: bool = False) -> Report:
-        """What was put where, and what it costs: a row for each site and for each module, and totals.
-
-        Args:
-            measure: measure milliseconds, on the device on which the model is, and what autograd saves for the backward pass,
-                too. Copies of the model are run for this.
-
-        Raises:
-            RetrofitError: the model is to be measured and has no values to compute with.
-        """
-        return report_of(self, measure=True) if measure else self._report
+    def report(self) -> Report:
+        """What was put where, and what it costs: a row for each site, and totals."""
+        return self._report
 
     def block(self, path: str) -> BlockPair:
         """A block: its ``before.graph`` and ``after.graph``, its ``sites``, its ``module``.
@@ -67,8 +59,8 @@ class Inspection(Recorded):
 
         Example:
             >>> import timm
-            >>> from se_retrofit import add_se, inspect
-            >>> block = inspect(add_se(timm.create_model("resnet18"))).block("layer1.0")
+            >>> from se_retrofit import add_se, inspect_se
+            >>> block = inspect_se(add_se(timm.create_model("resnet18"))).block("layer1.0")
             >>> type(block.after.graph)
             <class 'torch.fx.graph.Graph'>
             >>> len(block.after.graph.nodes) - len(block.before.graph.nodes)
@@ -85,8 +77,8 @@ class Inspection(Recorded):
 
         Example:
             >>> import timm
-            >>> from se_retrofit import add_se, inspect
-            >>> print(inspect(add_se(timm.create_model("resnet18"))).graph("layer1.0"))  # doctest: +ELLIPSIS
+            >>> from se_retrofit import add_se, inspect_se
+            >>> print(inspect_se(add_se(timm.create_model("resnet18"))).graph("layer1.0"))  # doctest: +ELLIPSIS
               layer1.0: BasicBlock, residual
             > SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=
             ...
@@ -103,8 +95,8 @@ class Inspection(Recorded):
 
         Example:
             >>> import timm
-            >>> from se_retrofit import add_se, inspect
-            >>> print(inspect(add_se(timm.create_model("resnet18"))).diff("layer1.0"))  # doctest: +ELLIPSIS
+            >>> from se_retrofit import add_se, inspect_se
+            >>> print(inspect_se(add_se(timm.create_model("resnet18"))).diff("layer1.0"))  # doctest: +ELLIPSIS
               --- layer1.0, BasicBlock.forward
               +++ layer1.0, BasicBlock.forward with SE
             ...
@@ -139,8 +131,8 @@ class Inspection(Recorded):
 
         Example:
             >>> import tempfile, timm
-            >>> from se_retrofit import add_se, inspect
-            >>> inspection = inspect(add_se(timm.create_model("resnet18")))
+            >>> from se_retrofit import add_se, inspect_se
+            >>> inspection = inspect_se(add_se(timm.create_model("resnet18")))
             >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.dot").read_text().startswith("digraph")
             True
         """
@@ -149,14 +141,13 @@ class Inspection(Recorded):
         path = check_target(path)
         return write(self, self._groups(block), path)
 
-    def write_html(self, path: str | Path, report: Report | None = None) -> Path:
-        """Write one HTML page: summary, table, drawings, differences, modules.
+    def write_html(self, path: str | Path) -> Path:
+        """Write one HTML page: summary, table, drawings, differences, and the tree of modules.
 
         The drawings are in it where Graphviz's program ``dot`` is installed. It opens offline and fetches nothing.
 
         Args:
             path: the file to write, which ends in ``.html`` or ``.htm``.
-            report: the numbers on it, such as ``report(measure=True)``; ``report()`` by default.
 
         Returns:
             The path that was written.
@@ -166,14 +157,14 @@ class Inspection(Recorded):
 
         Example:
             >>> import tempfile, timm
-            >>> from se_retrofit import add_se, inspect
-            >>> inspect(add_se(timm.create_model("resnet18"))).write_html(f"{tempfile.mkdtemp()}/resnet18.html").name
+            >>> from se_retrofit import add_se, inspect_se
+            >>> inspect_se(add_se(timm.create_model("resnet18"))).write_html(f"{tempfile.mkdtemp()}/resnet18.html").name
             'resnet18.html'
         """
         from .page import check_target, page
 
         path = check_target(path)
-        path.write_text(page(self, report or self._report), encoding="utf-8")
+        path.write_text(page(self, self._report), encoding="utf-8")
         return path
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,7 +184,7 @@ class Inspection(Recorded):
         yield self._report
 
 
-def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
+def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
     """Look inside a retrofitted model: what SE is where, what it costs, and each block before and after.
 
     Args:
@@ -214,69 +205,10 @@ def inspect(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
     Example:
         >>> import timm
-        >>> from se_retrofit import add_se, inspect
-        >>> inspect(add_se(timm.create_model("resnet18"), reduction=16))
+        >>> from se_retrofit import add_se, inspect_se
+        >>> inspect_se(add_se(timm.create_model("resnet18"), reduction=16))
         <Inspection of ResNet: 8 SE modules in 8 blocks>
     """
     found = recorded(model, example_inputs)
     warn_of_lost_sites(model)
     return Inspection(**vars(found))
-
-
-# One view at a time ---------------------------------------------------------------------------------------------------
-
-
-def report(model: nn.Module, example_inputs: Any = None, *, measure: bool = False) -> Report:
-    """``inspect(model, example_inputs).report(measure=measure)``: what was put where, and what it costs.
-
-    Args, raises, warns: as ``inspect`` and ``Inspection.report``.
-
-    Example:
-        >>> import timm
-        >>> from se_retrofit import add_se, report
-        >>> model = add_se(timm.create_model("resnet18"), reduction=16)
-        >>> for heading, text in report(model).summary():
-        ...     print(heading.strip() + ":", text)
-        SE modules: 8, reduction 16, gate identity
-        parameters: 11,689,512 -> 11,776,552 (+87,040, +0.74%)
-        trainable: 11,689,512 -> 11,776,552 (100.00% of all)
-        multiply-adds: 1.814 G -> 1.815 G (+0.05%) for one 3x224x224 input
-        of layers alone: 1.814 G -> 1.814 G (+0.00%)
-    """
-    return inspect(model, example_inputs).report(measure=measure)
-
-
-def print_graph(
-    model: nn.Module, block: str | None = None, *, example_inputs: Any = None, file: IO[str] | None = None
-) -> None:
-    """Print ``inspect(model, example_inputs).graph(block)``, in a terminal in colour: the tree of a retrofitted model, or the
-    graph and the source of one block.
-
-    Args, raises, warns: as ``inspect`` and ``Inspection.graph``; ``file`` is where to print to, standard output by default.
-
-    Example:
-        >>> import timm
-        >>> from se_retrofit import add_se, print_graph
-        >>> print_graph(add_se(timm.create_model("resnet18")), "layer1.0")  # doctest: +ELLIPSIS
-          layer1.0: BasicBlock, residual
-        > SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=
-        ...
-    """
-    inspect(model, example_inputs).graph(block).show(file)
-
-
-def draw(model: nn.Module, path: str | Path, block: str | None = None, *, example_inputs: Any = None) -> Path:
-    """``inspect(model, example_inputs).draw(path, block)``: draw each distinct block before and after.
-
-    Args, returns, raises, warns: as ``inspect`` and ``Inspection.draw``.
-
-    Example:
-        >>> import tempfile, timm
-        >>> from se_retrofit import add_se, draw
-        >>> draw(add_se(timm.create_model("resnet18")), f"{tempfile.mkdtemp()}/resnet18.dot").name
-        'resnet18.dot'
-    """
-    from .drawing import check_target
-
-    path = check_target(path)  # before the work
-    return inspect(model, example_inputs).draw(path, block)

@@ -15,8 +15,6 @@ from .difference import difference_of
 from .drawing import INSTALL, has_graphviz, sides_of
 from .graphs import Recorded
 from .lines import Line
-from .modules import FIRST_NUMBER as FIRST_MODULE_NUMBER
-from .modules import HEADER, ModuleRow, cells_of
 from .network import network_of
 from .picture import picture
 from .printing import headline, source_lines, tree_lines
@@ -63,7 +61,6 @@ def page(found: Recorded, report: Report) -> str:
         blocks=[_block(group) for group in groups],
         tree=_lines(tree_lines(found)),
         **_stages(report, links),
-        **_modules(report.modules),
     )
 
 
@@ -88,24 +85,6 @@ def _stages(report: Report, links: dict[str, str]) -> dict[str, Any]:
         "stages": stages,
         "widths": _widths(everything, _LONG),
         "long": [i for i, column in enumerate(zip(*everything, strict=True)) if i and max(map(len, column)) > _LONG],
-    }
-
-
-def _modules(rows: tuple[ModuleRow, ...]) -> dict[str, Any]:
-    """The table of modules as a tree, which is open down to the stages, and how wide its columns are."""
-    cells = [cells_of(row) for row in rows]
-    kept = [i for i in range(len(HEADER)) if any(row[i] for row in cells)]
-    nodes: dict[str, dict[str, Any]] = {
-        row.path: {"cells": [texts[i] for i in kept], "se": row.se, "open": row.depth < 1, "parts": []}
-        for row, texts in zip(rows, cells, strict=True)
-    }
-    for row in rows[1:]:
-        nodes[row.path.rpartition(".")[0]]["parts"].append(nodes[row.path])
-    return {
-        "modules": nodes[""],
-        "module_header": [HEADER[i] for i in kept],
-        "module_numbers": FIRST_MODULE_NUMBER,
-        "module_widths": _widths([[row[i] for i in kept] for row in (HEADER, *cells)]),
     }
 
 

@@ -6,15 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..plan import Skipped
+from ..plan import Skipped, folded
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import class_name
 from .costs import costs, human
 from .graphs import Recorded
-from .lines import Lines
-from .measuring import measured
-from .modules import ModuleRow, module_lines, module_rows, size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -70,10 +67,7 @@ class Report:
         resized: the shape to which the network itself brings it first, as detectors do; None if it does not.
         multiply_adds_before, multiply_adds_after: of convolutions, linear layers and matrix products; None if unknown.
         squeeze_scale: multiply-adds of SE's squeezes and scales, one for each value, which these leave out.
-        modules: one row per module, the network itself first.
         what: is inserted, in few words: ``"SE"``.
-        milliseconds, saved_bytes: of the whole network for one input, where they were measured (see ``ModuleRow``).
-        measured: on what that was, in words.
     """
 
     model: str
@@ -89,36 +83,18 @@ class Report:
     multiply_adds_before: int | None
     multiply_adds_after: int | None
     squeeze_scale: int
-    modules: tuple[ModuleRow, ...]
     what: str = "SE"
-    milliseconds: float | None = None
-    saved_bytes: int | None = None
-    measured: str | None = None
-
-    @property
-    def totals(self) -> dict[str, float | None]:
-        """The totals by name; None for one that is not known."""
-        return {
-            "sites": len(self.rows),
-            "skipped": len(self.skipped),
-            **{name: getattr(self, name) for name in TOTALS[2:]},
-        }
 
     @property
     def title(self) -> str:
         """What is inserted, in full."""
         return "Squeeze-and-Excitation" if self.what == "SE" else f"{self.what} modules"
 
-    def module_table(self, depth: int | None = None) -> Lines:
-        """The modules as a table of text; with ``depth``, only those that are in at most so many others."""
-        return Lines(module_lines(self.modules, depth))
-
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
         data = asdict(self)
         data["rows"] = [{**row, "shape": list(row["shape"]), "space": list(row["space"])} for row in data["rows"]]
         data["skipped"] = list(data["skipped"])
-        data["modules"] = [{**row, "shapes": [list(shape) for shape in row["shapes"]]} for row in data["modules"]]
         return data
 
     def to_json(self) -> str:
@@ -136,26 +112,15 @@ class Report:
         ]
         if self.multiply_adds_before is None or self.multiply_adds_after is None:
             lines.append(("multiply-adds", "unknown: the network can't be run to its end without data"))
-            return lines + self._measured()
+            return lines
         before, layers = self.multiply_adds_before, self.multiply_adds_after
         after = layers + self.squeeze_scale
         change = f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input"
-        lines += [
+        return [
+            *lines,
             ("multiply-adds", change + (f", resized to {self.resized} by the network" if self.resized else "")),
             ("  of layers alone", f"{human(before)} -> {human(layers)} (+{percent(layers - before, before)})"),
         ]
-        return lines + self._measured()
-
-    def _measured(self) -> list[tuple[str, str]]:
-        if self.milliseconds is None:
-            return []
-        ses = [row for row in self.modules if row.se]
-        time = sum(row.milliseconds or 0.0 for row in ses)
-        lines = [("time", f"{self.milliseconds:.2f} ms, of which SE {time:.2f} ms ({self.measured})")]
-        if self.saved_bytes is None:
-            return [*lines, ("saved for backward", "unknown: the network can't be run in train mode on these inputs")]
-        saved = sum(row.saved_bytes or 0 for row in ses)
-        return [*lines, ("saved for backward", f"{size(self.saved_bytes)}, of which SE {size(saved)}")]
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The table as text: its header and its rows."""
@@ -199,7 +164,7 @@ class Report:
             lines += [
                 "",
                 f"skipped: {len(self.skipped)}",
-                *(f"  {s.block or '(model)'}: {s.reason}" for s in self.skipped),
+                *(f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped)),
             ]
         return "\n".join(lines)
 
@@ -234,15 +199,11 @@ class Report:
             yield Text.assemble((f"{heading:<19}", "bold"), text)
         if self.skipped:
             yield Text(f"\nskipped: {len(self.skipped)}", style="bold")
-            for skip in self.skipped:
-                yield Text.assemble(f"  {skip.block or '(model)'}: ", (skip.reason, "dim"))
+            for blocks, reason in folded(self.skipped):
+                yield Text.assemble(f"  {blocks}: ", (reason, "dim"))
 
 
 FIRST_NUMBER = 6
-TOTALS = (
-    "sites", "skipped", "parameters_before", "parameters_after", "trainable_before", "trainable_after",
-    "multiply_adds_before", "multiply_adds_after", "squeeze_scale", "milliseconds", "saved_bytes",
-)  # fmt: skip
 _STYLES = {"SE after": "dark_orange", "block": "bold"}
 
 
@@ -260,11 +221,9 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})"
 
 
-def report_of(found: Recorded, *, measure: bool = False) -> Report:
+def report_of(found: Recorded) -> Report:
     """The report on an inspected model."""
     model, plan, cost = found.model, found.plan, costs(found)
-    taken = measured(model, found.record) if measure else None
-    milliseconds, saved = (None, None) if taken is None else (taken.milliseconds, taken.saved_bytes)
     by_path = {site.path: pair for pair in found.blocks for site in pair.sites}
     rows = []
     for site in plan.sites:
@@ -302,9 +261,5 @@ def report_of(found: Recorded, *, measure: bool = False) -> Report:
         multiply_adds_before=cost.before,
         multiply_adds_after=cost.after,
         squeeze_scale=cost.squeeze_scale,
-        modules=module_rows(model, found.record, cost.modules, milliseconds, saved),
         what=plan.what,
-        milliseconds=None if milliseconds is None else milliseconds[""],
-        saved_bytes=None if saved is None else saved[""],
-        measured=None if taken is None else taken.where,
     )

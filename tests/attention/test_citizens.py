@@ -16,14 +16,12 @@ from sweeps import swept
 from torch import Tensor, nn
 
 from se_retrofit import (
-    GateLogger,
     RetrofitError,
-    excitations,
     export,
     fold_se,
     from_native,
     has_se,
-    inspect,
+    inspect_se,
     load_retrofitted,
     load_se,
     plan_fusion,
@@ -32,6 +30,7 @@ from se_retrofit import (
     save_retrofitted,
     save_se,
 )
+from se_retrofit.inspection import GateLogger, excitations
 from se_retrofit.verify import se_matters
 
 pytestmark = pytest.mark.xdist_group("compilers")
@@ -188,7 +187,8 @@ def test_gates_of_eca_are_gathered_and_constant_ones_are_folded() -> None:
     with torch.no_grad():
         for module in inserted(model).values():
             module.conv.weight.zero_()
-    folded, report = fold_se(model, [inputs()])
+    folded = fold_se(model, [inputs()])
+    report = folded.fold_report
     assert len(report.folded) == 2
     assert not has_se(folded)
     assert_same(folded, model)
@@ -205,19 +205,19 @@ def test_what_is_for_se_alone_is_refused_plainly(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_source_of_a_built_in_attention_is_exported(name: str, tmp_path: Path) -> None:
     """Loaded and compared bit for bit by export itself."""
-    export(learned(name), tmp_path / "network.py", format="source", example_inputs=inputs())
+    export(learned(name), tmp_path / "network.py", example_inputs=inputs())
 
 
 def test_the_source_of_a_users_class_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(RetrofitError, match=r"first.se_attention is Gain 8, whose source can't be exported"):
-        export(learned("class"), tmp_path / "network.py", format="source", example_inputs=inputs())
+        export(learned("class"), tmp_path / "network.py", example_inputs=inputs())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_inspection_names_it_and_counts_its_costs(name: str) -> None:
     model = learned(name)
-    found = inspect(model, inputs())
+    found = inspect_se(model, inputs())
     report = found.report()
     word = "SE" if name == "se" else plan_of(model).what
     assert f"Network with {'Squeeze-and-Excitation' if name == 'se' else f'{word} modules'}" in str(report)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from attentions import Network, inputs, inserted
 
-from se_retrofit import GateLogger, add_se, load_retrofitted, save_retrofitted
+from se_retrofit import add_se, load_retrofitted, save_retrofitted
 from se_retrofit.attention import ATTENTIONS
+from se_retrofit.inspection import GateLogger
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 

@@ -13,7 +13,7 @@ from networks import se_modules
 from torch import nn
 from typer.testing import CliRunner, Result
 
-import se_retrofit.cli.convert as command
+import se_retrofit.cli.add as command
 from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted
 from se_retrofit.cli import main
 from se_retrofit.cli.commands import app
@@ -29,8 +29,8 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_convert_prints_the_plan_and_checks_the_identity() -> None:
-    result = run("convert", SMALL)
+def test_add_prints_the_plan_and_checks_the_identity() -> None:
+    result = run("add", SMALL)
     assert result.exit_code == 0, result.output
     assert "SE modules" in result.output
     assert "layer1.0" in result.output
@@ -48,7 +48,7 @@ def test_convert_finds_out_that_a_network_is_not_the_same(monkeypatch: pytest.Mo
         return retrofitted
 
     monkeypatch.setattr(command, "add_se", broken)
-    result = run("convert", SMALL)
+    result = run("add", SMALL)
     assert result.exit_code == 1
     assert "different, by" in result.output
     assert "NOT shown to be the same function" in result.output
@@ -63,33 +63,33 @@ def test_convert_finds_out_that_se_takes_no_part(monkeypatch: pytest.MonkeyPatch
         return retrofitted
 
     monkeypatch.setattr(command, "add_se", idle)
-    result = run("convert", SMALL)
+    result = run("add", SMALL)
     assert result.exit_code == 1
     assert "SE takes no part" in result.output
 
 
 def test_a_sigmoid_gate_is_said_to_be_no_identity() -> None:
-    result = run("convert", SMALL, "--gate", "sigmoid")
+    result = run("add", SMALL, "--gate", "sigmoid")
     assert result.exit_code == 0, result.output
     assert "eval mode: different" in result.output
     assert "not the same function, as expected" in result.output
 
 
 def test_modules_that_a_user_names_get_se_alone_or_beside_the_blocks() -> None:
-    alone = run("convert", SMALL, "--at", "maxpool", "--at", "layer1.0.conv1").output
+    alone = run("add", SMALL, "--at", "maxpool", "--at", "layer1.0.conv1").output
     assert "2 SE modules" in alone
-    beside = run("convert", SMALL, "--at", "maxpool", "--auto").output
+    beside = run("add", SMALL, "--at", "maxpool", "--auto").output
     assert "5 SE modules" in beside
     assert "maxpool" in beside
 
 
 def test_options_reach_the_retrofit() -> None:
-    everything = run("convert", SMALL, "--reduction", "2").output
+    everything = run("add", SMALL, "--reduction", "2").output
     assert "layer4.0" in everything
-    part = run("convert", SMALL, "--reduction", "2", "--include", "layer1.*", "--include", "layer2.*").output
+    part = run("add", SMALL, "--reduction", "2", "--include", "layer1.*", "--include", "layer2.*").output
     assert "layer2.0" in part
     assert "layer4.0  residual" not in part
-    rest = run("convert", SMALL, "--exclude", "layer4.*").output
+    rest = run("add", SMALL, "--exclude", "layer4.*").output
     assert "layer4.0  residual" not in rest
     assert "layer3.0  residual" in rest
 
@@ -99,7 +99,7 @@ def test_the_output_holds_the_checkpoint_that_it_started_from(tmp_path: Path) ->
     weights, folder = tmp_path / "weights.pth", tmp_path / "se"
     original = Base.of(SMALL, num_classes=5).build()
     torch.save(original.state_dict(), weights)
-    result = run("convert", SMALL, "--num-classes", "5", "--checkpoint", str(weights), "--output", str(folder))
+    result = run("add", SMALL, "--num-classes", "5", "--checkpoint", str(weights), "--output", str(folder))
     assert result.exit_code == 0, result.output
     assert "drawn at random" not in result.output  # the weights given are the ones that were checked
     assert f"saved {folder}" in result.output
@@ -109,7 +109,7 @@ def test_the_output_holds_the_checkpoint_that_it_started_from(tmp_path: Path) ->
 
 def test_the_output_folder_loads_as_it_is(tmp_path: Path) -> None:
     folder = tmp_path / "se"
-    result = run("convert", SMALL, "--num-classes", "5", "--reduction", "4", "--output", str(folder))
+    result = run("add", SMALL, "--num-classes", "5", "--reduction", "4", "--output", str(folder))
     assert result.exit_code == 0, result.output
     loaded = load_retrofitted(folder)
     assert [se.hidden for se in se_modules(loaded).values()] == [8, 12, 48, 24]
@@ -128,7 +128,7 @@ def test_the_output_folder_loads_as_it_is(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_done_is_an_error_with_the_reason(arguments: list[str], said: str) -> None:
-    result = run("convert", *arguments)
+    result = run("add", *arguments)
     assert result.exit_code == 1
     assert isinstance(result.exception, RetrofitError)
     assert said in str(result.exception)
@@ -137,13 +137,13 @@ def test_what_cannot_be_done_is_an_error_with_the_reason(arguments: list[str], s
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["convert", SMALL, "--reduction", "0"],
-        ["convert", SMALL, "--reduction", "many"],
-        ["convert", SMALL, "--pretrained", "--checkpoint", "x.pth"],
-        ["convert", SMALL, "--placement", "middle"],
-        ["convert", SMALL, "--gate", "tanh"],
+        ["add", SMALL, "--reduction", "0"],
+        ["add", SMALL, "--reduction", "many"],
+        ["add", SMALL, "--pretrained", "--checkpoint", "x.pth"],
+        ["add", SMALL, "--placement", "middle"],
+        ["add", SMALL, "--gate", "tanh"],
         ["finetune", SMALL, "--data", "digits", "--gate", "tanh"],
-        ["convert", SMALL, "--nonsense"],
+        ["add", SMALL, "--nonsense"],
         ["demo", "--epochs", "0"],
         ["nonsense"],
     ],
@@ -154,13 +154,13 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 
 def test_an_output_that_is_in_the_way_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    result = run("convert", SMALL, "--output", str(tmp_path / "file"))
+    result = run("add", SMALL, "--output", str(tmp_path / "file"))
     assert result.exit_code == 1
     assert "exists and is a file" in str(result.exception)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command_name", ["demo", "convert"])
+@pytest.mark.parametrize("command_name", ["demo", "add"])
 def test_help_shows_examples(command_name: str) -> None:
     result = run(command_name, "--help")
     assert result.exit_code == 0
@@ -174,14 +174,14 @@ def test_ctrl_c_while_it_starts_exits_with_130(monkeypatch: pytest.MonkeyPatch) 
             raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "se_retrofit.cli.commands", Importing())
-    monkeypatch.setattr(sys, "argv", ["se-retrofit", "convert", SMALL])
+    monkeypatch.setattr(sys, "argv", ["se-retrofit", "add", SMALL])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
 
 
 def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["se-retrofit", "convert", "resnet[bold]50"])
+    monkeypatch.setattr(sys, "argv", ["se-retrofit", "add", "resnet[bold]50"])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 1
@@ -193,7 +193,7 @@ def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 @pytest.mark.sweep
 def test_the_module_runs_as_a_program_whose_piped_output_has_no_colours_and_unbroken_lines() -> None:
-    command_line = [sys.executable, "-m", "se_retrofit", "convert", SMALL]
+    command_line = [sys.executable, "-m", "se_retrofit", "add", SMALL]
     process = subprocess.run(command_line, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "\x1b" not in process.stdout

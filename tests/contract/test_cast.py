@@ -19,7 +19,7 @@ from se_retrofit import (
     fold_se,
     from_native,
     fuse_se,
-    inspect,
+    inspect_se,
     load_retrofitted,
     load_se,
     plan_of,
@@ -49,11 +49,11 @@ def cast(dtype: torch.dtype, **options: Any) -> nn.Module:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_inspected_drawn_exported_and_fused(dtype: torch.dtype, tmp_path: Path) -> None:
     model = cast(dtype)
-    found = inspect(model)
+    found = inspect_se(model)
     assert found.report().inputs == "3x32x32"
     assert "se_attention" in str(found.block("layer1.0"))
     assert found.write_html(tmp_path / "page.html").exists()
-    assert export(model, tmp_path / "net.py", format="source").exists()
+    assert export(model, tmp_path / "net.py").exists()
     assert run(fuse_se(model), images(dtype))[0].dtype == dtype
 
 
@@ -92,7 +92,8 @@ def test_a_network_that_was_cast_first_is_loaded_into_a_base_that_was_not(tmp_pa
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_folded(dtype: torch.dtype) -> None:
-    folded, report = fold_se(cast(dtype), [images(dtype)], tolerance=1e9)
+    folded = fold_se(cast(dtype), [images(dtype)], tolerance=1e9)
+    report = folded.fold_report
     assert len(report.folded) == 4
     assert run(folded, images(dtype))[0].dtype == dtype
 
@@ -112,8 +113,8 @@ class Mixed(nn.Module):
 
 def test_inputs_that_differ_from_the_first_parameter_stay_as_they_were_given() -> None:
     model = add_se(Mixed(), 2, example_inputs=torch.zeros(1, 3, 8, 8))
-    assert inspect(model).report().inputs == "3x8x8"
-    assert inspect(model, torch.zeros(1, 3, 9, 9)).report().inputs == "3x9x9"
+    assert inspect_se(model).report().inputs == "3x8x8"
+    assert inspect_se(model, torch.zeros(1, 3, 9, 9)).report().inputs == "3x9x9"
 
 
 def test_a_plan_that_does_not_tell_the_dtype_of_its_model_follows_the_model() -> None:

@@ -24,19 +24,19 @@ from torchvision.models import MobileNetV2
 from se_retrofit import (
     RetrofitError,
     add_se,
-    excitations,
     fuse_se,
     has_se,
+    inspect_se,
     load_se,
     plan_of,
     plan_se,
     remove_se,
-    report,
     save_retrofitted,
     save_se,
     unfuse_se,
 )
 from se_retrofit.attention import ATTENTIONS
+from se_retrofit.inspection import excitations
 
 pytestmark = [
     # copy.deepcopy of a tensor asks for its address, of a fake one, too
@@ -111,7 +111,7 @@ def test_the_surgery_does_on_cuda_what_it_does_elsewhere(
     with where:
         model = add_se(network, inplace=True)
         assert has_se(model)
-        assert [row.path for row in report(model).rows] == [site.path for site in plan_of(model).sites]
+        assert [row.path for row in inspect_se(model).report().rows] == [site.path for site in plan_of(model).sites]
         assert runs_on_cuda(model, mode)
         remove_se(model, inplace=True)
         assert runs_on_cuda(model, mode)

@@ -12,7 +12,7 @@ from networks import se_modules
 from torch import nn
 from torchvision.models.vgg import make_layers
 
-from se_retrofit import RetrofitError, add_se, has_se, plan_of, remove_se, report, save_retrofitted
+from se_retrofit import RetrofitError, add_se, has_se, inspect_se, plan_of, remove_se, save_retrofitted
 
 
 def vgg() -> nn.Module:
@@ -35,7 +35,7 @@ def test_a_part_of_the_sites_is_named_wherever_the_model_is_looked_at(tmp_path: 
     with pytest.warns(UserWarning, match=message):
         assert has_se(model)
     with pytest.warns(UserWarning, match=message):
-        assert len(report(model).rows) == 6
+        assert len(inspect_se(model).report().rows) == 6
     with pytest.warns(UserWarning, match=message):
         save_retrofitted(model, tmp_path / "saved")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nn.ModuleDict({"backbone": model})):
@@ -57,6 +57,6 @@ def test_nothing_is_said_of_a_whole_or_a_bare_model() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert has_se(model)
-        assert len(report(model).rows) == 8 == len(se_modules(model))
+        assert len(inspect_se(model).report().rows) == 8 == len(se_modules(model))
         assert not has_se(remove_se(model))
     assert vars(remove_se(model)).keys() == vars(vgg()).keys()

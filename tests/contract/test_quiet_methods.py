@@ -14,17 +14,16 @@ from torch import nn
 
 from se_retrofit import (
     add_se,
-    excitations,
     export,
     fold_se,
     from_native,
     fuse_se,
-    inspect,
+    inspect_se,
     load_retrofitted,
-    report,
     save_retrofitted,
     to_native,
 )
+from se_retrofit.inspection import excitations
 from se_retrofit.verify import compare
 
 
@@ -60,13 +59,13 @@ def test_they_are_retrofitted_inspected_folded_exported_and_saved(tmp_path: Path
     assert len(se_modules(model)) == 4
     assert same_tensors(run(model, X), run(original, X))
     assert compare(original, model, (X,), training=True).equal
-    assert len(report(model, measure=True).rows) == 4
-    assert inspect(model).write_html(tmp_path / "page.html").exists()
+    assert len(inspect_se(model).report().rows) == 4
+    assert inspect_se(model).write_html(tmp_path / "page.html").exists()
     assert len(excitations(model, [X]).sites) == 4
     assert fuse_se(model).training is False
-    assert len(fold_se(model, [X], tolerance=1e9)[1].folded) == 4
-    for format in ("source", "pt2"):
-        assert export(model, tmp_path / ("net.py" if format == "source" else "net.pt2"), format=format).exists()
+    assert len(fold_se(model, [X], tolerance=1e9).fold_report.folded) == 4
+    for name in ("net.py", "net.pt2"):
+        assert export(model, tmp_path / name).exists()
     again = load_retrofitted(save_retrofitted(model, tmp_path / "saved"), base=network())
     assert same_tensors(run(again, X), run(model, X))
 

@@ -117,8 +117,8 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
         (("predict", "RUN", "nowhere.jpg"), "no file or folder nowhere.jpg", 1),
         (("predict", "RUN", "README"), "can't be read as an image", 1),
         (("predict", "RUN", "empty"), "empty holds no images", 1),
-        (("predict", "empty", "README"), "holds no network that convert, finetune or fold wrote", 1),
-        (("evaluate", "empty", "--data", "digits"), "holds no network that convert, finetune or fold wrote", 1),
+        (("predict", "empty", "README"), "holds no network that add, finetune or fold wrote", 1),
+        (("evaluate", "empty", "--data", "digits"), "holds no network that add, finetune or fold wrote", 1),
         (("evaluate", "RUN", "--data", "digits", "--split", "tests"), "--split", 2),
         (("predict", "RUN", "README", "--top", "0"), "--top", 2),
     ],
@@ -156,7 +156,7 @@ def test_a_folder_of_classes_alone_is_split_the_same_way_every_time(pictures: Pa
 def test_what_convert_wrote_is_fine_tuned_as_it_is(tmp_path: Path) -> None:
     converted = tmp_path / "converted"
     assert (
-        run("convert", "timm/test_resnet", "--reduction", "4", "--include", "layer4.*", "--output", converted).exit_code
+        run("add", "timm/test_resnet", "--reduction", "4", "--include", "layer4.*", "--output", converted).exit_code
         == 0
     )
     arguments = ("--data", "digits", "--image-size", "32", "--epochs", "1", "--cpu", "--output", tmp_path / "run")

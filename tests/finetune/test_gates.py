@@ -11,8 +11,9 @@ from sweeps import swept
 from tiny import config, network
 from torch import nn
 
-from se_retrofit import SEAttention, add_se, excitations
+from se_retrofit import SEAttention, add_se
 from se_retrofit.finetune import NamedData, finetune
+from se_retrofit.inspection import excitations
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 

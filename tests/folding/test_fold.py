@@ -72,7 +72,8 @@ def test_constant_gates_vanish_into_a_plain_network_of_the_original_class(kind: 
     original.double()
     model = with_constant_gates(add_se(original, bias=True))
     x = network.input().double()
-    folded, report = fold_se(model, [x])
+    folded = fold_se(model, [x])
+    report = folded.fold_report
     assert len(report.folded) == len(report.sites) == len(plan_of(model).sites)
     assert not has_se(folded)
     assert [(path, type(m)) for path, m in folded.named_modules()] == [
@@ -114,7 +115,8 @@ def images(batch: int = 6, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def folded_from(network: nn.Module) -> tuple[nn.Module, nn.Module, Any]:
     model = with_constant_gates(add_se(network.double().eval(), bias=True, example_inputs=images()))
-    folded, report = fold_se(model, [images()])
+    folded = fold_se(model, [images()])
+    report = folded.fold_report
     assert relative(folded(images()), model(images())) < 1e-12
     return model, folded, report
 
@@ -193,7 +195,7 @@ def test_no_factor_goes_through_an_activation_that_is_not_homogeneous(act: Calla
     (left,) = se_modules(folded).values()
     assert isinstance(left, StaticFactor)
     assert type(folded[1]) is type(model[1])
-    again, _ = fold_se(add_se(own(Unit(conv(), nn.BatchNorm2d(8), nn.ReLU())).double(), attention="static"), [images()])
+    again = fold_se(add_se(own(Unit(conv(), nn.BatchNorm2d(8), nn.ReLU())).double(), attention="static"), [images()])
     assert not has_se(again)
 
 
@@ -205,7 +207,8 @@ def test_static_gates_fold_exactly() -> None:
     with torch.no_grad():
         for se in se_modules(model).values():
             se.factor.copy_(torch.rand(8) + 0.5)
-    folded, report = fold_se(model, [images()], tolerance=0)
+    folded = fold_se(model, [images()], tolerance=0)
+    report = folded.fold_report
     assert not has_se(folded)
     assert all(site.spread == site.effect == 0 for site in report.sites)
     assert relative(folded(images()), model(images())) < 1e-12
@@ -227,7 +230,8 @@ def constant_resnet() -> nn.Module:
 
 def test_gates_that_vary_stay_and_the_others_go() -> None:
     model, x, varying = partly_varying()
-    folded, report = fold_se(model, [x], tolerance=1e-4)
+    folded = fold_se(model, [x], tolerance=1e-4)
+    report = folded.fold_report
     assert tuple(se_modules(folded)) == varying
     assert {site.path for site in report.sites if site.verdict == "kept"} == set(varying)
     for site in report.sites:
@@ -239,11 +243,12 @@ def test_gates_that_vary_stay_and_the_others_go() -> None:
 
 def test_what_is_left_can_be_folded_removed_saved_and_loaded(tmp_path: Path) -> None:
     model, x, varying = partly_varying()
-    folded, _ = fold_se(model, [x], tolerance=1e-4)
+    folded = fold_se(model, [x], tolerance=1e-4)
     base = Base.of("torchvision/resnet18", num_classes=10)
     assert_same_function(load_retrofitted(save_retrofitted(folded, tmp_path / "saved", base=base)), folded, x)
     assert not has_se(remove_se(folded))
-    everything, report = fold_se(folded, [x], tolerance=100)
+    everything = fold_se(folded, [x], tolerance=100)
+    report = everything.fold_report
     assert report.folded == varying
     assert not has_se(everything)
 
@@ -266,7 +271,8 @@ def test_a_block_of_which_one_of_two_sites_is_folded_is_saved_and_loaded(tmp_pat
     base, x = randomised(layers).eval(), torch.randn(4, 3, 16, 16)
     model = with_constant_gates(add_se(base, bias=True, example_inputs=x))
     varying = "1.se_attention"
-    folded, report = fold_se(with_varying_gates(model, varying), [x], tolerance=1e-4)
+    folded = fold_se(with_varying_gates(model, varying), [x], tolerance=1e-4)
+    report = folded.fold_report
     assert [site.path for site in plan_of(folded).sites] == [varying]
     assert report.folded == ("0.se_attention", "0.se_attention_2", "1.se_attention_2")
     saved = save_retrofitted(folded, tmp_path / "saved")
@@ -274,7 +280,7 @@ def test_a_block_of_which_one_of_two_sites_is_folded_is_saved_and_loaded(tmp_pat
     assert_same_function(loaded, folded, x)
     again = load_retrofitted(save_retrofitted(loaded, tmp_path / "again"), base=base)  # what was loaded tells as much
     assert_same_function(again, folded, x)
-    bare = load_se(fold_se(model, [x], tolerance=1e-4)[0], save_se(folded, tmp_path / "se.safetensors"))
+    bare = load_se(fold_se(model, [x], tolerance=1e-4), save_se(folded, tmp_path / "se.safetensors"))
     assert_same_function(bare, folded, x)
     alone = load_se(base, tmp_path / "se.safetensors")
     assert [site.path for site in plan_of(alone).sites] == [varying]
@@ -284,7 +290,8 @@ def test_factors_that_are_left_are_saved_and_loaded(tmp_path: Path) -> None:
     base = Base.of("torchvision/resnet18", num_classes=10)
     x = NETWORKS["torchvision/resnet18"].input()
     model = with_constant_gates(add_se(NETWORKS["torchvision/resnet18"].build(), bias=True, placement="post"))
-    folded, report = fold_se(model, [x])
+    folded = fold_se(model, [x])
+    report = folded.fold_report
     # behind the second block of a stage there are convolutions alone: that of the next branch and that of its shortcut;
     # a block with a projection is a sum of two norms
     assert [site.verdict for site in report.sites] == ["factor", *["folded"] * 7]
@@ -298,7 +305,8 @@ def test_factors_that_are_left_are_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_only_the_sites_that_are_named_are_folded() -> None:
     model, x, _ = partly_varying()
-    folded, report = fold_se(model, [x], sites=["layer1.*", "layer4.0.se_attention"])
+    folded = fold_se(model, [x], sites=["layer1.*", "layer4.0.se_attention"])
+    report = folded.fold_report
     assert report.folded == ("layer1.0.se_attention", "layer1.1.se_attention", "layer4.0.se_attention")
     assert len(se_modules(folded)) == 5
 
@@ -306,7 +314,7 @@ def test_only_the_sites_that_are_named_are_folded() -> None:
 def test_accuracy_counts_where_there_are_labels() -> None:
     model, x, _ = partly_varying()
     labels = model(x).argmax(1)
-    _, report = fold_se(model, DataLoader(TensorDataset(x, labels), 2), tolerance=100, max_accuracy_loss=0)
+    report = fold_se(model, DataLoader(TensorDataset(x, labels), 2), tolerance=100, max_accuracy_loss=0).fold_report
     assert report.accuracy_before == report.accuracy_after == 1.0
     assert report.inputs == 4
     assert "accuracy: 100.00% before, 100.00% after" in str(report)
@@ -314,7 +322,7 @@ def test_accuracy_counts_where_there_are_labels() -> None:
 
 def test_the_report_is_a_table_and_a_picture(tmp_path: Path) -> None:
     model, x, varying = partly_varying()
-    _, report = fold_se(model, TensorDataset(x), tolerance=1e-4)
+    report = fold_se(model, TensorDataset(x), tolerance=1e-4).fold_report
     lines = str(report).splitlines()
     assert len(lines) == 2 + 8 + 2
     assert [line.split()[0] for line in lines if line.endswith("kept")] == list(varying)
@@ -333,7 +341,7 @@ def test_the_model_and_the_random_states_are_untouched() -> None:
     model, x, _ = partly_varying()
     model.train()
     before, states = snapshot(model), list(random_states())
-    folded, _ = fold_se(model, DataLoader(TensorDataset(x), 2, shuffle=True))
+    folded = fold_se(model, DataLoader(TensorDataset(x), 2, shuffle=True))
     assert_untouched(model, before)
     assert list(random_states()) == states
     assert all(module.training for module in folded.modules())
@@ -342,8 +350,8 @@ def test_the_model_and_the_random_states_are_untouched() -> None:
 def test_in_place_the_parameters_are_the_same_objects() -> None:
     model, x, _ = partly_varying()
     bn = model.layer1[0].bn2
-    weight, wanted = bn.weight, fold_se(model, [x])[0]
-    same, _ = fold_se(model, [x], inplace=True)
+    weight, wanted = bn.weight, fold_se(model, [x])
+    same = fold_se(model, [x], inplace=True)
     assert same is model
     assert model.layer1[0].bn2.weight is weight
     assert_same_function(model, wanted, x)
@@ -394,7 +402,7 @@ def test_a_model_whose_outputs_are_all_zero_is_refused() -> None:
 
 def test_a_model_without_our_se_is_refused() -> None:
     model, x, _ = partly_varying()
-    folded, _ = fold_se(model, [x], tolerance=100)
+    folded = fold_se(model, [x], tolerance=100)
     for other in (remove_se(model), folded):
         with pytest.raises(RetrofitError, match="no SE inserted by add_se"):
             fold_se(other, [x])

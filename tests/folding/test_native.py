@@ -189,7 +189,7 @@ def test_other_bad_input_is_refused() -> None:
         from_native(own_retrofitted(), "seresnet50")  # type: ignore[arg-type]
     with pytest.raises(RetrofitError, match="retrofit with bias=True"):
         from_native(retrofitted("resnet18"), native("resnet18"))
-    folded, _ = fold_se(own_retrofitted(), [images()], tolerance=100)
+    folded = fold_se(own_retrofitted(), [images()], tolerance=100)
     with pytest.raises(RetrofitError, match="takes a retrofitted network"):
         to_native(folded)
 

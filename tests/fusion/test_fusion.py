@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from se_retrofit import (
     RetrofitError,
     add_se,
-    excitations,
     fuse_se,
     load_retrofitted,
     plan_fusion,
@@ -25,6 +24,7 @@ from se_retrofit import (
     save_retrofitted,
     unfuse_se,
 )
+from se_retrofit.inspection import excitations
 
 FORMS = [
     (dtype, layout)

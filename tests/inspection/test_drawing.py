@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from inspected import retrofitted, small_resnet
 
-from se_retrofit import RetrofitError, add_se, draw
+from se_retrofit import RetrofitError, add_se, inspect_se
 
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's dot is not installed")
 
@@ -19,7 +19,7 @@ def edges(source: str) -> list[tuple[str, str]]:
 
 
 def test_dot_shows_each_distinct_block_before_and_after_with_shapes(tmp_path: Path) -> None:
-    source = draw(retrofitted("tv/resnet50"), tmp_path / "a.dot").read_text()
+    source = inspect_se(retrofitted("tv/resnet50")).draw(tmp_path / "a.dot").read_text()
     assert source.count("label=before") == source.count("label=after") == 2
     assert "layer1.0: Bottleneck, residual\nlike it: layer2.0, layer3.0, layer4.0" in source
     assert 'label=" 256\u00d756\u00d756 "' in source
@@ -33,7 +33,7 @@ def test_dot_shows_each_distinct_block_before_and_after_with_shapes(tmp_path: Pa
 
 
 def test_what_returns_several_tensors_is_one_box_whose_arrows_have_their_shapes(tmp_path: Path) -> None:
-    source = draw(retrofitted("tv/shufflenet_v2_x1_0"), tmp_path / "a.dot", "stage2.1").read_text()
+    source = inspect_se(retrofitted("tv/shufflenet_v2_x1_0")).draw(tmp_path / "a.dot", "stage2.1").read_text()
     assert "getitem" not in source
     assert source.count("label=split") == 2  # before and after
     assert '"0_after_split" -> "0_after_branch2_0" [label=" 58\u00d728\u00d728 "]' in source
@@ -41,7 +41,7 @@ def test_what_returns_several_tensors_is_one_box_whose_arrows_have_their_shapes(
 
 
 def test_one_block_alone(tmp_path: Path) -> None:
-    source = draw(add_se(small_resnet()), tmp_path / "a.gv", "layer2.0").read_text()
+    source = inspect_se(add_se(small_resnet())).draw(tmp_path / "a.gv", "layer2.0").read_text()
     assert source.count("label=after") == 1
     assert "layer2.0: BasicBlock" in source
 
@@ -49,7 +49,7 @@ def test_one_block_alone(tmp_path: Path) -> None:
 @needs_dot
 @pytest.mark.parametrize(("suffix", "magic"), [(".svg", b"<?xml"), (".png", b"\x89PNG"), (".pdf", b"%PDF")])
 def test_pictures(suffix: str, magic: bytes, tmp_path: Path) -> None:
-    path = draw(add_se(small_resnet()), tmp_path / f"a{suffix}")
+    path = inspect_se(add_se(small_resnet())).draw(tmp_path / f"a{suffix}")
     assert path == tmp_path / f"a{suffix}"
     assert path.read_bytes().startswith(magic)
 
@@ -59,16 +59,15 @@ def test_without_graphviz_it_says_how_to_get_it_and_writes_nothing(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RetrofitError, match=r"apt install graphviz.*or give a path that ends in \.dot"):
-        draw(add_se(small_resnet()), tmp_path / "a.svg")
+        inspect_se(add_se(small_resnet())).draw(tmp_path / "a.svg")
     assert list(tmp_path.iterdir()) == []
-    assert draw(add_se(small_resnet()), tmp_path / "a.dot").exists()
+    assert inspect_se(add_se(small_resnet())).draw(tmp_path / "a.dot").exists()
 
 
-def test_mistakes_are_found_before_the_work(tmp_path: Path) -> None:
+def test_mistakes_write_nothing(tmp_path: Path) -> None:
+    inspection = inspect_se(add_se(small_resnet()))
     with pytest.raises(RetrofitError, match=r"a\.jpg ends in no format that can be drawn: \.dot"):
-        draw(small_resnet(), tmp_path / "a.jpg")
+        inspection.draw(tmp_path / "a.jpg")
     with pytest.raises(RetrofitError, match="no folder"):
-        draw(small_resnet(), tmp_path / "nowhere" / "a.dot")
-    with pytest.raises(RetrofitError, match="has no SE"):
-        draw(small_resnet(), tmp_path / "a.dot")
+        inspection.draw(tmp_path / "nowhere" / "a.dot")
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ from sweeps import swept
 from torch import fx, nn
 from torchvision.models.googlenet import Inception
 
-from se_retrofit import RetrofitError, add_se, inspect, record, report
+from se_retrofit import RetrofitError, add_se, inspect_se, record
 
 _LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
 
@@ -34,7 +34,7 @@ _LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
     ],
 )
 def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, before: str) -> None:
-    pair = inspect(retrofitted(name)).block(block)
+    pair = inspect_se(retrofitted(name)).block(block)
     (site,) = pair.sites
     assert (pair.se_after(site), pair.se_before(site)) == (after, before)
     node = pair.se_node(site)
@@ -46,17 +46,21 @@ def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, b
 
 def test_what_takes_a_blocks_value_is_named_across_its_borders() -> None:
     example = torch.empty(1, 3, 32, 32)
-    rows = report(add_se(UNet(), example_inputs=example), example).rows
+    rows = inspect_se(add_se(UNet(), example_inputs=example), example).report().rows
     before = {row.path: row.before for row in rows}
     assert before["d1.net.2.se_attention"] == "net.3 (Conv2d)"
     assert before["d1.net.se_attention"] == "pool (MaxPool2d), cat"
     assert before["bottom.net.se_attention"] == "up2 (ConvTranspose2d)"
     assert before["u1.net.se_attention"] == "head (Conv2d)"
     alone = Inception(3, 8, 8, 8, 8, 8, 8)
-    assert [row.before for row in report(add_se(alone, example_inputs=example), example).rows] == ["output"]
-    fire = inspect(retrofitted("tv/squeezenet1_1")).blocks[-1]  # a container without a forward of its own is not named
+    assert [row.before for row in inspect_se(add_se(alone, example_inputs=example), example).report().rows] == [
+        "output"
+    ]
+    fire = inspect_se(retrofitted("tv/squeezenet1_1")).blocks[
+        -1
+    ]  # a container without a forward of its own is not named
     assert fire.se_before(fire.sites[0]) == "classifier.1 (Conv2d)"
-    functions = report(add_se(PlainNet(), example_inputs=example), example).rows
+    functions = inspect_se(add_se(PlainNet(), example_inputs=example), example).report().rows
     assert [row.before for row in functions] == ["max_pool2d_with_indices", "mean"]
 
 
@@ -85,7 +89,7 @@ def part_of(graph: fx.Graph, block: str) -> list[tuple[str, torch.Size | None]]:
 )
 def test_a_blocks_graph_is_a_part_of_the_graph_of_the_network(name: str, block: str) -> None:
     model = retrofitted(name)
-    after = inspect(model).block(block).after
+    after = inspect_se(model).block(block).after
     assert after is not None
     shown = [
         (f"{block}.{n.target}" if n.op in ("call_module", "get_attr") else str(n.target), n.meta.get("shape"))
@@ -97,7 +101,7 @@ def test_a_blocks_graph_is_a_part_of_the_graph_of_the_network(name: str, block: 
 
 
 def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
-    after = inspect(retrofitted("tv/convnext_tiny")).block("features.1.0").after
+    after = inspect_se(retrofitted("tv/convnext_tiny")).block("features.1.0").after
     assert after is not None
     nodes = {node.name: node for node in after.graph.nodes}
     assert [str(n) for n in nodes["stochastic_depth"].all_input_nodes] == ["mul"]
@@ -112,7 +116,7 @@ def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
     ),
 )
 def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
-    for pair in inspect(retrofitted(name)).blocks:
+    for pair in inspect_se(retrofitted(name)).blocks:
         assert pair.failure is None
         assert pair.before is not None
         assert pair.after is not None
@@ -146,7 +150,7 @@ def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size
     for module in model.modules():
         if type(module).__name__ == "SEAttention":
             nn.init.normal_(module.fc[2].weight)  # gates of 1 would hide a graph without SE
-    after = inspect(model, inputs).block(block).after
+    after = inspect_se(model, inputs).block(block).after
     assert after is not None
     module, x = model.get_submodule(block), torch.randn(2, *size)
     given = [x] if block.startswith("denselayer") else x  # a list of tensors, each of them an input of the graph
@@ -154,7 +158,7 @@ def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size
 
 
 def test_graph_before_is_traced_from_the_original_class() -> None:
-    pair = inspect(add_se(small_resnet())).block("layer1.0")
+    pair = inspect_se(add_se(small_resnet())).block("layer1.0")
     assert pair.before is not None
     bare = small_resnet().eval().layer1[0]
     x = torch.randn(2, 64, 8, 8)
@@ -171,19 +175,19 @@ def test_graph_before_is_traced_from_the_original_class() -> None:
     ],
 )
 def test_blocks_of_one_structure_are_one_group(name: str, number: int) -> None:
-    groups = inspect(retrofitted(name)).distinct()
+    groups = inspect_se(retrofitted(name)).distinct()
     assert len(groups) == number
-    assert sum(map(len, groups)) == len(inspect(retrofitted(name)).blocks)
+    assert sum(map(len, groups)) == len(inspect_se(retrofitted(name)).blocks)
 
 
 def test_a_dense_layer_that_is_given_several_maps_stands_for_the_others() -> None:
-    (group,) = inspect(retrofitted("tv/densenet121")).distinct()
+    (group,) = inspect_se(retrofitted("tv/densenet121")).distinct()
     assert group[0].path == "features.denseblock1.denselayer2"
 
 
 def test_blocks_of_a_traced_network_are_parts_of_its_graph() -> None:
     traced = fx.symbolic_trace(small_resnet())
-    pairs = {pair.path: pair for pair in inspect(add_se(traced)).blocks}
+    pairs = {pair.path: pair for pair in inspect_se(add_se(traced)).blocks}
     pair = pairs["layer2.0"]
     assert list(pairs) == ["layer1.0", "layer2.0", "layer2.1", "layer3.0", "layer4.0"]
     assert pair.after is not None
@@ -194,7 +198,7 @@ def test_blocks_of_a_traced_network_are_parts_of_its_graph() -> None:
 
 
 def test_a_chain_of_functions_is_cut_into_its_units() -> None:
-    pairs = {pair.path: pair for pair in inspect(add_se(PlainNet())).blocks}
+    pairs = {pair.path: pair for pair in inspect_se(add_se(PlainNet())).blocks}
     assert list(pairs) == ["conv1", "conv2"]
     for path, pair in pairs.items():
         assert pair.after is not None
@@ -210,7 +214,7 @@ def test_a_chain_of_functions_is_cut_into_its_units() -> None:
 
 
 def test_a_block_is_found_by_its_path_or_its_ses() -> None:
-    inspection = inspect(add_se(small_resnet()))
+    inspection = inspect_se(add_se(small_resnet()))
     assert inspection.block("layer2.1") is inspection.block("layer2.1.se_attention")
     # or by a module in it, or one around it alone
     assert inspection.block("layer2.1.conv1").path == inspection.block("layer2.1.relu").path == "layer2.1"
@@ -225,7 +229,7 @@ def test_a_block_is_found_by_its_path_or_its_ses() -> None:
 
 def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> None:
     example = torch.empty(1, 3, 32, 32)
-    inspection = inspect(add_se(UNet(), example_inputs=example), example)
+    inspection = inspect_se(add_se(UNet(), example_inputs=example), example)
     pair = inspection.block("d1.net")
     for name in ("d1", "d1.net.4", "d1.net.2.se_attention", "d1.net.se_attention"):
         assert inspection.block(name) is pair
@@ -237,5 +241,5 @@ def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> Non
 
 def test_a_block_called_twice_says_so() -> None:
     example = torch.empty(1, 3, 8, 8)
-    assert inspect(add_se(Twice(), example_inputs=example), example).block("block").calls == 2
-    assert inspect(add_se(network("tv/resnet18"))).block("layer1.0").calls == 1
+    assert inspect_se(add_se(Twice(), example_inputs=example), example).block("block").calls == 2
+    assert inspect_se(add_se(network("tv/resnet18"))).block("layer1.0").calls == 1

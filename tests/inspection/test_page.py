@@ -18,10 +18,10 @@ import pytest
 import torch
 from inspected import retrofitted, small_resnet
 
-from se_retrofit import Inspection, RetrofitError, add_se, inspect, report
+from se_retrofit import RetrofitError, add_se, inspect_se
+from se_retrofit.inspection import Inspection
 from se_retrofit.inspection.drawing import sides_of
 from se_retrofit.inspection.page import page
-from se_retrofit.inspection.report import report_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -67,15 +67,15 @@ def references(text: str) -> list[str]:
 
 def test_it_holds_summary_table_differences_and_reasons(tmp_path: Path) -> None:
     model = add_se(small_resnet(), exclude="layer4.*")
-    text = inspect(model).write_html(tmp_path / "a.html").read_text()
+    text = inspect_se(model).write_html(tmp_path / "a.html").read_text()
     plain = html.unescape(text)
-    for row in report(model).rows:
+    for row in inspect_se(model).report().rows:
         assert re.search(rf'<div class="row site"><span><a href="#block-\d">{row.block}</a></span>', text)
     assert "<code>layer4.0</code>: excluded" in text
     assert re.search(r'<span class="add">\+ +(\w+) = self\.se_attention\(self\.bn2\(\1\)\)</span>', text)
     assert re.search(r'<span class="del">- +(\w+) = self\.bn2\(\1\)</span>', text)
     assert "SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=" in plain
-    assert f"{report(model).parameters_after:,}" in text
+    assert f"{inspect_se(model).report().parameters_after:,}" in text
     if shutil.which("dot"):
         assert text.count('<div class="side">') == 2 * 2
 
@@ -96,7 +96,7 @@ class Linked(HTMLParser):
 
 def test_rows_and_the_picture_link_to_blocks_that_are_there() -> None:
     model = retrofitted("tv/resnet50")
-    found = Linked(page_of(inspect(model)))
+    found = Linked(page_of(inspect_se(model)))
     assert len(found.ids) == len(set(found.ids))
     assert {link[1:] for link in found.links} == {"block-1", "block-2"} <= set(found.ids)
     assert len(found.links) == 3 * 16  # the table, the picture, and that for narrow screens
@@ -104,32 +104,28 @@ def test_rows_and_the_picture_link_to_blocks_that_are_there() -> None:
 
 def test_rows_are_folded_by_stage_with_their_sums() -> None:
     model = retrofitted("tv/resnet50")
-    text = page_of(inspect(model))
+    text = page_of(inspect_se(model))
     stages = re.findall(
         r'<details class="stage"( open)?><summary class="row">(.*?)</summary>(.*?)</details>', text, re.DOTALL
     )
-    rows = [row for row in report(model).rows if row.space == (14, 14)]
+    rows = [row for row in inspect_se(model).report().rows if row.space == (14, 14)]
     assert [opened for opened, _, _ in stages] == [""] * 4
     cells = re.findall(r"<span[^>]*>(.*?)</span>", stages[2][1])
     assert cells[0] == "14x14, 6 sites"
     assert cells[-2:] == [f"{sum(r.parameters for r in rows):,}", f"{sum(r.multiply_adds or 0 for r in rows):,}"]
     assert [part.count('class="row site"') for _, _, part in stages] == [3, 4, 6, 3]
-    few = page_of(inspect(add_se(small_resnet())))
+    few = page_of(inspect_se(add_se(small_resnet())))
     assert few.count('<details class="stage" open>') == 4
 
 
-def test_measured_columns_and_the_size_of_a_detectors_images_are_on_it() -> None:
-    inspection = inspect(add_se(small_resnet()), torch.empty(2, 3, 32, 32))
-    found = report_of(inspection, measure=True)
-    text = page(inspection, found)
-    assert '<span class="number">milliseconds</span><span class="number">saved</span>' in text
-    assert "in batches of 2, float32 on cpu" in text
-    assert "milliseconds" not in page_of(inspection)
-    assert "one 3x32x32 input, resized to 3x64x64" in page(inspection, replace(found, resized="3x64x64"))
+def test_the_size_of_a_detectors_images_is_on_it() -> None:
+    inspection = inspect_se(add_se(small_resnet()), torch.empty(2, 3, 32, 32))
+    resized = replace(inspection.report(), resized="3x64x64")
+    assert "one 3x32x32 input, resized to 3x64x64" in page(inspection, resized)
 
 
 def test_dark_and_narrow_screens_are_provided_for() -> None:
-    text = page_of(inspect(add_se(small_resnet())))
+    text = page_of(inspect_se(add_se(small_resnet())))
     light, dark = (set(re.findall(r"(--[\w-]+): #", part)) for part in re.findall(r":root \{(.*?)\}", text, re.DOTALL))
     assert light == dark  # each colour has its dark one
     assert "@media (prefers-color-scheme: dark)" in text
@@ -146,7 +142,7 @@ def test_dark_and_narrow_screens_are_provided_for() -> None:
 @pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's dot is not installed")
 @pytest.mark.parametrize("name", ["tv/resnet18", "tv/googlenet"])
 def test_before_and_after_are_of_one_size_with_their_nodes_in_line(name: str) -> None:
-    for group in inspect(retrofitted(name)).distinct():
+    for group in inspect_se(retrofitted(name)).distinct():
         before, after = sides_of(group[0])
         size = r'width="\d+pt" height="\d+pt"'
         assert re.findall(size, before)[0] == re.findall(size, after)[0]
@@ -161,7 +157,7 @@ def test_before_and_after_are_of_one_size_with_their_nodes_in_line(name: str) ->
 
 
 def test_it_refers_to_nothing_outside(tmp_path: Path) -> None:
-    assert references(inspect(retrofitted("tv/resnet50")).write_html(tmp_path / "a.html").read_text()) == []
+    assert references(inspect_se(retrofitted("tv/resnet50")).write_html(tmp_path / "a.html").read_text()) == []
     assert references(
         '<img src="https://example.org/a.png"><style>@import x.css</style>'
     )  # the check sees what it should
@@ -171,7 +167,7 @@ def test_names_are_text_not_markup(tmp_path: Path) -> None:
     model = add_se(small_resnet())
     type(model).__name__, name = "<b>Net</b>", type(model).__name__
     try:
-        text = inspect(model).write_html(tmp_path / "a.html").read_text()
+        text = inspect_se(model).write_html(tmp_path / "a.html").read_text()
     finally:
         type(model).__name__ = name
     assert "<b>Net" not in text
@@ -180,18 +176,18 @@ def test_names_are_text_not_markup(tmp_path: Path) -> None:
 
 def test_without_graphviz_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    text = inspect(add_se(small_resnet())).write_html(tmp_path / "a.html").read_text()
+    text = inspect_se(add_se(small_resnet())).write_html(tmp_path / "a.html").read_text()
     assert "No drawing: Graphviz was not installed" in text
     assert "self.se_attention(self.bn2(" in text
 
 
 def test_mistakes_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(RetrofitError, match=r"does not end in \.html"):
-        inspect(add_se(small_resnet())).write_html(tmp_path / "a.txt")
+        inspect_se(add_se(small_resnet())).write_html(tmp_path / "a.txt")
     with pytest.raises(RetrofitError, match="no folder"):
-        inspect(add_se(small_resnet())).write_html(tmp_path / "nowhere" / "a.html")
+        inspect_se(add_se(small_resnet())).write_html(tmp_path / "nowhere" / "a.html")
     with pytest.raises(RetrofitError, match="has no SE"):
-        inspect(small_resnet()).write_html(tmp_path / "a.html")
+        inspect_se(small_resnet()).write_html(tmp_path / "a.html")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -220,7 +216,7 @@ def opened(text: str, folder: Path, width: int = 1400) -> dict[str, object]:
 @pytest.mark.sweep
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_it_opens_in_chromium_without_errors_and_without_a_request(tmp_path: Path) -> None:
-    text = inspect(retrofitted("tv/resnet50")).write_html(tmp_path / "a.html").read_text()
+    text = inspect_se(retrofitted("tv/resnet50")).write_html(tmp_path / "a.html").read_text()
     seen = opened(text, tmp_path)
     assert seen["fetched"] == []
     assert seen["wrong"] == []

@@ -11,13 +11,13 @@ from inspected import PlainNet, Twice, UNet, retrofitted, small_resnet
 from torch import fx
 from torchvision.models.resnet import BasicBlock
 
-from se_retrofit import add_se, inspect, report
+from se_retrofit import add_se, inspect_se
 from se_retrofit.inspection.network import Network, Node, network_of
 from se_retrofit.inspection.picture import picture
 
 
 def of(model: torch.nn.Module, example: torch.Tensor | None = None) -> Network:
-    return network_of(inspect(add_se(model, example_inputs=example), example))
+    return network_of(inspect_se(add_se(model, example_inputs=example), example))
 
 
 def skips(network: Network) -> list[tuple[str, str]]:
@@ -47,7 +47,7 @@ def test_the_skips_of_a_u_net_lead_past_what_is_below() -> None:
 
 
 def test_every_layer_of_a_dense_block_takes_all_before_it() -> None:
-    network = network_of(inspect(retrofitted("tv/densenet121")))
+    network = network_of(inspect_se(retrofitted("tv/densenet121")))
     layers = [n for n in network.nodes if n.name.startswith("features.denseblock1.")]
     assert [sum(e.end is n for e in network.edges) for n in layers] == [1, 2, 3, 4, 5, 6]
     assert [sum(e.skips for e in network.edges if e.end is n) for n in layers] == [0, 1, 2, 3, 4, 5]
@@ -77,7 +77,7 @@ def test_where_the_network_itself_is_the_block_its_se_is_marked() -> None:
     assert [(n.name, n.kind, n.ses) for n in network.nodes if n.ses] == [("se_attention", "block", 1)]
     assert [n.block.path for n in network.nodes if n.block is not None] == [""]
     assert skips(network) == [("input", "+")]
-    assert report(add_se(BasicBlock(8, 8), example_inputs=example), example).model == "BasicBlock"
+    assert inspect_se(add_se(BasicBlock(8, 8), example_inputs=example), example).report().model == "BasicBlock"
 
 
 # As a picture ---------------------------------------------------------------------------------------------------------
@@ -144,14 +144,14 @@ def test_a_box_has_its_module_its_class_and_its_channels() -> None:
 
 
 def test_on_a_narrow_screen_all_is_one_column_that_fits() -> None:
-    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect(retrofitted("tv/densenet121")))):
+    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect_se(retrofitted("tv/densenet121")))):
         svg = drawn(network, narrow=True)
         assert float(svg.get("width", "0")) < 392  # of 420, what the page's margins leave
         assert len({x for name, (x, _) in boxes(svg).items() if name != "cat"}) == 1
 
 
 def test_no_box_lies_on_another_and_all_are_within_the_picture() -> None:
-    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect(retrofitted("tv/densenet121")))):
+    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect_se(retrofitted("tv/densenet121")))):
         for narrow in (False, True):
             svg = drawn(network, narrow=narrow)
             rects = [

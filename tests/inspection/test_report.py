@@ -15,7 +15,7 @@ from sweeps import swept
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from se_retrofit import RetrofitError, add_se, plan_of, report
+from se_retrofit import RetrofitError, add_se, inspect_se, plan_of
 from se_retrofit.inspection.costs import human
 
 REAL = ["tv/resnet50", "tv/mobilenet_v2", "tv/densenet121", "tv/googlenet", "tv/convnext_tiny", "timm/dla34"]
@@ -31,7 +31,7 @@ def counted(model: nn.Module, size: int = 224) -> int:
 @pytest.mark.parametrize("name", swept(REAL[:2], REAL[2:]))
 def test_counts_agree_with_torchs(name: str) -> None:
     bare, model = network(name), retrofitted(name)
-    found = report(model)
+    found = inspect_se(model).report()
     assert found.parameters_before == sum(p.numel() for p in bare.parameters())
     assert found.parameters_after == sum(p.numel() for p in model.parameters())
     assert found.parameters_after - found.parameters_before == sum(row.parameters for row in found.rows)
@@ -52,7 +52,7 @@ def test_counts_agree_with_the_papers(name: str, before: float, after: float) ->
     if name.startswith("resnet"):  # the paper's networks have the stride in the first conv; torchvision's in the second
         for stage in (model.layer2, model.layer3, model.layer4):
             stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
-    found = report(add_se(model, 16))
+    found = inspect_se(add_se(model, 16)).report()
     assert found.multiply_adds_before is not None
     assert found.multiply_adds_after is not None
     # ResNet-101's is 7.57 here: the paper counts some things that torch's counter does not
@@ -62,15 +62,15 @@ def test_counts_agree_with_the_papers(name: str, before: float, after: float) ->
 
 
 def test_parameters_of_se_resnet50_are_the_papers() -> None:
-    found = report(retrofitted("tv/resnet50"))
+    found = inspect_se(retrofitted("tv/resnet50")).report()
     assert round(found.parameters_after / 1e6, 1) == 28.1
 
 
 def test_the_inputs_given_are_those_that_are_counted() -> None:
-    found = report(retrofitted("tv/resnet18"), torch.empty(3, 3, 64, 96))
+    found = inspect_se(retrofitted("tv/resnet18"), torch.empty(3, 3, 64, 96)).report()
     assert found.inputs == "3x64x96"
     assert found.rows[0].shape == (64, 16, 24)
-    alone = report(retrofitted("tv/resnet18"), (torch.empty(1, 3, 64, 96),))
+    alone = inspect_se(retrofitted("tv/resnet18"), (torch.empty(1, 3, 64, 96),)).report()
     assert alone.multiply_adds_after == found.multiply_adds_after  # for one input, however many there are
 
 
@@ -88,10 +88,10 @@ class Resizing(nn.Module):
 
 def test_a_network_that_resizes_its_inputs_says_on_which_size_it_is_counted() -> None:
     inputs = ([torch.empty(3, 40, 40), torch.empty(3, 50, 40)],)
-    found = report(add_se(Resizing(), example_inputs=inputs), inputs)
+    found = inspect_se(add_se(Resizing(), example_inputs=inputs), inputs).report()
     assert (found.inputs, found.resized) == ("3x40x40", "3x64x96")
     assert "for one 3x40x40 input, resized to 3x64x96 by the network" in str(found)
-    alone = report(add_se(small_resnet()), torch.empty(1, 3, 64, 96))
+    alone = inspect_se(add_se(small_resnet()), torch.empty(1, 3, 64, 96)).report()
     assert (alone.multiply_adds_after, alone.resized) == (found.multiply_adds_after, None)
     assert "resized" not in str(alone)
 
@@ -99,7 +99,7 @@ def test_a_network_that_resizes_its_inputs_says_on_which_size_it_is_counted() ->
 def test_trainable_parameters_are_counted_before_and_after() -> None:
     model = small_resnet().requires_grad_(False)
     model.fc.requires_grad_(True)
-    found = report(add_se(model))
+    found = inspect_se(add_se(model)).report()
     added = found.parameters_after - found.parameters_before
     assert found.trainable_before == sum(p.numel() for p in model.fc.parameters())
     assert found.trainable_after == found.trainable_before + added
@@ -109,21 +109,21 @@ def test_trainable_parameters_are_counted_before_and_after() -> None:
 
 def test_a_module_called_twice_costs_twice() -> None:
     model = add_se(Twice(), example_inputs=torch.empty(1, 3, 8, 8))
-    (row,) = report(model, torch.empty(1, 3, 8, 8)).rows
+    (row,) = inspect_se(model, torch.empty(1, 3, 8, 8)).report().rows
     assert row.excitation == 2 * 2 * row.channels * max(row.channels // 8, 4)
     assert row.squeeze_scale == 2 * 8 * 8 * 8
 
 
 def test_left_out_blocks_are_listed_with_reasons() -> None:
-    found = report(add_se(network("tv/resnet18"), exclude="layer4.*"))
-    assert [skip.block for skip in found.skipped] == ["layer4.0", "layer4.1"]
-    assert "layer4.1: excluded" in str(found)
+    found = inspect_se(add_se(network("tv/resnet18"), exclude="layer4.*")).report()
+    assert [skip.block for skip in found.skipped] == ["conv1", "layer4.0", "layer4.1"]
+    assert "layer4.0, layer4.1: excluded" in str(found)
 
 
 @pytest.mark.sweep
 def test_a_network_that_needs_values_is_counted_on_a_copy_that_has_them() -> None:
     model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None)
-    found = report(add_se(model))
+    found = inspect_se(add_se(model)).report()
     assert found.multiply_adds_before is not None
     assert found.multiply_adds_after > found.multiply_adds_before > 1e9
     assert all(row.multiply_adds for row in found.rows)
@@ -131,7 +131,7 @@ def test_a_network_that_needs_values_is_counted_on_a_copy_that_has_them() -> Non
 
 def test_json_holds_all_of_it() -> None:
     model = retrofitted("tv/resnet18")
-    data = json.loads(report(model).to_json())
+    data = json.loads(inspect_se(model).report().to_json())
     assert [row["path"] for row in data["rows"]] == [site.path for site in plan_of(model).sites]
     assert data["rows"][0]["shape"] == [64, 56, 56]
     assert data["parameters_after"] - data["parameters_before"] == plan_of(model).parameters
@@ -139,7 +139,7 @@ def test_json_holds_all_of_it() -> None:
 
 
 def test_plain_in_a_pipe_and_in_colour_in_a_terminal() -> None:
-    found = report(retrofitted("tv/resnet18"))
+    found = inspect_se(retrofitted("tv/resnet18")).report()
     assert "\x1b" not in str(found)
     assert all(line == line.rstrip() for line in str(found).splitlines())
     terminal = io.StringIO()
@@ -156,7 +156,7 @@ def test_looking_changes_nothing() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     flags, state = [m.training for m in model.modules()], torch.get_rng_state()
     classes = [type(m) for m in model.modules()]
-    report(model)
+    inspect_se(model).report()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [m.training for m in model.modules()] == flags
     assert [type(m) for m in model.modules()] == classes
@@ -165,11 +165,11 @@ def test_looking_changes_nothing() -> None:
 
 def test_mistakes_say_what_to_do() -> None:
     with pytest.raises(RetrofitError, match=r"call add_se\(model\) first, or print\(plan_se\(model\)\)"):
-        report(small_resnet())
+        inspect_se(small_resnet()).report()
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got .resnet18. of type str"):
-        report("resnet18")  # type: ignore[arg-type]
+        inspect_se("resnet18").report()  # type: ignore[arg-type]
     with pytest.raises(RetrofitError, match="can't be run on the given example_inputs"):
-        report(add_se(small_resnet()), torch.empty(1, 4, 32, 32))
+        inspect_se(add_se(small_resnet()), torch.empty(1, 4, 32, 32)).report()
 
 
 def test_counts_are_written_in_four_digits() -> None:

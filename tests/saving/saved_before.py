@@ -81,7 +81,7 @@ class Saved:
             elif path in self.left:
                 for parameter in se.parameters():
                     nn.init.normal_(parameter, std=2, generator=torch.Generator().manual_seed(1))
-        return fold_se(model.eval(), [next(iter(self.inputs(self.dtype).values()))], tolerance=1e-4)[0]
+        return fold_se(model.eval(), [next(iter(self.inputs(self.dtype).values()))], tolerance=1e-4)
 
 
 SAVED = {

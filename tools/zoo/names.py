@@ -34,7 +34,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Library and model, e.g. ``"timm/resnet50"``: the name that ``se-retrofit convert`` takes."""
+        """Library and model, e.g. ``"timm/resnet50"``: the name that ``se-retrofit add`` takes."""
         return f"{self.library}/{self.model}"
 
     def build(self, device: str = "meta") -> nn.Module:

@@ -1,4 +1,4 @@
-"""``se-retrofit convert``: retrofit a network by name, say what was inserted, and check that it computes the same."""
+"""``se-retrofit add``: retrofit a network by name, say what was inserted, and check that it computes the same."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ Retrofit a timm or torchvision network, print what was inserted, and check on tw
 
 Examples:
 
-- `se-retrofit convert resnet50`
-- `se-retrofit convert timm/resnet50 --pretrained --output resnet50-se/`
-- `se-retrofit convert torchvision/resnet18 --num-classes 10 --checkpoint mine.pth --output resnet18-se/`
-- `se-retrofit convert resnet50 --exclude 'layer4.*' --reduction 16`
+- `se-retrofit add resnet50`
+- `se-retrofit add timm/resnet50 --pretrained --output resnet50-se/`
+- `se-retrofit add torchvision/resnet18 --num-classes 10 --checkpoint mine.pth --output resnet18-se/`
+- `se-retrofit add resnet50 --exclude 'layer4.*' --reduction 16`
 
 Exit codes: 0, the outputs are equal bit for bit; 1, they are not, or something can't be done; 2, wrong usage.
 """
 
 
-@app.command("convert", help=HELP, no_args_is_help=True)
+@app.command("add", help=HELP, no_args_is_help=True)
 @takes(SE_OPTIONS)
-def convert(
+def add(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     pretrained: Pretrained = False,

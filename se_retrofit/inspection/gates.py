@@ -1,0 +1,342 @@
+"""What the gates of a retrofitted network do: statistics of each site, and a logger that gathers them in a training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..attention import check_gates
+from ..errors import RetrofitError, brief, check_module
+from ..retrofit import plan_of
+
+__all__ = ["GateLogger", "Moments", "SiteGates", "gated_modules", "gates_over", "parted", "saturation_limits"]
+
+HARDLY = 0.01  # a gate that varies by less than this, as a standard deviation over inputs, is as good as constant
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
+MARGIN = 0.025  # of the range of gates: as close to an end, their slope is below a tenth of its highest
+
+
+@dataclass(frozen=True, eq=False)
+class SiteGates:
+    """The gates of one site.
+
+    Attributes:
+        path: of the SE module.
+        count: number of gate vectors seen.
+        mean, std: of each channel's gate over the inputs, ``(C,)``, on the CPU.
+        low, high: the smallest and the largest gate.
+        saturated: the share of the gates that is close to an end of their range: below 0.05 or above 1.95 of the identity
+            gate, below 0.025 or above 0.975 of the paper's; 0 for static factors.
+        size: of the feature map that it scales, as ``"56x56"``; sites of one size make a stage. Only ``excitations`` tells.
+        class_means: for each label, the mean of each channel's gate over the inputs of that class; empty without labels.
+    """
+
+    path: str
+    count: int
+    mean: Tensor
+    std: Tensor
+    low: float
+    high: float
+    saturated: float = 0.0
+    size: str = ""
+    class_means: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, path: str, seen: Moments, size: str = "", classes: Mapping[int, Moments] | None = None) -> SiteGates:
+        """What was gathered of a site, and of its inputs of each class."""
+        means = {label: own.mean.cpu() for label, own in sorted((classes or {}).items())}
+        low, high, beyond = (float(number) for number in (seen.low, seen.high, seen.beyond))
+        return cls(path, int(seen.rows), seen.mean.cpu(), seen.std.cpu(), low, high, beyond, size, means)
+
+    @property
+    def name(self) -> str:
+        """Where it is, in short: the path without the name that SE modules have."""
+        return self.path.removesuffix("se_attention").rstrip(".") or "(model)"
+
+    @property
+    def variation(self) -> float:
+        """How much the gates vary between inputs: the standard deviation, averaged over channels."""
+        return float(self.std.mean())
+
+    @property
+    def between(self) -> float:
+        """How much of the gates' variance is between inputs, from 0 to 1; the rest is between channels."""
+        inputs, channels = self.std.square().mean(), self.mean.var(correction=0)
+        return float(inputs / (inputs + channels)) if inputs + channels > 0 else 0.0
+
+    @property
+    def class_spread(self) -> float | None:
+        """How much they vary between classes: the standard deviation of the class means, averaged over channels."""
+        if len(self.class_means) < 2:
+            return None
+        return float(torch.stack(list(self.class_means.values())).std(0, correction=0).mean())
+
+    @property
+    def note(self) -> str:
+        """What stands out about the site, in words; empty if nothing does."""
+        if self.low == self.high == 1.0:
+            return "all gates are exactly 1: not fine-tuned yet, or all that SE sees is zero"
+        if self.count > 1 and self.variation < HARDLY:
+            if abs(self.mean - 1).max() < 10 * HARDLY:
+                return "hardly varies between inputs and is close to 1: so far it does next to nothing"
+            return "hardly varies between inputs: it acts as a constant scale of each channel"
+        return ""
+
+    def quartiles(self) -> dict[str, Any]:
+        """A few numbers, fit for JSON: the quartiles of the channels' mean gates, the range, the variation, and the share that
+        is saturated."""
+        channels = torch.quantile(self.mean, torch.tensor(QUANTILES, dtype=self.mean.dtype))
+        numbers = {name: getattr(self, name) for name in ("low", "high", "variation", "saturated")}
+        return {"channels": channels.tolist(), **numbers}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, fit for JSON."""
+        names = ("path", "size", "count", "low", "high", "saturated", "variation", "class_spread", "note")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "class_means": {str(label): mean.tolist() for label, mean in self.class_means.items()},
+        }
+
+
+# Gathering ------------------------------------------------------------------------------------------------------------
+
+
+class Moments:
+    """Mean, spread and range of the rows of all batches, gathered by Chan's update, in which nothing cancels out.
+
+    Adding a batch reads no number from the device and takes no branch that depends on what came before, so it waits for
+    nothing and compiles once.
+
+    Args:
+        columns: how many there are, ``C``.
+        dtype: of the statistics.
+        limits: values below the first and above the second are counted.
+
+    Attributes:
+        rows: number of rows so far, as a tensor without dims.
+        mean: of each column, ``(C,)``.
+        low, high: the smallest and the largest value of all, as tensors without dims.
+        beyond: the share of all values that is beyond the limits, likewise.
+    """
+
+    def __init__(
+        self, columns: int, dtype: torch.dtype = torch.float32, limits: tuple[float, float] = (-math.inf, math.inf)
+    ) -> None:
+        self.limits = limits
+        self.rows = torch.zeros((), dtype=dtype)
+        self.mean = torch.zeros(columns, dtype=dtype)
+        self._squares = torch.zeros(columns, dtype=dtype)
+        self.low, self.high = (torch.full((), limit, dtype=dtype) for limit in (math.inf, -math.inf))
+        self.beyond = torch.zeros((), dtype=dtype)
+
+    @torch.no_grad()
+    def add(self, values: Tensor) -> None:
+        """Take in a batch, ``(N, C)``, on whose device the statistics are from then on; one without rows changes nothing."""
+        number = len(values)
+        if not number:
+            return
+        if self.mean.device != values.device:
+            self._move(values.device)
+        values = values.to(self.mean.dtype)
+        mean = values.mean(0)
+        low, high = values.aminmax()
+        share = number / (self.rows + number)
+        delta = mean - self.mean
+        self._squares = self._squares + (values - mean).square().sum(0) + delta.square() * self.rows * share
+        self.mean = self.mean + delta * share
+        beyond = ((values < self.limits[0]) | (values > self.limits[1])).to(values.dtype).mean()
+        self.beyond = self.beyond + (beyond - self.beyond) * share
+        self.rows = self.rows + number
+        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation of each column over the rows, ``(C,)``; NaN before the first."""
+        return (self._squares / self.rows).sqrt()
+
+    def _move(self, device: torch.device) -> None:
+        for name in ("rows", "mean", "_squares", "low", "high", "beyond"):
+            setattr(self, name, getattr(self, name).to(device))
+
+
+def saturation_limits(se: Any) -> tuple[float, float]:
+    """The gates of an SE module are saturated below the first and above the second."""
+    if se.gate_range is None:
+        return -math.inf, math.inf
+    low, high = se.gate_range
+    margin = MARGIN * (high - low)
+    return low + margin, high - margin
+
+
+def _hear(se: Any, take: Callable[[Tensor], object]) -> RemovableHandle:
+    """Call ``take`` with a module's gates, ``(N, C)`` without their gradients, each time that it runs; until the handle's
+    ``remove``."""
+
+    def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
+        take(gates.detach().flatten(0, -2))
+
+    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        with torch.no_grad():
+            take(se.gates(args[-1]).flatten(0, -2))
+
+    if se.gate_layer:  # computed already, as also in a fused SE, which is called with the norm before its input
+        return se.get_submodule(se.gate_layer).register_forward_hook(hear)
+    return se.register_forward_pre_hook(read)
+
+
+def gates_over(
+    model: nn.Module, ses: Mapping[str, Any], batches: Iterable[tuple[Tensor, Tensor | None]]
+) -> dict[str, SiteGates]:
+    """Run a model, as it is, over batches of inputs and labels, and gather the gates of some of its modules in float64.
+
+    Returns:
+        By path, in the order of ``ses``, what their gates did; modules that were never called are left out.
+    """
+    seen = {path: Moments(se.channel, torch.float64, saturation_limits(se)) for path, se in ses.items()}
+    classes: dict[str, dict[int, Moments]] = {path: {} for path in ses}
+    sizes: dict[str, str] = {}
+    labels: Tensor | None = None
+
+    def measure(path: str, se: Any, args: tuple[Any, ...]) -> None:
+        shape = args[-1].shape
+        space = [str(size) for dim, size in enumerate(shape) if dim not in (0, se.channel_dim % len(shape))]
+        sizes.setdefault(path, "x".join(space) or "1")
+
+    def take(path: str, gates: Tensor) -> None:
+        gates = gates.to("cpu", torch.float64)
+        seen[path].add(gates)
+        if labels is not None and len(labels) == len(gates):
+            for label in labels.unique().tolist():
+                own = classes[path].setdefault(label, Moments(gates.shape[1], torch.float64))
+                own.add(gates[labels == label])
+
+    hooks: list[RemovableHandle] = []
+    try:
+        for path, se in ses.items():
+            hooks += [se.register_forward_pre_hook(partial(measure, path)), _hear(se, partial(take, path))]
+        with torch.no_grad():
+            for inputs, given in batches:
+                labels = None if given is None else given.cpu()
+                model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: SiteGates.of(path, m, sizes[path], classes[path]) for path, m in seen.items() if m.rows}
+
+
+def parted(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """The inputs of a batch, and its labels if there are any that name classes.
+
+    Raises:
+        TypeError: it is neither a tensor nor begins with one.
+    """
+    inputs, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+    if not isinstance(inputs, Tensor):
+        kind = type(inputs).__name__
+        raise TypeError(f"each batch must be a tensor, or a tuple or list that begins with one, got {kind}")
+    labels = rest[0] if rest else None
+    if isinstance(labels, Tensor) and labels.shape == inputs.shape[:1] and not labels.is_floating_point():
+        return inputs, labels
+    return inputs, None
+
+
+def gated_modules(model: nn.Module) -> dict[str, Any]:
+    """The SE modules of a model, in the order of its plan."""
+    check_module(model)
+    ses = {site.path: model.get_submodule(site.path) for site in plan_of(model).sites}
+    check_gates(ses, "there are none to look at")
+    return ses
+
+
+# While it trains ------------------------------------------------------------------------------------------------------
+
+
+class GateLogger:
+    """Gathers the gates of a retrofitted network while it runs, in a training loop of your own.
+
+    It listens with hooks and changes nothing. What it gathers stays on the network's device until ``summary`` or
+    ``write`` asks for it, so that a batch costs a few small operations and no waiting. ``finetune`` logs gates by itself.
+
+    Args:
+        model: a network that ``add_se`` has retrofitted; of a wrapped one (DDP, ``torch.compile``), the network inside. Compiled
+            code hears only a logger that was there when it was compiled, so make the logger before the first step.
+        every: listen to each ``every``-th call of a site only.
+
+    Raises:
+        RetrofitError: the model has no SE that ``add_se`` put in, or modules without gates for each channel (CBAM); or ``every``
+            is less than 1.
+        TypeError: an argument is of the wrong type.
+
+    Example:
+        >>> import timm, torch
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.inspection import GateLogger
+        >>> model = add_se(timm.create_model("resnet18"))
+        >>> with GateLogger(model) as gates:
+        ...     for epoch in range(2):
+        ...         _ = model(torch.randn(2, 3, 64, 64))
+        ...         found = gates.summary()
+        ...         gates.reset()
+        >>> len(found), found["layer1.0.se_attention"].high
+        (8, 1.0)
+    """
+
+    def __init__(self, model: nn.Module, *, every: int = 1) -> None:
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"every must be a positive int, got {brief(every)} of type {type(every).__name__}")
+        if every < 1:
+            raise RetrofitError(f"every must be at least 1, got {every}")
+        self.every = every
+        self._ses = gated_modules(model)
+        self.reset()
+        self._hooks = [_hear(se, partial(self._take, path)) for path, se in self._ses.items()]
+
+    def _take(self, path: str, gates: Tensor) -> None:
+        if self.every > 1:  # else nothing is counted, so that compiled code sees no number change
+            self._calls[path] += 1
+            if (self._calls[path] - 1) % self.every:
+                return
+        self._moments[path].add(gates)
+
+    def summary(self) -> dict[str, SiteGates]:
+        """By the path of each SE module that has run since the last ``reset``, what its gates did."""
+        return {path: SiteGates.of(path, seen) for path, seen in self._moments.items() if seen.rows}
+
+    def reset(self) -> None:
+        """Forget what was gathered, for the next epoch."""
+        self._calls = dict.fromkeys(self._ses, 0)
+        self._moments = {path: Moments(se.channel, limits=saturation_limits(se)) for path, se in self._ses.items()}
+
+    def write(self, writer: Any, step: int, *, tag: str = "gates") -> None:
+        """Write the summary to TensorBoard: for each site a histogram of its channels' mean gates, and the variation
+        between inputs as a scalar.
+
+        Args:
+            writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_histogram`` and ``add_scalar``.
+            step: of the training, on the axis.
+            tag: what the names begin with: ``gates/PATH`` and ``gates_variation/PATH``.
+        """
+        for path, seen in self.summary().items():
+            writer.add_histogram(f"{tag}/{path}", seen.mean, step)
+            writer.add_scalar(f"{tag}_variation/{path}", seen.variation, step)
+
+    def close(self) -> None:
+        """Stop listening; what was gathered stays."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> GateLogger:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
