@@ -66,7 +66,7 @@ def inspect(
     diff: Annotated[
         bool, typer.Option("--diff", help="print the blocks' code before and after, each distinct block once")
     ] = False,
-    draw: Annotated[Path | None, typer.Option(help="draw blocks before and after: FILE.svg, .png, .pdf, .dot")] = None,
+    draw: Annotated[Path | None, typer.Option(help="draw the network, and blocks before and after: FILE.svg")] = None,
     html: Annotated[Path | None, typer.Option(help="write all of it as one page, FILE.html")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
     input_size: InputSize = None,

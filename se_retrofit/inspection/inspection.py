@@ -117,34 +117,36 @@ class Inspection(Recorded):
 
         Blocks that differ in nothing but names and numbers of channels are drawn once; the first one's shapes are shown.
 
+        Without ``block``, the whole network stands above them: a column for each size of feature maps.
+
         Args:
-            path: the file to write. Its suffix says what: ``.dot`` or ``.gv`` (Graphviz's text, which needs no program),
-                ``.svg``, ``.png`` or ``.pdf`` (by Graphviz's program ``dot``).
+            path: the file to write, which ends in ``.svg``. Browsers show it; ``rsvg-convert``, Inkscape or CairoSVG make
+                ``.png`` or ``.pdf`` of it.
             block: the one block to draw.
 
         Returns:
             The path that was written.
 
         Raises:
-            RetrofitError: the suffix is none of these, the folder does not exist, Graphviz is not installed and the
-                suffix asks for it, or there is no such block. Nothing is written then.
+            RetrofitError: the path ends otherwise, its folder does not exist, or there is no such block. Nothing is written then.
 
         Example:
             >>> import tempfile, timm
             >>> from se_retrofit import add_se, inspect_se
             >>> inspection = inspect_se(add_se(timm.create_model("resnet18")))
-            >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.dot").read_text().startswith("digraph")
+            >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.svg").read_text().startswith("<svg")
             True
         """
         from .drawing import check_target, write
 
         path = check_target(path)
-        return write(self, self._groups(block), path)
+        write(self, None if block is None else self.block(block), path)
+        return path
 
     def write_html(self, path: str | Path) -> Path:
         """Write one HTML page: summary, table, drawings, differences, and the tree of modules.
 
-        The drawings are in it where Graphviz's program ``dot`` is installed. It opens offline and fetches nothing.
+        It opens offline and fetches nothing.
 
         Args:
             path: the file to write, which ends in ``.html`` or ``.htm``.

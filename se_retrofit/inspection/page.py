@@ -12,7 +12,7 @@ from ..paths import writable
 from .blocks import BlockPair
 from .costs import human
 from .difference import difference_of
-from .drawing import INSTALL, has_graphviz, sides_of
+from .drawing import sides_of
 from .graphs import Recorded
 from .lines import Line
 from .network import network_of
@@ -43,7 +43,7 @@ def page(found: Recorded, report: Report) -> str:
 
     groups = found.distinct()
     links = {pair.path: f"#block-{i}" for i, group in enumerate(groups, 1) for pair in group}
-    network = network_of(found)
+    drawn = picture(network_of(found), links)  # smaller than this, its words are not legible, and the page scrolls
     environment = Environment(
         loader=PackageLoader("se_retrofit.inspection", "."),
         autoescape=select_autoescape(),
@@ -54,9 +54,7 @@ def page(found: Recorded, report: Report) -> str:
     return environment.get_template("page.html").render(
         report=report,
         cards=_cards(report),
-        network=picture(network, links),
-        network_narrow=picture(network, links, narrow=True),
-        install=INSTALL,
+        network=drawn.svg("the network", style=f"min-width: {0.75 * drawn.width:.0f}px"),
         version=__version__,
         blocks=[_block(group) for group in groups],
         tree=_lines(tree_lines(found)),
@@ -136,8 +134,7 @@ def _block(group: list[BlockPair]) -> dict[str, Any]:
         "code": [],
     }
     if pair.failure is None:
-        if has_graphviz():
-            block["sides"] = sides_of(pair)
+        block["sides"] = [side.svg(word) for word, side in zip(("before", "after"), sides_of(pair), strict=True)]
         marks = {"+": "add", "-": "del", "@": "head"}
         block["diff"] = [
             {"text": line, "cls": "head" if line[:3] in ("+++", "---") else marks.get(line[:1], "")}

@@ -44,10 +44,10 @@ def test_graph_block_and_diff() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    paths = [tmp_path / name for name in ("a.dot", "a.html", "a.json")]
+    paths = [tmp_path / name for name in ("a.svg", "a.html", "a.json")]
     output = run(*SMALL, "--draw", str(paths[0]), "--html", str(paths[1]), "--json", str(paths[2]))
     assert all(str(path) in output for path in paths)
-    assert paths[0].read_text().startswith("digraph")
+    assert paths[0].read_text().startswith("<svg")
     assert paths[1].read_text().startswith("<!doctype html>")
     assert json.loads(paths[2].read_text())["network"] == "timm/resnet10t"
 
@@ -85,7 +85,7 @@ def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
         (["inspect", "resnet1888"], "no model 'resnet1888' in timm or torchvision; close names"),
         (["inspect", "./nowhere"], "no folder ./nowhere"),
         ([*SMALL, "--block", "layer9"], "no retrofitted block 'layer9'"),
-        ([*SMALL, "--draw", "a.jpg"], "ends in no format that can be drawn"),
+        ([*SMALL, "--draw", "a.jpg"], "does not end in .svg"),
         ([*SMALL, "--html", "a.pdf"], r"does not end in \.html"),
         ([*SMALL, "--json", "nowhere/a.json"], "no folder nowhere"),
         (["inspect", "timm/seresnet18"], "has channel attention already"),

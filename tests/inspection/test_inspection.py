@@ -21,7 +21,7 @@ def test_all_views_come_from_one_record(tmp_path: Path, monkeypatch: pytest.Monk
     assert str(inspection) == str(inspection.report())
     views = [inspection.graph(), inspection.graph("layer1.0"), inspection.diff(), inspection.diff("layer1.0")]
     assert all(str(view) for view in views)
-    assert inspection.draw(tmp_path / "a.dot").exists()
+    assert inspection.draw(tmp_path / "a.svg").exists()
     assert inspection.write_html(tmp_path / "a.html").exists()
     assert inspection.to_dict()["rows"]
     assert len(recorded) == 2  # with SE and without
@@ -44,7 +44,7 @@ def test_rich_prints_the_report_in_colour() -> None:
 
 def test_every_view_of_a_block_refuses_one_that_is_not_there(tmp_path: Path) -> None:
     inspection = inspect_se(add_se(small_resnet()))
-    for view in (inspection.block, inspection.graph, inspection.diff, lambda b: inspection.draw(tmp_path / "a.dot", b)):
+    for view in (inspection.block, inspection.graph, inspection.diff, lambda b: inspection.draw(tmp_path / "a.svg", b)):
         with pytest.raises(RetrofitError, match="no retrofitted block 'layer7'"):
             view("layer7")
     assert list(tmp_path.iterdir()) == []

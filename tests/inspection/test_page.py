@@ -20,7 +20,6 @@ from inspected import retrofitted, small_resnet
 
 from se_retrofit import RetrofitError, add_se, inspect_se
 from se_retrofit.inspection import Inspection
-from se_retrofit.inspection.drawing import sides_of
 from se_retrofit.inspection.page import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -34,10 +33,9 @@ addEventListener("load", () => {
   const drawings = document.querySelectorAll(".side svg").length;
   location.hash = "#block-2";
   const opened = () => [...document.querySelectorAll("details.block")].map((block) => block.open);
-  const shown = () => [...document.querySelectorAll("svg.network")].map((svg) => svg.getBoundingClientRect().width > 0);
   dispatchEvent(new HashChangeEvent("hashchange"));  // the event itself comes after the page has been dumped
   const overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  const found = {fetched, wrong: window.wrong, drawings, opened: opened(), shown: shown(), overflow};
+  const found = {fetched, wrong: window.wrong, drawings, opened: opened(), overflow};
   document.body.dataset.probe = JSON.stringify(found);
 });
 </script>"""
@@ -76,8 +74,7 @@ def test_it_holds_summary_table_differences_and_reasons(tmp_path: Path) -> None:
     assert re.search(r'<span class="del">- +(\w+) = self\.bn2\(\1\)</span>', text)
     assert "SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=" in plain
     assert f"{inspect_se(model).report().parameters_after:,}" in text
-    if shutil.which("dot"):
-        assert text.count('<div class="side">') == 2 * 2
+    assert text.count('<div class="side">') == 2 * 2
 
 
 class Linked(HTMLParser):
@@ -99,7 +96,7 @@ def test_rows_and_the_picture_link_to_blocks_that_are_there() -> None:
     found = Linked(page_of(inspect_se(model)))
     assert len(found.ids) == len(set(found.ids))
     assert {link[1:] for link in found.links} == {"block-1", "block-2"} <= set(found.ids)
-    assert len(found.links) == 3 * 16  # the table, the picture, and that for narrow screens
+    assert len(found.links) == 2 * 16  # the table and the picture
 
 
 def test_rows_are_folded_by_stage_with_their_sums() -> None:
@@ -124,36 +121,15 @@ def test_the_size_of_a_detectors_images_is_on_it() -> None:
     assert "one 3x32x32 input, resized to 3x64x64" in page(inspection, resized)
 
 
-def test_dark_and_narrow_screens_are_provided_for() -> None:
+def test_dark_screens_are_provided_for() -> None:
     text = page_of(inspect_se(add_se(small_resnet())))
     light, dark = (set(re.findall(r"(--[\w-]+): #", part)) for part in re.findall(r":root \{(.*?)\}", text, re.DOTALL))
     assert light == dark  # each colour has its dark one
     assert "@media (prefers-color-scheme: dark)" in text
     used = set(re.findall(r"var\((--[\w-]+)\)", text))
     assert used - {"--columns"} == light
-    style = text[text.index("@media (prefers-color-scheme: dark)") : text.index("</style>")]
-    rules = re.sub(r":root \{.*?\}", "", style, flags=re.DOTALL)
+    rules = re.sub(r":root \{.*?\}", "", text[: text.index("</style>")], flags=re.DOTALL)
     assert re.findall(r"#[0-9a-f]{3,6}\b", rules) == []  # no colour but by its name
-    assert '<div class="scroll wide"><svg' in text
-    assert '<div class="scroll narrow"><svg' in text
-    assert "@media (max-width: 640px)" in text
-
-
-@pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz's dot is not installed")
-@pytest.mark.parametrize("name", ["tv/resnet18", "tv/googlenet"])
-def test_before_and_after_are_of_one_size_with_their_nodes_in_line(name: str) -> None:
-    for group in inspect_se(retrofitted(name)).distinct():
-        before, after = sides_of(group[0])
-        size = r'width="\d+pt" height="\d+pt"'
-        assert re.findall(size, before)[0] == re.findall(size, after)[0]
-
-        def heights(side: str) -> dict[str, str]:
-            nodes = re.findall(r'<g class="node[^"]*">\s*<title>\w+?_(.*?)</title>(.*?)</g>', side, re.DOTALL)
-            return {name: re.findall(r'<text [^>]*y="([^"]*)"', body)[0] for name, body in nodes}
-
-        one, two = heights(before), heights(after)
-        assert two.keys() - one.keys() == {name for name in two if name.endswith("se_attention")} != set()
-        assert one == {name: y for name, y in two.items() if name in one}
 
 
 def test_it_refers_to_nothing_outside(tmp_path: Path) -> None:
@@ -172,13 +148,6 @@ def test_names_are_text_not_markup(tmp_path: Path) -> None:
         type(model).__name__ = name
     assert "<b>Net" not in text
     assert "&lt;b&gt;Net&lt;/b&gt;" in text
-
-
-def test_without_graphviz_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    text = inspect_se(add_se(small_resnet())).write_html(tmp_path / "a.html").read_text()
-    assert "No drawing: Graphviz was not installed" in text
-    assert "self.se_attention(self.bn2(" in text
 
 
 def test_mistakes_write_nothing(tmp_path: Path) -> None:
@@ -220,11 +189,10 @@ def test_it_opens_in_chromium_without_errors_and_without_a_request(tmp_path: Pat
     seen = opened(text, tmp_path)
     assert seen["fetched"] == []
     assert seen["wrong"] == []
-    assert seen["drawings"] == (4 if shutil.which("dot") else 0)
+    assert seen["drawings"] == 4
     assert seen["opened"] == [True, True]  # the first from the start, the second by the link
-    assert (seen["shown"], seen["overflow"]) == ([True, False], 0)
-    narrow = opened(text, tmp_path, width=500)  # Chromium's windows are no narrower
-    assert (narrow["shown"], narrow["overflow"]) == ([False, True], 0)
+    assert seen["overflow"] == 0
+    assert opened(text, tmp_path, width=500)["overflow"] == 0  # Chromium's windows are no narrower
     # the probe sees a request, and an error
     control = opened(
         text.replace("<main>", '<main><img src="http://127.0.0.1:9/missing.png"><script>nothing.here</script>'),

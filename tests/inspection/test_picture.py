@@ -83,9 +83,9 @@ def test_where_the_network_itself_is_the_block_its_se_is_marked() -> None:
 # As a picture ---------------------------------------------------------------------------------------------------------
 
 
-def drawn(network: Network, **options: bool) -> ET.Element:
+def drawn(network: Network) -> ET.Element:
     links = {n.name: f"#block-{i}" for i, n in enumerate(network.nodes) if n.kind == "block"}
-    return ET.fromstring(picture(network, links, **options))
+    return ET.fromstring(picture(network, links).svg("the network"))
 
 
 def boxes(svg: ET.Element) -> dict[str, tuple[float, float]]:
@@ -133,40 +133,28 @@ def words_in(svg: ET.Element) -> dict[str, list[str]]:
 
 
 def test_a_box_has_its_module_its_class_and_its_channels() -> None:
-    network = of(UNet(), torch.empty(1, 3, 32, 32))
-    for narrow in (False, True):
-        words = words_in(drawn(network, narrow=narrow))
-        assert words["d1.net"] == ["d1.net", "DoubleConv \u00b7 8", "2 SE"]
-        assert words["bottom.net"] == ["bottom.net", "DoubleConv \u00b7 32", "2 SE"]
+    words = words_in(drawn(of(UNet(), torch.empty(1, 3, 32, 32))))
+    assert words["d1.net"] == ["d1.net", "DoubleConv \u00b7 8", "2 SE"]
+    assert words["bottom.net"] == ["bottom.net", "DoubleConv \u00b7 32", "2 SE"]
     columns = words_in(drawn(of(small_resnet())))
     assert columns["layer2.1"] == ["layer2.1", "BasicBlock \u00b7 128", "SE"]
     assert columns["conv1 to maxpool"] == ["conv1 \u2013 maxpool", "4 layers \u00b7 64"]
 
 
-def test_on_a_narrow_screen_all_is_one_column_that_fits() -> None:
-    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect_se(retrofitted("tv/densenet121")))):
-        svg = drawn(network, narrow=True)
-        assert float(svg.get("width", "0")) < 392  # of 420, what the page's margins leave
-        assert len({x for name, (x, _) in boxes(svg).items() if name != "cat"}) == 1
-
-
 def test_no_box_lies_on_another_and_all_are_within_the_picture() -> None:
     for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect_se(retrofitted("tv/densenet121")))):
-        for narrow in (False, True):
-            svg = drawn(network, narrow=narrow)
-            rects = [
-                next(s for s in group if s.tag == "rect") for group in svg.iter("g") if group.get("class") != "join"
-            ]
-            corners = [(float(r.get("x", "")), float(r.get("y", ""))) for r in rects]
-            width, height = float(rects[0].get("width", "")), float(rects[0].get("height", ""))
-            assert all(0 <= x <= float(svg.get("width", "")) - width for x, _ in corners)
-            assert all(0 <= y <= float(svg.get("height", "")) - height for _, y in corners)
-            for i, (x, y) in enumerate(corners):
-                assert all(abs(x - u) >= width or abs(y - v) >= height for u, v in corners[:i])
+        svg = drawn(network)
+        rects = [next(s for s in group if s.tag == "rect") for group in svg.iter("g") if group.get("class") != "join"]
+        corners = [(float(r.get("x", "")), float(r.get("y", ""))) for r in rects]
+        width, height = float(rects[0].get("width", "")), float(rects[0].get("height", ""))
+        assert all(0 <= x <= float(svg.get("width", "")) - width for x, _ in corners)
+        assert all(0 <= y <= float(svg.get("height", "")) - height for _, y in corners)
+        for i, (x, y) in enumerate(corners):
+            assert all(abs(x - u) >= width or abs(y - v) >= height for u, v in corners[:i])
 
 
 def test_names_are_text_not_markup() -> None:
     node = Node("<b>", "A & B", "module", None, 0, False, (3, 8, 8), (8, 8))
-    text = picture(Network([node], []), {})
+    text = picture(Network([node], []), {}).svg("the network")
     assert "<b>" not in text
     assert re.search("&lt;b&gt;, A &amp; B", text)
