@@ -26,4 +26,4 @@ config = FinetuneConfig(epochs=options.epochs, image_size=options.image_size, nu
 result = finetune(model, data.train, data.val, config=config, output_dir=options.output, resume=True)
 
 loaded = load_retrofitted(result.directory)
-print(f"loaded again: {evaluate(loaded, data.val, config=config)['val_accuracy']:.2%}")
+print(f"loaded again: {evaluate(loaded, data.val, config=config).accuracy:.2%}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -12,7 +13,7 @@ from .errors import RetrofitError, brief
 from .plaindata import parse_json
 from .tables import aligned
 
-__all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "noted_options"]
+__all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "folded", "noted_options"]
 
 FOLDED = "folded"  # why fold_se leaves out a block, or one site of a block that keeps others
 
@@ -93,17 +94,24 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A block that gets no SE, and why; after folding, also the path of a site that its block no longer has.
+    """A block that gets no SE, or a convolution in no block, and why; after folding, also the path of a site that its block no
+    longer has.
+
+    Attributes:
+        block: its path.
+        reason: why it gets no SE.
+        convolutions: the paths of the convolutions over space (with a kernel larger than 1 in some dim) that it holds.
 
     Example:
-        >>> import torchvision
+        >>> import timm
         >>> from se_retrofit import plan_se
-        >>> plan_se(torchvision.models.mobilenet_v3_small()).skipped[0]
-        Skipped(block='features.1', reason='has channel attention already')
+        >>> plan_se(timm.create_model("resnet18")).skipped
+        (Skipped(block='conv1', reason='a plain chain beside other blocks: name it in include', convolutions=('conv1',)),)
     """
 
     block: str
     reason: str
+    convolutions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,15 +127,15 @@ class Plan:
     Example:
         >>> import timm
         >>> from se_retrofit import plan_se
-        >>> print(plan_se(timm.create_model("resnet18"), include="layer1.*"))  # doctest: +ELLIPSIS
+        >>> print(plan_se(timm.create_model("resnet18"), include="layer1.*"))
         block     kind      after  channels  parameters
         --------  --------  -----  --------  ----------
         layer1.0  residual  bn2          64       1,024
         layer1.1  residual  bn2          64       1,024
         2 SE modules, 2,048 parameters
         skipped:
-          layer2.0: not included
-        ...
+          conv1: a plain chain beside other blocks: name it in include
+          layer2.0, layer2.1, layer3.0 and 3 more: not included
     """
 
     sites: tuple[Site, ...]
@@ -198,9 +206,24 @@ class Plan:
         lines = aligned([header, *rows], left=3, rule=True)
         lines.append(f"{len(self.sites)} {self.what} modules, {self.parameters:,} parameters")
         if self.skipped:
-            lines.append("skipped:")
-            lines += [f"  {skip.block or '(model)'}: {skip.reason}" for skip in self.skipped]
+            lines += ["skipped:", *(f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped))]
         return "\n".join(lines)
+
+
+def folded(skipped: Iterable[Skipped], most: int = 3) -> list[tuple[str, str]]:
+    """What was skipped, with one line for each reason: the names of the first blocks and how many there are more, and the reason."""
+    by_reason: dict[str, list[str]] = {}
+    for skip in skipped:
+        by_reason.setdefault(skip.reason, []).append(skip.block or "(model)")
+    return [
+        (
+            ", ".join(blocks)
+            if len(blocks) <= most + 1
+            else f"{', '.join(blocks[:most])} and {len(blocks) - most} more",
+            reason,
+        )
+        for reason, blocks in by_reason.items()
+    ]
 
 
 def noted_options(options: dict[str, Any]) -> dict[str, Any]:

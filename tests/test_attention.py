@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -182,55 +180,6 @@ def test_without_a_gradient_the_values_are_the_same_bit_for_bit(
             assert got.stride() == wanted.stride()
             assert (got.data_ptr() == given.data_ptr()) is inplace
             assert inplace or given.equal(x)
-
-
-class Halved(SEAttention):
-    def gates(self, x: Tensor) -> Tensor:
-        return super().gates(x) / 2
-
-
-class Constant(nn.Module):
-    def forward(self, z: Tensor) -> Tensor:
-        return torch.full_like(z, 0.25)
-
-
-def test_without_a_gradient_hooks_replaced_layers_and_subclasses_count_all_the_same() -> None:
-    x = torch.randn(2, 16, 5, 5)
-    seen: list[object] = []
-    with torch.no_grad():
-        for index in range(4):
-            se = SEAttention(16, 4)
-            se.fc[index].register_forward_hook(lambda *_: seen.append("after"))
-            se.fc[index].register_forward_pre_hook(lambda *_: seen.append("before"))
-            se(x)
-            assert seen == ["before", "after"]
-            seen.clear()
-        se = SEAttention(16, 4)
-        with_handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
-        try:
-            se(x)
-        finally:
-            with_handle.remove()
-        assert {se, se.fc, *se.fc} == set(seen)
-        se.fc[3] = Constant()
-        assert se(x).equal(0.25 * x)
-        se = _draw(SEAttention(16, 4))
-        halved = Halved(16, 4)
-        halved.load_state_dict(se.state_dict())
-        assert torch.allclose(halved(x), se(x) / 2)
-        graph = torch.fx.symbolic_trace(se)  # a trace without gradients holds with them
-        assert any(node.op == "call_module" and node.target == "fc.0" for node in graph.graph.nodes)
-
-
-@pytest.mark.parametrize(("gate", "other"), [("identity", "sigmoid"), ("sigmoid", "identity")])
-def test_without_a_gradient_the_gate_is_that_of_the_layers_that_are_there(gate: str, other: str) -> None:
-    se, x = _draw(SEAttention(16, 4, gate=gate)), torch.randn(2, 16, 5, 5)
-    layers = [*se.fc[:3], SEAttention(16, 4, gate=other).fc[3]]
-    for fc in (nn.Sequential(*layers), nn.Sequential(OrderedDict(zip("abcd", layers, strict=True)))):
-        se.fc = fc
-        wanted = se(x)
-        with torch.no_grad():
-            assert se(x).equal(wanted)
 
 
 def test_device_and_dtype_are_those_asked_for() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from .inserted import Inserted
-from .parts import TwiceSigmoid, check_positive, hidden_width, init_bottleneck, scale, squeeze, undrawn
+from .parts import TwiceSigmoid, check_kernel, hidden_width, init_bottleneck, undrawn
 
 __all__ = ["CBAM"]
 
@@ -29,18 +29,16 @@ def scale_positions(x: Tensor, gate: Tensor, channel_dim: int) -> Tensor:
 
 
 torch.fx.wrap("over_channels")
-torch.fx.wrap("scale")
 torch.fx.wrap("scale_positions")
-torch.fx.wrap("squeeze")
 
 
 class CBAM(Inserted):
-    """Convolutional Block Attention Module (Woo et al., arXiv:1807.06521).
+    """Convolutional Block Attention Module (Woo et al., arXiv:1807.06521): an exact identity at first, as both gates are
+    ``2 * sigmoid`` and their last layers start at zero; it learns from the first step on.
 
     First a gate for each channel: one bottleneck of two linear layers on the means and on the largest values of the channels,
     its two results added. Then a gate for each position: a wide convolution over the mean and the largest value of the
-    channels. Both gates are ``2 * sigmoid`` and their last layers start at zero, so that the module is an exact identity at
-    first, and learns from the first step on.
+    channels.
 
     Args:
         channel: number of channels C of the feature maps.
@@ -73,16 +71,12 @@ class CBAM(Inserted):
         min_hidden: int = 1,
         kernel_size: int = 7,
         dims: int = 2,
-        channel_dim: int = 1,
-        inplace: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **where: Any,
     ) -> None:
-        super().__init__(channel, channel_dim, inplace)
-        for name, value in (("reduction", reduction), ("min_hidden", min_hidden), ("kernel_size", kernel_size)):
-            check_positive(name, value)
-        if kernel_size % 2 == 0:
-            raise RetrofitError(f"kernel_size must be odd, got {kernel_size}")
+        super().__init__(channel, **where)
+        check_kernel(kernel_size)
         if dims not in (1, 2, 3):
             raise RetrofitError(f"CBAM needs 1, 2 or 3 spatial dims, got {dims}")
         self.hidden = hidden_width(channel, reduction, min_hidden)
@@ -107,8 +101,7 @@ class CBAM(Inserted):
 
     def forward(self, x: Tensor) -> Tensor:
         dim = self.channel_dim
-        gate = self.gate(self.mlp(squeeze(x, dim)) + self.mlp(squeeze(x, dim, True)))
-        x = scale(x, gate, dim, self.inplace and not torch.jit.is_tracing())
+        x = self.scaled(x, self.gate(self.mlp(self.squeezed(x)) + self.mlp(self.squeezed(x, largest=True))))
         return scale_positions(x, self.gate(self.conv(over_channels(x, dim, self.dims))), dim)
 
     def summary(self) -> str:

@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError
 from .inserted import Inserted
-from .parts import TwiceSigmoid, check_positive, scale, squeeze, undrawn
+from .parts import TwiceSigmoid, check_kernel, undrawn
 
 __all__ = ["ECA"]
-
-torch.fx.wrap("scale")
-torch.fx.wrap("squeeze")
 
 
 class ECA(Inserted):
@@ -54,9 +49,7 @@ class ECA(Inserted):
         if kernel_size is None:
             width = int(abs((math.log2(channel) + 1) / 2))
             kernel_size = width if width % 2 else width + 1
-        check_positive("kernel_size", kernel_size)
-        if kernel_size % 2 == 0:
-            raise RetrofitError(f"kernel_size must be odd, got {kernel_size}")
+        check_kernel(kernel_size)
         self.conv = undrawn(
             nn.Conv1d, 1, 1, kernel_size, padding=kernel_size // 2, bias=False, device=device, dtype=dtype
         )
@@ -69,13 +62,10 @@ class ECA(Inserted):
 
     def gates(self, x: Tensor) -> Tensor:
         """The gates of an input, ``(N, C)``."""
-        z = squeeze(x, self.channel_dim)
+        z = self.squeezed(x)
         # (N, C) -> (N, 1, C), whatever dims there are in front of C
         rows = z.unsqueeze(0).unsqueeze(-2).flatten(0, -3)
         return self.gate(self.conv(rows).reshape(z.shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return scale(x, self.gates(x), self.channel_dim, self.inplace and not torch.jit.is_tracing())
 
     def summary(self) -> str:
         return f"ECA {self.channel}, kernel {self.conv.kernel_size[0]}"

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
-from .parts import check_positive
+from .parts import check_positive, scale, squeeze
 
 __all__ = ["Inserted", "Slot", "check_gates", "has_gates"]
+
+torch.fx.wrap("scale")
+torch.fx.wrap("squeeze")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Slot:
         block: the block's path in the model.
         dtype: of the value, and so of the module's parameters.
         device: where to build the module: the CPU, from where it is moved to the value's device, or meta, where its parameters
-            are only counted.
+            have no values.
         inplace: whether the module may change its input in place, where no gradient is needed.
     """
 
@@ -62,7 +65,7 @@ class Inserted(nn.Module):
     A subclass takes and returns a value ``(N, C, *spatial)`` or ``(N, *spatial, C)``, as ``channel_dim`` says. What is not an
     ``Inserted`` is wrapped in ``FromIdentity`` when it is inserted; a subclass is inserted as it is, and so has to start as an
     exact identity by its own construction. Where its effect is a factor for each channel, it has the method
-    ``gates(x) -> (N, C)``, which folding, the statistics of gates and their pictures ask for.
+    ``gates(x) -> (N, C)`` and no ``forward`` of its own; folding, the statistics of gates and their pictures ask for it.
 
     Args:
         channel: number of channels C.
@@ -95,6 +98,18 @@ class Inserted(nn.Module):
         self.channel = channel
         self.channel_dim = channel_dim
         self.inplace = inplace
+
+    def squeezed(self, x: Tensor, largest: bool = False) -> Tensor:
+        """The means, or the largest values, over all spatial dims: ``(N, C)``."""
+        return squeeze(x, self.channel_dim, largest)
+
+    def scaled(self, x: Tensor, gate: Tensor) -> Tensor:
+        """The product with a gate for each channel, ``(N, C)`` or ``(C,)``."""
+        # a trace by torch.jit holds for both grad modes
+        return scale(x, gate, self.channel_dim, self.inplace and not torch.jit.is_tracing())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(x, self.gates(x))  # type: ignore[operator]
 
     def summary(self) -> str:
         """The module in few words, for printouts: ``ECA 64``."""

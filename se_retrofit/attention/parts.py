@@ -7,19 +7,18 @@ from the end and all dims behind it are spatial.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import init
 
 from ..errors import RetrofitError, brief
 
 __all__ = [
     "TwiceSigmoid",
     "broadcast",
+    "check_kernel",
     "check_positive",
     "hidden_width",
     "init_bottleneck",
@@ -44,10 +43,8 @@ def squeeze(x: Tensor, channel_dim: int, largest: bool = False) -> Tensor:
             return x
         values, dim = x.flatten(1, -2), 1
     elif channel_dim < -1 or channel == 1:
-        values, dim = (
-            x.flatten(channel + 1),
-            -1,
-        )  # a view in both memory formats, and quicker to reduce than several dims
+        # a view in both memory formats, and quicker to reduce than several dims
+        values, dim = x.flatten(channel + 1), -1
     else:
         values, dim = x.movedim(channel, 1).flatten(2), -1
     return values.amax(dim) if largest else values.mean(dim)
@@ -75,46 +72,32 @@ def scale(x: Tensor, gate: Tensor, channel_dim: int, inplace: bool = False) -> T
 
 def hidden_width(channels: int, reduction: int, min_hidden: int) -> int:
     """Width of the bottleneck between the two layers of the excitation: ``max(channels // reduction, min_hidden)``."""
+    check_positive("reduction", reduction)
+    check_positive("min_hidden", min_hidden)
     return max(channels // reduction, min_hidden)
 
 
 def undrawn(layer: Any, *sizes: int, **options: Any) -> Any:
     """A layer whose parameters have no values yet: to draw values that are drawn anew takes long."""
-    made = _without_draws(layer)(*sizes, **options)
-    made.__class__ = layer
+    made = layer.__new__(layer)
+    vars(made)["reset_parameters"] = lambda: None
+    made.__init__(*sizes, **options)
+    del vars(made)["reset_parameters"]
     return made
 
 
-@functools.cache
-def _without_draws(layer: type[nn.Module]) -> type[nn.Module]:
-    return type(layer.__name__, (layer,), {"reset_parameters": lambda self: None})
-
-
-def init_bottleneck(first: nn.Module, last: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Kaiming's values for the first layer, zero for the last: all gates are 1.0, while the last layer's gradient is not zero
+@torch.no_grad()
+def init_bottleneck(first: Any, last: Any) -> None:
+    """Of two linear layers: Kaiming's values for the first layer, zero for the last: all gates are 1.0, while the last layer's gradient is not zero
     (as in LoRA)."""
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
     # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all of them.
     # Units in pairs of opposite sign: of each pair, one is alive for any input.
     pairs = first.out_features // 2
-    draw(first.weight[pairs:], math.sqrt(2 / first.in_features), generator)
-    with torch.no_grad():
-        torch.neg(first.weight[pairs : 2 * pairs], out=first.weight[:pairs])
-    init.zeros_(last.weight)
-    for layer in (first, last):
-        if layer.bias is not None:
-            init.zeros_(layer.bias)
-
-
-def draw(weight: Any, std: float, generator: torch.Generator | None) -> None:
-    """Fill a weight with normal values; with a generator of the CPU they are the same on every device."""
-    if generator is None or weight.device.type in ("cpu", "meta"):
-        init.normal_(weight, std=std, generator=None if weight.device.type == "meta" else generator)
-        return
-    drawn = torch.empty(weight.shape, dtype=weight.dtype)
-    with torch.no_grad():
-        weight.copy_(drawn.normal_(0.0, std, generator=generator))
+    drawn = first.weight[pairs:].normal_(0, math.sqrt(2 / first.in_features))
+    torch.neg(drawn[:pairs], out=first.weight[:pairs])
+    for zeros in (last.weight, first.bias, last.bias):
+        if zeros is not None:
+            zeros.zero_()
 
 
 def check_positive(name: str, value: int) -> None:
@@ -123,3 +106,10 @@ def check_positive(name: str, value: int) -> None:
         raise TypeError(f"{name} must be a positive int, got {brief(value)} of type {type(value).__name__}")
     if value < 1:
         raise RetrofitError(f"{name} must be at least 1, got {value}")
+
+
+def check_kernel(size: int) -> None:
+    """Raise unless ``size`` is a positive odd int."""
+    check_positive("kernel_size", size)
+    if size % 2 == 0:
+        raise RetrofitError(f"kernel_size must be odd, got {size}")

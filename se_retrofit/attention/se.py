@@ -5,19 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
 from .inserted import Inserted
-from .parts import TwiceSigmoid, check_positive, draw, hidden_width, init_bottleneck, scale, squeeze, undrawn
+from .parts import TwiceSigmoid, check_positive, hidden_width, init_bottleneck, undrawn
 
 __all__ = ["GATES", "SEAttention", "check_options"]
 
 GATES = ("identity", "sigmoid")
-
-torch.fx.wrap("scale")
-torch.fx.wrap("squeeze")
 
 
 class SEAttention(Inserted):
@@ -84,26 +80,20 @@ class SEAttention(Inserted):
             undrawn(nn.Linear, self.hidden, channel, bias=bias, **factory),
             nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid(),
         )
-        self.init_weights()
+        self.reset_parameters()
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights anew.
-
-        Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer, zero for
-        the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA).
-
-        Args:
-            generator: of the CPU, whatever device the weights are on; None for torch's own.
-        """
-        if next(self.parameters()).is_meta:
-            return  # no values to draw, and torch takes long to draw none
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew. Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer,
+        zero for the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA)."""
         assert isinstance(self.fc, nn.Sequential)
-        init_bottleneck(self.fc[0], self.fc[2], generator)
+        first, last = self.fc[0], self.fc[2]
+        if first.weight.is_meta:
+            return  # no values to draw, and torch takes long to draw none
+        init_bottleneck(first, last)
         if self.gate == "sigmoid":
-            draw(self.fc[0].weight, 0.001, generator)
-            draw(self.fc[2].weight, 0.001, generator)
-
-    reset_parameters = init_weights  # the name by which FSDP fills modules that were built on the meta device
+            first.weight.normal_(0, 0.001)
+            last.weight.normal_(0, 0.001)
 
     @property
     def gate_range(self) -> tuple[float, float]:
@@ -111,43 +101,7 @@ class SEAttention(Inserted):
 
     def gates(self, x: Tensor) -> Tensor:
         """The gates of an input, ``(N, C)``."""
-        return self.fc(squeeze(x, self.channel_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 - a block of its own is not compiled by torch.jit.script
-            if not torch.is_grad_enabled() and self._is_bare(x):
-                return self._forward_without_grad(x)
-        # a trace by torch.jit holds for both grad modes
-        return scale(x, self.gates(x), self.channel_dim, self.inplace and not torch.jit.is_tracing())
-
-    def _is_bare(self, x: Tensor) -> bool:
-        """Whether an eager call would come to the same operations as ``_forward_without_grad``: nothing is traced, hooked, or
-        put in the place of a layer."""
-        fc = self.fc
-        if type(x) is not Tensor or x.dim() != 4 or self.channel_dim not in (1, -3) or type(fc) is not nn.Sequential:
-            return False
-        if type(self).gates is not SEAttention.gates or "gates" in self.__dict__:
-            return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or nn.modules.module._has_any_global_hook():
-            return False
-        layers = tuple(fc._modules.values())
-        if tuple(map(type, layers)) not in _LAYERS:
-            return False
-        for module in (fc, *layers):
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return False
-        return True
-
-    def _forward_without_grad(self, x: Tensor) -> Tensor:
-        """The same values, bit for bit, by fewer calls: at a batch of one these take as long as the arithmetic."""
-        layers: Any = self.fc._modules.values()
-        first, _, last, gate_layer = layers
-        z = F.linear(x.flatten(2).mean(-1), first.weight, first.bias).relu_()
-        z = F.linear(z, last.weight, last.bias).sigmoid_()
-        if type(gate_layer) is TwiceSigmoid:
-            z.mul_(2.0)
-        gate = z.to(x.dtype).view(*z.shape, 1, 1)
-        return x.mul_(gate) if self.inplace else x * gate
+        return self.fc(self.squeezed(x))
 
     def summary(self) -> str:
         return f"SE {self.channel} -> {self.hidden} -> {self.channel}"
@@ -155,9 +109,6 @@ class SEAttention(Inserted):
     def extra_repr(self) -> str:
         dim = "" if self.channel_dim == 1 else f", channel_dim={self.channel_dim}"
         return f"{self.channel}, hidden={self.hidden}, gate={self.gate}{dim}"
-
-
-_LAYERS = {(nn.Linear, nn.ReLU, nn.Linear, last) for last in (nn.Sigmoid, TwiceSigmoid)}
 
 
 def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> None:

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .inserted import Inserted
-from .parts import scale
 
 __all__ = ["StaticFactor"]
-
-torch.fx.wrap("scale")
 
 
 class StaticFactor(Inserted):
@@ -50,7 +47,7 @@ class StaticFactor(Inserted):
         return self.factor.expand(x.shape[0], -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return scale(x, self.factor, self.channel_dim, self.inplace and not torch.jit.is_tracing())
+        return self.scaled(x, self.factor)
 
     def summary(self) -> str:
         return f"a factor for each of {self.channel} channels"

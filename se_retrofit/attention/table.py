@@ -24,34 +24,18 @@ __all__ = ["ATTENTIONS", "Attention", "built", "check_attention", "name_of"]
 Attention = str | Callable[..., nn.Module]
 
 
-def _se(slot: Slot, options: Mapping[str, Any]) -> Inserted:
-    return SEAttention(slot.channels, options["reduction"], gate=options["gate"], **_bottleneck(options), **slot.where)
-
-
-def _eca(slot: Slot, options: Mapping[str, Any]) -> Inserted:
-    return ECA(slot.channels, **slot.where)
-
-
-def _cbam(slot: Slot, options: Mapping[str, Any]) -> Inserted:
-    return CBAM(slot.channels, options["reduction"], dims=slot.dims, **_bottleneck(options), **slot.where)
-
-
-def _static(slot: Slot, options: Mapping[str, Any]) -> Inserted:
-    return StaticFactor(slot.channels, **slot.where)
-
-
-def _bottleneck(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("bias", "min_hidden")}
-
-
 # A row is a function of the slot and of the retrofit's options: reduction, gate, bias, min_hidden. What it gives is on the slot's
 # device, and an exact identity.
 ATTENTIONS: dict[str, Callable[[Slot, Mapping[str, Any]], Inserted]] = {
-    "se": _se,
-    "eca": _eca,
-    "cbam": _cbam,
-    "static": _static,
+    "se": lambda slot, options: SEAttention(slot.channels, gate=options["gate"], **_bottleneck(options), **slot.where),
+    "eca": lambda slot, options: ECA(slot.channels, **slot.where),
+    "cbam": lambda slot, options: CBAM(slot.channels, dims=slot.dims, **_bottleneck(options), **slot.where),
+    "static": lambda slot, options: StaticFactor(slot.channels, **slot.where),
 }
+
+
+def _bottleneck(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("reduction", "bias", "min_hidden")}
 
 
 def check_attention(attention: Any) -> None:
@@ -80,32 +64,31 @@ def name_of(attention: Attention) -> str:
 
 
 def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inserted:
-    """The module for a place: on the CPU, with values that are drawn from torch's global generator; without values, if that can be,
-    where the slot's device is meta.
+    """The module for a place: with values that are drawn from torch's global generator; without values, if that can be, where the
+    slot's device is meta.
 
     Raises:
         RetrofitError: what a class or factory of the user's raises, or gives, can't be inserted.
     """
-    cpu = replace(slot, device=torch.device("cpu"))
     if isinstance(attention, str):
-        return ATTENTIONS[attention](slot if slot.device.type == "meta" else cpu, options)
-    if slot.device.type != "meta":
-        return _inserted(_made(attention, cpu, slot), attention, slot)
+        return ATTENTIONS[attention](slot, options)
     try:
-        module = _made(attention, slot, slot)
-    except RetrofitError:  # a constructor may look at values
-        module = _made(attention, cpu, cpu)
+        module = _made(attention, slot)
+    except RetrofitError:
+        if slot.device.type != "meta":
+            raise
+        module = _made(attention, replace(slot, device=torch.device("cpu")))  # a constructor may look at values
     return _inserted(module, attention, slot)
 
 
-def _made(attention: Callable[..., nn.Module], built_for: Slot, slot: Slot) -> nn.Module:
+def _made(attention: Callable[..., nn.Module], slot: Slot) -> nn.Module:
     cls = attention.func if isinstance(attention, functools.partial) else attention
-    arguments: dict[str, Any] = {}
-    if isinstance(cls, type) and issubclass(cls, Inserted):
-        arguments = {"channel_dim": slot.channel_dim}
+    own = isinstance(cls, type) and issubclass(cls, Inserted)
     try:
-        with built_for.device:
-            module = attention(built_for.channels if isinstance(cls, type) else built_for, **arguments)
+        with slot.device:
+            module = attention(
+                slot.channels if isinstance(cls, type) else slot, **({"channel_dim": slot.channel_dim} if own else {})
+            )
     except Exception as error:
         raise RetrofitError(
             f"attention={name_of(attention)} can't be built for {slot.channels} channels, in block {slot.block or '(model)'}: "

@@ -23,6 +23,7 @@ from .options import (
     se_options,
     takes,
 )
+from .signals import Signals
 
 
 @app.command("compare")
@@ -62,7 +63,7 @@ def compare_command(
             options, recipe.to_dict(), describe_data(parts.train), describe_data(parts.val),
         ]  # fmt: skip
         output = Path("runs") / f"compare-{default_name(model, data, details)}"
-    try:
+    with Signals() as signals:
         comparison = compare(
             build,
             parts.train,
@@ -73,7 +74,6 @@ def compare_command(
             arms=[name.strip() for name in arms.split(",")],
             output_dir=output,
             base=base,
+            stop=signals.stop,
         )
-    except KeyboardInterrupt as error:
-        raise typer.Exit(130) from error
     print(f"\n{comparison}\n\nwritten to {output / 'comparison.json'}")

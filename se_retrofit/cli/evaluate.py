@@ -41,7 +41,7 @@ def evaluate_command(
     Images are prepared as in the fine-tune's validation; of a run's folder, its recipe tells the image size. Of a folder of
     classes that a run has split by itself, val is what it held out, and train what it was trained on.
     """
-    from ..finetune import FinetuneConfig, evaluate_closely, load_split
+    from ..finetune import FinetuneConfig, evaluate, load_split
     from ..finetune.splits import trained_on
     from ..finetune.transforms import class_names
     from ..saving import load_retrofitted
@@ -58,7 +58,7 @@ def evaluate_command(
     remark = trained_on(part, training_data_of(saved))
     if remark:
         say(Console(), remark)
-    found = evaluate_closely(network, part, config=config)
+    found = evaluate(network, part, config=config)
     say(Console(), found)
     if confusion is not None:
         say(Console(), f"wrote {found.plot(confusion)}")

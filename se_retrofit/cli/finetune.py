@@ -31,6 +31,7 @@ from .options import (
     se_options,
     takes,
 )
+from .signals import Signals
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +94,7 @@ def finetune_command(
     if resume is None and output is None:
         details = [recipe.to_dict(), describe_run(network, parts.train, parts.val, base)]
         output = Path("runs") / default_name(command["model"], command["data"], details)
-    try:
+    with Signals() as signals:
         finetune(
             network,
             parts.train,
@@ -103,9 +104,8 @@ def finetune_command(
             resume=resume is not None,
             base=base,
             command=command,
+            stop=signals.stop,
         )
-    except KeyboardInterrupt as error:
-        raise typer.Exit(130) from error
 
 
 # What finetune, find-lr and compare share

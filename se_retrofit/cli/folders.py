@@ -43,8 +43,7 @@ def run_settings(saved: Path) -> dict[str, Any]:
 def training_data_of(saved: Path) -> dict[str, Any] | None:
     """The fingerprint of the data that a saved network was trained on, where it is in a run's folder whose ``run.yaml`` tells
     it."""
-    from ..finetune.checkpoint import BEST, LAST
-    from ..finetune.setup import RUN, written
+    from ..finetune.checkpoint import BEST, LAST, RUN, written
 
     if saved.name not in (BEST, LAST):
         return None

@@ -28,7 +28,7 @@ def predict_command(
     """
     import torch
 
-    from ..finetune.evaluation import predict, write_predictions
+    from ..finetune.predicting import predict, write_predictions
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_file
 

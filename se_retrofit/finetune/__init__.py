@@ -1,12 +1,12 @@
 """Fine-tune retrofitted networks: ``finetune(model, train_data, val_data, config=FinetuneConfig(...))``.
 
 Read ``train.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
-``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``result.py`` what it comes to, ``metrics.py`` and ``scores.py`` evaluation, ``criteria.py`` losses,
+``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``result.py`` what it comes to, ``evaluation.py`` scores, ``predicting.py`` classes of new images, ``criteria.py`` losses,
 ``targets.py`` what a data set's labels are, ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
 ``splits.py`` which part of it is evaluated,
 ``parts.py`` the parts of a network, ``groups.py`` how fast each learns, ``optimizing.py`` by which optimizer,
 ``freezing.py`` which of them are trained when,
-``form.py`` as what it is trained, ``recomputing.py`` gradient checkpointing, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
+``form.py`` as what it is trained, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
 a person sees, ``gates.py`` what SE's gates did in each epoch, ``compare.py`` the question whether SE helps,
 ``rates.py`` the learning-rate finder, ``experiment.py`` which experiment a folder holds, ``callbacks.py`` the caller's own functions.
 """
@@ -18,11 +18,12 @@ with extra("finetune"):
     from .compare import Comparison, Contrast, compare
     from .config import FinetuneConfig
     from .datasets import NamedData, load_data
-    from .evaluation import Evaluation, Prediction, evaluate_closely, predict
-    from .metrics import evaluate
+    from .evaluation import Evaluation, evaluate
     from .parts import new_head
+    from .predicting import Prediction, predict
     from .rates import LearningRates, find_lr
     from .result import FinetuneResult
+    from .run import Stopped
     from .splits import Split, load_split
     from .train import finetune
     from .transforms import transform_of
@@ -39,9 +40,9 @@ __all__ = [
     "NamedData",
     "Prediction",
     "Split",
+    "Stopped",
     "compare",
     "evaluate",
-    "evaluate_closely",
     "find_lr",
     "finetune",
     "load_data",

@@ -80,16 +80,9 @@ class Callbacks:
                 raise TypeError(f"{field.name} must be a function of the run's facts, got {brief(value)}")
 
 
-def checked_callbacks(given: Any) -> Callbacks:
-    """``given``, or none at all for None.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if given is None:
-        return Callbacks()
+def checked_callbacks(given: Any) -> None:
+    """Raise where these are no callbacks."""
     if not isinstance(given, Callbacks):
         raise TypeError(
             f"callbacks must be Callbacks(after_epoch=..., ...), got {brief(given)} of type {type(given).__name__}"
         )
-    return given

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
 from ..models import Base
-from ..plaindata import read_json
-from ..saving.atomic import replaced_directory, settled
+from ..plaindata import parse_yaml, read_json
+from ..saving.atomic import replaced_directory, replaced_file, settled
 from ..saving.networks import write_network
 from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_recipe
 from ..saving.tensors import load_strictly, read_weights, save_tensors, tie
@@ -27,11 +28,13 @@ from .config import FinetuneConfig
 from .experiment import check_same
 from .groups import group_summary
 
-__all__ = ["LAST", "Progress", "has_checkpoint", "load_training", "save_training", "write_best"]
+__all__ = ["BEST", "LAST", "RUN", "Folder", "Progress", "join", "load_optimizer", "split", "written"]
 
-LAST, BEST = "last", "best"
+LAST, BEST, RUN = "last", "best", "run.yaml"
 TENSORS, STATE = "training.safetensors", "training.json"
-FORMAT = 2
+FORMAT = 3
+# These may be other than in the run that is resumed; all other fields decide the result.
+FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Progress:
         updates: updates done in all.
         loss, correct, seen: sums over the epoch so far, over all processes.
         history: a row for each finished epoch; row 0 is the evaluation before training.
-        best: the best validation accuracy, and in which epoch (from 1).
+        best: the best validation score, and in which epoch (from 1).
         stale: epochs in a row that did not bring a better one.
         finished: why the run is over: ``"epochs"`` or ``"early stop"``; None while it is not.
         step_seconds: the median time of an update.
@@ -64,116 +67,188 @@ class Progress:
     step_seconds: float | None = None
 
 
+NUMBER, MAYBE = (int, float), (int, float, type(None))
 PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
-    "epoch": (int,), "step": (int,), "updates": (int,), "loss": (float, int), "correct": (float, int), "seen": (float, int),
-    "history": (list,), "best": (float, int, type(None)), "best_epoch": (int, type(None)), "stale": (int,),
-    "finished": (str, type(None)), "step_seconds": (float, int, type(None)),
+    "epoch": (int,), "step": (int,), "updates": (int,), "loss": NUMBER, "correct": NUMBER, "seen": NUMBER, "history": (list,),
+    "best": MAYBE, "best_epoch": (int, type(None)), "stale": (int,), "finished": (str, type(None)), "step_seconds": MAYBE,
+}  # fmt: skip
+STATE_FIELDS: dict[str, tuple[type, ...]] = {
+    "format": (int,), "progress": (dict,), "config": (dict,), "experiment": (dict,), "world": (int,), "parts": (dict,),
 }  # fmt: skip
 
-GATE_FIELDS: dict[str, tuple[type, ...]] = {
-    "channels": (list,), "low": (float, int), "high": (float, int), "variation": (float, int), "saturated": (float, int),
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a run.
+
+    Attributes:
+        path: of the folder.
+        config, experiment, world: which run it is; ``experiment`` as ``describe_run`` gives it, ``world`` the number of
+            processes.
+        base: for the saved recipes.
+    """
+
+    path: Path
+    config: FinetuneConfig
+    experiment: dict[str, Any]
+    world: int
+    base: Base | None
+
+    @property
+    def last(self) -> Path:
+        return self.path / LAST
+
+    @property
+    def best(self) -> Path:
+        return self.path / BEST
+
+    def has_checkpoint(self) -> bool:
+        """Whether a run in this folder has something to go on from."""
+        return has_checkpoint(self.path)
+
+    def save(self, model: nn.Module, progress: Progress, parts: dict[str, Any]) -> None:
+        """Write ``last/``: the network, how far the run has come, and the state dicts in ``parts``.
+
+        Raises:
+            RetrofitError: it can't be written; the checkpoint before it is untouched.
+        """
+        tree, tensors = split(parts)
+        state = {
+            "format": FORMAT, "progress": asdict(progress), "config": self.config.to_dict(), "experiment": self.experiment,
+            "world": self.world, "parts": tree,
+        }  # fmt: skip
+        with replaced_directory(self.last, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
+            write_network(model, fresh, base=self.base)
+            save_tensors(tensors, fresh / TENSORS)
+            (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def save_best(self, model: nn.Module) -> None:
+        """Write ``best/``, the network that is the run's result."""
+        with replaced_directory(self.best, (WEIGHTS, RECIPE)) as fresh:
+            write_network(model, fresh, base=self.base)
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Any]]:
+        """Read ``last/``: its weights go into ``model``; how far the run had come and its state dicts are returned.
+
+        Raises:
+            RetrofitError: the checkpoint is broken, or of another network, experiment, config, number of processes or division
+                of the parameters. The model is unchanged.
+        """
+        folder = settled(self.last)
+        state = read_json(folder / STATE)
+        check_fields(state, STATE_FIELDS, folder / STATE, FORMAT)
+        check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
+        check_same(state["experiment"], self.experiment, self.path)
+        self._check_config(state)
+        if state["world"] != self.world:
+            raise RetrofitError(
+                f"{self.path} was started with {state['world']} processes, now running with {self.world}; use {state['world']}"
+            )
+        weights = self._weights(folder)
+        try:
+            parts = join(state["parts"], read_weights(folder / TENSORS))
+        except (TypeError, ValueError) as error:
+            raise RetrofitError(f"{folder / STATE}: parts can't be put together: {error}") from error
+        check_groups(parts, group_summary(optimizer.param_groups), self.path)
+        load_strictly(model, weights, str(folder / WEIGHTS))
+        return Progress(**state["progress"]), parts
+
+    def load_best(self) -> dict[str, Tensor]:
+        """The weights in ``best/``."""
+        return self._weights(settled(self.best))
+
+    def begin(self, command: dict[str, Any] | None, weights: int, *, resumed: bool) -> None:
+        """Write what the folder holds from the start: ``run.yaml`` is enough to repeat the run.
+
+        Raises:
+            RetrofitError: the disk has no room for the checkpoints of so many bytes of ``weights``.
+        """
+        self._check_space(weights)
+        with replaced_file(self.path / "config.yaml") as fresh:
+            self.config.to_yaml(fresh)
+        file, config = self.path / RUN, self.config.to_dict()
+        content = {"command": command, "experiment": self.experiment, "config": config}
+        if resumed:  # with the command that began it; it may have been extended
+            content = {**content, **written(file), "config": config}
+        with replaced_file(file) as fresh:
+            fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+    def _weights(self, folder: Path) -> dict[str, Tensor]:
+        weights = read_weights(folder / WEIGHTS)
+        tie(weights, read_recipe(folder)["tied"], folder / RECIPE)
+        return weights
+
+    def _check_config(self, state: dict[str, Any]) -> None:
+        """Raise where the run had another config. One that is over may be extended, and is not over then."""
+        now, free = self.config.to_dict(), FREE_FIELDS
+        # a field that came in a later version had no effect then, which is its default
+        then = {**FinetuneConfig().to_dict(), **state["config"]}
+        if type(then["epochs"]) is not int:
+            raise RetrofitError(f"{self.last / STATE}: epochs must be a number, got {brief(then['epochs'])}")
+        if state["progress"]["finished"] and now["epochs"] > then["epochs"]:
+            free = free | {"epochs"}
+            state["progress"]["finished"] = None
+        changed = [k for k in now if k not in free and then[k] != now[k]]
+        if changed:
+            what = "; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)
+            raise RetrofitError(
+                f"{self.path} holds a run with another config ({what}); resume with the same, or give a new folder"
+            )
+
+    def _check_space(self, weights: int) -> None:
+        # last: weights, about two of them for the optimizer, one for the average; best: one; twice while it is replaced
+        need = weights * (2 * (3 + (self.config.ema_decay is not None)) + 2)
+        # what is there already will be replaced
+        there = sum(file.stat().st_size for part in (self.last, self.best) if part.is_dir() for file in part.iterdir())
+        free = shutil.disk_usage(self.path).free + there
+        if free < need:
+            raise RetrofitError(
+                f"{self.path} has {free / 2**20:,.0f} MiB left, and the checkpoints of this run need about "
+                f"{need / 2**20:,.0f}; make room or give another folder"
+            )
 
 
-def has_checkpoint(output: Path) -> bool:
-    """Whether a run in this folder has something to go on from."""
-    folder = settled(output / LAST)
+def checked_folder(path: Path, resume: bool) -> Path:
+    """The path of a folder in which a run may begin, or go on with ``resume``; it is made where it is missing.
+
+    Raises:
+        RetrofitError: it holds a run already, can't be made, or holds files in ``last/`` or ``best/`` that a checkpoint would
+            delete.
+    """
+    if has_checkpoint(path) and not resume:
+        raise RetrofitError(f"{path} holds a run already; go on with it (resume=True), or give another folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RetrofitError(f"{path} can't be made: {error.strerror or error}") from error
+    for folder, ours in ((path / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)), (path / BEST, (WEIGHTS, RECIPE))):
+        if folder.exists() and not folder.is_dir():
+            raise RetrofitError(f"{folder} is a file, and the run writes a folder there; give another output folder")
+        foreign = sorted(f.name for f in folder.iterdir() if f.name not in ours) if folder.is_dir() else []
+        if foreign:
+            raise RetrofitError(
+                f"{folder} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; "
+                "give another output folder"
+            )
+    return path
+
+
+def has_checkpoint(path: Path) -> bool:
+    folder = settled(path / LAST)
     # Of an incomplete one, reading it says what is missing
     return any((folder / name).is_file() for name in (WEIGHTS, RECIPE, TENSORS, STATE))
 
 
-def save_training(
-    output: Path,
-    model: nn.Module,
-    progress: Progress,
-    config: dict[str, Any],
-    experiment: dict[str, Any],
-    parts: dict[str, Any],
-    *,
-    world: int,
-    base: Base | None,
-) -> None:
-    """Write ``last/``: the network, how far the run has come, and the state dicts in ``parts``.
-
-    Raises:
-        RetrofitError: it can't be written; the checkpoint before it is untouched.
-    """
-    tree, tensors = split(parts)
-    state = {
-        "format": FORMAT, "progress": asdict(progress), "config": config, "experiment": experiment, "world": world,
-        "parts": tree,
-    }  # fmt: skip
-    with replaced_directory(output / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
-        write_network(model, fresh, base=base)
-        save_tensors(tensors, fresh / TENSORS)
-        (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
-
-
-def write_best(output: Path, model: nn.Module, *, base: Base | None) -> None:
-    """Write ``best/``, the network that is the run's result."""
-    with replaced_directory(output / BEST, (WEIGHTS, RECIPE)) as fresh:
-        write_network(model, fresh, base=base)
-
-
-def load_training(
-    output: Path, model: nn.Module, config: dict[str, Any], experiment: dict[str, Any], groups: list[dict[str, Any]], *,
-    world: int, free: set[str],
-) -> tuple[Progress, dict[str, Any]]:  # fmt: skip
-    """Read ``last/``: its weights go into ``model``, the rest is returned.
-
-    Args:
-        output: the folder of the run.
-        model: the network that the run started with.
-        config: of the run that goes on; the saved one must agree but for the fields in ``free``. A run that is over may
-            have more epochs now.
-        experiment: as ``describe_run`` gives it; the saved one must agree.
-        groups: of the optimizer, as ``group_summary`` gives them; the saved ones must agree.
-        world: number of processes.
-        free: names of config fields that may have changed.
-
-    Raises:
-        RetrofitError: the checkpoint is broken, or of another network, experiment, config, number of processes or division of the
-            parameters. The model is unchanged.
-    """
-    folder = settled(output / LAST)
-    state = read_json(folder / STATE)
-    shape: dict[str, tuple[type, ...]] = {
-        "format": (int,), "progress": (dict,), "config": (dict,), "experiment": (dict,), "world": (int,), "parts": (dict,),
-    }  # fmt: skip
-    check_fields(state, shape, folder / STATE, FORMAT)
-    check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
-    _check_history(state["progress"]["history"], f"{folder / STATE}: history")
-    check_same(state["experiment"], experiment, output)
-    # a field that came in a later version had no effect then, which is its default
-    then = {**FinetuneConfig().to_dict(), **state["config"]}
-    if type(then["epochs"]) is not int:
-        raise RetrofitError(f"{folder / STATE}: epochs must be a number, got {brief(then['epochs'])}")
-    if state["progress"]["finished"] and config["epochs"] > then["epochs"]:
-        free = free | {"epochs"}  # a run that is over may be extended
-        state["progress"]["finished"] = None
-    changed = [k for k in config if k not in free and then[k] != config[k]]
-    if changed:
-        what = "; ".join(f"{k}: {then[k]!r} then, {config[k]!r} now" for k in changed)
-        raise RetrofitError(
-            f"{output} holds a run with another config ({what}); resume with the same, or give a new folder"
-        )
-    if state["world"] != world:
-        raise RetrofitError(
-            f"{output} was started with {state['world']} processes, now running with {world}; use {state['world']}"
-        )
-    recipe = read_recipe(folder)
-    weights = read_weights(folder / WEIGHTS)
-    tie(weights, recipe["tied"], folder / RECIPE)
+def written(file: Path) -> dict[str, Any]:
+    """What a ``run.yaml`` holds; nothing where it is missing or broken."""
     try:
-        parts = join(state["parts"], read_weights(folder / TENSORS))
-    except (TypeError, ValueError) as error:
-        raise RetrofitError(f"{folder / STATE}: parts can't be put together: {error}") from error
-    check_groups(parts, groups, output)
-    load_strictly(model, weights, str(folder / WEIGHTS))
-    return Progress(**state["progress"]), parts
+        content = parse_yaml(file.read_text(encoding="utf-8"), file)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def check_groups(parts: dict[str, Any], groups: list[dict[str, Any]], output: Path) -> None:
+def check_groups(parts: dict[str, Any], groups: list[dict[str, Any]], folder: Path) -> None:
     """Raise where another version of this package gave the parameters other learning rates: an optimizer's state goes by their
     order in the groups."""
     try:
@@ -187,49 +262,9 @@ def check_groups(parts: dict[str, Any], groups: list[dict[str, Any]], output: Pa
         for found in (then, groups)
     ]
     raise RetrofitError(
-        f"{output} holds a run whose parameters learn at other parts of lr, as a version of this package before or after this one "
+        f"{folder} holds a run whose parameters learn at other parts of lr, as a version of this package before or after this one "
         f"divides them ({words[0]} then; {words[1]} now); finish it with that version, or start anew in another folder"
     )
-
-
-def _check_history(history: list[Any], where: str) -> None:
-    """Raise unless it holds a row of numbers for each epoch, with what ``log_gates`` gives for each site."""
-    for row in history:
-        check = dict(row) if isinstance(row, dict) else {}
-        gates, saturated = check.pop("gates", {}), check.pop("saturated", {})
-        numbers = [*check.values(), *(saturated.values() if isinstance(saturated, dict) else [saturated])]
-        for seen in gates.values() if isinstance(gates, dict) else [gates]:
-            older = {"saturated": 0.0} if isinstance(seen, dict) else {}  # what runs before this version did not note
-            check_fields({**older, **seen} if older else seen, GATE_FIELDS, f"{where}: gates")
-            numbers += [*seen["channels"], *([] if len(seen["channels"]) == 5 else ["five are expected"])]
-        if type(check.get("epoch")) is not int or not all(map(_is_number, numbers)):
-            raise RetrofitError(f"{where} must hold a row of numbers for each epoch, got {brief(row)}")
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not abs(value) > 2**53)
-
-
-def check_folders(output: Path) -> None:
-    """Raise before training where ``last/`` or ``best/`` hold files that a checkpoint would delete."""
-    for part, ours in ((LAST, (WEIGHTS, RECIPE, TENSORS, STATE)), (BEST, (WEIGHTS, RECIPE))):
-        folder = output / part
-        if folder.exists() and not folder.is_dir():
-            raise RetrofitError(f"{folder} is a file, and the run writes a folder there; give another output folder")
-        foreign = sorted(f.name for f in folder.iterdir() if f.name not in ours) if folder.is_dir() else []
-        if foreign:
-            raise RetrofitError(
-                f"{folder} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; "
-                "give another output folder"
-            )
-
-
-def load_best(output: Path) -> dict[str, Tensor]:
-    """The weights in ``best/``."""
-    folder = settled(output / BEST)
-    weights = read_weights(folder / WEIGHTS)
-    tie(weights, read_recipe(folder)["tied"], folder / RECIPE)
-    return weights
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -241,23 +276,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
             if isinstance(value, Tensor) and value.shape == like.shape and value.dim() > 1:
                 entries[name] = torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)
     optimizer.load_state_dict(state)
-
-
-def check_space(output: Path, model: nn.Module, config: Any) -> None:
-    """Raise before training, rather than after the first epoch, where the disk has no room for the checkpoints."""
-    weights = sum(v.numel() * v.element_size() for v in model.state_dict().values())
-    # last: weights, about two of them for the optimizer, one for the average; best: one; twice while it is replaced
-    need = weights * (2 * (3 + (config.ema_decay is not None)) + 2)
-    # what is there already will be replaced
-    there = sum(
-        f.stat().st_size for part in (LAST, BEST) if (output / part).is_dir() for f in (output / part).iterdir()
-    )
-    free = shutil.disk_usage(output).free + there
-    if free < need:
-        raise RetrofitError(
-            f"{output} has {free / 2**20:,.0f} MiB left, and the checkpoints of this run need about "
-            f"{need / 2**20:,.0f}; make room or give another folder"
-        )
 
 
 # State dicts (nested dicts, lists, tuples, numbers, tensors) as JSON plus tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import statistics
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..retrofit import add_se
 from ..saving.atomic import replaced_file
 from ..tables import aligned
 from .config import FinetuneConfig
-from .metrics import answers as answers_of
+from .evaluation import evaluate
 from .randomness import EPOCH, kept_randomness, seed_all
 from .result import FinetuneResult
 from .train import finetune
@@ -226,6 +227,7 @@ def compare(
     output_dir: str | Path | None = None,
     base: Base | None = None,
     quiet: bool = False,
+    stop: threading.Event | None = None,
 ) -> Comparison:
     """Fine-tune a network without and with SE, by the same recipe, with the same seeds.
 
@@ -246,6 +248,7 @@ def compare(
         output_dir: folder for ``comparison.json`` and the runs; None writes nothing.
         base: as for ``finetune``.
         quiet: print nothing.
+        stop: as for ``finetune``; a comparison with an ``output_dir`` goes on when it is called again.
 
     Raises:
         RetrofitError: the network can't be retrofitted, or ``finetune`` raises it.
@@ -285,8 +288,9 @@ def compare(
                 resume=output is not None,  # a comparison takes long: rerunning it resumes
                 base=base,
                 quiet=quiet,
+                stop=stop,
             )
-            answers[name].append(answers_of(result.model, val_data, config=recipe, base=base).right)
+            answers[name].append(evaluate(result.model, val_data, config=recipe, base=base).right)
             # the weights are on the disk or not wanted, and the memory is
             runs[name].append(replace(result, model=nn.Identity()))
     comparison = Comparison({name: _arm(runs[name], answers[name]) for name in arms}, numbers)

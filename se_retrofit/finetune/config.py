@@ -43,10 +43,7 @@ class FinetuneConfig:
         schedule_options: further arguments of timm's ``create_scheduler_v2``.
         trainable: what is trained: ``"all"``, ``"se"`` or ``"se+head"``.
         unfreeze_epoch: the first epoch (counted from 1) in which all is trained, whatever ``trainable`` says.
-        unfreeze_every: epochs between two stages of the network that are unfrozen, from the last to the first, where
-            ``trainable`` is ``"se"`` or ``"se+head"``; None for none.
         freeze_bn: leave the running statistics of the norms as they are.
-        sync_batch_norm: with several processes on GPUs, let batch norms take their statistics over the batches of all.
         num_classes: give the network a new head for so many classes, where it has another number, or where it was fine-tuned
             on classes of other names; None keeps the head.
         multi_label: an image may have several classes: its target is a vector of 0 and 1, one for each class.
@@ -55,8 +52,6 @@ class FinetuneConfig:
         focal_gamma: how much less the focal loss counts what is classified well already.
         distillation_weight: the teacher's part in the loss, where ``finetune`` is given one.
         distillation_temperature: by which the logits of both are divided.
-        sample_weights: the training data gives ``(image, target, weight)``; the weight is how much the image counts in the
-            loss, 1 for as much as without.
         sampling: ``"shuffle"`` shows each image once an epoch; ``"balanced"`` draws as many images, each class as often
             as the others.
         best_metric: by which the best epoch is chosen: ``"accuracy"``, ``"loss"``, ``"top5"``, ``"precision"``,
@@ -78,8 +73,8 @@ class FinetuneConfig:
         tf32: let float32 products on CUDA use TF32.
         channels_last: memory format NHWC; None for: on CUDA.
         compile: train through ``torch.compile``, with SE and the norm before it fused (``fuse_se``).
-        grad_checkpointing: compute activations once more in the backward pass instead of keeping them: less memory, about a
-            third more time.
+        grad_checkpointing: compute activations once more in the backward pass instead of keeping them, by timm's own
+            ``set_grad_checkpointing``: less memory, about a third more time.
         find_unused_parameters: let several processes train a network of which a step may leave parameters unused.
         cpu: stay on the CPU.
         workers: processes that load data; None for as many as the CPU has cores, at most 8, and none for tensors that
@@ -119,9 +114,7 @@ class FinetuneConfig:
     schedule_options: dict[str, Any] = field(default_factory=dict)
     trainable: str = "all"
     unfreeze_epoch: int | None = None
-    unfreeze_every: int | None = None
     freeze_bn: bool = False
-    sync_batch_norm: bool = False
     num_classes: int | None = None
     multi_label: bool = False
     criterion: str = "cross_entropy"
@@ -129,7 +122,6 @@ class FinetuneConfig:
     focal_gamma: float = 2.0
     distillation_weight: float = 0.5
     distillation_temperature: float = 4.0
-    sample_weights: bool = False
     sampling: str = "shuffle"
     best_metric: str = "accuracy"
     label_smoothing: float = 0.1
@@ -165,24 +157,14 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise RetrofitError(f"{name} must be {expected}, got {brief(value)}")
-        self._check_unfreezing()
-        if self.sync_batch_norm and self.freeze_bn:
-            raise RetrofitError("sync_batch_norm=True shares statistics that freeze_bn=True leaves unused; take one")
+        if self.unfreeze_epoch is not None and self.trainable == "all":
+            raise RetrofitError(
+                f'unfreeze_epoch={self.unfreeze_epoch} needs trainable="se" or "se+head": "all" freezes nothing'
+            )
         self._check_labels()
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise RetrofitError(
                 f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}"
-            )
-
-    def _check_unfreezing(self) -> None:
-        for name in ("unfreeze_epoch", "unfreeze_every"):
-            value = getattr(self, name)
-            if value is not None and self.trainable == "all":
-                raise RetrofitError(f'{name}={value} needs trainable="se" or "se+head": "all" freezes nothing')
-        if self.unfreeze_epoch is not None and self.unfreeze_every is not None:
-            raise RetrofitError(
-                f"unfreeze_epoch={self.unfreeze_epoch} unfreezes all at once, unfreeze_every={self.unfreeze_every} stage by "
-                "stage; take one"
             )
 
     def _check_labels(self) -> None:
@@ -192,10 +174,6 @@ class FinetuneConfig:
             )
         if self.multi_label and (self.mixup or self.cutmix or self.sampling == "balanced"):
             raise RetrofitError('mixup, cutmix and sampling="balanced" need one class an image, not multi_label=True')
-        if self.sample_weights and (self.mixup or self.cutmix):
-            raise RetrofitError(
-                "sample_weights=True: mixup and cutmix mix images, and a mixed image has no weight of its own; take one"
-            )
         if self.class_weights and (self.criterion == "bce") != self.multi_label:
             raise RetrofitError(
                 'class_weights go with criterion="bce" where multi_label=True, and with "cross_entropy" and "focal" '
@@ -272,7 +250,7 @@ def _one_of(*values: str) -> tuple[Callable[[Any], bool], str]:
 
 
 AT_LEAST_1 = (
-    "epochs", "batch_size", "grad_accum_steps", "unfreeze_epoch", "unfreeze_every", "num_classes", "image_size", "patience", "log_every",
+    "epochs", "batch_size", "grad_accum_steps", "unfreeze_epoch", "num_classes", "image_size", "patience", "log_every",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "se_lr_scale", "head_lr_scale", "weight_decay", "momentum", "min_lr", "mixup", "cutmix", "color_jitter", "workers",

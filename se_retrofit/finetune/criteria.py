@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ __all__ = [
     "criterion_of",
     "describe_criterion",
     "distillation_loss",
-    "loss_by",
 ]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -39,11 +38,10 @@ class FocalLoss(nn.Module):
         gamma: 0 is cross-entropy; the paper takes 2.
         weight: how much an image of each class counts, (classes,).
         label_smoothing: as in ``nn.CrossEntropyLoss``.
-        reduction: ``"mean"``, or ``"none"`` for the loss of each image.
 
     Shape:
         Logits (N, classes) and class numbers (N,) or soft labels (N, classes) give a scalar, the mean; with ``weight``
-        the weighted mean. With ``reduction="none"`` they give (N,), of which that is the mean.
+        the weighted mean.
 
     Example:
         >>> import torch
@@ -55,15 +53,9 @@ class FocalLoss(nn.Module):
 
     weight: Tensor | None
 
-    def __init__(
-        self,
-        gamma: float = 2.0,
-        weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> None:
+    def __init__(self, gamma: float = 2.0, weight: Tensor | None = None, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.gamma, self.label_smoothing, self.reduction = gamma, label_smoothing, reduction
+        self.gamma, self.label_smoothing = gamma, label_smoothing
         self.register_buffer("weight", weight)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -75,23 +67,20 @@ class FocalLoss(nn.Module):
             labels = labels * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[1]
         log_p = F.log_softmax(logits, dim=1)
         losses = (-labels * _focus(1 - log_p.exp(), self.gamma) * log_p).sum(1)
-        if self.reduction == "none":
-            return weights * losses / weights.mean()
         return (weights * losses).sum() / weights.sum()
 
 
 class MultiLabelFocalLoss(nn.Module):
-    """The focal loss of each label by itself, averaged over the labels and, unless ``reduction`` is ``"none"``, the images."""
+    """The focal loss of each label by itself, averaged over labels and images."""
 
-    def __init__(self, gamma: float, reduction: Literal["mean", "none"]) -> None:
+    def __init__(self, gamma: float) -> None:
         super().__init__()
-        self.gamma, self.reduction = gamma, reduction
+        self.gamma = gamma
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         p = logits.sigmoid()
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        losses = _focus(p * (1 - targets) + (1 - p) * targets, self.gamma) * losses
-        return losses.mean(1) if self.reduction == "none" else losses.mean()
+        return (_focus(p * (1 - targets) + (1 - p) * targets, self.gamma) * losses).mean()
 
 
 def _focus(wrong: Tensor, gamma: float) -> Tensor:
@@ -108,7 +97,6 @@ def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: An
     if given is not None:
         return given
     # mixup smooths the labels itself; yes and no of separate labels are not smoothed
-    reduction: Literal["mean", "none"] = "none" if config.sample_weights else "mean"
     smoothing = 0.0 if config.mixup or config.cutmix or config.multi_label else config.label_smoothing
     weight = None
     if config.class_weights is not None:
@@ -117,39 +105,18 @@ def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: An
         few = counts.clamp(min=1)
         weight = (images - counts) / few if config.multi_label else images / (len(counts) * few)
     if config.criterion == "cross_entropy" and weight is None:
-        return nn.CrossEntropyLoss(label_smoothing=smoothing, reduction=reduction)
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
     if config.criterion == "bce":
         if config.multi_label:
-            return nn.BCEWithLogitsLoss(pos_weight=weight, reduction=reduction)
-        return BinaryCrossEntropy(smoothing=smoothing, reduction=reduction)
+            return nn.BCEWithLogitsLoss(pos_weight=weight)
+        return BinaryCrossEntropy(smoothing=smoothing)
     if config.multi_label:
-        return MultiLabelFocalLoss(config.focal_gamma, reduction)
+        return MultiLabelFocalLoss(config.focal_gamma)
     gamma = config.focal_gamma if config.criterion == "focal" else 0.0  # which is cross-entropy
-    return FocalLoss(gamma, weight, smoothing, reduction)
+    return FocalLoss(gamma, weight, smoothing)
 
 
-def loss_by(criterion: Criterion, logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean loss of a batch, in which each image counts by its weight.
-
-    The sum is divided by the number of images, not by that of the weights: so the batches of an accumulation and of several
-    processes add up to the loss of one large batch.
-
-    Raises:
-        RetrofitError: a criterion of the caller's returned something else.
-    """
-    loss = criterion(logits, targets)
-    if weights is None:
-        return checked_loss(loss)
-    if not isinstance(loss, Tensor) or loss.dim() == 0 or len(loss) != len(weights):
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else brief(loss)
-        raise RetrofitError(
-            f"sample_weights=True: the criterion must return the loss of each image, {len(weights)} of them "
-            f'(reduction="none"), got {got}'
-        )
-    return checked_loss((weights * loss.flatten(1).mean(1) if loss.dim() > 1 else weights * loss).mean())
-
-
-def distillation_loss(logits: Tensor, taught: Tensor, config: FinetuneConfig, weights: Tensor | None = None) -> Tensor:
+def distillation_loss(logits: Tensor, taught: Tensor, config: FinetuneConfig) -> Tensor:
     """How far the softened probabilities are from the teacher's, times the temperature's square (Hinton et al.,
     "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531)."""
     if logits.shape != taught.shape:
@@ -163,7 +130,7 @@ def distillation_loss(logits: Tensor, taught: Tensor, config: FinetuneConfig, we
         losses = F.binary_cross_entropy_with_logits(logits, taught.sigmoid(), reduction="none").mean(1)
     else:
         losses = F.kl_div(logits.log_softmax(1), taught.log_softmax(1), log_target=True, reduction="none").sum(1)
-    return (losses if weights is None else weights * losses).mean() * temperature**2
+    return losses.mean() * temperature**2
 
 
 def describe_criterion(given: Criterion | None, teacher: nn.Module | None) -> dict[str, Any]:

@@ -16,33 +16,39 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Tens
 
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
-from .targets import class_numbers, image_weights, is_weight, targets_together, weights_together
-from .workers import AfterOurs, begin_worker, told_plainly
+from .targets import class_numbers, image_weights, targets_together
+from .workers import begin_worker, told_plainly
 
 __all__ = ["Batch", "Stream", "stream"]
 
 # What reading a broken image or a vanished file raises. Anything else is a bug in the data set, and passes as it is.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MOST_REPLACEMENTS = 10
+END = object()
 
 
 class Batch(NamedTuple):
-    """Images, their classes (numbers, or a vector for each image), and which of them count (a filler in the last batch, or in place of an unreadable image,
-    does not); ``complaints`` name the images that could not be read, ``weights`` are those of the images in the loss."""
+    """Images, their classes (numbers, or a vector for each image), and which of them count: a filler in the last batch, or in
+    place of an unreadable image, does not. ``complaints`` name the images that could not be read."""
 
     images: Tensor
     targets: Tensor
     counts: Tensor
     complaints: list[str]
-    weights: Tensor | None = None
 
 
-# An item as it is loaded: image, target, weight or None, whether it counts, complaints
-Item = tuple[Any, Any, Any, bool, list[str]]
+# An item as it is loaded: image, target, whether it counts, complaints
+Item = tuple[Any, Any, bool, list[str]]
 
 
 class Stream(Protocol):
-    """The batches of this process, epoch by epoch."""
+    """The batches of this process, epoch by epoch.
+
+    Attributes:
+        resumes_within: whether an epoch can begin in the middle, with the batches that it has there in any case.
+    """
+
+    resumes_within: bool
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -60,7 +66,6 @@ def stream(
     transform: Callable[[Any], Any] | None,
     bad_images: str = "error",
     balanced: bool = False,
-    weighted: bool = False,
     seed: int = 0,
     workers: int | None = None,
     rank: int = 0,
@@ -70,8 +75,7 @@ def stream(
     """Batches from a Dataset or a DataLoader.
 
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
-    A DataLoader is taken as it is. With ``weighted`` the third entry of an item is its weight; otherwise what comes after
-    the second is passed over, unless it looks like a weight that training would forget.
+    A DataLoader is taken as it is. What an item holds after image and class is passed over.
 
     Raises:
         RetrofitError: there is no image in it, it doesn't know its length, or it is iterable and there are several
@@ -84,13 +88,7 @@ def stream(
             'or a DataLoader with a WeightedRandomSampler and sampling="shuffle"'
         )
     if isinstance(data, DataLoader):
-        if train and data.persistent_workers:
-            raise RetrofitError(
-                f"{name} is a DataLoader with persistent_workers=True, whose workers keep random states from epoch to "
-                "epoch, so that a resumed run would see other images; give it persistent_workers=False, or give the "
-                "Dataset itself"
-            )
-        return LoaderStream(data, name=name, train=train, weighted=weighted, seed=seed, rank=rank, world=world)
+        return LoaderStream(data, name=name, train=train, seed=seed, rank=rank, world=world)
     if isinstance(data, (str, bytes)) or not (hasattr(data, "__getitem__") or isinstance(data, IterableDataset)):
         raise TypeError(
             f"{name} must be a Dataset of (image, class) pairs or a DataLoader, got {type(data).__name__}"
@@ -102,16 +100,18 @@ def stream(
             raise RetrofitError(
                 f"{name} is iterable, and several processes can't share it evenly; give a data set with indices"
             )
-        items = Transformed(data, transform, name=name, train=train, weighted=weighted)
+        items = Transformed(data, transform, name=name)
         workers = min(workers, 1)  # each of several would give all items, unless the data set divides them by itself
         loader: DataLoader[Any] = DataLoader(
             items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=begin_worker
         )
-        return LoaderStream(loader, name=name, train=train, weighted=weighted, seed=seed, rank=rank, world=world)
-    return DatasetStream(
-        data, name=name, train=train, batch_size=batch_size, transform=transform, bad_images=bad_images,
-        weights=image_weights(data) if balanced and train else None, weighted=weighted, seed=seed, workers=workers, rank=rank, world=world, pin_memory=pin_memory,
+        return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
+    order = Order(
+        data, batch_size, name=name, train=train, seed=seed, rank=rank, world=world,
+        weights=image_weights(data) if balanced and train else None,
     )  # fmt: skip
+    items = Items(data, transform, seed=seed, name=name)
+    return DatasetStream(items, order, bad_images=bad_images, workers=workers, pin_memory=pin_memory)
 
 
 def default_workers(data: Any, world: int) -> int:
@@ -132,9 +132,15 @@ class Order(Sampler[list[tuple[int, int, bool]]]):
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, train: bool, seed: int, rank: int, world: int,
+        self, data: Any, batch_size: int, *, name: str, train: bool, seed: int, rank: int, world: int,
         weights: Tensor | None = None,
     ) -> None:  # fmt: skip
+        try:
+            length = len(data)
+        except TypeError as error:
+            raise RetrofitError(f"{name} doesn't know its length; give a data set with __len__") from error
+        if length < (world if train else 1):
+            raise RetrofitError(f"{name} holds {length} images, fewer than there are processes ({world})")
         self.weights = weights
         self.length, self.train, self.seed, self.rank, self.world = length, train, seed, rank, world
         whole = length // (batch_size * world)
@@ -167,11 +173,8 @@ class Order(Sampler[list[tuple[int, int, bool]]]):
 class Items(Dataset[Item]):
     """The caller's data set, with its randomness seeded item by item, and unreadable images replaced and named."""
 
-    def __init__(
-        self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str, train: bool, weighted: bool
-    ) -> None:
-        self.data, self.transform, self.seed = data, transform, seed
-        self.name, self.train, self.weighted = name, train, weighted
+    def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str) -> None:
+        self.data, self.transform, self.seed, self.name = data, transform, seed, name
         if hasattr(data, "_max_retries"):
             data._max_retries = 1  # timm's ImageDataset would pass over unreadable images by itself
 
@@ -182,7 +185,7 @@ class Items(Dataset[Item]):
             at = (index + attempt) % len(self.data)
             seed_all(self.seed, SAMPLE, epoch, at)
             try:
-                image, target, weight = self.read(at)
+                image, target = prepared(self.data[at], self.transform, self.name)
             except RetrofitError:  # which is a ValueError, and has nothing to do with the image
                 raise
             except UNREADABLE as error:
@@ -192,31 +195,16 @@ class Items(Dataset[Item]):
                     raise
                 complaints.append(f"{name_of(self.data, at)}: {error}")
             else:
-                return image, target, weight, counts and not complaints, complaints
+                return image, target, counts and not complaints, complaints
         raise RetrofitError(f"{MOST_REPLACEMENTS} images of {self.name} in a row can't be read; first {complaints[0]}")
 
     def __getitems__(self, keys: list[tuple[int, int, bool]]) -> Any:
         """A batch; of tensors in memory, where nothing is random or unreadable, in one piece."""
         tensors, indices = in_memory(self.data, [index for _, index, _ in keys])
-        if len(tensors) < 2 + self.weighted or tensors[1].dim() not in (1, 2):
+        if len(tensors) < 2 or tensors[1].dim() not in (1, 2):
             return [self[key] for key in keys]
-        if self.train and not self.weighted and len(tensors) > 2 and is_weight(tensors[2], 1):
-            raise forgotten_weight(self.name)
-        images, targets, *more = (tensor[indices] for tensor in tensors[: 2 + self.weighted])
-        return Batch(
-            images,
-            class_numbers(targets),
-            torch.tensor([counts for _, _, counts in keys]),
-            [],
-            weights_together(more[0]) if more else None,
-        )
-
-    def read(self, index: int) -> tuple[Any, Any, Any]:
-        item = self.data[index]
-        image, target, weight = entries(item, self.name, self.weighted, 0 if self.train else None)
-        if self.transform is not None and isinstance(image, Image.Image):
-            image = self.transform(image)
-        return image, target, weight
+        images, targets = (tensor[indices] for tensor in tensors[:2])
+        return Batch(images, class_numbers(targets), torch.tensor([counts for _, _, counts in keys]), [])
 
 
 def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[int]]:
@@ -229,41 +217,29 @@ def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[i
 class Transformed(IterableDataset[Any]):
     """An iterable data set whose PIL images go through the transform."""
 
-    def __init__(
-        self, data: Any, transform: Callable[[Any], Any] | None, *, name: str, train: bool, weighted: bool
-    ) -> None:
-        self.data, self.transform, self.name, self.train, self.weighted = data, transform, name, train, weighted
+    def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, name: str) -> None:
+        self.data, self.transform, self.name = data, transform, name
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __iter__(self) -> Iterator[Any]:
         for item in self.data:
-            image, target, weight = entries(item, self.name, self.weighted, 0 if self.train else None)
-            image = self.transform(image) if self.transform and isinstance(image, Image.Image) else image
-            yield (image, target, weight) if self.weighted else (image, target)
+            yield prepared(item, self.transform, self.name)
 
 
-def entries(item: Any, name: str, weighted: bool, dims: int | None) -> tuple[Any, Any, Any]:
-    """Image, class and, where they are ``weighted``, weight of an item of a data set or a batch of a loader.
+def prepared(item: Any, transform: Callable[[Any], Any] | None, name: str) -> tuple[Any, Any]:
+    """Image and class of an item; a PIL image goes through the transform."""
+    image, target = pair_of(item, name)
+    return (transform(image) if transform is not None and isinstance(image, Image.Image) else image), target
 
-    With ``dims`` (0 for an item, 1 for a batch) weights that would be forgotten are refused.
-    """
-    if isinstance(item, (tuple, list)) and len(item) >= 2 + weighted:
-        if dims is not None and not weighted and len(item) > 2 and is_weight(item[2], dims):
-            raise forgotten_weight(name)
-        return item[0], item[1], item[2] if weighted else None
+
+def pair_of(item: Any, name: str) -> tuple[Any, Any]:
+    """Image and class of an item of a data set, or images and classes of a batch of a loader."""
+    if isinstance(item, (tuple, list)) and len(item) >= 2:
+        return item[0], item[1]
     got = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
-    if weighted:
-        raise RetrofitError(f"sample_weights=True: {name} must give (image, class, weight), got {got}")
     raise RetrofitError(f"{name} must give (image, class) pairs, got {got}")
-
-
-def forgotten_weight(name: str) -> RetrofitError:
-    return RetrofitError(
-        f"{name} gives a fractional number after image and class: sample_weights=True takes it for the image's weight in the "
-        "loss; if it is something else, give pairs"
-    )
 
 
 def check_batch(images: Any, targets: Any, name: str) -> None:
@@ -291,13 +267,12 @@ def name_of(data: Any, index: int) -> str:
 def collate(items: Batch | list[Item]) -> Batch:
     if isinstance(items, Batch):
         return items
-    images, targets, weights, counts, complaints = zip(*items, strict=True)
+    images, targets, counts, complaints = zip(*items, strict=True)
     return Batch(
         images_together(images),
         targets_together(targets),
         torch.tensor(counts),
         list(itertools.chain.from_iterable(complaints)),
-        None if weights[0] is None else weights_together(weights),
     )
 
 
@@ -314,22 +289,14 @@ def images_together(images: Sequence[Any]) -> Any:
 class DatasetStream:
     """The batches of a map-style data set."""
 
-    def __init__(
-        self, data: Any, *, name: str, train: bool, batch_size: int, transform: Callable[[Any], Any] | None,
-        bad_images: str, weights: Tensor | None, weighted: bool, seed: int, workers: int, rank: int, world: int, pin_memory: bool,
-    ) -> None:  # fmt: skip
-        try:
-            length = len(data)
-        except TypeError as error:
-            raise RetrofitError(f"{name} doesn't know its length; give a data set with __len__") from error
-        if length < (world if train else 1):
-            raise RetrofitError(f"{name} holds {length} images, fewer than there are processes ({world})")
-        self.name, self.bad_images = name, bad_images
+    resumes_within = True
+
+    def __init__(self, items: Items, order: Order, *, bad_images: str, workers: int, pin_memory: bool) -> None:
+        self.name, self.order, self.bad_images = items.name, order, bad_images
         self.named: set[str] = set()
-        self.order = Order(length, batch_size, train=train, seed=seed, rank=rank, world=world, weights=weights)
         self.loader = DataLoader(
-            Items(data, transform, seed=seed, name=name, train=train, weighted=weighted),
-            batch_sampler=self.order,
+            items,
+            batch_sampler=order,
             collate_fn=collate,
             num_workers=workers,
             pin_memory=pin_memory,
@@ -364,15 +331,15 @@ class DatasetStream:
 class LoaderStream:
     """The batches of the caller's own DataLoader.
 
-    Before each batch is fetched the generators are seeded, so that a resumed run, which fetches the batches that it has
-    seen and drops them, sees the same order and augmentation. With several processes each loads all and takes its
-    share: batches ``rank``, ``rank + world``, and so on.
+    Its generators are seeded for each epoch and batch, so that an epoch has the same order and augmentation in a run that is
+    resumed before it. With several processes each loads all and takes its share: batches ``rank``, ``rank + world``,
+    and so on.
     """
 
-    def __init__(
-        self, loader: DataLoader[Any], *, name: str, train: bool, weighted: bool, seed: int, rank: int, world: int
-    ) -> None:
-        self.loader, self.name, self.train, self.weighted = loader, name, train, weighted
+    resumes_within = False
+
+    def __init__(self, loader: DataLoader[Any], *, name: str, train: bool, seed: int, rank: int, world: int) -> None:
+        self.loader, self.name, self.train = loader, name, train
         self.seed, self.rank, self.world = seed, rank, world
         try:
             self.total = len(loader)
@@ -387,34 +354,29 @@ class LoaderStream:
         return self.total // self.world if self.train else -(-self.total // self.world)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch; ``start`` is 0."""
+        fetched = self.fetched(epoch)
+        for turn in range(len(self)):
+            before = turn * self.world
+            shares = list(itertools.islice(fetched, self.world))
+            if len(shares) < min(self.world, self.total - before):
+                raise RetrofitError(f"{self.name} promised {self.total} batches and gave {before + len(shares)}")
+            # Where the last turn does not reach this process, it takes a batch that doesn't count
+            images, targets = pair_of(shares[min(self.rank, len(shares) - 1)], self.name)
+            check_batch(images, targets, self.name)
+            yield Batch(images, targets, torch.full((len(targets),), self.rank < len(shares)), [])
+
+    def fetched(self, epoch: int) -> Iterator[Any]:
+        """What the loader gives in an epoch."""
         self.begin(epoch)
-        fetch = self.start_workers()
-        mine: Any = None
-        for number in range(len(self) * self.world):
+        fetch = iter(self.loader)
+        for number in itertools.count():
             seed_all(self.seed, SAMPLE, epoch, number)
             with told_plainly():
-                item = next(fetch, None)
-            if item is None and number < self.total:
-                raise RetrofitError(f"{self.name} promised {self.total} batches and gave {number}")
-            if number % self.world == self.rank or mine is None:
-                # Where this process has no batch left it fills up with one that doesn't count.
-                mine = (item, True) if item is not None else (mine[0], False)
-            if number % self.world == self.world - 1 and number // self.world >= start:
-                images, targets, weights = entries(mine[0], self.name, self.weighted, 1 if self.train else None)
-                check_batch(images, targets, self.name)
-                together = weights_together(weights) if self.weighted else None
-                if together is not None and len(together) != len(targets):
-                    raise RetrofitError(f"{self.name} gives {len(together)} weights for {len(targets)} images")
-                yield Batch(images, targets, torch.full((len(targets),), mine[1]), [], together)
-
-    def start_workers(self) -> Iterator[Any]:
-        """``iter(loader)``, with loading processes that begin with ``begin_worker``. The loader is left as it was."""
-        given = self.loader.worker_init_fn
-        self.loader.worker_init_fn = AfterOurs(given)
-        try:
-            return iter(self.loader)
-        finally:
-            self.loader.worker_init_fn = given
+                batch = next(fetch, END)
+            if batch is END:
+                return
+            yield batch
 
     def begin(self, epoch: int) -> None:
         """Have the loader's shuffling depend on the epoch alone."""

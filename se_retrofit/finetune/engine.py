@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
-import time
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +18,7 @@ from .config import FinetuneConfig
 
 BACKEND = "inductor"  # of torch.compile
 
-__all__ = ["Forward", "Interrupt", "called", "engine", "fast_math", "logits_of", "refuse_sharding"]
+__all__ = ["Forward", "called", "engine", "fast_math", "logits_of", "refuse_sharding"]
 
 
 class Forward(nn.Module):
@@ -145,60 +141,6 @@ def fast_math(config: FinetuneConfig) -> Iterator[None]:
         yield
     finally:
         products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark = before
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM as a flag that the loop looks at after each update; the person is told at once.
-
-    The third Ctrl-C stops the run without a checkpoint, but never while one is being written.
-    """
-
-    PATIENCE = 1.0  # seconds; torchrun passes the terminal's own Ctrl-C on once more
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.signal: int | None = None
-        self.quiet = quiet
-        self.since = 0.0
-        self.times = 0
-        self.writing = False
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-            self.say("stopping: the update under way is finished, then a checkpoint is written")
-        elif number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE:
-            self.times, self.since = self.times + 1, time.monotonic()
-            if self.writing:
-                self.say("still stopping: the checkpoint is being written")
-            elif self.times == 1:
-                self.say("still stopping; another Ctrl-C stops at once and leaves the last checkpoint as it is")
-            else:
-                raise KeyboardInterrupt
-
-    def say(self, text: str) -> None:
-        # not by print, which must not be entered again from a signal handler
-        if not self.quiet and int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, f"{text}\n".encode())
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """No Ctrl-C ends the body, which writes a checkpoint."""
-        self.writing = True
-        try:
-            yield
-        finally:
-            self.writing = False
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 def processes() -> tuple[int, int]:

@@ -1,44 +1,51 @@
-"""A closer look at a classifier than one number, and its use on images that have no labels."""
+"""Scores of a classifier on a data set: each image counts once, whatever the number of processes."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import statistics
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import RetrofitError
 from ..models import Base
 from ..saving.atomic import replaced_file
-from ..surgery.record.copying import in_mode
 from ..tables import aligned
 from .config import FinetuneConfig
-from .data import UNREADABLE
-from .engine import called
-from .metrics import answers
-from .parts import as_found
-from .scores import confusion_of, each_class, scores_of
+from .data import Batch, Stream, stream
+from .engine import called, engine, fast_math
+from .log import Log
+from .parts import as_found, check_network, to_device
+from .randomness import kept_randomness
+from .run import placed, uses_channels_last
+from .setup import check_config
 from .splits import opened
-from .transforms import class_names, class_names_of, has_several_labels, transform_of
+from .transforms import check_classes, class_names, class_names_of, transforms_for
 
-__all__ = ["ClassScores", "Evaluation", "Prediction", "evaluate_closely", "predict", "write_predictions"]
+__all__ = ["ClassScores", "Evaluation", "check_targets", "evaluate", "hits", "measure"]
+
+MOST_LIKELY = 5  # classes of each image that are kept
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One class: how many of its images there are, and precision, recall and F1, 0 where undefined."""
+    """One class: how many images it has and how often it was the answer; precision, recall and F1, 0 where undefined; with
+    several labels an image, the average precision, None where no image has the label."""
 
     name: str
     images: int
+    answered: int
     precision: float
     recall: float
     f1: float
+    average_precision: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,56 +53,118 @@ class Evaluation:
     """What a classifier does on a data set.
 
     Attributes:
-        images: how many there are.
-        loss: cross-entropy, the mean over the images.
-        accuracy: the share that is classified correctly.
-        top5: the share whose class is among the five most likely ones; None with five classes or fewer.
-        macro_f1: the mean F1 over the classes that have images or were an answer, as ``evaluate`` gives it.
+        loss: cross-entropy, binary for several labels an image; the mean over the images.
+        accuracy: the share of images that are classified correctly; of several labels an image, the share of labels.
         classes: each class that the network knows.
-        confusion: (classes, classes), counts; rows are the true classes, columns the predicted ones.
+        multi_label: whether an image may have several classes.
+        answers: the most likely classes of each image, the first first, (images, 5), fewer where there are fewer classes; with
+            several labels the probabilities, (images, classes).
+        targets: the classes, (images,); with several labels 0 and 1, (images, classes).
         split, about: which images of which data they are; empty where the data was not given by name.
     """
 
-    images: int
     loss: float
     accuracy: float
-    top5: float | None
-    macro_f1: float
     classes: tuple[ClassScores, ...]
-    confusion: Tensor
+    multi_label: bool
+    answers: Tensor = field(repr=False, compare=False)
+    targets: Tensor = field(repr=False, compare=False)
     split: str = ""
     about: str = ""
 
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.targets)
+
+    @property
+    def right(self) -> Tensor:
+        """Which images are classified correctly (in all labels), (images,)."""
+        if self.multi_label:
+            return ((self.answers > 0.5) == (self.targets > 0.5)).all(1)
+        return self.answers[:, 0] == self.targets
+
+    @property
+    def top5(self) -> float | None:
+        """The share whose class is among the five most likely ones; None with five classes or fewer, and several labels."""
+        if self.multi_label or len(self.classes) <= MOST_LIKELY:
+            return None
+        return float((self.answers == self.targets[:, None]).any(1).double().mean())
+
+    @property
+    def precision(self) -> float:
+        """The mean over the classes that have images or were an answer, each counting the same."""
+        return self._mean("precision")
+
+    @property
+    def recall(self) -> float:
+        """The mean, as of ``precision``."""
+        return self._mean("recall")
+
+    @property
+    def f1(self) -> float:
+        """The mean, as of ``precision``."""
+        return self._mean("f1")
+
+    @property
+    def map(self) -> float | None:
+        """The mean average precision of the labels that images have; None for one class an image."""
+        held = [scores.average_precision for scores in self.classes if scores.average_precision is not None]
+        return (statistics.fmean(held) if held else 0.0) if self.multi_label else None
+
+    @property
+    def confusion(self) -> Tensor:
+        """How many images of each class (rows) are taken for each (columns), (classes, classes).
+
+        Raises:
+            RetrofitError: an image may have several classes.
+        """
+        if self.multi_label:
+            raise RetrofitError("with several labels an image no class is taken for another; see classes")
+        count = len(self.classes)
+        return torch.bincount(self.targets * count + self.answers[:, 0], minlength=count**2).view(count, count)
+
+    def _mean(self, name: str) -> float:
+        known = [getattr(scores, name) for scores in self.classes if scores.images + scores.answered]
+        return statistics.fmean(known) if known else 0.0
+
+    def scores(self) -> dict[str, float]:
+        """All that is one number, such as ``accuracy`` and ``f1``."""
+        names = ("loss", "accuracy", "top5", "precision", "recall", "f1", "map")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
     def __str__(self) -> str:
-        rows = [("class", "images", "precision", "recall", "F1")]
-        rows += [
-            (c.name, f"{c.images:,}", f"{c.precision:.2%}", f"{c.recall:.2%}", f"{c.f1:.2%}") for c in self.classes
-        ]
+        extra = ("average precision",) if self.multi_label else ()
+        rows = [("class", "images", "precision", "recall", "F1", *extra)]
+        for c in self.classes:
+            shares = [c.precision, c.recall, c.f1, *([c.average_precision] if self.multi_label else [])]
+            rows.append((c.name, f"{c.images:,}", *("" if share is None else f"{share:.2%}" for share in shares)))
         lines = [*([self.about] if self.about else []), *aligned(rows, left=1, rule=True)]
-        top5 = "" if self.top5 is None else f", top-5 {self.top5:.2%}"
+        more = "".join(
+            f", {name} {value:.2%}" for name, value in (("top-5", self.top5), ("mAP", self.map)) if value is not None
+        )
         lines.append(
-            f"{self.images:,} images: accuracy {self.accuracy:.2%}{top5}, mean F1 {self.macro_f1:.2%}, loss {self.loss:.4f}"
+            f"{self.images:,} images: accuracy {self.accuracy:.2%}{more}, mean F1 {self.f1:.2%}, loss {self.loss:.4f}"
         )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         return {
-            "images": self.images, "loss": self.loss, "accuracy": self.accuracy, "top5": self.top5,
-            "macro_f1": self.macro_f1, "classes": [vars(scores) for scores in self.classes],
-            "confusion": self.confusion.tolist(), "split": self.split, "about": self.about,
+            **self.scores(), "images": self.images, "classes": [vars(scores) for scores in self.classes],
+            "confusion": None if self.multi_label else self.confusion.tolist(), "split": self.split, "about": self.about,
         }  # fmt: skip
 
     def plot(self, file: str | Path) -> Path:
         """The confusion matrix as a picture, each row as parts of its class's images.
 
         Raises:
-            RetrofitError: the file can't be written.
+            RetrofitError: the file can't be written; an image may have several classes.
         """
         from matplotlib.figure import Figure
 
-        shares = self.confusion / self.confusion.sum(1, keepdim=True).clamp(min=1)
-        size = len(self.classes)
+        confusion, size = self.confusion, len(self.classes)
+        shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
         side = min(max(3.5, 0.38 * size + 1.5), 30.0)
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         axes = figure.subplots()
@@ -106,10 +175,11 @@ class Evaluation:
             axes.set_xticks(range(size), names, rotation=90)
             axes.set_yticks(range(size), names)
         if size <= 20:
-            for row, column in self.confusion.nonzero().tolist():
+            for row, column in confusion.nonzero().tolist():
                 colour = "white" if shares[row, column] > 0.5 else "black"
-                count = str(int(self.confusion[row, column]))
-                axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
+                axes.text(
+                    column, row, str(int(confusion[row, column])), ha="center", va="center", color=colour, fontsize=8
+                )
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         with replaced_file(Path(file)) as fresh:
@@ -117,7 +187,7 @@ class Evaluation:
         return Path(file)
 
 
-def evaluate_closely(
+def evaluate(
     model: nn.Module,
     data: Any,
     *,
@@ -125,117 +195,167 @@ def evaluate_closely(
     config: FinetuneConfig | None = None,
     base: Base | None = None,
 ) -> Evaluation:
-    """Accuracy, and for each class precision, recall, F1 and what it is taken for.
+    """Loss, accuracy and what else there is to say of a classifier on images, as the fine-tune measures it.
 
-    Args and errors: as ``evaluate``.
+    Args:
+        model: the network; it is moved to the device where it is run, and stays there.
+        data: a Dataset or a DataLoader, as for ``finetune``, which is measured whole; a name of data, such as a folder, as
+            ``load_split`` takes; or what ``load_split`` gave.
+        split: which images of data that is given by name; None for all of a folder of classes, and ``"val"`` elsewhere, or
+            ``"test"`` where there is no ``"val"``.
+        config: for batch size, image size, precision, ``multi_label`` and the like.
+        base: as for ``finetune``; tells the transforms of torchvision's networks.
+
+    Raises:
+        RetrofitError: data and network don't fit together; the data has no such split.
+        TypeError: an argument is of the wrong type.
 
     Example:
         >>> import timm
-        >>> from se_retrofit.finetune import evaluate_closely, load_data
+        >>> from se_retrofit.finetune import evaluate, load_data
         >>> data = load_data("digits", image_size=16)
-        >>> found = evaluate_closely(timm.create_model("resnet10t", num_classes=10), data.val)
+        >>> found = evaluate(timm.create_model("resnet10t", num_classes=10), data.val)
         >>> found.images, len(found.classes), found.confusion.shape
         (360, 10, torch.Size([10, 10]))
     """
-    if config is not None and config.multi_label:
-        raise RetrofitError(
-            "evaluate_closely is for one class an image; with multi_label=True evaluate gives precision, recall, F1 and mAP"
-        )
     config = FinetuneConfig() if config is None else config
+    check_network(model)
+    check_config(config)
     part = opened(data, split, model, config)
-    found = answers(model, part.data, config=config, base=base)
-    names = class_names(model) or class_names_of(part.data) or []
-    names = [*names, *(str(number) for number in range(len(names), found.classes))]  # a head for more classes
-    each, scores = each_class(found), scores_of(found)
-    figures = zip(names, *(each[name].tolist() for name in ("images", "precision", "recall", "f1")), strict=False)
-    return Evaluation(
-        images=len(found.targets),
-        loss=found.loss,
-        accuracy=found.accuracy,
-        top5=scores.get("val_top5"),
-        macro_f1=scores["val_f1"],
-        classes=tuple(ClassScores(*figure) for figure in figures),
-        confusion=confusion_of(found),
-        split=part.name,
-        about=part.about,
-    )
+    check_classes(model, part.data)
+    with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
+        batches = stream(
+            part.data, name="data", train=False, batch_size=config.batch_size, bad_images=config.bad_images,
+            transform=transforms_for(model, config, train=False, base=base), seed=config.seed, workers=config.workers,
+            rank=accelerator.process_index, world=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )  # fmt: skip
+        to_device(model, accelerator.device, uses_channels_last(config, accelerator.device))
+        log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
+        found = measure(model, batches, accelerator, config, log, class_names(model) or class_names_of(part.data) or [])
+    assert found is not None  # only an Interrupt ends it early
+    return replace(found, split=part.name, about=part.about)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The most likely classes of an image, with their probabilities; classes without names are numbers as text."""
+@torch.no_grad()
+def measure(
+    network: nn.Module,
+    data: Stream,
+    accelerator: Accelerator,
+    config: FinetuneConfig,
+    log: Log,
+    names: Sequence[str] = (),
+    stop: threading.Event | None = None,
+) -> Evaluation | None:
+    """What a network says about the images of all processes; each image counts once.
 
-    file: str
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
-
-
-def predict(
-    model: nn.Module, images: Iterable[str | Path], *, top: int = 1, batch_size: int = 64
-) -> Iterator[Prediction]:
-    """Classify image files by a network that ``finetune`` trained on images, prepared as in its validation.
-
-    After training with ``multi_label`` each class has a probability of its own.
-
-    Args:
-        model: the network; it runs in eval mode where it is, and is left as it was.
-        images: files, and folders, which stand for all images in them.
-        top: how many classes of each image are told.
-        batch_size: images that run together.
-
-    Yields:
-        One ``Prediction`` for each image, in the order given; within a folder, sorted by name.
-
-    Raises:
-        RetrofitError: a file is missing or is no image; the network does not tell how its images are prepared; ``top`` or
-            ``batch_size`` is below 1.
+    None where ``stop`` was set meanwhile. Several processes, which must leave together, go through with it.
     """
-    if top < 1 or batch_size < 1:
-        raise RetrofitError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
-    transform, names = transform_of(model), class_names(model)
-    files = list(_files(images))
-    device = next(model.parameters()).device
-    for start in range(0, len(files), batch_size):
-        chosen = files[start : start + batch_size]
-        batch = torch.stack([_read(file, transform) for file in chosen]).to(device)
-        with as_found(model), torch.no_grad():
-            logits, _ = called(in_mode(model, False), batch)
-            shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
-        values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
-        for file, best, numbers in zip(chosen, values.tolist(), indices.tolist(), strict=True):
-            yield Prediction(str(file), tuple(names[n] if names else str(n) for n in numbers), tuple(best))
+    network.eval()
+    device, multi_label = accelerator.device, config.multi_label
+    totals = torch.zeros(3, dtype=torch.float32, device=device)
+    said: list[tuple[Tensor, ...]] = []
+    classes = 0
+    for batch in data.batches(0):
+        if stop is not None and stop.is_set() and accelerator.num_processes == 1:
+            return None
+        log.complain(batch)
+        images, targets = placed(batch, device, uses_channels_last(config, device))
+        with accelerator.autocast():
+            logits, _ = called(network, images)
+        classes = logits.shape[1]
+        check_targets(batch, classes, multi_label)
+        counts = batch.counts.to(device, non_blocking=True)
+        losses = losses_of(logits.float(), targets, multi_label)
+        right = hits(logits, targets, multi_label) * counts
+        # Not losses[counts], whose size the host would have to wait for
+        totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
+        said.append((counts, *answer(logits.float(), targets, multi_label)))
+    loss, right_count, seen = accelerator.reduce(totals, "sum").tolist()
+    counts, answers, targets = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
+    answers, targets = answers[counts], targets[counts]
+    each = scores_by_class(answers, targets, classes, multi_label, names)
+    return Evaluation(loss / max(seen, 1), right_count / max(seen, 1), each, multi_label, answers, targets)
 
 
-def _files(images: Iterable[str | Path]) -> Iterator[Path]:
-    for given in map(Path, images):
-        if given.is_dir():
-            found = sorted(file for file in given.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-            if not found:
-                raise RetrofitError(f"{given} holds no images ({', '.join(IMG_EXTENSIONS)})")
-            yield from found
-        elif given.is_file():
-            yield given
-        else:
-            raise RetrofitError(f"no file or folder {given}")
+def scores_by_class(
+    answers: Tensor, targets: Tensor, classes: int, multi_label: bool, names: Sequence[str]
+) -> tuple[ClassScores, ...]:
+    """Of each class; one without a name has its number."""
+    if multi_label:
+        said, true = answers > 0.5, targets > 0.5
+        counts = [part.sum(0) for part in (said & true, said, true)]
+    else:
+        said = answers[:, 0]
+        counts = [torch.bincount(part, minlength=classes) for part in (said[said == targets], said, targets)]
+    found = []
+    for number, (hit, answered, images) in enumerate(zip(*(count.tolist() for count in counts), strict=True)):
+        average = None
+        if multi_label and images:
+            from sklearn.metrics import average_precision_score
+
+            average = float(average_precision_score(true[:, number], answers[:, number]))
+        found.append(
+            ClassScores(
+                names[number] if number < len(names) else str(number),
+                images,
+                answered,
+                precision=hit / max(answered, 1),
+                recall=hit / max(images, 1),
+                f1=2 * hit / max(answered + images, 1),
+                average_precision=average,
+            )
+        )
+    return tuple(found)
 
 
-def _read(file: Path, transform: Any) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            tensor: Tensor = transform(image)
-    except UNREADABLE as error:
-        raise RetrofitError(f"{file} can't be read as an image: {error}") from error
-    return tensor
+def losses_of(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
+    """Of each image, (N,)."""
+    if multi_label:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
-def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1) -> None:
-    """Predictions as CSV: the file, and for each of the most likely classes its name and probability."""
-    writer = csv.writer(file, lineterminator="\n")
-    numbers = [""] if top == 1 else [f"_{number + 1}" for number in range(top)]
-    header = ["file", *(f"{field}{number}" for number in numbers for field in ("class", "probability"))]
-    for found in predictions:
-        if header:  # not before the first answer, which may be an error
-            writer.writerow(header)
-            header = []
-        cells = zip(found.classes, found.probabilities, strict=True)
-        writer.writerow([found.file, *(cell for name, share in cells for cell in (name, f"{share:.6f}"))])
+def hits(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
+    """Whether the class of each image is right, or the share of its labels that are, (N,)."""
+    if multi_label:
+        return ((logits > 0) == (targets > 0.5)).float().mean(1)
+    return logits.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))
+
+
+def answer(logits: Tensor, targets: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """What is kept of each image: little, as there may be many images and classes."""
+    if multi_label:
+        return logits.sigmoid(), targets
+    likely = logits.topk(min(MOST_LIKELY, logits.shape[1]), dim=1).indices
+    likely[:, 0] = logits.argmax(1)  # which of equals comes first must not depend on how many are asked for
+    return likely, targets if targets.dim() == 1 else targets.argmax(1)
+
+
+def gathered(parts: list[Tensor], accelerator: Accelerator) -> Tensor:
+    """The values of all processes, on the CPU; where they have unequal many, followed by zeros (which don't count)."""
+    whole = torch.cat(parts)
+    if accelerator.num_processes > 1:
+        whole = accelerator.gather(accelerator.pad_across_processes(whole))
+    return whole.cpu()
+
+
+def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None:
+    """On the CPU: the same mistake found by a CUDA kernel ends the process."""
+    targets = batch.targets
+    got = f"{targets.dtype} of shape {tuple(targets.shape)}"
+    if multi_label or (targets.dim() == 2 and targets.is_floating_point()):
+        if tuple(targets.shape) != (len(batch.images), classes) or targets.is_complex():
+            raise RetrofitError(f"targets must be vectors of {classes} labels, one for each class, got {got}")
+        if not bool(((targets >= 0) & (targets <= 1)).all()):
+            raise RetrofitError("the labels of an image must be from 0 to 1")
+        return
+    if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
+        hint = "; for several labels an image set multi_label=True in the config" if targets.dim() == 2 else ""
+        raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= classes:
+        raise RetrofitError(
+            f"the data has class {low if low < 0 else high}, and the network has classes 0 to {classes - 1}; "
+            "num_classes=... in the config gives it a new head"
+        )

@@ -1,133 +1,68 @@
-"""The classes that modules have during a training step: norms over all processes, SE fused with the norm before it, and
-blocks whose activations are recomputed.
-
-A class is changed (and switches of the network's own for recomputing), and nothing else: parameters, buffers, hooks and
-names stay the same objects. Outside of a step the network is the caller's own, so what is evaluated, averaged and saved
-needs no conversion.
-"""
+"""How a network runs in training: with SE fused for ``torch.compile``, with activations that are computed twice."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
-from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import RetrofitError
-from ..fusion import fuse_se, plan_fusion
+from ..fusion import fuse_se, plan_fusion, unfuse_se
 from ..retrofit import has_se
-from .config import FinetuneConfig
-from .recomputing import recompute_activations
 
-__all__ = ["TrainingForm", "check_sync", "training_form"]
+__all__ = ["TrainingForm", "recomputing"]
 
-
-class SyncNorm(nn.SyncBatchNorm):
-    process_group = None  # all of them
-
-
-class SyncNormAct(SyncBatchNormAct):
-    process_group = None
-
-
-# The norms that have a counterpart over all processes, by their forward
-SYNCHRONIZED: dict[Any, type] = {_BatchNorm.forward: SyncNorm, BatchNormAct2d.forward: SyncNormAct}
-
-
-@dataclass(frozen=True)
-class Change:
-    """A module, and its class and its plain attributes outside of a step and during it."""
-
-    module: nn.Module
-    own: type
-    other: type
-    attributes: dict[str, tuple[Any, Any]]
-
-
-ABSENT = object()
+SWITCH = "grad_checkpointing"  # the attribute by which timm's networks are told to
 
 
 class TrainingForm:
-    """A context in which some modules are of other classes, and have other attributes."""
+    """A context for a training step, in which the modules that ``fuse_se`` changes are of their fused classes.
 
-    def __init__(self, changes: list[Change]) -> None:
-        self.changes = changes
+    Outside of it the network is the caller's own, so what is evaluated, averaged and saved needs no conversion.
+    """
+
+    def __init__(self, model: nn.Module, fused: bool) -> None:
+        self.classes: list[tuple[nn.Module, type, type]] = []
+        if fused and has_se(model) and plan_fusion(model).fused:
+            own = [(module, type(module)) for module in model.modules()]
+            fuse_se(model, inplace=True)
+            self.classes = [(module, cls, type(module)) for module, cls in own if type(module) is not cls]
+            unfuse_se(model, inplace=True)
 
     def __enter__(self) -> None:
-        for change in self.changes:
-            object.__setattr__(change.module, "__class__", change.other)
-            _set(change.module, {name: during for name, (_, during) in change.attributes.items()})
+        for module, _, fused in self.classes:
+            object.__setattr__(module, "__class__", fused)
 
     def __exit__(self, *error: object) -> None:
-        for change in self.changes:
-            object.__setattr__(change.module, "__class__", change.own)
-            _set(change.module, {name: before for name, (before, _) in change.attributes.items()})
+        for module, own, _ in self.classes:
+            object.__setattr__(module, "__class__", own)
 
 
-def _set(module: nn.Module, values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if value is ABSENT:
-            vars(module).pop(name, None)
-        else:
-            vars(module)[name] = value
-
-
-def training_form(model: nn.Module, config: FinetuneConfig) -> TrainingForm:
-    """The form in which ``config`` has a network trained; the network itself is left as it is.
+@contextlib.contextmanager
+def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """In the body the network computes its activations once more in the backward pass, by its own ``set_grad_checkpointing``.
 
     Raises:
-        RetrofitError: its activations are to be recomputed, and it has no blocks for that.
+        RetrofitError: it has none, or none that does something.
     """
-    own = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    try:
-        if config.sync_batch_norm:
-            for module, cls, _ in own:
-                if isinstance(module, _BatchNorm) and cls.forward in SYNCHRONIZED:
-                    object.__setattr__(module, "__class__", SYNCHRONIZED[cls.forward])
-        if config.compile and has_se(model) and plan_fusion(model).fused:
-            fuse_se(model, inplace=True)
-        if config.grad_checkpointing:
-            recompute_activations(model)
-        changes = [Change(m, cls, type(m), _differing(before, vars(m))) for m, cls, before in own]
-        return TrainingForm([c for c in changes if c.own is not c.other or c.attributes])
-    finally:
-        for module, cls, before in own:
-            object.__setattr__(module, "__class__", cls)
-            _set(module, {name: values[0] for name, values in _differing(before, vars(module)).items()})
-
-
-def _differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    names = [name for name in before | after if before.get(name, ABSENT) is not after.get(name, ABSENT)]
-    return {name: (before.get(name, ABSENT), after.get(name, ABSENT)) for name in names}
-
-
-def check_sync(model: nn.Module, config: FinetuneConfig, world: int, device: str) -> None:
-    """Raise if ``sync_batch_norm`` is not available.
-
-    Raises:
-        RetrofitError: there is one process; the processes are on the CPU; the network has no batch norm; or it has one
-            of a class that has no counterpart.
-    """
-    if not config.sync_batch_norm:
+    if not wanted or recomputes(model):
+        yield
         return
-    if world == 1:
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if callable(switch):
+        with contextlib.suppress(AssertionError):  # how timm says that this network can't
+            switch(True)
+    if not recomputes(model):
         raise RetrofitError(
-            "sync_batch_norm=True shares the norms' statistics between processes, and there is one process; start several "
-            "with torchrun, or leave it out"
+            f"grad_checkpointing=True: {type(model).__name__} has no set_grad_checkpointing of timm's kind; leave it out, "
+            "or take a smaller batch_size with grad_accum_steps"
         )
-    if device == "cpu":
-        raise RetrofitError(
-            "sync_batch_norm=True: PyTorch's SyncBatchNorm runs on accelerators alone, and these processes are on the "
-            "CPU; leave it out, or take a larger batch_size or freeze_bn=True"
-        )
-    norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    others = [
-        f"{path} ({type(module).__name__})"
-        for path, module in norms.items()
-        if type(module).forward not in SYNCHRONIZED and not isinstance(module, nn.SyncBatchNorm)
-    ]
-    if others or not norms:
-        what = f"has batch norms of other classes: {', '.join(others[:3])}" if others else "has no batch norm"
-        raise RetrofitError(f"sync_batch_norm=True: {type(model).__name__} {what}; leave it out")
+    try:
+        yield
+    finally:
+        switch(False)  # type: ignore[misc]
+
+
+def recomputes(model: nn.Module) -> bool:
+    return any(getattr(module, SWITCH, False) is True for module in model.modules())

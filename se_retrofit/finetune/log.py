@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import RetrofitError
 from ..saving.atomic import replaced_file
+from .config import FinetuneConfig
 from .data import Batch
 from .gates import draw_gates
 from .result import FinetuneResult
@@ -56,6 +59,26 @@ class Log:
         self.console = Console(highlight=False, soft_wrap=True, quiet=quiet or rank > 0)
         self.bar: Progress | None = None
         self.shown = time.monotonic()
+
+    @classmethod
+    def of(
+        cls,
+        output: str | Path | None,
+        config: FinetuneConfig,
+        batches: int,
+        validates: bool,
+        accelerator: Accelerator,
+        quiet: bool,
+    ) -> Log:
+        """The log of a run, with the columns that it has."""
+        chosen_by = [f"val_{config.best_metric}"] if config.best_metric not in ("loss", "accuracy") else []
+        measured = ["val_loss", "val_accuracy", *chosen_by] if validates else []
+        memory = ["peak_memory_mb"] if accelerator.device.type == "cuda" else []
+        columns = ["epoch", "train_loss", "train_accuracy", *measured, "lr", "images_per_second", "seconds", *memory]
+        updates, folder = math.ceil(batches / config.grad_accum_steps), None if output is None else Path(output)
+        return cls(
+            folder, epochs=config.epochs, updates=updates, columns=columns, rank=accelerator.process_index, quiet=quiet
+        )
 
     def __enter__(self) -> Log:
         if self.console.is_terminal and not self.console.quiet:

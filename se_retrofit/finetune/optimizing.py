@@ -1,20 +1,72 @@
-"""The optimizer and its schedule, which are timm's, and the trial that both get before a run."""
+"""What a network learns by: an optimizer and its schedule, which are timm's, a loss and the like; and the trial of both."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..errors import RetrofitError
-from . import checkpoint as disk
+from .checkpoint import join, load_optimizer, split
 from .config import FinetuneConfig
+from .criteria import Criterion
+from .groups import groups_of
 
-__all__ = ["optimizer", "schedule", "try_optimizer", "try_schedule"]
+__all__ = ["Learning", "learning", "try_optimizer", "try_schedule"]
+
+
+@dataclass
+class Learning:
+    """What a network learns by.
+
+    Attributes:
+        optimizer: of all parameters that are ever trained.
+        schedule: timm's, None for a learning rate that stays.
+        ema: the average of the weights; None for none.
+        criterion: the loss.
+        teacher: whose answers are learned, too; None for none.
+        mixup: timm's; None for none.
+    """
+
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    ema: ModelEmaV3 | None
+    criterion: Criterion
+    teacher: nn.Module | None
+    mixup: Mixup | None
+
+
+def learning(
+    model: nn.Module, config: FinetuneConfig, criterion: Criterion, teacher: nn.Module | None, batches: int,
+    classes: int | None,
+) -> Learning:  # fmt: skip
+    """What a network learns by, on its device, with so many batches an epoch."""
+    fused = next(model.parameters()).device.type == "cuda"
+    made = optimizer(groups_of(model, config), config, fused)
+    return Learning(
+        made,
+        schedule(made, config, math.ceil(batches / config.grad_accum_steps)),
+        ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None,
+        criterion,
+        teacher,
+        mixup_of(config, classes),
+    )
+
+
+def mixup_of(config: FinetuneConfig, classes: int | None) -> Mixup | None:
+    if not (config.mixup or config.cutmix):
+        return None
+    if classes is None:
+        raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes)
 
 
 def try_schedule(config: FinetuneConfig) -> None:
@@ -33,8 +85,14 @@ def try_optimizer(config: FinetuneConfig) -> None:
     """Make one update of two small parameters with the config's optimizer, write its state and load it again.
 
     Raises:
-        RetrofitError: it can't be made, needs a closure, or has a state that a checkpoint can't hold.
+        RetrofitError: there is none of this name; it can't be made, needs a closure, or has a state that a checkpoint can't hold.
     """
+    try:
+        get_optimizer_class(config.optimizer, bind_defaults=False)
+    except ValueError as error:
+        raise RetrofitError(
+            f"timm knows no optimizer {config.optimizer!r}; there are {', '.join(map(str, list_optimizers()))}"
+        ) from error
 
     def small() -> torch.optim.Optimizer:
         with torch.random.fork_rng(devices=[]):
@@ -53,9 +111,9 @@ def try_optimizer(config: FinetuneConfig) -> None:
             "needs no closure and no second derivative, such as adamw"
         ) from error
     try:
-        tree, tensors = disk.split({"optimizer": first.state_dict()})
-        again = disk.join(json.loads(json.dumps(tree)), tensors)
-        disk.load_optimizer(small(), again["optimizer"])
+        tree, tensors = split({"optimizer": first.state_dict()})
+        again = join(json.loads(json.dumps(tree)), tensors)
+        load_optimizer(small(), again["optimizer"])
     except Exception as error:  # neither does it matter here what can't be stored, but that it can't
         raise RetrofitError(
             f"the state of optimizer {config.optimizer!r} can't be written to a checkpoint and read again: {error}; "

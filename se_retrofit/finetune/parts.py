@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.layers import DropPath
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torchvision.ops import StochasticDepth
 
 from ..attention import Inserted
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_module
+from ..retrofit import warn_of_lost_sites
 from ..saving.recipe import BASE
 
 __all__ = [
@@ -25,6 +27,27 @@ __all__ = [
 
 TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # of torchvision's GoogLeNet and Inception
+
+
+def check_network(model: Any) -> None:
+    """Raise where it is no network that can be trained here, or evaluated."""
+    check_module(model)
+    warn_of_lost_sites(model)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        raise RetrofitError(
+            f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"
+        )
+    if any(type(value).__name__ == "DTensor" for value in (*model.parameters(), *model.buffers())):
+        raise RetrofitError(
+            "the model's parameters are spread over processes (fully_shard); finetune needs the whole network in each "
+            "process: give the model as it was before, and start it with torchrun for DistributedDataParallel"
+        )
+    unmade = [name for name, value in model.named_parameters() if is_lazy(value) or value.is_meta]
+    if unmade:
+        raise RetrofitError(
+            f"{unmade[0]} has no values yet; call the network once on an input where it is lazy, or load its weights where it is "
+            "on the meta device"
+        )
 
 
 def se_modules(model: nn.Module) -> list[nn.Module]:
@@ -159,20 +182,21 @@ def as_found(model: nn.Module) -> Iterator[dict[str, bool]]:
             setattr(layer, _rate_name(layer), rate)
 
 
-def structure_of(model: nn.Module) -> Callable[[], None]:
-    """A function that gives the network the structure back that it has now (not the tensors' values)."""
+@contextlib.contextmanager
+def structure_kept(model: nn.Module) -> Iterator[None]:
+    """Where the body raises, the network gets the structure back that it had (not the tensors' values)."""
     fields = ("_modules", "_parameters", "_buffers")
     now = [(module, dict(vars(module)), [dict(getattr(module, f)) for f in fields]) for module in model.modules()]
-
-    def restore() -> None:
+    try:
+        yield
+    except BaseException:
         for module, own, registered in now:
             vars(module).clear()
             vars(module).update(own)
             for name, content in zip(fields, registered, strict=True):
                 getattr(module, name).clear()
                 getattr(module, name).update(content)
-
-    return restore
+        raise
 
 
 def layout_of(value: torch.Tensor) -> torch.memory_format:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from ..errors import RetrofitError, brief
 from ..models import Base
 from ..paths import save_figure
 from ..tables import aligned
-from . import setup
-from .callbacks import Callbacks
 from .config import FinetuneConfig
-from .criteria import Criterion, checked_criterion
+from .criteria import Criterion
 from .data import Batch
 from .run import Run
+from .setup import Job, check, started
 from .train import begin_epoch, update, windows
 
 __all__ = ["LearningRates", "find_lr"]
@@ -143,15 +142,11 @@ def find_lr(
     if steps < FEWEST_STEPS:
         raise RetrofitError(f"find_lr needs steps={FEWEST_STEPS} at least, got {brief(steps)}")
     config = FinetuneConfig() if config is None else config
-    checked_criterion(criterion, teacher, model)
-    setup.checked(model, config, None, False)
-    trial = copy.deepcopy(model)
-    # The rates are set here, step by step; nothing is averaged, tracked or written
-    recipe = config.replace(schedule="none", schedule_options={}, ema_decay=None, trackers=())
-    with setup.start_run(
-        trial, train_data, None, recipe, None, resume=False, base=base, command=None, quiet=True, criterion=criterion,
-        teacher=teacher, callbacks=Callbacks(),
-    ) as run:  # fmt: skip
+    # The rates are set here, step by step; nothing is averaged, tracked or written, and no epoch is the best
+    recipe = config.replace(schedule="none", schedule_options={}, ema_decay=None, trackers=(), patience=None)
+    job = Job(model, train_data, None, recipe, base=base, quiet=True, criterion=criterion, teacher=teacher)
+    check(job)
+    with started(replace(job, model=copy.deepcopy(model))) as run:
         begin_epoch(run, 0)
         ramp = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
         losses, diverged = losses_on(run, ramp)
@@ -163,11 +158,9 @@ def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
     losses: list[float] = []
     mean = lowest = math.inf
     for rate, batches in zip(ramp, all_windows(run), strict=False):
-        for group in run.raw_optimizer.param_groups:
+        for group in run.learning.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         loss, _, seen = run.accelerator.reduce(update(run, batches), "sum").tolist()
-        if run.interrupt.signal is not None and run.world == 1:
-            run.leave(run.interrupt.signal)
         if not math.isfinite(loss):
             return losses, True
         losses.append(loss / seen)

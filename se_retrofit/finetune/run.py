@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 import math
-import signal
 import statistics
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
-from ..models import Base
-from . import checkpoint as disk
 from .callbacks import Callback, Callbacks, Facts
-from .checkpoint import Progress
+from .checkpoint import Folder, Progress
 from .config import FinetuneConfig
-from .criteria import Criterion
 from .data import Batch, Stream
-from .engine import Forward, Interrupt
+from .engine import Forward
 from .form import TrainingForm
-from .freezing import Stage, Trained, choose_trainable
+from .freezing import choose_trainable, trained_in
 from .groups import group_summary
 from .log import Log
+from .optimizing import Learning
 from .parts import count, kept_state, layout_of
-from .recomputing import Kept
 from .result import FinetuneResult
 
-__all__ = ["Run", "share"]
+__all__ = ["Epoch", "Run", "Stopped", "share"]
+
+
+class Stopped(Exception):
+    """A fine-tune ended early because its ``stop`` was set."""
+
+
+@dataclass
+class Epoch:
+    """An epoch that is under way.
+
+    Attributes:
+        number: from 0.
+        seen_before: images that were seen in it before the run was resumed.
+        began, looked: when it began, and when the loss was last looked at.
+        pending: loss, correct and seen of updates that have not been looked at yet, on the device.
+        saturated: the sites whose gates were last seen to be saturated, with the share.
+    """
+
+    number: int
+    seen_before: float
+    began: float = field(default_factory=time.perf_counter)
+    looked: float = field(default_factory=time.perf_counter)
+    pending: list[Tensor] = field(default_factory=list)
+    saturated: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,129 +64,93 @@ class Run:
     Attributes:
         model: the caller's network; ``network`` is what is called in training, wrapped for devices and processes.
         wanted: the network's own ``requires_grad`` flags.
-        output: the run's folder, None for none; ``base`` and ``experiment`` are written into it.
         train, val: this process's batches.
+        learning: the optimizer, the loss and what else the network learns by; ``optimizer`` is wrapped by Accelerate.
         form: the classes that modules have during a training step.
-        kept: the buffers that a recomputing backward pass must not change.
-        raw_optimizer: holds the state; ``optimizer`` is the same one wrapped by Accelerate.
-        stages: what ``unfreeze_every`` unfreezes, from the last stage to the first.
-        trained: what is trained now.
+        folder: where it is kept, None for nowhere.
+        stop: the run ends after a checkpoint once this is set.
+        trained: the part that is trained now.
         best_weights: the state dict of the best epoch so far, on the CPU.
-        pending: loss, correct and seen of updates that have not been looked at yet, on the device.
-        saturated: the sites whose gates were last seen to be saturated, with the share.
-        looked, began: when the last look and the epoch began; ``seen_before`` is what had been seen then.
+        step_times: seconds of an update, one for each look.
     """
 
     model: nn.Module
     config: FinetuneConfig
     accelerator: Accelerator
-    interrupt: Interrupt
     wanted: dict[str, bool]
-    output: Path | None
-    base: Base | None
-    experiment: dict[str, Any]
     train: Stream
     val: Stream | None
-    progress: Progress
-    raw_optimizer: torch.optim.Optimizer
-    schedule: Any
-    ema: ModelEmaV3 | None
-    criterion: Criterion
-    teacher: nn.Module | None
-    mixup: Mixup | None
+    learning: Learning
     form: TrainingForm
-    kept: Kept
+    folder: Folder | None
     log: Log
     callbacks: Callbacks
-    stages: tuple[Stage, ...] = ()
-    trained: Trained | None = None
+    stop: threading.Event
+    progress: Progress = field(default_factory=Progress)
     best_weights: dict[str, Tensor] | None = None
     saved_at: float = field(default_factory=time.monotonic)
-    pending: list[Tensor] = field(default_factory=list)
     step_times: list[float] = field(default_factory=list)
-    saturated: dict[str, float] = field(default_factory=dict)
-    began: float = 0.0
-    looked: float = 0.0
-    seen_before: float = 0.0
 
     def __post_init__(self) -> None:
         self.device: torch.device = self.accelerator.device
         self.world: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
-        self.channels_last = uses_channels_last(self.config, self.device)
         self.updates_per_epoch = math.ceil(len(self.train) / self.config.grad_accum_steps)
+        self.choose(trained_in(self.config, 0))
 
     @property
     def tested(self) -> nn.Module:
         """The network that is evaluated and kept: the average of the weights, where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.learning.ema is None else self.learning.ema.module
 
     @property
     def lr(self) -> float:
         """The learning rate without the scales of SE and head."""
-        group = self.raw_optimizer.param_groups[0]
+        group = self.learning.optimizer.param_groups[0]
         scale = group.get("lr_scale", 1.0)
         return float(group["lr"]) / scale if scale else 0.0
 
-    def choose(self, trained: Trained) -> None:
+    def choose(self, trained: str) -> None:
         """Train this part of the network from here on. The wrappers are made anew: DDP must know what is trained."""
         self.trained = trained
         choose_trainable(self.model, trained, self.wanted)
         self.accelerator.free_memory()
-        self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.raw_optimizer)
+        self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.learning.optimizer)
 
     def place(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The images and targets of a batch on the device."""
-        return placed(batch, self.device, self.channels_last)
-
-    # On disk
+        return placed(batch, self.device, uses_channels_last(self.config, self.device))
 
     def keep_checkpoint(self) -> None:
         """Write ``last/``, once all weights are seen to be finite."""
-        if self.output is not None:
+        if self.folder is not None:
             self.check_weights()
             if self.rank == 0:
-                with self.interrupt.held():
-                    disk.save_training(
-                        self.output, self.model, self.progress, self.config.to_dict(), self.experiment, self._states(),
-                        world=self.world, base=self.base,
-                    )  # fmt: skip
+                parts: dict[str, Any] = {"optimizer": self.learning.optimizer.state_dict()}
+                if self.learning.ema is not None:
+                    parts["ema"] = self.learning.ema.module.state_dict()
+                if self.accelerator.scaler is not None:
+                    parts["scaler"] = self.accelerator.scaler.state_dict()
+                self.folder.save(self.model, self.progress, parts)
             self.accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
-
-    def _states(self) -> dict[str, Any]:
-        kept: dict[str, Any] = {"optimizer": self.raw_optimizer.state_dict()}
-        if self.ema is not None:
-            kept["ema"] = self.ema.module.state_dict()
-        if self.accelerator.scaler is not None:
-            kept["scaler"] = self.accelerator.scaler.state_dict()
-        return kept
 
     def keep_best(self) -> None:
         """Write ``best/``, and keep its weights in memory."""
         self.best_weights = kept_state(self.tested)
-        if self.output is not None and self.rank == 0:
-            with self.interrupt.held():
-                disk.write_best(self.output, self.tested, base=self.base)
+        if self.folder is not None and self.rank == 0:
+            self.folder.save_best(self.tested)
 
     # What ends it
 
-    def heed_signal(self) -> None:
-        """End on a signal that came when the run was over."""
-        if self.interrupt.signal is not None:
-            self.log.note("the run is complete")
-            self._end(self.interrupt.signal)
-
-    def leave(self, number: int | None) -> NoReturn:
-        """End the run on a signal, after its checkpoint."""
-        complete = f"the checkpoint in {self.output}/{disk.LAST} is complete; rerun with resume to go on from it"
-        self.log.note("stopped" + (f"; {complete}" if self.output else ""))
-        self._end(number)
-
-    def _end(self, number: int | None) -> NoReturn:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + (number or 0))
+    def leave(self, *, with_checkpoint: bool = True) -> NoReturn:
+        """End the run because it was told to stop; with a checkpoint where its data can go on within an epoch."""
+        if with_checkpoint and self.train.resumes_within:
+            self.keep_checkpoint()
+        there = self.folder is not None and self.folder.has_checkpoint()
+        said = f"stopped; {self.folder.last} is complete, and resume goes on from it" if there else "stopped"  # type: ignore[union-attr]
+        self.log.note(said)
+        raise Stopped(said)
 
     def check_losses(self, losses: list[float]) -> None:
         """Raise where one of the last updates had a loss that is not finite."""
@@ -184,9 +166,8 @@ class Run:
 
     def _diverged(self, what: str, behind: int) -> NoReturn:
         progress, step = self.progress, self.progress.step - behind
-        kept = ""
-        if self.output is not None and disk.has_checkpoint(self.output):
-            kept = f" The last good checkpoint is {self.output / disk.LAST}."
+        there = self.folder is not None and self.folder.has_checkpoint()
+        kept = f" The last good checkpoint is {self.folder.last}." if there else ""  # type: ignore[union-attr]
         raise RetrofitError(
             f"{what} in epoch {progress.epoch + 1 if step else progress.epoch}, update {progress.updates - behind}"
             f"{f' (number {step} of the epoch)' if step else ''}. "
@@ -198,17 +179,18 @@ class Run:
         if callback is None:
             return
         rows = tuple(MappingProxyType(dict(row)) for row in self.progress.history)
+        output = None if self.folder is None else self.folder.path
         callback(
             Facts(
-                self.model, self.tested, epoch, self.config.epochs, self.progress.updates, self.lr, loss, rows, self.output,
+                self.model, self.tested, epoch, self.config.epochs, self.progress.updates, self.lr, loss, rows, output,
                 self.rank,
             )
         )  # fmt: skip
 
     def result(self) -> FinetuneResult:
         """The network with its best weights, and what is told of the run."""
-        if self.best_weights is None and self.output is not None:
-            self.best_weights = disk.load_best(self.output)
+        if self.best_weights is None and self.folder is not None:
+            self.best_weights = self.folder.load_best()
         if self.best_weights is not None:
             self.model.load_state_dict(self.best_weights)
         progress = self.progress
@@ -220,12 +202,12 @@ class Run:
             best_score=progress.best,
             best_epoch=progress.best_epoch,
             stopped=progress.finished or "epochs",
-            directory=None if self.output is None else self.output / disk.BEST,
+            directory=None if self.folder is None else self.folder.best,
             updates=progress.updates,
             step_seconds=progress.step_seconds,
             parameters=count(self.model),
             trained_parameters=count(self.model, trainable=True),
-            groups=group_summary(self.raw_optimizer.param_groups),
+            groups=group_summary(self.learning.optimizer.param_groups),
         )
 
     def note_pace(self) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from ..errors import RetrofitError, brief
 
-__all__ = ["class_counts", "class_numbers", "image_weights", "targets_of", "targets_together", "weights_together"]
+__all__ = ["class_counts", "class_numbers", "image_weights", "targets_of", "targets_together"]
 
 
 def targets_together(targets: Sequence[Any]) -> Tensor:
@@ -30,36 +29,6 @@ def targets_together(targets: Sequence[Any]) -> Tensor:
     if together.dim() == 2 and together.shape[1] == 1 and not together.is_floating_point():
         together = together[:, 0]
     return class_numbers(together)
-
-
-def weights_together(weights: Any) -> Tensor:
-    """The weights of images as (N,) in float32.
-
-    Raises:
-        RetrofitError: one is no number, negative or not finite.
-    """
-    if isinstance(weights, Tensor):
-        together = weights.detach().float()
-    else:
-        wrong = [w for w in weights if isinstance(w, (str, bytes)) or not hasattr(w, "__float__")]
-        if wrong:
-            raise RetrofitError(f"the weight of an image must be a number, got {brief(wrong[0])}")
-        together = torch.tensor([float(weight) for weight in weights], dtype=torch.float32)
-    if together.dim() != 1:
-        raise RetrofitError(
-            f"the weights of a batch must be one number for each image, got shape {tuple(together.shape)}"
-        )
-    bad = together[~(torch.isfinite(together) & (together >= 0))]
-    if len(bad):
-        raise RetrofitError(f"the weight of an image must be a finite number, 0 or more, got {float(bad[0])}")
-    return together
-
-
-def is_weight(value: Any, dims: int) -> bool:
-    """Whether a value looks like the weight of an image (``dims=0``) or those of a batch (``dims=1``): fractional numbers."""
-    if isinstance(value, Tensor):
-        return value.is_floating_point() and value.dim() == dims
-    return dims == 0 and isinstance(value, (float, np.floating))
 
 
 def class_numbers(targets: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,20 +18,19 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from ..models import Base
-from . import setup
-from .callbacks import Callbacks, checked_callbacks
+from .callbacks import Callbacks
 from .config import FinetuneConfig
-from .criteria import Criterion, checked_criterion, distillation_loss, loss_by
-from .data import Batch
+from .criteria import Criterion, checked_loss, distillation_loss
+from .data import Batch, Stream
 from .engine import called, logits_of
+from .evaluation import check_targets, hits, measure
 from .freezing import set_modes, trained_in
 from .gates import listening, log_gates, news_of_saturation, saturated_sites
-from .metrics import check_targets, hits, measure
 from .parts import count
 from .randomness import UPDATE, seed_all
 from .result import FinetuneResult
-from .run import Run, share
-from .scores import higher_is_better, scores_of
+from .run import Epoch, Run, share
+from .setup import Job, check, started
 
 __all__ = ["finetune"]
 
@@ -52,6 +51,7 @@ def finetune(
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
     callbacks: Callbacks | None = None,
+    stop: threading.Event | None = None,
 ) -> FinetuneResult:
     """Fine-tune a classifier, retrofitted or not, in place.
 
@@ -68,12 +68,14 @@ def finetune(
         base: where the network came from before the retrofit, for the saved recipe; timm's networks tell it themselves.
         command: what ``run.yaml`` is to hold besides, as plain data; the command line writes its options there.
         quiet: print nothing.
-        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean, with
-            ``sample_weights`` the loss of each image, (N,); None for the config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``)
-            all the same.
+        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean; None for the
+            config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``) all
+            the same.
         teacher: a network for the same classes, whose answers to the same images are learned, too, by the config's
             ``distillation_weight``. It is moved to the device and not changed.
         callbacks: functions of yours, called after each update, evaluation and epoch; not part of the experiment.
+        stop: once it is set, by a signal handler or another thread, the run finishes the update under way, writes a checkpoint
+            and raises ``Stopped``.
 
     Returns:
         The network and its history.
@@ -82,7 +84,7 @@ def finetune(
         RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run
             (the message names what differs); an image can't be read; the loss is no longer finite.
         TypeError: an argument is of the wrong type.
-        KeyboardInterrupt: Ctrl-C; a checkpoint has been written.
+        Stopped: ``stop`` was set.
 
     Example:
         >>> import timm
@@ -94,22 +96,19 @@ def finetune(
         >>> len(result.history)
         2
     """
-    config = FinetuneConfig() if config is None else config
-    checked_criterion(criterion, teacher, model)
-    callbacks = checked_callbacks(callbacks)
-    output = setup.checked(model, config, output_dir, resume)
-    if config.patience is not None and val_data is None:
-        raise RetrofitError("patience needs validation data")
-    with torch.inference_mode(False), torch.enable_grad(), setup.start_run(
-        model, train_data, val_data, config, output, resume=resume, base=base, command=command, quiet=quiet,
-        criterion=criterion, teacher=teacher, callbacks=callbacks,
-    ) as run:  # fmt: skip
+    job = Job(
+        model, train_data, val_data, FinetuneConfig() if config is None else config, output_dir, resume, base, command, quiet,
+        criterion, teacher, callbacks or Callbacks(), stop or threading.Event(),
+    )  # fmt: skip
+    check(job)
+    with torch.inference_mode(False), torch.enable_grad(), started(job) as run:
         evaluate_before_training(run)
-        for epoch in range(run.progress.epoch, config.epochs if run.progress.finished is None else 0):
-            train_epoch(run, epoch)
-            finish_epoch(run, epoch)
+        for number in range(run.progress.epoch, run.config.epochs):
             if run.progress.finished is not None:
                 break
+            epoch = begin_epoch(run, number)
+            train_epoch(run, epoch)
+            finish_epoch(run, epoch)
         return finish(run)
 
 
@@ -118,47 +117,38 @@ def evaluate_before_training(run: Run) -> None:
     run.log.header()
     if run.val is None or run.progress.history:
         return
-    measured = validate(run)
+    measured, _ = validate(run, run.val)
     run.progress.history.append({"epoch": 0, **measured})
     run.log.row(run.progress.history[0])
     run.log.history(run.progress.history)
     run.tell(run.callbacks.after_evaluation, 0)
 
 
-def train_epoch(run: Run, epoch: int) -> None:
-    """All updates of an epoch that have not been made yet."""
-    begin_epoch(run, epoch)
-    start = run.progress.step * run.config.grad_accum_steps
-    for batches in windows(run.train.batches(epoch, start), run.config.grad_accum_steps):
-        last = run.progress.step == run.updates_per_epoch - 1
-        unheard = run.val is None and not run.config.compile  # compiled code would not be heard
-        tally = update_and_listen(run, batches) if last and unheard else update(run, batches)
-        run.pending.append(tally)
-        run.tell(run.callbacks.after_update, epoch + 1, tally[0] / tally[2])
-        if is_time_to_look(run):
-            look(run, epoch)
-
-
-def update_and_listen(run: Run, batches: list[Batch]) -> Tensor:
-    """The last update of an epoch that no validation follows: what saturated gates there are is found in it."""
-    with listening(run.model) as gates:
-        tally = update(run, batches)
-    run.saturated = saturated_sites(gates)
-    return tally
-
-
-def begin_epoch(run: Run, epoch: int) -> None:
-    trained = trained_in(run.config, run.stages, epoch)
+def begin_epoch(run: Run, number: int) -> Epoch:
+    trained = trained_in(run.config, number)
     if trained != run.trained:
         run.choose(trained)
-        what = trained.stages[-1].name if trained.stages else "the whole network"
-        run.log.note(f"epoch {epoch + 1}: {what} is trained from here on, {count(run.model, True):,} parameters")
+        run.log.note(f"epoch {number + 1}: all {count(run.model, True):,} parameters are trained from here on")
     set_modes(run.model, trained, run.config.freeze_bn)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    run.began = run.looked = time.perf_counter()
-    run.seen_before = run.progress.seen
-    run.pending = []
+    return Epoch(number, run.progress.seen)
+
+
+def train_epoch(run: Run, epoch: Epoch) -> None:
+    """All updates of an epoch that have not been made yet."""
+    start = run.progress.step * run.config.grad_accum_steps
+    for batches in windows(run.train.batches(epoch.number, start), run.config.grad_accum_steps):
+        last = run.progress.step == run.updates_per_epoch - 1
+        unheard = run.val is None and not run.config.compile  # compiled code would not be heard
+        with listening(run.model) if last and unheard else contextlib.nullcontext() as gates:
+            tally = update(run, batches)
+        if gates is not None:  # without a validation, what saturated gates there are is found in the last update
+            epoch.saturated = saturated_sites(gates)
+        epoch.pending.append(tally)
+        run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
+        if is_time_to_look(run):
+            look(run, epoch)
 
 
 def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
@@ -177,10 +167,8 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
         last = number == len(batches) - 1
         # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
         with run.form, contextlib.nullcontext() if last else run.accelerator.no_sync(run.network):
-            run.kept.note()
             loss, correct = loss_of(run, batch)
-            with run.kept.through_backward():
-                run.accelerator.backward(loss / len(batches))
+            run.accelerator.backward(loss / len(batches))
         seen = torch.full_like(correct, len(batch.targets))
         tally += torch.stack([loss.detach() * len(batch.targets), correct, seen])
     if run.config.clip_grad is not None:
@@ -188,10 +176,10 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
     run.optimizer.step()
     run.progress.step += 1
     run.progress.updates += 1
-    if run.schedule is not None:
-        run.schedule.step_update(run.progress.updates)
-    if run.ema is not None:
-        run.ema.update(run.model, step=run.progress.updates)
+    if run.learning.schedule is not None:
+        run.learning.schedule.step_update(run.progress.updates)
+    if run.learning.ema is not None:
+        run.learning.ema.update(run.model, step=run.progress.updates)
     return tally
 
 
@@ -199,22 +187,21 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and how many of its images were classified correctly."""
     images, targets = run.place(batch)
     inputs, labels = images, targets
-    if run.mixup is not None:
-        check_targets(batch, run.mixup.num_classes)
+    if run.learning.mixup is not None:
+        check_targets(batch, run.learning.mixup.num_classes)
         if targets.dim() != 1:
             raise RetrofitError("mixup and cutmix need class numbers as targets, and these are vectors")
-        inputs, labels = mixed(run.mixup, images, targets)
+        inputs, labels = mixed(run.learning.mixup, images, targets)
     logits, auxiliary = called(run.network, inputs)
     check_targets(batch, logits.shape[1], run.config.multi_label)
-    weights = None if batch.weights is None else batch.weights.to(run.device, non_blocking=True)
-    loss = loss_by(run.criterion, logits, labels, weights)
+    loss = checked_loss(run.learning.criterion(logits, labels))
     for more in auxiliary:
-        loss = loss + AUXILIARY_WEIGHT * loss_by(run.criterion, more, labels, weights)
-    if run.teacher is not None:
+        loss = loss + AUXILIARY_WEIGHT * checked_loss(run.learning.criterion(more, labels))
+    if run.learning.teacher is not None:
         with torch.no_grad(), run.accelerator.autocast():
-            taught, _ = logits_of(run.teacher(inputs))
+            taught, _ = logits_of(run.learning.teacher(inputs))
         part = run.config.distillation_weight
-        loss = (1 - part) * loss + part * distillation_loss(logits, taught, run.config, weights)
+        loss = (1 - part) * loss + part * distillation_loss(logits, taught, run.config)
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
 
 
@@ -240,16 +227,16 @@ def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 def is_time_to_look(run: Run) -> bool:
-    told = run.interrupt.signal is not None and run.world == 1  # several processes stop together, at a look
+    told = run.stop.is_set() and run.world == 1  # several processes stop together, at a look
     return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_per_epoch
 
 
-def look(run: Run, epoch: int) -> None:
+def look(run: Run, epoch: Epoch) -> None:
     """Log the last updates and stop or write a checkpoint where that is due: the only place where the loop waits for the
     device and for the other processes."""
     progress = run.progress
     due = time.monotonic() - run.saved_at >= 60 * run.config.checkpoint_minutes
-    sums, stop, due = agree(run, due)
+    sums, stop, due = agree(run, epoch, due)
     run.check_losses([loss for loss, _, _ in sums])
     for loss, correct, seen in sums:
         progress.loss += loss
@@ -258,66 +245,62 @@ def look(run: Run, epoch: int) -> None:
     now = time.perf_counter()
     images = sum(seen for _, _, seen in sums)
     if progress.step > run.config.log_every:  # the first look of an epoch includes the loaders' start
-        run.step_times.append((now - run.looked) / len(sums))
+        run.step_times.append((now - epoch.looked) / len(sums))
     entry = {
         "update": progress.updates,
-        "epoch": epoch + 1,
+        "epoch": epoch.number + 1,
         "loss": sum(loss for loss, _, _ in sums) / images,
         "lr": run.lr,
-        "images_per_second": images / (now - run.looked),
+        "images_per_second": images / (now - epoch.looked),
     }
-    run.log.update(epoch + 1, progress.step, entry, progress.correct / progress.seen)
+    run.log.update(epoch.number + 1, progress.step, entry, progress.correct / progress.seen)
     run.accelerator.log({"train/loss": entry["loss"], "train/lr": entry["lr"]}, step=progress.updates)
-    run.looked, run.pending = now, []
-    if stop or (due and progress.step < run.updates_per_epoch):
-        run.keep_checkpoint()
-        run.looked = time.perf_counter()
+    epoch.pending = []
     if stop:
-        run.leave(stop)
-
-
-def agree(run: Run, due: bool) -> tuple[list[tuple[float, float, float]], int, bool]:
-    """The sums of the last updates over all processes, and what all agree on: the signal to stop on, or 0, and whether to
-    write a checkpoint."""
-    number = run.interrupt.signal
-    terminated, interrupted = float(number == signal.SIGTERM), float(number == signal.SIGINT)
-    flags = torch.tensor([terminated, interrupted, float(due and run.rank == 0)], device=run.device)
-    *sums, flags = run.accelerator.reduce(torch.stack([*run.pending, flags]), "sum").tolist()
-    terminated, interrupted, wanted = flags
-    stop = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
-    return [(loss, correct, seen) for loss, correct, seen in sums], int(stop), wanted > 0
-
-
-def validate(run: Run) -> dict[str, Any]:
-    """Scores on the validation data, and what the gates did there. A signal ends it, after a checkpoint of the last update:
-    what is resumed begins with the evaluation."""
-    assert run.val is not None
-    network = run.network if run.ema is None else run.ema.module
-    with listening(run.tested) as gates:
-        answers = measure(
-            network, run.val, run.accelerator, run.channels_last, run.log, run.config.multi_label, run.interrupt
-        )
-    if answers is None:
+        run.leave()
+    if due and run.train.resumes_within and progress.step < run.updates_per_epoch:
         run.keep_checkpoint()
-        run.leave(run.interrupt.signal)
-    scores = scores_of(answers)
+        now = time.perf_counter()
+    epoch.looked = now
+
+
+def agree(run: Run, epoch: Epoch, due: bool) -> tuple[list[tuple[float, float, float]], bool, bool]:
+    """The sums of the last updates over all processes, and what all agree on: whether to stop, and whether to write a
+    checkpoint."""
+    flags = torch.tensor([float(run.stop.is_set()), float(due and run.rank == 0), 0.0], device=run.device)
+    *sums, flags = run.accelerator.reduce(torch.stack([*epoch.pending, flags]), "sum").tolist()
+    return [(loss, correct, seen) for loss, correct, seen in sums], flags[0] > 0, flags[1] > 0
+
+
+def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
+    """Scores on the validation data with what the gates did there, and the sites whose gates are saturated. It ends where the run
+    is to stop, after a checkpoint of the last update: what is resumed begins with the evaluation."""
+    network = run.network if run.learning.ema is None else run.learning.ema.module
+    with listening(run.tested) as gates:
+        found = measure(network, data, run.accelerator, run.config, run.log, stop=run.stop)
+    if found is None:
+        run.leave()
+    scores: dict[str, Any] = {f"val_{name}": value for name, value in found.scores().items()}
     if f"val_{run.config.best_metric}" not in scores:
-        raise RetrofitError(f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {answers.classes}")
-    if gates is None:
-        return scores
-    run.saturated = saturated_sites(gates)
-    return {**scores, "gates": log_gates(gates, run.accelerator.trackers, run.progress.updates)}
+        raise RetrofitError(
+            f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {len(found.classes)}"
+        )
+    if gates is not None:
+        scores["gates"] = log_gates(gates, run.accelerator.trackers, run.progress.updates)
+    return scores, saturated_sites(gates)
 
 
-def finish_epoch(run: Run, epoch: int) -> None:
+def finish_epoch(run: Run, epoch: Epoch) -> None:
     """Evaluate, keep what is best, write a checkpoint."""
+    ema, number = run.learning.ema, epoch.number + 1
     if run.world > 1:
         # running statistics differ between the processes; what is evaluated must be what is saved
-        share([*run.model.buffers(), *(run.ema.module.buffers() if run.ema is not None else ())])
+        share([*run.model.buffers(), *(ema.module.buffers() if ema is not None else ())])
     row = training_row(run, epoch)
     if run.val is not None:
-        row.update(validate(run))
-    row.update({"saturated": run.saturated} if run.saturated else {})
+        measured, epoch.saturated = validate(run, run.val)
+        row.update(measured)
+    row.update({"saturated": epoch.saturated} if epoch.saturated else {})
     take_note(run, row)
     run.check_weights()
     # best before last: after a kill between the two, the epoch's end is done again and gives the same
@@ -331,23 +314,23 @@ def finish_epoch(run: Run, epoch: int) -> None:
     figures = {name: value for name, value in row.items() if isinstance(value, (int, float))}
     run.accelerator.log(figures, step=run.progress.updates)
     if run.val is not None:
-        run.tell(run.callbacks.after_evaluation, epoch + 1)
-    run.tell(run.callbacks.after_epoch, epoch + 1)
+        run.tell(run.callbacks.after_evaluation, number)
+    run.tell(run.callbacks.after_epoch, number)
     if run.progress.finished is None:
         # Processes may have been told at different moments: all leave together or none does
-        _, stop, _ = agree(run, False)
+        _, stop, _ = agree(run, epoch, False)
         if stop:
-            run.leave(stop)
+            run.leave(with_checkpoint=False)
 
 
-def training_row(run: Run, epoch: int) -> dict[str, Any]:
-    progress, seconds = run.progress, time.perf_counter() - run.began
+def training_row(run: Run, epoch: Epoch) -> dict[str, Any]:
+    progress, seconds = run.progress, time.perf_counter() - epoch.began
     row = {
-        "epoch": epoch + 1,
+        "epoch": epoch.number + 1,
         "train_loss": progress.loss / progress.seen,
         "train_accuracy": progress.correct / progress.seen,
         "lr": run.lr,
-        "images_per_second": (progress.seen - run.seen_before) / seconds,
+        "images_per_second": (progress.seen - epoch.seen_before) / seconds,
         "seconds": seconds,
     }
     if run.device.type == "cuda":
@@ -362,7 +345,7 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
     run.note_pace()
     if run.val is not None:
         score = row[f"val_{config.best_metric}"]
-        sign = 1 if higher_is_better(config.best_metric) else -1
+        sign = -1 if config.best_metric == "loss" else 1
         # NaN, of a loss that overflows, is worse than any number
         improved = (
             progress.best is None
@@ -387,5 +370,4 @@ def finish(run: Run) -> FinetuneResult:
     run.log.pictures(run.progress.history)
     run.log.summarise(result)
     run.tell(run.callbacks.after_training, run.progress.epoch)
-    run.heed_signal()
     return result

@@ -8,11 +8,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..errors import RetrofitError
 
-__all__ = ["AfterOurs", "begin_worker", "told_plainly"]
+__all__ = ["begin_worker", "told_plainly"]
 
 LOOK = 1.0  # seconds between two looks at the main process
 
@@ -54,15 +54,3 @@ def told_plainly() -> Iterator[None]:
         if "Original Traceback" not in text:
             raise
         raise RetrofitError(text.rsplit("RetrofitError: ", 1)[-1].strip()) from error
-
-
-class AfterOurs:
-    """The caller's ``worker_init_fn``, after ``begin_worker``."""
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
-
-    def __call__(self, worker: int) -> None:
-        begin_worker(worker)
-        if self.then is not None:
-            self.then(worker)

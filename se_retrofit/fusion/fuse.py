@@ -12,7 +12,6 @@ from ..attention import SEAttention
 from ..errors import RetrofitError, check_module
 from ..plan import Skipped
 from ..surgery.record.copying import copied
-from ..surgery.record.isolation import isolated
 from ..surgery.record.methods import unwrapped
 from ..surgery.splice.derived import Recipe, RetrofittedBlock, derived_class
 from ..surgery.splice.source import Splice, SpliceError, source_of, span_of
@@ -116,7 +115,7 @@ def fuse_se(model: M, *, inplace: bool = False) -> M:
             names = {n for n in recipe.names if (f"{path}.{n}" if path else n) in fused}
             splices = tuple(_fused(s) if s.child in names and s.form == "wrap" else s for s in recipe.splices)
             changed.append((block, replace(recipe, splices=splices), names))
-    _put(target, changed, FusedSEAttention)
+    _put(changed, FusedSEAttention)
     return target
 
 
@@ -147,14 +146,13 @@ def unfuse_se(model: M, *, inplace: bool = False) -> M:
             names = {s.child for s in recipe.splices if s.form == "norm"}
             splices = tuple(replace(s, form="wrap", target="") if s.form == "norm" else s for s in recipe.splices)
             changed.append((block, replace(recipe, splices=splices), names))
-    _put(target, changed, SEAttention)
+    _put(changed, SEAttention)
     return target
 
 
-def _put(model: nn.Module, changed: list[tuple[Any, Recipe, set[str]]], cls: type) -> None:
+def _put(changed: list[tuple[Any, Recipe, set[str]]], cls: type) -> None:
     try:
-        with isolated(model):  # deriving a class may fill a registry
-            classes = [derived_class(recipe) for _, recipe, _ in changed]
+        classes = [derived_class(recipe) for _, recipe, _ in changed]
     except SpliceError as error:
         raise RetrofitError(str(error)) from None
     for (block, _, names), derived in zip(changed, classes, strict=True):

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..plan import Skipped
+from ..plan import Skipped, folded
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import class_name
@@ -164,7 +164,7 @@ class Report:
             lines += [
                 "",
                 f"skipped: {len(self.skipped)}",
-                *(f"  {s.block or '(model)'}: {s.reason}" for s in self.skipped),
+                *(f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped)),
             ]
         return "\n".join(lines)
 
@@ -199,8 +199,8 @@ class Report:
             yield Text.assemble((f"{heading:<19}", "bold"), text)
         if self.skipped:
             yield Text(f"\nskipped: {len(self.skipped)}", style="bold")
-            for skip in self.skipped:
-                yield Text.assemble(f"  {skip.block or '(model)'}: ", (skip.reason, "dim"))
+            for blocks, reason in folded(self.skipped):
+                yield Text.assemble(f"  {blocks}: ", (reason, "dim"))
 
 
 FIRST_NUMBER = 6

@@ -17,7 +17,7 @@ from ..attention import Attention, Slot, built, name_of
 from ..errors import RetrofitError, brief
 from ..plan import Plan, Site, Skipped
 from .arguments import Options, patterns_of
-from .blocks import RECOGNISERS, Block, Found, Place, Recogniser, find_places, places_at
+from .blocks import RECOGNISERS, Block, Found, Place, Recogniser, find_places, left_out, places_at
 from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs
@@ -26,7 +26,6 @@ from .record.methods import forget_methods
 from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
-from .splice.ways import se_paths
 
 __all__ = ["fitted", "planned"]
 
@@ -47,11 +46,9 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
         sites = sorted(fitting.sites(), key=lambda site: site.place.op.index)
     if not sites:
         raise RetrofitError(_why_nothing(model, found))
-    called: dict[str, int] = {}
-    for index, call in enumerate(runs.evaluation.calls):
-        called.setdefault(call.path, index)
-    left = sorted(found.skipped.items(), key=lambda item: called.get(item[0], len(called)))
-    skipped = tuple(Skipped(block, reason) for block, reason in left)
+    placed = [place for site in sites for place in site.places]
+    left = left_out(runs.evaluation, found, placed, everything=bool(options.auto or not options.at))
+    skipped = tuple(Skipped(*block) for block in left)
     described = describe(runs.inputs, model)
     return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure_of(model))
 
@@ -146,7 +143,7 @@ def _found(record: Record, options: Options) -> Found:
         named.places += [place for place in found.places if place.op not in taken]
         named.places.sort(key=lambda place: place.op.index)
         named.skipped |= found.skipped
-        named.attended = found.attended
+        named.regions, named.attended = found.regions, found.attended
     return named
 
 
@@ -171,57 +168,55 @@ def _asked(find: Any, record: Record) -> Iterator[Block]:
 
 
 def _chosen(found: Found, options: Options) -> list[Place]:
-    """The places that ``include`` and ``exclude`` let through. A pattern is over the paths of blocks, and of what in a plain chain
-    is less than a block: its convolutions; where it matches none of these, over those of SE modules."""
+    """The places that ``include`` and ``exclude`` let through, patterns over the paths of blocks."""
     included, excluded = patterns_of("include", options.include), patterns_of("exclude", options.exclude)
-    places, named = found.places, [place for place in found.places if place.named]
-    if not places or not (included or excluded):
-        return places
-    names = {place: [place.block, *place.names] for place in places if not place.named}
-    if not names:
+    blocks = list(dict.fromkeys(place.block for place in found.places if not place.named))
+    if found.places and not blocks and (included or excluded):
         raise RetrofitError(
             "include and exclude choose among the blocks found, and with at alone there are none: give at other patterns, or auto=True"
         )
-    for pattern in included + excluded:
-        if not any(fnmatch.filter(of_place, pattern) for of_place in names.values()):
-            paths = se_paths(places)
-            matched = [place for place in names if fnmatch.fnmatchcase(paths.get(place, ""), pattern)]
-            if not matched:
-                blocks = list(dict.fromkeys(place.block for place in names))
-                raise RetrofitError(
-                    f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
-                    f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
-                )
-            for place in matched:
-                names[place].append(paths[place])
+    for pattern in included + excluded if blocks else ():
+        if not fnmatch.filter(blocks, pattern):
+            raise RetrofitError(
+                f"the pattern {pattern!r} matches none of the {len(blocks)} blocks found, which are "
+                f"{', '.join(blocks[:4])}{', ...' if len(blocks) > 4 else ''}"
+            )
     reasons = {}
-    for place, of_place in names.items():
-        if included and not any(fnmatch.filter(of_place, p) for p in included):
-            reasons[place] = "not included"
-        elif any(fnmatch.filter(of_place, p) for p in excluded):
+    for place in found.places:
+        asked = any(fnmatch.fnmatch(place.block, p) for p in included)
+        if place.named:
+            continue
+        if not asked and (place.aside or included):
+            reasons[place] = place.aside or "not included"
+        elif any(fnmatch.fnmatch(place.block, p) for p in excluded):
             reasons[place] = "excluded"
-    chosen = [place for place in places if place not in reasons]
-    if not chosen and not named:
+    chosen = [place for place in found.places if place not in reasons]
+    if not chosen and any(reason != place.aside for place, reason in reasons.items()):
         raise RetrofitError("include and exclude together leave no block to retrofit")
     kept = {place.block for place in chosen}
-    for place, reason in reasons.items():  # of a block that keeps others, what is left out is named on its own
-        found.skipped[place.block if place.block not in kept else se_paths(places).get(place, place.block)] = reason
+    for place, reason in reasons.items():  # a chain in a block that keeps its SE is named after its layers
+        found.leave(min(place.layers) if place.block in kept else place.block, reason, place.region)
     return chosen
 
 
 def _why_nothing(model: nn.Module, found: Found) -> str:
     name = type(model).__name__
-    if found.attended and not found.places:
+    aside = list(dict.fromkeys(place.block for place in found.places if place.aside))
+    left = {block: reason for block, reason in found.skipped.items() if block not in aside}
+    beside = (
+        f"; beside them, include may name {', '.join(aside[:3])}{', ...' if len(aside) > 3 else ''}" if aside else ""
+    )
+    if found.attended and all(place.aside for place in found.places):
         return (
             f"{name} has channel attention already, in all of its convolutional blocks ({found.attended}), so there is "
-            "nothing to retrofit"
+            f"nothing to retrofit{beside}"
         )
-    if found.skipped:
-        block, reason = next(iter(found.skipped.items()))
-        return f"{name} has no block that can be retrofitted ({len(found.skipped)} skipped; {block or 'the model'}: {reason})"
+    if left:
+        block, reason = next(iter(left.items()))
+        return f"{name} has no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason}){beside}"
     return (
         f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
-        "and no plain chain of convolutions, so there is nothing to retrofit"
+        f"and no plain chain of convolutions, so there is nothing to retrofit{beside}"
     )
 
 

@@ -75,7 +75,7 @@ def test_a_class_in_place_of_an_instance() -> None:
         (
             {"include": "layer9.*"},
             RetrofitError,
-            r"the pattern 'layer9\.\*' matches none of the 1 blocks found, which are 1",
+            r"the pattern 'layer9\.\*' matches none of the 2 blocks found, which are 0, 1",
         ),
         ({"exclude": ["1", "nowhere"]}, RetrofitError, "the pattern 'nowhere' matches none"),
         ({"exclude": "*"}, RetrofitError, "leave no block"),

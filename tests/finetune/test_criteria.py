@@ -79,9 +79,9 @@ def test_on_several_labels_binary_cross_entropy_beats_the_default() -> None:
     finetune(default, TensorDataset(images, shares), config=RECIPE, quiet=True)
     matching = finetune(classifier(5, 5), train, val, config=recipe, quiet=True)
     before, after = (evaluate(model, val, config=recipe) for model in (default, matching.model))
-    assert matching.best_score == after["val_map"]
-    assert after["val_map"] > before["val_map"] + 0.02
-    assert after["val_f1"] > before["val_f1"] + 0.1
+    assert matching.best_score == after.map
+    assert after.map > before.map + 0.02
+    assert after.f1 > before.f1 + 0.1
 
 
 def test_the_best_epoch_is_that_of_the_chosen_metric(network: Network, config: Config, digits: NamedData) -> None:
@@ -92,7 +92,7 @@ def test_the_best_epoch_is_that_of_the_chosen_metric(network: Network, config: C
         assert result.best_epoch is not None
         assert values[result.best_epoch] == result.best_score
         assert result.best_accuracy == result.history[result.best_epoch]["val_accuracy"]
-        assert evaluate(result.model, digits.val, config=config())[f"val_{metric}"] == result.best_score
+        assert evaluate(result.model, digits.val, config=config()).scores()[metric] == result.best_score
 
 
 # Losses
@@ -171,7 +171,7 @@ def test_a_teacher_is_learned_from_and_left_alone(
     recipe = config(epochs=6, lr=3e-3, distillation_weight=1.0)
     taught = finetune(network(), blank, config=recipe, teacher=teacher, quiet=True).model
     alone = finetune(network(), blank, config=recipe, quiet=True).model
-    accuracies = [evaluate(model, digits.val, config=config())["val_accuracy"] for model in (taught, alone)]
+    accuracies = [evaluate(model, digits.val, config=config()).accuracy for model in (taught, alone)]
     assert accuracies[0] > accuracies[1] + 0.2
     assert same(before, teacher.state_dict())
     assert [module.training for module in teacher.modules()] == modes
@@ -200,7 +200,7 @@ def test_targets_are_found_without_images() -> None:
 
 def test_balanced_sampling_draws_each_class_equally_often_and_alike_on_resume() -> None:
     data = imbalanced(2000, 0)
-    order = Order(2000, 50, train=True, seed=0, rank=0, world=1, weights=image_weights(data))
+    order = Order(data, 50, name="data", train=True, seed=0, rank=0, world=1, weights=image_weights(data))
     batches = list(order)
     drawn = torch.tensor([index for batch in batches for _, index, _ in batch])
     share = data.tensors[1][drawn].float().mean().item()

@@ -10,13 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import sklearn.metrics
 import timm
 import torch
 from pictures import make_folder
 from PIL import Image
 from torch import nn
-from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
 from typer.testing import CliRunner, Result
 
@@ -27,7 +25,6 @@ from se_retrofit.finetune import (
     FinetuneConfig,
     NamedData,
     evaluate,
-    evaluate_closely,
     finetune,
     load_data,
     predict,
@@ -69,7 +66,7 @@ def test_the_result_gives_the_transform_of_its_validation(result: Path, pictures
     assert torch.equal(prepared, timm.data.create_transform(**config)(image))
     # so evaluation needs to be told no size, and gives what the run measured
     best = max(json.loads(line)["val_accuracy"] for line in (result / "metrics.jsonl").read_text().splitlines())
-    assert evaluate(model, data, config=FinetuneConfig(cpu=True, workers=0))["val_accuracy"] == best
+    assert evaluate(model, data, config=FinetuneConfig(cpu=True, workers=0)).accuracy == best
     again = load_retrofitted(save_retrofitted(copy.deepcopy(model), result.parent / "again"))
     assert torch.equal(transform_of(again)(image), prepared)
 
@@ -81,26 +78,6 @@ def test_a_network_that_was_trained_on_tensors_does_not_pretend_to_know(
     finetune(model, digits.train, config=config(epochs=1), quiet=True)
     with pytest.raises(RetrofitError, match="does not tell how its images are prepared"):
         transform_of(model)
-
-
-def test_the_figures_agree_with_scikit_learn() -> None:
-    torch.manual_seed(1)
-    images, targets = torch.randn(60, 3, 16, 16), torch.randint(0, 7, (60,))
-    model = timm.create_model("resnet10t", num_classes=8).eval()  # the last class has no images
-    found = evaluate_closely(model, TensorDataset(images, targets), config=FinetuneConfig(cpu=True, batch_size=7))
-    with torch.no_grad():
-        scores = model(images)
-    predicted = scores.argmax(1)
-    labels = range(len(found.classes))
-    assert found.accuracy == pytest.approx(sklearn.metrics.accuracy_score(targets, predicted))
-    assert found.top5 == pytest.approx(sklearn.metrics.top_k_accuracy_score(targets, scores, k=5, labels=range(8)))
-    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(scores, targets)), rel=1e-5)
-    assert found.confusion.tolist() == sklearn.metrics.confusion_matrix(targets, predicted, labels=labels).tolist()
-    assert found.macro_f1 == pytest.approx(
-        sklearn.metrics.f1_score(targets, predicted, average="macro", zero_division=0)
-    )
-    recalls = sklearn.metrics.recall_score(targets, predicted, labels=labels, average=None, zero_division=0)
-    assert [scores.recall for scores in found.classes] == pytest.approx(recalls.tolist())
 
 
 def test_evaluate_prints_a_table_and_draws_the_confusion(result: Path, pictures: Path, tmp_path: Path) -> None:
@@ -212,7 +189,7 @@ def test_a_run_is_evaluated_at_the_size_that_it_was_trained_at(
     assert run_settings(tmp_path / "run" / "last") == {}
     again = load_retrofitted(saved, base=network(se=False))
     chosen = FinetuneConfig.from_dict({**run_settings(saved), "cpu": True})
-    assert evaluate(again, data.val, config=chosen)["val_accuracy"] == best.best_accuracy
+    assert evaluate(again, data.val, config=chosen).accuracy == best.best_accuracy
 
 
 def test_data_with_other_classes_is_refused_rather_than_miscounted(
@@ -227,7 +204,7 @@ def test_data_with_other_classes_is_refused_rather_than_miscounted(
 
 
 def test_a_head_for_more_classes_than_the_data_names_is_evaluated(pictures: Path) -> None:
-    found = evaluate_closely(
+    found = evaluate(
         timm.create_model("resnet10t", num_classes=4), load_data(pictures).val,
         config=FinetuneConfig(cpu=True, workers=0, image_size=32),
     )  # fmt: skip

@@ -38,7 +38,7 @@ def test_it_learns_in_every_precision(
     assert all(p.is_cuda and p.dtype == torch.float32 for p in result.model.parameters())
     assert not any(key.startswith("_orig_mod") for key in load_file(tmp_path / "best" / "weights.safetensors"))
     loaded = load_retrofitted(tmp_path / "best", base=network(se=False))
-    assert evaluate(loaded, digits.val, config=recipe)["val_accuracy"] == pytest.approx(result.best_accuracy, abs=0.02)
+    assert evaluate(loaded, digits.val, config=recipe).accuracy == pytest.approx(result.best_accuracy, abs=0.02)
 
 
 def test_auto_is_bf16_where_the_gpu_has_it(network: Network, config: Config, digits: NamedData, capsys: Any) -> None:
@@ -52,10 +52,10 @@ def test_the_optimizer_is_fused_and_images_are_channels_last(
 ) -> None:
     model, seen = network(), []
     model.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    from se_retrofit.finetune import setup
+    from se_retrofit.finetune import optimizing
 
-    make, optimizers = setup.optimizer, []
-    monkeypatch.setattr(setup, "optimizer", lambda *a, **k: optimizers.append(make(*a, **k)) or optimizers[-1])
+    make, optimizers = optimizing.optimizer, []
+    monkeypatch.setattr(optimizing, "optimizer", lambda *a, **k: optimizers.append(make(*a, **k)) or optimizers[-1])
     finetune(model, digits.train, config=config(cpu=False, epochs=1), quiet=True)
     assert optimizers[0].defaults["fused"]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)

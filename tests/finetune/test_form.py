@@ -1,13 +1,7 @@
-"""What a network is during a training step: fused for torch.compile, with norms over all processes; and itself otherwise."""
+"""What a network is in training: fused for torch.compile during a step and itself otherwise; with activations computed twice."""
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +11,13 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import Subset
 
-from se_retrofit import RetrofitError, SEAttention, add_se, has_se, load_retrofitted
+from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted
 from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
-from se_retrofit.finetune.form import check_sync, training_form
+from se_retrofit.finetune.form import TrainingForm
 from se_retrofit.fusion import FusedSEAttention
 
-HERE = Path(__file__).parent
 Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
 
@@ -32,74 +26,46 @@ def classes(model: nn.Module) -> dict[str, type]:
     return {path: type(module) for path, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "efficientnet_lite0"])  # BatchNorm2d, and timm's BatchNormAct2d
-def test_norms_are_synchronized_in_a_step_alone(name: str, config: Config) -> None:
-    model = add_se(timm.create_model(name, num_classes=10))
-    own, keys = classes(model), list(model.state_dict())
-    reference = copy.deepcopy(model)
-    form = training_form(model, config(sync_batch_norm=True))
-    assert classes(model) == own
-    x = torch.randn(2, 3, 64, 64)
-    with form:
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        assert norms
-        assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
-        assert has_se(model)
-        assert list(model.state_dict()) == keys
-        torch.manual_seed(1)
-        model.train()(x).sum().backward()  # one process: a synchronized norm is the norm itself
-    assert classes(model) == own
-    torch.manual_seed(1)
-    reference.train()(x).sum().backward()
-    for (path, value), other in zip(model.named_parameters(), reference.parameters(), strict=True):
-        assert torch.equal(value.grad, other.grad), path
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), reference.buffers(), strict=True))
-
-
-def test_the_form_ends_where_a_step_fails(network: Network, config: Config) -> None:
+def test_the_form_ends_where_a_step_fails(network: Network) -> None:
     model = network()
-    own = classes(model)
-    with pytest.raises(RuntimeError), training_form(model, config(sync_batch_norm=True)):
+    own, form = classes(model), TrainingForm(model, True)
+    assert classes(model) == own
+    with form:
+        assert FusedSEAttention in classes(model).values()
+    with pytest.raises(RuntimeError), form:
         model(torch.randn(1, 2, 8, 8))
     assert classes(model) == own
 
 
-class OwnNorm(nn.BatchNorm2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + 1
+def test_activations_are_computed_once_more_by_the_networks_own_switch(config: Config, digits: NamedData) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return add_se(timm.create_model("test_resnet", num_classes=10, drop_rate=0.2))
+
+    saved: dict[bool, int] = {}
+    weights: dict[bool, Any] = {}
+    for recomputed in (False, True):
+        count = 0
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            nonlocal count
+            count += value.numel()
+            return value
+
+        model = network()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            recipe = config(epochs=1, grad_checkpointing=recomputed)
+            finetune(model, Subset(digits.train, range(64)), config=recipe, quiet=True)
+        assert model.grad_checkpointing is False
+        saved[recomputed], weights[recomputed] = count, dict(model.named_parameters())
+    assert saved[True] < 0.7 * saved[False]
+    assert all(torch.equal(value, weights[False][name]) for name, value in weights[True].items())
 
 
-def test_synchronized_norms_are_refused_where_they_cannot_be_had(
-    network: Network, config: Config, digits: NamedData
-) -> None:
-    with pytest.raises(RetrofitError, match="and there is one process; start several with torchrun"):
-        finetune(network(), digits.train, config=config(sync_batch_norm=True), quiet=True)
-    recipe = config(sync_batch_norm=True)
-    with pytest.raises(RetrofitError, match="these processes are on the CPU"):
-        check_sync(network(), recipe, 2, "cpu")
-    check_sync(network(), recipe, 2, "cuda")
-    with pytest.raises(RetrofitError, match=r"batch norms of other classes: 1 \(OwnNorm\)"):
-        check_sync(nn.Sequential(nn.Conv2d(3, 4, 3), OwnNorm(4)), recipe, 2, "cuda")
-    with pytest.raises(RetrofitError, match="has no batch norm"):
-        check_sync(nn.Linear(2, 2), recipe, 2, "cuda")
-    with pytest.raises(RetrofitError, match="take one"):
-        config(sync_batch_norm=True, freeze_bn=True)
-
-
-@pytest.mark.sweep
-def test_two_processes_on_the_cpu_are_told_so(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-         str(HERE / "run_tiny.py"), str(tmp_path), json.dumps({"sync_batch_norm": True})],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "these processes are on the CPU" in done.stderr
+def test_a_network_without_such_a_switch_is_refused(config: Config, digits: NamedData) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
+    with pytest.raises(RetrofitError, match=r"grad_checkpointing=True: Sequential has no set_grad_checkpointing"):
+        finetune(model, digits.train, config=config(grad_checkpointing=True), quiet=True)
 
 
 @pytest.mark.sweep

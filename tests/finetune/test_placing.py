@@ -14,9 +14,8 @@ from torch.utils.data import TensorDataset
 from se_retrofit.finetune import FinetuneConfig
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
 from se_retrofit.finetune.data import Batch
-from se_retrofit.finetune.metrics import answer, hits, losses_of
+from se_retrofit.finetune.evaluation import answer, hits, losses_of
 from se_retrofit.finetune.run import placed
-from se_retrofit.finetune.setup import on_device
 from se_retrofit.finetune.train import mixed
 
 CUDA = torch.device("cuda")
@@ -76,7 +75,7 @@ def test_losses_and_metrics_are_computed_on_the_device(mode: FakeTensorMode, fie
     assert isinstance(criterion, nn.Module)
     criterion = in_mode(mode, criterion)
     with mode:
-        criterion = on_device(criterion, CUDA)
+        criterion = criterion.to(CUDA)
         _, labels = placed(batch_of(multi_label), CUDA, True)
         logits = torch.randn(len(labels), CLASSES, device=CUDA)
         found = [

@@ -134,12 +134,6 @@ def test_an_optimizer_whose_state_cannot_be_written_is_refused_or_resumes(
         finetune(network(), digits.train, config=config(optimizer="adafactorbv"), output_dir=tmp_path, quiet=True)
 
 
-def test_workers_that_outlive_an_epoch_are_refused(network: Network, config: Config, digits: NamedData) -> None:
-    loader = DataLoader(digits.train, 32, num_workers=1, persistent_workers=True)
-    with pytest.raises(RetrofitError, match=r"train_data is a DataLoader with persistent_workers=True"):
-        finetune(network(), loader, config=config(), quiet=True)
-
-
 def test_a_sharded_network_is_refused(network: Network, config: Config, digits: NamedData) -> None:
     from torch.distributed import destroy_process_group, init_process_group
     from torch.distributed.device_mesh import init_device_mesh

@@ -1,3 +1,5 @@
+"""Two processes train as one does, resume and stop together."""
+
 from __future__ import annotations
 
 import json
@@ -13,43 +15,40 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import RECIPE, train
 
 HERE = Path(__file__).parent
-# With frozen statistics and nothing random in the network two processes compute what one does, to rounding
-RECIPE = {
-    "epochs": 2,
-    "freeze_bn": True,
-    "optimizer": "sgd",
-    "lr": 0.005,
-    "clip_grad": None,  # clipping would hide a wrong factor
-    "grad_accum_steps": 2,
-    "patience": 2,
-}
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+}  # fmt: skip
+pytestmark = pytest.mark.sweep
 
 
-def torchrun(processes: int) -> list[str]:
+def torchrun() -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={processes}",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-    ]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [sys.executable, *launcher]
 
 
-def launch(
-    processes: int, output: Path, fields: dict[str, Any], *flags: str, **env: str
-) -> subprocess.CompletedProcess[str]:
-    launcher = torchrun(processes) if processes > 1 else []
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *launcher, str(HERE / "run_tiny.py"), str(output), json.dumps(fields), *flags],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True, text=True, timeout=300, check=False,
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all that ``two_processes.py`` trains, and of one process's run beside it."""
+    root = tmp_path_factory.mktemp("processes")
+    train(root / "one", {**RECIPE, "batch_size": 32}, quiet=True)
+    done = subprocess.run(
+        [*torchrun(), str(HERE / "two_processes.py"), str(root)], env=ENVIRONMENT, capture_output=True, text=True,
+        timeout=300, check=False,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (root / "said.txt").write_text(done.stdout)
+    return root
+
+
+def told(root: Path, name: str) -> list[str]:
+    return [json.loads((root / f"told.{rank}.json").read_text())[name] for rank in (0, 1)]
 
 
 def read(output: Path) -> tuple[list[float], list[dict[str, Any]], dict[str, torch.Tensor]]:
@@ -58,19 +57,8 @@ def read(output: Path) -> tuple[list[float], list[dict[str, Any]], dict[str, tor
     return curve, history, load_file(output / "best" / "weights.safetensors")
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("one")
-    done = launch(1, output, {**RECIPE, "batch_size": 32})
-    assert done.returncode == 0, done.stderr
-    return output
-
-
-@pytest.mark.sweep
-def test_two_processes_follow_the_loss_curve_of_one_with_the_doubled_batch(one_process: Path, tmp_path: Path) -> None:
-    done = launch(2, tmp_path, {**RECIPE, "batch_size": 16})
-    assert done.returncode == 0, done.stderr
-    (curve, history, weights), (curve2, history2, weights2) = read(one_process), read(tmp_path)
+def test_two_processes_follow_the_loss_curve_of_one_with_the_doubled_batch(root: Path) -> None:
+    (curve, history, weights), (curve2, history2, weights2) = read(root / "one"), read(root / "two")
     assert len(curve) == 8
     assert curve2 == pytest.approx(curve, rel=1e-4)
     assert curve[-1] < curve[0]
@@ -79,65 +67,38 @@ def test_two_processes_follow_the_loss_curve_of_one_with_the_doubled_batch(one_p
         assert row2["val_accuracy"] == row["val_accuracy"]
     for key, value in weights.items():
         torch.testing.assert_close(weights2[key], value, rtol=1e-3, atol=1e-5)
-    # one process prints
-    assert done.stdout.count("best validation accuracy") == 1
+    assert (root / "said.txt").read_text().count("best validation accuracy") == 1  # one process prints
 
 
-@pytest.mark.sweep
-def test_two_processes_resume_to_the_same_weights(tmp_path: Path) -> None:
-    fields = {**RECIPE, "batch_size": 16, "freeze_bn": False, "mixup": 0.4, "checkpoint_minutes": 0.0, "ema_decay": 0.9}
-    whole = launch(2, tmp_path / "whole", fields)
-    assert whole.returncode == 0, whole.stderr
-    stopped = launch(2, tmp_path / "broken", fields, SE_TEST_DIE_AT="6")
-    assert stopped.returncode != 0
-    assert json.loads((tmp_path / "broken" / "last" / "training.json").read_text())["progress"]["updates"] in (5, 6)
-    again = launch(2, tmp_path / "broken", fields, "resume")
-    assert again.returncode == 0, again.stderr
+def test_two_processes_resume_to_the_same_weights(root: Path) -> None:
+    assert told(root, "broken") == ["Broken: ", "Broken: "]
     for folder in ("last", "best"):
-        a, b = (load_file(tmp_path / run / folder / "weights.safetensors") for run in ("whole", "broken"))
+        a, b = (load_file(root / run / folder / "weights.safetensors") for run in ("whole", "broken"))
         assert all(torch.equal(a[key], b[key]) for key in a), folder
 
 
-@pytest.mark.sweep
-def test_a_run_is_not_resumed_by_another_number_of_processes(one_process: Path) -> None:
-    done = launch(2, one_process, {**RECIPE, "batch_size": 32}, "resume")
-    assert done.returncode != 0
-    assert "was started with 1 processes, now running with 2" in done.stderr
+def test_a_run_is_not_resumed_by_another_number_of_processes(root: Path) -> None:
+    for said in told(root, "other number"):
+        assert "was started with 1 processes, now running with 2" in said
 
 
-@pytest.mark.sweep
-def test_two_processes_train_a_network_with_unused_parameters_where_they_are_told_so(tmp_path: Path) -> None:
-    fields = {"epochs": 1, "batch_size": 16}
-    assert launch(2, tmp_path / "not told", fields, "unused").returncode != 0
-    told = launch(2, tmp_path / "told", {**fields, "find_unused_parameters": True}, "unused")
-    assert told.returncode == 0, told.stderr
+def test_unused_parameters_are_trained_around_where_it_is_told_so(root: Path) -> None:
+    assert told(root, "told of unused") == ["", ""]
+    assert all(said.startswith("RuntimeError") for said in told(root, "unused"))
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize(
-    ("number", "end", "group"),
-    # as a cluster's scheduler ends a job, and as a terminal passes Ctrl-C on
-    [(signal.SIGTERM, "SystemExit(143)", False), (signal.SIGINT, "KeyboardInterrupt()", True)],
-    ids=["SIGTERM to torchrun", "SIGINT to all"],
-)
-def test_a_signal_to_torchrun_or_to_all_writes_a_checkpoint(
-    tmp_path: Path, number: signal.Signals, end: str, group: bool
-) -> None:
-    output, ends = tmp_path / "run", tmp_path / "ends"
-    ends.mkdir()
-    fields = {"epochs": 500, "batch_size": 16, "workers": 1, "checkpoint_minutes": 100.0}
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+def test_a_signal_to_torchrun_writes_a_checkpoint(tmp_path: Path) -> None:
+    """As a cluster's scheduler ends a job."""
+    output = tmp_path / "run"
+    arguments = ["--data", "digits", "--image-size", "16", "--cpu", "--epochs", "500", "--output", str(output)]
     process = subprocess.Popen(
-        [sys.executable, *torchrun(2), str(HERE / "run_tiny.py"), str(output), json.dumps(fields)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "SE_TEST_ENDS": str(ends)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        [*torchrun(), "-m", "se_retrofit", "finetune", "timm/test_resnet", *arguments, "--set", "log_every=1"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     updates = output / "updates.jsonl"
     while process.poll() is None and not (updates.exists() and len(updates.read_text().splitlines()) >= 3):
         time.sleep(0.01)
-    (os.killpg if group else os.kill)(process.pid, number)
+    process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
-    # torchrun itself ends with 1, whatever its processes end with
-    assert {rank.name: rank.read_text() for rank in ends.iterdir()} == {"0": end, "1": end}, said
-    assert said.count("the checkpoint in") == 1
+    assert said.count("stopped; ") == 1, said
     assert json.loads((output / "last" / "training.json").read_text())["progress"]["updates"] >= 3

@@ -37,18 +37,9 @@ DEMANDING = {
 KILLS = 3
 
 
-def start(output: Path, fields: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "run_tiny.py"), str(output), json.dumps(fields), *flags],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
 def updates_in(output: Path) -> list[dict[str, Any]]:
     path = output / "updates.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()[:]] if path.exists() else []
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def lines_in(output: Path) -> int:
@@ -71,7 +62,7 @@ def test_runs_that_are_killed_three_times_end_with_the_weights_of_one_that_was_n
     chance, killed, runs = random.Random(seed), 0, 0
     context = multiprocessing.get_context("forkserver")
     # what a run imports late, too: it takes longer than the run
-    context.set_forkserver_preload(["run_tiny", "torchmetrics", "matplotlib.figure", "sklearn.model_selection"])
+    context.set_forkserver_preload(["run_tiny", "matplotlib.figure", "sklearn.model_selection"])
 
     def begin(output: Path) -> Any:
         fields = {**DEMANDING, "workers": chance.choice([0, 1, 2])}  # which may change on resume
@@ -123,21 +114,6 @@ def check_same_runs(whole: Path, broken: Path) -> None:
     assert [row["epoch"] for row in histories[1]] == list(range(DEMANDING["epochs"] + 1))
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
-def test_ctrl_c_writes_a_checkpoint_and_says_so(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    fields = {"epochs": 50, "checkpoint_minutes": 100.0, "workers": 1}
-    run = start(tmp_path, fields)
-    while lines_in(tmp_path) < 20 and run.poll() is None:
-        time.sleep(0.01)
-    run.send_signal(number)
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == code
-    assert "the checkpoint in" in said
-    progress = json.loads((tmp_path / "last" / "training.json").read_text())["progress"]
-    assert progress["updates"] >= 20
-
-
 class Stopped(Exception):
     pass
 
@@ -158,33 +134,27 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "loader"),
-    [
-        ("adamw", True),
-        *(
-            pytest.param(name, loader, marks=pytest.mark.sweep)
-            for name in ("sgd", "adamw", "lamb")
-            for loader in (False, True)
-            if (name, loader) != ("adamw", True)
-        ),
-    ],
+    ("optimizer", "loader"), [("adamw", False), ("lamb", False), pytest.param("sgd", True, marks=pytest.mark.sweep)]
 )
 def test_a_resumed_run_ends_with_the_same_weights(
     network: Network, config: Config, digits: NamedData, tmp_path: Path, optimizer: str, loader: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    recipe = config(checkpoint_minutes=0.0, optimizer=optimizer, channels_last=True)
+    """From the update that it had come to; with a loader of the caller's own, from its last whole epoch."""
+    recipe = config(
+        checkpoint_minutes=0.0, optimizer=optimizer, channels_last=True, trainable="se+head", unfreeze_epoch=2
+    )
 
     def data() -> Any:
-        if not loader:
-            return digits.train
-        return DataLoader(digits.train, 32, shuffle=True, generator=torch.Generator().manual_seed(3))
+        return DataLoader(digits.train, 32, shuffle=True) if loader else digits.train
 
     whole = finetune(network(), data(), digits.val, config=recipe, output_dir=tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch:
         stop_after(patch, 11)
         with pytest.raises(Stopped):
             finetune(network(), data(), digits.val, config=recipe, output_dir=tmp_path / "broken", quiet=True)
+    progress = json.loads((tmp_path / "broken" / "last" / "training.json").read_text())["progress"]
+    assert progress["updates"] == (8 if loader else 10)
     again = finetune(
         network(), data(), digits.val, config=recipe, output_dir=tmp_path / "broken", resume=True, quiet=True
     )
@@ -241,7 +211,7 @@ def test_a_broken_checkpoint_is_a_clear_error(
     elif damage == "field":
         state.write_text(json.dumps({**content, "mood": "good"}))
     elif damage == "newer":
-        state.write_text(json.dumps({**content, "format": 3, "mood": "good"}))
+        state.write_text(json.dumps({**content, "format": 4, "mood": "good"}))
     elif damage == "history":
         content["progress"]["history"] = 3
         state.write_text(json.dumps(content))
@@ -343,15 +313,15 @@ import resource, sys
 sys.path.insert(0, {str(HERE)!r})
 from tiny import *
 from se_retrofit.finetune import finetune
-import se_retrofit.finetune.checkpoint as disk
+from se_retrofit.finetune.checkpoint import Folder
 data = tiny_data()
-save, saves = disk.save_training, []
+save, saves = Folder.save, []
 def limited(*args, **kwargs):
     if saves:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     saves.append(1)
     save(*args, **kwargs)
-disk.save_training = limited
+Folder.save = limited
 finetune(tiny_network(), data.train, data.val, config=tiny_config(trainable="se"), output_dir={str(tmp_path)!r}, quiet=True)
 """
     run = subprocess.run(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import sklearn.metrics
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from se_retrofit import RetrofitError
-from se_retrofit.finetune import FinetuneConfig, evaluate, evaluate_closely
+from se_retrofit.finetune import FinetuneConfig, evaluate
 
 CLASSES = 7
 CONFIG = FinetuneConfig(cpu=True, batch_size=16)
@@ -48,16 +50,18 @@ def test_scores_of_classes_agree_with_scikit_learn(loader: bool) -> None:
     data = TensorDataset(logits[:, :, None, None], targets)
     scores = evaluate(Answers(), DataLoader(data, 7) if loader else data, config=CONFIG)
     said, true = logits.argmax(1).numpy(), targets.numpy()
-    for name, score in (
-        ("precision", sklearn.metrics.precision_score),
-        ("recall", sklearn.metrics.recall_score),
-        ("f1", sklearn.metrics.f1_score),
-    ):
-        assert scores[f"val_{name}"] == pytest.approx(score(true, said, average="macro", zero_division=0.0), rel=1e-6)
-    assert scores["val_accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(true, said))
+    labels = range(CLASSES)
+    each = sklearn.metrics.precision_recall_fscore_support(true, said, labels=labels, zero_division=0.0)
+    for at, name in enumerate(("precision", "recall", "f1", "images")):
+        assert [getattr(found, name) for found in scores.classes] == pytest.approx(each[at].tolist())
+        if name != "images":  # a class that neither is nor is answered has no part in the mean
+            assert getattr(scores, name) == pytest.approx(each[at][: CLASSES - 1].mean())
+    assert scores.confusion.tolist() == sklearn.metrics.confusion_matrix(true, said, labels=labels).tolist()
+    assert scores.right.tolist() == (said == true).tolist()
+    assert scores.accuracy == pytest.approx(sklearn.metrics.accuracy_score(true, said))
     top5 = sklearn.metrics.top_k_accuracy_score(true, logits.numpy(), k=5, labels=range(CLASSES))
-    assert scores["val_top5"] == pytest.approx(top5)
-    assert scores["val_loss"] == pytest.approx(
+    assert scores.top5 == pytest.approx(top5)
+    assert scores.loss == pytest.approx(
         sklearn.metrics.log_loss(true, logits.double().softmax(1).numpy(), labels=range(CLASSES)), rel=1e-5
     )
 
@@ -68,16 +72,21 @@ def test_scores_of_several_labels_agree_with_scikit_learn() -> None:
     data = TensorDataset(logits[:, :, None, None], targets)
     scores = evaluate(Answers(), data, config=config)
     said, true, probable = (logits > 0).long().numpy(), targets.numpy(), logits.sigmoid().numpy()
-    assert scores["val_f1"] == pytest.approx(
+    assert scores.f1 == pytest.approx(
         sklearn.metrics.f1_score(true, said, average="macro", zero_division=0.0), rel=1e-6
     )
     held = [label for label in range(CLASSES) if true[:, label].any()]
     assert len(held) == CLASSES - 1
-    average = sklearn.metrics.average_precision_score(true[:, held], probable[:, held], average="macro")
-    assert scores["val_map"] == pytest.approx(average, rel=1e-5)
-    assert scores["val_accuracy"] == pytest.approx((said == true).mean())
-    with pytest.raises(RetrofitError, match="evaluate_closely is for one class an image"):
-        evaluate_closely(Answers(), data, config=config)
+    averages = []
+    for label in held:  # of each image that has it: the share of those that have it among the images no less probable
+        before = probable[:, label] >= probable[true[:, label] == 1, label][:, None]
+        averages.append((before * true[:, label]).sum(1) / before.sum(1))
+    assert scores.map == pytest.approx(sum(average.mean() for average in averages) / len(held))
+    assert scores.accuracy == pytest.approx((said == true).mean())
+    assert "average precision" in str(scores)
+    assert json.loads(json.dumps(scores.to_dict()))["map"] == scores.map
+    with pytest.raises(RetrofitError, match="no class is taken for another"):
+        _ = scores.confusion
 
 
 def test_soft_labels_count_as_their_greatest_class() -> None:
@@ -85,5 +94,5 @@ def test_soft_labels_count_as_their_greatest_class() -> None:
     soft = nn.functional.one_hot(targets, CLASSES) * 0.7 + 0.3 / CLASSES
     hard = evaluate(Answers(), TensorDataset(logits[:, :, None, None], targets), config=CONFIG)
     scores = evaluate(Answers(), TensorDataset(logits[:, :, None, None], soft), config=CONFIG)
-    assert scores["val_f1"] == hard["val_f1"]
-    assert scores["val_loss"] > hard["val_loss"]
+    assert scores.f1 == hard.f1
+    assert scores.loss > hard.loss

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a checkpoint, the right exit code, and a word at once."""
+"""The library stops where it is told to and installs no handlers; the command line does, and exits as a shell expects."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from torch import nn
 from torch.utils.data import Dataset
 
-from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, NamedData, finetune
-from se_retrofit.finetune.engine import Interrupt
+from se_retrofit.cli import signals
+from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, NamedData, Stopped, finetune
 
 HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
 Network = Callable[..., nn.Module]
 Config = Callable[..., FinetuneConfig]
 
@@ -30,23 +33,14 @@ def progress_in(output: Path) -> dict[str, Any]:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(
-    ("number", "code", "loader"),
-    [
-        (signal.SIGTERM, 143, "loader"),
-        # by its own handler Python ends itself by the signal, which a shell tells as 130
-        (signal.SIGINT, -signal.SIGINT, ""),
-    ],
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_process_group_with_loading_workers_writes_a_checkpoint(
-    tmp_path: Path, number: signal.Signals, code: int, loader: str
+    tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    fields = {"epochs": 500, "checkpoint_minutes": 100.0, "workers": 2}
+    arguments = ["--data", "digits", "--image-size", "16", "--epochs", "500", "--cpu", "--output", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "run_tiny.py"), str(tmp_path), json.dumps(fields), *([loader] if loader else [])],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        [sys.executable, "-m", "se_retrofit", "finetune", "timm/test_resnet", *arguments, "--workers", "2", "--set", "log_every=1"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     updates = tmp_path / "updates.jsonl"
     while process.poll() is None and not (updates.exists() and len(updates.read_text().splitlines()) >= 3):
@@ -54,7 +48,8 @@ def test_a_signal_to_the_process_group_with_loading_workers_writes_a_checkpoint(
     os.killpg(process.pid, number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == code, said
-    assert "stopping: " in said
+    assert "stopping after this update" in said
+    assert "Traceback" not in said
     assert progress_in(tmp_path)["updates"] >= 3
 
 
@@ -62,9 +57,10 @@ LOADS = """
 import multiprocessing, os, signal, sys, time
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from se_retrofit.finetune.data import stream
+from se_retrofit.finetune.workers import begin_worker
 
 def begin(worker):
+    begin_worker(worker)
     if sys.argv[2] == "killed" and worker == 1:
         os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
         time.sleep(0.2)  # PyTorch's own watch of the main process begins after this, and takes its heir for it
@@ -72,7 +68,7 @@ def begin(worker):
 if __name__ == "__main__":
     data = TensorDataset(torch.zeros(40, 1), torch.zeros(40))
     loader = DataLoader(data, 2, num_workers=2, worker_init_fn=begin, multiprocessing_context=sys.argv[1])
-    batches = stream(loader, name="train_data", train=True, batch_size=2, transform=None).batches(0)
+    batches = iter(loader)
     next(batches)
     if sys.argv[2] == "killed":
         time.sleep(100)
@@ -82,18 +78,7 @@ if __name__ == "__main__":
 
 @pytest.mark.sweep
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="has no processes of this kind")
-@pytest.mark.parametrize(
-    ("context", "end"),
-    [
-        ("fork", "killed"),
-        *(
-            pytest.param(context, end, marks=pytest.mark.sweep)
-            for context, end in [
-                ("fork", "exits"), ("forkserver", "killed"), ("forkserver", "exits"), ("spawn", "killed"), ("spawn", "exits"),
-            ]
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("context", "end"), [("fork", "killed"), ("forkserver", "killed"), ("spawn", "exits")])
 def test_loading_processes_end_with_the_main_process(tmp_path: Path, context: str, end: str) -> None:
     script = tmp_path / "loads.py"
     script.write_text(LOADS)
@@ -109,11 +94,11 @@ def test_loading_processes_end_with_the_main_process(tmp_path: Path, context: st
     assert process.returncode == (-signal.SIGKILL if end == "killed" else 0)
 
 
-class Interrupting(Dataset[Any]):
-    """A data set that presses Ctrl-C at its nth reading of an item of the second half."""
+class Stopping(Dataset[Any]):
+    """A data set that has the run stopped at its nth reading of an item."""
 
     def __init__(self, data: Any, at: int) -> None:
-        self.data, self.at, self.read = data, at, 0
+        self.data, self.at, self.read, self.stop = data, at, 0, threading.Event()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -121,32 +106,31 @@ class Interrupting(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         self.read += 1
         if self.read == self.at:
-            signal.raise_signal(signal.SIGINT)
+            self.stop.set()
         return self.data[index]
 
 
 FINGERPRINT = 16  # readings before the run begins
 
 
-def test_ctrl_c_stops_after_the_update_that_is_under_way(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_run_stops_after_the_update_that_is_under_way(
+    network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:
-    data = Interrupting(digits.train, FINGERPRINT + 2 * 32 + 5)  # in the third batch of eight
+    data = Stopping(digits.train, FINGERPRINT + 2 * 32 + 5)  # in the third batch of eight
     recipe = config(log_every=100, checkpoint_minutes=100.0)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(network(), data, config=recipe, output_dir=tmp_path)
+    with pytest.raises(Stopped, match="last is complete"):
+        finetune(network(), data, config=recipe, output_dir=tmp_path, quiet=True, stop=data.stop)
     assert progress_in(tmp_path)["updates"] == 3
-    assert "stopping: the update under way is finished" in capfd.readouterr().err
 
 
-def test_ctrl_c_ends_a_validation_and_the_run_goes_on_to_the_same_result(
+def test_a_validation_ends_where_the_run_is_stopped_and_goes_on_to_the_same_result(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:
     recipe = config(epochs=1, log_every=100, checkpoint_minutes=100.0, batch_size=25, ema_decay=0.9)
     whole = finetune(network(), digits.train, digits.val, config=recipe, quiet=True)
-    val = Interrupting(digits.val, FINGERPRINT + 100 + 30)  # in the second batch after the epoch
-    with pytest.raises(KeyboardInterrupt):
-        finetune(network(), digits.train, val, config=recipe, output_dir=tmp_path, quiet=True)
+    val = Stopping(digits.val, FINGERPRINT + 100 + 30)  # in the second batch after the epoch
+    with pytest.raises(Stopped):
+        finetune(network(), digits.train, val, config=recipe, output_dir=tmp_path, quiet=True, stop=val.stop)
     assert val.read <= FINGERPRINT + 100 + 50  # it did not go through the other half
     assert progress_in(tmp_path)["updates"] == 10
     again = finetune(network(), digits.train, digits.val, config=recipe, output_dir=tmp_path, resume=True, quiet=True)
@@ -156,29 +140,51 @@ def test_ctrl_c_ends_a_validation_and_the_run_goes_on_to_the_same_result(
     assert again.history[1]["val_loss"] == whole.history[1]["val_loss"]
 
 
-@pytest.mark.sweep
-def test_ctrl_c_when_the_run_is_over_is_raised_and_nothing_is_lost(
+def test_the_library_installs_no_handlers(network: Network, config: Config, digits: NamedData) -> None:
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before, seen = handlers(), []
+    callbacks = Callbacks(after_update=lambda facts: seen.append(handlers()))
+    finetune(network(), digits.val, config=config(epochs=1), quiet=True, callbacks=callbacks)
+    assert seen
+    assert all(found == before for found in seen)
+
+
+def test_a_ctrl_c_in_the_library_is_raised_at_once_and_the_last_checkpoint_is_kept(
     network: Network, config: Config, digits: NamedData, tmp_path: Path
 ) -> None:
-    def late(facts: Facts) -> None:
-        signal.raise_signal(signal.SIGINT)
+    def press(facts: Facts) -> None:
+        if facts.update == 5:
+            signal.raise_signal(signal.SIGINT)
 
-    run = {"config": config(epochs=1), "output_dir": tmp_path, "quiet": True}
-    with pytest.raises(KeyboardInterrupt):  # or a comparison would begin the next run
-        finetune(network(), digits.train, digits.val, callbacks=Callbacks(after_training=late), **run)
-    assert finetune(network(), digits.train, digits.val, resume=True, **run).stopped == "epochs"
+    recipe = config(epochs=1, checkpoint_minutes=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            network(),
+            digits.train,
+            config=recipe,
+            output_dir=tmp_path,
+            quiet=True,
+            callbacks=Callbacks(after_update=press),
+        )
+    assert progress_in(tmp_path)["updates"] == 4
 
 
-def test_a_second_ctrl_c_is_patient_and_none_breaks_a_checkpoint(
+def test_a_second_ctrl_c_of_a_command_stops_at_once(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Interrupt, "PATIENCE", 0.0)
-    with Interrupt() as interrupt:
-        for _ in range(2):
+    monkeypatch.setattr(signals, "PATIENCE", 0.0)
+    handler = signal.getsignal(signal.SIGINT)
+
+    def press_twice() -> None:
+        with signals.Signals() as told:
             signal.raise_signal(signal.SIGINT)
-        assert interrupt.signal == signal.SIGINT
-        with interrupt.held():
+            assert told.stop.is_set()
+            assert "Ctrl-C stops at once" in capfd.readouterr().err
             signal.raise_signal(signal.SIGINT)
-        assert "another Ctrl-C stops at once" in capfd.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(typer.Exit) as ended:
+        press_twice()
+    assert ended.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -47,9 +47,9 @@ def test_it_learns_and_the_saved_result_predicts_with_the_same_accuracy(
     assert result.best_accuracy == max(row["val_accuracy"] for row in result.history[1:])
     assert result.directory == tmp_path / "best"
     again = load_retrofitted(result.directory, base=network(se=False))
-    assert evaluate(again, digits.val)["val_accuracy"] == result.best_accuracy
+    assert evaluate(again, digits.val).accuracy == result.best_accuracy
     # the network that was given has the same weights, those of the best epoch
-    assert evaluate(result.model, digits.val)["val_accuracy"] == result.best_accuracy
+    assert evaluate(result.model, digits.val).accuracy == result.best_accuracy
     for key, value in again.state_dict().items():
         assert torch.equal(value, result.model.state_dict()[key]), key
 
@@ -60,7 +60,7 @@ def test_the_first_evaluation_is_that_of_the_network_before_the_retrofit(
     before = evaluate(network(se=False), digits.val, config=config())
     result = finetune(network(), digits.train, digits.val, config=config(epochs=1), quiet=True)
     first = {name: value for name, value in result.history[0].items() if name != "gates"}
-    assert first == {"epoch": 0, **before}
+    assert first == {"epoch": 0, **{f"val_{name}": value for name, value in before.scores().items()}}
 
 
 @pytest.mark.parametrize("train", ["se", "se+head"])
@@ -311,8 +311,8 @@ def test_a_data_loader_gives_the_same_as_its_data_set_evaluates(
     model = network()
     loader = DataLoader(digits.val, batch_size=7)
     a, b = evaluate(model, loader, config=config()), evaluate(model, digits.val, config=config())
-    assert a["val_accuracy"] == b["val_accuracy"]
-    assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
+    assert a.accuracy == b.accuracy
+    assert a.loss == pytest.approx(b.loss, rel=1e-5)
 
 
 def test_a_data_loader_trains(network: Network, config: Config, digits: NamedData) -> None:

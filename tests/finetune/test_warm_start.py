@@ -79,7 +79,7 @@ def test_a_run_begins_with_the_weights_of_a_result_and_a_new_head_for_other_clas
         assert same == (kept or not key.startswith("fc.")), key
     again = load_retrofitted(result.directory)
     assert class_names(again) == list(NAMES[folder])
-    assert evaluate(again, data.val, config=RECIPE)["val_accuracy"] == result.best_accuracy
+    assert evaluate(again, data.val, config=RECIPE).accuracy == result.best_accuracy
 
 
 def test_it_is_said_what_becomes_of_a_head_for_other_classes(

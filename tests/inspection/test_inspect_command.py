@@ -63,7 +63,7 @@ def test_json_to_standard_output_is_json_alone() -> None:
 def test_options_reach_the_retrofit() -> None:
     output = run(*SMALL, "--include", "layer[12].*", "--gate", "sigmoid", "--placement", "pre")
     assert "SE modules         2, reduction 8, gate sigmoid" in output
-    assert "layer3.0: not included" in output
+    assert "layer3.0, layer4.0: not included" in output
 
 
 def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from saved_before import FOLDERS, SAVED, outputs
 
 from se_retrofit import load_retrofitted, load_se, plan_of
+from se_retrofit.attention import SEAttention, StaticFactor
 
 
 @pytest.mark.parametrize("name", SAVED)
@@ -37,3 +38,12 @@ def test_se_modules_of_an_earlier_version_load(name: str) -> None:
     saved = load_file(FOLDERS / f"{name}.se.safetensors")
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[key], value) for key, value in saved.items())
+
+
+@pytest.mark.parametrize(("name", "classes"), [("static", {StaticFactor}), ("factors", {StaticFactor, SEAttention})])
+def test_a_static_factor_that_was_a_gate_of_se_is_an_attention_of_its_own(name: str, classes: set[type]) -> None:
+    model = load_retrofitted(FOLDERS / name, base=SAVED[name].make())
+    assert {type(module) for module in se_modules(model).values()} == classes
+    assert {site.attention for site in plan_of(model).sites} == {
+        {StaticFactor: "static", SEAttention: "se"}[c] for c in classes
+    }

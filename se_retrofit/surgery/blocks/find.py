@@ -7,7 +7,7 @@ from itertools import groupby
 
 from ..record.graph import Call, Op, Record
 from .block import Block, Target
-from .names import name_of, other_names
+from .names import name_of
 from .place import Found, Place, problem_of
 from .placements import PLACEMENTS
 from .questions import gated_after, is_gate
@@ -16,6 +16,9 @@ from .table import RECOGNISERS, Recogniser
 __all__ = ["find_places"]
 
 HAS_ATTENTION = "has channel attention already"
+FEW = (
+    0.1  # blocks with less than this share of the spatial convolutions that chains hold are odd ones in a plain network
+)
 
 
 def find_places(record: Record, placement: str = "auto", recognisers: Sequence[Recogniser] = RECOGNISERS) -> Found:
@@ -27,8 +30,9 @@ def find_places(record: Record, placement: str = "auto", recognisers: Sequence[R
             finder.add_all(sorted(blocks, key=lambda block: -block.call.start), nests=True)
             continue
         for row in rows:
-            if not row.alone or finder.nothing:
-                finder.add_all(row.find(record), nests=False)
+            free = [block for block in row.find(record) if finder.is_free(block)]
+            alone = row.alone and finder.few_beside(free)
+            finder.add_all(free, nests=False, aside="" if alone else row.aside)
     return finder.result()
 
 
@@ -46,26 +50,31 @@ class _Finder:
         for call in record.calls:
             self.masks[id(call.module)] = self.masks.get(id(call.module), 0) | call.mask
 
-    @property
-    def nothing(self) -> bool:
-        return not (self.found.places or self.found.attended or self.unplaced)
+    def few_beside(self, blocks: list[Block]) -> bool:
+        """Whether what was found so far holds next to none of the spatial convolutions beside these blocks. A lone stem is no
+        network."""
+        there = sum(op.spatial_conv for op in self.record.select(self.taken))
+        beside = sum(op.spatial_conv for block in blocks for op in self.record.select(block.region))
+        return len(blocks) > 1 and there < FEW * beside
 
     def result(self) -> Found:
         for name, (reason, region) in self.unplaced.items():
             if not region & self.covered:
-                self.leave(name, reason)
+                self.found.leave(name, reason, region)
         self.found.places.sort(key=lambda place: place.op.index)
         return self.found
 
-    def add_all(self, blocks: Iterable[Block], nests: bool) -> None:
+    def add_all(self, blocks: Iterable[Block], nests: bool, aside: str = "") -> None:
         for block in blocks:
-            if block.region & (self.sited if nests else self.taken):
-                continue
-            if not nests and self.masks[id(block.call.module)] & ~block.call.mask & self.taken:
-                continue  # another call of the same module is part of a block
-            self.add(block)
+            if not block.region & (self.sited if nests else self.taken):
+                self.add(block, aside)
 
-    def add(self, block: Block) -> None:
+    def is_free(self, block: Block) -> bool:
+        """Whether no part of a block belongs to those found so far, in this call of its module or another."""
+        elsewhere = self.masks[id(block.call.module)] & ~block.call.mask
+        return not (block.region | elsewhere) & self.taken
+
+    def add(self, block: Block, aside: str) -> None:
         """Note the place for a block, or why there is none."""
         self.taken |= block.region | block.join.bit
         name = name_of(self.record, block)
@@ -73,14 +82,15 @@ class _Finder:
         gated = target is not None and gated_after(target.op)
         if gated or any(is_gate(op) for op in self.record.select(block.region)):
             self.sited |= block.region
-            self.found.attended += 1
-            self.leave(name, HAS_ATTENTION)
+            self.found.attended += not aside
+            self.found.leave(name, HAS_ATTENTION, block.region)
         elif target is None:
-            self.leave(name, f"placement {self.placement!r} is for residual units, this block is of kind {block.kind}")
+            reason = f"placement {self.placement!r} is for residual units, this block is of kind {block.kind}"
+            self.found.leave(name, reason, block.region)
         else:
-            self.place(block, name, target)
+            self.place(block, name, target, aside)
 
-    def place(self, block: Block, name: str, target: Target) -> None:
+    def place(self, block: Block, name: str, target: Target, aside: str) -> None:
         op = target.op
         call = None if target.call is None else _where_shown(target.call, op)
         if call is None:
@@ -94,20 +104,15 @@ class _Finder:
             return
         self.sited |= op.bit
         self.covered |= block.region
-        names, layers = other_names(self.record, block), self.layers(block)
-        self.found.places.append(Place(name, block.kind, call, op, target.users, names, layers))
+        place = Place(name, block.kind, call, op, target.users, self.layers(block), block.region, aside=aside)
+        self.found.places.append(place)
+        self.found.regions[name] = self.found.regions.get(name, 0) | block.region
 
     def layers(self, block: Block) -> frozenset[str]:
-        return frozenset(
-            source.path
-            for op in self.record.select(block.region)
-            for source in (op, *op.inputs)
-            if source.path is not None
-            and (source.role == "param" or op.conv is not None or op.role in ("linear", "norm"))
-        )
-
-    def leave(self, block: str, reason: str) -> None:
-        self.found.skipped.setdefault(block, reason)
+        own = list(self.record.select(block.region))
+        layers = [op for op in own if op.conv is not None or op.role in ("linear", "norm")]
+        layers += [source for op in own for source in op.inputs if source.role == "param"]
+        return frozenset(layer.path for layer in layers if layer.path is not None)
 
 
 def _where_shown(call: Call, op: Op) -> Call | None:

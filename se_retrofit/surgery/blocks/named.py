@@ -47,8 +47,8 @@ def places_at(record: Record, patterns: Sequence[str]) -> Found:
                 found.skipped[path] = str(problem)
             elif op not in taken:  # what an outer module returns, an inner one may have made
                 taken.add(op)
-                layers = frozenset([path])
-                found.places.append(Place(path, "named", call, op, layers=layers, named=True))
+                layers, region = frozenset([path]), op.bit if op.path == path else call.mask
+                found.places.append(Place(path, "named", call, op, layers=layers, region=region, named=True))
     found.places.sort(key=lambda place: place.op.index)
     return found
 

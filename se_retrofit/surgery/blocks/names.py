@@ -7,7 +7,7 @@ from ..record.roles import is_sequential
 from .block import Block
 from .questions import prefix_of
 
-__all__ = ["name_of", "other_names"]
+__all__ = ["name_of"]
 
 
 def name_of(record: Record, block: Block) -> str:
@@ -15,24 +15,15 @@ def name_of(record: Record, block: Block) -> str:
     graph that holds more than the block, what the paths of its convolutions tell. Those convolutions of a plain chain that
     are a unit of the network together (the two of a U-Net's double convolution) are named after the unit."""
     outer = block.call
-    if is_sequential(outer.module) or outer.path == "":
-        held = [op for op in record.select(outer.mask) if op.spatial_conv]
-        if any(not op.bit & block.region for op in held):
-            if block.kind == "chain" and is_unit(record, outer):
-                return outer.path
-            paths = conv_paths(record, block)
-            prefix = prefix_of(paths)
-            return prefix if prefix != outer.path else (paths or [prefix])[0]
+    beside = [op for op in record.select(outer.mask & ~block.region) if op.spatial_conv]
+    parted = block.kind == "chain" and any(op.call is not outer for op in beside)  # a stem, say, beside stages
+    if beside and (is_sequential(outer.module) or outer.path == "" or parted):
+        if block.kind == "chain" and not parted and is_unit(record, outer):
+            return outer.path
+        paths = conv_paths(record, block)
+        prefix = prefix_of(paths)
+        return prefix if prefix != outer.path else (paths or [prefix])[0]
     return _around(record, outer).path
-
-
-def other_names(record: Record, block: Block) -> tuple[str, ...]:
-    """What a part of a plain chain may be asked for by beside its name: its convolutions, and a module that holds its unit alone."""
-    if block.kind != "chain":
-        return ()
-    name, around = name_of(record, block), _around(record, block.call).path
-    names = [*conv_paths(record, block), *([around] if name.startswith(f"{around}.") else [])]
-    return tuple(path for path in dict.fromkeys(names) if path != name)
 
 
 def conv_paths(record: Record, block: Block) -> list[str]:

@@ -17,10 +17,11 @@ class Place:
     Attributes:
         block, kind: path and kind of the block.
         users: the operations that get the recalibrated value; None means all that come after.
-        names: paths beside the block's by which it may be asked for.
         layers: the paths of the modules and parameters that make the block: those of another call of the same block are
             the same, and only with such a one does it share its SE.
+        region: the operations of the block, as a bit set of their indices.
         named: the user named it; it is no block that was found.
+        aside: if it is not empty, why the block gets no SE unless ``include`` names it.
     """
 
     block: str
@@ -28,9 +29,10 @@ class Place:
     call: Call
     op: Op
     users: frozenset[Op] | None = None
-    names: tuple[str, ...] = ()
     layers: frozenset[str] = frozenset()
+    region: int = 0
     named: bool = False
+    aside: str = ""
 
     @property
     def channels(self) -> int:
@@ -46,11 +48,24 @@ class Place:
 
 @dataclass(eq=False)
 class Found:
-    """What was found in a record: where SE goes, and which blocks are skipped and why."""
+    """What was found in a record: where SE goes, and which blocks are skipped and why.
+
+    Attributes:
+        places: where SE goes, and where it goes only if ``include`` names the block.
+        skipped: the reason for each block that is skipped.
+        regions: the operations of blocks, placed or skipped, as bit sets of their indices.
+        attended: how many blocks have channel attention already.
+    """
 
     places: list[Place] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    attended: int = 0  # blocks that have channel attention already
+    regions: dict[str, int] = field(default_factory=dict)
+    attended: int = 0
+
+    def leave(self, block: str, reason: str, region: int = 0) -> None:
+        """Skip a block, for this reason if there was none before."""
+        self.skipped.setdefault(block, reason)
+        self.regions[block] = self.regions.get(block, 0) | region
 
 
 def problem_of(op: Op) -> str | None:

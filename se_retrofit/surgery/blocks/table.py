@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..record.graph import Record
 from .block import Block
-from .chains import plain_chains
+from .chains import lone_convolutions, plain_chains
 from .dense import dense_layers, dual_paths, split_units
 from .inverted import inverted_bottlenecks
 from .multi_branch import multi_branch_blocks
@@ -27,12 +27,15 @@ class Recogniser:
         find: yields the blocks of a record, as far as it can tell alone.
         nests: its blocks may stand around others: of nested ones the innermost gets SE. Rows of this sort that follow each
             other are asked together.
-        alone: its blocks count only in a network that has no others.
+        alone: its blocks count in a network that has next to no others.
+        aside: if it is not empty, its blocks count only where ``include`` names them, or where they are alone; this is the reason that
+            is given otherwise.
     """
 
     find: Recognise
     nests: bool = False
     alone: bool = False
+    aside: str = ""
 
 
 # In this order: what one has found is left alone by those that follow.
@@ -44,5 +47,6 @@ RECOGNISERS: list[Recogniser] = [
     Recogniser(inverted_bottlenecks),
     Recogniser(multi_branch_blocks),
     Recogniser(reparameterisable_sums),
-    Recogniser(plain_chains, alone=True),
+    Recogniser(plain_chains, alone=True, aside="a plain chain beside other blocks: name it in include"),
+    Recogniser(lone_convolutions, aside="a convolution without a non-linearity: name it in include"),
 ]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -18,7 +18,7 @@ from ...errors import RetrofitError
 from ...plan import Edit, Plan, Site, noted_options
 from ..arguments import Options
 from ..record.copying import mode_of
-from ..record.isolation import isolated
+from ..record.isolation import without_collections
 from ..record.methods import unwrapped
 from ..record.roles import is_sequential
 from .derived import Recipe, RetrofittedBlock, derived_class, source_as_before
@@ -46,7 +46,12 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     """
     options, modules = Options.of(plan), {}
     kept = replace(plan, options=noted_options(plan.options))  # plain data, which can be pickled
-    with torch.random.fork_rng(devices=[]):
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.random.fork_rng(devices=[]),
+        without_collections(),
+    ):
         for site in plan.sites:
             modules[site.path] = _built(model, site, options)
             vars(modules[site.path]).update(site=site, plan=kept)
@@ -59,8 +64,7 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     if len(edits) < sum(len(site.edits) for site in plan.sites) or len(modules) < len(plan.sites):
         raise RetrofitError("the plan is broken: it has two sites at one place")
     try:
-        with isolated(model):  # deriving a class may fill a registry
-            apply_edits(model, edits)
+        apply_edits(model, edits)
     except BaseException as error:
         strip(model)
         if isinstance(error, SpliceError):
@@ -115,15 +119,13 @@ def forward_digest(cls: type) -> str:
 
 def block_around(model: nn.Module, path: str) -> nn.Module:
     """The module around an SE module whose parameters it is to be like: the innermost one that has any."""
-    found = module = model
+    around = [model]
     for name in path.split(".")[:-1]:
-        child = module._modules.get(name)
+        child = around[-1]._modules.get(name)
         if child is None:
             break
-        module = child
-        if next(module.parameters(), None) is not None:
-            found = module
-    return found
+        around.append(child)
+    return next((module for module in reversed(around) if next(module.parameters(), None) is not None), model)
 
 
 def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
@@ -141,21 +143,20 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
             f"the plan is broken: at {site.path} it has {site.channels} channels in dim {site.channel_dim} of {site.shape}"
         )
     shape = site.shape or (2, *(site.channels for _ in range(-site.channel_dim)))  # older plans don't tell
-    slot = Slot(site.channels, site.channel_dim, shape, site.kind, site.block, dtype, like.device, site.inplace)
-    with _disable_current_modes(), torch.inference_mode(False):
-        module = built(attention, vars(options), slot)
-        count = sum(parameter.numel() for parameter in module.parameters())
-        if count != site.parameters:
-            raise RetrofitError(
-                f"the plan is broken: {site.path} has {site.parameters} parameters, by its options it has {count}"
-            )
-        with mode_of(like) as fake:
-            module._apply(lambda t: _placed(t, like.device, fake is not None))
+    device = torch.device("meta" if like.is_meta else "cpu")
+    slot = Slot(site.channels, site.channel_dim, shape, site.kind, site.block, dtype, device, site.inplace)
+    module = built(attention, vars(options), slot)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    if count != site.parameters:
+        raise RetrofitError(
+            f"the plan is broken: {site.path} has {site.parameters} parameters, by its options it has {count}"
+        )
+    with mode_of(like) as fake:
+        if fake is not None:
+            module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
+        elif like.device.type != "cpu":
+            module.to(like.device)
     return module.train(block.training)
-
-
-def _placed(tensor: Tensor, device: torch.device, fake: bool) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device) if fake else tensor.to(device)
 
 
 # Inserting ------------------------------------------------------------------------------------------------------------

@@ -29,13 +29,12 @@ class Comparison:
     different: bool = False
 
 
-def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], *, exactly: bool = True) -> Comparison:
+def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Comparison:
     """Compare the record of a network with that of its retrofitted copy.
 
     Args:
         before, after: the records, of the same inputs in the same mode.
         expected: by the path of each SE module, the places (in ``before``) where it is to scale.
-        exactly: whether the numbers that operations take beside tensors count: not where each run has others.
     """
     result = Comparison()
     same: dict[Op, Op] = {}  # operations of the retrofitted network, and those of the original that they are
@@ -53,7 +52,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]], 
         if (
             _signature(op) != _signature(original)
             or tuple(same[i] for i in op.inputs) != original.inputs
-            or (exactly and _plain((op.args, op.kwargs)) != _plain((original.args, original.kwargs)))
+            or _plain((op.args, op.kwargs)) != _plain((original.args, original.kwargs))
         ):
             return Comparison(different=True)
         same[op] = original

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...errors import RetrofitError
+from ..record.isolation import isolated
 from ..record.methods import unwrapped
 from .source import Source, Splice, SpliceError, source_of, spliced_members
 
@@ -40,13 +41,17 @@ class Recipe:
         return tuple(dict.fromkeys([s.child for s in self.splices] + [self.returned] * bool(self.returned)))
 
 
-class RetrofittedBlock:
+class _Quiet:
+    """Mixed into derived classes, which are no new classes of the user's: registries that are filled here do not get them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+class RetrofittedBlock(_Quiet):
     """Mixed into the class of each module whose code calls SE."""
 
     se_recipe: Recipe
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A derived class is not a new class of the user's, so registries that are filled here do not get it."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the author's class reduces the block without SE; the SE modules come with its state."""
@@ -62,7 +67,7 @@ class RetrofittedBlock:
 
     def __setstate__(self, given: Any) -> None:
         cls = type(self)
-        if not isinstance(given, _State):  # of a pickle that an earlier version wrote
+        if not isinstance(given, _State):  # of a class that something has derived from ours
             super().__setstate__(given)  # type: ignore[misc]
             return
         if given.state is not None:
@@ -87,9 +92,13 @@ class _State(NamedTuple):
 def _without_se(block: Any) -> nn.Module:
     """A block as it was, which shares all but SE with the retrofitted one."""
     recipe = type(block).se_recipe
-    bare: nn.Module = object.__new__(recipe.base)
-    vars(bare).update(vars(block))
-    vars(bare)["_modules"] = {k: m for k, m in block._modules.items() if k not in recipe.names}
+    children = {name: child for name, child in block._modules.items() if name not in recipe.names}
+    return _bare(recipe.base, {**vars(block), "_modules": children})
+
+
+def _bare(cls: type, attributes: dict[str, Any]) -> nn.Module:
+    bare: nn.Module = object.__new__(cls)
+    vars(bare).update(attributes)
     return bare
 
 
@@ -135,7 +144,9 @@ def derived_class(recipe: Recipe) -> type:
                     f"{recipe.base.__qualname__} can't be retrofitted as before: {error}. Install the version that was used; or build "
                     "the network again, retrofit it, and load the state dict"
                 ) from None
-        cls = _derived[recipe] = _derive(recipe)
+        bare = _bare(recipe.base, {"_modules": {}})
+        with isolated(bare):  # to derive a class may fill a registry
+            cls = _derived[recipe] = _derive(recipe)
     return cls
 
 
@@ -163,17 +174,13 @@ def _derive(recipe: Recipe) -> type:
         members, further = {"forward": _returning_through(base, recipe.returned)}, {}
     if hasattr(base, "__deepcopy__"):
         members["__deepcopy__"] = _deep_copy
-    bases: tuple[type, ...] = (RetrofittedBlock, base)
-    namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    metaclass: Any = type(base)
     between = []
     try:
         for owner, replaced in further.items():
-            names = {"__module__": owner.__module__, "__qualname__": owner.__qualname__, **replaced}
-            between.append(type(owner)(f"SE{owner.__name__}", (_Quiet, owner), names))
-        derived: type = metaclass(
-            f"SE{base.__name__}", (*bases, *between), {**namespace, **members, "se_recipe": recipe}
-        )
+            between.append(type(owner)(f"SE{owner.__name__}", (_Quiet, owner), {**_names(owner), **replaced}))
+        namespace = {**_names(base), "__doc__": base.__doc__, **members, "se_recipe": recipe}
+        metaclass: Any = type(base)
+        derived: type = metaclass(f"SE{base.__name__}", (RetrofittedBlock, base, *between), namespace)
     except Exception as error:
         raise SpliceError(
             f"a class can't be derived from {base.__qualname__}: {type(error).__name__}: {error}"
@@ -181,6 +188,10 @@ def _derive(recipe: Recipe) -> type:
     for member in members.values():
         _keep_overloads(member, base, derived)
     return derived
+
+
+def _names(cls: type) -> dict[str, Any]:
+    return {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
 
 
 def _keep_overloads(member: Any, base: type, derived: type) -> None:
@@ -191,13 +202,6 @@ def _keep_overloads(member: Any, base: type, derived: type) -> None:
         by_class = registered.get(torch._jit_internal._qualified_name(function), {})
         if base.__name__ in by_class:
             by_class[derived.__name__] = by_class[base.__name__]
-
-
-class _Quiet:
-    """Mixed into classes that stand between a derived class and its base's own bases."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        pass
 
 
 def _returning_through(base: type, child: str) -> Any:

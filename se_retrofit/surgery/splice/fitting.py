@@ -6,17 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...attention import Inserted
+from ...attention import Inserted, StaticFactor
 from ...plan import Edit
 from ..blocks import Place
 from ..record.copying import on_cpu
 from ..record.graph import Record
 from ..record.runs import Runs
 from .carry import apply_edits, problems_of
-from .check import Comparison, compare
+from .check import compare
 from .source import SpliceError
 from .ways import named, ways
 
@@ -26,22 +25,8 @@ NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one e
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
 LOOKS_INSIDE = (
     "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
-    "parameters"
+    "parameters, or takes other numbers in each run"
 )
-
-
-class Probe(Inserted):
-    """What is inserted on a trial, whatever the attention will be: a product with a parameter, so that a value that can't be
-    scaled shows, and a network that looks at its parameters."""
-
-    def __init__(self, channels: int, channel_dim: int, dtype: torch.dtype, device: str) -> None:
-        super().__init__(channels, channel_dim)
-        self.factor = nn.Parameter(torch.ones(channels, dtype=dtype, device=device), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = self.channel
-        return x * self.factor.view(shape)
 
 
 @dataclass(eq=False)
@@ -102,7 +87,6 @@ class Fitting:
     skipped: dict[str, str]
     options: dict[Place, _Options] = field(default_factory=dict)
     extra: dict[Edit, Edit] = field(default_factory=dict)  # for a site: a further edit, for training
-    exactly: bool | None = None  # whether the original takes the same numbers in each run; None as long as no one asks
 
     def sites(self) -> list[SurgerySite]:
         """The sites for all places that can have SE."""
@@ -179,7 +163,7 @@ class Fitting:
         for record in (evaluation, trained):
             if record is not None and record.broke_off is not None and record.broke_in in by_path:
                 return _Outcome({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale
-        compared = self.compare(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
+        compared = compare(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
         outcome = _Outcome(compared.wrong, compared.different, evaluation.broke_off)
         if not outcome.right or trained is None or self.runs.training is None:
             return outcome
@@ -189,7 +173,7 @@ class Fitting:
         """What the record of train mode shows."""
         assert self.runs.training is not None
         expected = {path: self.in_training(site) for path, site in by_path.items()}
-        compared = self.compare(self.runs.training, after, {path: places or [] for path, places in expected.items()})
+        compared = compare(self.runs.training, after, {path: places or [] for path, places in expected.items()})
         wrong, extended = {}, False
         for path, problem in compared.wrong.items():
             places = expected[path]
@@ -202,35 +186,23 @@ class Fitting:
         return _Outcome(wrong, compared.different, after.broke_off, again=extended)
 
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
-        modules = {}
+        """Insert factors, whatever the attention will be: a product with a parameter, so that a value that can't be scaled shows,
+        and a network that looks at its parameters."""
+        device = "cpu" if self.runs.convert is on_cpu else "meta"
+        modules: dict[Edit, tuple[str, Inserted]] = {}
         for site in sites:
-            place = site.place
-            device = "cpu" if self.runs.convert is on_cpu else "meta"
-            se = Probe(place.channels, place.op.channel_dim or 1, place.op.dtype, device)
-            for edit in site.edits:
-                modules[edit] = (site.path, se)
+            op, channels = site.place.op, site.place.channels
+            factor = StaticFactor(channels, channel_dim=op.channel_dim, dtype=op.dtype, device=device)
+            modules.update(dict.fromkeys(site.edits, (site.path, factor.requires_grad_(False))))
         apply_edits(copy, modules)
-
-    def compare(self, before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Comparison:
-        compared = compare(before, after, expected, exactly=self.exactly is not False)
-        if not compared.different or self.exactly is not None:
-            return compared
-        loosely = compare(before, after, expected, exactly=False)
-        if loosely.different:
-            return compared
-        evaluation, training = self.runs.again(lambda copy: None)  # the time of day, say
-        repeated = [(self.runs.evaluation, evaluation)]
-        if self.runs.training is not None and training is not None:
-            repeated.append((self.runs.training, training))
-        self.exactly = not any(compare(first, second, {}).different for first, second in repeated)
-        return compared if self.exactly else loosely
 
     # In training
 
     def in_training(self, site: SurgerySite) -> list[Place] | None:
         """The places of a site in the record of training; None if there is no block of its kind there."""
-        same = [p for p in self.training if (p.block, p.kind) == (site.place.block, site.place.kind)]
-        own = [p for p in self.places if (p.block, p.kind) == (site.place.block, site.place.kind)]
+        like = (site.place.block, site.place.kind, site.place.aside)
+        same = [p for p in self.training if (p.block, p.kind, p.aside) == like]
+        own = [p for p in self.places if (p.block, p.kind, p.aside) == like]
         if len(same) != len(own):
             return None
         return [twin for place, twin in zip(own, same, strict=True) if place in site.places]

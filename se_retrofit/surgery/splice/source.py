@@ -32,17 +32,10 @@ class SpliceError(Exception):
 
 @dataclass(frozen=True)
 class Splice:
-    """One more call in one method.
+    """One more call in one method, as an ``Edit`` says it: the class that defines the method, its name there, what is changed, and
+    the name of the SE module, a child of the instance.
 
-    Attributes:
-        owner: the class that defines the method.
-        method: its name there.
-        span: of the expression or statement.
-        form: ``"wrap"``: the expression becomes the argument of the call; ``"after"``, ``"before"``: a statement of its own
-            on the same line passes ``target`` through it.
-        child: name of the SE module, a child of the instance.
-        target: the variable, for the two statements; the norm.
-        digest: of the method's source, so that a splice is not put into another one unseen.
+    A form that no edit has is ``"norm"``: ``self.bn(x)`` becomes ``self.se(self.bn, x)``; ``target`` is the norm then.
     """
 
     owner: type
@@ -292,20 +285,22 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
         code = _compiled(tree, function, filename)
     except (SyntaxError, ValueError, StopIteration) as error:
         raise SpliceError(f"the changed source of {function.__qualname__} does not compile: {error}") from None
-    without = _WithoutCalls(self_name, {s.child for s in splices}).visit(_parsed(new_lines, source.first))
-    if ast.dump(without) != ast.dump(
-        source.tree
-    ):  # an expression in an f-string, say, of which Python has no exact place
+    without = _WithoutCalls(self_name, {splice.child for splice in splices}).visit(tree)
+    # not so for an expression in an f-string, say, of which Python has no exact place
+    if ast.dump(without) != ast.dump(source.tree):
         raise SpliceError(f"a call of SE can't be put at the expression in {function.__qualname__}")
     linecache.cache[filename] = (sum(map(len, whole)), None, whole, filename)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    new = types.FunctionType(
-        code, function.__globals__, function.__name__, function.__defaults__, tuple(cells[n] for n in code.co_freevars)
-    )
+    return _remade(function, code, [cells[name] for name in code.co_freevars])
+
+
+def _remade(function: types.FunctionType, code: types.CodeType, cells: list[types.CellType]) -> types.FunctionType:
+    """The same function with other code, or another closure."""
+    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
     new.__kwdefaults__ = function.__kwdefaults__
     new.__annotations__ = dict(function.__annotations__)
     new.__qualname__, new.__module__, new.__doc__ = function.__qualname__, function.__module__, function.__doc__
-    new.__dict__.update(vars(function))
+    vars(new).update(vars(function))
     return new
 
 
@@ -315,14 +310,10 @@ class _WithoutCalls(ast.NodeTransformer):
     def __init__(self, self_name: str, children: set[str]) -> None:
         self.self_name, self.children = self_name, children
 
-    def is_se(self, node: ast.AST | None) -> bool:
-        return (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and isinstance(node.func.value, ast.Name)
-            and (node.func.value.id, node.func.attr in self.children) == (self.self_name, True)
-            and len(node.args) in (1, 2)
-        )
+    def is_se(self, node: ast.AST) -> bool:
+        called: Any = node.func if isinstance(node, ast.Call) else None
+        own = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)
+        return own and called.value.id == self.self_name and called.attr in self.children
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if not self.is_se(node):
@@ -382,18 +373,9 @@ def _rewrapped(
                 replaced.append((cell, content))
             cells.append(cell)
         if any(content is not member for _, content in replaced):
-            wrapper = types.FunctionType(
-                member.__code__, member.__globals__, member.__name__, member.__defaults__, tuple(cells)
-            )
-            wrapper.__kwdefaults__ = member.__kwdefaults__
-            wrapper.__dict__.update(vars(member))
-            made[id(member)] = wrapper
+            wrapper = made[id(member)] = _remade(member, member.__code__, cells)
             for cell, content in replaced:
                 cell.cell_contents = _rewrapped(content, old, new, made)
             wrapper.__wrapped__ = _rewrapped(member.__wrapped__, old, new, made)  # type: ignore[attr-defined]
-            wrapper.__qualname__, wrapper.__module__, wrapper.__doc__ = (
-                member.__qualname__, member.__module__, member.__doc__,
-            )  # fmt: skip
-            wrapper.__annotations__ = dict(member.__annotations__)
             return wrapper
     raise SpliceError(f"{old.__qualname__} is decorated in a way that can't be repeated")

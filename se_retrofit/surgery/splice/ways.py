@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from functools import partial
 
 from torch import fx, nn
 
@@ -24,7 +24,7 @@ from .carry import class_name, forward_digest, has_attribute
 from .graphs import graph_place
 from .source import Source, SpliceError, node_at, source_of, span_of
 
-__all__ = ["SE_NAME", "named", "se_paths", "ways"]
+__all__ = ["SE_NAME", "named", "ways"]
 
 SE_NAME = "se_attention"
 
@@ -74,26 +74,7 @@ def _in_source(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
     appearances = [op.where] if op.call is call else []
     appearances += [child.where for child in call.children if child.returned is op]
     for where in appearances:
-        for source, node, method in _nodes(call, where):
-            if isinstance(source, SpliceError):
-                yield source
-                continue
-            for form, place, target in _statements(source, node, op):
-                yield _splice(call.path, method, source, place, form, target)
-
-
-def _statements(source: Source, node: ast.AST, op: Op) -> Iterator[tuple[str, ast.AST, str]]:
-    """The forms that a call of SE can take for the value of an expression."""
-    if isinstance(node, ast.AugAssign):
-        yield "after", node, source.text(node.target)
-        return
-    yield "wrap", node, ""
-    statement = next((s for s in source.nodes if isinstance(s, ast.Expr) and s.value is node), None)
-    if statement is not None and op.inplace and isinstance(node, ast.Call):  # F.relu_(x), whose result nobody takes
-        arguments = [*node.args[:1], *([node.func.value] if isinstance(node.func, ast.Attribute) else [])]
-        for target in arguments:
-            if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
-                yield "after", statement, source.text(target)
+        yield from _splices(call, where, partial(_statements, op))
 
 
 def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | SpliceError]:
@@ -110,48 +91,59 @@ def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | Splic
     ):  # made further in, as by an in-place ReLU on the block's input
         call = call.parent
     child = None if user.call is call else call.child_with(user)
-    where = user.where if child is None else child.where
-    for source, node, method in _nodes(call, where):
-        if isinstance(source, SpliceError):
-            yield source
-            continue
-        for operand in _operands(node):
-            yield _splice(call.path, method, source, operand, "wrap")
-        if isinstance(node, ast.AugAssign):
-            yield _splice(call.path, method, source, node, "before", source.text(node.target))
+    yield from _splices(call, user.where if child is None else child.where, _operands)
 
 
-def _operands(node: ast.AST) -> Iterator[ast.expr]:
-    if isinstance(node, ast.BinOp):
-        yield from (node.left, node.right)
-    elif isinstance(node, ast.AugAssign):
-        yield node.value
-    elif isinstance(node, ast.Call):
-        yield from (a for a in node.args if not isinstance(a, ast.Starred))
-        yield from (k.value for k in node.keywords if k.arg is not None)
-        if isinstance(node.func, ast.Attribute):
-            yield node.func.value
+# What changes in a source: the statement of an edit, the node that it is at, and its target
+_Forms = Iterator[tuple[str, ast.AST, str]]
 
 
-def _nodes(call: Call, where: Where) -> Iterator[tuple[Any, Any, Any]]:
-    """The nodes at which a module's own frames were, innermost first, each with its source and method."""
-    own = methods_of(type(call.module))
-    if "forward" in vars(call.module):
-        yield (
-            SpliceError(f"the forward of {call.path or 'the model'} is set on the instance, not by its class"),
-            None,
-            None,
-        )
+def _statements(op: Op, source: Source, node: ast.AST) -> _Forms:
+    """The forms that a call of SE can take for the value of an expression."""
+    if isinstance(node, ast.AugAssign):
+        yield "after", node, source.text(node.target)
         return
+    yield "wrap", node, ""
+    statement = next((s for s in source.nodes if isinstance(s, ast.Expr) and s.value is node), None)
+    if statement is not None and op.inplace and isinstance(node, ast.Call):  # F.relu_(x), whose result nobody takes
+        arguments = [*node.args[:1], *([node.func.value] if isinstance(node.func, ast.Attribute) else [])]
+        for target in arguments:
+            if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
+                yield "after", statement, source.text(target)
+
+
+def _operands(source: Source, node: ast.AST) -> _Forms:
+    """The forms that it can take for what an expression takes."""
+    operands: list[ast.expr] = []
+    if isinstance(node, ast.BinOp):
+        operands = [node.left, node.right]
+    elif isinstance(node, ast.AugAssign):
+        operands = [node.value]
+    elif isinstance(node, ast.Call):
+        operands = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
+        operands += [keyword.value for keyword in node.keywords if keyword.arg is not None]
+        operands += [node.func.value] if isinstance(node.func, ast.Attribute) else []
+    yield from (("wrap", operand, "") for operand in operands)
+    if isinstance(node, ast.AugAssign):
+        yield "before", node, source.text(node.target)
+
+
+def _splices(call: Call, where: Where, forms: Callable[[Source, ast.AST], _Forms]) -> Iterator[Edit | SpliceError]:
+    """Splices at the nodes at which a module's own frames were, innermost first."""
+    if "forward" in vars(call.module):
+        yield SpliceError(f"the forward of {call.path or 'the model'} is set on the instance, not by its class")
+        return
+    own = methods_of(type(call.module))
     for code, lasti in where:
         method = own[code]
         try:
             if method.self_name is None:
                 raise SpliceError(f"{method.function.__qualname__} has no self")
             source = source_of(method.function)
-            yield source, node_at(source, code, lasti), method
+            for form, node, target in forms(source, node_at(source, code, lasti)):
+                yield _splice(call.path, method, source, node, form, target)
         except SpliceError as error:
-            yield error, None, None
+            yield error
 
 
 def _splice(path: str, method: Method, source: Source, node: ast.AST, form: str, target: str = "") -> Edit:
@@ -205,19 +197,6 @@ def named(edits: dict[Edit, str], model: nn.Module) -> dict[Edit, str]:
         own = name if counted[holder] == 1 else f"{name}_{counted[holder]}"
         paths[edit] = f"{holder}.{own}" if holder else own
     return paths
-
-
-def se_paths(places: Sequence[Place]) -> dict[Place, str]:
-    """The path that the SE module of each place will have if the best way to it is open, as nearly all are."""
-    best = {place: next((way for way in ways(place) if isinstance(way, Edit)), None) for place in places}
-    edits = {edit: place.block for place, edit in best.items() if edit is not None}
-    if not edits:
-        return {}
-    root = places[0].call
-    while root.parent is not None:
-        root = root.parent
-    paths = named(edits, root.module)
-    return {place: paths[edit] for place, edit in best.items() if edit is not None}
 
 
 def _free_name(modules: list[nn.Module]) -> str:

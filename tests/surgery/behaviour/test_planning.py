@@ -20,7 +20,7 @@ from same_behaviour import Net
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from se_retrofit import add_se, has_se, inspect_se, load_retrofitted, plan_of, plan_se, save_retrofitted
+from se_retrofit import RetrofitError, add_se, has_se, inspect_se, load_retrofitted, plan_of, plan_se, save_retrofitted
 
 
 @pytest.mark.parametrize("block", [blocks.PythonRandom, blocks.NumpyRandom, blocks.TorchRandomItem, blocks.SizedNoise])
@@ -87,33 +87,46 @@ def test_two_threads_call_one_model_in_two_ways_at_once() -> None:
     assert not wrong
 
 
-@dataclass
-class Sample:
-    image: Tensor
-    scale: float
-
-
 class Structured(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.block = nn.Conv2d(3, 8, 3), BasicBlock(8, 8)
 
-    def forward(self, sample: Sample, more: dict[str, list[Tensor]] | None = None) -> dict[str, Tensor]:
-        x = self.block(self.stem(sample.image) * sample.scale)
-        if more is not None:
-            x = x + more["add"][0].mean()
+    def forward(self, sample: dict[str, Any], more: tuple[list[Tensor], ...] = ()) -> dict[str, Tensor]:
+        x = self.block(self.stem(sample["image"]) * sample["scale"])
+        if more:
+            x = x + more[0][0].mean()
         return {"out": x}
 
 
-def test_inputs_may_be_any_structure_and_are_needed_once_only(tmp_path) -> None:
+def test_inputs_may_be_nested_and_are_needed_once_only(tmp_path) -> None:
     model = Structured().eval()
-    inputs = ((Sample(torch.zeros(1, 3, 17, 17), 0.5),), {"more": {"add": [torch.zeros(3)]}})
+    inputs = (({"image": torch.zeros(1, 3, 17, 17), "scale": 0.5},), {"more": ([torch.zeros(3)],)})
     retrofitted = add_se(model, 2, example_inputs=inputs)
     assert len(plan_of(retrofitted).sites) == 1
     assert "8x15x15" in str(inspect_se(retrofitted).report())
     again = load_retrofitted(save_retrofitted(retrofitted, tmp_path / "saved"), base=Structured())
-    sample = Sample(torch.randn(2, 3, 9, 9), 2.0)
+    sample = {"image": torch.randn(2, 3, 9, 9), "scale": 2.0}
     assert torch.equal(again(sample)["out"], model(sample)["out"])
+
+
+@dataclass
+class Sample:
+    image: Tensor
+
+
+class Sampled(nn.Sequential):
+    def forward(self, sample: Sample) -> Tensor:
+        return super().forward(sample.image)
+
+
+def test_inputs_may_be_of_any_class_and_are_given_again_for_a_printout() -> None:
+    inputs = (Sample(torch.zeros(1, 3, 17, 17)),)
+    retrofitted = add_se(Sampled(nn.Conv2d(3, 8, 3), BasicBlock(8, 8)), 2, example_inputs=inputs)
+    assert plan_of(retrofitted).inputs is None
+    assert "8x15x15" in str(inspect_se(retrofitted, example_inputs=inputs).report())
+    with pytest.raises(RetrofitError, match="example_inputs"):
+        inspect_se(retrofitted)
 
 
 class Sized(nn.Module):

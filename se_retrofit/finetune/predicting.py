@@ -1,0 +1,103 @@
+"""The use of a classifier on images that have no labels."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ..errors import RetrofitError
+from ..surgery.record.copying import in_mode
+from .data import UNREADABLE
+from .engine import called
+from .parts import as_found
+from .transforms import class_names, has_several_labels, transform_of
+
+__all__ = ["Prediction", "predict", "write_predictions"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely classes of an image, with their probabilities; classes without names are numbers as text."""
+
+    file: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def predict(
+    model: nn.Module, images: Iterable[str | Path], *, top: int = 1, batch_size: int = 64
+) -> Iterator[Prediction]:
+    """Classify image files by a network that ``finetune`` trained on images, prepared as in its validation.
+
+    After training with ``multi_label`` each class has a probability of its own.
+
+    Args:
+        model: the network; it runs in eval mode where it is, and is left as it was.
+        images: files, and folders, which stand for all images in them.
+        top: how many classes of each image are told.
+        batch_size: images that run together.
+
+    Yields:
+        One ``Prediction`` for each image, in the order given; within a folder, sorted by name.
+
+    Raises:
+        RetrofitError: a file is missing or is no image; the network does not tell how its images are prepared; ``top`` or
+            ``batch_size`` is below 1.
+    """
+    if top < 1 or batch_size < 1:
+        raise RetrofitError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
+    transform, names = transform_of(model), class_names(model)
+    files = list(_files(images))
+    device = next(model.parameters()).device
+    for start in range(0, len(files), batch_size):
+        chosen = files[start : start + batch_size]
+        batch = torch.stack([_read(file, transform) for file in chosen]).to(device)
+        with as_found(model), torch.no_grad():
+            logits, _ = called(in_mode(model, False), batch)
+            shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
+        values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
+        for file, best, numbers in zip(chosen, values.tolist(), indices.tolist(), strict=True):
+            yield Prediction(str(file), tuple(names[n] if names else str(n) for n in numbers), tuple(best))
+
+
+def _files(images: Iterable[str | Path]) -> Iterator[Path]:
+    for given in map(Path, images):
+        if given.is_dir():
+            found = sorted(file for file in given.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            if not found:
+                raise RetrofitError(f"{given} holds no images ({', '.join(IMG_EXTENSIONS)})")
+            yield from found
+        elif given.is_file():
+            yield given
+        else:
+            raise RetrofitError(f"no file or folder {given}")
+
+
+def _read(file: Path, transform: Any) -> Tensor:
+    try:
+        with Image.open(file) as image:
+            tensor: Tensor = transform(image)
+    except UNREADABLE as error:
+        raise RetrofitError(f"{file} can't be read as an image: {error}") from error
+    return tensor
+
+
+def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1) -> None:
+    """Predictions as CSV: the file, and for each of the most likely classes its name and probability."""
+    writer = csv.writer(file, lineterminator="\n")
+    numbers = [""] if top == 1 else [f"_{number + 1}" for number in range(top)]
+    header = ["file", *(f"{field}{number}" for number in numbers for field in ("class", "probability"))]
+    for found in predictions:
+        if header:  # not before the first answer, which may be an error
+            writer.writerow(header)
+            header = []
+        cells = zip(found.classes, found.probabilities, strict=True)
+        writer.writerow([found.file, *(cell for name, share in cells for cell in (name, f"{share:.6f}"))])

@@ -1,0 +1,62 @@
+"""Which convolutions over space get no SE, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..record.graph import Op, Record
+from .chains import covers_its_input, is_feature
+from .place import Found, Place
+from .questions import TRANSPARENT, next_after
+
+__all__ = ["left_out"]
+
+
+def left_out(
+    record: Record, found: Found, placed: Iterable[Place], everything: bool
+) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What gets no SE: the names of blocks, or of convolutions in no block, each with the reason and the paths of its convolutions
+    over space; in order of execution.
+
+    Args:
+        record: of the network.
+        found: its blocks; those that were left out since are in ``skipped``.
+        placed: where SE has gone.
+        everything: with the convolutions that are in no block.
+    """
+    served: set[str] = set()
+    for place in placed:
+        served.update(_convolutions(record, place.region))
+    left = {}
+    for block, reason in found.skipped.items():
+        own = dict.fromkeys(path for path in _convolutions(record, found.regions.get(block, 0)) if path not in served)
+        left[block] = (reason, tuple(own))
+    listed = served.union(*(own for _, own in left.values()))
+    for op in record.ops if everything else ():
+        if op.spatial_conv and (path := _path_of(op)) not in listed:
+            listed.add(path)
+            left.setdefault(path, (_why_in_no_block(op), (path,)))
+            found.regions.setdefault(path, op.bit)
+    order = {block: found.regions.get(block, 0) & -found.regions.get(block, 0) for block in left}
+    return [(block, *left[block]) for block in sorted(left, key=lambda block: order[block] or 1 << len(record.ops))]
+
+
+def _convolutions(record: Record, region: int) -> list[str]:
+    return [_path_of(op) for op in record.select(region) if op.spatial_conv]
+
+
+def _path_of(conv: Op) -> str:
+    """The path of a convolution's module, of its weight where a function takes that, or else the operation's name."""
+    weight = next((source.path for source in conv.inputs if source.role == "param" and source.path), None)
+    return conv.path or weight or conv.name
+
+
+def _why_in_no_block(conv: Op) -> str:
+    if covers_its_input(conv):
+        return "its kernel covers its whole input: a fully-connected layer"
+    if not is_feature(conv, pooled=True):
+        return "it makes what the network returns, or by what another value is sampled"
+    following = next_after(conv, TRANSPARENT)
+    if following is not None and following.role in ("add", "mul"):
+        return f"it has no non-linearity, and is a part of {'an addition' if following.role == 'add' else 'a product'}"
+    return "it has no non-linearity, and is in no block"
