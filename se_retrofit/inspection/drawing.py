@@ -56,7 +56,8 @@ def write(found: Recorded, block: BlockPair | None, path: Path) -> None:
 
 def _in_rows(frames: Iterable[Picture]) -> Picture:
     """Pictures side by side, as many as there is room for, and below each other."""
-    parts, x, y, width, height = [], MARGIN, MARGIN, 0.0, 0.0
+    parts: list[str] = []
+    x, y, width, height = float(MARGIN), float(MARGIN), 0.0, 0.0
     for frame in frames:
         if x > MARGIN and x + frame.width > WIDEST:
             x, y, height = MARGIN, y + height + 2 * MARGIN, 0.0

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..retrofit import warn_of_lost_sites
 from .blocks import BlockPair
-from .difference import difference_lines
+from .diff import diff_lines
 from .graphs import Recorded, find_block, recorded
 from .lines import Line, Lines
 from .printing import block_lines, tree_lines
@@ -107,7 +107,7 @@ class Inspection(Recorded):
         lines: list[Line] = []
         for number, (pair, *others) in enumerate(self._groups(block)):
             lines += [Line("")] if number else []
-            lines += difference_lines(pair)
+            lines += diff_lines(pair)
             if others:
                 lines.append(Line(f"like it: {', '.join(other.path for other in others)}"))
         return Lines(lines)

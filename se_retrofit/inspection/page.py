@@ -11,7 +11,7 @@ from ..errors import RetrofitError, extra
 from ..paths import writable
 from .blocks import BlockPair
 from .costs import human
-from .difference import difference_of
+from .diff import diff_lines
 from .drawing import sides_of
 from .graphs import Recorded
 from .lines import Line
@@ -25,6 +25,7 @@ with extra("inspect"):
 
 __all__ = ["check_target", "page"]
 
+_CLASSES = {"green": "add", "red": "del", "cyan": "head", "bold": "head"}
 _FEW = 6  # so few sites need no folding
 _LONG = 22  # characters, above which a cell in the table of sites is wrapped
 
@@ -135,14 +136,10 @@ def _block(group: list[BlockPair]) -> dict[str, Any]:
     }
     if pair.failure is None:
         block["sides"] = [side.svg(word) for word, side in zip(("before", "after"), sides_of(pair), strict=True)]
-        marks = {"+": "add", "-": "del", "@": "head"}
-        block["diff"] = [
-            {"text": line, "cls": "head" if line[:3] in ("+++", "---") else marks.get(line[:1], "")}
-            for line in difference_of(pair)
-        ]
+        block["diff"] = _lines(diff_lines(pair))
         block["code"] = _lines(source_lines(pair))
     return block
 
 
 def _lines(lines: Iterable[Line]) -> list[dict[str, str]]:
-    return [{"text": line.text, "cls": "se" if line.se else ""} for line in lines]
+    return [{"text": line.text, "cls": "se" if line.se else _CLASSES.get(line.style, "")} for line in lines]
