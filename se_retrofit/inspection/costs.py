@@ -25,7 +25,7 @@ from ..surgery.record.isolation import isolated
 from ..surgery.splice.undo import is_retrofitted, strip
 from .graphs import Recorded, batch_size
 
-__all__ = ["Costs", "SiteCost", "costs"]
+__all__ = ["NOT_CALLED", "Costs", "SiteCost", "costs"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class SiteCost:
     excitation: int | None
     squeeze_scale: int | None
     shape: tuple[int, ...]
+
+
+NOT_CALLED = SiteCost(None, None, ())
 
 
 @dataclass(frozen=True)
