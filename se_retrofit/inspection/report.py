@@ -95,14 +95,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
-        data = asdict(self)
-        data["rows"] = [{**row, "shape": list(row["shape"]), "space": list(row["space"])} for row in data["rows"]]
-        data["skipped"] = list(data["skipped"])
+        data: dict[str, Any] = json.loads(self.to_json())
         return data
 
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(asdict(self), indent=2)
 
     def summary(self) -> list[tuple[str, str]]:
         """The totals, as pairs of a heading and a text."""

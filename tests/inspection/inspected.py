@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from se_retrofit import add_se
+from se_retrofit import add_se, inspect_se
+from se_retrofit.inspection import Inspection
 
 
 def network(name: str) -> nn.Module:
@@ -31,6 +32,12 @@ def retrofitted(name: str, reduction: int = 16) -> nn.Module:
 @cache
 def _retrofitted(name: str, reduction: int) -> nn.Module:
     return add_se(network(name), reduction)
+
+
+@cache
+def inspected(name: str) -> Inspection:
+    """What is seen in a network, or in the small one, which tests only look at."""
+    return inspect_se(add_se(small_resnet(), 16, exclude="layer4.*") if name == "small" else retrofitted(name))
 
 
 def small_resnet(classes: int = 10) -> nn.Module:

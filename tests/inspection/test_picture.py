@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from inspected import PlainNet, Twice, UNet, retrofitted, small_resnet
+from inspected import PlainNet, Twice, UNet, inspected, small_resnet
 from torch import fx
 from torchvision.models.resnet import BasicBlock
 
@@ -47,7 +47,7 @@ def test_the_skips_of_a_u_net_lead_past_what_is_below() -> None:
 
 
 def test_every_layer_of_a_dense_block_takes_all_before_it() -> None:
-    network = network_of(inspect_se(retrofitted("tv/densenet121")))
+    network = network_of(inspected("tv/densenet121"))
     layers = [n for n in network.nodes if n.name.startswith("features.denseblock1.")]
     assert [sum(e.end is n for e in network.edges) for n in layers] == [1, 2, 3, 4, 5, 6]
     assert [sum(e.skips for e in network.edges if e.end is n) for n in layers] == [0, 1, 2, 3, 4, 5]
@@ -142,7 +142,7 @@ def test_a_box_has_its_module_its_class_and_its_channels() -> None:
 
 
 def test_no_box_lies_on_another_and_all_are_within_the_picture() -> None:
-    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect_se(retrofitted("tv/densenet121")))):
+    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspected("tv/densenet121"))):
         svg = drawn(network)
         rects = [next(s for s in group if s.tag == "rect") for group in svg.iter("g") if group.get("class") != "join"]
         corners = [(float(r.get("x", "")), float(r.get("y", ""))) for r in rects]
