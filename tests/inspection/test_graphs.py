@@ -10,7 +10,7 @@ from sweeps import swept
 from torch import fx, nn
 from torchvision.models.googlenet import Inception
 
-from se_retrofit import RetrofitError, add_se, inspect_se, record
+from se_retrofit import RetrofitError, add_se, inspect_se, record, remove_se
 
 _LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
 
@@ -133,11 +133,7 @@ def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
         (small_resnet(), "layer2.0", (64, 8, 8)),
         (torchvision.models.mobilenet_v2(width_mult=0.35), "features.3", (8, 8, 8)),
         (torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0), "denselayer1", (8, 8, 8)),
-        (
-            torchvision.models.shufflenet_v2_x0_5(),
-            "stage2.1",
-            (48, 28, 28),
-        ),  # functions with arguments, one with two results
+        (torchvision.models.shufflenet_v2_x0_5(), "stage2.1", (48, 28, 28)),  # a function has two results
     ],
     ids=["residual", "projection", "inverted", "dense", "split"],
 )
@@ -147,29 +143,19 @@ def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size
     for module in model.modules():
         if type(module).__name__ == "SEAttention":
             nn.init.normal_(module.fc[2].weight)  # gates of 1 would hide a graph without SE
-    after = inspect_se(model, inputs).block(block).after
-    assert after is not None
-    module, x = model.get_submodule(block), torch.randn(2, *size)
-    given = [x] if block.startswith("denselayer") else x  # a list of tensors, each of them an input of the graph
-    assert torch.equal(fx.GraphModule(module, after.graph)(x), module(given))
-
-
-def test_graph_before_is_traced_from_the_original_class() -> None:
-    pair = inspect_se(add_se(small_resnet())).block("layer1.0")
+    pair = inspect_se(model, inputs).block(block)
     assert pair.before is not None
-    bare = small_resnet().eval().layer1[0]
-    x = torch.randn(2, 64, 8, 8)
-    assert torch.equal(fx.GraphModule(bare, pair.before.graph)(x), bare(x))
+    assert pair.after is not None
+    x = torch.randn(2, *size)
+    given = [x] if block.startswith("denselayer") else x  # a list of tensors, each of them an input of the graph
+    for graph, network in ((pair.after.graph, model), (pair.before.graph, remove_se(model))):
+        module = network.get_submodule(block)
+        assert torch.equal(fx.GraphModule(module, graph)(x), module(given))
 
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [
-        ("tv/resnet50", 2),
-        ("tv/densenet121", 1),
-        ("tv/mobilenet_v2", 3),
-        ("tv/vgg16_bn", 1),
-    ],
+    [("tv/resnet50", 2), ("tv/densenet121", 1), ("tv/mobilenet_v2", 3), ("tv/vgg16_bn", 1)],
 )
 def test_blocks_of_one_structure_are_one_group(name: str, number: int) -> None:
     groups = inspected(name).distinct()
@@ -196,29 +182,21 @@ def test_a_chain_of_functions_is_cut_into_its_units() -> None:
     assert list(pairs) == ["conv1", "conv2"]
     for path, pair in pairs.items():
         assert pair.after is not None
-        assert [pair.after.kind(node) for node in pair.after.graph.nodes] == [
-            "placeholder",
-            "Conv2d",
-            "relu",
-            "SEAttention",
-            "output",
-        ]
+        kinds = [pair.after.kind(node) for node in pair.after.graph.nodes]
+        assert kinds == ["placeholder", "Conv2d", "relu", "SEAttention", "output"]
         assert pair.se_after(pair.sites[0]) == "relu"
         assert next(str(n.target) for n in pair.after.graph.nodes if n.op == "call_module") == path
 
 
 def test_a_block_is_found_by_its_path_or_its_ses() -> None:
-    inspection = inspect_se(add_se(small_resnet()))
+    inspection = inspected("small")
     assert inspection.block("layer2.1") is inspection.block("layer2.1.se_attention")
     # or by a module in it, or one around it alone
     assert inspection.block("layer2.1.conv1").path == inspection.block("layer2.1.relu").path == "layer2.1"
     assert inspection.block("layer3").path == "layer3.0"
-    with pytest.raises(RetrofitError, match=r"2 blocks with SE are in 'layer2', name one: layer2\.0, layer2\.1"):
-        inspection.block("layer2")
-    with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer3\.0\.conv9'"):
-        inspection.block("layer3.0.conv9")
-    with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer9'; the blocks with SE are layer1\.0"):
-        inspection.block("layer9")
+    for path, told in (("layer2", r"layer2\.0, layer2\.1"), ("layer3.0.conv9", "conv9"), ("layer9", r"layer1\.0")):
+        with pytest.raises(RetrofitError, match=told):
+            inspection.block(path)
 
 
 def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> None:
