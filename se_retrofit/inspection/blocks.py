@@ -37,6 +37,11 @@ class BlockGraph:
         """The nodes that call an inserted SE module."""
         return [node for node in self.graph.nodes if is_retrofitted(node.meta.get("module"))]
 
+    @property
+    def modules(self) -> list[str]:
+        """The paths of the modules that it calls."""
+        return [join(self.scope, str(node.target)) for node in self.graph.find_nodes(op="call_module")]
+
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
         shapes = [op.shape if op.role == "param" else op.shape[1:] for op in node.meta.get("ops", [])]

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from torch import fx
 
-from ..errors import RetrofitError
-from ..paths import writable
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem, is_parameter
 from .graphs import Recorded
@@ -18,7 +16,7 @@ from .network import JOINS, network_of
 from .picture import picture
 from .svg import RADIUS, Picture, arrow, box, file_of, join, text
 
-__all__ = ["check_target", "sides_of", "write"]
+__all__ = ["sides_of", "write"]
 
 HEIGHT, GAP, STUB = 34, 34, 16  # of a box; below it; of which arrows go straight down, beside their label
 LETTER, BOLD = 6.0, 7.4  # width of a letter in small and in large print, at most
@@ -32,16 +30,6 @@ ROLES = (
     ("act", ("relu", "elu", "silu", "swish", "sigmoid", "mish")),
     ("pool", ("pool",)),
 )
-
-
-def check_target(path: str | Path) -> Path:
-    """The path of a drawing, once it is clear that it can be written there."""
-    path = Path(path)
-    if path.suffix != ".svg":
-        raise RetrofitError(
-            f"{path} does not end in .svg, which is what is drawn; other programs make .png or .pdf of it"
-        )
-    return writable(path)
 
 
 def write(found: Recorded, block: BlockPair | None, path: Path) -> None:

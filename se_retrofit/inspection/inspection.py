@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..paths import writable
 from ..retrofit import warn_of_lost_sites
 from .blocks import BlockPair
 from .diff import diff_lines
+from .drawing import write
 from .graphs import Recorded, find_block, recorded
 from .lines import Line, Lines
 from .printing import block_lines, tree_lines
@@ -105,7 +107,7 @@ class Inspection(Recorded):
             ...
         """
         lines: list[Line] = []
-        for number, (pair, *others) in enumerate(self._groups(block)):
+        for number, (pair, *others) in enumerate(self.distinct() if block is None else [[self.block(block)]]):
             lines += [Line("")] if number else []
             lines += diff_lines(pair)
             if others:
@@ -137,9 +139,7 @@ class Inspection(Recorded):
             >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.svg").read_text().startswith("<svg")
             True
         """
-        from .drawing import check_target, write
-
-        path = check_target(path)
+        path = writable(path, ".svg")
         write(self, None if block is None else self.block(block), path)
         return path
 
@@ -163,18 +163,15 @@ class Inspection(Recorded):
             >>> inspect_se(add_se(timm.create_model("resnet18"))).write_html(f"{tempfile.mkdtemp()}/resnet18.html").name
             'resnet18.html'
         """
-        from .page import check_target, page
+        from .page import page
 
-        path = check_target(path)
+        path = writable(path, ".html", ".htm")
         path.write_text(page(self, self._report), encoding="utf-8")
         return path
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
         return self._report.to_dict()
-
-    def _groups(self, block: str | None) -> list[list[BlockPair]]:
-        return self.distinct() if block is None else [[self.block(block)]]
 
     def __str__(self) -> str:
         return str(self._report)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from ..errors import RetrofitError, extra
-from ..paths import writable
+from ..errors import extra
 from .blocks import BlockPair
 from .costs import human
 from .diff import diff_lines
@@ -23,19 +21,11 @@ from .report import FIRST_NUMBER, Report, percent
 with extra("inspect"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-__all__ = ["check_target", "page"]
+__all__ = ["page"]
 
 _CLASSES = {"green": "add", "red": "del", "cyan": "head", "bold": "head"}
 _FEW = 6  # so few sites need no folding
 _LONG = 22  # characters, above which a cell in the table of sites is wrapped
-
-
-def check_target(path: str | Path) -> Path:
-    """The path of a page, once it is clear that it can be written there."""
-    path = Path(path)
-    if path.suffix not in (".html", ".htm"):
-        raise RetrofitError(f"{path} does not end in .html, which the page is")
-    return writable(path)
 
 
 def page(found: Recorded, report: Report) -> str:

@@ -188,15 +188,12 @@ def report_of(found: Recorded) -> Report:
     rows = []
     for site in plan.sites:
         pair, own = by_path[site.path], cost.sites.get(site.path, NOT_CALLED)
-        places = (pair.cls, site.kind, pair.se_after(site), pair.se_before(site))
-        numbers = (
-            site.channels,
-            site.parameters,
-            _space(own.shape, site.channel_dim),
-            own.excitation,
-            own.squeeze_scale,
-        )
-        rows.append(Row(site.path, site.block, *places, own.shape, *numbers))
+        space = _space(own.shape, site.channel_dim)
+        row = Row(
+            site.path, site.block, pair.cls, site.kind, pair.se_after(site), pair.se_before(site),
+            own.shape, site.channels, site.parameters, space, own.excitation, own.squeeze_scale,
+        )  # fmt: skip
+        rows.append(row)
     paths = {row.path for row in rows}
     new = {id(p) for path, m in model.named_modules() if path in paths and is_retrofitted(m) for p in m.parameters()}
     parameters = list(model.parameters())
