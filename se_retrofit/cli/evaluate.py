@@ -51,7 +51,7 @@ def evaluate_command(
     network = load_retrofitted(saved)
     named = {"image_size": image_size, "batch_size": batch_size, "workers": workers, "cpu": cpu}
     chosen = {name: value for name, value in named.items() if value is not None}
-    config = FinetuneConfig.from_dict({**run_settings(saved), **chosen})
+    config = FinetuneConfig(**{**run_settings(saved), **chosen})
     part = load_split(
         data, split, root=data_root, download=download, image_size=config.image_size, classes=class_names(network)
     )

@@ -140,10 +140,7 @@ def read_config(context: typer.Context) -> FinetuneConfig:
     fields = FinetuneConfig.from_yaml(file).to_dict() if file is not None else {}
     fields.update(read_settings(context.params["set_"], "--set"))
     fields.update(recipe_fields(context))
-    try:
-        return FinetuneConfig.from_dict(fields)
-    except TypeError as error:
-        raise RetrofitError(str(error)) from error
+    return FinetuneConfig(**fields)
 
 
 def read_settings(settings: list[str] | None, option: str) -> dict[str, Any]:
@@ -193,8 +190,6 @@ def network_builder(
         raise RetrofitError("give --pretrained or --checkpoint, not both")
     kwargs = read_settings(arg, "--arg")
     base = Base.of(name, **kwargs)
-    if recipe.drop_path is not None and base.library == "timm":
-        kwargs["drop_path_rate"] = recipe.drop_path  # layers of stochastic depth must be there to have a rate
 
     def build() -> nn.Module:
         built = Base(base.library, base.name, kwargs)
@@ -232,7 +227,7 @@ def read_run(folder: Path, given: set[str]) -> tuple[dict[str, Any], FinetuneCon
     file = folder / "run.yaml"
     try:
         content = parse_yaml(file.read_text(encoding="utf-8"), file)
-        command, recipe = content["command"], FinetuneConfig.from_dict(dict(content["config"]))
+        command, recipe = content["command"], FinetuneConfig(**content["config"])
     except OSError as error:
         raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ with extra("finetune"):
     from .callbacks import Callbacks, Facts
     from .compare import Comparison, Contrast, compare
     from .config import FinetuneConfig
+    from .criteria import FocalLoss
     from .datasets import NamedData, load_data
     from .evaluation import Evaluation, evaluate
     from .parts import new_head
@@ -36,6 +37,7 @@ __all__ = [
     "Facts",
     "FinetuneConfig",
     "FinetuneResult",
+    "FocalLoss",
     "LearningRates",
     "NamedData",
     "Prediction",

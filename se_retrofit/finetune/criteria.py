@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
+FOCAL_GAMMA = 2.0  # as in the paper
 
 
 class FocalLoss(nn.Module):
@@ -99,24 +100,24 @@ def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: An
     # mixup smooths the labels itself; yes and no of separate labels are not smoothed
     smoothing = 0.0 if config.mixup or config.cutmix or config.multi_label else config.label_smoothing
     weight = None
-    if config.class_weights is not None:
+    if config.balance == "loss":
         counts, images = class_counts(train_data, classes, config.multi_label)
         # of separate labels: how many images lack it for one that has it; of classes: as scikit-learn's "balanced"
         few = counts.clamp(min=1)
         weight = (images - counts) / few if config.multi_label else images / (len(counts) * few)
-    if config.criterion == "cross_entropy" and weight is None:
+    if config.loss == "cross_entropy" and weight is None:
         return nn.CrossEntropyLoss(label_smoothing=smoothing)
-    if config.criterion == "bce":
+    if config.loss == "bce":
         if config.multi_label:
             return nn.BCEWithLogitsLoss(pos_weight=weight)
         return BinaryCrossEntropy(smoothing=smoothing)
     if config.multi_label:
-        return MultiLabelFocalLoss(config.focal_gamma)
-    gamma = config.focal_gamma if config.criterion == "focal" else 0.0  # which is cross-entropy
+        return MultiLabelFocalLoss(FOCAL_GAMMA)
+    gamma = FOCAL_GAMMA if config.loss == "focal" else 0.0  # which is cross-entropy
     return FocalLoss(gamma, weight, smoothing)
 
 
-def distillation_loss(logits: Tensor, taught: Tensor, config: FinetuneConfig) -> Tensor:
+def distillation_loss(logits: Tensor, taught: Tensor, temperature: float, multi_label: bool) -> Tensor:
     """How far the softened probabilities are from the teacher's, times the temperature's square (Hinton et al.,
     "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531)."""
     if logits.shape != taught.shape:
@@ -124,18 +125,21 @@ def distillation_loss(logits: Tensor, taught: Tensor, config: FinetuneConfig) ->
             f"the teacher's logits are of shape {tuple(taught.shape)}, the network's of {tuple(logits.shape)}; "
             "the teacher must know the same classes"
         )
-    temperature = config.distillation_temperature
     logits, taught = logits.float() / temperature, taught.float() / temperature
-    if config.multi_label:
+    if multi_label:
         losses = F.binary_cross_entropy_with_logits(logits, taught.sigmoid(), reduction="none").mean(1)
     else:
         losses = F.kl_div(logits.log_softmax(1), taught.log_softmax(1), log_target=True, reduction="none").sum(1)
     return losses.mean() * temperature**2
 
 
-def describe_criterion(given: Criterion | None, teacher: nn.Module | None) -> dict[str, Any]:
+def describe_criterion(
+    given: Criterion | None, teacher: nn.Module | None, distillation: tuple[float, float]
+) -> dict[str, Any]:
     """What of an experiment neither its data nor its config tells."""
-    described: dict[str, Any] = {"criterion": None, "teacher": None if teacher is None else weights_digest(teacher)}
+    described: dict[str, Any] = {"criterion": None, "teacher": None}
+    if teacher is not None:
+        described["teacher"] = {"weights": weights_digest(teacher), "distillation": list(distillation)}
     if isinstance(given, nn.Module):
         described["criterion"] = f"{given} {weights_digest(given)}"
     elif given is not None:
@@ -154,12 +158,12 @@ def checked_loss(loss: Any) -> Tensor:
     )
 
 
-def checked_criterion(given: Any, teacher: Any, model: nn.Module) -> None:
+def checked_criterion(given: Any, teacher: Any, distillation: tuple[float, float], model: nn.Module) -> None:
     """Raise where a criterion or a teacher is none."""
     if given is not None and not callable(given):
         raise TypeError(
             f"criterion must be a function of (logits, targets), got {brief(given)}; a loss by name is the config's: "
-            'FinetuneConfig(criterion="focal")'
+            'FinetuneConfig(loss="focal")'
         )
     if isinstance(given, nn.Module) and any(True for _ in given.parameters()):
         raise RetrofitError(
@@ -167,5 +171,10 @@ def checked_criterion(given: Any, teacher: Any, model: nn.Module) -> None:
         )
     if teacher is not None:
         check_module(teacher, "teacher")
+    part, temperature = distillation
+    if not (0 <= part <= 1 and temperature > 0):
+        raise RetrofitError(
+            f"distillation must be the teacher's part in the loss, from 0 to 1, and a temperature above 0, got {distillation}"
+        )
     if teacher is model:
         raise RetrofitError("the network can't be its own teacher; give a copy (copy.deepcopy)")

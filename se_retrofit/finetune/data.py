@@ -84,8 +84,8 @@ def stream(
     """
     if balanced and train and isinstance(data, (DataLoader, IterableDataset)):
         raise RetrofitError(
-            f'sampling="balanced" needs a Dataset with indices as {name}, got {type(data).__name__}; give the Dataset, '
-            'or a DataLoader with a WeightedRandomSampler and sampling="shuffle"'
+            f'balance="sampling" needs a Dataset with indices as {name}, got {type(data).__name__}; give the Dataset, '
+            "or a DataLoader with a WeightedRandomSampler"
         )
     if isinstance(data, DataLoader):
         return LoaderStream(data, name=name, train=train, seed=seed, rank=rank, world=world)
@@ -100,10 +100,10 @@ def stream(
             raise RetrofitError(
                 f"{name} is iterable, and several processes can't share it evenly; give a data set with indices"
             )
-        items = Transformed(data, transform, name=name)
+        given = Transformed(data, transform, name=name)
         workers = min(workers, 1)  # each of several would give all items, unless the data set divides them by itself
         loader: DataLoader[Any] = DataLoader(
-            items, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=begin_worker
+            given, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=begin_worker
         )
         return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
     order = Order(

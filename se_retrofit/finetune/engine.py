@@ -108,7 +108,7 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
 
 
 def _precision(config: FinetuneConfig, cpu: bool) -> str | None:
-    if config.precision == "fp32":
+    if config.precision in ("fp32", "tf32"):
         return "no"
     if config.precision != "auto":
         return config.precision
@@ -135,7 +135,7 @@ def fast_math(config: FinetuneConfig) -> Iterator[None]:
     products: Any = torch.backends.cuda.matmul
     convolutions: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  (torch's stubs lack it)
     before = products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark
-    products.fp32_precision = convolutions.fp32_precision = "tf32" if config.tf32 else "ieee"
+    products.fp32_precision = convolutions.fp32_precision = "ieee" if config.precision == "fp32" else "tf32"
     torch.backends.cudnn.benchmark = True
     try:
         yield

@@ -24,7 +24,7 @@ from .engine import called, engine, fast_math
 from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
-from .run import placed, uses_channels_last
+from .run import placed
 from .setup import check_config
 from .splits import opened
 from .transforms import check_classes, class_names, class_names_of, transforms_for
@@ -230,7 +230,7 @@ def evaluate(
             rank=accelerator.process_index, world=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip
-        to_device(model, accelerator.device, uses_channels_last(config, accelerator.device))
+        to_device(model, accelerator.device)
         log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
         found = measure(model, batches, accelerator, config, log, class_names(model) or class_names_of(part.data) or [])
     assert found is not None  # only an Interrupt ends it early
@@ -260,7 +260,7 @@ def measure(
         if stop is not None and stop.is_set() and accelerator.num_processes == 1:
             return None
         log.complain(batch)
-        images, targets = placed(batch, device, uses_channels_last(config, device))
+        images, targets = placed(batch, device)
         with accelerator.autocast():
             logits, _ = called(network, images)
         classes = logits.shape[1]

@@ -33,6 +33,7 @@ class Learning:
         ema: the average of the weights; None for none.
         criterion: the loss.
         teacher: whose answers are learned, too; None for none.
+        distillation: their part in the loss, and the temperature.
         mixup: timm's; None for none.
     """
 
@@ -41,12 +42,13 @@ class Learning:
     ema: ModelEmaV3 | None
     criterion: Criterion
     teacher: nn.Module | None
+    distillation: tuple[float, float]
     mixup: Mixup | None
 
 
 def learning(
-    model: nn.Module, config: FinetuneConfig, criterion: Criterion, teacher: nn.Module | None, batches: int,
-    classes: int | None,
+    model: nn.Module, config: FinetuneConfig, criterion: Criterion, teacher: nn.Module | None,
+    distillation: tuple[float, float], batches: int, classes: int | None,
 ) -> Learning:  # fmt: skip
     """What a network learns by, on its device, with so many batches an epoch."""
     fused = next(model.parameters()).device.type == "cuda"
@@ -57,6 +59,7 @@ def learning(
         ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None,
         criterion,
         teacher,
+        distillation,
         mixup_of(config, classes),
     )
 
@@ -137,7 +140,6 @@ def optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool)
             opt=config.optimizer,
             lr=config.lr,
             weight_decay=config.weight_decay,
-            momentum=config.momentum,
             **options,
         )
     except (TypeError, ValueError, RuntimeError) as error:
@@ -149,7 +151,7 @@ def schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_p
     try:
         schedule, _ = create_scheduler_v2(
             optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
-            warmup_lr=config.lr / 100, min_lr=config.min_lr, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
+            warmup_lr=config.lr / 100, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
             **config.schedule_options,
         )  # fmt: skip
     except (TypeError, ValueError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""The parts of a network that a fine-tune treats apart: the SE modules, the head, the norms, stochastic depth."""
+"""The parts of a network that a fine-tune treats apart: the SE modules and the head; and its state as a whole."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.layers import DropPath
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torchvision.ops import StochasticDepth
 
 from ..attention import Inserted
 from ..errors import RetrofitError, check_module
@@ -22,7 +20,6 @@ __all__ = [
     "as_found",
     "head_of",
     "new_head",
-    "set_drop_path",
 ]
 
 TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
@@ -144,33 +141,11 @@ def _resized(layer: nn.Module, outputs: int) -> nn.Module:
     return nn.Conv2d(layer.in_channels, outputs, size, layer.stride, layer.padding, bias=bias, **where)  # type: ignore[arg-type]
 
 
-def set_drop_path(model: nn.Module, rate: float) -> None:
-    """Stochastic depth, from 0 at the first block to ``rate`` at the last.
-
-    Raises:
-        RetrofitError: the network was built without stochastic depth.
-    """
-    layers = [module for module in model.modules() if isinstance(module, (DropPath, StochasticDepth))]
-    if not layers:
-        raise RetrofitError(
-            f"drop_path={rate}: this {type(model).__name__} was built without stochastic depth; build it with it "
-            f"(timm.create_model(..., drop_path_rate={rate})), or leave drop_path out"
-        )
-    for number, layer in enumerate(layers, start=1):
-        setattr(layer, _rate_name(layer), rate * number / len(layers))
-
-
-def _rate_name(layer: nn.Module) -> str:
-    return "drop_prob" if isinstance(layer, DropPath) else "p"
-
-
 @contextlib.contextmanager
 def as_found(model: nn.Module) -> Iterator[dict[str, bool]]:
-    """The network's ``requires_grad`` flags; they, the training flags and the rates of stochastic depth are, after the
-    body, what they were before it."""
+    """The network's ``requires_grad`` flags; they and the training flags are, after the body, what they were before it."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]
-    rates = [(m, getattr(m, _rate_name(m))) for m in model.modules() if isinstance(m, (DropPath, StochasticDepth))]
     try:
         yield wanted
     finally:
@@ -178,8 +153,6 @@ def as_found(model: nn.Module) -> Iterator[dict[str, bool]]:
             parameter.requires_grad_(wanted.get(name, True))
         for module, mode in modes:
             module.training = mode
-        for layer, rate in rates:
-            setattr(layer, _rate_name(layer), rate)
 
 
 @contextlib.contextmanager
@@ -199,18 +172,19 @@ def structure_kept(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def layout_of(value: torch.Tensor) -> torch.memory_format:
-    """Channels last, where a tensor has a layout of that kind: with four dims, and with five."""
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(value.dim(), torch.preserve_format)
+def layout_of(value: torch.Tensor, device: torch.device) -> torch.memory_format:
+    """Channels last on CUDA, where a tensor has a layout of that kind: with four dims, and with five."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d} if device.type == "cuda" else {}
+    return layouts.get(value.dim(), torch.preserve_format)
 
 
-def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> None:
-    """Move the network; with ``channels_last`` the weights of its 2d and 3d convolutions get that layout."""
+def to_device(model: nn.Module, device: torch.device) -> None:
+    """Move the network; the weights of its 2d and 3d convolutions get the layout of the device."""
     model.to(device=device)
-    if channels_last:
-        with torch.no_grad():
-            for value in (*model.parameters(), *model.buffers()):
-                value.data = value.data.to(memory_format=layout_of(value))
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if (layout := layout_of(value, device)) is not torch.preserve_format:
+                value.data = value.data.to(memory_format=layout)
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:

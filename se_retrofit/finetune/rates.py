@@ -107,6 +107,7 @@ def find_lr(
     base: Base | None = None,
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
+    distillation: tuple[float, float] = (0.5, 4.0),
 ) -> LearningRates:
     """Train a copy of the network for some steps, each at a higher learning rate than the one before (Smith, "Cyclical Learning
     Rates for Training Neural Networks", https://arxiv.org/abs/1506.01186), by the recipe of ``finetune`` in its first epoch.
@@ -119,7 +120,7 @@ def find_lr(
         lowest: the rate of the first step.
         highest: the rate of the last step, where the loss does not diverge before.
         steps: how many there are, each an update; short data is passed through several times.
-        base, criterion, teacher: as for ``finetune``.
+        base, criterion, teacher, distillation: as for ``finetune``.
 
     Returns:
         The loss at each rate, and the suggestion.
@@ -144,7 +145,17 @@ def find_lr(
     config = FinetuneConfig() if config is None else config
     # The rates are set here, step by step; nothing is averaged, tracked or written, and no epoch is the best
     recipe = config.replace(schedule="none", schedule_options={}, ema_decay=None, trackers=(), patience=None)
-    job = Job(model, train_data, None, recipe, base=base, quiet=True, criterion=criterion, teacher=teacher)
+    job = Job(
+        model,
+        train_data,
+        None,
+        recipe,
+        base=base,
+        quiet=True,
+        criterion=criterion,
+        teacher=teacher,
+        distillation=distillation,
+    )
     check(job)
     with started(replace(job, model=copy.deepcopy(model))) as run:
         begin_epoch(run, 0)

@@ -30,7 +30,7 @@ from .optimizing import Learning
 from .parts import count, kept_state, layout_of
 from .result import FinetuneResult
 
-__all__ = ["Epoch", "Run", "Stopped", "share"]
+__all__ = ["Epoch", "Run", "Stopped", "placed", "share"]
 
 
 class Stopped(Exception):
@@ -116,10 +116,6 @@ class Run:
         choose_trainable(self.model, trained, self.wanted)
         self.accelerator.free_memory()
         self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.learning.optimizer)
-
-    def place(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The images and targets of a batch on the device."""
-        return placed(batch, self.device, uses_channels_last(self.config, self.device))
 
     def keep_checkpoint(self) -> None:
         """Write ``last/``, once all weights are seen to be finite."""
@@ -216,13 +212,9 @@ class Run:
             self.progress.step_seconds = statistics.median(self.step_times)
 
 
-def uses_channels_last(config: FinetuneConfig, device: torch.device) -> bool:
-    return device.type == "cuda" if config.channels_last is None else config.channels_last
-
-
-def placed(batch: Batch, device: torch.device, channels_last: bool) -> tuple[Tensor, Tensor]:
-    layout = layout_of(batch.images) if channels_last else torch.preserve_format
-    images = batch.images.to(device, non_blocking=True, memory_format=layout)
+def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The images and targets of a batch on the device."""
+    images = batch.images.to(device, non_blocking=True, memory_format=layout_of(batch.images, device))
     targets = batch.targets if batch.targets.dim() == 1 else batch.targets.float()
     return images, targets.to(device, non_blocking=True)
 

@@ -37,12 +37,11 @@ from .parts import (
     head_size,
     new_head,
     se_modules,
-    set_drop_path,
     structure_kept,
     to_device,
 )
 from .randomness import EPOCH, kept_randomness, seed_all
-from .run import Run, share, uses_channels_last
+from .run import Run, share
 from .transforms import note_images, other_classes, transforms_for
 
 __all__ = ["Job", "check", "started"]
@@ -63,6 +62,7 @@ class Job:
     quiet: bool = False
     criterion: Criterion | None = None
     teacher: nn.Module | None = None
+    distillation: tuple[float, float] = (0.5, 4.0)
     callbacks: Callbacks = field(default_factory=Callbacks)
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -72,7 +72,7 @@ def check(job: Job) -> None:
     model, config = job.model, job.config
     check_network(model)
     check_config(config)
-    checked_criterion(job.criterion, job.teacher, model)
+    checked_criterion(job.criterion, job.teacher, job.distillation, model)
     checked_callbacks(job.callbacks)
     try_optimizer(config)
     try_schedule(config)
@@ -130,7 +130,9 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
     """The run, and what is to be said of the network's head."""
     model, config, device = job.model, job.config, accelerator.device
     described = describe_run(model, job.train_data, job.val_data, job.base)
-    experiment = same_on_all(plain(described | describe_criterion(job.criterion, job.teacher)), accelerator)
+    experiment = same_on_all(
+        plain(described | describe_criterion(job.criterion, job.teacher, job.distillation)), accelerator
+    )
     train = batches_of(job, "train_data", accelerator)
     val = None if job.val_data is None else batches_of(job, "val_data", accelerator)
     classes, remark = fit_head(model, job.train_data, config)
@@ -140,7 +142,7 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
     choose_trainable(model, trained_ever(config), wanted)
     if job.base is not None:
         check_base(model, job.base)  # rather now than when the first epoch is to be saved
-    to_device(model, device, uses_channels_last(config, device))
+    to_device(model, device)
     if accelerator.num_processes > 1:
         share(model.state_dict().values())  # the processes may have drawn other first weights
     criterion = criterion_of(config, job.criterion, job.train_data, classes)
@@ -150,7 +152,7 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
     teacher = None if job.teacher is None else in_mode(job.teacher, False)
     run = Run(
         model, config, accelerator, wanted, train, val,
-        learning(model, config, criterion, teacher, len(train), classes),
+        learning(model, config, criterion, teacher, job.distillation, len(train), classes),
         TrainingForm(model, config.compile), folder_of(job, experiment, accelerator),
         Log.of(job.output_dir, config, len(train), val is not None, accelerator, job.quiet), job.callbacks, job.stop,
     )  # fmt: skip
@@ -188,7 +190,7 @@ def batches_of(job: Job, name: str, accelerator: Accelerator) -> Stream:
     config, train = job.config, name == "train_data"
     return stream(
         getattr(job, name), name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
-        balanced=config.sampling == "balanced",
+        balanced=config.balance == "sampling",
         transform=transforms_for(job.model, config, train=train, base=job.base), seed=config.seed,
         workers=config.workers, rank=accelerator.process_index, world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
@@ -196,15 +198,12 @@ def batches_of(job: Job, name: str, accelerator: Accelerator) -> Stream:
 
 
 def fit_head(model: nn.Module, train_data: Any, config: FinetuneConfig) -> tuple[int | None, str]:
-    """Give the network the head and the stochastic depth of the config; the number of classes, where it is known, and
-    what is to be said of it."""
+    """Give the network the head of the config; the number of classes, where it is known, and what is to be said of it."""
     seed_all(config.seed, EPOCH)
     classes = head_size(model)
     remark = other_classes(model, train_data)
     if config.num_classes is not None and (config.num_classes != classes or remark):
         new_head(model, config.num_classes)
-    if config.drop_path is not None:
-        set_drop_path(model, config.drop_path)
     if remark and config.num_classes is None:
         remark += ": the head is kept, its numbers mean other classes now; num_classes=... gives a new one"
     elif remark:

@@ -29,7 +29,7 @@ from .gates import listening, log_gates, news_of_saturation, saturated_sites
 from .parts import count
 from .randomness import UPDATE, seed_all
 from .result import FinetuneResult
-from .run import Epoch, Run, share
+from .run import Epoch, Run, placed, share
 from .setup import Job, check, started
 
 __all__ = ["finetune"]
@@ -50,6 +50,7 @@ def finetune(
     quiet: bool = False,
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
+    distillation: tuple[float, float] = (0.5, 4.0),
     callbacks: Callbacks | None = None,
     stop: threading.Event | None = None,
 ) -> FinetuneResult:
@@ -71,8 +72,9 @@ def finetune(
         criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean; None for the
             config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``) all
             the same.
-        teacher: a network for the same classes, whose answers to the same images are learned, too, by the config's
-            ``distillation_weight``. It is moved to the device and not changed.
+        teacher: a network for the same classes, whose answers to the same images are learned, too. It is moved to the device and
+            not changed.
+        distillation: the teacher's part in the loss, and the temperature by which the logits of both are divided.
         callbacks: functions of yours, called after each update, evaluation and epoch; not part of the experiment.
         stop: once it is set, by a signal handler or another thread, the run finishes the update under way, writes a checkpoint
             and raises ``Stopped``.
@@ -98,7 +100,7 @@ def finetune(
     """
     job = Job(
         model, train_data, val_data, FinetuneConfig() if config is None else config, output_dir, resume, base, command, quiet,
-        criterion, teacher, callbacks or Callbacks(), stop or threading.Event(),
+        criterion, teacher, distillation, callbacks or Callbacks(), stop or threading.Event(),
     )  # fmt: skip
     check(job)
     with torch.inference_mode(False), torch.enable_grad(), started(job) as run:
@@ -185,7 +187,7 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
 
 def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and how many of its images were classified correctly."""
-    images, targets = run.place(batch)
+    images, targets = placed(batch, run.device)
     inputs, labels = images, targets
     if run.learning.mixup is not None:
         check_targets(batch, run.learning.mixup.num_classes)
@@ -200,8 +202,8 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     if run.learning.teacher is not None:
         with torch.no_grad(), run.accelerator.autocast():
             taught, _ = logits_of(run.learning.teacher(inputs))
-        part = run.config.distillation_weight
-        loss = (1 - part) * loss + part * distillation_loss(logits, taught, run.config)
+        part, temperature = run.learning.distillation
+        loss = (1 - part) * loss + part * distillation_loss(logits, taught, temperature, run.config.multi_label)
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
 
 

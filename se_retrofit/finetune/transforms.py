@@ -29,6 +29,7 @@ __all__ = [
     "transforms_for",
 ]
 
+AUGMENTATION = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}  # of timm's, in training
 SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -138,14 +139,13 @@ def transforms_for(
 ) -> Callable[[Any], Any]:
     """timm's transforms with the network's own size, mean, std and interpolation; for training, with the config's
     augmentation. Where neither the network nor ``base`` tells them, ImageNet's usual ones."""
-    augmentation = {
-        "scale": (config.crop_scale, 1.0),
-        "hflip": config.hflip,
-        "color_jitter": config.color_jitter,
-        "auto_augment": config.auto_augment,
-        "re_prob": config.random_erasing,
-    }
-    return _transform(_settings(model, config, base), is_training=train, **augmentation)
+    augmentation = {**AUGMENTATION, **config.transform_options} if train else {}
+    try:
+        return _transform(_settings(model, config, base), is_training=train, **augmentation)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise RetrofitError(
+            f"timm makes no transform with transform_options={config.transform_options}: {error}"
+        ) from error
 
 
 def _transform(settings: dict[str, Any], **options: Any) -> Callable[[Any], Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -218,5 +217,5 @@ def test_options_of_the_recipe_are_its_fields(name: str) -> None:
         words = ["resnet18", "--data", "digits", "--batch-size", "8", "--seed", "3", "--compile", "--precision", "bf16"]
         with command.make_context(name, words, parent=parent) as context:
             assert recipe_fields(context) == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
-            shared = {field.name for field in fields(FinetuneConfig)} & {p.name.rstrip("_") for p in command.params}
+            shared = set(FinetuneConfig.model_fields) & {p.name.rstrip("_") for p in command.params}
             assert {name.rstrip("_") for name in RECIPE_FIELDS if name in context.params} == shared

@@ -1,40 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tiny import tiny_config, tiny_data, tiny_network
-from torch import nn
+from tiny import tiny_data
 
-from se_retrofit.finetune import FinetuneConfig, NamedData
-
-
-@pytest.fixture
-def network() -> Callable[[], nn.Module]:
-    return tiny_network
-
-
-@pytest.fixture
-def config() -> Callable[..., FinetuneConfig]:
-    return tiny_config
+from se_retrofit.finetune import NamedData
 
 
 @pytest.fixture(scope="session")
 def digits() -> NamedData:
     return tiny_data()
-
-
-@pytest.fixture
-def same() -> Callable[[dict[str, Any], dict[str, Any]], bool]:
-    """Whether two state dicts are equal bit for bit."""
-
-    def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
-        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-    return equal
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_config, tiny_data, tiny_network
+from tiny import config, network, tiny_data
 
 from se_retrofit.finetune import finetune
 
@@ -21,5 +21,5 @@ def run_saying(said: Path, output: Path, fields: dict[str, Any]) -> None:
     # or the loading processes would come from another fork server, which has done no imports
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
-    data, config = tiny_data(), tiny_config(**fields)
-    finetune(tiny_network(), data.train, data.val, config=config, output_dir=output, resume=True)
+    data = tiny_data()
+    finetune(network(), data.train, data.val, config=config(**fields), output_dir=output, resume=True)

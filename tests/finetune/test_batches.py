@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,15 @@ import torch
 from pictures import make_cifar10, make_folder
 from PIL import Image
 from sweeps import swept
+from tiny import config
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from se_retrofit import RetrofitError, add_se
-from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, load_data
+from se_retrofit.finetune import evaluate, finetune, load_data
 from se_retrofit.finetune.data import Batch, Stream, stream
 from se_retrofit.finetune.transforms import transforms_for
 from se_retrofit.models import Base
-
-Config = Callable[..., FinetuneConfig]
 
 
 class Numbers(Dataset[tuple[torch.Tensor, int]]):
@@ -146,7 +144,7 @@ def small_network(num_classes: int = 2) -> nn.Module:
         return add_se(timm.create_model("resnet10t", num_classes=num_classes))
 
 
-def test_an_image_folder_is_learned(folder: Path, config: Config) -> None:
+def test_an_image_folder_is_learned(folder: Path) -> None:
     data = load_data(folder)
     assert data.num_classes == 2
     recipe = config(epochs=3, batch_size=8, image_size=32, workers=1)
@@ -164,7 +162,7 @@ def broken(folder: Path, part: str) -> Path:
 
 @pytest.mark.parametrize("workers", swept([0], [2]))
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_a_corrupt_image_is_an_error_that_names_it(folder: Path, config: Config, part: str, workers: int) -> None:
+def test_a_corrupt_image_is_an_error_that_names_it(folder: Path, part: str, workers: int) -> None:
     path = broken(folder, part)
     data = load_data(folder)
     with pytest.raises(RetrofitError, match=rf'{part}_data can\'t be read: {path}: .*bad_images="skip"'):
@@ -179,7 +177,7 @@ def test_a_corrupt_image_is_an_error_that_names_it(folder: Path, config: Config,
 
 @pytest.mark.parametrize("workers", swept([0], [2]))
 def test_a_corrupt_image_is_skipped_and_named_once_where_so_configured(
-    folder: Path, config: Config, workers: int, capsys: pytest.CaptureFixture[str]
+    folder: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [broken(folder, "train"), broken(folder, "val")]
     data = load_data(folder)
@@ -192,14 +190,14 @@ def test_a_corrupt_image_is_skipped_and_named_once_where_so_configured(
     assert (result.history[-1]["val_accuracy"] * 9) % 1 == pytest.approx(0, abs=1e-6)
 
 
-def test_a_vanished_image_is_named(folder: Path, config: Config) -> None:
+def test_a_vanished_image_is_named(folder: Path) -> None:
     data = load_data(folder)
     (folder / "val" / "blue" / "2.jpg").unlink()
     with pytest.raises(RetrofitError, match=r"blue/2.jpg: FileNotFoundError"):
         evaluate(small_network(), data.val, config=config(image_size=32))
 
 
-def test_many_unreadable_images_in_a_row_are_an_error_in_any_case(config: Config) -> None:
+def test_many_unreadable_images_in_a_row_are_an_error_in_any_case() -> None:
     class Gone(Dataset[Any]):
         def __len__(self) -> int:
             return 32
@@ -213,7 +211,7 @@ def test_many_unreadable_images_in_a_row_are_an_error_in_any_case(config: Config
         evaluate(small_network(), Gone(), config=config(bad_images="skip"))
 
 
-def test_a_bug_in_the_data_set_is_no_corrupt_image(config: Config) -> None:
+def test_a_bug_in_the_data_set_is_no_corrupt_image() -> None:
     class Buggy(Dataset[Any]):
         def __len__(self) -> int:
             return 32
@@ -257,9 +255,7 @@ def test_data_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
         load_data(folder)
 
 
-def test_a_data_set_of_torchvision_is_read_by_timms_name(
-    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_of_torchvision_is_read_by_timms_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CIFAR-10 as it lies on the disk, with generated images: nothing is downloaded."""
     make_cifar10(tmp_path)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # other images, other sums
@@ -272,7 +268,7 @@ def test_a_data_set_of_torchvision_is_read_by_timms_name(
 # Transforms
 
 
-def test_transforms_come_from_the_networks_own_config(config: Config) -> None:
+def test_transforms_come_from_the_networks_own_config() -> None:
     import timm
 
     picture = Image.fromarray(np.full((300, 400, 3), 255, np.uint8))
@@ -289,10 +285,10 @@ def test_transforms_come_from_the_networks_own_config(config: Config) -> None:
     assert transforms_for(tv, config(), train=False)(picture).shape == (3, 224, 224)
 
 
-def test_augmentation_is_for_training_only(config: Config) -> None:
+def test_augmentation_is_for_training_only() -> None:
     generator = np.random.default_rng(0)
     picture = Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    recipe = config(image_size=32, auto_augment="rand-m9-mstd0.5", random_erasing=0.5)
+    recipe = config(image_size=32, transform_options={"auto_augment": "rand-m9-mstd0.5", "re_prob": 0.5})
     train, test = (transforms_for(nn.Identity(), recipe, train=train) for train in (True, False))
     assert torch.equal(test(picture), test(picture))
     assert not torch.equal(train(picture), train(picture))

@@ -3,22 +3,17 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from sweeps import swept
-from torch import nn
+from tiny import config, network, same
 from torch.utils.data import Subset
 
-from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, NamedData, evaluate, finetune
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
-Same = Callable[[dict[str, Any], dict[str, Any]], bool]
+from se_retrofit.finetune import Callbacks, Facts, NamedData, evaluate, finetune
 
 
-def test_each_event_is_told_with_its_facts(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
+def test_each_event_is_told_with_its_facts(digits: NamedData, tmp_path: Path) -> None:
     told: list[tuple[str, Facts]] = []
 
     def teller(event: str) -> Callable[[Facts], None]:
@@ -45,9 +40,7 @@ def test_each_event_is_told_with_its_facts(network: Network, config: Config, dig
         told[-1][1].history[-1]["val_loss"] = 0.0  # type: ignore[index]
 
 
-def test_a_run_with_callbacks_that_evaluate_and_draw_gives_the_same_weights(
-    network: Network, config: Config, digits: NamedData, same: Same
-) -> None:
+def test_a_run_with_callbacks_that_evaluate_and_draw_gives_the_same_weights(digits: NamedData) -> None:
     def look(facts: Facts) -> None:
         torch.rand(3)
         if facts.loss is None:
@@ -62,12 +55,9 @@ def test_a_run_with_callbacks_that_evaluate_and_draw_gives_the_same_weights(
     assert same(told.state_dict(), untold.state_dict())
 
 
-@pytest.mark.parametrize(
-    "event",
-    swept(["after_epoch"], ["after_update", "after_evaluation", "after_training"]),
-)
+@pytest.mark.parametrize("event", swept(["after_epoch"], ["after_update", "after_evaluation", "after_training"]))
 def test_what_a_callback_raises_ends_the_run_and_it_goes_on_without_the_callback(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, same: Same, event: str
+    digits: NamedData, tmp_path: Path, event: str
 ) -> None:
     train, few = Subset(digits.train, range(64)), Subset(digits.val, range(16))
     recipe = config(trainable="se", epochs=1)
@@ -92,7 +82,7 @@ def test_what_a_callback_raises_ends_the_run_and_it_goes_on_without_the_callback
     assert same(again.state_dict(), whole.state_dict())
 
 
-def test_what_is_no_callback_is_refused(network: Network, config: Config, digits: NamedData) -> None:
+def test_what_is_no_callback_is_refused(digits: NamedData) -> None:
     with pytest.raises(TypeError, match=r"after_epoch must be a function of the run's facts, got 3"):
         Callbacks(after_epoch=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"callbacks must be Callbacks\(after_epoch=\.\.\., \.\.\.\), got"):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import nn
+from tiny import config, network
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from se_retrofit import RetrofitError, add_se
-from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+from se_retrofit.finetune import NamedData, finetune
 from se_retrofit.finetune.criteria import describe_criterion
 from se_retrofit.finetune.experiment import describe_data, describe_run
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 
 def other_images(data: NamedData) -> NamedData:
@@ -28,10 +24,10 @@ def other_images(data: NamedData) -> NamedData:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, digits: NamedData) -> Path:
-    from tiny import tiny_config, tiny_network
+    from tiny import config, network
 
     output = tmp_path_factory.mktemp("run")
-    finetune(tiny_network(), digits.train, digits.val, config=tiny_config(epochs=1), output_dir=output, quiet=True)
+    finetune(network(), digits.train, digits.val, config=config(epochs=1), output_dir=output, quiet=True)
     return output
 
 
@@ -48,9 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, digits: NamedData) -> Pat
         ("no validation", r"validation data: .* then, None now"),
     ],
 )
-def test_a_run_is_not_resumed_as_another_experiment(
-    finished: Path, network: Network, config: Config, digits: NamedData, change: str, says: str
-) -> None:
+def test_a_run_is_not_resumed_as_another_experiment(finished: Path, digits: NamedData, change: str, says: str) -> None:
     data: Any = digits
     model = network()
     if change == "weights":
@@ -75,14 +69,12 @@ def test_a_run_is_not_resumed_as_another_experiment(
     assert (finished / "last" / "training.json").read_bytes() == written
 
 
-def test_what_a_run_was_is_written_beside_it(
-    finished: Path, network: Network, config: Config, digits: NamedData
-) -> None:
+def test_what_a_run_was_is_written_beside_it(finished: Path, digits: NamedData) -> None:
     written = yaml.safe_load((finished / "run.yaml").read_text())
     assert written["config"] == config(epochs=1).to_dict()
     assert written["experiment"] == {
         **describe_run(network(), digits.train, digits.val, None),
-        **describe_criterion(None, None),
+        **describe_criterion(None, None, (0.5, 4.0)),
     }
 
 

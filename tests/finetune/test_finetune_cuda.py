@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from tiny import config, network
 
 from se_retrofit import load_retrofitted
-from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune
+from se_retrofit.finetune import NamedData, evaluate, finetune
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_it_learns_in_every_precision(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, precision: str, compiled: bool
-) -> None:
+def test_it_learns_in_every_precision(digits: NamedData, tmp_path: Path, precision: str, compiled: bool) -> None:
     recipe = config(cpu=False, epochs=6, lr=3e-3, precision=precision, compile=compiled)
     result = finetune(network(), digits.train, digits.val, config=recipe, output_dir=tmp_path, quiet=True)
     assert result.best_accuracy is not None
@@ -41,14 +32,14 @@ def test_it_learns_in_every_precision(
     assert evaluate(loaded, digits.val, config=recipe).accuracy == pytest.approx(result.best_accuracy, abs=0.02)
 
 
-def test_auto_is_bf16_where_the_gpu_has_it(network: Network, config: Config, digits: NamedData, capsys: Any) -> None:
+def test_auto_is_bf16_where_the_gpu_has_it(digits: NamedData, capsys: Any) -> None:
     finetune(network(), digits.train, config=config(cpu=False, epochs=1))
     wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     assert f"cuda, {wanted};" in capsys.readouterr().out.replace("cuda:0", "cuda")
 
 
 def test_the_optimizer_is_fused_and_images_are_channels_last(
-    network: Network, config: Config, digits: NamedData, monkeypatch: pytest.MonkeyPatch
+    digits: NamedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, seen = network(), []
     model.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -61,7 +52,7 @@ def test_the_optimizer_is_fused_and_images_are_channels_last(
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
 
 
-def test_the_scale_of_fp16_is_resumed(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
+def test_the_scale_of_fp16_is_resumed(digits: NamedData, tmp_path: Path) -> None:
     recipe = config(cpu=False, epochs=2, precision="fp16")
     finetune(network(), digits.train, digits.val, config=recipe, output_dir=tmp_path, quiet=True)
     state = json.loads((tmp_path / "last" / "training.json").read_text())
@@ -72,7 +63,7 @@ def test_the_scale_of_fp16_is_resumed(network: Network, config: Config, digits: 
     assert [row["epoch"] for row in again.history] == [0, 1, 2]
 
 
-def test_global_settings_are_given_back(network: Network, config: Config, digits: NamedData) -> None:
+def test_global_settings_are_given_back(digits: NamedData) -> None:
     def settings() -> tuple[object, ...]:
         convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         return torch.backends.cuda.matmul.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,21 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from tiny import config, network
 from torch import nn
 from torch.utils.data import Subset
 
 from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted
-from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+from se_retrofit.finetune import NamedData, finetune
 from se_retrofit.finetune.form import TrainingForm
 from se_retrofit.fusion import FusedSEAttention
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 
 def classes(model: nn.Module) -> dict[str, type]:
     return {path: type(module) for path, module in model.named_modules()}
 
 
-def test_the_form_ends_where_a_step_fails(network: Network) -> None:
+def test_the_form_ends_where_a_step_fails() -> None:
     model = network()
     own, form = classes(model), TrainingForm(model, True)
     assert classes(model) == own
@@ -37,7 +34,7 @@ def test_the_form_ends_where_a_step_fails(network: Network) -> None:
     assert classes(model) == own
 
 
-def test_activations_are_computed_once_more_by_the_networks_own_switch(config: Config, digits: NamedData) -> None:
+def test_activations_are_computed_once_more_by_the_networks_own_switch(digits: NamedData) -> None:
     def network() -> nn.Module:
         torch.manual_seed(0)
         return add_se(timm.create_model("test_resnet", num_classes=10, drop_rate=0.2))
@@ -62,7 +59,7 @@ def test_activations_are_computed_once_more_by_the_networks_own_switch(config: C
     assert all(torch.equal(value, weights[False][name]) for name, value in weights[True].items())
 
 
-def test_a_network_without_such_a_switch_is_refused(config: Config, digits: NamedData) -> None:
+def test_a_network_without_such_a_switch_is_refused(digits: NamedData) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
     with pytest.raises(RetrofitError, match=r"grad_checkpointing=True: Sequential has no set_grad_checkpointing"):
         finetune(model, digits.train, config=config(grad_checkpointing=True), quiet=True)
@@ -70,7 +67,7 @@ def test_a_network_without_such_a_switch_is_refused(config: Config, digits: Name
 
 @pytest.mark.sweep
 def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled by a back end that changes nothing, so that a test takes no minute."""
     monkeypatch.setattr("se_retrofit.finetune.engine.BACKEND", "eager")
@@ -98,23 +95,4 @@ def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
     # to rounding the run without it
     plain = finetune(network(), digits.train, digits.val, config=recipe.replace(compile=False), quiet=True)
     assert result.history[1]["train_loss"] == pytest.approx(plain.history[1]["train_loss"], rel=1e-3)
-    torch.compiler.reset()
-
-
-@pytest.mark.sweep
-def test_a_compiled_run_is_resumed_to_the_same_weights(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from test_resume import Stopped, stop_after
-
-    monkeypatch.setattr("se_retrofit.finetune.engine.BACKEND", "eager")
-    recipe = config(epochs=2, compile=True, checkpoint_minutes=0.0)
-    data = digits.train, digits.val
-    whole = finetune(network(), *data, config=recipe, quiet=True)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 11)
-        with pytest.raises(Stopped):
-            finetune(network(), *data, config=recipe, output_dir=tmp_path, quiet=True)
-    again = finetune(network(), *data, config=recipe, output_dir=tmp_path, resume=True, quiet=True)
-    assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in again.model.state_dict().items())
     torch.compiler.reset()

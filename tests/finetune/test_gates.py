@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from sweeps import swept
-from tiny import tiny_network
+from tiny import config, network
 from torch import nn
 
 from se_retrofit import SEAttention, add_se
-from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+from se_retrofit.finetune import NamedData, finetune
 from se_retrofit.inspection import excitations
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
-
 
 @pytest.mark.parametrize("ema_decay", swept([None], [0.5]))
 def test_each_epoch_s_row_has_the_gates_on_the_validation_data(
-    ema_decay: float | None, network: Network, config: Config, digits: NamedData, tmp_path: Path
+    ema_decay: float | None, digits: NamedData, tmp_path: Path
 ) -> None:
     model = network()
     recipe = config(epochs=2, lr=3e-3, ema_decay=ema_decay, trackers=("tensorboard",))
@@ -53,9 +49,7 @@ def test_each_epoch_s_row_has_the_gates_on_the_validation_data(
     assert len(board.Histograms(f"gates/{sites[0]}")) == 3
 
 
-def test_a_plain_network_has_no_gates_and_no_picture_of_them(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
+def test_a_plain_network_has_no_gates_and_no_picture_of_them(digits: NamedData, tmp_path: Path) -> None:
     plain = network(se=False)
     result = finetune(plain, digits.train, digits.val, config=config(epochs=1), output_dir=tmp_path, quiet=True)
     assert not any("gates" in row for row in result.history)
@@ -76,13 +70,13 @@ def saturating(model: nn.Module, path: str, share: float) -> nn.Module:
 
 
 def network_with_biases(gate: str = "identity") -> nn.Module:
-    return add_se(tiny_network(se=False), bias=True, gate=gate)
+    return add_se(network(se=False), bias=True, gate=gate)
 
 
 @pytest.mark.parametrize("gate", ["identity", "sigmoid"])
 @pytest.mark.parametrize("validated", [True, False])
 def test_sites_with_saturated_gates_are_named_once(
-    gate: str, validated: bool, config: Config, digits: NamedData, capsys: pytest.CaptureFixture[str]
+    gate: str, validated: bool, digits: NamedData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full, few = "layer4.0.se_attention", "layer3.0.se_attention"
     model = saturating(saturating(network_with_biases(gate), full, 0.25), few, 0.07)
@@ -97,20 +91,20 @@ def test_sites_with_saturated_gates_are_named_once(
 
 
 def test_static_factors_and_gates_within_their_range_are_never_called_saturated(
-    config: Config, digits: NamedData, capsys: pytest.CaptureFixture[str]
+    digits: NamedData, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    static = add_se(tiny_network(se=False), attention="static")
+    static = add_se(network(se=False), attention="static")
     for module in static.modules():
         if isinstance(module, SEAttention):
             nn.init.constant_(module.factor, 3.0)
-    for model in (static, tiny_network()):
+    for model in (static, network()):
         result = finetune(model, digits.train, digits.val, config=config(epochs=1))
         assert not any("saturated" in row for row in result.history)
     assert "saturated" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_does_not_name_the_sites_again(
-    config: Config, digits: NamedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: NamedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = "layer4.0.se_attention"
     for epochs, said in ((1, 1), (2, 0)):

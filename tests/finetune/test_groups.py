@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from timm.models.resnet import BasicBlock, ResNet
+from tiny import config
 from torch import nn
 
 from se_retrofit import RetrofitError, SEAttention, add_se
-from se_retrofit.finetune import FinetuneConfig, NamedData, find_lr, finetune
+from se_retrofit.finetune import NamedData, find_lr, finetune
 from se_retrofit.finetune.groups import fan_in_scales, param_groups
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 
 def wide_network(attention: str = "se") -> nn.Module:
@@ -74,7 +71,7 @@ def test_static_factors_learn_at_the_full_rate_and_so_do_all_other_parameters() 
 
 
 def test_layers_of_one_rate_share_a_group_and_the_run_tells_the_rates(
-    config: Config, digits: NamedData, capsys: pytest.CaptureFixture[str]
+    digits: NamedData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = finetune(wide_network(), digits.val, config=config(epochs=1, se_lr_scale=2.0, head_lr_scale=5.0))
     se = {group["lr_scale"]: group["tensors"] for group in result.groups if group["name"] == "se"}
@@ -85,9 +82,7 @@ def test_layers_of_one_rate_share_a_group_and_the_run_tells_the_rates(
     assert told in capsys.readouterr().out.splitlines()
 
 
-def test_find_lr_trains_each_layer_at_its_part_of_the_rate(
-    config: Config, digits: NamedData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_lr_trains_each_layer_at_its_part_of_the_rate(digits: NamedData, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[tuple[float, float]]] = []
     step = torch.optim.AdamW.step
 
@@ -101,9 +96,7 @@ def test_find_lr_trains_each_layer_at_its_part_of_the_rate(
         assert groups == {(scale, rate * scale) for scale in (1.0, 0.5, 0.25)}
 
 
-def test_a_run_whose_parameters_were_divided_otherwise_is_not_resumed(
-    config: Config, digits: NamedData, tmp_path: Path
-) -> None:
+def test_a_run_whose_parameters_were_divided_otherwise_is_not_resumed(digits: NamedData, tmp_path: Path) -> None:
     recipe = config(epochs=1)
     finetune(wide_network(), digits.train, config=recipe, output_dir=tmp_path, quiet=True)
     file = tmp_path / "last" / "training.json"

@@ -84,7 +84,7 @@ def test_a_run_is_not_resumed_by_another_number_of_processes(root: Path) -> None
 
 def test_unused_parameters_are_trained_around_where_it_is_told_so(root: Path) -> None:
     assert told(root, "told of unused") == ["", ""]
-    assert all(said.startswith("RuntimeError") for said in told(root, "unused"))
+    assert all("find_unused_parameters" in said for said in told(root, "unused"))
 
 
 def test_a_signal_to_torchrun_writes_a_checkpoint(tmp_path: Path) -> None:

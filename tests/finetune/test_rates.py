@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import config, network, same
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 from typer.testing import CliRunner
@@ -21,12 +21,15 @@ from se_retrofit.finetune.rates import learning_rates
 
 pytestmark = pytest.mark.usefixtures("drawn_pictures")
 
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
-Same = Callable[[dict[str, Any], dict[str, Any]], bool]
 
 PLAIN = FinetuneConfig(
-    optimizer="momentum", momentum=0.0, weight_decay=0.0, clip_grad=None, label_smoothing=0.0, batch_size=64, cpu=True
+    optimizer="momentum",
+    optimizer_options={"momentum": 0.0},
+    weight_decay=0.0,
+    clip_grad=None,
+    label_smoothing=0.0,
+    batch_size=64,
+    cpu=True,
 )
 
 
@@ -55,9 +58,7 @@ def test_the_losses_are_those_of_training_at_the_rates_that_are_told() -> None:
         weights = [(p - rate * grad).detach().requires_grad_() for p, grad in zip(weights, grads, strict=True)]
 
 
-def test_a_network_and_the_generators_are_left_as_they_were(
-    network: Network, config: Config, digits: NamedData, same: Same
-) -> None:
+def test_a_network_and_the_generators_are_left_as_they_were(digits: NamedData) -> None:
     model = network().eval()
     model.conv1.weight.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}

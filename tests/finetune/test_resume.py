@@ -4,11 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,21 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from sweeps import swept
+from tiny import config, network, same
 from torch import nn
 from torch.utils.data import DataLoader
 
 from se_retrofit import RetrofitError, load_retrofitted
-from se_retrofit.finetune import FinetuneConfig, NamedData, finetune
+from se_retrofit.finetune import FinetuneResult, NamedData, finetune
+from se_retrofit.finetune.lock import LOCK, alone_in
 from se_retrofit.saving.atomic import settled
 
 HERE = Path(__file__).parent
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 # Everything that has state or is random, or changes what an update does
 DEMANDING = {
     "epochs": 4, "batch_size": 16, "grad_accum_steps": 2, "mixup": 0.4, "cutmix": 0.4, "ema_decay": 0.95, "trainable": "se+head",
-    "unfreeze_epoch": 2, "checkpoint_minutes": 0.0, "sampling": "balanced", "layer_decay": 0.8, "se_lr_scale": 2.0,
+    "unfreeze_epoch": 2, "checkpoint_minutes": 0.0, "balance": "sampling", "layer_decay": 0.8, "se_lr_scale": 2.0,
     "head_lr_scale": 3.0, "clip_grad": 0.5, "label_smoothing": 0.1, "best_metric": "f1",
 }  # fmt: skip
 KILLS = 3
@@ -137,13 +136,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, looks: int) -> None:
     ("optimizer", "loader"), [("adamw", False), ("lamb", False), pytest.param("sgd", True, marks=pytest.mark.sweep)]
 )
 def test_a_resumed_run_ends_with_the_same_weights(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, optimizer: str, loader: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    digits: NamedData, tmp_path: Path, optimizer: str, loader: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the update that it had come to; with a loader of the caller's own, from its last whole epoch."""
-    recipe = config(
-        checkpoint_minutes=0.0, optimizer=optimizer, channels_last=True, trainable="se+head", unfreeze_epoch=2
-    )
+    recipe = config(checkpoint_minutes=0.0, optimizer=optimizer, trainable="se+head", unfreeze_epoch=2)
 
     def data() -> Any:
         return DataLoader(digits.train, 32, shuffle=True) if loader else digits.train
@@ -164,128 +160,98 @@ def test_a_resumed_run_ends_with_the_same_weights(
         assert all(torch.equal(a[key], b[key]) for key in a), folder
 
 
-@pytest.mark.sweep
-def test_a_finished_run_is_not_run_again(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
-    first = finetune(network(), digits.train, digits.val, config=config(), output_dir=tmp_path, quiet=True)
-    again = finetune(network(), digits.train, digits.val, config=config(), output_dir=tmp_path, resume=True, quiet=True)
-    assert again.history == first.history
-    assert again.best_accuracy == first.best_accuracy
-    for key, value in first.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[key]), key
+# A finished run, and what became of it
+
+RECIPE = {
+    "epochs": 1,
+    "ema_decay": 0.9,
+    "schedule": "constant",
+    "warmup_ratio": 0.0,
+}  # the length changes no learning rate
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
-    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, digits: NamedData) -> Path:
+    output = tmp_path_factory.mktemp("original")
+    finetune(network(), digits.train, digits.val, config=config(**RECIPE), output_dir=output, quiet=True)
+    return output
+
+
+@pytest.fixture
+def run(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+def resumed(run: Path, data: NamedData, model: nn.Module | None = None, **changes: Any) -> FinetuneResult:
+    recipe = config(**{**RECIPE, **changes})
+    return finetune(model or network(), data.train, data.val, config=recipe, output_dir=run, resume=True, quiet=True)
+
+
+def test_a_run_that_is_over_is_not_run_again_but_may_be_extended(run: Path, digits: NamedData) -> None:
+    again = resumed(run, digits)
+    assert again.updates == 8
+    weights = load_file(run / "best" / "weights.safetensors")
+    assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in weights.items())
     with pytest.raises(RetrofitError, match=r"holds a run already; go on with it \(resume=True\)"):
-        finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+        finetune(network(), digits.train, config=config(**RECIPE), output_dir=run, quiet=True)
+    extended = resumed(run, digits, epochs=3)
+    whole = finetune(network(), digits.train, digits.val, config=config(**{**RECIPE, "epochs": 3}), quiet=True)
+    assert without_times(extended.history) == without_times(whole.history)
+    assert same(extended.model.state_dict(), whole.model.state_dict())
+    with pytest.raises(RetrofitError, match="epochs: 3 then, 2 now"):
+        resumed(run, digits, epochs=2)
 
 
-def test_a_run_is_not_resumed_with_another_recipe(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
-    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+def test_a_run_is_not_resumed_with_another_recipe(run: Path, digits: NamedData) -> None:
     with pytest.raises(RetrofitError, match=r"another config \(lr: 0.001 then, 0.1 now; seed: 0 then, 3 now\)"):
-        finetune(
-            network(),
-            digits.train,
-            config=config(epochs=1, lr=0.1, seed=3),
-            output_dir=tmp_path,
-            resume=True,
-            quiet=True,
-        )
-
-
-@pytest.mark.parametrize("damage", swept(["cut", "field", "tensor"], ["json", "newer", "history", "lost"]))
-def test_a_broken_checkpoint_is_a_clear_error(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, damage: str
-) -> None:
-    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
-    state, tensors = tmp_path / "last" / "training.json", tmp_path / "last" / "training.safetensors"
+        resumed(run, digits, lr=0.1, seed=3)
+    state = run / "last" / "training.json"
     content = json.loads(state.read_text())
+    del content["config"]["label_smoothing"]  # as if it had come in a later version
+    state.write_text(json.dumps(content))
+    with pytest.raises(RetrofitError, match=r"label_smoothing: 0\.1 then, 0\.3 now"):
+        resumed(run, digits, label_smoothing=0.3)
+    assert resumed(run, digits).updates == 8
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("cut", "cut short"), ("json", "cut short"), ("field", "unknown: mood"), ("newer", "newer than"),
+        ("history", "history is of type int"), ("lost", r"no file .*training\.json"), ("tensor", r"no\.such"),
+        ("optimizer", "may have been edited"), ("ema", "may have been edited"),
+    ],
+)  # fmt: skip
+def test_a_broken_checkpoint_is_a_clear_error(run: Path, digits: NamedData, damage: str, says: str) -> None:
+    state, tensors = run / "last" / "training.json", run / "last" / "training.safetensors"
+    content = json.loads(state.read_text())
+    if damage in ("optimizer", "ema"):
+        content["parts"][damage] = {"dict": []}
+    content.update({"field": {"mood": "good"}, "newer": {"format": 4, "mood": "good"}}.get(damage, {}))
+    if damage == "history":
+        content["progress"]["history"] = 3
+    elif damage == "tensor":
+        content["parts"]["optimizer"] = {"tensor": "no.such"}
+    state.write_text(json.dumps(content)[: -100 if damage == "json" else None])
     if damage == "cut":
         tensors.write_bytes(tensors.read_bytes()[:-100])
-    elif damage == "json":
-        state.write_text(state.read_text()[:-100])
-    elif damage == "field":
-        state.write_text(json.dumps({**content, "mood": "good"}))
-    elif damage == "newer":
-        state.write_text(json.dumps({**content, "format": 4, "mood": "good"}))
-    elif damage == "history":
-        content["progress"]["history"] = 3
-        state.write_text(json.dumps(content))
     elif damage == "lost":
         state.unlink()  # and no run begins over the rest of it
-    else:
-        content["parts"]["optimizer"] = {"tensor": "no.such"}
-        state.write_text(json.dumps(content))
-    says = {
-        "cut": "cut short",
-        "json": "cut short",
-        "field": "unknown: mood",
-        "newer": "newer than",
-        "history": "progress: history is of type int",
-        "lost": "no file .*training.json",
-        "tensor": "no.such",
-    }
     model = network()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(RetrofitError, match=says[damage]):
-        finetune(model, digits.train, config=config(epochs=1), output_dir=tmp_path, resume=True, quiet=True)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(RetrofitError, match=says):
+        resumed(run, digits, model)
+    assert says == "may have been edited" or same(before, model.state_dict())
 
 
-def test_a_run_goes_on_with_a_later_version_that_has_more_settings(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
-    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
-    state = tmp_path / "last" / "training.json"
-    content = json.loads(state.read_text())
-    del content["config"]["focal_gamma"]  # as if it had come later
-    state.write_text(json.dumps(content))
-    with pytest.raises(RetrofitError, match=r"focal_gamma: 2\.0 then, 3\.0 now"):
-        finetune(
-            network(),
-            digits.train,
-            config=config(epochs=1, focal_gamma=3.0),
-            output_dir=tmp_path,
-            resume=True,
-            quiet=True,
-        )
-    recipe = config(epochs=1)
-    assert finetune(network(), digits.train, config=recipe, output_dir=tmp_path, resume=True, quiet=True).updates == 8
-
-
-@pytest.mark.parametrize("part", ["optimizer", "ema"])
-def test_a_training_state_that_lacks_something_is_refused(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, part: str
-) -> None:
-    run = {"config": config(epochs=1, ema_decay=0.9), "output_dir": tmp_path, "quiet": True}
-    finetune(network(), digits.train, **run)
-    state = tmp_path / "last" / "training.json"
-    content = json.loads(state.read_text())
-    content["parts"][part] = {"dict": []}
-    state.write_text(json.dumps(content))
-    with pytest.raises(RetrofitError, match="last is not that of this run, it may have been edited"):
-        finetune(network(), digits.train, resume=True, **run)
-
-
-@pytest.mark.sweep
-def test_files_that_only_tell_of_a_run_may_be_broken_or_lost(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
-    first = finetune(network(), digits.train, digits.val, config=config(epochs=1), output_dir=tmp_path, quiet=True)
-    (tmp_path / "updates.jsonl").write_bytes(b'\xff{\n[1]\n"x"\n')
-    (tmp_path / "run.yaml").write_text("a: [1")
-    (tmp_path / "metrics.jsonl").unlink()
-    again = finetune(
-        network(), digits.train, digits.val, config=config(epochs=2), output_dir=tmp_path, resume=True, quiet=True
-    )
-    assert again.history[:2] == first.history
-    assert [update["epoch"] for update in updates_in(tmp_path)] == [2] * 8
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["config"]["epochs"] == 2
+def test_files_that_only_tell_of_a_run_may_be_broken_or_lost(run: Path, digits: NamedData) -> None:
+    (run / "updates.jsonl").write_bytes(b'\xff{\n[1]\n"x"\n')
+    (run / "run.yaml").write_text("a: [1")
+    (run / "metrics.jsonl").unlink()
+    resumed(run, digits, epochs=2)
+    assert [update["epoch"] for update in updates_in(run)] == [2] * 8
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert yaml.safe_load((run / "run.yaml").read_text())["config"]["epochs"] == 2
 
 
 def test_what_split_takes_apart_join_puts_together() -> None:
@@ -304,9 +270,7 @@ def test_what_split_takes_apart_join_puts_together() -> None:
 
 
 @pytest.mark.sweep
-def test_a_full_disk_keeps_the_last_good_checkpoint(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
+def test_a_full_disk_keeps_the_last_good_checkpoint(digits: NamedData, tmp_path: Path) -> None:
     """The limit on the size of a file stands for the end of the disk: the write itself fails, in the middle of it."""
     script = f"""
 import resource, sys
@@ -322,7 +286,7 @@ def limited(*args, **kwargs):
     saves.append(1)
     save(*args, **kwargs)
 Folder.save = limited
-finetune(tiny_network(), data.train, data.val, config=tiny_config(trainable="se"), output_dir={str(tmp_path)!r}, quiet=True)
+finetune(network(), data.train, data.val, config=config(trainable="se"), output_dir={str(tmp_path)!r}, quiet=True)
 """
     run = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE.parents[1], check=False
@@ -343,7 +307,7 @@ finetune(tiny_network(), data.train, data.val, config=tiny_config(trainable="se"
 
 
 def test_too_little_room_is_found_before_training(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: NamedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
@@ -353,27 +317,42 @@ def test_too_little_room_is_found_before_training(
         finetune(network(), digits.train, config=config(), output_dir=tmp_path, quiet=True)
 
 
-def test_an_output_folder_that_cannot_be_made_is_named(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
+def test_an_output_folder_that_cannot_be_made_is_named(digits: NamedData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RetrofitError, match=r"file/run can't be made: Not a directory"):
         finetune(network(), digits.train, config=config(), output_dir=tmp_path / "file" / "run", quiet=True)
 
 
-@pytest.mark.sweep
-def test_a_run_that_is_over_is_extended(network: Network, config: Config, digits: NamedData, tmp_path: Path) -> None:
-    recipe = config(epochs=1, schedule="constant", warmup_ratio=0.0)  # so that the length changes no learning rate
-    whole = finetune(network(), digits.train, digits.val, config=recipe.replace(epochs=3), quiet=True)
-    finetune(network(), digits.train, digits.val, config=recipe, output_dir=tmp_path, quiet=True)
-    longer = recipe.replace(epochs=3)
-    extended = finetune(
-        network(), digits.train, digits.val, config=longer, output_dir=tmp_path, resume=True, quiet=True
-    )
-    assert without_times(extended.history) == without_times(whole.history)
-    assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in extended.model.state_dict().items())
-    with pytest.raises(RetrofitError, match="epochs: 3 then, 2 now"):
-        finetune(
-            network(), digits.train, digits.val, config=recipe.replace(epochs=2), output_dir=tmp_path, resume=True,
-            quiet=True,
-        )  # fmt: skip
+# a run, as far as others see it; without the package, whose import takes seconds
+HOLDS = """
+import fcntl, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("holds", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no locks of this kind")
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(
+    digits: NamedData, tmp_path: Path
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / LOCK)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"holds\n"
+        with pytest.raises(RetrofitError, match=f"another process is running in {tmp_path}; wait"):
+            finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+        assert [file.name for file in tmp_path.iterdir()] == [LOCK]
+        other.kill()
+    # its file is still there, as after every kill, and holds nobody up
+    finetune(network(), digits.train, config=config(epochs=1), output_dir=tmp_path, quiet=True)
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no locks of this kind")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()  # as root, who may write everywhere
+    with pytest.raises(RetrofitError, match="can't be written: Is a directory"), alone_in(tmp_path):
+        pass

@@ -9,22 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from torch import nn
+from tiny import config, network
 from torch.utils.data import Dataset
 
 from se_retrofit.cli import signals
-from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, NamedData, Stopped, finetune
+from se_retrofit.finetune import Callbacks, Facts, NamedData, Stopped, finetune
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 
 def progress_in(output: Path) -> dict[str, Any]:
@@ -113,9 +110,7 @@ class Stopping(Dataset[Any]):
 FINGERPRINT = 16  # readings before the run begins
 
 
-def test_a_run_stops_after_the_update_that_is_under_way(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
-) -> None:
+def test_a_run_stops_after_the_update_that_is_under_way(digits: NamedData, tmp_path: Path) -> None:
     data = Stopping(digits.train, FINGERPRINT + 2 * 32 + 5)  # in the third batch of eight
     recipe = config(log_every=100, checkpoint_minutes=100.0)
     with pytest.raises(Stopped, match="last is complete"):
@@ -124,7 +119,7 @@ def test_a_run_stops_after_the_update_that_is_under_way(
 
 
 def test_a_validation_ends_where_the_run_is_stopped_and_goes_on_to_the_same_result(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
+    digits: NamedData, tmp_path: Path
 ) -> None:
     recipe = config(epochs=1, log_every=100, checkpoint_minutes=100.0, batch_size=25, ema_decay=0.9)
     whole = finetune(network(), digits.train, digits.val, config=recipe, quiet=True)
@@ -140,7 +135,7 @@ def test_a_validation_ends_where_the_run_is_stopped_and_goes_on_to_the_same_resu
     assert again.history[1]["val_loss"] == whole.history[1]["val_loss"]
 
 
-def test_the_library_installs_no_handlers(network: Network, config: Config, digits: NamedData) -> None:
+def test_the_library_installs_no_handlers(digits: NamedData) -> None:
     def handlers() -> list[Any]:
         return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
@@ -152,7 +147,7 @@ def test_the_library_installs_no_handlers(network: Network, config: Config, digi
 
 
 def test_a_ctrl_c_in_the_library_is_raised_at_once_and_the_last_checkpoint_is_kept(
-    network: Network, config: Config, digits: NamedData, tmp_path: Path
+    digits: NamedData, tmp_path: Path
 ) -> None:
     def press(facts: Facts) -> None:
         if facts.update == 5:

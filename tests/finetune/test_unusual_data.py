@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +14,17 @@ import torch.nn.functional as F
 from PIL import Image
 from sweeps import swept
 from timm.data import Mixup
+from tiny import config, network
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
-from se_retrofit import RetrofitError, load_retrofitted
-from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, predict, transform_of
-from se_retrofit.finetune.criteria import FocalLoss, criterion_of
+from se_retrofit import RetrofitError, add_se, load_retrofitted
+from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune, parts, predict, run, transform_of
+from se_retrofit.finetune.criteria import FocalLoss, MultiLabelFocalLoss
 from se_retrofit.finetune.data import stream
+from se_retrofit.finetune.engine import fast_math
+from se_retrofit.finetune.parts import layout_of
 from se_retrofit.finetune.train import mixed
-
-Network = Callable[..., nn.Module]
-Config = Callable[..., FinetuneConfig]
 
 
 def classifier(inputs: int, outputs: int) -> nn.Module:
@@ -36,7 +37,7 @@ def classifier(inputs: int, outputs: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_fractions_are_no_classes_and_whole_numbers_are(config: Config, in_memory: bool) -> None:
+def test_fractions_are_no_classes_and_whole_numbers_are(in_memory: bool) -> None:
     def trained(targets: Tensor) -> float:
         data: Any = TensorDataset(torch.eye(4).repeat(8, 1), targets)
         items = data if in_memory else [(image, target.item()) for image, target in data]
@@ -52,17 +53,17 @@ def test_fractions_are_no_classes_and_whole_numbers_are(config: Config, in_memor
 @pytest.mark.parametrize(
     ("targets", "says"), [(["cat"] * 8, "got 'cat', 'cat', 'cat'"), ([None] * 8, "got None"), ([[0, 1], [1]] * 4, "one length")]
 )  # fmt: skip
-def test_targets_of_other_kinds_are_shown(config: Config, targets: list[Any], says: str) -> None:
+def test_targets_of_other_kinds_are_shown(targets: list[Any], says: str) -> None:
     data = [(torch.zeros(4), target) for target in targets]
     with pytest.raises(RetrofitError, match=says):
         finetune(classifier(4, 2), data, config=config(), quiet=True)
 
 
 @pytest.mark.parametrize("in_memory", swept([True], [False]))
-def test_a_single_label_that_is_there_or_not_is_learned(config: Config, in_memory: bool) -> None:
+def test_a_single_label_that_is_there_or_not_is_learned(in_memory: bool) -> None:
     points = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     data: Any = TensorDataset(points, (points[:, :1] > 0).float())
-    recipe = config(epochs=5, lr=0.05, multi_label=True, criterion="bce", best_metric="f1", weight_decay=0.0)
+    recipe = config(epochs=5, lr=0.05, multi_label=True, loss="bce", best_metric="f1", weight_decay=0.0)
     items = data if in_memory else [data[at] for at in range(len(data))]
     result = finetune(classifier(3, 1), items, items, config=recipe, quiet=True)
     assert result.best_score is not None
@@ -70,9 +71,9 @@ def test_a_single_label_that_is_there_or_not_is_learned(config: Config, in_memor
     assert result.history[-1]["val_map"] > 0.95
 
 
-def test_labels_that_no_image_has_score_zero(config: Config) -> None:
+def test_labels_that_no_image_has_score_zero() -> None:
     data = TensorDataset(torch.randn(8, 3), torch.zeros(8, 2))
-    assert evaluate(classifier(3, 2), data, config=config(multi_label=True, criterion="bce")).map == 0.0
+    assert evaluate(classifier(3, 2), data, config=config(multi_label=True, loss="bce")).map == 0.0
 
 
 # Images
@@ -95,14 +96,14 @@ def test_cutmix_of_signals_is_refused_and_mixup_is_not() -> None:
     assert labels.shape == (8, 2)
 
 
-def test_a_batch_too_small_for_batch_norm_says_what_helps(network: Network, config: Config) -> None:
+def test_a_batch_too_small_for_batch_norm_says_what_helps() -> None:
     data = TensorDataset(torch.randn(1, 3, 16, 16), torch.zeros(1).long())
     with pytest.raises(RetrofitError, match="a larger batch_size, larger images, or freeze_bn=True"):
         finetune(network(), data, config=config(), quiet=True)
     finetune(network(), data, config=config(freeze_bn=True, epochs=1), quiet=True)
 
 
-def test_an_epoch_without_a_number_is_not_the_best(config: Config) -> None:
+def test_an_epoch_without_a_number_is_not_the_best() -> None:
     """Logits that overflow in the first epochs, and then no more."""
 
     class Overflowing(nn.Module):
@@ -131,16 +132,14 @@ def test_an_epoch_without_a_number_is_not_the_best(config: Config) -> None:
     ],
     ids=["channels", "channels last", "bytes", "doubles"],
 )
-def test_images_that_the_network_does_not_take_are_described(
-    network: Network, config: Config, images: Tensor, says: str
-) -> None:
+def test_images_that_the_network_does_not_take_are_described(images: Tensor, says: str) -> None:
     data = TensorDataset(images, torch.arange(8))
     for val in (None, data):
         with pytest.raises(RetrofitError, match=f"the network fails on a batch of .*{says}"):
             finetune(network(), data, val, config=config(), quiet=True)
 
 
-def test_images_of_several_shapes_and_items_that_are_no_pairs_are_told(network: Network, config: Config) -> None:
+def test_images_of_several_shapes_and_items_that_are_no_pairs_are_told() -> None:
     ragged = [(torch.zeros(3, 16 + number % 2, 16), 0) for number in range(8)]
     with pytest.raises(RetrofitError, match=r"tensors of one shape, got \(3, 16, 16\), \(3, 17, 16\)"):
         finetune(network(), ragged, config=config(), quiet=True)
@@ -163,19 +162,19 @@ def test_an_iterable_data_set_gives_each_item_once_with_several_workers() -> Non
     assert torch.cat([batch.images for batch in batches])[:, 0].tolist() == list(range(40))
 
 
-def test_a_loader_that_gives_no_batches_is_told(network: Network, config: Config) -> None:
+def test_a_loader_that_gives_no_batches_is_told() -> None:
     data = TensorDataset(torch.zeros(8, 3, 16, 16), torch.zeros(8).long())
     with pytest.raises(RetrofitError, match=r"train_data must give batches.*got shape \(3, 16, 16\) and shape \(\)"):
         finetune(network(), DataLoader(data, batch_size=None), config=config(), quiet=True)
 
 
-def test_a_mistake_that_a_loading_process_finds_is_told_without_its_traceback(network: Network, config: Config) -> None:
+def test_a_mistake_that_a_loading_process_finds_is_told_without_its_traceback() -> None:
     ragged = [(torch.zeros(3, 16 + number % 2, 16), 0) for number in range(8)]
     with pytest.raises(RetrofitError, match=r"^the images of a batch must be .*got \(3, 16, 16\), \(3, 17, 16\)$"):
         finetune(network(), ragged, config=config(workers=1), quiet=True)
 
 
-def test_grey_pictures_go_into_a_network_of_one_channel(tmp_path: Any, config: Config) -> None:
+def test_grey_pictures_go_into_a_network_of_one_channel(tmp_path: Any) -> None:
     picture = Image.effect_noise((40, 30), 50)
     picture.save(tmp_path / "picture.png")
     for colours in (picture, picture.convert("RGB")):
@@ -192,10 +191,8 @@ def test_grey_pictures_go_into_a_network_of_one_channel(tmp_path: Any, config: C
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_the_focal_loss_of_sure_answers_has_a_gradient(config: Config, multi_label: bool) -> None:
-    loss = criterion_of(
-        config(criterion="focal", focal_gamma=0.5, label_smoothing=0.0, multi_label=multi_label), None, None, 2
-    )
+def test_the_focal_loss_of_sure_answers_has_a_gradient(multi_label: bool) -> None:
+    loss = MultiLabelFocalLoss(0.5) if multi_label else FocalLoss(0.5)
     logits = torch.tensor([[200.0, -200.0], [0.5, 0.0]], requires_grad=True)
     targets = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     value = loss(logits, targets if multi_label else targets.argmax(1))
@@ -218,28 +215,23 @@ def test_the_focal_loss_of_sure_answers_has_a_gradient(config: Config, multi_lab
     ],
     ids=["each image", "constant", "number"],
 )
-def test_a_loss_that_cannot_be_learned_from_is_refused(config: Config, criterion: Any, says: str) -> None:
+def test_a_loss_that_cannot_be_learned_from_is_refused(criterion: Any, says: str) -> None:
     data = TensorDataset(torch.randn(4, 3), torch.arange(4) % 2)
     with pytest.raises(RetrofitError, match=f"mean loss of the batch as a scalar tensor .*{says}"):
         finetune(classifier(3, 2), data, config=config(), criterion=criterion, quiet=True)
 
 
-def test_focal_loss_of_no_focus_is_cross_entropy_for_sure_answers() -> None:
-    logits = torch.tensor([[200.0, 0.0]])
-    assert float(FocalLoss(0.0)(logits, torch.tensor([1]))) == float(F.cross_entropy(logits, torch.tensor([1])))
-
-
 # Predictions
 
 
-def test_each_of_several_labels_has_a_probability_of_its_own(tmp_path: Any, network: Network, config: Config) -> None:
+def test_each_of_several_labels_has_a_probability_of_its_own(tmp_path: Any) -> None:
     from se_retrofit.models import Base
 
     picture = Image.effect_noise((16, 16), 50).convert("RGB")
     picture.save(tmp_path / "picture.png")
     data = [(picture, torch.tensor([1.0, 0.0, 1.0]))] * 4
     model = Base.of("resnet10t", num_classes=3).build()
-    recipe = config(epochs=1, multi_label=True, criterion="bce", image_size=32)
+    recipe = config(epochs=1, multi_label=True, loss="bce", image_size=32)
     result = finetune(model, data, data, config=recipe, output_dir=tmp_path / "run", quiet=True)
     assert result.directory is not None
     loaded = load_retrofitted(result.directory)
@@ -247,3 +239,148 @@ def test_each_of_several_labels_has_a_probability_of_its_own(tmp_path: Any, netw
     (row,) = predict(model, [tmp_path / "picture.png"], top=3)
     assert found == row
     assert abs(sum(found.probabilities) - 1) > 1e-3
+
+
+class Residual(nn.Module):
+    def __init__(self, conv: type[nn.Module], norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv(8, 8, 3, padding=1), norm(8)
+        self.conv2, self.norm2 = conv(8, 8, 3, padding=1), norm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.norm1(self.conv1(x)).relu()
+        return (x + self.norm2(self.conv2(out))).relu()
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "size"), [(nn.Conv1d, nn.BatchNorm1d, (16,)), (nn.Conv3d, nn.BatchNorm3d, (4, 6, 6))]
+)
+def test_1d_and_3d_networks_are_trained(
+    conv: type[nn.Module], norm: type[nn.Module], size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the layout that they get on CUDA."""
+    monkeypatch.setattr(parts, "layout_of", lambda value, _: layout_of(value, torch.device("cuda")))
+    monkeypatch.setattr(run, "layout_of", parts.layout_of)
+    pool = nn.AdaptiveAvgPool1d(1) if len(size) == 1 else nn.AdaptiveAvgPool3d(1)
+    bare = nn.Sequential(conv(3, 8, 3, padding=1), Residual(conv, norm), pool, nn.Flatten(), nn.Linear(8, 2))
+    model = add_se(bare, example_inputs=torch.zeros(2, 3, *size))
+    data = TensorDataset(torch.randn(8, 3, *size), torch.arange(8) % 2)
+    recipe = config(epochs=1, batch_size=4)
+    result = finetune(model, data, data, config=recipe, quiet=True)
+    assert result.updates == 2
+    if len(size) == 3:
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    evaluate(model, data, config=recipe)
+
+
+def test_mixup_takes_odd_batches_and_batches_of_one(digits: NamedData) -> None:
+    recipe = config(epochs=1, mixup=0.4, cutmix=0.4, freeze_bn=True)
+    for batch_size, images in ((7, 21), (1, 3)):
+        loader = DataLoader(Subset(digits.train, range(images)), batch_size)
+        assert finetune(network(), loader, config=recipe).updates == 3
+
+
+def test_the_odd_image_of_a_mixed_batch_keeps_its_class() -> None:
+    images, targets = torch.rand(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4])
+    blend, labels = mixed(Mixup(1.0, num_classes=5, label_smoothing=0.0), images, targets)
+    assert blend.shape == images.shape
+    assert labels.shape == (5, 5)
+    assert torch.equal(blend[4], images[4])
+    assert torch.equal(labels[4], torch.eye(5)[4])
+
+
+def test_a_class_that_the_network_lacks_is_found_before_the_images_are_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mix(*_: object) -> None:
+        raise AssertionError("mixed")
+
+    monkeypatch.setattr(Mixup, "__call__", mix)
+    data = TensorDataset(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 10]))
+    with pytest.raises(RetrofitError, match=r"the data has class 10, and the network has classes 0 to 9"):
+        finetune(network(), data, config=config(mixup=0.2, batch_size=4), quiet=True)
+
+
+@pytest.mark.parametrize("own", ["new", "old"])
+def test_the_callers_precision_of_float32_products_is_given_back(own: str) -> None:
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = products.fp32_precision, convolutions.fp32_precision
+    legacy = None
+    try:
+        if own == "new":
+            products.fp32_precision = convolutions.fp32_precision = "tf32"
+        else:
+            legacy = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
+        theirs = products.fp32_precision, convolutions.fp32_precision
+        for precision, value in (("auto", "tf32"), ("fp32", "ieee")):
+            with fast_math(FinetuneConfig(precision=precision)):
+                assert (products.fp32_precision, convolutions.fp32_precision) == (value, value)
+            assert (products.fp32_precision, convolutions.fp32_precision) == theirs
+        if own == "old":
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        products.fp32_precision, convolutions.fp32_precision = before
+
+
+@pytest.mark.parametrize("folder", ["last", "best"])
+def test_a_foreign_file_where_checkpoints_go_is_found_before_the_first_step(
+    digits: NamedData, tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "thesis.tex").write_text("")
+    with pytest.raises(RetrofitError, match=rf"{folder} holds files of other kinds \(thesis.tex\)"):
+        finetune(network(), digits.train, config=config(), output_dir=tmp_path, quiet=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([folder, "thesis.tex"])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "says"),
+    [
+        ("adahessian", {}, "can't make an update from gradients alone"),
+        ("adamw", {"foreach": True, "fused": True}, "can't be made with"),
+    ],
+)
+def test_optimizers_that_would_fail_later_are_refused_at_once(
+    digits: NamedData, optimizer: str, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RetrofitError, match=says):
+        finetune(network(), digits.train, config=config(optimizer=optimizer, optimizer_options=options), quiet=True)
+
+
+def test_an_optimizer_whose_state_cannot_be_written_is_refused_or_resumes(digits: NamedData, tmp_path: Path) -> None:
+    with pytest.raises(RetrofitError, match=r"the state of optimizer 'adafactorbv' can't be written"):
+        finetune(network(), digits.train, config=config(optimizer="adafactorbv"), output_dir=tmp_path, quiet=True)
+
+
+def test_a_sharded_network_is_refused(digits: NamedData) -> None:
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = network()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(RetrofitError, match=r"spread over processes \(fully_shard\)"):
+            finetune(model, digits.train, config=config(), quiet=True)
+    finally:
+        destroy_process_group()
+
+
+def test_tensors_in_memory_come_as_a_whole_batch(digits: NamedData) -> None:
+    from se_retrofit.finetune.data import stream
+
+    class Slow(TensorDataset):
+        """The same, read item by item."""
+
+    plain = TensorDataset(*digits.train.dataset.tensors)
+
+    def first(data: Any) -> Any:
+        return next(stream(data, name="data", train=True, batch_size=16, transform=None).batches(3))
+
+    fast, slow = first(plain), first(Slow(*plain.tensors))
+    assert torch.equal(fast.images, slow.images)
+    assert torch.equal(fast.targets, slow.targets)
+    assert torch.equal(fast.counts, slow.counts)

@@ -95,27 +95,6 @@ def test_it_is_said_what_becomes_of_a_head_for_other_classes(
     assert f"{trained_on}the head is kept, its numbers mean other classes now" in capsys.readouterr().out
 
 
-def test_a_run_from_a_result_is_resumed_to_the_same_weights(first: Path, pictures: Path, tmp_path: Path) -> None:
-    data = load_data(pictures / "more")
-    recipe = RECIPE.replace(num_classes=3, epochs=2, checkpoint_minutes=0.0, log_every=1)
-
-    def fail(facts: Facts) -> None:
-        if facts.update == 4:
-            raise ZeroDivisionError
-
-    callbacks = Callbacks(after_update=fail)
-    with pytest.raises(ZeroDivisionError):
-        finetune(
-            load_retrofitted(first / "best"), data.train, data.val, config=recipe, output_dir=tmp_path, quiet=True,
-            callbacks=callbacks,
-        )  # fmt: skip
-    broken, whole = load_retrofitted(first / "best"), load_retrofitted(first / "best")
-    finetune(broken, data.train, data.val, config=recipe, output_dir=tmp_path, resume=True, quiet=True)
-    finetune(whole, data.train, data.val, config=recipe, quiet=True)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(broken.state_dict()[key], value), key
-
-
 @pytest.mark.sweep
 def test_from_the_command_line_a_result_is_the_model(first: Path, pictures: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> str:

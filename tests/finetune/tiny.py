@@ -13,7 +13,7 @@ from se_retrofit import add_se
 from se_retrofit.finetune import FinetuneConfig, NamedData, load_data
 
 
-def tiny_network(se: bool = True, seed: int = 0, **kwargs: Any) -> nn.Module:
+def network(se: bool = True, seed: int = 0, **kwargs: Any) -> nn.Module:
     """A residual network of 4 blocks, with norms that are not at their first values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -35,7 +35,12 @@ def tiny_data(train: int = 256, val: int = 100) -> NamedData:
     return NamedData(Subset(data.train, range(train)), Subset(data.val, range(val)), 10)
 
 
-def tiny_config(**changes: Any) -> FinetuneConfig:
+def config(**changes: Any) -> FinetuneConfig:
     return FinetuneConfig(
         **{"epochs": 2, "batch_size": 32, "lr": 1e-3, "workers": 0, "log_every": 1, "cpu": True, **changes}
     )
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_config, tiny_data, tiny_network
+from tiny import config, network, tiny_data
 from torch import nn
 
 from se_retrofit.finetune import Callbacks, Facts, FinetuneResult, finetune
@@ -35,15 +35,15 @@ class Broken(Exception):
 
 
 def break_off(facts: Facts) -> None:
-    if facts.update == 6:
+    if facts.update == 3:  # of four
         raise Broken
 
 
-def train(folder: Path, fields: dict[str, Any], model: nn.Module | None = None, **options: Any) -> FinetuneResult:
-    data = tiny_data()
-    return finetune(
-        model or tiny_network(), data.train, data.val, config=tiny_config(**fields), output_dir=folder, **options
-    )
+def train(
+    folder: Path, fields: dict[str, Any], model: nn.Module | None = None, images: int = 256, **options: Any
+) -> FinetuneResult:
+    data = tiny_data(images, 50)
+    return finetune(model or network(), data.train, data.val, config=config(**fields), output_dir=folder, **options)
 
 
 def main(root: Path) -> None:
@@ -58,14 +58,15 @@ def main(root: Path) -> None:
             told[name] = f"{type(error).__name__}: {error}"
 
     train(root / "two", {**RECIPE, "batch_size": 16})
-    train(root / "whole", DEMANDING, quiet=True)
-    refused("broken", root / "broken", DEMANDING, quiet=True, callbacks=Callbacks(after_update=break_off))
-    train(root / "broken", DEMANDING, quiet=True, resume=True)
+    few = {"images": 128, "quiet": True}
+    train(root / "whole", DEMANDING, **few)
+    refused("broken", root / "broken", DEMANDING, **few, callbacks=Callbacks(after_update=break_off))
+    train(root / "broken", DEMANDING, **few, resume=True)
     refused("other number", root / "one", {**RECIPE, "batch_size": 32}, quiet=True, resume=True)
     for name, changes in (("told of unused", {"find_unused_parameters": True}), ("unused", {})):
-        model = tiny_network()
+        model = network()
         model.unused = nn.Linear(2, 2)
-        refused(name, root / name, {"epochs": 1, "batch_size": 64, **changes}, model, quiet=True)
+        refused(name, root / name, {"epochs": 1, "batch_size": 16, **changes}, model, **few)
     (root / f"told.{os.environ['RANK']}.json").write_text(json.dumps(told))
 
 

@@ -79,6 +79,9 @@ def is_feature(op: Op, pooled: bool = False) -> bool:
 
 
 def _is_learned(op: Op) -> bool:
+    """Whether it is a learned layer. A 1x1 convolution from colours to colours (the mean that is added to an image) is none."""
+    if op.conv is not None and not op.conv.spatial and op.conv.inputs == op.conv.outputs <= 4:
+        return False
     weighs = any(source.role == "param" for source in op.inputs) or (
         op.module is not None and any(True for _ in op.module.parameters())
     )

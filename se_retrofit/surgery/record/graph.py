@@ -1,6 +1,6 @@
 """A record of one run of a model: a ``torch.fx.Graph`` of every operation, and what is known of each of its nodes.
 
-``recording`` makes it; nothing changes it afterwards. What is concluded from it (``operations.read``) stands beside it.
+``recorder`` makes it; nothing changes it afterwards. What is concluded from it (``facts.read``) stands beside it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Op:
         inplace: it changes its first input.
         node: its node in the graph; None in the record of a run that is only compared with another.
 
-    Concluded by ``operations.read``: ``role`` (see ``roles``), ``conv``, ``ancestors`` (a bit set of indices), and
+    Concluded by ``facts.read``: ``role`` (see ``roles``), ``conv``, ``ancestors`` (a bit set of indices), and
 
         takes: its inputs as far as they count: of ``x * sigmoid(x)``, which is an activation, ``x`` alone.
         users: the operations that take it.
@@ -153,12 +153,6 @@ class Call:
     def shows(self, op: Op) -> bool:
         """Whether an operation's output is a value in this module's own code: made there, or returned to it."""
         return (op.call is self) or any(op in child.outputs for child in self.children)
-
-    def walk(self) -> Iterator[Call]:
-        """This call and all below it, in the order in which they began."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
 
 
 @dataclass(eq=False)
