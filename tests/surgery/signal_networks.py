@@ -266,17 +266,26 @@ class Durations(nn.Module):
         return self.proj(x) * mask
 
 
-@structure(SPECTRUM, sites={"units.0": 8, "units.1": 8})
-class Dropped(nn.Module):
-    """Silent frames are masked: no channel attention."""
+class Heard(nn.Module):
+    """Silent frames are masked by the energy of the features: a factor with an extent in time is no channel attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 8) -> None:
         super().__init__()
-        self.stem, self.units = conv(1, 8), nn.Sequential(Unit(), Unit())
+        self.body = nn.Sequential(conv(channels, channels), nn.ReLU(), conv(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        heard = torch.clamp(x.abs().sum((1, 2), keepdim=True) * 10, 0, 1)
-        return self.units(self.stem(x) * heard) * heard
+        heard = torch.clamp(x.abs().mean((1, 2), keepdim=True) * 10, 0, 1)
+        return x + self.body(x) * heard
+
+
+@structure(SPECTRUM, sites={"units.0": 8, "units.1": 8})
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.units = conv(1, 8), nn.Sequential(Heard(), Heard())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.units(self.stem(x))
 
 
 class MaskedUnit(nn.Module):
