@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from structure import Unit, conv, structure
 from torch import Tensor, nn
 
 IMAGE = torch.randn(2, 3, 10, 10)
+WAVE = torch.randn(2, 8, 40)
 
 
 class Branch(nn.Module):
@@ -39,13 +42,13 @@ class Two(nn.Module):
         return x
 
 
-def joined(sites: str | None = "", refused: str = ""):  # type: ignore[no-untyped-def]
-    """A network of two such blocks."""
+def joined(after: str = "conv2") -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """A network of two such blocks, with SE behind one of their layers."""
 
     def noted(cls: type[nn.Module]) -> type[nn.Module]:
         network = type(cls.__name__, (Two,), {"block": cls})
-        expected = {} if sites is None else {f"blocks.{i}{sites}": 8 for i in range(2)}
-        structure(IMAGE, sites=expected, refused=refused)(network)
+        expected = {f"blocks.{i}": 8 for i in range(2)}
+        structure(IMAGE, sites=expected, after=after)(network)
         return cls
 
     return noted
@@ -122,6 +125,18 @@ class Lerp(Branch):
 
 
 @joined()
+class LerpByChannel(Branch):
+    """Taken apart on meta: x + t * (y - x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, self.branch(x), self.t)
+
+
+@joined()
 class AddCMul(Branch):
     """ViT's and ConvNeXt's layer scale in one call."""
 
@@ -161,7 +176,7 @@ class SumOfList(Branch):
         return sum([x, self.branch(x)])
 
 
-@joined()
+@joined("conv1")
 class SumOfOne(Branch):
     """A convolution beside its input: a residual unit, no sum to be fused."""
 
@@ -175,7 +190,7 @@ class Stacked(Branch):
         return torch.stack([x, self.branch(x)]).sum(0)
 
 
-@joined()
+@joined("body")
 class ReLUFirst(nn.Module):
     """The branch's first activation overwrites the input, and so the skip."""
 
@@ -185,6 +200,39 @@ class ReLUFirst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.add(x, self.body(x))
+
+
+# Streams ------------------------------------------------------------------------------------------------------------
+
+
+class Stream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(conv(8, 8, dims=1), nn.ReLU(), conv(8, 8, dims=1)) for _ in range(3))
+
+
+@structure(WAVE, sites={f"layers.{i}": 8 for i in range(3)})
+class Summed(Stream):
+    """A stream whose stages are summed up as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = 0
+        for layer in self.layers:
+            x = x + layer(x)
+            total = total + x
+        return total
+
+
+@structure(WAVE, sites={f"layers.{i}": 8 for i in range(3)})
+class Yielded(Stream):
+    """A stream whose stages are all returned."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        stages = []
+        for layer in self.layers:
+            x = layer(x) + x
+            stages.append(x)
+        return stages
 
 
 # Couplings ------------------------------------------------------------------------------------------------------------

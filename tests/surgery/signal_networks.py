@@ -151,6 +151,34 @@ class Scripted(nn.Module):
         return x + self.conv2(swish(self.conv1(x)))
 
 
+def no_meta(x: Tensor) -> None:
+    """Fails on meta as scripted functions may, in words that don't say so."""
+    if x.is_meta:
+        raise RuntimeError("Unknown device for graph fuser")
+
+
+@structure(torch.randn(2, 3, 10, 10), sites={"units.0": 8})
+class FailsOnMeta(nn.Module):
+    """What fails on meta is tried with values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.units = conv(3, 8), nn.Sequential(Unit())
+
+    def forward(self, x: Tensor) -> Tensor:
+        no_meta(x)
+        return self.units(self.stem(x))
+
+
+@structure(torch.randn(2, 3, 10, 10), refused="expected input.* to have 3 channels, but got 8")
+class FailsEither(FailsOnMeta):
+    """The reason is the one that is met with values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        no_meta(x)
+        return self.stem(self.stem(x))
+
+
 @structure(torch.randn(2, 3, 10, 10), sites={"units.0": 8, "units.1": 8})
 class ScriptedFunctions(nn.Module):
     """Activations by ``torch.jit.script``."""
@@ -321,48 +349,35 @@ class WaveNet(nn.Module):
         return self.head((total + x) * mask)
 
 
-class Stream(nn.Module):
+class WN(nn.Module):
+    """The same in a loop, with both outputs from one convolution, the second of which are summed up (WaveGlow, arXiv:1811.00002)."""
+
+    def __init__(self, channels: int = 8, count: int = 3) -> None:
+        super().__init__()
+        self.channels = channels
+        self.enter = nn.ModuleList(conv(channels, 2 * channels, dims=1, dilation=2**i) for i in range(count))
+        self.leave = nn.ModuleList(
+            nn.Conv1d(channels, channels if i == count - 1 else 2 * channels, 1) for i in range(count)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for i, (enter, leave) in enumerate(zip(self.enter, self.leave, strict=True)):
+            a, b = enter(x).chunk(2, 1)
+            both = leave(torch.tanh(a) * torch.sigmoid(b))
+            if i < len(self.leave) - 1:
+                x = (x + both[:, : self.channels]) * mask
+                total = total + both[:, self.channels :]
+            else:
+                total = total + both
+        return total * mask
+
+
+@structure(WAVE, MASK, sites={"wn.leave.0": 16, "wn.leave.1": 16})
+class Flow(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(conv(8, 8, dims=1), nn.ReLU(), conv(8, 8, dims=1)) for _ in range(3))
+        self.stem, self.wn, self.head = nn.Conv1d(8, 8, 1), WN(), nn.Conv1d(8, 2, 1)
 
-
-@structure(WAVE, sites={f"layers.{i}": 8 for i in range(3)})
-class Summed(Stream):
-    """A stream whose stages are summed up as well."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        total = 0
-        for layer in self.layers:
-            x = x + layer(x)
-            total = total + x
-        return total
-
-
-@structure(WAVE, sites={f"layers.{i}": 8 for i in range(3)})
-class Yielded(Stream):
-    """A stream whose stages are all returned."""
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        stages = []
-        for layer in self.layers:
-            x = layer(x) + x
-            stages.append(x)
-        return stages
-
-
-# Activations ----------------------------------------------------------------------------------------------------------
-
-
-@structure(WAVE, sites={"se_attention": 8, "se_attention_2": 8}, kind="chain")
-class Transposed(nn.Module):
-    """A transpose between the convolution and its activation, for a norm over the last dim."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = conv(8, 8, dims=1), conv(8, 8, dims=1)
-        self.norm1, self.norm2, self.head = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(F.relu(self.conv1(x).transpose(1, 2))).transpose(1, 2)
-        return self.head(self.norm2(F.relu(self.conv2(x).transpose(1, 2))).mean(1))
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.head(self.wn(self.stem(x) * mask, mask))

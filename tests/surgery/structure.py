@@ -20,6 +20,7 @@ class Structure:
         inputs: what it is called with.
         sites: the paths of its SE modules, each with the number of channels.
         kind: of its blocks.
+        after: the layer behind which SE is in each of them, if it is the same.
         skipped: blocks that are left out, each with a part of the reason.
         refused: where nothing can be retrofitted, a part of the reason.
     """
@@ -28,6 +29,7 @@ class Structure:
     inputs: tuple[Any, ...]
     sites: Mapping[str, int] = field(default_factory=dict)
     kind: str = "residual"
+    after: str = ""
     skipped: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
 
@@ -39,13 +41,14 @@ def structure(
     *inputs: Any,
     sites: Mapping[str, int] | None = None,
     kind: str = "residual",
+    after: str = "",
     skipped: Mapping[str, str] | None = None,
     refused: str = "",
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Put a network into the table; the paths of sites come without ``se_attention``."""
 
     def noted(cls: type[nn.Module]) -> type[nn.Module]:
-        STRUCTURES[cls.__name__] = Structure(cls, inputs, sites or {}, kind, skipped or {}, refused)
+        STRUCTURES[cls.__name__] = Structure(cls, inputs, sites or {}, kind, after, skipped or {}, refused)
         return cls
 
     return noted

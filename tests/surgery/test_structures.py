@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import image_networks  # noqa: F401
 import join_networks  # noqa: F401
+import layer_networks  # noqa: F401
 import pytest
 import signal_networks  # noqa: F401
 import torch
@@ -24,6 +25,7 @@ def test_a_structure_has_the_plan_that_an_expert_would_write(found: Structure) -
         return
     plan = plan_se(model, 2, example_inputs=found.inputs)
     assert {site.path.removesuffix(".se_attention"): site.channels for site in plan.sites} == found.sites
+    assert not found.after or {site.after for site in plan.sites} == {found.after}
     assert {site.kind for site in plan.sites} == {found.kind}
     reasons = {skip.block: skip.reason for skip in plan.skipped}
     for block, reason in found.skipped.items():

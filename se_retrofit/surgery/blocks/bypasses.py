@@ -17,15 +17,25 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
     """Whether every way from some values to what a module returns passes an add, as far as ways count.
 
     None counts that ends where all stages of a stream are collected: their sum or concat, a list that is returned (but a sum of
-    linear branches is one of branches). Nor does a second output that is made in the branch alone (WaveNet's skip output, van
-    den Oord et al., arXiv:1609.03499), or is what the module was given and hands on.
+    linear branches, or of what pools and branches make, is one of branches). Nor does a second output that is made in the
+    branch alone (WaveNet's skip output, van den Oord et al., arXiv:1609.03499), or joins others of a stream; or is what the module
+    was given and hands on.
     """
     sources = list(sources)
     reached = set(sources)
-    collected = _collected(record, call, sources, add, region)
+    stream = any(source in add.data for source in sources) and has_nonlinearity(record.select(region))
+    collected = _collected(call, sources, add, region) if stream else set()
+    excused = reached | collected
+    left: set[Op] = set()  # what was made in the branch, as it is, on its way to another join
     for op in record.ops[call.start : call.end]:
-        if op is not add and op not in collected and any(i in reached for i in op.takes):
-            reached.add(op)
+        ways = [i for i in op.takes if i in reached and not (op in collected and i in excused)]
+        if op is add or not ways:
+            continue
+        if stream and op.role in _COLLECTING and not op.bit & region and all(i.bit & region or i in left for i in ways):
+            if _is_join(op):
+                continue
+            left.add(op)
+        reached.add(op)
     bypassing = [output for output in call.outputs if output in reached]
     after = [output for output in call.outputs if (output.ancestors | output.bit) & add.bit]
     if not bypassing:
@@ -43,21 +53,29 @@ def _all_from(op: Op, region: int) -> bool:
     return bool(op.data) and all((o.ancestors | o.bit) & region for o in op.data)
 
 
-def _collected(record: Record, call: Call, sources: list[Op], add: Op, region: int) -> set[Op]:
-    """The joins that take both the unit's input and its output, each as it is."""
-    ours = _joins_of([add], call, 0) if has_nonlinearity(record.select(region)) else set()
-    return {join for join in _joins_of(sources, call, region | add.bit) if join in ours}
+def _collected(call: Call, sources: list[Op], add: Op, region: int) -> set[Op]:
+    """The joins that take both the unit's input and its output, each as it is, and what lies between that input and them."""
+    ours = {op for op in _gathered([add], call, 0) if _is_join(op) and op is not add}
+    found: set[Op] = set()
+    for op in sorted(_gathered(sources, call, region | add.bit), key=lambda op: -op.index):
+        if op in ours or any(user in found for user in op.users):
+            found.add(op)
+    return found.difference(sources)
 
 
-def _joins_of(values: list[Op], call: Call, but: int) -> set[Op]:
-    """The adds and concats of a module that take one of some values, or what was made of it without a learned layer."""
+def _is_join(op: Op) -> bool:
+    return op.role in ("add", "cat") and len(op.data) > 1
+
+
+def _gathered(values: list[Op], call: Call, but: int) -> set[Op]:
+    """What a module makes of some values without a learned layer or an activation."""
     reached, waiting = set(values), list(values)
     for value in waiting:
         for user in real_users(value):
             if user not in reached and not user.bit & but and call.holds(user) and user.role in _COLLECTING:
                 reached.add(user)
                 waiting.append(user)
-    return {op for op in reached if op.role in ("add", "cat") and len(op.data) > 1 and op not in values}
+    return reached
 
 
 def derives(record: Record, call: Call, value: Op, source: Op) -> bool:

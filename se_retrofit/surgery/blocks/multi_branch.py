@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from ..record.facts import is_conv_or_linear, only_user
 from ..record.graph import Call, Op, Record
 from ..record.joins import LEARNED
+from .attended import spatial_convs
 from .block import Block, Target
-from .questions import common_source, escapes, has_spatial_conv, joins_channels, own_operations, prefix_of, resizes
+from .questions import common_source, escapes, has_nonlinearity, joins_channels, own_operations, prefix_of, resizes
 
 __all__ = ["multi_branch_blocks"]
 
@@ -49,7 +50,7 @@ def _block(record: Record, call: Call, cat: Op) -> Block | None:
 def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Block | None:
     outside = (source.ancestors | source.bit) if source is not None else 0
     ops = list(record.select(cat.ancestors & call.mask & ~outside))
-    if not has_spatial_conv(ops) or any(map(resizes, ops)):
+    if not spatial_convs(ops) or any(map(resizes, ops)):
         return None
     convolved = [
         o
@@ -60,6 +61,9 @@ def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Bl
         o for o in cat.data if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
     ]
     end = _fusing_end(call, cat, ops)
+    filters = all(op.conv is None or op.conv.depthwise for op in ops) and not has_nonlinearity(ops)
+    if end is None and filters and not any(op.role == "norm" for op in ops):
+        return None  # each piece of a value is filtered: one depthwise convolution, with kernels of several sizes
     if len(convolved) < 2 or (bypasses and end is None) or _predicts(record, cat):
         return None
     end = end or cat

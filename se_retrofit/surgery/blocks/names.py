@@ -23,13 +23,15 @@ def name_of(record: Record, block: Block) -> str:
         return _around(record, outer).path
     if chain and is_unit(record, outer, beside):
         return outer.path
+    inside, prefix = chain or is_sequential(outer.module) or outer.path == "", prefix_of(paths)
+    if inside and prefix == outer.path:
+        return (paths or [prefix])[0]
     if of_list := _in_list(record, paths, beside):
         return of_list
-    if not (chain or is_sequential(outer.module) or outer.path == ""):
+    if not inside:
         return _around(record, outer).path
-    prefix = prefix_of(paths)
     shared = chain and any((path_of(op) or "").startswith(f"{prefix}.") for op in beside)
-    return prefix if prefix != outer.path and not shared else (paths or [prefix])[0]
+    return (paths or [prefix])[0] if shared else prefix
 
 
 def conv_paths(record: Record, block: Block) -> list[str]:
@@ -38,9 +40,9 @@ def conv_paths(record: Record, block: Block) -> list[str]:
 
 
 def path_of(conv: Op) -> str | None:
-    """The path of a convolution's module; of the one whose weight a function takes."""
+    """The path of a convolution's module; of the one whose weight a function takes, or in which it makes one."""
     weights = (source.path for source in conv.inputs if source.role == "param" and source.path)
-    return conv.path or next((path.rpartition(".")[0] or path for path in weights), None)
+    return conv.path or next((path.rpartition(".")[0] or path for path in weights), conv.call.path) or None
 
 
 def _in_list(record: Record, paths: list[str], beside: list[Op]) -> str | None:

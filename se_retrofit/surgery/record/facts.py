@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .graph import Conv, Op, Record
-from .joins import LEARNED, meaning
+from .joins import LEARNED, interpolated, meaning
 from .roles import module_role, role_of
 
 Takers = dict[Op, list[Op]]
@@ -39,12 +39,16 @@ def _read(op: Op, takers: Takers, learned: int) -> None:
                 op.role, op.takes = "act", (x,)
     if op.role == "pool" and (stack := _summed_stack(op, takers)) is not None:  # torch.stack([x, f(x)]).sum(0), an add
         op.role, op.takes, written_out = "add", stack.inputs, (stack,)
+    if path := interpolated(op):
+        op.takes, written_out = path[0].data[::-1], path
     if op.role == "conv":
         op.conv = _conv_of(op)
     for source in op.takes:
         source.users = [user for user in source.users if user not in written_out]
         op.ancestors |= source.ancestors | source.bit
         source.users.append(op)
+    if path:
+        op.takes[1].users[-1] = path[0]  # the code names the branch in the difference alone
     op.channel_dim = _channel_dim(op)
     if op.role == "pool" and op.module is None and op.data:
         op.channel_dim = op.channel_dim or _channel_dim_of_several(op.data[0], op)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .graph import Op
 
-__all__ = ["LEARNED", "meaning"]
+__all__ = ["LEARNED", "interpolated", "meaning"]
 
 LEARNED = ("conv", "linear", "norm")
 
@@ -34,6 +34,19 @@ def meaning(op: Op, role: str, learned: int) -> Meaning:
             if _is_given(mask, learned) and not _is_given(x, learned) and _spans_channels(mask, x):
                 return "affine", (x,)
     return role, op.takes
+
+
+def interpolated(op: Op) -> tuple[Op, ...]:
+    """The operations of which ``x + t * (y - x)`` is written (as a ``torch.lerp`` by a tensor is on meta), from the difference
+    on; none where an add is no such one."""
+    for x, step in (op.data, op.data[::-1]) if op.role == "add" and len(op.data) == 2 else ():
+        path: list[Op] = []
+        while step.role in ("affine", "pass") and len(step.data) == 1:
+            path.append(step)
+            (step,) = step.data
+        if path and step.name == "sub" and len(step.data) == 2 and step.data[1] is x:
+            return (step, *path)
+    return ()
 
 
 def _is_given(op: Op, learned: int) -> bool:

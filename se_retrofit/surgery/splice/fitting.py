@@ -146,16 +146,11 @@ class Fitting:
 
     def drop(self, place: Place, reason: str) -> list[Place]:
         """Leave a block out; or, where a function in a loop computes its value, give the one before that, which a module of its
-        own makes perhaps (``F.relu(norm(conv(x)))``)."""
+        own makes perhaps (``F.relu(norm(conv(x)))``, ``conv(x)[:, :8]``)."""
         self.places.remove(place)
         op = place.op
-        earlier = op.role in ("act", "pass", "affine", "pool") and op.module is None and len(op.data) == 1
-        if (
-            reason == ONE_FOR_SEVERAL
-            and earlier
-            and op.data[0].channels == place.channels
-            and place.call.shows(op.data[0])
-        ):
+        computed = op.role in ("act", "pass", "affine", "pool", "part") and op.module is None and len(op.data) == 1
+        if reason == ONE_FOR_SEVERAL and computed and op.data[0].channels is not None and place.call.shows(op.data[0]):
             instead = replace(place, op=op.data[0])
             self.places.append(instead)
             self.options[instead] = _Options.of(instead)

@@ -1,0 +1,169 @@
+"""Layers beside plain convolutions: deformable ones, attention, and activations of other kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from structure import conv, structure, unit
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
+
+IMAGE = torch.randn(2, 3, 16, 16)
+WAVE = torch.randn(2, 8, 40)
+
+# Other convolutions, and attention ------------------------------------------------------------------------------------
+
+
+class Deformed(nn.Module):
+    """Two deformable convolutions (Dai et al., arXiv:1703.06211)."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.offset1, self.conv1 = conv(channels, 18), DeformConv2d(channels, channels, 3, padding=1)
+        self.offset2, self.conv2 = conv(channels, 18), DeformConv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv1(x, self.offset1(x)))
+        return x + self.conv2(y, self.offset2(y))
+
+
+@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8})
+class Deformable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = conv(3, 8), nn.Sequential(Deformed(), Deformed())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+
+class Attention(nn.Module):
+    """Self-attention with a convolution for its keys, or for its positions (Zhang et al., arXiv:1805.08318)."""
+
+    def __init__(self, channels: int = 8, position: bool = False) -> None:
+        super().__init__()
+        self.query, self.value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        self.key = nn.Conv2d(channels, channels, 1) if position else conv(channels, channels)
+        self.position = conv(channels, channels, groups=channels) if position else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        weights = torch.softmax(q.flatten(2).transpose(1, 2) @ k.flatten(2), -1)
+        out = (v.flatten(2) @ weights.transpose(1, 2)).view_as(x)
+        if self.position is not None:
+            out = out + self.position(v)
+        return x + out
+
+
+@structure(IMAGE, sites={"layers.0": 8, "layers.2": 8, "layers.4": 8}, kind="chain")
+class SAGAN(nn.Module):
+    """A chain with attention in between: the odd branch gets no SE, and the chain gets its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            unit(3, 8), Attention(), unit(8, 8), Attention(position=True), unit(8, 8), conv(8, 2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Wave2Vec(nn.Module):
+    """A convolutional feature extractor, and positions by a convolution (Baevski et al., arXiv:2006.11477)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(m for i in (1, 8, 8) for m in (nn.Conv1d(i, 8, 3, 2), nn.GroupNorm(8, 8), nn.GELU()))
+        )
+        self.position = conv(8, 8, 5, 1, groups=2)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x).transpose(1, 2)
+        y = y + F.gelu(self.position(y.transpose(1, 2))).transpose(1, 2)
+        return self.layer(y)
+
+
+structure(torch.randn(2, 1, 64), sites={"features.2": 8, "features.5": 8, "features": 8}, kind="chain")(Wave2Vec)
+
+
+# Activations ----------------------------------------------------------------------------------------------------------
+
+
+@structure(WAVE, sites={"se_attention": 8, "se_attention_2": 8}, kind="chain")
+class Transposed(nn.Module):
+    """A transpose between the convolution and its activation, for a norm over the last dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(8, 8, dims=1), conv(8, 8, dims=1)
+        self.norm1, self.norm2, self.head = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(F.relu(self.conv1(x).transpose(1, 2))).transpose(1, 2)
+        return self.head(self.norm2(F.relu(self.conv2(x).transpose(1, 2))).mean(1))
+
+
+class TLU(nn.Module):
+    """The thresholded unit of filter response norms (Singh and Krishnan, arXiv:1911.09737)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.randn(1, channels, 1, 1) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.max(x, self.tau)
+
+
+@structure(IMAGE, sites={"0": 8, "1": 8, "2": 8}, kind="chain")
+class Thresholded(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*(nn.Sequential(conv(i, 8), TLU(8)) for i in (3, 8, 8)), conv(8, 2))
+
+
+class MFM(nn.Module):
+    """The maximum of two halves (Wu et al., arXiv:1511.02683)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.filter = conv(inputs, 2 * outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.filter(x).chunk(2, 1)
+        return torch.max(a, b)
+
+
+@structure(IMAGE, sites={"0": 8, "1": 8}, kind="chain")
+class LightCNN(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(MFM(3, 8), MFM(8, 8), conv(8, 2))
+
+
+class PReLUConv(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.act, self.conv = nn.PReLU(inputs), conv(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.act(x))
+
+
+@structure(IMAGE, sites={"blocks.1": 8, "blocks.2": 12}, kind="chain")
+class Pyramid(nn.Module):
+    """Convolutions behind their activations, the outputs of which are pooled and concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PReLUConv(i, o) for i, o in ((3, 8), (8, 12), (12, 12)))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Any) -> Tensor:
+        pooled = []
+        for block in self.blocks:
+            x = block(x)
+            pooled.append(F.adaptive_max_pool2d(x, 1).flatten(1))
+        return self.head(torch.cat(pooled, 1))
