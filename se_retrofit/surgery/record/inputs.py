@@ -111,7 +111,10 @@ def _collect(value: Any, found: list[Tensor], depth: int) -> None:
     else:
         items = getattr(value, "__dict__", {}).values()
     for item in items if depth <= 6 else ():
-        if type(item) not in _HOLDS_NOTHING:  # asked here, because nearly all that is collected is in a tuple
+        cls = type(item)  # looked at here, because nearly all that is collected is in a tuple
+        if cls is Tensor:
+            found.append(item)
+        elif cls not in _HOLDS_NOTHING:
             _collect(item, found, depth + 1)
 
 

@@ -262,14 +262,15 @@ def _splice(edit: Edit, module: nn.Module, child: str) -> Splice:
         raise SpliceError(f"{class_name(type(module))} has no method {edit.method} of {edit.owner}")
     splice = Splice(owner, edit.method, edit.span, edit.statement, child, edit.target, edit.digest)
     source = source_as_before(splice)
-    kind = ast.expr if edit.statement == "wrap" else (ast.AugAssign, ast.Expr)
+    kinds = {"wrap": (ast.expr,), "after": (ast.AugAssign, ast.Expr), "before": (ast.AugAssign,)}.get(
+        edit.statement, ()
+    )
     place = (*(line + source.first for line in edit.span[:2]), *edit.span[2:])
-    node = next((n for n in source.spans.get(place, ()) if isinstance(n, kind)), None)
-    inside = [] if node is None else ast.walk(node)
-    variables = {source.text(n) for n in inside if isinstance(n, (ast.Name, ast.Attribute, ast.Subscript))}
-    # what is put into the source stands there already
-    targets = {"wrap": {""}, "after": variables, "before": variables}
-    if node is None or edit.target not in targets.get(edit.statement, ()):
+    node = next((n for n in source.spans.get(place, ()) if isinstance(n, kinds)), None)
+    variables = (ast.Name, ast.Attribute, ast.Subscript)  # what is put into the source stands there already
+    inside = ast.walk(node) if node is not None and edit.statement != "wrap" else ()
+    targets = [source.text(n) for n in inside if isinstance(n, variables)] or [""]
+    if node is None or edit.target not in targets:
         raise SpliceError(f"{class_name(owner)}.{edit.method} has no such expression as the edit is for")
     return splice
 
