@@ -18,7 +18,7 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
 
     None counts that ends where all stages of a stream are collected: their sum or concat, a list that is returned (but a sum of
     linear branches, or of what pools and branches make, is one of branches). Nor does a second output that is made in the
-    branch alone (WaveNet's skip output, van den Oord et al., arXiv:1609.03499), or joins others of a stream; or is what the module
+    branch alone (WaveNet's skip output, van den Oord et al., arXiv:1609.03499), or is summed up with others; or is what the module
     was given and hands on.
     """
     sources = list(sources)
@@ -26,13 +26,13 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
     stream = any(source in add.data for source in sources) and has_nonlinearity(record.select(region))
     collected = _collected(call, sources, add, region) if stream else set()
     excused = reached | collected
-    left: set[Op] = set()  # what was made in the branch, as it is, on its way to another join
+    left: set[Op] = set()  # what was made in the branch, as it is, on its way to another sum
     for op in record.ops[call.start : call.end]:
         ways = [i for i in op.takes if i in reached and not (op in collected and i in excused)]
         if op is add or not ways:
             continue
         if stream and op.role in _COLLECTING and not op.bit & region and all(i.bit & region or i in left for i in ways):
-            if _is_join(op):
+            if op.role == "add" and len(op.data) > 1:
                 continue
             left.add(op)
         reached.add(op)

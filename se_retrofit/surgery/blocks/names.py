@@ -23,15 +23,13 @@ def name_of(record: Record, block: Block) -> str:
         return _around(record, outer).path
     if chain and is_unit(record, outer, beside):
         return outer.path
-    inside, prefix = chain or is_sequential(outer.module) or outer.path == "", prefix_of(paths)
-    if inside and prefix == outer.path:
-        return (paths or [prefix])[0]
-    if of_list := _in_list(record, paths, beside):
+    prefix = prefix_of(paths)
+    if prefix != outer.path and (of_list := _in_list(record, paths, beside)):
         return of_list
-    if not inside:
+    if not (chain or is_sequential(outer.module) or outer.path == ""):
         return _around(record, outer).path
     shared = chain and any((path_of(op) or "").startswith(f"{prefix}.") for op in beside)
-    return (paths or [prefix])[0] if shared else prefix
+    return prefix if prefix != outer.path and not shared else (paths or [prefix])[0]
 
 
 def conv_paths(record: Record, block: Block) -> list[str]:

@@ -16,18 +16,17 @@ TRANSPARENT = ("pass", "affine", "norm", "shape", "part", "pad")
 
 def own_operations(record: Record, call: Call) -> list[Op]:
     """The operations that a module's own code does in a call, or that of a helper of its: ``self.add(x, self.body(x))``."""
-    return [op for op in record.ops[call.start : call.end] if op.call is call or _of_helper(record, op.call, call)]
+    own = [call]
+    for outer in own:
+        own += [child for child in outer.children if _is_helper(record, child)]
+    own_calls = set(own)
+    return [op for op in record.ops[call.start : call.end] if op.call in own_calls]
 
 
-def _of_helper(record: Record, call: Call, outer: Call) -> bool:
-    """Whether a call, and each around it up to ``outer``, is that of a small module without a learned layer."""
-    while call is not outer:
-        if call.parent is None or call.end - call.start > _HELPER:
-            return False
-        if any(op.role in LEARNED for op in record.ops[call.start : call.end]):
-            return False
-        call = call.parent
-    return True
+def _is_helper(record: Record, call: Call) -> bool:
+    """Whether a call is that of a small module without a learned layer."""
+    ops = record.ops[call.start : min(call.end, call.start + _HELPER + 1)]
+    return len(ops) <= _HELPER and not any(op.role in LEARNED for op in ops)
 
 
 _HELPER = 12  # operations

@@ -110,13 +110,13 @@ def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
     al., arXiv:1608.03981), so that its branch is a network and no unit: one that holds most of the convolutions; or one that
     makes an image, added to the one that came in."""
     own = [op for op in ops if op.spatial_conv]
-    layers, all_layers = ({op.path for op in some if op.spatial_conv} for some in (own, record.ops))
-    if len(layers) > 3 and 2 * len(layers) > len(all_layers):
+    layers = {op.path for op in own}
+    if len(layers) > 3 and 2 * len(layers) > len({op.path for op in record.ops if op.spatial_conv}):
         return True
-    learned = [op for op in record.ops if op.role in LEARNED]
-    raw = not any(op.bit & (skip.ancestors | skip.bit) for op in learned)
-    widest = max(op.channels or 0 for op in own)
-    return raw and widest > (add.channels or 0) > 0 and not any(add.bit & op.ancestors for op in learned)
+    if any(op.role in LEARNED for op in record.select(skip.ancestors | skip.bit)):
+        return False
+    widens = max(op.channels or 0 for op in own) > (add.channels or 0) > 0
+    return widens and not any(add.bit & op.ancestors and op.role in LEARNED for op in record.ops[add.index :])
 
 
 def _is_query(source: Op, region: int) -> bool:
