@@ -38,9 +38,9 @@ def conv_paths(record: Record, block: Block) -> list[str]:
 
 
 def path_of(conv: Op) -> str | None:
-    """The path of a convolution's module; of the one whose weight a function takes."""
+    """The path of a convolution's module; of the one whose weight a function takes, or in which it makes one."""
     weights = (source.path for source in conv.inputs if source.role == "param" and source.path)
-    return conv.path or next((path.rpartition(".")[0] or path for path in weights), None)
+    return conv.path or next((path.rpartition(".")[0] or path for path in weights), conv.call.path) or None
 
 
 def _in_list(record: Record, paths: list[str], beside: list[Op]) -> str | None:
