@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from statistics import NormalDist
@@ -14,6 +13,7 @@ import pytest
 import torch
 from sweeps import swept
 
+from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.difference import Difference
 from benchmarks.evidence.networks import NETWORKS
@@ -27,7 +27,7 @@ from se_retrofit import add_se
 
 ROOT = Path(__file__).parents[2]
 TABLE = re.compile(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
-SMALL = ["--train", "100", "--test", "100", "--base-epochs", "1", "--epochs", "1", "--seeds", "2", "--jobs", "1"]
+SMALL = ["--train", "100", "--test", "50", "--base-epochs", "1", "--epochs", "1", "--seeds", "2", "--jobs", "1"]
 
 
 @pytest.mark.sweep
@@ -129,17 +129,20 @@ def test_the_covariance_s_score_is_zero_on_average_where_gradients_and_images_ha
 
 
 @pytest.mark.sweep
-def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(tmp_path: Path) -> None:
+def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "benchmarks.evidence", *SMALL, "--folder", str(tmp_path), "--page", str(page)]
-    command += ["--tasks", "texture", "--networks", "residual"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    arguments = [*SMALL, "--folder", str(tmp_path), "--page", str(page), "--tasks", "texture", "--networks", "residual"]
+    monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert main() == 0
     written, rows = page.read_text(), results.read_text().splitlines()
     assert "No results yet" not in written
     assert {p.name for p in tmp_path.iterdir()} >= {"page-differences.svg", "page-tasks.png", "bases"}
 
     results.write_text("\n".join(rows[:-1]) + "\n")  # as if it had been stopped before the last run
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert main() == 0
 
     def facts(line: str) -> dict[str, object]:
         row = json.loads(line)
