@@ -27,6 +27,6 @@ print(inspection.diff("features.3"))
 graph = inspection.block("features.3").after.graph
 print("\nnodes:", ", ".join(node.name for node in graph.nodes))
 
-# a drawing as Graphviz's text (.svg and .png need Graphviz) and all of it as one HTML page
-print("\ndrew", inspection.draw(folder / "mobilenet_v2.dot").name)
+# a drawing, and all of it as one HTML page
+print("\ndrew", inspection.draw(folder / "mobilenet_v2.svg").name)
 print("wrote", inspection.write_html(folder / "mobilenet_v2.html").name, "in", folder)

@@ -30,7 +30,7 @@ def extra(name: str) -> Iterator[None]:
     Example:
         >>> from se_retrofit.errors import extra
         >>> with extra("inspect"):
-        ...     import graphviz
+        ...     import jinja2
     """
     try:
         yield

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 __all__ = ["save_figure", "writable"]
 
 
-def writable(path: str | Path) -> Path:
+def writable(path: str | Path, *suffixes: str) -> Path:
     """The path of a file or folder to write.
 
     Args:
         path: where it is to be; the folder that it goes into must exist.
+        suffixes: what it may end in; anything if none is given.
 
     Raises:
-        RetrofitError: that folder does not exist.
+        RetrofitError: that folder does not exist, or the path ends otherwise.
 
     Example:
         >>> from se_retrofit.paths import writable
@@ -28,6 +29,8 @@ def writable(path: str | Path) -> Path:
         'report.json'
     """
     path = Path(path)
+    if suffixes and path.suffix not in suffixes:
+        raise RetrofitError(f"{path} does not end in {' or '.join(suffixes)}, which is what is written")
     if not path.parent.is_dir():
         raise RetrofitError(f"can't write {path}: there is no folder {path.parent}")
     return path

@@ -194,13 +194,7 @@ class Plan:
     def __str__(self) -> str:
         header = ("block", "kind", "after", "channels", "parameters")
         rows = [
-            (
-                site.block or "(model)",
-                site.kind,
-                site.after,
-                f"{site.channels:,}",
-                f"{site.parameters:,}",
-            )
+            (site.block or "(model)", site.kind, site.after, f"{site.channels:,}", f"{site.parameters:,}")
             for site in self.sites
         ]
         lines = aligned([header, *rows], left=3, rule=True)
@@ -215,15 +209,11 @@ def folded(skipped: Iterable[Skipped], most: int = 3) -> list[tuple[str, str]]:
     by_reason: dict[str, list[str]] = {}
     for skip in skipped:
         by_reason.setdefault(skip.reason, []).append(skip.block or "(model)")
-    return [
-        (
-            ", ".join(blocks)
-            if len(blocks) <= most + 1
-            else f"{', '.join(blocks[:most])} and {len(blocks) - most} more",
-            reason,
-        )
-        for reason, blocks in by_reason.items()
-    ]
+    for blocks in by_reason.values():
+        if len(blocks) > most + 1:
+            blocks[most:] = [f"{len(blocks) - most} more"]
+            blocks[most - 1 :] = [" and ".join(blocks[most - 1 :])]
+    return [(", ".join(blocks), reason) for reason, blocks in by_reason.items()]
 
 
 def noted_options(options: dict[str, Any]) -> dict[str, Any]:

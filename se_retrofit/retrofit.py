@@ -66,6 +66,7 @@ def add_se(
         bias: whether the bottleneck's layers have biases.
         min_hidden: minimum number of units in the bottleneck.
         include, exclude: one or several patterns of block paths (``"layer4.*"``): retrofit only matching blocks, or all others.
+            What ``include`` names gets SE also where it is a plain chain beside other blocks (``"decoder.*"`` of a U-Net).
         at: one or several patterns of module paths (``"decoder.blocks.*.conv2"``): put SE on what these modules return, instead
             of into the blocks found.
         auto: put SE into the blocks found as well; by default only without ``at``.
@@ -95,32 +96,19 @@ def add_se(
         >>> import timm
         >>> from se_retrofit import add_se
         >>> model = add_se(timm.create_model("resnet18"), reduction=16)
-        >>> model.layer1[0].se_attention
-        SEAttention(
-          64, hidden=4, gate=identity, channel_dim=-3
-          (fc): Sequential(
-            (0): Linear(in_features=64, out_features=4, bias=False)
-            (1): ReLU(inplace=True)
-            (2): Linear(in_features=4, out_features=64, bias=False)
-            (3): TwiceSigmoid()
-          )
-        )
+        >>> model.layer1[0].se_attention.fc[0]
+        Linear(in_features=64, out_features=4, bias=False)
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
     check_arguments(model, options, example_inputs, plan)
     with told_as_fault():
-        return _add(model, options, example_inputs, plan, inplace)
-
-
-def _add(model: M, options: Options, example_inputs: Any, plan: Plan | None, inplace: bool) -> M:
-    """``add_se``, of arguments that have been checked."""
-    if plan is None:
-        plan = planned(model, options, example_inputs)
-    else:
-        plan = fitted(model, plan, options, example_inputs)
-    target = model if inplace else copied(model)
-    carry_out(target, plan)
-    return target
+        if plan is None:
+            plan = planned(model, options, example_inputs)
+        else:
+            plan = fitted(model, plan, options, example_inputs)
+        target = model if inplace else copied(model)
+        carry_out(target, plan)
+        return target
 
 
 def plan_se(

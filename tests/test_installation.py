@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXTRAS = ("accelerate", "graphviz", "jinja2", "matplotlib", "rich", "scipy", "sklearn", "typer")
+EXTRAS = ("accelerate", "jinja2", "matplotlib", "rich", "scipy", "sklearn", "typer")
 
 
 def run_without(packages: tuple[str, ...], code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -57,7 +57,6 @@ import torchvision
 from se_retrofit import add_se, inspect_se
 model = add_se(torchvision.models.resnet18())
 """
-DRAW = NETWORK + "inspect_se(model).draw('a.dot')"
 WRITE_HTML = NETWORK + "inspect_se(model).write_html('a.html')"
 
 
@@ -66,7 +65,6 @@ WRITE_HTML = NETWORK + "inspect_se(model).write_html('a.html')"
     ("package", "name", "code"),
     [
         ("accelerate", "finetune", "import se_retrofit.finetune"),
-        ("graphviz", "inspect", DRAW),
         ("jinja2", "inspect", WRITE_HTML),
     ],
 )

@@ -4,7 +4,7 @@ from .cbam import CBAM
 from .eca import ECA
 from .from_identity import FromIdentity
 from .inserted import Inserted, Slot, check_gates, has_gates
-from .parts import TwiceSigmoid, broadcast, scale, squeeze
+from .parts import TwiceSigmoid, scale, squeeze
 from .se import GATES, SEAttention, check_options
 from .static import StaticFactor
 from .table import ATTENTIONS, Attention, built, check_attention, name_of
@@ -21,7 +21,6 @@ __all__ = [
     "Slot",
     "StaticFactor",
     "TwiceSigmoid",
-    "broadcast",
     "built",
     "check_attention",
     "check_gates",

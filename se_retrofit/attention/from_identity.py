@@ -1,16 +1,19 @@
-"""Any module as an exact identity at first."""
+"""Any module as an exact identity at first; it is tried once before it is inserted."""
 
 from __future__ import annotations
 
+import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .inserted import Inserted
+from ..errors import RetrofitError
+from .inserted import Inserted, Slot
 from .parts import broadcast
 
-__all__ = ["FromIdentity"]
+__all__ = ["FromIdentity", "check_made"]
 
 
 def channels_second(x: Tensor, channel_dim: int) -> Tensor:
@@ -66,10 +69,53 @@ class FromIdentity(Inserted):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - a block of its own is not compiled by torch.jit.script
             if type(x) is Tensor and not torch.compiler.is_compiling() and x.numel() == 0:
-                return blend(
-                    x, channels_second(x, self.channel_dim), self.alpha, self.channel_dim
-                )  # f may take no empty batch
+                y = channels_second(x, self.channel_dim)  # f may take no empty batch
+                return blend(x, y, self.alpha, self.channel_dim)
         return blend(x, self.f(channels_second(x, self.channel_dim)), self.alpha, self.channel_dim)
 
     def summary(self) -> str:
         return f"{type(self.f).__name__} {self.channel}"
+
+
+def check_made(module: nn.Module, slot: Slot, name: str) -> None:
+    """Run a copy of what a factory gave in train mode on random values of the slot's shape, on the CPU and in float32.
+
+    That it draws random numbers changes nothing in eval mode, but in train mode every later draw of the network, such as that of
+    its own dropout, is another one than without it: that is said, not refused.
+
+    Raises:
+        RetrofitError: it can't be run, gives another shape, changes its input, or gives values that are not finite (the
+            identity would be lost: 0 * inf is NaN).
+
+    Warns:
+        UserWarning: it draws random numbers.
+    """
+    has_values = not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+    device = "cpu" if has_values else "meta"
+    what = f"attention={name}, in block {slot.block or '(model)'},"
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        x = torch.randn(slot.shape, device=device)
+        given = x if isinstance(module, Inserted) else channels_second(x, slot.channel_dim)
+        state, version = torch.get_rng_state(), x._version
+        try:
+            found = copy.deepcopy(module).to(device, torch.float32).train()(given)
+        except Exception as error:
+            raise RetrofitError(
+                f"{what} can't be run on a value of shape {tuple(given.shape)}: {type(error).__name__}: {error}"
+            ) from error
+        drawn = not torch.equal(state, torch.get_rng_state())
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != tuple(given.shape):
+        raise RetrofitError(f"{what} must give the shape that it is given, {tuple(given.shape)}, and gives {shape}")
+    if x._version != version and not isinstance(module, Inserted):
+        raise RetrofitError(f"{what} changes its input in place; what it returns is to be compared with that input")
+    if has_values and not found.isfinite().all():
+        raise RetrofitError(
+            f"{what} gives values that are not finite, for an input that is; so it can't start as an identity"
+        )
+    if drawn:
+        warnings.warn(
+            f"attention={name} draws random numbers in train mode, so the network's own draws (its dropout, say) will be others than "
+            "without it; in eval mode it is an exact identity",
+            stacklevel=2,
+        )

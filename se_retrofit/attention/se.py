@@ -86,14 +86,13 @@ class SEAttention(Inserted):
     def reset_parameters(self) -> None:
         """Draw the weights anew. Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer,
         zero for the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA)."""
-        assert isinstance(self.fc, nn.Sequential)
-        first, last = self.fc[0], self.fc[2]
-        if first.weight.is_meta:
+        fc: Any = self.fc
+        if fc[0].weight.is_meta:
             return  # no values to draw, and torch takes long to draw none
-        init_bottleneck(first, last)
+        init_bottleneck(fc[0], fc[2])
         if self.gate == "sigmoid":
-            first.weight.normal_(0, 0.001)
-            last.weight.normal_(0, 0.001)
+            fc[0].weight.normal_(0, 0.001)
+            fc[2].weight.normal_(0, 0.001)
 
     @property
     def gate_range(self) -> tuple[float, float]:

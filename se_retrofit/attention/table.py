@@ -12,9 +12,8 @@ from torch import nn
 
 from ..errors import RetrofitError, brief
 from .cbam import CBAM
-from .checking import check_made
 from .eca import ECA
-from .from_identity import FromIdentity
+from .from_identity import FromIdentity, check_made
 from .inserted import Inserted, Slot
 from .se import SEAttention
 from .static import StaticFactor

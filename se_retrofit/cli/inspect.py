@@ -15,8 +15,6 @@ from torch import nn
 
 from ..errors import RetrofitError
 from ..inspection import inspect_se
-from ..inspection.drawing import check_target as check_drawing
-from ..inspection.page import check_target as check_page
 from ..models import Base
 from ..paths import writable
 from ..retrofit import add_se
@@ -66,7 +64,7 @@ def inspect(
     diff: Annotated[
         bool, typer.Option("--diff", help="print the blocks' code before and after, each distinct block once")
     ] = False,
-    draw: Annotated[Path | None, typer.Option(help="draw blocks before and after: FILE.svg, .png, .pdf, .dot")] = None,
+    draw: Annotated[Path | None, typer.Option(help="draw the network, and blocks before and after: FILE.svg")] = None,
     html: Annotated[Path | None, typer.Option(help="write all of it as one page, FILE.html")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
     input_size: InputSize = None,
@@ -105,9 +103,9 @@ def inspect(
 def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) -> None:
     """Find out before the work, not after it, that a result can't be written."""
     if draw is not None:
-        check_drawing(draw)
+        writable(draw, ".svg")
     if html is not None:
-        check_page(html)
+        writable(html, ".html", ".htm")
     if json_file is not None and str(json_file) != "-":
         writable(json_file)
 

@@ -84,7 +84,7 @@ def _own_gate(path: str, se: nn.Module) -> Gate:
 
 
 def _native_gate(product: Op) -> tuple[Gate, set[Op]]:
-    gate, scaled = product.data if product.data[0].pooled else reversed(product.data)
+    gate, scaled = product.data if product.data[0].flat else reversed(product.data)
     path = next((c.path for c in _calls(gate) if c.path), gate.call.path)
     op, own, layers = gate, {product}, []
     for wanted in ("sigmoid", "layer", "relu", "layer", "pool"):

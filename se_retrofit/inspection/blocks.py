@@ -14,7 +14,7 @@ from ..surgery.record.roles import is_sequential
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
 
-__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_getitem", "join", "sign_of"]
+__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_getitem", "is_parameter", "join", "sign_of"]
 
 
 @dataclass(eq=False)
@@ -36,6 +36,11 @@ class BlockGraph:
     def ses(self) -> list[fx.Node]:
         """The nodes that call an inserted SE module."""
         return [node for node in self.graph.nodes if is_retrofitted(node.meta.get("module"))]
+
+    @property
+    def modules(self) -> list[str]:
+        """The paths of the modules that it calls."""
+        return [join(self.scope, str(node.target)) for node in self.graph.find_nodes(op="call_module")]
 
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
@@ -72,9 +77,15 @@ def is_getitem(node: fx.Node) -> bool:
     return node.target in (operator.getitem, tensor_of)
 
 
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a node's value is a parameter or buffer, or another shape of one."""
+    ops = node.meta.get("ops", [])
+    return node.op == "get_attr" or (bool(ops) and all(op.role == "param" for op in ops))
+
+
 def _parameter(node: fx.Node) -> fx.Node:
     """The parameter that a value is another shape of; other values are themselves."""
-    while len(node.all_input_nodes) == 1 and all(op.role == "param" for op in node.meta["ops"]):
+    while len(node.all_input_nodes) == 1 and is_parameter(node):
         node = node.all_input_nodes[0]
     return node
 

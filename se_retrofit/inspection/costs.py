@@ -9,7 +9,6 @@ any other attention.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..surgery.record.copying import copied, in_mode, on_cpu, on_meta
+from ..surgery.record.copying import copied, on_meta
 from ..surgery.record.graph import Op, Record
 from ..surgery.record.inputs import tensors_in
 from ..surgery.record.isolation import isolated
-from ..surgery.splice.undo import is_retrofitted, strip
+from ..surgery.splice.undo import is_retrofitted
 from .graphs import Recorded, batch_size
 
-__all__ = ["Costs", "SiteCost", "costs"]
+__all__ = ["NOT_CALLED", "Costs", "SiteCost", "costs"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,9 @@ class SiteCost:
     excitation: int | None
     squeeze_scale: int | None
     shape: tuple[int, ...]
+
+
+NOT_CALLED = SiteCost(None, None, ())
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,9 @@ def costs(found: Recorded) -> Costs:
                 None if passes is None or known.squeeze_scale is None else known.squeeze_scale + passes // batch,
                 known.shape,
             )
-    before = _count(found.model, record, strip)
-    after = _count(found.model, record, None)
-    return Costs(
-        None if before is None else before // batch,
-        None if after is None else after // batch,
-        sites,
-        _describe((*record.inputs.args, *record.inputs.kwargs.values())),
-        _resized(record),
-    )
+    one = _describe((*record.inputs.args, *record.inputs.kwargs.values()))
+    before, after = (_count(found.model, run) for run in (found.original, record))
+    return Costs(before, after, sites, one, _resized(record))
 
 
 def _cost_of(module: nn.Module, op: Op) -> tuple[int | None, int | None]:
@@ -111,19 +107,16 @@ class _Passes(TorchDispatchMode):
         return result
 
 
-def _count(model: nn.Module, record: Record, prepare: Callable[[nn.Module], None] | None) -> int | None:
-    """The multiply-adds of one more run like the recorded one."""
+def _count(model: nn.Module, record: Record) -> int | None:
+    """The multiply-adds for one input, of one more run of the copy of a model that was recorded."""
     inputs = record.inputs
     with isolated(model), _disable_current_modes():
-        copy = in_mode(copied(model, on_meta if inputs.is_meta else on_cpu, independent=True), False)
-        if prepare is not None:
-            prepare(copy)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
-                copy(*inputs.args, **inputs.kwargs)
+                record.model(*inputs.args, **inputs.kwargs)
         except (RuntimeError, NotImplementedError):
             return None  # the record may mix tensors of meta and of the CPU; a plain run not
-    return counter.get_total_flops() // 2
+    return counter.get_total_flops() // 2 // batch_size(record)
 
 
 def _describe(args: tuple[Any, ...]) -> str:

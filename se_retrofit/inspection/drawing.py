@@ -1,257 +1,206 @@
-"""Pictures of the blocks before and after, side by side, by Graphviz."""
+"""Pictures of blocks before and after, side by side, and of all that is to be seen of a network in one."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import fx, nn
+from torch import fx
 
-from ..errors import RetrofitError, extra
-from ..paths import writable
 from ..surgery.splice.undo import is_retrofitted
-from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem
+from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem, is_parameter
 from .graphs import Recorded
+from .layout import layered
+from .network import JOINS, network_of
+from .picture import picture
+from .svg import RADIUS, Picture, arrow, box, file_of, join, text
 
-with extra("inspect"):
-    import graphviz
+__all__ = ["sides_of", "write"]
 
-__all__ = ["check_target", "drawing_of", "has_graphviz", "sides_of", "write"]
+HEIGHT, GAP, STUB = 34, 34, 16  # of a box; below it; of which arrows go straight down, beside their label
+LETTER, BOLD = 6.0, 7.4  # width of a letter in small and in large print, at most
+MOST = 34  # letters in a line
+MARGIN = 12
+WIDEST = 1200  # of a row of blocks
 
-FORMATS = ("svg", "png", "pdf")
-TEXT_SUFFIXES = (".dot", ".gv")
-INSTALL = "apt install graphviz, brew install graphviz, conda install graphviz or winget install graphviz"
-
-_FONT = "Helvetica,Arial,sans-serif"
-# light fills by what a node does, so that conv-norm-act can be told at a glance; SE is the only strong colour
-_FILLS = {"conv": "#dbeafe", "norm": "#eef2f7", "act": "#e3f4e1", "pool": "#efe7fb", "other": "#ffffff"}
-_SE_FILL, _SE_LINE = "#ff9f43", "#c2410c"
-_JOINS = ("+", "+=", "*", "*=", "-", "cat", "concat")
-
-
-def write(found: Recorded, groups: Iterable[list[BlockPair]], path: Path) -> Path:
-    """Write the drawing of some groups of blocks, in the format that the suffix says."""
-    drawing = drawing_of(found, groups)
-    if path.suffix in TEXT_SUFFIXES:
-        path.write_text(drawing.source, encoding="utf-8")
-    else:
-        path.write_bytes(_render(drawing, path.suffix[1:]))
-    return path
+ROLES = (
+    ("conv", ("conv", "linear")),
+    ("norm", ("norm",)),
+    ("act", ("relu", "elu", "silu", "swish", "sigmoid", "mish")),
+    ("pool", ("pool",)),
+)
 
 
-def has_graphviz() -> bool:
-    """Whether Graphviz's program ``dot`` is installed."""
-    return shutil.which("dot") is not None
+def write(found: Recorded, block: BlockPair | None, path: Path) -> None:
+    """Write the picture of one block before and after; or of the whole network, with each distinct block."""
+    groups = found.distinct() if block is None else [[block]]
+    frames = [_frame(group) for group in groups]
+    if block is None:
+        frames.insert(0, picture(network_of(found), {}))
+    name = class_name(found.model) if block is None else f"{block.path} before and after"
+    path.write_text(file_of(_in_rows(frames), name), encoding="utf-8")
 
 
-def check_target(path: str | Path) -> Path:
-    """The path of a drawing, once it is clear that it can be made there."""
-    path = Path(path)
-    if path.suffix not in (*TEXT_SUFFIXES, *(f".{f}" for f in FORMATS)):
-        raise RetrofitError(
-            f"{path} ends in no format that can be drawn: .dot, .gv, {', '.join(f'.{f}' for f in FORMATS)}"
-        )
-    writable(path)
-    if path.suffix not in TEXT_SUFFIXES and not has_graphviz():
-        raise RetrofitError(
-            f"{path.suffix} needs Graphviz's program dot, which is not on the PATH: install it ({INSTALL}), "
-            "or give a path that ends in .dot"
-        )
-    return path
+def _in_rows(frames: Iterable[Picture]) -> Picture:
+    """Pictures side by side, as many as there is room for, and below each other."""
+    parts: list[str] = []
+    x, y, width, height = float(MARGIN), float(MARGIN), 0.0, 0.0
+    for frame in frames:
+        if x > MARGIN and x + frame.width > WIDEST:
+            x, y, height = MARGIN, y + height + 2 * MARGIN, 0.0
+        parts.append(frame.svg("", at=(x, y)))
+        x += frame.width + 2 * MARGIN
+        width, height = max(width, x - MARGIN), max(height, frame.height)
+    return Picture(width, y + height + MARGIN, tuple(parts))
 
 
-def _canvas() -> graphviz.Digraph:
-    drawing = graphviz.Digraph("retrofit")
-    drawing.attr(
-        fontname=_FONT, fontsize="13", rankdir="TB", nodesep="0.25", ranksep="0.3", labelloc="t", bgcolor="white"
-    )
-    drawing.attr(
-        "node",
-        fontname=_FONT,
-        fontsize="11",
-        shape="box",
-        style="rounded,filled",
-        color="#94a3b8",
-        height="0.3",
-        margin="0.12,0.06",
-    )
-    drawing.attr("edge", fontname=_FONT, fontsize="9", fontcolor="#64748b", color="#64748b", arrowsize="0.6")
-    return drawing
+def _frame(group: list[BlockPair]) -> Picture:
+    """A block before and after, with its name and those of the blocks that are like it."""
+    pair, *others = group
+    few = ", ".join(other.path for other in others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    parts = [text("name", 0, 12, f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}")]
+    parts += [text("words", 0, 26, f"like it: {few}")] if others else []
+    x, height = 0.0, 0.0
+    sides = sides_of(pair)
+    for word, side in zip(("before", "after"), sides, strict=bool(sides)):
+        width = side.width + 2 * MARGIN
+        height = side.height + 2 * MARGIN + 10
+        parts.append(f'<rect class="panel" x="{x + 1:.0f}" y="37" width="{width:.0f}" height="{height:.0f}" rx="8"/>')
+        parts.append(text("words", x + MARGIN, 52, word))
+        parts.append(side.svg(f"{pair.path} {word}", at=(x + MARGIN, 37 + MARGIN + 10)))
+        x += width + MARGIN
+    if pair.failure is not None:
+        parts.append(text("words", 0, 52, f"no graph: {pair.failure}"))
+    letters = LETTER * max(len(pair.path) + len(pair.cls) + 14, len(few) + 10)
+    return Picture(max(x - MARGIN, letters) + 2, height + 40, tuple(parts))
 
 
-def drawing_of(found: Recorded, groups: Iterable[list[BlockPair]]) -> graphviz.Digraph:
-    """The first block of each group, before and after."""
-    drawing, plan = _canvas(), found.plan
-    title = f"{class_name(found.model)}: {len(plan.sites)} SE modules, {plan.parameters:,} parameters more\\n "
-    drawing.attr(label=title, fontsize="18")
-    for number, group in enumerate(groups):
-        pair = group[0]
-        with drawing.subgraph(name=f"cluster_{number}") as cluster:
-            cluster.attr(
-                label=graphviz.escape(_caption(group)), style="rounded", color="#cbd5e1", fontsize="13", margin="14"
-            )
-            # Graphviz sets unconnected clusters from right to left
-            for word in ("after", "before"):
-                with cluster.subgraph(name=f"cluster_{number}_{word}") as side:
-                    side.attr(
-                        label=word,
-                        style="rounded,filled",
-                        fillcolor="#f8fafc",
-                        color="#e2e8f0",
-                        fontsize="12",
-                        margin="10",
-                    )
-                    if pair.failure is not None:
-                        side.node(f"{number}_{word}", f"no graph: {pair.failure}", shape="plaintext")
-                    else:
-                        _draw_side(side, pair, word, f"{number}_{word}_")
-    return drawing
+def sides_of(pair: BlockPair) -> list[Picture]:
+    """A block before and after, as two pictures of one size whose nodes are in line; none where it has no graph."""
+    if pair.after is None:
+        return []
+    diagram = _Diagram(*_drawn(pair.after))
+    return [diagram.picture(without_se=True), diagram.picture()]
 
 
-def sides_of(pair: BlockPair) -> list[str]:
-    """A block before and after, as two ``<svg>`` elements of one size, whose nodes are in line. Their nodes have classes for what
-    they do, by which a page can colour them."""
-    texts, sizes = [], []
-    for word in ("before", "after"):
-        drawing = _canvas()
-        drawing.attr(bgcolor="transparent")
-        _draw_side(drawing, pair, word, f"{word}_")
-        text = _render(drawing, "svg").decode()
-        # ids are unique within a drawing, not within the page
-        texts.append(re.sub(r' id="[^"]*"', "", text[text.index("<svg") :]))
-        sizes.append([float(n) for n in re.findall(r'viewBox="\S+ \S+ (\S+) (\S+)"', text)[0]])
-    width, height = (max(size) for size in zip(*sizes, strict=True))
-    sides = []
-    for text, (own, _) in zip(texts, sizes, strict=True):
-        size = f'width="{width:.0f}pt" height="{height:.0f}pt"'
-        box = f'viewBox="{(own - width) / 2:.2f} 0 {width:.2f} {height:.2f}"'
-        text = re.sub(r'width="[^"]*" height="[^"]*"\s+viewBox="[^"]*"', f"{size} {box}", text, count=1)
-        sides.append(text)
-    return sides
+# What is drawn of a graph ---------------------------------------------------------------------------------------------
 
 
-def _render(drawing: graphviz.Digraph, form: str) -> bytes:
-    try:
-        return drawing.pipe(format=form)
-    except (graphviz.ExecutableNotFound, subprocess.CalledProcessError, OSError) as error:
-        raise RetrofitError(f"Graphviz could not draw: {str(error).strip()}") from error
+@dataclass(frozen=True)
+class _Node:
+    """A node of a picture: a join, or a box with lines of text in the colour of its role; and the shape of its value."""
+
+    role: str
+    lines: tuple[str, ...]
+    shape: str
+
+    @property
+    def width(self) -> float:
+        """Of its words."""
+        name, *more = self.lines
+        return 20 + max(BOLD * len(name), LETTER * max(map(len, more), default=0))
 
 
-def _caption(group: list[BlockPair]) -> str:
-    pair = group[0]
-    text = f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}"
-    others = [other.path for other in group[1:]]
-    if others:
-        few = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        text += f"\nlike it: {few}"
-    return text
-
-
-def _draw_side(drawing: graphviz.Digraph, pair: BlockPair, word: str, prefix: str) -> None:
-    """A block before or after. Before, there is a gap where SE will be, so that the nodes of the two are in line."""
-    assert pair.before is not None
-    assert pair.after is not None
-    block, nodes = pair.after, {node: node for node in pair.after.graph.nodes}
-    if word == "before":
-        ses = set(pair.after.ses)
-        rest = [node for node in nodes if node not in ses]
-        block = pair.before
-        if len(rest) == len(block.graph.nodes):
-            nodes = dict(zip(rest, block.graph.nodes, strict=True))
-        else:
-            nodes = {node: node for node in block.graph.nodes}
-    _draw_block(drawing, block, nodes, prefix)
-
-
-def _draw_block(drawing: graphviz.Digraph, block: BlockGraph, nodes: dict[fx.Node, fx.Node], prefix: str) -> None:
-    """Draw some nodes as connected as they are, each as the node of the block that it is mapped to, or as a gap."""
+def _drawn(block: BlockGraph) -> tuple[list[_Node], list[tuple[int, int]]]:
+    """What is drawn of a block's graph, and what connects it. All that an operation returns is one node, as is a list of inputs;
+    parameters are named where they are used."""
     given = block.graph.find_nodes(op="placeholder")
-    several = given if len(given) > 2 else []  # a list of feature maps is drawn as one input
-    labelled: set[fx.Node] = set()
-    order = next(iter(nodes)).graph.nodes
-    for place in order:
-        node = nodes.get(place)
-        if is_getitem(place) or (node is not None and node in several[1:]):
+    parts: dict[fx.Node, list[fx.Node]] = {}
+    origin: dict[fx.Node, fx.Node] = {}
+    for node in block.graph.nodes:
+        if is_parameter(node):
             continue
-        if node is None:
-            drawing.node(prefix + place.name, " \n ", style="invis")
-        else:
-            _draw_node(drawing, block, node, prefix + place.name)
-        flowing: dict[fx.Node, list[str]] = {}
-        for source in place.all_input_nodes:
-            made = nodes.get(source)
-            origin = (
-                next(p for p in order if nodes.get(p) is several[0]) if made is not None and made in several else source
-            )
-            while is_getitem(origin):  # an arrow from all that an operation returned, with the shape of the part
-                origin = origin.all_input_nodes[0]
-            shape = block.shape(made if made is not None else nodes[source.all_input_nodes[0]])
-            flowing.setdefault(origin, []).append(shape.replace("x", "\u00d7"))
-        for origin, shapes in flowing.items():
-            # a skip carries what another arrow says already, and its label would lie far from both of its ends
-            known = origin in labelled and node is not None and block.kind(node) in _JOINS
-            labelled.add(origin)
-            # out of a gap, where the label has been before, its place is kept
-            label = (
-                ""
-                if known
-                else " "
-                if nodes.get(origin) is None
-                else f" {', '.join(shapes[:2])}{', ...' if len(shapes) > 2 else ''} "
-            )
-            ends = [nodes.get(origin), node]
-            drawing.edge(prefix + origin.name, prefix + place.name, label=label, **_edge_style(block, ends))
+        origin[node] = node
+        if is_getitem(node):
+            origin[node] = origin[node.all_input_nodes[0]]
+        elif node in given and len(given) > 2:
+            origin[node] = given[0]
+        parts.setdefault(origin[node], []).append(node)
+    number = {node: i for i, node in enumerate(parts)}
+    edges: dict[tuple[int, int], None] = {}
+    nodes = []
+    for node, own in parts.items():
+        sources = dict.fromkeys(origin[source] for source in node.all_input_nodes if source in origin)
+        edges.update(dict.fromkeys((number[source], number[node]) for source in sources))
+        nodes.append(_node(block, node, own, len(sources)))
+    return nodes, list(edges)
 
 
-def _edge_style(block: BlockGraph, ends: list[fx.Node | None]) -> dict[str, str]:
-    """How the edge between two nodes looks; None is a gap, through which it goes on."""
-    if any(is_retrofitted(end.meta.get("module")) for end in ends if end is not None):
-        return {"class": "se", "color": _SE_LINE, "penwidth": "1.8", "fontcolor": _SE_LINE}
-    if ends[1] is None:
-        return {"headclip": "false", "arrowhead": "none"}
-    return {"tailclip": "false"} if ends[0] is None else {}
-
-
-def _draw_node(drawing: graphviz.Digraph, block: BlockGraph, node: fx.Node, name: str) -> None:
+def _node(block: BlockGraph, node: fx.Node, parts: list[fx.Node], inputs: int) -> _Node:
+    shapes = list(dict.fromkeys(shape for part in parts for shape in block.shape(part).split(", ") if shape))
+    shape = ", ".join(shapes[:2]).replace("x", "\u00d7") + (", ..." if len(shapes) > 2 else "")
     module, kind = node.meta.get("module"), block.kind(node)
-    if is_retrofitted(module):
-        label = f"{describe(module)}\n{block.path(str(node.target))}".replace("->", "→")
-        style = {"fillcolor": _SE_FILL, "color": _SE_LINE, "penwidth": "2", "fontname": "Helvetica-Bold"}
-        drawing.node(name, graphviz.escape(label), **{"class": "se"}, **style)
-    elif module is not None:
-        label = f"{block.path(str(node.target))}\n{describe(module)}".replace("->", "→")
-        role = _role(module, kind)
-        drawing.node(name, graphviz.escape(label), fillcolor=_FILLS[role], **{"class": role})
-    elif node.op in ("placeholder", "output"):
-        words = f"input {node.name}" if node.op == "placeholder" else "output"
-        drawing.node(name, graphviz.escape(words), shape="oval", fillcolor="#ffffff", **{"class": "other"})
-    elif kind in _JOINS:
-        symbol = {"+=": "+", "*": "\u00d7", "*=": "\u00d7", "concat": "cat"}.get(kind, kind)
-        style = {"shape": "circle", "fontsize": "14", "margin": "0.02", "height": "0.36", "width": "0.36"}
-        drawing.node(name, symbol, fillcolor="#fde68a", **{"class": "join"}, **style)
-    elif node.op == "get_attr":
-        label = str(node.target)
-        drawing.node(
-            name, graphviz.escape(label), style="filled", fillcolor="#f1f5f9", fontsize="10", **{"class": "other"}
-        )
+    if inputs > 1 and kind in JOINS:
+        return _Node("join", (JOINS[kind],), shape)
+    if module is None:
+        lines = [block.label(node).replace("* ", "\u00d7 ")]
     else:
-        role = _role(None, kind)
-        drawing.node(name, graphviz.escape(kind), fillcolor=_FILLS[role], **{"class": role})
-
-
-def _role(module: nn.Module | None, kind: str) -> str:
-    """What a node does, by its class's name: only for its colour."""
+        lines = [block.path(str(node.target)), describe(module).replace("->", "\u2192")]
+    if is_retrofitted(module):
+        return _Node("se", (lines[1], lines[0]), shape)
     low = kind.lower()
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or "conv" in low:
-        return "conv"
-    for role, words in (
-        ("norm", ("norm",)),
-        ("act", ("relu", "elu", "silu", "swish", "sigmoid", "mish")),
-        ("pool", ("pool",)),
-    ):
-        if any(word in low for word in words):
-            return role
-    return "other"
+    role = next((role for role, words in ROLES if any(word in low for word in words)), "other")
+    return _Node(role, tuple(line if len(line) <= MOST else f"{line[: MOST - 1]}\u2026" for line in lines), shape)
+
+
+# Where it is drawn ----------------------------------------------------------------------------------------------------
+
+
+class _Diagram:
+    """A graph with its layout."""
+
+    def __init__(self, nodes: list[_Node], edges: list[tuple[int, int]]) -> None:
+        self.nodes, self.edges = nodes, edges
+        self.width = max(node.width for node in nodes)
+        labels = [2 * (5 + LETTER * len(node.shape)) for node in nodes]
+        boxes = [2 * RADIUS if node.role == "join" else self.width for node in nodes]
+        layout = layered([max(sizes) for sizes in zip(labels, boxes, strict=True)], edges)
+        self.row, self.size = layout.row, layout.width + 2
+        self.x = [x + 1 for x in layout.x]
+        self.lanes = {edge: [x + 1 for x in lanes] for edge, lanes in layout.lanes.items()}
+
+    def picture(self, *, without_se: bool = False) -> Picture:
+        """The diagram; ``without_se``, with gaps in the places of SE, through which arrows lead."""
+        gaps = {i for i, node in enumerate(self.nodes) if without_se and node.role == "se"}
+        parts = [self.edge(source, end, gaps) for source, end in self.edges]
+        shown = [i for i in range(len(self.nodes)) if i not in gaps]
+        parts += [self.node(i) for i in shown]
+        sources = {source for source, _ in self.edges}  # a gap says no shape: it passes on what it is given
+        parts += [
+            text("words", self.x[i] + 5, self.bottom(i) + STUB - 4, self.nodes[i].shape) for i in shown if i in sources
+        ]
+        return Picture(self.size, (max(self.row) + 1) * (HEIGHT + GAP) - GAP + 2, tuple(parts))
+
+    def top(self, row: int) -> float:
+        return 1 + row * (HEIGHT + GAP)
+
+    def bottom(self, i: int) -> float:
+        """Where the row of a node ends, and its label begins."""
+        return self.top(self.row[i]) + HEIGHT
+
+    def edge(self, source: int, end: int, gaps: set[int]) -> str:
+        """An arrow: down past the label of its source, then from row to row in its lanes."""
+        x, y = self.x[source], self.bottom(source)
+        path = f"M{x:.1f},{y - self.inside(source, gaps):.1f}"
+        for row, to in enumerate((*self.lanes[source, end], self.x[end]), start=self.row[source] + 1):
+            stub, y = self.top(row) - GAP + STUB, self.top(row)
+            middle = (stub + y) / 2
+            path += f" V{stub:.1f} C{x:.1f},{middle + 3:.1f} {to:.1f},{middle - 3:.1f} {to:.1f},{y:.1f}"
+            x = to
+        y += self.inside(end, gaps)
+        role = "se" if "se" in (self.nodes[source].role, self.nodes[end].role) and not gaps else "flow"
+        if end in gaps:
+            return f'<path class="{role}" d="{path} V{y:.1f}"/>'
+        return arrow(role, f"{path} V{y:.1f}", x, y, down=True)
+
+    def inside(self, i: int, gaps: set[int]) -> float:
+        """How far within its row a node ends: a join is smaller than a box, and an arrow goes on in a gap."""
+        return HEIGHT / 2 if i in gaps else HEIGHT / 2 - RADIUS if self.nodes[i].role == "join" else 0.0
+
+    def node(self, i: int) -> str:
+        node, x, y = self.nodes[i], self.x[i], self.top(self.row[i])
+        tip = ", ".join([*node.lines, node.shape])
+        if node.role == "join":
+            return join(x, y + HEIGHT / 2, node.lines[0], tip)
+        return box(node.role, x - self.width / 2, y, self.width, HEIGHT, node.lines, tip)

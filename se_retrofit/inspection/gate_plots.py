@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["plot_gates", "plot_stages"]
 
 MOST_CLASSES = 5  # as many as the paper's figure shows
-_ONE = {"color": "#94a3b8", "linewidth": 0.8, "linestyle": "--"}  # the line at which a gate changes nothing
+_ONE: dict[str, Any] = {
+    "color": "#94a3b8",
+    "linewidth": 0.8,
+    "linestyle": "--",
+}  # the line at which a gate changes nothing
 
 
 def plot_stages(stages: list[list[SiteGates]], path: str | Path | None) -> Figure:
@@ -53,7 +57,7 @@ def _plot_site(axes: Axes, site: SiteGates) -> None:
     order = site.mean.argsort()
     mean, std, channels = site.mean[order].numpy(), site.std[order].numpy(), range(len(order))
     axes.axhline(1.0, **_ONE)
-    style = {"color": "#cbd5e1", "alpha": 0.6, "linewidth": 0}
+    style: dict[str, Any] = {"color": "#cbd5e1", "alpha": 0.6, "linewidth": 0}
     axes.fill_between(channels, mean - std, mean + std, label="± std over inputs", **style)
     for label in sorted(site.class_means)[:MOST_CLASSES]:
         axes.plot(channels, site.class_means[label][order].numpy(), linewidth=0.9, alpha=0.9, label=f"class {label}")
@@ -108,7 +112,7 @@ def plot_gates(epochs: Mapping[int, Mapping[str, Any]], path: str | Path | None 
     figure.supxlabel("epoch", fontsize=9)
     figure.supylabel("mean gate of each channel", fontsize=9)
     title = "± is the variation between inputs, in the last epoch"
-    style = {"ncols": 3, "fontsize": 8, "frameon": False, "title": title, "title_fontsize": 8}
+    style: dict[str, Any] = {"ncols": 3, "fontsize": 8, "frameon": False, "title": title, "title_fontsize": 8}
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper center", **style)
     if path is not None:
         figure.savefig(path, dpi=120)

@@ -24,7 +24,7 @@ from ..surgery.record.inputs import Inputs, described_inputs, given_inputs
 from ..surgery.record.roles import is_sequential
 from ..surgery.record.runs import record
 from ..surgery.splice.undo import is_retrofitted
-from .blocks import BlockGraph, BlockPair, class_name, join
+from .blocks import BlockGraph, BlockPair, class_name
 
 __all__ = ["Recorded", "call_graph", "find_block", "recorded"]
 
@@ -101,10 +101,13 @@ def find_block(found: Recorded, path: str) -> BlockPair:
     Raises:
         RetrofitError: there is none; the message lists some that there are.
     """
-    for names in (_own_names, _inner_names):
-        for pair in found.blocks:
-            if path in names(pair):
-                return pair
+    # a block's own names come before those of the modules that others call
+    for pair in found.blocks:
+        if path == pair.path or path in [site.path for site in pair.sites]:
+            return pair
+    for pair in found.blocks:
+        if pair.after is not None and path in pair.after.modules:
+            return pair
     blocks = [pair for pair in found.blocks if pair.path]
     around = [pair for pair in blocks if path and pair.path.startswith(f"{path}.")]
     if path in dict(found.model.named_modules()):
@@ -118,17 +121,6 @@ def find_block(found: Recorded, path: str) -> BlockPair:
     if around:
         raise RetrofitError(f"{len(around)} blocks with SE are in {path!r}, name one: {few}")
     raise RetrofitError(f"no retrofitted block {path!r}; the blocks with SE are {few}")
-
-
-def _own_names(pair: BlockPair) -> list[str]:
-    return [pair.path, *(site.path for site in pair.sites)]
-
-
-def _inner_names(pair: BlockPair) -> list[str]:
-    """The modules that a block calls."""
-    if pair.after is None:
-        return []
-    return [join(pair.after.scope, str(node.target)) for node in pair.after.graph.find_nodes(op="call_module")]
 
 
 # From records to graphs -----------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..paths import writable
 from ..retrofit import warn_of_lost_sites
 from .blocks import BlockPair
-from .difference import difference_lines
+from .diff import diff_lines
+from .drawing import write
 from .graphs import Recorded, find_block, recorded
 from .lines import Line, Lines
 from .printing import block_lines, tree_lines
@@ -105,9 +107,9 @@ class Inspection(Recorded):
             ...
         """
         lines: list[Line] = []
-        for number, (pair, *others) in enumerate(self._groups(block)):
+        for number, (pair, *others) in enumerate(self.distinct() if block is None else [[self.block(block)]]):
             lines += [Line("")] if number else []
-            lines += difference_lines(pair)
+            lines += diff_lines(pair)
             if others:
                 lines.append(Line(f"like it: {', '.join(other.path for other in others)}"))
         return Lines(lines)
@@ -117,34 +119,34 @@ class Inspection(Recorded):
 
         Blocks that differ in nothing but names and numbers of channels are drawn once; the first one's shapes are shown.
 
+        Without ``block``, the whole network stands above them: a column for each size of feature maps.
+
         Args:
-            path: the file to write. Its suffix says what: ``.dot`` or ``.gv`` (Graphviz's text, which needs no program),
-                ``.svg``, ``.png`` or ``.pdf`` (by Graphviz's program ``dot``).
+            path: the file to write, which ends in ``.svg``. Browsers show it; ``rsvg-convert``, Inkscape or CairoSVG make
+                ``.png`` or ``.pdf`` of it.
             block: the one block to draw.
 
         Returns:
             The path that was written.
 
         Raises:
-            RetrofitError: the suffix is none of these, the folder does not exist, Graphviz is not installed and the
-                suffix asks for it, or there is no such block. Nothing is written then.
+            RetrofitError: the path ends otherwise, its folder does not exist, or there is no such block. Nothing is written then.
 
         Example:
             >>> import tempfile, timm
             >>> from se_retrofit import add_se, inspect_se
             >>> inspection = inspect_se(add_se(timm.create_model("resnet18")))
-            >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.dot").read_text().startswith("digraph")
+            >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.svg").read_text().startswith("<svg")
             True
         """
-        from .drawing import check_target, write
-
-        path = check_target(path)
-        return write(self, self._groups(block), path)
+        path = writable(path, ".svg")
+        write(self, None if block is None else self.block(block), path)
+        return path
 
     def write_html(self, path: str | Path) -> Path:
         """Write one HTML page: summary, table, drawings, differences, and the tree of modules.
 
-        The drawings are in it where Graphviz's program ``dot`` is installed. It opens offline and fetches nothing.
+        It opens offline and fetches nothing.
 
         Args:
             path: the file to write, which ends in ``.html`` or ``.htm``.
@@ -161,18 +163,15 @@ class Inspection(Recorded):
             >>> inspect_se(add_se(timm.create_model("resnet18"))).write_html(f"{tempfile.mkdtemp()}/resnet18.html").name
             'resnet18.html'
         """
-        from .page import check_target, page
+        from .page import page
 
-        path = check_target(path)
+        path = writable(path, ".html", ".htm")
         path.write_text(page(self, self._report), encoding="utf-8")
         return path
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
         return self._report.to_dict()
-
-    def _groups(self, block: str | None) -> list[list[BlockPair]]:
-        return self.distinct() if block is None else [[self.block(block)]]
 
     def __str__(self) -> str:
         return str(self._report)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from ..errors import RetrofitError, extra
-from ..paths import writable
+from ..errors import extra
 from .blocks import BlockPair
 from .costs import human
-from .difference import difference_of
-from .drawing import INSTALL, has_graphviz, sides_of
+from .diff import diff_lines
+from .drawing import sides_of
 from .graphs import Recorded
 from .lines import Line
 from .network import network_of
@@ -23,18 +21,11 @@ from .report import FIRST_NUMBER, Report, percent
 with extra("inspect"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-__all__ = ["check_target", "page"]
+__all__ = ["page"]
 
+_CLASSES = {"green": "add", "red": "del", "cyan": "head", "bold": "head"}
 _FEW = 6  # so few sites need no folding
 _LONG = 22  # characters, above which a cell in the table of sites is wrapped
-
-
-def check_target(path: str | Path) -> Path:
-    """The path of a page, once it is clear that it can be written there."""
-    path = Path(path)
-    if path.suffix not in (".html", ".htm"):
-        raise RetrofitError(f"{path} does not end in .html, which the page is")
-    return writable(path)
 
 
 def page(found: Recorded, report: Report) -> str:
@@ -43,7 +34,7 @@ def page(found: Recorded, report: Report) -> str:
 
     groups = found.distinct()
     links = {pair.path: f"#block-{i}" for i, group in enumerate(groups, 1) for pair in group}
-    network = network_of(found)
+    drawn = picture(network_of(found), links)  # smaller than this, its words are not legible, and the page scrolls
     environment = Environment(
         loader=PackageLoader("se_retrofit.inspection", "."),
         autoescape=select_autoescape(),
@@ -54,9 +45,7 @@ def page(found: Recorded, report: Report) -> str:
     return environment.get_template("page.html").render(
         report=report,
         cards=_cards(report),
-        network=picture(network, links),
-        network_narrow=picture(network, links, narrow=True),
-        install=INSTALL,
+        network=drawn.svg("the network", style=f"min-width: {0.75 * drawn.width:.0f}px"),
         version=__version__,
         blocks=[_block(group) for group in groups],
         tree=_lines(tree_lines(found)),
@@ -136,16 +125,11 @@ def _block(group: list[BlockPair]) -> dict[str, Any]:
         "code": [],
     }
     if pair.failure is None:
-        if has_graphviz():
-            block["sides"] = sides_of(pair)
-        marks = {"+": "add", "-": "del", "@": "head"}
-        block["diff"] = [
-            {"text": line, "cls": "head" if line[:3] in ("+++", "---") else marks.get(line[:1], "")}
-            for line in difference_of(pair)
-        ]
+        block["sides"] = [side.svg(word) for word, side in zip(("before", "after"), sides_of(pair), strict=True)]
+        block["diff"] = _lines(diff_lines(pair))
         block["code"] = _lines(source_lines(pair))
     return block
 
 
 def _lines(lines: Iterable[Line]) -> list[dict[str, str]]:
-    return [{"text": line.text, "cls": "se" if line.se else ""} for line in lines]
+    return [{"text": line.text, "cls": "se" if line.se else _CLASSES.get(line.style, "")} for line in lines]

@@ -1,8 +1,4 @@
-"""The picture of a whole network as SVG: a column for each stage, its blocks as boxes that link to their drawings, SE marked.
-
-It is laid out here rather than by Graphviz, so that a page has it wherever it is written. Colours are classes: the page
-says what they are, in light and in dark.
-"""
+"""The picture of a whole network: a column for each stage, its blocks as boxes that link to their drawings, SE marked."""
 
 from __future__ import annotations
 
@@ -12,13 +8,13 @@ from dataclasses import dataclass
 from html import escape
 
 from .network import Edge, Network, Node
+from .svg import RADIUS, Picture, arrow, box, join, text, times
 
 __all__ = ["picture"]
 
 _WIDTH, _HEIGHT, _PITCH = 156, 34, 46  # of a box, and from one box to the next below
 _GUTTER, _LANE = 40, 9  # between columns; between connections that lead past boxes
 _HEAD = 40  # height of a column's heading
-_DOT = "\u00b7"
 _MANY = 3  # a node that takes more values past others is one of a dense block
 
 
@@ -58,42 +54,24 @@ class _Arc:
     rail: bool
 
 
-def picture(network: Network, links: Mapping[str, str], *, narrow: bool = False) -> str:
-    """A network as an ``<svg>`` element.
+def picture(network: Network, links: Mapping[str, str]) -> Picture:
+    """A network as a picture.
 
     Args:
         network: its nodes and edges.
         links: where a block's box leads to, by the path of the block.
-        narrow: all in one column, for small screens.
     """
     columns = _columns(network.nodes)
-    if narrow:
-        columns = [_Column(network.nodes, ())]
     where = {node: (i, row) for i, column in enumerate(columns) for row, node in enumerate(column.nodes)}
     arcs = [_arcs(i, column, network.edges, where) for i, column in enumerate(columns)]
-    width, height = _place(columns, arcs, network.edges, where, heads=not narrow)
-    heads = _stage_heads(network.nodes) if narrow else {}
-    parts: list[str] = []
-    for edge in network.edges:
-        parts += _edge(edge, columns, where)
+    width, height = _place(columns, arcs, network.edges, where)
+    parts = [_edge(edge, columns, where) for edge in network.edges]
     for column, own in zip(columns, arcs, strict=True):
         parts += (_arc(arc, column) for arc in own)
     for column in columns:
-        if not narrow:
-            parts.append(_heading(column))
-        for row, node in enumerate(column.nodes):
-            parts += _box(node, column, row, links, heads.get(node, ""), narrow)
-    marker = (
-        '<defs><marker id="tip" viewBox="0 0 6 6" refX="5.5" refY="3" markerWidth="6" markerHeight="6" orient="auto">'
-        '<path class="tip" d="M0,0 L6,3 L0,6 z"/></marker></defs>'
-    )
-    if narrow:  # ids are unique within the page
-        marker = marker.replace('"tip" view', '"tip-narrow" view')
-        parts = [part.replace("url(#tip)", "url(#tip-narrow)") for part in parts]
-    # smaller than this, its words are not legible, and the page scrolls
-    size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
-    size += f' style="min-width: {0 if narrow else 0.75 * width:.0f}px"'
-    return f'<svg class="network" role="img" aria-label="the network" {size}>{marker}{"".join(parts)}</svg>'
+        parts.append(_heading(column))
+        parts += (_box(node, column, row, links) for row, node in enumerate(column.nodes))
+    return Picture(width, height, tuple(parts))
 
 
 # Where things go ------------------------------------------------------------------------------------------------------
@@ -149,8 +127,6 @@ def _place(
     arcs: list[list[_Arc]],
     edges: Iterable[Edge],
     where: Mapping[Node, tuple[int, int]],
-    *,
-    heads: bool,
 ) -> tuple[float, float]:
     """Set the columns' places; gives the size of all. Where connections skip whole stages, as in a U-Net, smaller feature maps
     stand lower, so that these connections lead above them."""
@@ -165,70 +141,43 @@ def _place(
     for column in columns:
         y = tops.get(column.space, y if across else 0.0)
         column.x = x + column.lanes * _LANE + 12
-        column.y = y + (_HEAD if heads else 10)
+        column.y = y + _HEAD
         x = column.x + _WIDTH + _GUTTER
-    return x - (_GUTTER - 10 if heads else 0) + (0 if heads else 40), max(c.y + c.height for c in columns) + 6
-
-
-def _stage_heads(nodes: Iterable[Node]) -> dict[Node, str]:
-    """In one column, what a stage begins with says its size."""
-    heads, last = {}, None
-    for node in nodes:
-        space = _stage(node)
-        if space and space != last:
-            heads[node] = _size(space)
-        last = space or last
-    return heads
+    return x - _GUTTER + 10, max(c.y + c.height for c in columns) + 6
 
 
 # What is drawn --------------------------------------------------------------------------------------------------------
 
 
-def _size(space: tuple[int, ...]) -> str:
-    return "\u00d7".join(map(str, space))
-
-
 def _heading(column: _Column) -> str:
-    size, prefix = _size(column.space), column.prefix
-    lines = [f'<text class="stage" x="{column.x:.0f}" y="{column.y - 20:.0f}">{size or "vector"}</text>']
-    if prefix:
-        lines.append(
-            f'<text class="words" x="{column.x:.0f}" y="{column.y - 7:.0f}">{escape(_short(prefix, 26))}</text>'
-        )
-    return "".join(lines)
+    words = text("name", column.x, column.y - 20, times(column.space) or "vector")
+    return words + (text("words", column.x, column.y - 7, _short(column.prefix, 26)) if column.prefix else "")
 
 
-def _box(node: Node, column: _Column, row: int, links: Mapping[str, str], head: str, narrow: bool) -> list[str]:
+def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str:
     x, y = column.x, column.y + row * _PITCH
-    shape = "\u00d7".join(map(str, node.shape))
+    shape = times(node.shape)
     told = [node.name + (f" to {node.last}" if node.last not in ("", node.name) else ""), node.words, shape]
-    title = f"<title>{escape(', '.join(part for part in told if part))}</title>"
-    side = f'<text class="words" x="{x + _WIDTH + 12:.0f}" y="{y + 21:.0f}">{head}</text>' if head else ""
+    tip = ", ".join(part for part in told if part)
     if node.kind == "join":
-        centre = f'cx="{x + _WIDTH / 2:.0f}" cy="{y + _HEIGHT / 2:.0f}" r="13"'
-        sign = f'<text class="sign" x="{x + _WIDTH / 2:.0f}" y="{y + _HEIGHT / 2 + 4:.0f}">{escape(node.name)}</text>'
-        return [f'<g class="join">{title}<circle {centre}/>{sign}</g>', side]
+        return join(x + _WIDTH / 2, y + _HEIGHT / 2, node.name, tip)
     room = 16 if node.ses else 21
     words = node.words if "," not in node.words else f"{node.words.count(',') + 1} layers"
-    if len(node.shape) == len(node.space) + 1 and node.space and (narrow or node.space == column.space):
+    if len(node.shape) == len(node.space) + 1 and node.space == column.space != ():
         shape = str(math.prod(node.shape) // max(math.prod(node.space), 1))  # the heading says the rest
     most = room + 5 - len(shape) - 3
     words = words if len(words) <= most else f"{words[: most - 1]}\u2026"
-    text = (
-        f'<text class="name" x="{x + 9:.0f}" y="{y + 14:.0f}">{escape(_name(node, column, narrow, room))}</text>'
-        f'<text class="words" x="{x + 9:.0f}" y="{y + 27:.0f}">{escape(f"{words} {_DOT} {shape}" if words else shape)}</text>'
-    )
-    mark = _mark(node, x, y) if node.ses else ""
+    lines = [_name(node, column, room), f"{words} \u00b7 {shape}" if words else shape]
+    mark = "" if not node.ses else "SE" if node.ses == 1 else f"{node.ses} SE"
     bypass = f'<path class="skip" d="M{x},{y + 4} h-4 q-5,0 -5,5 v{_HEIGHT - 18} q0,5 5,5 h4"/>' if node.bypass else ""
-    rect = f'<rect x="{x:.0f}" y="{y:.0f}" width="{_WIDTH}" height="{_HEIGHT}" rx="7"/>'
-    box = f'<g class="{node.kind}">{title}{bypass}{rect}{text}{mark}</g>'
+    drawn = bypass + box(node.kind, x, y, _WIDTH, _HEIGHT, lines, tip, mark)
     link = links.get(node.block.path) if node.block is not None else None
-    return [f'<a href="{escape(link)}">{box}</a>' if link else box, side]
+    return f'<a href="{escape(link)}">{drawn}</a>' if link else drawn
 
 
-def _name(node: Node, column: _Column, narrow: bool, most: int) -> str:
+def _name(node: Node, column: _Column, most: int) -> str:
     """A node's name without what the column's heading says; a number does not stand alone."""
-    name, prefix = node.name, "" if narrow else column.prefix
+    name, prefix = node.name, column.prefix
     if prefix and name.startswith(f"{prefix}."):
         rest = name[len(prefix) + 1 :]
         name = f"{prefix.rpartition('.')[2]}.{rest}" if rest[:1].isdigit() else rest
@@ -238,37 +187,22 @@ def _name(node: Node, column: _Column, narrow: bool, most: int) -> str:
     return _short(name + end, most)
 
 
-def _mark(node: Node, x: float, y: float) -> str:
-    """The badge that says SE."""
-    words = "SE" if node.ses == 1 else f"{node.ses} SE"
-    width = 9 + 7 * len(words)
-    left = x + _WIDTH - width - 6
-    return (
-        f'<rect class="badge" x="{left:.0f}" y="{y + 9:.0f}" width="{width}" height="16" rx="8"/>'
-        f'<text class="badge" x="{left + width / 2:.1f}" y="{y + 21:.0f}">{words}</text>'
-    )
-
-
-def _edge(edge: Edge, columns: list[_Column], where: Mapping[Node, tuple[int, int]]) -> list[str]:
-    """The line of a connection between neighbours, or between columns."""
+def _edge(edge: Edge, columns: list[_Column], where: Mapping[Node, tuple[int, int]]) -> str:
+    """The line of a connection between neighbours, or between columns; those past neighbours are arcs."""
     (i, row), (j, end) = where[edge.source], where[edge.end]
     before, after = columns[i], columns[j]
+    cls = "skip" if edge.skips else "flow"
     if i == j:
         if end - row != 1:
-            return []  # an arc
-        x = before.x + _WIDTH / 2
-        top = before.y + row * _PITCH + _bottom(edge.source)
-        return [_line(f"M{x:.0f},{top:.0f} V{after.y + end * _PITCH + _top(edge.end):.0f}", edge)]
+            return ""
+        x, top, bottom = before.x + _WIDTH / 2, before.y + row * _PITCH, after.y + end * _PITCH + _top(edge.end)
+        return arrow(cls, f"M{x:.0f},{top + _HEIGHT - _top(edge.source):.0f} V{bottom:.0f}", x, bottom, down=True)
     start, stop = before.x + _side(edge.source), after.x + _WIDTH - _side(edge.end)
     x1, x2 = before.x + _WIDTH, after.x
     y1, y2 = (c.y + r * _PITCH + _HEIGHT / 2 for c, r in ((before, row), (after, end)))
     bend = max(_GUTTER * 0.7, (x2 - x1) * 0.25) if edge.skips else _GUTTER * 0.7
     curve = f"C{x1 + bend:.0f},{y1:.0f} {x2 - bend:.0f},{y2:.0f} {x2:.0f},{y2:.0f}"
-    return [_line(f"M{start:.0f},{y1:.0f} H{x1:.0f} {curve} H{stop:.0f}", edge)]
-
-
-def _line(path: str, edge: Edge) -> str:
-    return f'<path class="{"skip" if edge.skips else "flow"}" d="{path}" marker-end="url(#tip)"/>'
+    return arrow(cls, f"M{start:.0f},{y1:.0f} H{x1:.0f} {curve} H{stop:.0f}", stop, y2)
 
 
 def _arc(arc: _Arc, column: _Column) -> str:
@@ -276,22 +210,18 @@ def _arc(arc: _Arc, column: _Column) -> str:
     y1, y2 = (column.y + row * _PITCH + _HEIGHT / 2 for row in (arc.first, arc.last))
     rows = range(arc.first + 1, arc.last) if arc.rail else ()
     ticks = "".join(f"M{left:.0f},{column.y + row * _PITCH + _HEIGHT / 2:.0f} H{column.x:.0f} " for row in rows)
-    ends = [column.x + (_WIDTH / 2 - 13 if column.nodes[row].kind == "join" else 0) for row in (arc.first, arc.last)]
+    ends = [column.x + (_WIDTH - _side(column.nodes[row])) % _WIDTH for row in (arc.first, arc.last)]
     path = f"M{ends[0]:.0f},{y1:.0f} H{left + 6:.0f} q-6,0 -6,6 V{y2 - 6:.0f} q0,6 6,6 H{ends[1]:.0f}"
-    return f'<path class="skip" d="{ticks}{path}" marker-end="url(#tip)"/>'
+    return arrow("skip", ticks + path, ends[1], y2)
 
 
 def _side(node: Node) -> float:
     """Where its right side is; a join is a circle in the middle of its box."""
-    return _WIDTH / 2 + 13 if node.kind == "join" else _WIDTH
+    return _WIDTH / 2 + RADIUS if node.kind == "join" else _WIDTH
 
 
 def _top(node: Node) -> float:
-    return _HEIGHT / 2 - 13 if node.kind == "join" else 0
-
-
-def _bottom(node: Node) -> float:
-    return _HEIGHT - _top(node)
+    return _HEIGHT / 2 - RADIUS if node.kind == "join" else 0
 
 
 def _short(text: str, most: int) -> str:

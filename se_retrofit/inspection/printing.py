@@ -14,7 +14,7 @@ from ..attention import Inserted
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import BlockPair, class_name, describe, join
-from .difference import sources
+from .diff import sources
 from .graphs import Recorded
 from .lines import Line
 

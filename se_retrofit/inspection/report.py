@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ..plan import Skipped, folded
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import class_name
-from .costs import costs, human
+from .costs import NOT_CALLED, costs, human
 from .graphs import Recorded
 
 if TYPE_CHECKING:
@@ -54,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a retrofit put where, and what it costs. ``str(report)`` is plain text, ``rich.print(report)`` a table in colour.
+    """What a retrofit put where, and what it costs. ``str(report)`` is plain text, ``rich.print(report)`` prints it in colour.
 
     Attributes:
         model: name of the model's class, before the retrofit.
@@ -92,14 +95,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
-        data = asdict(self)
-        data["rows"] = [{**row, "shape": list(row["shape"]), "space": list(row["space"])} for row in data["rows"]]
-        data["skipped"] = list(data["skipped"])
+        data: dict[str, Any] = json.loads(self.to_json())
         return data
 
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(asdict(self), indent=2)
 
     def summary(self) -> list[tuple[str, str]]:
         """The totals, as pairs of a heading and a text."""
@@ -124,17 +125,6 @@ class Report:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The table as text: its header and its rows."""
-        header = [
-            "block",
-            "class",
-            "kind",
-            "SE after",
-            "before",
-            "feature map",
-            "channels",
-            "parameters",
-            "multiply-adds",
-        ]
         rows = [
             [
                 row.block or "(model)",
@@ -149,62 +139,32 @@ class Report:
             ]
             for row in self.rows
         ]
-        return header, rows
+        return HEADER, rows
 
     def __str__(self) -> str:
         header, rows = self.cells()
-        lines = [
-            f"{self.model} with {self.title}",
-            "",
-            *aligned([header, *rows], left=FIRST_NUMBER, rule=True),
-            "",
-        ]
+        lines = [f"{self.model} with {self.title}", "", *aligned([header, *rows], left=FIRST_NUMBER, rule=True), ""]
         lines += [f"{heading:<19}{text}" for heading, text in self.summary()]
         if self.skipped:
-            lines += [
-                "",
-                f"skipped: {len(self.skipped)}",
-                *(f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped)),
-            ]
+            lines += ["", f"skipped: {len(self.skipped)}"]
+            lines += [f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped)]
         return "\n".join(lines)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        header, rows = self.cells()
-        table = Table(
-            title=f"{self.model} with {self.title}",
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-        )
-        for i, name in enumerate(header):
-            table.add_column(
-                name,
-                justify="right" if i >= FIRST_NUMBER else "left",
-                style=_STYLES.get(name),
-                overflow="fold",
-                no_wrap=name == "block",
-            )
-        previous = None
-        for row, data in zip(rows, self.rows, strict=True):
-            if previous is not None and data.space != previous:
-                table.add_section()
-            previous = data.space
-            table.add_row(*(Text(cell) for cell in row))
-        yield table
-        for heading, text in self.summary():
-            yield Text.assemble((f"{heading:<19}", "bold"), text)
-        if self.skipped:
-            yield Text(f"\nskipped: {len(self.skipped)}", style="bold")
-            for blocks, reason in folded(self.skipped):
-                yield Text.assemble(f"  {blocks}: ", (reason, "dim"))
+        lines = str(self).splitlines()
+        start, end = (lines[2].index(f"{name} ") for name in ("SE after", "before"))
+        for number, line in enumerate(lines):
+            text = Text(line, "bold" if number in (0, 2) else "", no_wrap=True, overflow="ignore")
+            if 4 <= number < 4 + len(self.rows):
+                text.stylize("bold", 0, lines[2].index("class"))
+                text.stylize("dark_orange", start, end)
+            yield text
 
 
+HEADER = ["block", "class", "kind", "SE after", "before", "feature map", "channels", "parameters", "multiply-adds"]
 FIRST_NUMBER = 6
-_STYLES = {"SE after": "dark_orange", "block": "bold"}
 
 
 def percent(part: int, whole: int) -> str:
@@ -227,35 +187,26 @@ def report_of(found: Recorded) -> Report:
     by_path = {site.path: pair for pair in found.blocks for site in pair.sites}
     rows = []
     for site in plan.sites:
-        pair, price = by_path[site.path], cost.sites.get(site.path)
-        rows.append(
-            Row(
-                site.path,
-                site.block,
-                pair.cls,
-                site.kind,
-                pair.se_after(site),
-                pair.se_before(site),
-                price.shape if price else (),
-                site.channels,
-                site.parameters,
-                _space(price.shape, site.channel_dim) if price else (),
-                price.excitation if price else None,
-                price.squeeze_scale if price else None,
-            )
-        )
-    inserted = {site.path for site in plan.sites}
-    new = {id(p) for path, m in model.named_modules() if path in inserted and is_retrofitted(m) for p in m.parameters()}
+        pair, own = by_path[site.path], cost.sites.get(site.path, NOT_CALLED)
+        space = _space(own.shape, site.channel_dim)
+        row = Row(
+            site.path, site.block, pair.cls, site.kind, pair.se_after(site), pair.se_before(site),
+            own.shape, site.channels, site.parameters, space, own.excitation, own.squeeze_scale,
+        )  # fmt: skip
+        rows.append(row)
+    paths = {row.path for row in rows}
+    new = {id(p) for path, m in model.named_modules() if path in paths and is_retrofitted(m) for p in m.parameters()}
     parameters = list(model.parameters())
+    old = [p for p in parameters if id(p) not in new]
     return Report(
         class_name(model),
         tuple(rows),
         plan.skipped,
         plan.options,
-        parameters_before=sum(p.numel() for p in parameters if id(p) not in new),
-        parameters_after=sum(p.numel() for p in parameters),
-        trainable_before=sum(p.numel() for p in parameters if p.requires_grad and id(p) not in new),
-        trainable_after=sum(p.numel() for p in parameters if p.requires_grad),
+        parameters_before=_numbers_in(old),
+        parameters_after=_numbers_in(parameters),
+        trainable_before=_numbers_in(p for p in old if p.requires_grad),
+        trainable_after=_numbers_in(p for p in parameters if p.requires_grad),
         inputs=cost.inputs,
         resized=cost.resized,
         multiply_adds_before=cost.before,
@@ -263,3 +214,7 @@ def report_of(found: Recorded) -> Report:
         squeeze_scale=cost.squeeze_scale,
         what=plan.what,
     )
+
+
+def _numbers_in(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -22,7 +22,7 @@ from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs
 from .record.isolation import isolated, without_collections
-from .record.methods import forget_methods
+from .record.methods import METHODS
 from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
@@ -36,7 +36,7 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     Raises:
         RetrofitError: the model can't be copied, or run on the inputs; nothing can be retrofitted.
     """
-    forget_methods()
+    METHODS.clear()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
         found = _found(read(runs.evaluation), options)
@@ -68,7 +68,7 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
     if not plan.sites:
         raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
     executable = all(site.edits for site in plan.sites)  # one that was saved by an earlier version has no edits
-    changed = misfit(model, plan) if executable else ""
+    changed = misfit(dict(model.named_modules()), {edit: site.path for site in plan.sites for edit in site.edits})
     if executable and not changed and plan.structure == structure_of(model):
         return plan
     if example_inputs is None:
@@ -134,21 +134,16 @@ def _with_attention(plan: Plan, given: Attention) -> Plan:
 def _found(record: Record, options: Options) -> Found:
     """The places of blocks, those that ``at`` names, or both."""
     patterns = patterns_of("at", options.at)
-    if not patterns:
-        return find_places(record, options.placement, _table(options.recognisers))
-    named = places_at(record, patterns)
-    if options.auto:
-        found = find_places(record, options.placement, _table(options.recognisers))
-        taken = {place.op for place in named.places}
-        named.places += [place for place in found.places if place.op not in taken]
-        named.places.sort(key=lambda place: place.op.index)
-        named.skipped |= found.skipped
-        named.regions, named.attended = found.regions, found.attended
-    return named
-
-
-def _table(recognisers: Iterable[Any]) -> list[Recogniser]:
-    return [*(Recogniser(partial(_asked, find)) for find in recognisers), *RECOGNISERS]
+    named = places_at(record, patterns) if patterns else Found()
+    if patterns and not options.auto:
+        return named
+    table = [*(Recogniser(partial(_asked, find)) for find in options.recognisers), *RECOGNISERS]
+    found = find_places(record, options.placement, table)
+    taken = {place.op for place in named.places}
+    places = [*named.places, *(place for place in found.places if place.op not in taken)]
+    found.places = sorted(places, key=lambda place: place.op.index)
+    found.skipped = named.skipped | found.skipped
+    return found
 
 
 def _asked(find: Any, record: Record) -> Iterator[Block]:
@@ -201,23 +196,22 @@ def _chosen(found: Found, options: Options) -> list[Place]:
 
 def _why_nothing(model: nn.Module, found: Found) -> str:
     name = type(model).__name__
-    aside = list(dict.fromkeys(place.block for place in found.places if place.aside))
-    left = {block: reason for block, reason in found.skipped.items() if block not in aside}
-    beside = (
-        f"; beside them, include may name {', '.join(aside[:3])}{', ...' if len(aside) > 3 else ''}" if aside else ""
-    )
-    if found.attended and all(place.aside for place in found.places):
-        return (
-            f"{name} has channel attention already, in all of its convolutional blocks ({found.attended}), so there is "
-            f"nothing to retrofit{beside}"
+    beside = [place for place in found.places if place.aside]
+    nameable = list(dict.fromkeys(place.block for place in beside))
+    left = {block: why for block, why in found.skipped.items() if block not in nameable}
+    if found.attended and len(beside) == len(found.places):
+        problem = f"channel attention already, in all of its convolutional blocks ({found.attended}), so there is nothing to retrofit"
+    elif left:
+        # what a placement is not for says least
+        block, reason = max(left.items(), key=lambda item: not item[1].startswith("placement "))
+        problem = f"no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason})"
+    else:
+        problem = (
+            "no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, and no "
+            "plain chain of convolutions, so there is nothing to retrofit"
         )
-    if left:
-        block, reason = next(iter(left.items()))
-        return f"{name} has no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason}){beside}"
-    return (
-        f"{name} has no convolutional blocks: no residual, dense, inverted or multi-branch unit with a convolution over space, "
-        f"and no plain chain of convolutions, so there is nothing to retrofit{beside}"
-    )
+    hint = f"; beside them, include may name {', '.join(nameable[:3])}" if nameable else ""
+    return f"{name} has {problem}{hint}{', ...' if len(nameable) > 3 else ''}"
 
 
 # As data --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from se_retrofit.attention import Inserted
 from se_retrofit.models import Base
@@ -154,7 +154,8 @@ def run(model: nn.Module, *inputs: Any, seed: int = 0, **kwargs: Any) -> list[Te
     """All tensors that a model returns, under a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [leaf for leaf in tree_leaves(outputs_of(model(*inputs, **kwargs))) if isinstance(leaf, Tensor)]
+        own = tree_map(lambda leaf: leaf, inputs)  # a forward may write into the list or dict that it is given
+        return [leaf for leaf in tree_leaves(outputs_of(model(*own, **kwargs))) if isinstance(leaf, Tensor)]
 
 
 def outputs_of(output: Any) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import timm
 import torch
@@ -11,7 +14,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from se_retrofit import add_se
+from se_retrofit import add_se, inspect_se
+from se_retrofit.inspection import Inspection
 
 
 def network(name: str) -> nn.Module:
@@ -33,10 +37,35 @@ def _retrofitted(name: str, reduction: int) -> nn.Module:
     return add_se(network(name), reduction)
 
 
+@cache
+def inspected(name: str) -> Inspection:
+    """What is seen in a network, or in the small one, which tests only look at."""
+    return inspect_se(add_se(small_resnet(), 16, exclude="layer4.*") if name == "small" else retrofitted(name))
+
+
 def small_resnet(classes: int = 10) -> nn.Module:
     """A ResNet with weights, small enough for digits."""
     torch.manual_seed(0)
     return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 2, 1, 1], num_classes=classes)
+
+
+class Box(NamedTuple):
+    """A box or a join in a picture: what it says when pointed at, its class, its left and upper side or its middle, and its text."""
+
+    tip: str
+    role: str
+    x: float
+    y: float
+    text: list[str]
+
+
+def boxes(svg: ET.Element) -> Iterator[Box]:
+    """Those of a picture."""
+    for group in svg.iter("g"):
+        shape = next(s for s in group if s.tag in ("rect", "circle"))
+        x, y = (float(shape.get(key) or shape.get("c" + key) or 0) for key in "xy")
+        text = [text.text or "" for text in group.iter("text")]
+        yield Box(group.findtext("title") or "", group.get("class") or "", x, y, text)
 
 
 class PlainNet(nn.Module):

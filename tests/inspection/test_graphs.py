@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from inspected import PlainNet, Twice, UNet, network, retrofitted, small_resnet
+from inspected import PlainNet, Twice, UNet, inspected, retrofitted, small_resnet
 from sweeps import swept
 from torch import fx, nn
 from torchvision.models.googlenet import Inception
 
-from se_retrofit import RetrofitError, add_se, inspect_se, record
+from se_retrofit import RetrofitError, add_se, inspect_se, record, remove_se
 
 _LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
 
@@ -34,7 +34,7 @@ _LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
     ],
 )
 def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, before: str) -> None:
-    pair = inspect_se(retrofitted(name)).block(block)
+    pair = inspected(name).block(block)
     (site,) = pair.sites
     assert (pair.se_after(site), pair.se_before(site)) == (after, before)
     node = pair.se_node(site)
@@ -56,9 +56,7 @@ def test_what_takes_a_blocks_value_is_named_across_its_borders() -> None:
     assert [row.before for row in inspect_se(add_se(alone, example_inputs=example), example).report().rows] == [
         "output"
     ]
-    fire = inspect_se(retrofitted("tv/squeezenet1_1")).blocks[
-        -1
-    ]  # a container without a forward of its own is not named
+    fire = inspected("tv/squeezenet1_1").blocks[-1]  # a container without a forward of its own is not named
     assert fire.se_before(fire.sites[0]) == "classifier.1 (Conv2d)"
     functions = inspect_se(add_se(PlainNet(), example_inputs=example), example).report().rows
     assert [row.before for row in functions] == ["max_pool2d_with_indices", "mean"]
@@ -88,20 +86,19 @@ def part_of(graph: fx.Graph, block: str) -> list[tuple[str, torch.Size | None]]:
     ],
 )
 def test_a_blocks_graph_is_a_part_of_the_graph_of_the_network(name: str, block: str) -> None:
-    model = retrofitted(name)
-    after = inspect_se(model).block(block).after
+    after = inspected(name).block(block).after
     assert after is not None
     shown = [
         (f"{block}.{n.target}" if n.op in ("call_module", "get_attr") else str(n.target), n.meta.get("shape"))
         for n in after.graph.nodes
         if n.op not in ("placeholder", "output")
     ]
-    assert shown == part_of(record(model).graph, block)
+    assert shown == part_of(record(retrofitted(name)).graph, block)
     assert any("se_attention" in target for target, _ in shown)
 
 
 def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
-    after = inspect_se(retrofitted("tv/convnext_tiny")).block("features.1.0").after
+    after = inspected("tv/convnext_tiny").block("features.1.0").after
     assert after is not None
     nodes = {node.name: node for node in after.graph.nodes}
     assert [str(n) for n in nodes["stochastic_depth"].all_input_nodes] == ["mul"]
@@ -116,7 +113,7 @@ def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
     ),
 )
 def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
-    for pair in inspect_se(retrofitted(name)).blocks:
+    for pair in inspected(name).blocks:
         assert pair.failure is None
         assert pair.before is not None
         assert pair.after is not None
@@ -136,11 +133,7 @@ def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
         (small_resnet(), "layer2.0", (64, 8, 8)),
         (torchvision.models.mobilenet_v2(width_mult=0.35), "features.3", (8, 8, 8)),
         (torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0), "denselayer1", (8, 8, 8)),
-        (
-            torchvision.models.shufflenet_v2_x0_5(),
-            "stage2.1",
-            (48, 28, 28),
-        ),  # functions with arguments, one with two results
+        (torchvision.models.shufflenet_v2_x0_5(), "stage2.1", (48, 28, 28)),  # a function has two results
     ],
     ids=["residual", "projection", "inverted", "dense", "split"],
 )
@@ -150,39 +143,26 @@ def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size
     for module in model.modules():
         if type(module).__name__ == "SEAttention":
             nn.init.normal_(module.fc[2].weight)  # gates of 1 would hide a graph without SE
-    after = inspect_se(model, inputs).block(block).after
-    assert after is not None
-    module, x = model.get_submodule(block), torch.randn(2, *size)
-    given = [x] if block.startswith("denselayer") else x  # a list of tensors, each of them an input of the graph
-    assert torch.equal(fx.GraphModule(module, after.graph)(x), module(given))
-
-
-def test_graph_before_is_traced_from_the_original_class() -> None:
-    pair = inspect_se(add_se(small_resnet())).block("layer1.0")
+    pair = inspect_se(model, inputs).block(block)
     assert pair.before is not None
-    bare = small_resnet().eval().layer1[0]
-    x = torch.randn(2, 64, 8, 8)
-    assert torch.equal(fx.GraphModule(bare, pair.before.graph)(x), bare(x))
+    assert pair.after is not None
+    x = torch.randn(2, *size)
+    given = [x] if block.startswith("denselayer") else x  # a list of tensors, each of them an input of the graph
+    for graph, network in ((pair.after.graph, model), (pair.before.graph, remove_se(model))):
+        module = network.get_submodule(block)
+        assert torch.equal(fx.GraphModule(module, graph)(x), module(given))
 
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [
-        ("tv/resnet50", 2),
-        pytest.param("tv/densenet121", 1, marks=pytest.mark.sweep),
-        ("tv/mobilenet_v2", 3),
-        ("tv/vgg16_bn", 1),
-    ],
+    [("tv/resnet50", 2), ("tv/densenet121", 1), ("tv/mobilenet_v2", 3), ("tv/vgg16_bn", 1)],
 )
 def test_blocks_of_one_structure_are_one_group(name: str, number: int) -> None:
-    groups = inspect_se(retrofitted(name)).distinct()
+    groups = inspected(name).distinct()
     assert len(groups) == number
-    assert sum(map(len, groups)) == len(inspect_se(retrofitted(name)).blocks)
-
-
-def test_a_dense_layer_that_is_given_several_maps_stands_for_the_others() -> None:
-    (group,) = inspect_se(retrofitted("tv/densenet121")).distinct()
-    assert group[0].path == "features.denseblock1.denselayer2"
+    assert sum(map(len, groups)) == len(inspected(name).blocks)
+    if name == "tv/densenet121":  # a layer that is given several maps stands for the others
+        assert groups[0][0].path == "features.denseblock1.denselayer2"
 
 
 def test_blocks_of_a_traced_network_are_parts_of_its_graph() -> None:
@@ -202,29 +182,21 @@ def test_a_chain_of_functions_is_cut_into_its_units() -> None:
     assert list(pairs) == ["conv1", "conv2"]
     for path, pair in pairs.items():
         assert pair.after is not None
-        assert [pair.after.kind(node) for node in pair.after.graph.nodes] == [
-            "placeholder",
-            "Conv2d",
-            "relu",
-            "SEAttention",
-            "output",
-        ]
+        kinds = [pair.after.kind(node) for node in pair.after.graph.nodes]
+        assert kinds == ["placeholder", "Conv2d", "relu", "SEAttention", "output"]
         assert pair.se_after(pair.sites[0]) == "relu"
         assert next(str(n.target) for n in pair.after.graph.nodes if n.op == "call_module") == path
 
 
 def test_a_block_is_found_by_its_path_or_its_ses() -> None:
-    inspection = inspect_se(add_se(small_resnet()))
+    inspection = inspected("small")
     assert inspection.block("layer2.1") is inspection.block("layer2.1.se_attention")
     # or by a module in it, or one around it alone
     assert inspection.block("layer2.1.conv1").path == inspection.block("layer2.1.relu").path == "layer2.1"
     assert inspection.block("layer3").path == "layer3.0"
-    with pytest.raises(RetrofitError, match=r"2 blocks with SE are in 'layer2', name one: layer2\.0, layer2\.1"):
-        inspection.block("layer2")
-    with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer3\.0\.conv9'"):
-        inspection.block("layer3.0.conv9")
-    with pytest.raises(RetrofitError, match=r"no retrofitted block 'layer9'; the blocks with SE are layer1\.0"):
-        inspection.block("layer9")
+    for path, told in (("layer2", r"layer2\.0, layer2\.1"), ("layer3.0.conv9", "conv9"), ("layer9", r"layer1\.0")):
+        with pytest.raises(RetrofitError, match=told):
+            inspection.block(path)
 
 
 def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> None:
@@ -242,4 +214,4 @@ def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> Non
 def test_a_block_called_twice_says_so() -> None:
     example = torch.empty(1, 3, 8, 8)
     assert inspect_se(add_se(Twice(), example_inputs=example), example).block("block").calls == 2
-    assert inspect_se(add_se(network("tv/resnet18"))).block("layer1.0").calls == 1
+    assert inspected("tv/resnet18").block("layer1.0").calls == 1

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from inspected import PlainNet, Twice, UNet, retrofitted, small_resnet
+from inspected import Box, PlainNet, Twice, UNet, boxes, inspected, small_resnet
 from torch import fx
 from torchvision.models.resnet import BasicBlock
 
@@ -47,7 +47,7 @@ def test_the_skips_of_a_u_net_lead_past_what_is_below() -> None:
 
 
 def test_every_layer_of_a_dense_block_takes_all_before_it() -> None:
-    network = network_of(inspect_se(retrofitted("tv/densenet121")))
+    network = network_of(inspected("tv/densenet121"))
     layers = [n for n in network.nodes if n.name.startswith("features.denseblock1.")]
     assert [sum(e.end is n for e in network.edges) for n in layers] == [1, 2, 3, 4, 5, 6]
     assert [sum(e.skips for e in network.edges if e.end is n) for n in layers] == [0, 1, 2, 3, 4, 5]
@@ -83,90 +83,47 @@ def test_where_the_network_itself_is_the_block_its_se_is_marked() -> None:
 # As a picture ---------------------------------------------------------------------------------------------------------
 
 
-def drawn(network: Network, **options: bool) -> ET.Element:
+def drawn(network: Network) -> ET.Element:
     links = {n.name: f"#block-{i}" for i, n in enumerate(network.nodes) if n.kind == "block"}
-    return ET.fromstring(picture(network, links, **options))
+    return ET.fromstring(picture(network, links).svg("the network"))
 
 
-def boxes(svg: ET.Element) -> dict[str, tuple[float, float]]:
-    """Where the boxes and circles are, by what their tooltips begin with."""
-    found = {}
-    for group in svg.iter("g"):
-        title = (group.findtext("title") or "").partition(",")[0]
-        shape = next(s for s in group if s.tag in ("rect", "circle"))
-        x, y = (float(shape.get(a) or shape.get("c" + a) or 0) for a in "xy")
-        found[title] = x, y
-    return found
+def named(svg: ET.Element) -> dict[str, Box]:
+    return {box.tip.partition(",")[0]: box for box in boxes(svg)}
 
 
-def test_blocks_link_to_their_drawings_and_carry_the_mark_of_se() -> None:
+def test_a_stage_is_a_column_and_blocks_link_to_their_drawings_and_carry_the_mark_of_se() -> None:
     svg = drawn(of(small_resnet()))
-    links = list(svg.iter("a"))
-    assert [a.get("href") for a in links] == [f"#block-{i}" for i in range(2, 7)]
-    assert all([t.text for t in a.iter("text") if t.get("class") == "badge"] == ["SE"] for a in links)
-    assert sum(t.get("class") == "badge" for t in svg.iter("text")) == 5
+    assert [a.get("href") for a in svg.iter("a")] == [f"#block-{i}" for i in range(2, 7)]
+    assert [t.text for a in svg.iter("a") for t in a.iter("text") if t.get("class") == "badge"] == ["SE"] * 5
     assert sum(p.get("class") == "skip" for p in svg.iter("path")) == 5  # the blocks' own
-
-
-def test_a_stage_is_a_column() -> None:
-    places = boxes(drawn(of(small_resnet())))
-    assert places["layer2.0"][0] == places["layer2.1"][0] > places["layer1.0"][0]
-    assert places["layer2.0"][1] < places["layer2.1"][1]
-    assert places["layer2.0"][1] == places["layer3.0"][1]  # nothing skips a stage: all begin at the top
+    found = named(svg)
+    assert found["layer2.1"].text == ["layer2.1", "BasicBlock \u00b7 128", "SE"]
+    assert found["conv1 to maxpool"].text == ["conv1 \u2013 maxpool", "4 layers \u00b7 64"]
+    assert found["layer2.0"].x == found["layer2.1"].x > found["layer1.0"].x
+    assert found["layer2.0"].y < found["layer2.1"].y
+    assert found["layer2.0"].y == found["layer3.0"].y  # nothing skips a stage: all begin at the top
 
 
 def test_in_a_u_net_smaller_maps_stand_lower() -> None:
-    network = of(UNet(), torch.empty(1, 3, 32, 32))
-    places = boxes(drawn(network))
-    tops = [min(y for name, (_, y) in places.items() if name.startswith(f"{part}.")) for part in ("d1", "d2", "bottom")]
-    assert tops == sorted(tops)
-    assert tops[0] < tops[1] < tops[2]
-    assert min(y for name, (_, y) in places.items() if name.startswith("u1.")) < tops[1]
-
-
-def words_in(svg: ET.Element) -> dict[str, list[str]]:
-    """What is written in each box, by what its tooltip begins with."""
-    return {
-        (group.findtext("title") or "").partition(",")[0]: [t.text or "" for t in group.iter("text")]
-        for group in svg.iter("g")
-    }
-
-
-def test_a_box_has_its_module_its_class_and_its_channels() -> None:
-    network = of(UNet(), torch.empty(1, 3, 32, 32))
-    for narrow in (False, True):
-        words = words_in(drawn(network, narrow=narrow))
-        assert words["d1.net"] == ["d1.net", "DoubleConv \u00b7 8", "2 SE"]
-        assert words["bottom.net"] == ["bottom.net", "DoubleConv \u00b7 32", "2 SE"]
-    columns = words_in(drawn(of(small_resnet())))
-    assert columns["layer2.1"] == ["layer2.1", "BasicBlock \u00b7 128", "SE"]
-    assert columns["conv1 to maxpool"] == ["conv1 \u2013 maxpool", "4 layers \u00b7 64"]
-
-
-def test_on_a_narrow_screen_all_is_one_column_that_fits() -> None:
-    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect_se(retrofitted("tv/densenet121")))):
-        svg = drawn(network, narrow=True)
-        assert float(svg.get("width", "0")) < 392  # of 420, what the page's margins leave
-        assert len({x for name, (x, _) in boxes(svg).items() if name != "cat"}) == 1
+    found = named(drawn(of(UNet(), torch.empty(1, 3, 32, 32))))
+    assert found["d1.net"].text == ["d1.net", "DoubleConv \u00b7 8", "2 SE"]
+    assert found["d1.net"].y < found["d2.net"].y < found["bottom.net"].y > found["u2.net"].y > found["u1.net"].y
 
 
 def test_no_box_lies_on_another_and_all_are_within_the_picture() -> None:
-    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspect_se(retrofitted("tv/densenet121")))):
-        for narrow in (False, True):
-            svg = drawn(network, narrow=narrow)
-            rects = [
-                next(s for s in group if s.tag == "rect") for group in svg.iter("g") if group.get("class") != "join"
-            ]
-            corners = [(float(r.get("x", "")), float(r.get("y", ""))) for r in rects]
-            width, height = float(rects[0].get("width", "")), float(rects[0].get("height", ""))
-            assert all(0 <= x <= float(svg.get("width", "")) - width for x, _ in corners)
-            assert all(0 <= y <= float(svg.get("height", "")) - height for _, y in corners)
-            for i, (x, y) in enumerate(corners):
-                assert all(abs(x - u) >= width or abs(y - v) >= height for u, v in corners[:i])
+    for network in (of(UNet(), torch.empty(1, 3, 32, 32)), network_of(inspected("tv/densenet121"))):
+        svg = drawn(network)
+        corners = [(box.x, box.y) for box in boxes(svg) if box.role != "join"]
+        width, height = (float(next(svg.iter("rect")).get(key, "")) for key in ("width", "height"))
+        assert all(0 <= x <= float(svg.get("width", "")) - width for x, _ in corners)
+        assert all(0 <= y <= float(svg.get("height", "")) - height for _, y in corners)
+        for i, (x, y) in enumerate(corners):
+            assert all(abs(x - u) >= width or abs(y - v) >= height for u, v in corners[:i])
 
 
 def test_names_are_text_not_markup() -> None:
     node = Node("<b>", "A & B", "module", None, 0, False, (3, 8, 8), (8, 8))
-    text = picture(Network([node], []), {})
+    text = picture(Network([node], []), {}).svg("the network")
     assert "<b>" not in text
     assert re.search("&lt;b&gt;, A &amp; B", text)

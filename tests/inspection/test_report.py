@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import pytest
 import torch
 import torchvision
-from inspected import Twice, network, retrofitted, small_resnet
+from inspected import Twice, inspected, network, retrofitted, small_resnet
 from networks import se_modules
-from rich.console import Console
 from sweeps import swept
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from se_retrofit import RetrofitError, add_se, inspect_se, plan_of
+from se_retrofit import RetrofitError, add_se, inspect_se
 from se_retrofit.inspection.costs import human
 
 REAL = ["tv/resnet50", "tv/mobilenet_v2", "tv/densenet121", "tv/googlenet", "tv/convnext_tiny", "timm/dla34"]
@@ -58,18 +56,14 @@ def test_counts_agree_with_the_papers(name: str, before: float, after: float) ->
     # ResNet-101's is 7.57 here: the paper counts some things that torch's counter does not
     assert found.multiply_adds_before / 1e9 == pytest.approx(before, abs=0.0105)
     assert (found.multiply_adds_after + found.squeeze_scale) / 1e9 == pytest.approx(after, abs=0.017)
+    if name == "resnet50":
+        assert round(found.parameters_after / 1e6, 1) == 28.1  # as the paper says
     assert found.squeeze_scale == sum(row.channels * row.shape[1] * row.shape[2] for row in found.rows)
-
-
-def test_parameters_of_se_resnet50_are_the_papers() -> None:
-    found = inspect_se(retrofitted("tv/resnet50")).report()
-    assert round(found.parameters_after / 1e6, 1) == 28.1
 
 
 def test_the_inputs_given_are_those_that_are_counted() -> None:
     found = inspect_se(retrofitted("tv/resnet18"), torch.empty(3, 3, 64, 96)).report()
-    assert found.inputs == "3x64x96"
-    assert found.rows[0].shape == (64, 16, 24)
+    assert (found.inputs, found.rows[0].shape) == ("3x64x96", (64, 16, 24))
     alone = inspect_se(retrofitted("tv/resnet18"), (torch.empty(1, 3, 64, 96),)).report()
     assert alone.multiply_adds_after == found.multiply_adds_after  # for one input, however many there are
 
@@ -114,12 +108,6 @@ def test_a_module_called_twice_costs_twice() -> None:
     assert row.squeeze_scale == 2 * 8 * 8 * 8
 
 
-def test_left_out_blocks_are_listed_with_reasons() -> None:
-    found = inspect_se(add_se(network("tv/resnet18"), exclude="layer4.*")).report()
-    assert [skip.block for skip in found.skipped] == ["conv1", "layer4.0", "layer4.1"]
-    assert "layer4.0, layer4.1: excluded" in str(found)
-
-
 @pytest.mark.sweep
 def test_a_network_that_needs_values_is_counted_on_a_copy_that_has_them() -> None:
     model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None)
@@ -129,25 +117,16 @@ def test_a_network_that_needs_values_is_counted_on_a_copy_that_has_them() -> Non
     assert all(row.multiply_adds for row in found.rows)
 
 
-def test_json_holds_all_of_it() -> None:
-    model = retrofitted("tv/resnet18")
-    data = json.loads(inspect_se(model).report().to_json())
-    assert [row["path"] for row in data["rows"]] == [site.path for site in plan_of(model).sites]
+def test_json_holds_all_of_it_and_left_out_blocks_are_listed_with_reasons() -> None:
+    found = inspected("small")
+    data = found.to_dict()
+    assert json.loads(json.dumps(data)) == data == json.loads(found.report().to_json())
+    assert [row["path"] for row in data["rows"]] == [site.path for site in found.plan.sites]
     assert data["rows"][0]["shape"] == [64, 56, 56]
-    assert data["parameters_after"] - data["parameters_before"] == plan_of(model).parameters
+    assert data["parameters_after"] - data["parameters_before"] == found.plan.parameters
     assert data["options"]["reduction"] == 16
-
-
-def test_plain_in_a_pipe_and_in_colour_in_a_terminal() -> None:
-    found = inspect_se(retrofitted("tv/resnet18")).report()
-    assert "\x1b" not in str(found)
-    assert all(line == line.rstrip() for line in str(found).splitlines())
-    terminal = io.StringIO()
-    Console(file=terminal, force_terminal=True, width=160).print(found)
-    assert "\x1b[" in terminal.getvalue()
-    for cell in ("layer4.1", "bn2 (BatchNorm2d)", "512x7x7", "11,776,552"):
-        assert cell in str(found)
-        assert cell in terminal.getvalue()
+    assert [skip["block"] for skip in data["skipped"]] == [skip.block for skip in found.plan.skipped]
+    assert "layer4.0: excluded" in str(found)
 
 
 def test_looking_changes_nothing() -> None:
@@ -164,12 +143,12 @@ def test_looking_changes_nothing() -> None:
 
 
 def test_mistakes_say_what_to_do() -> None:
-    with pytest.raises(RetrofitError, match=r"call add_se\(model\) first, or print\(plan_se\(model\)\)"):
-        inspect_se(small_resnet()).report()
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got .resnet18. of type str"):
-        inspect_se("resnet18").report()  # type: ignore[arg-type]
-    with pytest.raises(RetrofitError, match="can't be run on the given example_inputs"):
-        inspect_se(add_se(small_resnet()), torch.empty(1, 4, 32, 32)).report()
+    with pytest.raises(RetrofitError, match=r"add_se\(model\)"):
+        inspect_se(small_resnet())
+    with pytest.raises(TypeError, match=r"nn\.Module.*str"):
+        inspect_se("resnet18")  # type: ignore[arg-type]
+    with pytest.raises(RetrofitError, match="example_inputs"):
+        inspect_se(add_se(small_resnet()), torch.empty(1, 4, 32, 32))
 
 
 def test_counts_are_written_in_four_digits() -> None:

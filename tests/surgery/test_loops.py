@@ -22,6 +22,14 @@ class Layer(nn.Module):
         return self.norm(self.conv(torch.relu(x)))
 
 
+class SharedUnit(Layer):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 class Looped(nn.Module):
     """``kind`` is how the layers are run."""
 
@@ -95,13 +103,14 @@ def test_the_same_block_run_again_shares_its_se() -> None:
     assert_same_function(model, add_se(model), X)
 
 
-def test_units_of_a_chain_that_one_expression_computes_are_left_out_alone() -> None:
+def test_units_of_a_chain_that_one_expression_activates_get_se_before_that() -> None:
     model = randomised(Looped("chain", (8, 12, 16, 20))).eval()
     plan = plan_se(model)
-    assert [site.block for site in plan.sites] == ["stem"]
-    assert [skip.block for skip in plan.skipped] == ["layers.0", "layers.1", "layers.2.conv"]
-    assert all("one expression of a loop computes it and other blocks" in skip.reason for skip in plan.skipped[:2])
-    assert "what the network returns" in plan.skipped[2].reason
+    assert [(site.block, site.after) for site in plan.sites] == [
+        ("stem", "2"), ("layers.0", "layers.0"), ("layers.1", "layers.1")
+    ]  # fmt: skip
+    assert [skip.block for skip in plan.skipped] == ["layers.2.conv"]
+    assert "no learned layer takes its output" in plan.skipped[0].reason
     assert_same_function(model, add_se(model), X)
 
 
@@ -109,3 +118,7 @@ def test_blocks_that_cannot_have_their_own_se_are_left_out_with_the_reason() -> 
     model = randomised(Looped("weights")).eval()
     with pytest.raises(RetrofitError, match="one expression of a loop computes it and other blocks"):
         plan_se(model)
+    skipped = {skip.block: skip.reason for skip in plan_se(nn.Sequential(model, SharedUnit())).skipped}
+    assert {block for block, reason in skipped.items() if "one expression" in reason} == {
+        f"0.convs.{i}" for i in range(3)
+    }

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from ..record.facts import innermost, is_conv_or_linear, only_user, real_users
 from ..record.graph import Op, Record
+from .attended import adds_positions
 from .block import Block, Target
-from .questions import TRANSPARENT, is_pointwise, next_after
+from .questions import TRANSPARENT, activation_after, is_pointwise, next_after
 
 __all__ = ["covers_its_input", "is_feature", "lone_convolutions", "plain_chains"]
 
@@ -49,16 +50,16 @@ def _units(record: Record) -> Iterator[tuple[Op, Op]]:
     for conv in record.ops:
         if not conv.spatial_conv or covers_its_input(conv):
             continue
-        following = next_after(conv, ("norm", "pass", "affine", "pool"))
+        following = activation_after(conv)
         if conv.conv is not None and conv.conv.depthwise:
-            pair = following
+            pair = next_after(conv, ("norm", "pass", "affine", "pool"))
             if pair is not None and pair.role == "act":
                 pair = next_after(pair, ("norm", "pass", "affine"))
             if pair is not None and is_pointwise(pair) and pair.conv is not None:
                 closing = next_after(pair, ("norm", "pass", "affine", "pool"))
                 if closing is not None and closing.role == "act":
                     following = closing
-        if following is not None and following.role == "act" and is_feature(following, pooled=True):
+        if following is not None and is_feature(following, pooled=True) and not adds_positions(conv, following):
             yield conv, following
 
 
@@ -78,6 +79,9 @@ def is_feature(op: Op, pooled: bool = False) -> bool:
 
 
 def _is_learned(op: Op) -> bool:
+    """Whether it is a learned layer. A 1x1 convolution from colours to colours (the mean that is added to an image) is none."""
+    if op.conv is not None and not op.conv.spatial and op.conv.inputs == op.conv.outputs <= 4:
+        return False
     weighs = any(source.role == "param" for source in op.inputs) or (
         op.module is not None and any(True for _ in op.module.parameters())
     )

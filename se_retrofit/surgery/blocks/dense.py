@@ -16,6 +16,7 @@ from .questions import (
     has_spatial_conv,
     joins_channels,
     own_operations,
+    resizes,
 )
 
 __all__ = ["dense_layers", "dual_paths", "split_units"]
@@ -130,6 +131,8 @@ def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) ->
     ops = list(record.select(region))
     if not has_spatial_conv(ops) or not has_nonlinearity(ops):
         return None
+    if any(map(resizes, ops)):
+        return None  # down in resolution and up again: a skip between the levels of a U-Net
     return Block("dense", call, region, new, cat)
 
 

@@ -41,7 +41,7 @@ class _InvertedCore:
 
 def _inverted_core(conv: Op) -> _InvertedCore | None:
     """The core that begins with this depthwise conv."""
-    if conv.conv is None or not conv.conv.depthwise or conv.pooled:
+    if conv.conv is None or not conv.conv.depthwise or conv.flat:
         return None
     op, acted = conv, False
     padded: tuple[Op, Op] | None = None  # what is padded before the projection, and the padding that takes it
@@ -95,9 +95,7 @@ def core_of(record: Record, block: Block) -> _InvertedCore | None:
     if not projection.bit & block.region or not _projects(projection):
         return None
     later = [
-        op
-        for op in ops
-        if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.pooled
+        op for op in ops if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.flat
     ]
     return None if later else core
 

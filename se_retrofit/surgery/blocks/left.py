@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from ..record.graph import Op, Record
 from .chains import covers_its_input, is_feature
+from .names import path_of
 from .place import Found, Place
 from .questions import TRANSPARENT, next_after
 
@@ -13,7 +14,7 @@ __all__ = ["left_out"]
 
 
 def left_out(
-    record: Record, found: Found, placed: Iterable[Place], everything: bool
+    record: Record, found: Found, placed: Sequence[Place], everything: bool
 ) -> list[tuple[str, str, tuple[str, ...]]]:
     """What gets no SE: the names of blocks, or of convolutions in no block, each with the reason and the paths of its convolutions
     over space; in order of execution.
@@ -32,8 +33,12 @@ def left_out(
         own = dict.fromkeys(path for path in _convolutions(record, found.regions.get(block, 0)) if path not in served)
         left[block] = (reason, tuple(own))
     listed = served.union(*(own for _, own in left.values()))
+    inside = 0
+    for region in (*(place.region for place in placed), *found.regions.values()):
+        inside |= region
     for op in record.ops if everything else ():
-        if op.spatial_conv and (path := _path_of(op)) not in listed:
+        beside = op.conv is not None and op.conv.spatial and (op.spatial_conv or not op.bit & inside)
+        if beside and (path := _path_of(op)) not in listed:
             listed.add(path)
             left.setdefault(path, (_why_in_no_block(op), (path,)))
             found.regions.setdefault(path, op.bit)
@@ -46,16 +51,16 @@ def _convolutions(record: Record, region: int) -> list[str]:
 
 
 def _path_of(conv: Op) -> str:
-    """The path of a convolution's module, of its weight where a function takes that, or else the operation's name."""
-    weight = next((source.path for source in conv.inputs if source.role == "param" and source.path), None)
-    return conv.path or weight or conv.name
+    return path_of(conv) or conv.name
 
 
 def _why_in_no_block(conv: Op) -> str:
+    if conv.flat:
+        return "it runs over what was pooled, not over space"
     if covers_its_input(conv):
         return "its kernel covers its whole input: a fully-connected layer"
     if not is_feature(conv, pooled=True):
-        return "it makes what the network returns, or by what another value is sampled"
+        return "no learned layer takes its output: a prediction, or not used"
     following = next_after(conv, TRANSPARENT)
     if following is not None and following.role in ("add", "mul"):
         return f"it has no non-linearity, and is a part of {'an addition' if following.role == 'add' else 'a product'}"

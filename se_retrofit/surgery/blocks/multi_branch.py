@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import only_user
+from ..record.facts import is_conv_or_linear, only_user
 from ..record.graph import Call, Op, Record
+from ..record.joins import LEARNED
 from .block import Block, Target
 from .questions import common_source, escapes, has_spatial_conv, joins_channels, own_operations, prefix_of, resizes
 
@@ -59,11 +60,29 @@ def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Bl
         o for o in cat.data if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
     ]
     end = _fusing_end(call, cat, ops)
-    if len(convolved) < 2 or (bypasses and end is None):
+    if len(convolved) < 2 or (bypasses and end is None) or _predicts(record, cat):
         return None
     end = end or cat
     region = (end.ancestors | end.bit) & call.mask & ~outside
     return Block("multi-branch", call, region, end, cat, target=Target(call, end))
+
+
+def _predicts(record: Record, cat: Op) -> bool:
+    """Whether a cat is of what heads predict (boxes, scores, keypoints): no learned layer comes behind it, and a branch at least
+    ends in one, squashed at most."""
+    if any(cat.bit & op.ancestors and op.role in LEARNED for op in record.ops[cat.index + 1 :]):
+        return False
+    for op in cat.data:
+        while op.role in ("pass", "affine", "shape", "part") or (op.role == "act" and op.name.lower() in _SQUASHING):
+            if len(op.data) != 1:
+                break
+            (op,) = op.data
+        if is_conv_or_linear(op):
+            return True
+    return False
+
+
+_SQUASHING = ("sigmoid", "tanh", "exp", "softmax", "_softmax", "log_softmax", "_log_softmax", "softplus", "softmax2d")
 
 
 def _fusing_end(call: Call, cat: Op, branches: list[Op]) -> Op | None:

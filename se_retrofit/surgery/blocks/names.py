@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from ..record.graph import Call, Record
+from torch import nn
+
+from ..record.graph import Call, Op, Record
 from ..record.roles import is_sequential
 from .block import Block
 from .questions import prefix_of
 
-__all__ = ["name_of"]
+__all__ = ["name_of", "path_of"]
 
 
 def name_of(record: Record, block: Block) -> str:
@@ -16,19 +18,41 @@ def name_of(record: Record, block: Block) -> str:
     are a unit of the network together (the two of a U-Net's double convolution) are named after the unit."""
     outer = block.call
     beside = [op for op in record.select(outer.mask & ~block.region) if op.spatial_conv]
-    parted = block.kind == "chain" and any(op.call is not outer for op in beside)  # a stem, say, beside stages
-    if beside and (is_sequential(outer.module) or outer.path == "" or parted):
-        if block.kind == "chain" and not parted and is_unit(record, outer):
-            return outer.path
-        paths = conv_paths(record, block)
-        prefix = prefix_of(paths)
-        return prefix if prefix != outer.path else (paths or [prefix])[0]
-    return _around(record, outer).path
+    chain, paths = block.kind == "chain", conv_paths(record, block)
+    if not beside and (outer.path or not chain):
+        return _around(record, outer).path
+    if chain and is_unit(record, outer, beside):
+        return outer.path
+    if of_list := _in_list(record, paths, beside):
+        return of_list
+    if not (chain or is_sequential(outer.module) or outer.path == ""):
+        return _around(record, outer).path
+    prefix = prefix_of(paths)
+    shared = chain and any((path_of(op) or "").startswith(f"{prefix}.") for op in beside)
+    return prefix if prefix != outer.path and not shared else (paths or [prefix])[0]
 
 
 def conv_paths(record: Record, block: Block) -> list[str]:
-    own = (op for op in record.select(block.region) if op.conv is not None and not op.pooled)
-    return [op.path for op in own if op.path]
+    own = (op for op in record.select(block.region) if op.conv is not None and not op.flat)
+    return [path for op in own if (path := path_of(op))]
+
+
+def path_of(conv: Op) -> str | None:
+    """The path of a convolution's module; of the one whose weight a function takes."""
+    weights = (source.path for source in conv.inputs if source.role == "param" and source.path)
+    return conv.path or next((path.rpartition(".")[0] or path for path in weights), None)
+
+
+def _in_list(record: Record, paths: list[str], beside: list[Op]) -> str | None:
+    """What a block is called that a loop over a list makes: by its own part of the list, if there are others in it."""
+    prefix = prefix_of(paths)
+    modules = dict(record.model.named_modules())
+    for name, around in ((paths[0] if paths else "", prefix), (prefix, prefix.rpartition(".")[0])):
+        if isinstance(modules.get(around), nn.ModuleList) and any(
+            (path_of(op) or "").startswith(f"{around}.") for op in beside
+        ):
+            return name
+    return None
 
 
 def _around(record: Record, call: Call) -> Call:
@@ -40,20 +64,22 @@ def _around(record: Record, call: Call) -> Call:
     return call
 
 
-def is_unit(record: Record, call: Call) -> bool:
-    """Whether a sequence with several convolutions is a unit of which the network has more: it and another one compute at one
-    size each. The features of a VGG are none, since their size changes, nor is the one body of a network."""
-    return _is_of_one_size(record, call) and any(
-        _is_of_one_size(record, other)
+def is_unit(record: Record, call: Call, beside: list[Op]) -> bool:
+    """Whether a module with several convolutions is a unit: it has no other modules with convolutions in it and computes at one
+    size, and if it is a sequence, the network has more of the kind. The features of a VGG are none, since their size changes,
+    nor is the one body of a network."""
+    if any(op.call is not call for op in beside) or not _is_of_one_size(record, call):
+        return False
+    return not is_sequential(call.module) or any(
+        is_sequential(other.module) and _is_of_one_size(record, other)
         for other in record.calls
         if not other.mask & call.mask and other.path != call.path
     )
 
 
 def _is_of_one_size(record: Record, call: Call) -> bool:
-    if not is_sequential(call.module) or not call.path:
+    if not call.path:
         return False
-    ops = list(record.select(call.mask))
-    convs = [op for op in ops if op.spatial_conv]
+    convs = [op for op in record.select(call.mask) if op.spatial_conv]
     sizes = {tuple(op.shape[-len(op.conv.kernel) :]) for op in convs if op.conv is not None}
     return len(convs) > 1 and len(sizes) == 1

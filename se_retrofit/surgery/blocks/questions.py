@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from ..record.facts import innermost, only_user, real_users
 from ..record.graph import Call, Op, Record
+from ..record.joins import LEARNED
 from .block import Target
 
 # What leaves a value the same but for its place, its size or a linear map of each channel.
@@ -14,18 +15,35 @@ TRANSPARENT = ("pass", "affine", "norm", "shape", "part", "pad")
 
 
 def own_operations(record: Record, call: Call) -> list[Op]:
-    """The operations that a module's own code does in a call."""
-    return [op for op in record.ops[call.start : call.end] if op.call is call]
+    """The operations that a module's own code does in a call, or that of a helper of its: ``self.add(x, self.body(x))``."""
+    return [op for op in record.ops[call.start : call.end] if op.call is call or _of_helper(record, op.call, call)]
+
+
+def _of_helper(record: Record, call: Call, outer: Call) -> bool:
+    """Whether a call, and each around it up to ``outer``, is that of a small module without a learned layer."""
+    while call is not outer:
+        if call.parent is None or call.end - call.start > _HELPER:
+            return False
+        if any(op.role in LEARNED for op in record.ops[call.start : call.end]):
+            return False
+        call = call.parent
+    return True
+
+
+_HELPER = 12  # operations
 
 
 def is_gate(op: Op) -> bool:
-    """``x * f(pool(x))`` with a learned or non-linear f: channel attention."""
+    """``x * f(pool(x))`` with a learned or non-linear f: channel attention. Its gate has one value for each channel and no extent in
+    space or time; if it has some (coordinate attention, Hou et al., arXiv:2103.02907), it has all the channels: else it is a mask."""
     if op.role != "mul" or op.name == "div" or len(op.data) != 2:
         return False
     a, b = op.data
-    if a.pooled == b.pooled:
+    if (a.pooled, a.flat) == (b.pooled, b.flat):
         return False
-    gate, scaled = (a, b) if a.pooled else (b, a)
+    gate, scaled = (a, b) if (a.pooled, a.flat) > (b.pooled, b.flat) else (b, a)
+    if not gate.flat and gate.channels != scaled.channels:
+        return False
     # one value for all channels weighs a whole branch, as a mixture of experts does
     return gate.excited and scaled.channels != 1 and math.prod(gate.shape[1:]) > 1
 
@@ -49,6 +67,35 @@ def next_after(op: Op, through: tuple[str, ...]) -> Op | None:
     while user is not None and user.role in through and len(user.data) == 1:
         user = only_user(user)
     return user
+
+
+def activation_after(conv: Op) -> Op | None:
+    """The non-linearity behind a convolution, its norm and a pool: of the value, moved perhaps (a transpose between them); of
+    its halves together (a gated linear unit, a maximum); or beside pools and concats that tap the value (pre-activation)."""
+    op = conv
+    while True:
+        users = real_users(op)
+        acts = [u for u in users if u.role == "act"]
+        if len(acts) == 1 and all(u in acts or u.role in ("pool", "cat") for u in users):
+            return acts[0]
+        if len(users) > 1 and all(u.role == "part" for u in users):
+            return _join_of_halves(users)
+        moved = len(users) == 1 and users[0].role == "shape" and users[0].channels == op.channels
+        if (
+            len(users) != 1
+            or not (moved or users[0].role in ("norm", "pass", "affine", "pool"))
+            or len(users[0].data) != 1
+        ):
+            return None
+        (op,) = users
+
+
+def _join_of_halves(halves: list[Op]) -> Op | None:
+    """The one product or maximum of two halves of a value, each of them activated at most."""
+    joins = [next_after(half, ("norm", "pass", "affine", "act")) or half for half in halves]
+    if len(halves) == 2 and joins[0] is joins[1] and joins[0].role in ("mul", "act") and len(joins[0].data) == 2:
+        return joins[0]
+    return None
 
 
 def gated_after(op: Op) -> bool:
@@ -133,12 +180,13 @@ def prefix_of(paths: list[str]) -> str:
 
 
 def before(op: Op, call: Call | None, roles: tuple[str, ...]) -> Op:
-    """Follow a value back through operations of these roles that stand in the module's own graph."""
-    while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op:
-        if call is None or not call.shows(op.data[0]):
-            break
+    """Follow a value back through operations of these roles, to the first that appears in the module's own code."""
+    shown = op
+    while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op and call is not None:
         op = op.data[0]
-    return op
+        if call.shows(op):
+            shown = op
+    return shown
 
 
 def edge(record: Record, value: Op, taker: Op) -> Target:

@@ -36,8 +36,8 @@ def _region(record: Record, call: Call, add: Op) -> int | None:
     leaves, stack = [], list(add.data)
     while stack:
         op = stack.pop()
-        while op.role == "pass" and len(op.data) == 1:
-            op = op.data[0]
+        while (op.role == "pass" or (op.role == "affine" and op.name == "add")) and len(op.data) == 1:
+            op = op.data[0]  # sum([a, b]) begins with 0 + a
         if op.role == "add" and op.call is call and len(op.data) == 2:
             stack.extend(op.data)
         else:

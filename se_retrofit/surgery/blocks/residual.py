@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..record.graph import Call, Op, Record
+from ..record.joins import LEARNED
+from .attended import spatial_convs
 from .block import Block
+from .bypasses import all_pass, derives
 from .inverted import core_of
-from .questions import bypass_source, edge, escapes, has_nonlinearity, has_spatial_conv, own_operations, resizes
+from .questions import bypass_source, common_source, edge, has_nonlinearity, own_operations, resizes
 from .rep_sum import is_rep_sum
 
-__all__ = ["residual_units"]
+__all__ = ["residual_units", "reversible_units"]
 
 
 def residual_units(record: Record) -> Iterator[Block]:
@@ -28,11 +31,38 @@ def residual_units(record: Record) -> Iterator[Block]:
             yield block
 
 
+def reversible_units(record: Record) -> Iterator[Block]:
+    """Two residual units that are coupled: ``y1 = x1 + f(x2); y2 = x2 + g(y1)`` (RevNet, Gomez et al., arXiv:1707.04585). What
+    bypasses the first is not what its branch is made of."""
+    for call in reversed(record.calls):
+        adds = [op for op in own_operations(record, call) if op.role == "add" and len(op.data) == len(op.takes) == 2]
+        for first in adds:
+            for second in adds:
+                if first.index < second.index:
+                    yield from _coupled(record, call, first, second)
+
+
+def _coupled(record: Record, call: Call, first: Op, second: Op) -> Iterator[Block]:
+    for f, x1 in (first.data, first.data[::-1]):
+        for g, x2 in (second.data, second.data[::-1]):
+            if bypass_source(x1, call, 0, projections=0) is None or not first.bit & g.ancestors:
+                continue
+            from_x1, from_x2 = (derives(record, call, f, x) for x in (x1, x2))
+            if from_x2 and not from_x1 and not derives(record, call, x1, x2):
+                for branch, add, skip, source in ((f, first, x1, x2), (g, second, x2, first)):
+                    region = (branch.ancestors | branch.bit) & call.mask & ~(source.ancestors | source.bit)
+                    ops = list(record.select(region))
+                    if spatial_convs(ops) and has_nonlinearity(ops):
+                        yield Block("residual", call, region, branch, add, skip, source)
+
+
 def _unit(record: Record, call: Call, add: Op) -> Block | None:
     if add.role != "add" or len(add.data) != 2 or len(add.takes) != 2:
         return None
     if add.data[0].shape != add.data[1].shape:
         return None  # an embedding, say, that is the same all over the map
+    if _is_modulation(record, call, add):
+        return None
     pairs = (add.data, add.data[::-1])
     for branch, skip in sorted(pairs, key=lambda pair: not pair[1].bit & pair[0].ancestors):  # an identity skip first
         source = bypass_source(skip, call, branch.ancestors)
@@ -43,13 +73,11 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         if common:
             region &= ~(source.ancestors | source.bit)
         ops = list(record.select(region))
-        if not has_spatial_conv(ops) or not (has_nonlinearity(ops) or _is_plain_convolution(record, call, add, ops)):
+        if not spatial_convs(ops) or not (has_nonlinearity(ops) or _is_plain_convolution(record, call, add, ops)):
             continue
-        if escapes(record, call, [source] if common else call.inputs, {add}) and not _has_second_output(
-            call, add, region
-        ):
+        if not all_pass(record, call, [source] if common else call.inputs, add, region):
             continue
-        if _is_query(source, region):
+        if _is_query(source, region) or _spans_network(record, add, skip, ops):
             continue
         if call.parent is None and any(map(resizes, ops)) and not _resized_between(source, skip):
             continue  # it goes down in resolution and comes up again: a skip between the levels of an hourglass
@@ -57,20 +85,38 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
     return None
 
 
-def _has_second_output(call: Call, add: Op, region: int) -> bool:
-    """Whether all that bypasses an add is a second output of the module, made in the branch (WaveNet's skip output)."""
-    others = [output for output in call.outputs if output is not add]
-    return (
-        add in call.outputs
-        and call.parent is not None
-        and bool(others)
-        and all(o.bit & region or (_all_from(o, region) and not o.ancestors & add.bit) for o in others)
-    )
+def _is_modulation(record: Record, call: Call, add: Op) -> bool:
+    """Whether an add shifts what was scaled by a map of the same origin: ``norm(x) * (1 + gamma) + beta`` (SPADE, Park et al.,
+    arXiv:1903.07291; AdaIN, Huang and Belongie, arXiv:1703.06868; FiLM, Perez et al., arXiv:1709.07871)."""
+    for product, shift in (add.data, add.data[::-1]):
+        while product.role in ("pass", "affine") and len(product.data) == 1:
+            (product,) = product.data
+        if product.role != "mul" or len(product.data) != 2:
+            continue
+        for scaled, factor in (product.data, product.data[::-1]):
+            origin = common_source(record, call, [factor, shift])
+            origins = [origin] if origin is not None else [i for i in call.inputs if _both_from(i, factor, shift)]
+            if shift not in origins and origins and not any(derives(record, call, scaled, o) for o in origins):
+                return True
+    return False
 
 
-def _all_from(op: Op, region: int) -> bool:
-    """Whether every operand of an operation is computed inside a region, so that none bypasses it (as in the concat of a dual path)."""
-    return bool(op.data) and all((o.ancestors | o.bit) & region for o in op.data)
+def _both_from(source: Op, factor: Op, shift: Op) -> bool:
+    return all(source.bit & (op.ancestors | op.bit) for op in (factor, shift))
+
+
+def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
+    """Whether a skip leads over the network as a whole, as in restoration (VDSR, Kim et al., arXiv:1511.04587; DnCNN, Zhang et
+    al., arXiv:1608.03981), so that its branch is a network and no unit: one that holds most of the convolutions; or one that
+    makes an image, added to the one that came in."""
+    own = [op for op in ops if op.spatial_conv]
+    layers, all_layers = ({op.path for op in some if op.spatial_conv} for some in (own, record.ops))
+    if len(layers) > 3 and 2 * len(layers) > len(all_layers):
+        return True
+    learned = [op for op in record.ops if op.role in LEARNED]
+    raw = not any(op.bit & (skip.ancestors | skip.bit) for op in learned)
+    widest = max(op.channels or 0 for op in own)
+    return raw and widest > (add.channels or 0) > 0 and not any(add.bit & op.ancestors for op in learned)
 
 
 def _is_query(source: Op, region: int) -> bool:

@@ -12,7 +12,7 @@ from .dense import dense_layers, dual_paths, split_units
 from .inverted import inverted_bottlenecks
 from .multi_branch import multi_branch_blocks
 from .rep_sum import reparameterisable_sums
-from .residual import residual_units
+from .residual import residual_units, reversible_units
 
 __all__ = ["RECOGNISERS", "Recognise", "Recogniser"]
 
@@ -41,6 +41,7 @@ class Recogniser:
 # In this order: what one has found is left alone by those that follow.
 RECOGNISERS: list[Recogniser] = [
     Recogniser(dense_layers, nests=True),
+    Recogniser(reversible_units, nests=True),
     Recogniser(residual_units, nests=True),
     Recogniser(split_units, nests=True),
     Recogniser(dual_paths, nests=True),

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .graph import Conv, Op, Record
+from .joins import LEARNED, meaning
 from .roles import module_role, role_of
 
 Takers = dict[Op, list[Op]]
@@ -21,14 +22,16 @@ def read(record: Record) -> Record:
     for op in record.ops:
         for source in op.inputs:
             takers.setdefault(source, []).append(op)
+    learned = 0
     for op in record.ops:
-        _read(op, takers)
+        _read(op, takers, learned)
+        learned |= op.bit if op.role in LEARNED else 0
     return record
 
 
-def _read(op: Op, takers: Takers) -> None:
+def _read(op: Op, takers: Takers, learned: int) -> None:
     op.takes = op.inputs
-    op.role = _role(op)
+    op.role, op.takes = meaning(op, _role(op), learned)
     written_out: tuple[Op, ...] = ()  # operations that are a part of this one
     if op.role == "mul" and len(op.inputs) == 2:
         for x, gate in (op.inputs, op.inputs[::-1]):
@@ -100,6 +103,11 @@ def _conv_of(op: Op) -> Conv | None:
         m: Any = op.module
         return Conv(tuple(m.kernel_size), m.groups, m.in_channels, m.out_channels, m.transposed)
     if (
+        op.name == "deform_conv2d"
+    ):  # (input, weight, offset, mask, bias, stride, padding, dilation, two of each, groups, ...)
+        weight, groups = op.inputs[1].shape, int(op.args[11])
+        return Conv(tuple(weight[2:]), groups, weight[1] * groups, weight[0], False)
+    if (
         len(op.args) < 9 or len(op.inputs) < 2
     ):  # (input, weight, bias, stride, padding, dilation, transposed, _, groups)
         return None
@@ -161,20 +169,26 @@ def _follow_pooling(op: Op) -> None:
     if op.role == "pool" and op.module is None and _channel_dim_of_several(data[0], op) is not None:
         op.pooled = data[0].pooled
         return
-    widest = max(_extent(i) for i in data)
-    extent = _extent(op)
+    widest = max(data, key=_extent)
     if all(i.pooled for i in data):
         op.pooled = True
+        op.flat = all(i.flat for i in data) or (op.role == "pool" and _extent(op) == 1)
         op.excited = any(i.excited for i in data) or op.role in ("conv", "linear", "act")
-    elif op.role not in ("conv", "part", "cat", "add", "mul") and extent < widest:
+    elif op.role not in ("conv", "part", "cat", "add", "mul") and _extent(op) < _extent(widest):
         # one spatial dim at least is gone; or, where the pool is written as a product (GlobalContext), all of them
-        before = next(i for i in data if _extent(i) == widest)
         if op.role == "pool":
-            op.pooled = any(s == 1 for s in _spatial(op)) or len(_spatial(op)) < len(_spatial(before))
-        elif extent == 1 and op.role in ("linear", "other", "shape"):
+            op.pooled = _loses_a_dim(widest, op)
+        elif _extent(op) == 1 and op.role in ("linear", "other", "shape"):
             op.pooled = op.role != "shape" or bool(_spatial(op))
+        op.flat = op.pooled and _extent(op) == 1
     if op.role == "pool" and _is_global(op):
-        op.pooled = True
+        op.pooled = op.flat = True
+
+
+def _loses_a_dim(before: Op, after: Op) -> bool:
+    """Whether a pool leaves nothing of a spatial dim. One that was 1 before tells nothing: maps (N, C, T, 1) are pooled over time."""
+    was, left = _spatial(before), _spatial(after)
+    return len(left) < len(was) or any(new == 1 < old for old, new in zip(was, left, strict=False))
 
 
 def _extent(op: Op) -> int:

@@ -1,6 +1,6 @@
 """A record of one run of a model: a ``torch.fx.Graph`` of every operation, and what is known of each of its nodes.
 
-``recording`` makes it; nothing changes it afterwards. What is concluded from it (``operations.read``) stands beside it.
+``recorder`` makes it; nothing changes it afterwards. What is concluded from it (``facts.read``) stands beside it.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ class Op:
         inplace: it changes its first input.
         node: its node in the graph; None in the record of a run that is only compared with another.
 
-    Concluded by ``operations.read``: ``role`` (see ``roles``), ``conv``, ``ancestors`` (a bit set of indices), and
+    Concluded by ``facts.read``: ``role`` (see ``roles``), ``conv``, ``ancestors`` (a bit set of indices), and
 
         takes: its inputs as far as they count: of ``x * sigmoid(x)``, which is an activation, ``x`` alone.
         users: the operations that take it.
         channel_dim: which dim of its output holds the channels, counted from the end, if that is known.
-        pooled: it is computed from a pooled value and has not got its spatial extent back.
+        pooled: it is computed from a value that was pooled over some of its spatial dims, and has not got that extent back.
+        flat: it is pooled over all of them: no space is left.
         excited: it is pooled, and a learned layer or a non-linearity has been applied since.
     """
 
@@ -83,6 +84,7 @@ class Op:
     users: list[Op] = field(default_factory=list)
     channel_dim: int | None = None
     pooled: bool = False
+    flat: bool = False
     excited: bool = False
     ancestors: int = 0
 
@@ -97,7 +99,7 @@ class Op:
     @property
     def spatial_conv(self) -> bool:
         """A convolution over space (one inside a channel gate, as in ECA, runs over channels)."""
-        return self.conv is not None and self.conv.spatial and not self.pooled
+        return self.conv is not None and self.conv.spatial and not self.flat
 
     @property
     def channels(self) -> int | None:
@@ -151,12 +153,6 @@ class Call:
     def shows(self, op: Op) -> bool:
         """Whether an operation's output is a value in this module's own code: made there, or returned to it."""
         return (op.call is self) or any(op in child.outputs for child in self.children)
-
-    def walk(self) -> Iterator[Call]:
-        """This call and all below it, in the order in which they began."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import brief
-from .copying import copied, on_meta
+from .copying import copied, on_cpu, on_meta
 
 __all__ = [
     "Inputs",
@@ -45,11 +45,9 @@ class Inputs:
         """The same on the CPU; tensors that have no values get random ones (integers: zeros)."""
 
         def real(tensor: Tensor) -> Tensor:
-            if tensor.device.type != "meta":
-                return tensor.detach().to("cpu", copy=True)
-            if tensor.is_floating_point() or tensor.is_complex():
+            if tensor.is_meta and (tensor.is_floating_point() or tensor.is_complex()):
                 return torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+            return on_cpu(tensor)
 
         return copied(self, real)
 
@@ -73,15 +71,10 @@ def given_inputs(example_inputs: Any) -> Inputs:
     """
     if isinstance(example_inputs, Inputs):
         return example_inputs
-    if isinstance(example_inputs, list):
-        raise TypeError(
-            "example_inputs must be a tensor, a tuple of positional inputs, a dict of keyword inputs or (args, kwargs), got "
-            "a list; a model that takes one list takes example_inputs=([...],)"
-        )
-    if not tensors_in(example_inputs):
+    if isinstance(example_inputs, list) or not tensors_in(example_inputs):
         raise TypeError(
             "example_inputs must hold at least one tensor: a tensor, a tuple of positional inputs, a dict of keyword inputs "
-            f"or (args, kwargs); got {type(example_inputs).__name__}"
+            f"or (args, kwargs); got {type(example_inputs).__name__}. A model that takes one list takes example_inputs=([...],)"
         )
     if type(example_inputs) is tuple:
         if len(example_inputs) == 2 and type(example_inputs[0]) is tuple and type(example_inputs[1]) is dict:
@@ -118,7 +111,10 @@ def _collect(value: Any, found: list[Tensor], depth: int) -> None:
     else:
         items = getattr(value, "__dict__", {}).values()
     for item in items if depth <= 6 else ():
-        if type(item) not in _HOLDS_NOTHING:  # asked here, because nearly all that is collected is in a tuple
+        cls = type(item)  # looked at here, because nearly all that is collected is in a tuple
+        if cls is Tensor:
+            found.append(item)
+        elif cls not in _HOLDS_NOTHING:
             _collect(item, found, depth + 1)
 
 

@@ -6,7 +6,6 @@ a recording: random states, registries, caches and counters are put back.
 
 from __future__ import annotations
 
-import functools
 import gc
 import random
 import sys
@@ -15,6 +14,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import _lru_cache_wrapper, partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,6 @@ from .methods import unwrapped
 __all__ = ["forked_randomness", "isolated", "without_collections"]
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
-_GENERATORS: dict[type, tuple[Any, Any]] = {  # how to read and to set the state
-    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
-    random.Random: (random.Random.getstate, random.Random.setstate),
-    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
-    np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, "state", state)),
-}
 
 
 @contextmanager
@@ -42,8 +36,7 @@ def forked_randomness() -> Iterator[None]:
         python, numpy, cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     random.seed(0)
-    with suppress(TypeError):  # NumPy was given another kind of generator
-        np.random.seed(0)
+    np.random.seed(0)
     torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of all devices
     try:
         yield
@@ -88,12 +81,14 @@ class _SavedState:
     def __init__(self, model: nn.Module) -> None:
         classes = {cls for own in {type(m) for m in model.modules()} for cls in own.__mro__}
         classes = {cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "builtins")}
-        self.scopes = [(scope, dict(scope)) for scope in _namespaces(classes)]
-        self.classes = [(cls, dict(vars(cls))) for cls in classes]
+        # what stands in each scope now and stood there, how to set a name in it and how to delete one
+        self.scopes: list[tuple[Any, dict[str, Any], Any, Any]] = [
+            (names, dict(names), names.__setitem__, names.__delitem__) for names in _namespaces(classes)
+        ]
+        self.scopes += [(vars(c), dict(vars(c)), partial(setattr, c), partial(delattr, c)) for c in classes]
         self.containers: dict[int, tuple[Any, Any]] = {}
-        self.generators: dict[int, tuple[Any, Any]] = {}
         self.caches: list[tuple[Any, int]] = []
-        for _, saved in (*self.scopes, *self.classes):
+        for _, saved, _, _ in self.scopes:
             for name, value in saved.items():
                 if name != "__builtins__":
                     self._save(value, 2)
@@ -112,24 +107,17 @@ class _SavedState:
             for cell in (value.__closure__ or ()) if depth else ():
                 with suppress(ValueError):  # an empty cell
                     self._save(cell.cell_contents, 0)
-        elif isinstance(value, functools._lru_cache_wrapper):
+        elif isinstance(value, _lru_cache_wrapper):
             self.caches.append((value, value.cache_info().currsize))
-        elif type(value) in _GENERATORS:
-            self.generators[id(value)] = (value, _GENERATORS[type(value)][0](value))
 
     def restore(self) -> None:
-        for scope, saved in self.scopes:
+        for scope, saved, put, delete in self.scopes:
             for name in [n for n in scope if n not in saved]:
                 if not isinstance(scope[name], types.ModuleType):  # an import inside a function stays
-                    del scope[name]
-            scope.update({name: value for name, value in saved.items() if scope.get(name, scope) is not value})
-        for cls, attributes in self.classes:
-            now = dict(vars(cls))
-            for name in now.keys() - attributes.keys():
-                delattr(cls, name)
-            for name, value in attributes.items():
-                if now.get(name, now) is not value and name not in ("__dict__", "__weakref__"):
-                    setattr(cls, name, value)
+                    delete(name)
+            for name, value in saved.items():
+                if scope.get(name, scope) is not value:
+                    put(name, value)
         for value, saved in self.containers.values():
             if _ids(value) != _ids(saved):
                 value.clear()
@@ -137,8 +125,6 @@ class _SavedState:
         for cached, size in self.caches:
             if cached.cache_info().currsize != size:
                 cached.cache_clear()
-        for generator, state in self.generators.values():
-            _GENERATORS[type(generator)][1](generator, state)
 
 
 def _ids(container: Any) -> list[int]:
@@ -152,4 +138,4 @@ def _namespaces(classes: set[type]) -> list[dict[str, Any]]:
     for function in (unwrapped(member) for cls in classes for member in vars(cls).values()):
         if function is not None and not str(function.__module__).startswith("torch."):
             found.append(function.__globals__)
-    return list({id(scope): scope for scope in found}.values())
+    return list({id(names): names for names in found}.values())

@@ -6,22 +6,16 @@ and the same operation on inputs of the same form gets an output of the same for
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .copying import on_meta
-
-__all__ = ["MetaOperations", "all_on_meta"]
+__all__ = ["MetaOperations"]
 
 Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
-_BATCH_NORMS = (
-    "aten::native_batch_norm",
-    "aten::_native_batch_norm_legit",
-    "aten::_native_batch_norm_legit_no_training",
-)
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.layout, torch.device, torch.memory_format)
 
 
@@ -30,14 +24,11 @@ class MetaOperations:
 
     def __init__(self) -> None:
         self.outputs: dict[Any, tuple[bool, tuple[Form, ...]]] = {}
-        self.kinds: dict[Any, str] = {}
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of an operation all of whose tensors are on meta."""
-        kind = self.kinds.get(func)
-        if kind is None:
-            kind = self.kinds[func] = _kind(func)
-        if kind == "batch_norm":
+        kind = _kind(func)
+        if kind == "batch norm":
             return _batch_norm(args[0])
         if kind == "other":
             return func(*args, **kwargs)
@@ -53,46 +44,33 @@ class MetaOperations:
             if all(type(t) is Tensor and t.device.type == "meta" for t in tensors):
                 self.outputs[key] = several, tuple((t.size(), t.stride(), t.dtype) for t in tensors)
             return output
-        if kind == "inplace":
+        if kind == "in place":
             return args[0]
         several, forms = known
         made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in forms]
         return tuple(made) if several else made[0]
 
 
+@functools.cache
 def _kind(func: Any) -> str:
     """Whether an operation's outputs are new tensors, or its first input, changed value by value; or neither is certain."""
     schema = func._schema
     if schema.name in _BATCH_NORMS:
-        return "batch_norm"
+        return "batch norm"
     if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
         return "other"
     if not schema.returns or any(str(r.type) != "Tensor" for r in schema.returns):
         return "other"
-    aliased = [a.alias_info is not None for a in (*schema.arguments, *schema.returns)]
-    if not any(aliased):
-        return "functional"
-    first = schema.arguments[0].alias_info
-    if aliased.count(True) == 2 and first is not None and first.is_write and schema.returns[0].alias_info is not None:
-        return "inplace" if torch.Tag.pointwise in func.tags else "other"
-    return "other"
+    aliased = [a for a in (*schema.arguments, *schema.returns) if a.alias_info is not None]
+    if not aliased:
+        return "new"
+    written = aliased[0].alias_info.is_write and torch.Tag.pointwise in func.tags
+    return "in place" if written and aliased == [schema.arguments[0], schema.returns[0]] else "other"
 
 
-class _NoKey(Exception):
-    """An argument that can't be compared with others."""
-
-
-def _key(value: Any) -> Any:
-    cls = type(value)
-    if cls in (Tensor, nn.Parameter):
-        if value.layout is not torch.strided or value.dtype.is_complex:
-            raise _NoKey
-        return value.size(), value.stride(), value.dtype
-    if cls in _PLAIN:
-        return cls, value  # 1 == 1.0 == True
-    if cls in (list, tuple) or cls is torch.Size:
-        return cls, *map(_key, value)
-    raise _NoKey
+_BATCH_NORMS = (
+    "aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::_native_batch_norm_legit_no_training",
+)  # fmt: skip
 
 
 def _batch_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,12 +80,16 @@ def _batch_norm(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return output, torch.empty(x.shape[1], device="meta"), torch.empty(x.shape[1], device="meta")
 
 
-def all_on_meta(value: Any) -> Any:
-    """A structure of arguments with each tensor in it on meta."""
-    if isinstance(value, Tensor):
-        return value if value.device.type == "meta" else on_meta(value)
-    if type(value) in (tuple, list):
-        return type(value)(all_on_meta(v) for v in value)
-    if isinstance(value, dict):
-        return {k: all_on_meta(v) for k, v in value.items()}
-    return value
+class _NoKey(Exception):
+    """An argument that can't be compared with others."""
+
+
+def _key(value: Any) -> Any:
+    cls = type(value)
+    if cls in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.dtype.is_complex:
+        return value.size(), value.stride(), value.dtype
+    if cls in _PLAIN:
+        return cls, value  # 1 == 1.0 == True
+    if cls in (list, tuple):
+        return cls, *map(_key, value)
+    raise _NoKey

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import types
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Method", "forget_methods", "methods_of", "unwrapped"]
+__all__ = ["METHODS", "Method", "methods_of", "unwrapped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,19 +27,14 @@ class Method:
 
 
 # by class; emptied before each planning, because methods may be patched
-_methods: weakref.WeakKeyDictionary[type, dict[types.CodeType, Method]] = weakref.WeakKeyDictionary()
-
-
-def forget_methods() -> None:
-    """Look at the classes anew."""
-    _methods.clear()
+METHODS: dict[type, dict[types.CodeType, Method]] = {}
 
 
 def methods_of(cls: type) -> dict[types.CodeType, Method]:
     """The methods of a class and of those it is derived from, by their code objects and by those nested in them."""
-    if cls in _methods:
-        return _methods[cls]
-    found: dict[types.CodeType, Method] = {}
+    if cls in METHODS:
+        return METHODS[cls]
+    found = METHODS[cls] = {}
     for owner in cls.__mro__:
         if owner in (object, nn.Module):
             continue
@@ -48,7 +42,6 @@ def methods_of(cls: type) -> dict[types.CodeType, Method]:
             function = unwrapped(member)
             if function is not None:
                 _add_code(found, function.__code__, Method(owner, name, function))
-    _methods[cls] = found
     return found
 
 
@@ -58,21 +51,13 @@ def unwrapped(member: Any) -> types.FunctionType | None:
         member = member.__func__
     elif isinstance(member, property):
         member = member.fget
-    seen = 0
-    while not isinstance(member, type) and seen < 100:
-        inner, seen = _wrapped(member), seen + 1
+    for _ in range(100):
+        # a __getattr__ is not asked: it may have an answer to everything, or raise
+        inner = None if isinstance(member, type) else getattr(member, "__dict__", {}).get("__wrapped__")
         if inner is None:
             break
         member = inner
     return member if isinstance(member, types.FunctionType) else None
-
-
-def _wrapped(member: Any) -> Any:
-    """What a decorator keeps of what it wraps. A ``__getattr__`` is not asked: it may have an answer to everything, or raise."""
-    try:
-        return vars(member).get("__wrapped__")
-    except Exception:
-        return None
 
 
 def _add_code(found: dict[types.CodeType, Method], code: types.CodeType, method: Method) -> None:

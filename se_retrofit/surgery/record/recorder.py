@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ...attention import Inserted
-from .copying import copied
+from .copying import copied, on_meta
 from .graph import Call, Op, Record, Where, rewritten, tensor_of
 from .inputs import Inputs, tensors_in
 from .isolation import forked_randomness
-from .meta import MetaOperations, all_on_meta
+from .meta import MetaOperations
 from .methods import methods_of
 from .roles import module_role, role_of
 from .values import Values, makes, written_by
@@ -29,9 +30,6 @@ __all__ = ["NeedsValues", "record_run"]
 
 class NeedsValues(RuntimeError):
     """The run asks for values, which meta tensors do not have."""
-
-
-# Whose source -------------------------------------------------------------------------------------------------------
 
 
 _CALL = nn.Module._call_impl.__code__
@@ -56,9 +54,6 @@ def _frames(call: Call, skip: int) -> Where:
     return tuple(found)
 
 
-# The recorder ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(eq=False)
 class _Single:
     """The call of a module that counts as one operation."""
@@ -66,9 +61,7 @@ class _Single:
     module: nn.Module
     arguments: tuple[Any, Any]
     inputs: tuple[Op, ...]
-    changed: dict[int, Tensor] = field(
-        default_factory=dict
-    )  # the tensors that it has changed, by id, and so kept alive
+    changed: dict[int, Tensor] = field(default_factory=dict)  # the tensors that it has changed, kept alive, by id
 
 
 class _Recorder(TorchDispatchMode):
@@ -143,7 +136,7 @@ class _Recorder(TorchDispatchMode):
         name = type(module).__name__ if recipe is None else recipe.base.__name__
         whole: fx.Node | None = None
         for index, tensor in enumerate(tensors_in(output)):
-            before = self.values.op_of(tensor) if tensor in self.values else None
+            before = self.values.op_of(tensor) if self.values.known(tensor) is not None else None
             changed = id(tensor) in single.changed
             if before is not None and not changed and before in single.inputs:  # it returned what it was given
                 call.passes.append((before, module, path))
@@ -199,13 +192,13 @@ class _Recorder(TorchDispatchMode):
         def make_part(index: int) -> Op:
             return make(outputs[index], self.part_of(whole, output, index))
 
-        made = len(outputs) if role_of(name) == "part" else min(1, len(outputs))
-        for index, tensor in enumerate(outputs[:made]):
+        for index, tensor in enumerate(outputs):
+            if index and role_of(name) != "part":  # a norm's statistics, a pool's indices: hardly ever used
+                self.values.keep_for_later(tensor, partial(make_part, index))
+                continue
             op = make_part(index)
             op.inplace = any(tensor is t for t in written)
             self.values.keep(tensor, op)
-        for index in range(made, len(outputs)):  # a norm's statistics, a pool's indices: hardly ever used
-            self.values.keep_for_later(outputs[index], partial(make_part, index))
         for tensor in written:
             if not any(tensor is t for t in outputs):
                 op = make(tensor, self.rewritten(tensor, whole))
@@ -215,17 +208,17 @@ class _Recorder(TorchDispatchMode):
             self.values.change_aliases(written, {id(t) for t in written})
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
-        on_meta = [t.is_meta for t in given]
-        if any(on_meta):
-            if not all(on_meta):
-                if func._schema.is_mutable and not all(t.is_meta for t in written_by(func, args, kwargs)):
-                    raise self.needs(NeedsValues("a tensor with values is changed by one without"))
-                args, kwargs = all_on_meta(args), all_on_meta(kwargs)
-            try:
-                return self.on_meta.run(func, args, kwargs)
-            except Exception as error:
-                raise self.needs(error) from None
-        return func(*args, **kwargs)
+        with_values = [t for t in given if not t.is_meta]
+        if len(with_values) == len(given):
+            return func(*args, **kwargs)
+        if with_values:
+            if func._schema.is_mutable and not all(t.is_meta for t in written_by(func, args, kwargs)):
+                raise self.needs(NeedsValues("a tensor with values is changed by one without"))
+            args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else on_meta(t), (args, kwargs))
+        try:
+            return self.on_meta.run(func, args, kwargs)
+        except Exception as error:
+            raise self.needs(error) from None
 
     def needs(self, error: Exception) -> Exception:
         """Note that values were asked for, even if the model's code catches the error; other errors it would meet with values, too."""
@@ -240,8 +233,18 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, call: Call | None = None,
     ) -> Op:  # fmt: skip
         call = call or self.stack[-1]
-        op = Op(len(self.result.ops), name, inputs, args, tensor.shape, tensor.dtype, call, where=where, node=node)
-        op.kwargs = kwargs or {}
+        op = Op(
+            len(self.result.ops),
+            name,
+            inputs,
+            args,
+            tensor.shape,
+            tensor.dtype,
+            call,
+            where=where,
+            node=node,
+            kwargs=kwargs or {},
+        )
         self.result.ops.append(op)
         if node is not None:
             node.meta.update(shape=tensor.shape, dtype=tensor.dtype, call=call, where=where)
@@ -280,15 +283,14 @@ class _Recorder(TorchDispatchMode):
 
     def nodes_in(self, value: Any) -> Any:
         """Arguments with the node in the place of each tensor."""
+        return fx.node.map_aggregate(value, self.node_of)
+
+    def node_of(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             op = self.values.known(value)
             return None if op is None else op.node
-        if type(value) in (tuple, list):
-            return type(value)(self.nodes_in(item) for item in value)
-        if isinstance(value, dict):
-            return {key: self.nodes_in(item) for key, item in value.items()}
         inside = tensors_in(value)
-        return tuple(map(self.nodes_in, inside)) if inside else value
+        return tuple(map(self.node_of, inside)) if inside else value
 
 
 def record_run(
@@ -312,44 +314,22 @@ def record_run(
         recorder = _Recorder(result, on_meta or MetaOperations(), traced)
         # a script module takes no such hooks; its operations are its caller's
         hooked = [m for m in recorder.modules if not isinstance(m, torch.jit.ScriptModule)]
-        for module in hooked:  # as register_forward_hook does it, without an object for each of thousands of hooks
-            module._forward_pre_hooks[_HOOK] = recorder.begin
-            module._forward_hooks[_HOOK] = recorder.end
-            for flags in _flags_of_hooks(module):
-                flags[_HOOK] = True
+        handles = [module.register_forward_pre_hook(recorder.begin, with_kwargs=True) for module in hooked]
+        handles += [m.register_forward_hook(recorder.end, with_kwargs=True, always_call=True) for m in hooked]
         try:
             own = copied(inputs, lambda tensor: tensor)  # a forward may write into the list or dict that it is given
             with recorder:
                 model(*own.args, **own.kwargs)
         except Exception as error:
-            if recorder.needed_values is None and _asks_for_values(error, inputs):
-                recorder.needed_values = error
+            if inputs.is_meta:
+                recorder.needs(error)
             result.broke_in = recorder.failed_in
             result.broke_off = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         finally:
-            for module in hooked:
-                del module._forward_pre_hooks[_HOOK], module._forward_hooks[_HOOK]
-                for flags in _flags_of_hooks(module):
-                    del flags[_HOOK]
+            for handle in handles:
+                handle.remove()
             for call in result.calls:
                 call.end = call.end or len(result.ops)
     if recorder.needed_values is not None:
         raise NeedsValues(str(recorder.needed_values)) from recorder.needed_values
     return result
-
-
-_HOOK: Any = "recorder"  # where PyTorch has a running number
-
-
-def _flags_of_hooks(module: nn.Module) -> tuple[dict[int, bool], ...]:
-    """Where PyTorch notes that a hook takes keyword arguments, and that it is called after an error, too."""
-    return (
-        module._forward_pre_hooks_with_kwargs,
-        module._forward_hooks_with_kwargs,
-        module._forward_hooks_always_called,
-    )
-
-
-def _asks_for_values(error: Exception, inputs: Inputs) -> bool:
-    on_meta = any(t.device.type == "meta" for t in tensors_in((inputs.args, inputs.kwargs)))
-    return on_meta and "meta" in str(error).lower()

@@ -48,7 +48,7 @@ _MODULE_ROLES: tuple[tuple[str, tuple[type, ...]], ...] = (
 _OPERATION_ROLES: dict[str, str] = {
     name: role
     for role, names in {
-        "conv": "convolution convolution_overrideable _convolution mkldnn_convolution cudnn_convolution",
+        "conv": "convolution convolution_overrideable _convolution mkldnn_convolution cudnn_convolution deform_conv2d",
         "linear": "linear matmul bmm mm addmm addmv mv baddbmm addbmm _addmm_activation dot einsum",
         "norm": "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training _batch_norm_with_update "
         "batch_norm cudnn_batch_norm miopen_batch_norm native_layer_norm native_group_norm layer_norm group_norm "
@@ -61,7 +61,7 @@ _OPERATION_ROLES: dict[str, str] = {
         "max_pool3d_with_indices max_pool1d_with_indices adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
         "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d norm "
         "linalg_vector_norm std var std_mean var_mean logsumexp",
-        "add": "add sub",
+        "add": "add sub lerp addcmul addcdiv",
         "mul": "mul div multiply",
         "cat": "cat concat",
         "resize": "pixel_shuffle grid_sampler_2d grid_sampler_3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "

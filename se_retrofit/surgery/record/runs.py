@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,7 +51,10 @@ def record(model: nn.Module, example_inputs: Any = None, *, without_se: bool = F
             described = isinstance(example_inputs, Inputs) and example_inputs.is_meta
             model = copied(model, on_meta if described else on_cpu, independent=True)
             strip(model)
-        return read(Runs.find(model, example_inputs, clean, evaluation_only=True).evaluation)
+        return read(Runs.find(model, example_inputs, clean, training=False).evaluation)
+
+
+_WITH_VALUES = 2  # of the inputs that failed on meta, so many are tried with values
 
 
 @dataclass(eq=False)
@@ -63,38 +66,39 @@ class Runs:
     convert: Callable[[torch.Tensor], torch.Tensor]
     clean: Callable[[], None]
     evaluation: Record
-    training: Record | None = None
-    on_meta: MetaOperations = field(default_factory=MetaOperations)
+    training: Record | None
+    on_meta: MetaOperations
 
     @classmethod
-    def find(
-        cls, model: nn.Module, example_inputs: Any, clean: Callable[[], None], evaluation_only: bool = False
-    ) -> Runs:
-        """Record a model on the inputs given, or on the first that go through: on meta, or where the run asks for values,
-        on a copy that has them. ``clean`` puts back what a run has left outside of the copy."""
+    def find(cls, model: nn.Module, example_inputs: Any, clean: Callable[[], None], training: bool = True) -> Runs:
+        """Record a model on the inputs given, or on the first that go through: on meta, or where the run asks for values or fails
+        in any other way (as a scripted function may on meta), on a copy that has them. ``clean`` puts back what a run has left
+        outside of the copy."""
         first_error: str | None = None
-        copy = copied(model, on_meta, independent=True)
-        given = example_inputs is not None
-        candidates: Iterator[Inputs] = iter([given_inputs(example_inputs)]) if given else candidate_inputs(copy)
-        for tried, inputs in enumerate(candidates):
+        failed: list[Inputs] = []
+        given = None if example_inputs is None else given_inputs(example_inputs)
+        for inputs in candidate_inputs(model) if given is None else [given]:
             try:
-                copy = copied(model, on_meta, independent=True) if tried == 1 else copy
-                runs = cls._run(model, copy, inputs.on_meta(), inputs, on_meta, clean, evaluation_only)
+                runs = cls._on(model, inputs.on_meta(), inputs, on_meta, clean, training)
             except NeedsValues:
-                # one image of those that we made up is enough, and is as slow as it has to be
-                values = (inputs if given else inputs.of_one()).with_values(torch.Generator().manual_seed(0))
-                copy_with_values = copied(model, on_cpu, independent=True)
-                runs = cls._run(model, copy_with_values, values, inputs, on_cpu, clean, evaluation_only)
+                runs = cls._with_values(model, inputs, given is not None, clean, training)
+            else:
+                failed.append(inputs)
             if runs.evaluation.broke_off is None:
                 return runs
             first_error = first_error or runs.evaluation.broke_off
+        for index, inputs in enumerate(failed[:_WITH_VALUES]):
+            runs = cls._with_values(model, inputs, given is not None, clean, training)
+            if runs.evaluation.broke_off is None:
+                return runs
+            first_error = runs.evaluation.broke_off if index == 0 else first_error
         name = type(model).__name__
         if first_error is None:
             raise RetrofitError(f"{name} has no convolution, so there is nothing to retrofit")
-        if given:
+        if given is not None:
             raise RetrofitError(
-                f"{name} can't be run on the given example_inputs, of shape "
-                f"{given_inputs(example_inputs).shapes}; give inputs that it takes. Its forward raised {first_error}"
+                f"{name} can't be run on the given example_inputs, of shape {given.shapes}; give inputs that it takes. Its "
+                f"forward raised {first_error}"
             )
         raise RetrofitError(
             f"{name} can't be run on any input that was tried; give add_se(..., example_inputs=...) a tensor (or a tuple of "
@@ -102,36 +106,36 @@ class Runs:
         )
 
     @classmethod
-    def _run(
-        cls, model: nn.Module, copy: nn.Module, inputs: Inputs, given: Inputs, convert: Any, clean: Callable[[], None],
-        evaluation_only: bool,
-    ) -> Runs:  # fmt: skip
+    def _with_values(
+        cls, model: nn.Module, inputs: Inputs, given: bool, clean: Callable[[], None], training: bool
+    ) -> Runs:
+        # one image of those that we made up is enough, and is as slow as it has to be
+        values = (inputs if given else inputs.of_one()).with_values(torch.Generator().manual_seed(0))
+        return cls._on(model, values, inputs, on_cpu, clean, training)
+
+    @classmethod
+    def _on(
+        cls, model: nn.Module, run: Inputs, inputs: Inputs, convert: Any, clean: Callable[[], None], training: bool
+    ) -> Runs:
         clean()
-        on_meta = MetaOperations()
-        runs = cls(model, given, convert, clean, _evaluated(copy, inputs, on_meta), on_meta=on_meta)
-        if not evaluation_only and runs.evaluation.broke_off is None:
-            training = _trained(copy, inputs, on_meta)
-            if training.broke_off is None:  # on these inputs it may not: a detector wants targets
-                runs.training = training
-        return runs
+        copy, known = copied(model, convert, independent=True), MetaOperations()
+        evaluation, trained = _recorded(copy, run, known, False), None
+        if training and evaluation.broke_off is None:
+            trained = _recorded(copy, run, known, True)
+            if trained.broke_off is not None:  # on these inputs it may not run: a detector wants targets
+                trained = None
+        return cls(model, inputs, convert, clean, evaluation, trained, known)
 
     def again(self, prepare: Callable[[nn.Module], None], training: bool = True) -> tuple[Record, Record | None]:
         """The same runs of a new copy that ``prepare`` has changed; in train mode, too, if the original runs in it."""
         copy = copied(self.model, self.convert, independent=True)
         prepare(copy)
         self.clean()
-        inputs = self.evaluation.inputs
-        evaluation = _evaluated(copy, inputs, self.on_meta, traced=False)
-        if self.training is None or not training:
-            return evaluation, None
-        return evaluation, _trained(copy, inputs, self.on_meta, traced=False)
+        modes = [False, True] if training and self.training is not None else [False]
+        records = [_recorded(copy, self.evaluation.inputs, self.on_meta, mode, traced=False) for mode in modes]
+        return records[0], records[1] if len(records) > 1 else None
 
 
-def _evaluated(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations, traced: bool = True) -> Record:
-    with torch.no_grad():
-        return record_run(in_mode(copy, False), inputs, on_meta, traced=traced)
-
-
-def _trained(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations, traced: bool = True) -> Record:
-    with torch.enable_grad():
-        return record_run(in_mode(copy, True), inputs, on_meta, traced=traced)
+def _recorded(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations, training: bool, traced: bool = True) -> Record:
+    with torch.set_grad_enabled(training):
+        return record_run(in_mode(copy, training), inputs, on_meta, traced=traced)

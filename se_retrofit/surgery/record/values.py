@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,9 +43,6 @@ class Values:
             for path, module in reversed(modules)
             for name, t in reversed(getattr(module, own).items())
         }
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._known
 
     def known(self, tensor: Tensor) -> Op | None:
         """The operation that is known to have made a tensor, whatever changed its data since."""
@@ -108,27 +106,20 @@ def _storage(tensor: Tensor) -> int:
         return 0
 
 
-_WRITTEN: dict[Any, tuple[tuple[int, str], ...]] = {}
-
-
 def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors that an operation writes to."""
-    if func not in _WRITTEN:
-        _WRITTEN[func] = tuple(
-            (i, a.name)
-            for i, a in enumerate(func._schema.arguments)
-            if a.alias_info is not None and a.alias_info.is_write
-        )
-    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in _WRITTEN[func]]
+    values = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(func)]
     return [t for t in tensors_in(values) if not isinstance(t, nn.Parameter)]
 
 
-_MAKES: dict[Any, bool] = {}
+@cache
+def _written(func: Any) -> list[tuple[int, str]]:
+    arguments = enumerate(func._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
+@cache
 def makes(func: Any) -> bool:
     """Whether an operation makes a tensor anew and takes at most the shape of another (``zeros_like``)."""
-    if func not in _MAKES:
-        name = func._schema.name.rpartition("::")[2]
-        _MAKES[func] = name.endswith("_like") or name.startswith("new_") or name in ("bernoulli", "rand", "randn")
-    return _MAKES[func]
+    name = func._schema.name.rpartition("::")[2]
+    return name.endswith("_like") or name.startswith("new_") or name in ("bernoulli", "rand", "randn")

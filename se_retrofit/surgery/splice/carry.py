@@ -22,7 +22,7 @@ from ..record.isolation import without_collections
 from ..record.methods import unwrapped
 from ..record.roles import is_sequential
 from .derived import Recipe, RetrofittedBlock, derived_class, source_as_before
-from .graphs import insert_node, insertions
+from .graphs import Insertion, insert_node, insertions_of
 from .source import Splice, SpliceError, source_of
 from .undo import PLAN, is_retrofitted, strip
 
@@ -34,6 +34,7 @@ __all__ = [
     "forward_digest",
     "has_attribute",
     "misfit",
+    "problems_of",
     "structure_of",
 ]
 
@@ -96,10 +97,13 @@ def structure_of(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
-def misfit(model: nn.Module, plan: Plan) -> str:
-    """What does not fit first of a plan's edits, the source of a method that has changed, say; empty where all of them do."""
+def misfit(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> str:
+    """What does not fit first of some edits, the source of a method that has changed, say; empty where all of them do. The modules of
+    the network come by path, edits with the path of their SE module."""
     try:
-        _prepared(model, {edit: site.path for site in plan.sites for edit in site.edits})
+        for holder in _prepared(modules, edits):
+            if holder.recipe is not None:
+                derived_class(holder.recipe)
     except SpliceError as error:
         return str(error)
     return ""
@@ -170,6 +174,7 @@ class _Holder:
     splices: list[Splice] = field(default_factory=list)
     returned: str = ""
     nodes: dict[Edit, str] = field(default_factory=dict)  # with the path of SE in the GraphModule
+    insertions: list[list[Insertion]] = field(default_factory=list)  # for each of them
 
     @property
     def recipe(self) -> Recipe | None:
@@ -185,50 +190,40 @@ def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) ->
     Raises:
         SpliceError: an edit does not fit, or a class can't be derived. Nothing has been changed then.
     """
-    holders = _prepared(model, {edit: path for edit, (path, _) in edits.items()})
+    modules = dict(model.named_modules())
+    holders = _prepared(modules, {edit: path for edit, (path, _) in edits.items()})
     recipes = [(holder.module, holder.recipe) for holder in holders]
     classes = [(module, derived_class(recipe)) for module, recipe in recipes if recipe is not None]
-    graphs = [(holder, insertions(holder.module, list(holder.nodes))) for holder in holders if holder.nodes]
-    modules = dict(model.named_modules())
     for path, se in edits.values():
         parent, _, child = path.rpartition(".")
         modules[parent]._modules[child] = se
-    for holder, found in graphs:
-        for path, nodes in zip(holder.nodes.values(), found, strict=True):
-            for graph, node, users in nodes:
+    for holder in holders:
+        for path, insertions in zip(holder.nodes.values(), holder.insertions, strict=True):
+            for graph, node, users in insertions:
                 insert_node(graph, node, path, users)
-        holder.module.recompile()  # type: ignore[operator]
+        if holder.nodes:
+            holder.module.recompile()  # type: ignore[operator]
     for module, cls in classes:
         object.__setattr__(module, "__class__", cls)
 
 
 def problems_of(model: nn.Module, edits: Mapping[Edit, str]) -> dict[Edit, str]:
-    """Which of some edits can't be carried out together, and why; edits come with the path of their SE module."""
+    """Which of some edits can't be carried out together, and why."""
+    modules = dict(model.named_modules())
     groups: dict[str, dict[Edit, str]] = {}
     for edit, path in edits.items():
         groups.setdefault(edit.holder, {})[edit] = path
     found = {}
     for group in groups.values():
-        problem = _problem_of(model, group)
+        problem = misfit(modules, group)
         if problem:
-            alone = {edit: _problem_of(model, {edit: path}) for edit, path in group.items()}
+            alone = {edit: misfit(modules, {edit: path}) for edit, path in group.items()}
             found.update({edit: p for edit, p in alone.items() if p} or dict.fromkeys(group, problem))
     return found
 
 
-def _problem_of(model: nn.Module, edits: Mapping[Edit, str]) -> str:
-    try:
-        for holder in _prepared(model, edits):
-            if holder.recipe is not None:
-                derived_class(holder.recipe)
-    except SpliceError as error:
-        return str(error)
-    return ""
-
-
-def _prepared(model: nn.Module, edits: Mapping[Edit, str]) -> list[_Holder]:
+def _prepared(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> list[_Holder]:
     """What is to be done to each module, each edit seen to fit; edits come with the path of their SE module."""
-    modules = dict(model.named_modules())
     holders: dict[str, _Holder] = {}
     for edit, path in edits.items():
         parent, _, child = path.rpartition(".")
@@ -252,7 +247,7 @@ def _prepared(model: nn.Module, edits: Mapping[Edit, str]) -> list[_Holder]:
             )
     for holder in holders.values():
         if holder.nodes:
-            insertions(holder.module, list(holder.nodes))
+            holder.insertions = insertions_of(holder.module, list(holder.nodes))
     return list(holders.values())
 
 
@@ -267,17 +262,15 @@ def _splice(edit: Edit, module: nn.Module, child: str) -> Splice:
         raise SpliceError(f"{class_name(type(module))} has no method {edit.method} of {edit.owner}")
     splice = Splice(owner, edit.method, edit.span, edit.statement, child, edit.target, edit.digest)
     source = source_as_before(splice)
-    kind = ast.expr if edit.statement == "wrap" else (ast.AugAssign, ast.Expr)
+    kinds = {"wrap": (ast.expr,), "after": (ast.AugAssign, ast.Expr), "before": (ast.AugAssign,)}.get(
+        edit.statement, ()
+    )
     place = (*(line + source.first for line in edit.span[:2]), *edit.span[2:])
-    node = next((n for n in source.spans.get(place, ()) if isinstance(n, kind)), None)
+    node = next((n for n in source.spans.get(place, ()) if isinstance(n, kinds)), None)
     variables = (ast.Name, ast.Attribute, ast.Subscript)  # what is put into the source stands there already
-    if node is None or not (
-        (edit.statement == "wrap" and not edit.target)
-        or (
-            edit.statement in ("after", "before")
-            and any(source.text(n) == edit.target for n in ast.walk(node) if isinstance(n, variables))
-        )
-    ):
+    inside = ast.walk(node) if node is not None and edit.statement != "wrap" else ()
+    targets = [source.text(n) for n in inside if isinstance(n, variables)] or [""]
+    if node is None or edit.target not in targets:
         raise SpliceError(f"{class_name(owner)}.{edit.method} has no such expression as the edit is for")
     return splice
 

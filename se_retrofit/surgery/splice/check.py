@@ -22,11 +22,19 @@ class Comparison:
         wrong: by the path of an SE module, what is wrong about where it scales.
         called: paths of the SE modules that were called at all.
         different: whether the retrofitted network does anything else than the original.
+        broke_off: the error that it raised, if any.
+        again: whether it is to be changed and compared once more.
     """
 
     wrong: dict[str, str] = field(default_factory=dict)
     called: set[str] = field(default_factory=set)
     different: bool = False
+    broke_off: str | None = None
+    again: bool = False
+
+    @property
+    def right(self) -> bool:
+        return not (self.wrong or self.different or self.again)
 
 
 def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Comparison:
@@ -36,7 +44,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
         before, after: the records, of the same inputs in the same mode.
         expected: by the path of each SE module, the places (in ``before``) where it is to scale.
     """
-    result = Comparison()
+    different = Comparison(different=True, broke_off=after.broke_off)
     same: dict[Op, Op] = {}  # operations of the retrofitted network, and those of the original that they are
     scaled: dict[str, list[tuple[Op, Op]]] = {}  # by path: what SE was given, and SE's own operation
     index = 0
@@ -47,28 +55,39 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
             scaled.setdefault(op.path, []).append((given, op))
             continue
         if index == len(before.ops):
-            return Comparison(different=True)
+            return different
         original = before.ops[index]
+        early = _taken_early(op, original, same)
+        if early is not None:
+            return Comparison(wrong={early: OVERWRITTEN}, called={early})
         if (
             _signature(op) != _signature(original)
             or tuple(same[i] for i in op.inputs) != original.inputs
             or _plain((op.args, op.kwargs)) != _plain((original.args, original.kwargs))
         ):
-            return Comparison(different=True)
+            return different
         same[op] = original
         index += 1
     if index < len(before.ops):
-        return Comparison(different=True)
+        return different
     for call, twin in zip(before.calls, after.calls, strict=False):
         if call.path != twin.path or call.outputs != [same[o] for o in twin.outputs]:
-            return Comparison(different=True)
-    result.called = set(scaled)
+            return different
     takers = _Takers(after, {se for calls in scaled.values() for _, se in calls})
-    for path, places in expected.items():
-        problem = _problem(places, scaled.get(path, []), same, takers)
-        if problem is not None:
-            result.wrong[path] = problem
-    return result
+    problems = {path: _problem(places, scaled.get(path, []), same, takers) for path, places in expected.items()}
+    return Comparison({path: problem for path, problem in problems.items() if problem}, set(scaled))
+
+
+OVERWRITTEN = "the value that SE should recalibrate is overwritten in place, and the code names it before that"
+
+
+def _taken_early(op: Op, original: Op, same: Mapping[Op, Op]) -> str | None:
+    """The path of the SE module through which an operation takes a value that another one overwrites in between."""
+    if len(op.inputs) == len(original.inputs):
+        for taken, wanted in zip(op.inputs, original.inputs, strict=True):
+            if isinstance(taken.module, Inserted) and wanted.inplace and same[taken] in wanted.inputs:
+                return taken.path
+    return None
 
 
 class _Takers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch import nn
@@ -15,12 +15,13 @@ from ..record.copying import on_cpu
 from ..record.graph import Record
 from ..record.runs import Runs
 from .carry import apply_edits, problems_of
-from .check import compare
+from .check import Comparison, compare
 from .source import SpliceError
 from .ways import named, ways
 
 __all__ = ["Fitting", "SurgerySite"]
 
+IN_NO_CODE = "the value that SE should recalibrate appears in no code that can be changed"
 NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one expression"
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
 LOOKS_INSIDE = (
@@ -57,11 +58,8 @@ class _Options:
     @classmethod
     def of(cls, place: Place) -> _Options:
         found = list(ways(place))
-        problems = [str(way) for way in found if isinstance(way, SpliceError)]
-        edits = list(dict.fromkeys(way for way in found if isinstance(way, Edit)))
-        return cls(
-            edits, (problems or ["the value that SE should recalibrate appears in no code that can be changed"])[0]
-        )
+        problems = [str(way) for way in found if isinstance(way, SpliceError)] or [IN_NO_CODE]
+        return cls(list(dict.fromkeys(way for way in found if isinstance(way, Edit))), problems[0])
 
     def fail(self, edit: Edit, problem: str) -> None:
         """A way turned out to be wrong; the reason given in the end is that of the first."""
@@ -111,9 +109,10 @@ class Fitting:
         """The sites by the best way that is left for each place, of which no one alone is known to be wrong."""
         while True:
             by_edit: dict[Edit, list[Place]] = {}
-            for place in list(self.places):
+            waiting = list(self.places)
+            for place in waiting:
                 if not self.options[place].edits:
-                    self.drop(place, self.options[place].problem)
+                    waiting += self.drop(place, self.options[place].problem)
                     continue
                 by_edit.setdefault(self.options[place].edits[0], []).append(place)
             sites = self.named(by_edit)
@@ -145,13 +144,28 @@ class Fitting:
         if not outcome.different:
             self.fail(sites, outcome.wrong)
 
-    def drop(self, place: Place, reason: str) -> None:
+    def drop(self, place: Place, reason: str) -> list[Place]:
+        """Leave a block out; or, where a function in a loop computes its value, give the one before that, which a module of its
+        own makes perhaps (``F.relu(norm(conv(x)))``)."""
         self.places.remove(place)
+        op = place.op
+        earlier = op.role in ("act", "pass", "affine", "pool") and op.module is None and len(op.data) == 1
+        if (
+            reason == ONE_FOR_SEVERAL
+            and earlier
+            and op.data[0].channels == place.channels
+            and place.call.shows(op.data[0])
+        ):
+            instead = replace(place, op=op.data[0])
+            self.places.append(instead)
+            self.options[instead] = _Options.of(instead)
+            return [instead]
         self.skipped[place.block] = reason
+        return []
 
     # Trials
 
-    def trial(self, sites: list[SurgerySite], training: bool = True) -> _Outcome:
+    def trial(self, sites: list[SurgerySite], training: bool = True) -> Comparison:
         """Carry out edits on a copy and compare its record with the original's."""
         by_path = {site.path: site for site in sites}
         try:
@@ -159,17 +173,16 @@ class Fitting:
         except SpliceError as error:
             edits = {edit: site.path for site in sites for edit in site.edits}
             problems = problems_of(self.runs.evaluation.model, edits) or dict.fromkeys(edits, str(error))
-            return _Outcome({site.path: problems[e] for site in sites for e in site.edits if e in problems})
+            return Comparison({site.path: problems[e] for site in sites for e in site.edits if e in problems})
         for record in (evaluation, trained):
             if record is not None and record.broke_off is not None and record.broke_in in by_path:
-                return _Outcome({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale
+                return Comparison({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale
         compared = compare(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
-        outcome = _Outcome(compared.wrong, compared.different, evaluation.broke_off)
-        if not outcome.right or trained is None or self.runs.training is None:
-            return outcome
+        if not compared.right or trained is None:
+            return compared
         return self.trained(by_path, trained)
 
-    def trained(self, by_path: Mapping[str, SurgerySite], after: Record) -> _Outcome:
+    def trained(self, by_path: Mapping[str, SurgerySite], after: Record) -> Comparison:
         """What the record of train mode shows."""
         assert self.runs.training is not None
         expected = {path: self.in_training(site) for path, site in by_path.items()}
@@ -183,7 +196,7 @@ class Fitting:
                 extended = True
             else:
                 wrong[path] = f"in training, {problem}"
-        return _Outcome(wrong, compared.different, after.broke_off, again=extended)
+        return replace(compared, wrong=wrong, again=extended)
 
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
         """Insert factors, whatever the attention will be: a product with a parameter, so that a value that can't be scaled shows,
@@ -240,7 +253,7 @@ class Fitting:
         first = self.halve(groups[:middle], most)
         return first + (self.halve(groups[middle:], most - len(first)) if len(first) < most else [])
 
-    def leave_out(self, sites: list[SurgerySite], outcome: _Outcome) -> None:
+    def leave_out(self, sites: list[SurgerySite], outcome: Comparison) -> None:
         """Leave out the blocks of sites; where their code raised an error, try another way first."""
         for site in sites:
             broke = f"with SE in it, the network can't be run: {outcome.broke_off}"
@@ -249,21 +262,6 @@ class Fitting:
                 continue
             for place in site.places:
                 self.drop(place, LOOKS_INSIDE if outcome.broke_off is None else broke)
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a trial showed: what is wrong by the path of an SE module; or that the network does something else, with the error
-    that it raised, if any; or that the trial is to be repeated."""
-
-    wrong: Mapping[str, str] = field(default_factory=dict)
-    different: bool = False
-    broke_off: str | None = None
-    again: bool = False
-
-    @property
-    def right(self) -> bool:
-        return not (self.wrong or self.different or self.again)
 
 
 def _one_block(places: list[Place]) -> bool:

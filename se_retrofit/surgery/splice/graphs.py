@@ -14,7 +14,7 @@ from ...plan import Edit
 from ..record.graph import Call, Op
 from .source import SpliceError
 
-__all__ = ["graph_place", "graphs_of", "insert_node", "insertions"]
+__all__ = ["Insertion", "graph_place", "graphs_of", "insert_node", "insertions_of"]
 
 
 def graphs_of(module: nn.Module) -> list[fx.Graph]:
@@ -86,7 +86,10 @@ def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: Iterable[fx.
     return se
 
 
-def insertions(module: nn.Module, edits: list[Edit]) -> list[list[tuple[fx.Graph, fx.Node, list[fx.Node] | None]]]:
+Insertion = tuple[fx.Graph, fx.Node, list[fx.Node] | None]
+
+
+def insertions_of(module: nn.Module, edits: list[Edit]) -> list[list[Insertion]]:
     """For each edit the node that it names, and those that get SE's output (None: all), in each of a GraphModule's graphs.
 
     Raises:

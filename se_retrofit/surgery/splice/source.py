@@ -13,7 +13,6 @@ import hashlib
 import inspect
 import linecache
 import operator
-import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,28 +142,18 @@ def _compiled(
 ) -> types.CodeType:
     """The code object of a method, compiled as if it stood where it does: with its closure and its class's private names."""
     code = function.__code__
-    parts = function.__qualname__.split(".")
-    owner = parts[-2] if len(parts) > 1 and parts[-2] != "<locals>" else None
     free = code.co_freevars
-    body: list[ast.stmt] = [tree]
-    if owner is not None:
-        holder = ast.ClassDef(name=owner, bases=[], keywords=[], body=body, decorator_list=[])
-        if hasattr(holder, "type_params") or sys.version_info >= (3, 12):
-            holder.type_params = []  # type: ignore[attr-defined]
-        body = [holder] if owner in free else [ast.Global(names=[owner]), holder]
-    arguments = ast.arguments(
-        posonlyargs=[], args=[ast.arg(arg=name) for name in free], kwonlyargs=[], kw_defaults=[], defaults=[]
-    )
-    factory = ast.FunctionDef(name="_factory", args=arguments, body=body, decorator_list=[], returns=None)
-    if sys.version_info >= (3, 12):
-        factory.type_params = []  # type: ignore[attr-defined]
+    parts = function.__qualname__.split(".")
+    owner = parts[-2] if len(parts) > 1 and parts[-2] != "<locals>" else ""
     # a call of an imported name's attribute (F.relu) compiles to other code than that of any other name's
-    imported = [ast.Import(names=[ast.alias(name=name)]) for name in sorted(_imported_in(code.co_filename))]
-    module = ast.Module(body=[*imported, factory], type_ignores=[])
-    for node in (*imported, factory, *factory.body, *factory.args.args):
-        if node is not tree:
-            ast.copy_location(node, tree)
-    ast.fix_missing_locations(module)
+    around = [f"import {name}" for name in sorted(_imported_in(code.co_filename))]
+    around.append(f"def _factory({', '.join(free)}):")
+    if owner and owner not in free:
+        around.append(f"    global {owner}")
+    around.append(f"    class {owner}: pass" if owner else "    pass")
+    module: Any = ast.parse("\n".join(around))
+    holder = module.body[-1].body[-1] if owner else module.body[-1]
+    holder.body = [tree]
     flags = code.co_flags & _FUTURE
     compiled = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
     return next(c for c in _nested(compiled) if c.co_name == tree.name and c.co_firstlineno == code.co_firstlineno)
@@ -201,18 +190,9 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
-    names = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount")
-    if any(getattr(a, name) != getattr(b, name) for name in names) or len(a.co_consts) != len(b.co_consts):
+    if a.replace(co_flags=b.co_flags) != b:  # one may be nested in a function, the other not
         return False
-    if list(a.co_positions()) != list(b.co_positions()):
-        return False
-    for x, y in zip(a.co_consts, b.co_consts, strict=True):
-        if isinstance(x, types.CodeType) and isinstance(y, types.CodeType):
-            if not _same_code(x, y):
-                return False
-        elif type(x) is not type(y) or (repr(x) != repr(y) and x != y):
-            return False
-    return True
+    return all(x.co_linetable == y.co_linetable for x, y in zip((a, *_nested(a)), (b, *_nested(b)), strict=True))
 
 
 def span_of(node: Any) -> Span:

@@ -184,39 +184,23 @@ def _in_graph(call: Call, op: Op, users: frozenset[Op] | None) -> Edit | SpliceE
 def named(edits: dict[Edit, str], model: nn.Module) -> dict[Edit, str]:
     """The path of the SE module of each edit; edits come with the path of their block."""
     modules = dict(model.named_modules())
-    holders = [modules[edit.holder] for edit in edits if edit.form != "graph"]
-    name = _free_name(holders)
+    holders = {e: _beside(modules, e.holder, block) if e.form == "graph" else e.holder for e, block in edits.items()}
+    name, number = SE_NAME, 1
+    while any(has_attribute(modules[holder], name) for holder in holders.values()):  # one that is free in all modules
+        number += 1
+        name = f"{SE_NAME}{number}"
     counted: Counter[str] = Counter()
     paths: dict[Edit, str] = {}
-    for edit, block in edits.items():
-        holder = edit.holder
-        if edit.form == "graph":
-            paths[edit] = _graph_path(modules, holder, block, name, set(paths.values()))
-            continue
+    for edit, holder in holders.items():
         counted[holder] += 1
         own = name if counted[holder] == 1 else f"{name}_{counted[holder]}"
         paths[edit] = f"{holder}.{own}" if holder else own
     return paths
 
 
-def _free_name(modules: list[nn.Module]) -> str:
-    """One name for the SE child that is free in all modules."""
-    name, number = SE_NAME, 1
-    while any(has_attribute(module, name) for module in modules):
-        number += 1
-        name = f"{SE_NAME}{number}"
-    return name
-
-
-def _graph_path(modules: dict[str, nn.Module], root: str, block: str, name: str, taken: set[str]) -> str:
+def _beside(modules: dict[str, nn.Module], root: str, block: str) -> str:
     """In a GraphModule the SE of a block sits beside the block's other modules, if they still have a path of their own."""
     holder = block
-    if next(modules.get(holder, modules[root]).children(), None) is None:
-        holder = holder.rpartition(".")[0]  # the unit of a chain is called by its conv
-    inside = holder in modules and (not root or holder.startswith(f"{root}.")) and holder
-    prefix = f"{holder}." if inside else f"{root}." if root else ""
-    path, number = prefix + name, 1
-    while path in taken or path in modules:
-        number += 1
-        path = f"{prefix}{name}_{number}"
-    return path
+    if next(modules.get(block, modules[root]).children(), None) is None:
+        holder = block.rpartition(".")[0]  # the unit of a chain is called by its conv
+    return holder if holder in modules and (not root or f"{holder}.".startswith(f"{root}.")) else root

@@ -87,15 +87,20 @@ def test_parametrized_and_hooked_blocks_go_on(what: str) -> None:
     check(Net(block))
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["lambda", "forward"])
-def test_functions_on_instances_go_on_with_the_copys_modules(own: bool) -> None:
-    block = Plain() if own else networks.SetForward()
-    if own:
+@pytest.mark.parametrize("what", ["lambda", "forward", "hook"])
+def test_functions_on_instances_go_on_with_the_copys_modules(what: str) -> None:
+    block = networks.SetForward() if what == "lambda" else Plain()
+    runs: list[str] = []
+    if what == "forward":
         inner = block.forward
         block.forward = lambda x: torch.relu(inner(x))  # type: ignore[method-assign]
+    elif what == "hook":
+        block.other = other = nn.Conv2d(8, 8, 1)
+        block.register_forward_hook(lambda module, args, output: runs.append("") or output + other(args[0]))
     model = nn.Sequential(nn.Conv2d(3, 8, 1), block).eval()
     x = torch.randn(2, 3, 9, 9)
     retrofitted = add_se(model, 2, example_inputs=x)
+    assert not runs, "a recording is seen by the hook's own list"
     expected = model(x)
     assert torch.equal(retrofitted(x), expected)
     se = next(module for path, module in retrofitted.named_modules() if path.endswith("se_attention"))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from same_behaviour import check
 from torch import nn
 
+from se_retrofit import plan_se
+
 HEAD = """
 import math
 import random
@@ -209,9 +211,27 @@ def keeps_the_contract(program: str, options: dict[str, Any], folder: Path) -> N
         torch.manual_seed(0)
         model = network()
         check(model, sites=None, sizes=((2, 3, 12, 12), (1, 3, 7, 9)), **options)
+        if "at" not in options:
+            each_convolution_is_in_a_block(model)
     except Exception as error:
         error.add_note(f"add_se(model, 2, **{options}); the network, as a program:\n{program}")
         raise
+
+
+def each_convolution_is_in_a_block(model: nn.Module) -> None:
+    """Each convolution over space that runs is part of a block with SE, or of one that is skipped, with the reason."""
+    ran: set[str] = set()
+    convs = {p: m for p, m in model.named_modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1}
+    handles = [m.register_forward_hook(lambda *_, path=path: ran.add(path)) for path, m in convs.items()]
+    model(torch.randn(2, 3, 12, 12))
+    for handle in handles:
+        handle.remove()
+    plan = plan_se(model)
+    listed = {path for skip in plan.skipped for path in skip.convolutions}
+    assert listed <= ran
+    assert all(skip.reason for skip in plan.skipped)
+    for path in ran - listed:
+        assert any(path == site.block or path.startswith(f"{site.block}.") for site in plan.sites), path
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

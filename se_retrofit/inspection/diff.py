@@ -16,19 +16,18 @@ from ..surgery.splice.undo import strip
 from .blocks import BlockPair, class_name
 from .lines import Line
 
-__all__ = ["ChangedSource", "difference_lines", "difference_of", "sources"]
+__all__ = ["ChangedSource", "diff_lines", "sources"]
 
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
-def difference_of(pair: BlockPair) -> list[str]:
-    """The lines of the diff of an inspected block."""
+def diff_lines(pair: BlockPair) -> list[Line]:
+    """The diff of an inspected block, in colours."""
     lines: list[str] = []
     for source in sources(pair):
-        before = "".join(source.before).expandtabs().splitlines()
-        after = "".join(source.after).expandtabs().splitlines()
+        before, after = ("".join(text).expandtabs().splitlines() for text in (source.before, source.after))
         lines += difflib.unified_diff(before, after, source.name, f"{source.name} with SE", n=3, lineterm="")
-    return lines
+    return [Line(line, style="bold" if line[:3] in ("---", "+++") else _STYLES.get(line[:1], "")) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,3 @@ def _text(module: nn.Module) -> str:
 
 def _lines(text: str) -> list[str]:
     return text.lstrip("\n").rstrip().splitlines(keepends=True)
-
-
-def difference_lines(pair: BlockPair) -> list[Line]:
-    """The diff of an inspected block, in colours."""
-    return [
-        Line(line, style="bold" if line[:3] in ("---", "+++") else _STYLES.get(line[:1], ""))
-        for line in difference_of(pair)
-    ]

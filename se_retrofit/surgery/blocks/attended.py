@@ -1,0 +1,82 @@
+"""Convolutions that a branch of attention holds, and what they are for."""
+
+from __future__ import annotations
+
+from ..record.facts import only_user, real_users
+from ..record.graph import Op
+
+__all__ = ["adds_positions", "spatial_convs"]
+
+
+def spatial_convs(ops: list[Op]) -> list[Op]:
+    """The convolutions over space among the operations of a branch, as far as they make features.
+
+    In a branch of attention, one that makes keys or queries alone weighs the values and makes none (that of keys *and*
+    values may pool them: PVT, Wang et al., arXiv:2102.12122); and a depthwise one without a norm or activation that is added to
+    values or weighs them tells positions (CoaT, Xu et al., arXiv:2104.06399; CSWin, Dong et al., arXiv:2107.00652). So does the only
+    layer of a branch beside tokens (wav2vec 2.0, Baevski et al., arXiv:2006.11477).
+    """
+    convs = [op for op in ops if op.spatial_conv]
+    if not convs:
+        return []
+    end = ops[-1]
+    products = [op for op in ops if _is_attention(op)]
+    if products:
+        return [c for c in convs if not _is_position(c) and _makes_values(c, set(ops))]
+    layers = [op for op in ops if op.conv is not None or op.role == "linear"]
+    beside_tokens = end.dim == 3 and end.channel_dim == -1
+    return [] if beside_tokens and len(layers) == 1 else convs
+
+
+def adds_positions(conv: Op, act: Op) -> bool:
+    """Whether all that becomes of a lone convolution is added to what it took: it tells positions, where it is no residual unit."""
+    join, source = act, conv.data[0]
+    while join.role != "add":
+        user = only_user(join)
+        if user is None or user.role not in ("act", "pass", "affine", "shape", "add"):
+            return False
+        join = user
+    while source.role in ("pass", "shape") and len(source.data) == 1 and source not in join.data:
+        (source,) = source.data
+    return source in join.data
+
+
+def _is_attention(op: Op) -> bool:
+    return op.role in ("linear", "other") and len(op.data) > 1
+
+
+def _is_position(conv: Op) -> bool:
+    assert conv.conv is not None
+    following = only_user(conv)
+    while following is not None and following.role in ("pass", "shape", "affine", "part", "cat"):
+        following = only_user(following)
+    return (
+        conv.conv.depthwise and following is not None and following.role in ("add", "mul") and len(following.data) > 1
+    )
+
+
+def _makes_values(conv: Op, ops: set[Op]) -> bool:
+    """Whether a way leads from a convolution to the end of the branch that is not by the weights of attention."""
+    reached, waiting = {conv}, [conv]
+    for value in waiting:
+        for user in real_users(value):
+            if user not in ops:
+                return True
+            if user in reached or _weighs(value, user):
+                continue
+            reached.add(user)
+            waiting.append(user)
+    return False
+
+
+def _weighs(value: Op, user: Op) -> bool:
+    """Whether a value goes into attention as query or key: into a product that a softmax follows, or as one of the first two
+    of three."""
+    if user.role == "other" and len(user.data) == 3:
+        return value in user.data[:2] and value is not user.data[2]
+    following = user if user.role == "linear" and len(user.data) == 2 else None
+    while following is not None and following.role in ("linear", "pass", "shape", "affine", "add"):
+        following = only_user(following)
+        if following is not None and following.role == "linear":
+            return False
+    return following is not None and "softmax" in following.name.lower()

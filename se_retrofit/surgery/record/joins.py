@@ -1,0 +1,60 @@
+"""Operations that mean less than their names say: masks, thresholds, joins in one call, stochastic depth by selection."""
+
+from __future__ import annotations
+
+from .graph import Op
+
+__all__ = ["LEARNED", "meaning"]
+
+LEARNED = ("conv", "linear", "norm")
+
+Meaning = tuple[str, tuple[Op, ...]]  # the role of an operation, and what it takes as far as that counts
+
+
+def meaning(op: Op, role: str, learned: int) -> Meaning:
+    """What an operation of this role does; ``learned`` are the bits of the operations of learned layers so far."""
+    data = op.data
+    if op.name in (
+        "lerp",
+        "addcmul",
+        "addcdiv",
+    ):  # x + t * (y - x), x + weight * y: joins, where no third value weighs them
+        return (role, data) if len(data) <= 2 else ("other", op.takes)
+    if op.name in ("maximum", "minimum"):
+        halves = len(data) == 2 and all(i.role == "part" for i in data) and data[0].inputs == data[1].inputs
+        # of a value and a learned threshold (TLU, Singh and Krishnan, arXiv:1911.09737), or of the halves of one value
+        # (max-feature-map, Wu et al., arXiv:1511.02683)
+        return ("act", op.takes) if len(data) == 1 or halves else (role, op.takes)
+    if op.name == "where" and len(op.inputs) > 1 and _is_given(op.inputs[0], learned):
+        return _selected(op, role)
+    if op.name == "masked_fill" and all(_is_given(mask, learned) for mask in op.inputs[1:]):
+        return "affine", op.inputs[:1]
+    if role == "mul" and len(data) == 2:
+        for x, mask in (data, data[::-1]):
+            if _is_given(mask, learned) and not _is_given(x, learned) and _spans_channels(mask, x):
+                return "affine", (x,)
+    return role, op.takes
+
+
+def _is_given(op: Op, learned: int) -> bool:
+    """Whether no learned layer has made a value: lengths, padding, dropped frames."""
+    return not (op.ancestors | op.bit) & learned
+
+
+def _spans_channels(mask: Op, x: Op) -> bool:
+    """Whether a factor is the same for all channels."""
+    dim = x.channel_dim
+    if dim is None:
+        return mask.shape != x.shape
+    return mask.dim < -dim or mask.shape[dim] == 1
+
+
+def _selected(op: Op, role: str) -> Meaning:
+    """A choice between values that no learned layer makes."""
+    values = [i for i in op.inputs[1:] if i.role != "param"]
+    if len(values) == 1:  # masked
+        return "affine", (values[0],)
+    for new, old in (values, values[::-1]) if len(values) == 2 else ():
+        if new.role == "add" and old in new.data:  # x + f(x) or x: stochastic depth (Huang et al., arXiv:1603.09382)
+            return "pass", (new,)
+    return role, op.takes

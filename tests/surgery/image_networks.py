@@ -1,0 +1,476 @@
+"""Networks for images: restoration, generation, codecs, segmentation, detection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from structure import Unit, conv, structure, unit
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
+
+IMAGE = torch.randn(2, 3, 16, 16)
+
+# A skip over the whole network ----------------------------------------------------------------------------------------
+
+
+@structure(IMAGE, sites={f"body.{i}": 8 for i in (1, 4, 7, 10)}, kind="chain")
+class DnCNN(nn.Module):
+    """Predicts the noise of its input (Zhang et al., arXiv:1608.03981)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        middle = [m for _ in range(3) for m in (conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())]
+        self.body = nn.Sequential(conv(3, 8), nn.ReLU(), *middle, conv(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.body(x)
+
+
+@structure(IMAGE, sites={"head": 8, "layers.0": 8, "layers.1": 8, "layers.2": 8}, kind="chain")
+class VDSR(nn.Module):
+    """An interpolated image and what a chain adds to it (Kim et al., arXiv:1511.04587)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(conv(3, 8), nn.ReLU(inplace=True))
+        self.layers = nn.Sequential(*(nn.Sequential(conv(8, 8), nn.ReLU(inplace=True)) for _ in range(3)))
+        self.tail = conv(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="bicubic")
+        return torch.clamp(torch.add(self.tail(self.layers(self.head(x))), x), -9, 9)
+
+
+@structure(IMAGE, sites={"body.0": 8, "body.1": 8})
+class EDSR(nn.Module):
+    """Residual units inside of a long skip (Lim et al., arXiv:1707.02921)."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(conv(8, 8), nn.ReLU(True), conv(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            res = self.body(x).mul(0.1)
+            res += x
+            return res
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = conv(3, 8), nn.Sequential(self.Block(), self.Block(), conv(8, 8))
+        self.tail = nn.Sequential(conv(8, 12), nn.PixelShuffle(2), conv(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        res = self.body(x)
+        res += x
+        return self.tail(res)
+
+
+@structure(IMAGE, sites={"head": 8, "body.1": 8, "body.3": 8, "body.5": 8, "body": 8}, kind="chain")
+class LongSkip(nn.Module):
+    """A chain inside of a long skip over features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.tail = nn.Sequential(conv(3, 8), nn.PReLU()), conv(8, 3)
+        self.body = nn.Sequential(*(m for _ in range(4) for m in (conv(8, 8), nn.PReLU(8))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        return self.tail(x + self.body(x))
+
+
+# Modulated norms ------------------------------------------------------------------------------------------------------
+
+
+class SPADE(nn.Module):
+    """A norm whose scale and shift are made of a map (Park et al., arXiv:1903.07291)."""
+
+    def __init__(self, channels: int = 8, shared: bool = True) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(channels)
+        self.shared = nn.Sequential(conv(3, 6), nn.ReLU()) if shared else nn.Identity()
+        self.gamma, self.beta = (conv(6 if shared else 3, channels) for _ in range(2))
+
+    def forward(self, x: Tensor, segmentation: Tensor) -> Tensor:
+        made = self.shared(F.interpolate(segmentation, size=x.shape[2:], mode="nearest"))
+        return self.norm(x) * (1 + self.gamma(made)) + self.beta(made)
+
+
+class SPADEUnit(nn.Module):
+    def __init__(self, shared: bool = True) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.conv1, self.conv2 = SPADE(8, shared), SPADE(8, shared), conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor, segmentation: Tensor) -> Tensor:
+        y = self.conv1(F.leaky_relu(self.norm1(x, segmentation), 0.2))
+        return x + self.conv2(F.leaky_relu(self.norm2(y, segmentation), 0.2))
+
+
+@structure(IMAGE, sites={"up.0": 8, "up.1": 8})
+class GauGAN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up, self.out = conv(3, 8), nn.ModuleList([SPADEUnit(), SPADEUnit(False)]), conv(8, 3)
+
+    def forward(self, segmentation: Tensor) -> Tensor:
+        x = self.stem(F.interpolate(segmentation, scale_factor=0.5))
+        for block in self.up:
+            x = block(x, segmentation)
+        return torch.tanh(self.out(x))
+
+
+class AdaIN(nn.Module):
+    """Karras et al., arXiv:1812.04948."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.InstanceNorm2d(channels), nn.Linear(5, 2 * channels)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        gamma, beta = self.fc(style)[:, :, None, None].chunk(2, 1)
+        return (1 + gamma) * self.norm(x) + beta
+
+
+class AdaINUnit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.conv1, self.conv2 = AdaIN(), AdaIN(), conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        y = self.conv1(F.leaky_relu(self.norm1(x, style), 0.2))
+        y = self.conv2(F.leaky_relu(self.norm2(y, style), 0.2))
+        return (y + x) / 2**0.5
+
+
+@structure(IMAGE, torch.randn(2, 5), sites={"blocks.0": 8, "blocks.1": 8})
+class StarGAN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.out = conv(3, 8), nn.ModuleList([AdaINUnit(), AdaINUnit()]), conv(8, 3)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, style)
+        return self.out(x)
+
+
+class FiLMed(nn.Module):
+    """Features whose scale and shift are maps of another input (Perez et al., arXiv:1709.07871)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.norm, self.film = (
+            conv(8, 8, 1),
+            conv(8, 8),
+            nn.BatchNorm2d(8, affine=False),
+            conv(8, 16),
+        )
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))
+        gamma, beta = self.film(other).chunk(2, 1)
+        y = self.norm(self.conv2(x)) * (1 + gamma) + beta
+        return x + F.relu(y)
+
+
+@structure(IMAGE, IMAGE, sites={"blocks.0": 8, "blocks.1": 8})
+class FiLM(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.other = conv(3, 8), conv(3, 8)
+        self.blocks = nn.ModuleList([FiLMed(), FiLMed()])
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        x, other = self.stem(x), self.other(other)
+        for block in self.blocks:
+            x = block(x, other)
+        return x
+
+
+# U-Nets ---------------------------------------------------------------------------------------------------------------
+
+
+class SkipConnection(nn.Module):
+    """One level of a U-Net around the next (Isola et al., arXiv:1611.07004)."""
+
+    def __init__(self, outer: int, inner: int, inside: nn.Module | None = None) -> None:
+        super().__init__()
+        down = [nn.LeakyReLU(0.2), nn.Conv2d(outer, inner, 4, 2, 1), nn.BatchNorm2d(inner)]
+        wide = inner if inside is None else 2 * inner
+        up = [nn.ReLU(), nn.ConvTranspose2d(wide, outer, 4, 2, 1), nn.BatchNorm2d(outer)]
+        self.model = nn.Sequential(*down, *([] if inside is None else [inside]), *up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.model(x)], 1)
+
+
+@structure(IMAGE, sites={"inside.model.0": 8, "inside.model.3.model.0": 12, "inside.model.3.model.3": 16}, kind="chain")
+class Pix2Pix(nn.Module):
+    """What is convolved and activated in a row gets SE; what is joined with a skip before its activation does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.inside = nn.Conv2d(3, 8, 4, 2, 1), SkipConnection(8, 12, SkipConnection(12, 16))
+        self.up = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.inside(self.down(x)))
+
+
+class Double(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, outputs), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2, self.relu = conv(outputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)))
+
+
+@structure(
+    IMAGE,
+    sites={
+        f"conv{n}{e}": (4, 8, 12)[int(n[0])]
+        for n in ("0_0", "1_0", "2_0", "0_1", "1_1", "0_2")
+        for e in ("", ".se_attention_2")
+    },
+    kind="chain",
+)
+class NestedUNet(nn.Module):
+    """Zhou et al., arXiv:1807.10165."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (4, 8, 12)
+        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+        self.conv0_0, self.conv1_0, self.conv2_0 = Double(3, 4), Double(4, 8), Double(8, 12)
+        self.conv0_1, self.conv1_1 = Double(4 + 8, 4), Double(8 + 12, 8)
+        self.conv0_2, self.final = Double(2 * 4 + 8, 4), nn.Conv2d(widths[0], 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x0_0 = self.conv0_0(x)
+        x1_0 = self.conv1_0(self.pool(x0_0))
+        x0_1 = self.conv0_1(torch.cat([x0_0, self.up(x1_0)], 1))
+        x2_0 = self.conv2_0(self.pool(x1_0))
+        x1_1 = self.conv1_1(torch.cat([x1_0, self.up(x2_0)], 1))
+        x0_2 = self.conv0_2(torch.cat([x0_0, x0_1, self.up(x1_1)], 1))
+        return self.final(x0_2)
+
+
+# Predictions ----------------------------------------------------------------------------------------------------------
+
+
+class YOLOXHead(nn.Module):
+    """Boxes, scores and classes side by side, decoded (Ge et al., arXiv:2107.08430)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.classes, self.boxes = unit(8, 8, 1), unit(8, 8), unit(8, 8)
+        self.cls, self.reg, self.obj = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        c, b = self.classes(x), self.boxes(x)
+        return torch.cat([self.reg(b), self.obj(b).sigmoid(), self.cls(c).sigmoid()], 1)
+
+
+@structure(IMAGE, sites={"backbone.1": 8})
+class YOLOX(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(unit(3, 8), Unit()), YOLOXHead()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.backbone(x)).flatten(2).permute(0, 2, 1)
+        return torch.cat([y[..., :2] + 1, y[..., 2:4].exp(), y[..., 4:]], -1)
+
+
+@structure(IMAGE, sites={"stem": 8, "shared": 8}, kind="chain")
+class Keypoints(nn.Module):
+    """A chain and three heads with a map each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shared = unit(3, 8), unit(8, 8)
+        self.heat, self.offset, self.size = conv(8, 4), conv(8, 2), conv(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(self.stem(x))
+        return torch.cat((self.heat(y), self.offset(y), self.size(y)), dim=1)
+
+
+# Integer codes --------------------------------------------------------------------------------------------------------
+
+
+@structure(IMAGE, sites={"encoder.1": 8, "decoder.0": 8, "decoder.1": 8})
+class VQVAE(nn.Module):
+    """A decoder behind codes (van den Oord et al., arXiv:1711.00937), and those decoded again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), Unit())
+        self.codes = nn.Embedding(7, 8)
+        self.decoder = nn.Sequential(Unit(), Unit(), nn.ConvTranspose2d(8, 3, 4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.encoder(x).permute(0, 2, 3, 1)
+        codes = torch.cdist(z.flatten(0, 2), self.codes.weight).argmin(-1).view(z.shape[:-1])
+        quantised = z + (self.codes(codes) - z).detach()
+        return self.decoder(quantised.permute(0, 3, 1, 2))
+
+
+@structure(torch.randint(0, 7, (2, 4, 4)), sites={"decoder.0": 8, "decoder.1": 8})
+class Codes(nn.Module):
+    """The decoder alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.decoder = nn.Embedding(7, 8), nn.Sequential(Unit(), Unit(), conv(8, 3))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.decoder(self.codes(codes).permute(0, 3, 1, 2))
+
+
+# Other convolutions, and attention ------------------------------------------------------------------------------------
+
+
+class Deformed(nn.Module):
+    """Two deformable convolutions (Dai et al., arXiv:1703.06211)."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.offset1, self.conv1 = conv(channels, 18), DeformConv2d(channels, channels, 3, padding=1)
+        self.offset2, self.conv2 = conv(channels, 18), DeformConv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv1(x, self.offset1(x)))
+        return x + self.conv2(y, self.offset2(y))
+
+
+@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8})
+class Deformable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = conv(3, 8), nn.Sequential(Deformed(), Deformed())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+
+class Attention(nn.Module):
+    """Self-attention with a convolution for its keys, or for its positions (Zhang et al., arXiv:1805.08318)."""
+
+    def __init__(self, channels: int = 8, position: bool = False) -> None:
+        super().__init__()
+        self.query, self.value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        self.key = nn.Conv2d(channels, channels, 1) if position else conv(channels, channels)
+        self.position = conv(channels, channels, groups=channels) if position else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        weights = torch.softmax(q.flatten(2).transpose(1, 2) @ k.flatten(2), -1)
+        out = (v.flatten(2) @ weights.transpose(1, 2)).view_as(x)
+        if self.position is not None:
+            out = out + self.position(v)
+        return x + out
+
+
+@structure(IMAGE, sites={"layers.0": 8, "layers.2": 8, "layers.4": 8}, kind="chain")
+class SAGAN(nn.Module):
+    """A chain with attention in between: the odd branch gets no SE, and the chain gets its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            unit(3, 8), Attention(), unit(8, 8), Attention(position=True), unit(8, 8), conv(8, 2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Wave2Vec(nn.Module):
+    """A convolutional feature extractor, and positions by a convolution (Baevski et al., arXiv:2006.11477)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(m for i in (1, 8, 8) for m in (nn.Conv1d(i, 8, 3, 2), nn.GroupNorm(8, 8), nn.GELU()))
+        )
+        self.position = conv(8, 8, 5, 1, groups=2)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.features(x).transpose(1, 2)
+        y = y + F.gelu(self.position(y.transpose(1, 2))).transpose(1, 2)
+        return self.layer(y)
+
+
+structure(torch.randn(2, 1, 64), sites={"features.2": 8, "features.5": 8, "features": 8}, kind="chain")(Wave2Vec)
+
+
+class TLU(nn.Module):
+    """The thresholded unit of filter response norms (Singh and Krishnan, arXiv:1911.09737)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.randn(1, channels, 1, 1) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.max(x, self.tau)
+
+
+@structure(IMAGE, sites={"0": 8, "1": 8, "2": 8}, kind="chain")
+class Thresholded(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*(nn.Sequential(conv(i, 8), TLU(8)) for i in (3, 8, 8)), conv(8, 2))
+
+
+class MFM(nn.Module):
+    """The maximum of two halves (Wu et al., arXiv:1511.02683)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.filter = conv(inputs, 2 * outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.filter(x).chunk(2, 1)
+        return torch.max(a, b)
+
+
+@structure(IMAGE, sites={"0": 8, "1": 8}, kind="chain")
+class LightCNN(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(MFM(3, 8), MFM(8, 8), conv(8, 2))
+
+
+class PReLUConv(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.act, self.conv = nn.PReLU(inputs), conv(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.act(x))
+
+
+@structure(IMAGE, sites={"blocks.1": 8, "blocks.2": 12}, kind="chain")
+class Pyramid(nn.Module):
+    """Convolutions behind their activations, the outputs of which are pooled and concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PReLUConv(i, o) for i, o in ((3, 8), (8, 12), (12, 12)))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Any) -> Tensor:
+        pooled = []
+        for block in self.blocks:
+            x = block(x)
+            pooled.append(F.adaptive_max_pool2d(x, 1).flatten(1))
+        return self.head(torch.cat(pooled, 1))
