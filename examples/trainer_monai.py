@@ -13,11 +13,11 @@ from monai.networks.nets import SegResNet
 from se_retrofit import add_se, plan_of
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--steps", type=int, default=30)
+parser.add_argument("--steps", type=int, default=20)
 options = parser.parse_args()
 
 
-def make_volume(seed: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def make_volume(seed: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
     """A noisy volume (1, 1, size, size, size) with a bright ball in it, and the ball's mask."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.rand(3, generator=generator) * size / 2 + size / 4
@@ -53,10 +53,10 @@ again = add_se(
 again.load_state_dict(torch.load("segresnet.pt"))
 
 # squeezed over the window: choose windows as large as those in training, as for any network with SE
-volume, mask = make_volume(1000, size=48)
+volume, mask = make_volume(1000, size=36)
 with torch.no_grad():
     masks = [
-        sliding_window_inference(volume, roi_size=32, sw_batch_size=4, predictor=net.eval()) > 0
+        sliding_window_inference(volume, roi_size=24, sw_batch_size=4, predictor=net.eval()) > 0
         for net in (model, again)
     ]
 print("loaded again, same mask:", torch.equal(*masks))

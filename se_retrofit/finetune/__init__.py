@@ -1,14 +1,16 @@
 """Fine-tune retrofitted networks: ``finetune(model, train_data, val_data, config=FinetuneConfig(...))``.
 
 Read ``train.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
-``setup.py`` what is made before the first step, ``run.py`` the state of a run, ``result.py`` what it comes to, ``evaluation.py`` scores, ``predicting.py`` classes of new images, ``criteria.py`` losses,
-``targets.py`` what a data set's labels are, ``config.py`` the recipe, ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name,
-``splits.py`` which part of it is evaluated,
-``parts.py`` the parts of a network, ``groups.py`` how fast each learns, ``optimizing.py`` by which optimizer,
-``freezing.py`` which of them are trained when,
-``form.py`` as what it is trained, ``engine.py`` devices and precision, ``checkpoint.py`` what is kept on disk, ``log.py`` what
-a person sees, ``gates.py`` what SE's gates did in each epoch, ``compare.py`` the question whether SE helps,
-``rates.py`` the learning-rate finder, ``experiment.py`` which experiment a folder holds, ``callbacks.py`` the caller's own functions.
+
+- the run: ``config.py`` the recipe, ``setup.py`` what is made before the first step, ``run.py`` its state, ``result.py`` what it comes to,
+  ``checkpoint.py`` what is kept on disk, ``experiment.py`` which experiment a folder holds, ``log.py`` what a person sees, ``callbacks.py``
+  the caller's own functions;
+- data: ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name, ``splits.py`` which part of it is evaluated,
+  ``targets.py`` labels, ``transforms.py`` how images are prepared;
+- the network: ``parts.py``, ``freezing.py`` what is trained when, ``groups.py`` how fast, ``optimizing.py`` by what, ``criteria.py`` losses,
+  ``form.py`` as what it is trained, ``engine.py`` devices and precision, ``gates.py`` what SE's gates did;
+- what is asked of it: ``evaluation.py`` scores, ``predicting.py`` classes of new images, ``compare.py`` whether SE helps, ``rates.py`` the
+  learning rate.
 """
 
 from ..errors import extra

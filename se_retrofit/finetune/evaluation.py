@@ -233,7 +233,7 @@ def evaluate(
         to_device(model, accelerator.device)
         log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
         found = measure(model, batches, accelerator, config, log, class_names(model) or class_names_of(part.data) or [])
-    assert found is not None  # only an Interrupt ends it early
+    assert found is not None  # only a stop ends it early
     return replace(found, split=part.name, about=part.about)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from sweeps import swept
 
+from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.difference import Difference
 from benchmarks.evidence.networks import NETWORKS
@@ -27,7 +28,7 @@ from se_retrofit import add_se
 
 ROOT = Path(__file__).parents[2]
 TABLE = re.compile(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
-SMALL = ["--train", "100", "--test", "100", "--base-epochs", "1", "--epochs", "1", "--seeds", "2", "--jobs", "1"]
+SMALL = ["--train", "64", "--test", "40", "--base-epochs", "1", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
 
 
 @pytest.mark.sweep
@@ -129,17 +130,23 @@ def test_the_covariance_s_score_is_zero_on_average_where_gradients_and_images_ha
 
 
 @pytest.mark.sweep
-def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(tmp_path: Path) -> None:
+def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "benchmarks.evidence", *SMALL, "--folder", str(tmp_path), "--page", str(page)]
-    command += ["--tasks", "texture", "--networks", "residual"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    arguments = [*SMALL, "--folder", str(tmp_path), "--page", str(page), "--tasks", "texture", "--networks", "residual"]
+    monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
+    threads = torch.get_num_threads()
+    try:
+        assert main() == 0
+    finally:
+        torch.set_num_threads(threads)
     written, rows = page.read_text(), results.read_text().splitlines()
     assert "No results yet" not in written
     assert {p.name for p in tmp_path.iterdir()} >= {"page-differences.svg", "page-tasks.png", "bases"}
 
     results.write_text("\n".join(rows[:-1]) + "\n")  # as if it had been stopped before the last run
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.evidence", *arguments], cwd=ROOT, check=True, capture_output=True)
 
     def facts(line: str) -> dict[str, object]:
         row = json.loads(line)

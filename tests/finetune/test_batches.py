@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from se_retrofit import RetrofitError, add_se
 from se_retrofit.finetune import evaluate, finetune, load_data
-from se_retrofit.finetune.data import Batch, Stream, stream
+from se_retrofit.finetune.data import Stream, stream
 from se_retrofit.finetune.transforms import transforms_for
 from se_retrofit.models import Base
 
@@ -142,16 +142,6 @@ def small_network(num_classes: int = 2) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return add_se(timm.create_model("resnet10t", num_classes=num_classes))
-
-
-def test_an_image_folder_is_learned(folder: Path) -> None:
-    data = load_data(folder)
-    assert data.num_classes == 2
-    recipe = config(epochs=3, batch_size=8, image_size=32, workers=1)
-    result = finetune(small_network(), data.train, data.val, config=recipe, quiet=True)
-    assert result.history[-1]["train_accuracy"] > 0.8
-    scores = evaluate(result.model, data.val, config=recipe)
-    assert scores.accuracy == result.best_accuracy
 
 
 def broken(folder: Path, part: str) -> Path:
@@ -292,12 +282,3 @@ def test_augmentation_is_for_training_only() -> None:
     train, test = (transforms_for(nn.Identity(), recipe, train=train) for train in (True, False))
     assert torch.equal(test(picture), test(picture))
     assert not torch.equal(train(picture), train(picture))
-
-
-def test_a_batch_is_what_it_says() -> None:
-    batch = next(iter(of(Numbers(8)).batches(0)))
-    assert isinstance(batch, Batch)
-    assert batch.images.shape == (4, 4)
-    assert batch.targets.dtype == torch.long
-    assert batch.counts.all()
-    assert batch.complaints == []

@@ -210,7 +210,7 @@ def test_it_prints_a_table_with_a_row_for_each_epoch(digits: NamedData, capsys: 
 
 @pytest.mark.sweep
 def test_schedule_none_and_others_of_timm(digits: NamedData) -> None:
-    for name in ("none", "cosine", "step", "constant", "poly", "rsqrt"):
+    for name in ("none", "step", "poly"):
         result = finetune(network(), digits.train, digits.val, config=config(epochs=1, schedule=name), quiet=True)
         assert math.isfinite(result.history[-1]["train_loss"])
 
