@@ -189,6 +189,40 @@ class FiLM(nn.Module):
         return x
 
 
+# Weighed sums ---------------------------------------------------------------------------------------------------------
+
+
+class SPAB(nn.Module):
+    """The branch weighs the sum as well (SPAN, Wan et al., arXiv:2311.12770)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = self.conv1(x)
+        out = self.conv2(F.silu(first))
+        weight = torch.sigmoid(out) - 0.5
+        return (out + x) * weight, first, weight
+
+
+@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8, "blocks.2": 8}, after="conv2")
+class SPAN(nn.Module):
+    """The last convolution takes some of the stream's stages, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = conv(3, 8), nn.ModuleList(SPAB() for _ in range(3))
+        self.fuse, self.out = nn.Conv2d(24, 8, 1), conv(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        first, _, _ = self.blocks[0](stem)
+        second, _, _ = self.blocks[1](first)
+        third, tap, _ = self.blocks[2](second)
+        return self.out(self.fuse(torch.cat([stem, third, tap], 1)))
+
+
 # U-Nets ---------------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +334,27 @@ class Keypoints(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.shared(self.stem(x))
         return torch.cat((self.heat(y), self.offset(y), self.size(y)), dim=1)
+
+
+class PoseHead(nn.Module):
+    """Boxes beside keypoints, whose places are decoded and whose visibility is squashed, in place (Maji et al., arXiv:2204.06806)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes, self.points = (nn.Sequential(unit(8, 8), nn.Conv2d(8, n, 1)) for n in (4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes, points = self.boxes(x).flatten(2), self.points(x).flatten(2).clone()
+        boxes = torch.cat([boxes[:, :2] * 8, boxes[:, 2:].exp()], 1)
+        points[:, 2::3] = points[:, 2::3].sigmoid()
+        points[:, :2] = (points[:, :2] * 2.0 + 0.5) * 8
+        return torch.cat([boxes, points], 1)
+
+
+@structure(IMAGE, sites={"1": 8}, skipped={"2.boxes.0": "plain chain", "2.points.0": "plain chain"})
+class Pose(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(unit(3, 8), Unit(), PoseHead())
 
 
 # Integer codes --------------------------------------------------------------------------------------------------------

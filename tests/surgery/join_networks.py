@@ -235,6 +235,53 @@ class Yielded(Stream):
         return stages
 
 
+class Injected(nn.Module):
+    """A layer of one stream, to whose convolution another stream's is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unit = conv(8, 8, dims=1), Unit(dims=1)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        x = self.conv(x)
+        return self.unit(x if other is None else x + other)
+
+
+@structure(WAVE, sites={f"{s}.{i}.unit": 8 for s in ("times", "spectra") for i in range(2)})
+class HDemucs(nn.Module):
+    """Two streams become one (Défossez, arXiv:2111.03600)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times, self.spectra = (nn.ModuleList([Injected(), Injected()]) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.times[1](self.times[0](x))
+        return self.spectra[1](self.spectra[0](x.flip(2)), y)
+
+
+# Shortcuts without weights ---------------------------------------------------------------------------------------------
+
+
+class Down(nn.Module):
+    """A strided convolution beside averaged channels of the pixel-unshuffled input (Chen et al., arXiv:2410.10733)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + F.pixel_unshuffle(x, 2).unflatten(1, (-1, 2)).mean(2)
+
+
+@structure(IMAGE, sites={"1": 8, "3": 16})
+class AutoencoderDC(nn.Sequential):
+    """No sum to be fused, and a layer between stages: it is no block."""
+
+    def __init__(self) -> None:
+        super().__init__(conv(3, 8), Unit(), Down(), Unit(16), conv(16, 4))
+
+
 # Couplings ------------------------------------------------------------------------------------------------------------
 
 
@@ -324,44 +371,6 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, seen = self.blocks((self.stem(x), []))
         return torch.cat([x, *seen], 1)
-
-
-# Complex convolutions -------------------------------------------------------------------------------------------------
-
-
-class ComplexConv(nn.Module):
-    """The real and the imaginary part, side by side in the channels (DCCRN, arXiv:2008.00264)."""
-
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__()
-        self.real, self.imag = (conv(channels // 2, channels // 2) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = x.chunk(2, 1)
-        return torch.cat([self.real(a) - self.imag(b), self.real(b) + self.imag(a)], 1)
-
-
-@joined()
-class ComplexUnit(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = ComplexConv(), ComplexConv()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(x)))
-
-
-@structure(IMAGE, refused="complex")
-class ComplexNumbers(nn.Module):
-    """SE is for real values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.unit = conv(3, 8), nn.Conv2d(8, 8, 3, padding=1, dtype=torch.complex64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.complex(self.stem(x), self.stem(x))
-        return torch.view_as_real(x + torch.tanh(self.unit(x)))
 
 
 @structure(IMAGE, sites={"units.0": 8, "units.1": 8})

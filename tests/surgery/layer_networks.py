@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from structure import conv, structure, unit
+from join_networks import joined
+from structure import Unit, conv, structure, unit
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
@@ -42,30 +43,31 @@ class Deformable(nn.Module):
 class Attention(nn.Module):
     """Self-attention with a convolution for its keys, or for its positions (Zhang et al., arXiv:1805.08318)."""
 
-    def __init__(self, channels: int = 8, position: bool = False) -> None:
+    def __init__(self, channels: int = 8, position: bool = False, norm: bool = False) -> None:
         super().__init__()
         self.query, self.value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
         self.key = nn.Conv2d(channels, channels, 1) if position else conv(channels, channels)
         self.position = conv(channels, channels, groups=channels) if position else None
+        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.query(x), self.key(x), self.value(x)
         weights = torch.softmax(q.flatten(2).transpose(1, 2) @ k.flatten(2), -1)
         out = (v.flatten(2) @ weights.transpose(1, 2)).view_as(x)
         if self.position is not None:
-            out = out + self.position(v)
+            out = out + self.norm(self.position(v))
         return x + out
 
 
-@structure(IMAGE, sites={"layers.0": 8, "layers.2": 8, "layers.4": 8}, kind="chain")
+@structure(IMAGE, sites={"layers.0": 8, "layers.2": 8, "layers.4": 8, "layers.6": 8}, kind="chain")
 class SAGAN(nn.Module):
     """A chain with attention in between: the odd branch gets no SE, and the chain gets its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            unit(3, 8), Attention(), unit(8, 8), Attention(position=True), unit(8, 8), conv(8, 2)
-        )
+        attentions = Attention(), Attention(position=True), Attention(position=True, norm=True)
+        between = [m for attention in attentions for m in (attention, unit(8, 8))]
+        self.layers = nn.Sequential(unit(3, 8), *between, conv(8, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -89,6 +91,74 @@ class Wave2Vec(nn.Module):
 
 
 structure(torch.randn(2, 1, 64), sites={"features.2": 8, "features.5": 8, "features": 8}, kind="chain")(Wave2Vec)
+
+
+@structure(torch.randn(1, 3, 16), sites={"units.0": 8, "units.1": 8})
+class TimeFirst(nn.Module):
+    """A recurrent layer with time before a batch of one: nothing is pooled (EnCodec, Défossez et al., arXiv:2210.13438)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.lstm = conv(3, 8, dims=1), nn.LSTM(8, 8)
+        self.units = nn.Sequential(Unit(dims=1), Unit(dims=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lstm(self.stem(x).permute(2, 0, 1))[0]
+        return self.units(x.permute(1, 2, 0))
+
+
+class Blueprint(nn.Sequential):
+    """A separable convolution, the pointwise one first (Haase and Amthor, arXiv:2003.13549)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(conv(inputs, outputs, 1), *unit(outputs, outputs, groups=outputs))
+
+
+@structure(IMAGE, sites={"0": 8, "1": 8, "3": 12, "4": 12}, kind="chain")
+class YuNet(nn.Sequential):
+    """Between two depthwise convolutions stands no projection, but the first half of the next unit."""
+
+    def __init__(self) -> None:
+        units = Blueprint(3, 8), Blueprint(8, 8), nn.MaxPool2d(2), Blueprint(8, 12), Blueprint(12, 12)
+        super().__init__(*units, nn.Conv2d(12, 2, 1))
+
+
+# Complex convolutions -------------------------------------------------------------------------------------------------
+
+
+class ComplexConv(nn.Module):
+    """The real and the imaginary part, side by side in the channels (DCCRN, arXiv:2008.00264)."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.real, self.imag = (conv(channels // 2, channels // 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return torch.cat([self.real(a) - self.imag(b), self.real(b) + self.imag(a)], 1)
+
+
+@joined()
+class ComplexUnit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = ComplexConv(), ComplexConv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+@structure(IMAGE, refused="complex")
+class ComplexNumbers(nn.Module):
+    """SE is for real values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unit = conv(3, 8), nn.Conv2d(8, 8, 3, padding=1, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.complex(self.stem(x), self.stem(x))
+        return torch.view_as_real(x + torch.tanh(self.unit(x)))
 
 
 # Activations ----------------------------------------------------------------------------------------------------------

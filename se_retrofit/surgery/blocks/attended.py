@@ -12,7 +12,7 @@ def spatial_convs(ops: list[Op]) -> list[Op]:
     """The convolutions over space among the operations of a branch, as far as they make features.
 
     In a branch of attention, one that makes keys or queries alone weighs the values and makes none (that of keys *and*
-    values may pool them: PVT, Wang et al., arXiv:2102.12122); and a depthwise one without a norm or activation that is added to
+    values may pool them: PVT, Wang et al., arXiv:2102.12122); and a depthwise one without an activation that is added to
     values or weighs them tells positions (CoaT, Xu et al., arXiv:2104.06399; CSWin, Dong et al., arXiv:2107.00652). So does the only
     layer of a branch beside tokens (wav2vec 2.0, Baevski et al., arXiv:2006.11477).
     """
@@ -48,7 +48,7 @@ def _is_attention(op: Op) -> bool:
 def _is_position(conv: Op) -> bool:
     assert conv.conv is not None
     following = only_user(conv)
-    while following is not None and following.role in ("pass", "shape", "affine", "part", "cat"):
+    while following is not None and following.role in ("norm", "pass", "shape", "affine", "part", "cat"):
         following = only_user(following)
     return (
         conv.conv.depthwise and following is not None and following.role in ("add", "mul") and len(following.data) > 1

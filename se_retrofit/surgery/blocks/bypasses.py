@@ -19,7 +19,7 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
     None counts that ends where all stages of a stream are collected: their sum or concat, a list that is returned (but a sum of
     linear branches, or of what pools and branches make, is one of branches). Nor does a second output that is made in the
     branch alone (WaveNet's skip output, van den Oord et al., arXiv:1609.03499), or is summed up with others; or is what the module
-    was given and hands on.
+    was given and hands on. Nor does a way by which the branch alone weighs the sum (SPAN, Wan et al., arXiv:2311.12770).
     """
     sources = list(sources)
     reached = set(sources)
@@ -29,7 +29,7 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
     left: set[Op] = set()  # what was made in the branch, as it is, on its way to another sum
     for op in record.ops[call.start : call.end]:
         ways = [i for i in op.takes if i in reached and not (op in collected and i in excused)]
-        if op is add or not ways:
+        if op is add or not ways or _is_weighed(record, call, op, sources, add, region):
             continue
         if stream and op.role in _COLLECTING and not op.bit & region and all(i.bit & region or i in left for i in ways):
             if op.role == "add" and len(op.data) > 1:
@@ -46,6 +46,22 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
         output in sources or (call.parent is not None and (output.bit & region or _all_from(output, region)))
         for output in bypassing
     )
+
+
+def _is_weighed(record: Record, call: Call, op: Op, sources: list[Op], add: Op, region: int) -> bool:
+    """Whether an operation weighs what became of an add by what was made of its branch alone."""
+    if op.role != "mul" or len(op.data) != 2:
+        return False
+    branch = record.ops[region.bit_length() - 1]
+    for total, weight in (op.data, op.data[::-1]):
+        if (total.ancestors | total.bit) & add.bit and not (weight.ancestors | weight.bit) & add.bit:
+            made = weight.bit & region == 0 and bool(weight.ancestors & branch.bit)
+            return made and not any(
+                derives(record, call, value, source, but=cut)
+                for source in sources
+                for value, cut in ((weight, branch), (total, add))
+            )
+    return False
 
 
 def _all_from(op: Op, region: int) -> bool:
@@ -78,10 +94,10 @@ def _gathered(values: list[Op], call: Call, but: int) -> set[Op]:
     return reached
 
 
-def derives(record: Record, call: Call, value: Op, source: Op) -> bool:
-    """Whether a module computes one value from another."""
+def derives(record: Record, call: Call, value: Op, source: Op, but: Op | None = None) -> bool:
+    """Whether a module computes one value from another, on a way that does not lead over a third."""
     reached = {source}
     for op in record.ops[call.start : value.index + 1]:
-        if any(i in reached for i in op.takes):
+        if op is not but and any(i in reached for i in op.takes):
             reached.add(op)
     return value in reached

@@ -77,8 +77,12 @@ def _inverted_core(conv: Op) -> _InvertedCore | None:
 
 
 def _projects(op: Op) -> bool:
-    """Whether a pointwise conv is linear: no non-linearity follows it."""
+    """Whether a pointwise conv is linear and ends a block: no non-linearity follows it, nor a depthwise conv at once (of which it
+    is the first half then: Haase and Amthor, arXiv:2003.13549)."""
     following = next_after(op, ("norm", "pass", "affine", "shape"))
+    other_half = next_after(op, ("pass", "pad"))
+    if other_half is not None and other_half.conv is not None and other_half.conv.depthwise:
+        return False
     return following is None or following.role != "act"
 
 

@@ -76,14 +76,18 @@ def _predicts(record: Record, cat: Op) -> bool:
     ends in one, squashed at most."""
     if any(cat.bit & op.ancestors and op.role in LEARNED for op in record.ops[cat.index + 1 :]):
         return False
-    for op in cat.data:
-        while op.role in ("pass", "affine", "shape", "part") or (op.role == "act" and op.name.lower() in _SQUASHING):
-            if len(op.data) != 1:
-                break
-            (op,) = op.data
-        if is_conv_or_linear(op):
-            return True
-    return False
+    return any(map(_is_decoded, cat.data))
+
+
+def _is_decoded(op: Op) -> bool:
+    """Whether a value is what a layer predicts: squashed, scaled and shifted, its pieces differently perhaps."""
+    while op.role in ("pass", "affine", "shape", "part") or (op.role == "act" and op.name.lower() in _SQUASHING):
+        if len(op.data) != 1:
+            break
+        (op,) = op.data
+    if op.role == "cat" or op.name == "write":
+        return bool(op.data) and all(map(_is_decoded, op.data))
+    return is_conv_or_linear(op)
 
 
 _SQUASHING = ("sigmoid", "tanh", "exp", "softmax", "_softmax", "log_softmax", "_log_softmax", "softplus", "softmax2d")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ..record.facts import only_user
 from ..record.graph import Call, Op, Record
+from ..record.joins import LEARNED
 from .block import Block, Target
 from .questions import common_source, escapes, has_nonlinearity, has_spatial_conv, next_after, own_operations
 
@@ -51,9 +52,14 @@ def _region(record: Record, call: Call, add: Op) -> int | None:
     ops = list(record.select(region))
     if not has_spatial_conv(ops) or has_nonlinearity(ops) or any(op.role in ("resize", "cat") for op in ops):
         return None
-    if sum(leaf.bit & region != 0 for leaf in leaves) < 2 or (source is None and len(call.inputs) != 1):
-        return None  # a lone conv beside its input encodes positions; values of two origins are no branches
+    if sum(_is_weighted(record, leaf, region) for leaf in leaves) < 2 or (source is None and len(call.inputs) != 1):
+        return None  # a lone conv beside its input is none; values of two origins are no branches
     return region
+
+
+def _is_weighted(record: Record, leaf: Op, region: int) -> bool:
+    """Whether a branch has weights: one without is a shortcut, such as what a pixel-unshuffle makes of the input."""
+    return any(op.role in (*LEARNED, "affine") for op in record.select((leaf.ancestors | leaf.bit) & region))
 
 
 def _outside(call: Call, add: Op) -> Target:

@@ -73,7 +73,11 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         if common:
             region &= ~(source.ancestors | source.bit)
         ops = list(record.select(region))
-        if not spatial_convs(ops) or not (has_nonlinearity(ops) or _is_plain_convolution(record, call, add, ops)):
+        if not spatial_convs(ops) or _is_of_another_stream(record, call, source, branch):
+            continue
+        if not has_nonlinearity(ops) and not (
+            skip.shape == source.shape and _is_plain_convolution(record, call, add, ops)
+        ):
             continue
         if not all_pass(record, call, [source] if common else call.inputs, add, region):
             continue
@@ -83,6 +87,12 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
             continue  # it goes down in resolution and comes up again: a skip between the levels of an hourglass
         return Block("residual", call, region, branch, add, skip, source)
     return None
+
+
+def _is_of_another_stream(record: Record, call: Call, source: Op, branch: Op) -> bool:
+    """Whether what is added to a branch is the work of another one (the waveform's, added to the spectrogram's: Défossez,
+    arXiv:2111.03600): given to the module, and neither what the branch is made of nor a projection of it."""
+    return source in call.inputs and bypass_source(source, record.calls[0], branch.ancestors) is None
 
 
 def _is_modulation(record: Record, call: Call, add: Op) -> bool:

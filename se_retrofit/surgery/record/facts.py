@@ -183,7 +183,8 @@ def _follow_pooling(op: Op) -> None:
         if op.role == "pool":
             op.pooled = _loses_a_dim(widest, op)
         elif _extent(op) == 1 and op.role in ("linear", "other", "shape"):
-            op.pooled = op.role != "shape" or bool(_spatial(op))
+            moved = op.channels is not None and op.channels == widest.channels  # (1, C, T) to (T, 1, C), say
+            op.pooled = op.role != "shape" or (bool(_spatial(op)) and not moved)
         op.flat = op.pooled and _extent(op) == 1
     if op.role == "pool" and _is_global(op):
         op.pooled = op.flat = True
