@@ -109,6 +109,10 @@ class _SavedState:
                     self._save(cell.cell_contents, 0)
         elif isinstance(value, _lru_cache_wrapper):
             self.caches.append((value, value.cache_info().currsize))
+        elif isinstance(value, type) and depth == 2 and not str(value.__module__).startswith("torch."):
+            # a helper that is no module: its methods may be cached
+            own = [m.__func__ if isinstance(m, (staticmethod, classmethod)) else m for m in vars(value).values()]
+            self.caches += [(m, m.cache_info().currsize) for m in own if isinstance(m, _lru_cache_wrapper)]
 
     def restore(self) -> None:
         for scope, saved, put, delete in self.scopes:

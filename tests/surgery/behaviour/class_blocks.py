@@ -74,12 +74,21 @@ def grid(n: int) -> Tensor:
     return torch.linspace(-1, 1, n)
 
 
+class Window:
+    """A helper that is no module, with a cache."""
+
+    @staticmethod
+    @functools.lru_cache
+    def of(n: int) -> Tensor:
+        return torch.hann_window(n).float() + 1
+
+
 class Cached(Block):
     def forward(self, x):
         n = x.shape[-1]
         if n not in CACHE:
             CACHE[n] = torch.ones(n, device=x.device, dtype=x.dtype) * 0.5
-        out = self.bn2(self.conv2(self.branch(x) * CACHE[n] + grid(n).to(x)))
+        out = self.bn2(self.conv2(self.branch(x) * CACHE[n] + grid(n).to(x) * Window.of(n).to(x)))
         return x + out
 
 
