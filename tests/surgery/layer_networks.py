@@ -43,20 +43,24 @@ class Deformable(nn.Module):
 class Attention(nn.Module):
     """Self-attention with a convolution for its keys, or for its positions (Zhang et al., arXiv:1805.08318)."""
 
-    def __init__(self, channels: int = 8, position: bool = False, norm: bool = False) -> None:
+    def __init__(self, position: nn.Module | None = None, act: nn.Module | None = None) -> None:
         super().__init__()
-        self.query, self.value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
-        self.key = nn.Conv2d(channels, channels, 1) if position else conv(channels, channels)
-        self.position = conv(channels, channels, groups=channels) if position else None
-        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.query, self.value = conv(8, 8, 1), conv(8, 8, 1)
+        self.key = conv(8, 8, 3 if position is None else 1)
+        self.position, self.act = position, act or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.query(x), self.key(x), self.value(x)
         weights = torch.softmax(q.flatten(2).transpose(1, 2) @ k.flatten(2), -1)
         out = (v.flatten(2) @ weights.transpose(1, 2)).view_as(x)
         if self.position is not None:
-            out = out + self.norm(self.position(v))
-        return x + out
+            out = out + self.position(v)
+        return x + self.act(out)
+
+
+def depthwise(norm: bool) -> nn.Module:
+    layer = conv(8, 8, groups=8)
+    return nn.Sequential(layer, nn.BatchNorm2d(8)) if norm else layer
 
 
 @structure(IMAGE, sites={"layers.0": 8, "layers.2": 8, "layers.4": 8, "layers.6": 8}, kind="chain")
@@ -65,12 +69,20 @@ class SAGAN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        attentions = Attention(), Attention(position=True), Attention(position=True, norm=True)
+        attentions = Attention(), Attention(depthwise(norm=False)), Attention(depthwise(norm=True))
         between = [m for attention in attentions for m in (attention, unit(8, 8))]
         self.layers = nn.Sequential(unit(3, 8), *between, conv(8, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+@structure(IMAGE, sites={"1": 8})
+class EfficientFormer(nn.Sequential):
+    """Local features are added to the values and activated with them (Li et al., arXiv:2212.08059)."""
+
+    def __init__(self) -> None:
+        super().__init__(unit(3, 8), Attention(depthwise(norm=True), nn.GELU()), conv(8, 2))
 
 
 class Wave2Vec(nn.Module):
@@ -121,6 +133,37 @@ class YuNet(nn.Sequential):
     def __init__(self) -> None:
         units = Blueprint(3, 8), Blueprint(8, 8), nn.MaxPool2d(2), Blueprint(8, 12), Blueprint(12, 12)
         super().__init__(*units, nn.Conv2d(12, 2, 1))
+
+
+class TasUnit(nn.Module):
+    """A residual and a skip output, each of which its caller adds to something (Luo and Mesgarani, arXiv:1809.07454)."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv1d(8, 16, 1), nn.PReLU(), conv(16, 16, dims=1, groups=16), nn.PReLU(), nn.GroupNorm(1, 16)
+        )
+        self.residual, self.skip = None if last else nn.Conv1d(16, 8, 1), nn.Conv1d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        y = self.layers(x)
+        return None if self.residual is None else self.residual(y), self.skip(y)
+
+
+@structure(WAVE, sites={f"units.{i}": 16 for i in range(3)}, kind="inverted", after="layers")
+class ConvTasNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(TasUnit(i == 2) for i in range(3))
+        self.head = nn.Conv1d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor | float = 0.0
+        for layer in self.units:
+            residual, skip = layer(x)
+            x = x if residual is None else x + residual
+            total = total + skip
+        return self.head(F.relu(total))
 
 
 # Complex convolutions -------------------------------------------------------------------------------------------------

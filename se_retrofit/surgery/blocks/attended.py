@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..record.facts import only_user, real_users
 from ..record.graph import Op
+from .questions import TRANSPARENT, next_after
 
 __all__ = ["adds_positions", "spatial_convs"]
 
@@ -13,8 +14,8 @@ def spatial_convs(ops: list[Op]) -> list[Op]:
 
     In a branch of attention, one that makes keys or queries alone weighs the values and makes none (that of keys *and*
     values may pool them: PVT, Wang et al., arXiv:2102.12122); and a depthwise one without an activation that is added to
-    values or weighs them tells positions (CoaT, Xu et al., arXiv:2104.06399; CSWin, Dong et al., arXiv:2107.00652). So does the only
-    layer of a branch beside tokens (wav2vec 2.0, Baevski et al., arXiv:2006.11477).
+    values or weighs them tells positions (CoaT, Xu et al., arXiv:2104.06399; CSWin, Dong et al., arXiv:2107.00652), unless it has a norm
+    and the sum is activated (EfficientFormerV2, Li et al., arXiv:2212.08059). So does the only layer of a branch beside tokens (wav2vec 2.0, Baevski et al., arXiv:2006.11477).
     """
     convs = [op for op in ops if op.spatial_conv]
     if not convs:
@@ -47,12 +48,14 @@ def _is_attention(op: Op) -> bool:
 
 def _is_position(conv: Op) -> bool:
     assert conv.conv is not None
-    following = only_user(conv)
-    while following is not None and following.role in ("norm", "pass", "shape", "affine", "part", "cat"):
-        following = only_user(following)
-    return (
-        conv.conv.depthwise and following is not None and following.role in ("add", "mul") and len(following.data) > 1
-    )
+    normed, join = False, only_user(conv)
+    while join is not None and join.role in ("norm", "pass", "shape", "affine", "part", "cat"):
+        normed = normed or join.role == "norm"
+        join = only_user(join)
+    if not conv.conv.depthwise or join is None or join.role not in ("add", "mul") or len(join.data) < 2:
+        return False
+    following = next_after(join, TRANSPARENT) if normed else None
+    return following is None or following.role != "act"
 
 
 def _makes_values(conv: Op, ops: set[Op]) -> bool:

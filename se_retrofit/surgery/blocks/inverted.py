@@ -57,6 +57,8 @@ def _inverted_core(conv: Op) -> _InvertedCore | None:
             return (
                 _InvertedCore(op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
             )
+        if len(users) > 1 and acted and all(map(_is_summed, users)):
+            return _InvertedCore(op, users[0], users[0])
         if len(users) != 1:
             return None
         user = users[0]
@@ -74,6 +76,13 @@ def _inverted_core(conv: Op) -> _InvertedCore | None:
         elif user.role not in ("norm", "pass", "affine", "pool", "shape") or len(user.data) != 1:
             return None
         op = user
+
+
+def _is_summed(op: Op) -> bool:
+    """Whether a pointwise conv makes a part of a sum: the residual or the skip output of a unit (Conv-TasNet, Luo and Mesgarani,
+    arXiv:1809.07454)."""
+    join = next_after(op, ("norm", "pass", "affine"))
+    return is_pointwise(op) and join is not None and join.role == "add"
 
 
 def _projects(op: Op) -> bool:
