@@ -19,7 +19,8 @@ from inference import LAYOUTS, forward_backward, peak
 from timing import interleaved, machine, milliseconds, ratio, table
 from torch import Tensor, nn
 
-from se_retrofit import add_se, fuse_se, plan_fusion
+from se_retrofit import add_se, fuse_se
+from se_retrofit.fusion import plan_fusion
 
 # timm's networks, and the same with SE where timm has one
 NETWORKS = {

@@ -8,8 +8,9 @@ import argparse
 import timm
 import torch
 
-from se_retrofit import add_se, load_se, save_se
+from se_retrofit import add_se
 from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, load_data
+from se_retrofit.saving import load_se, save_se
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=4)

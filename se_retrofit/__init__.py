@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from .errors import RetrofitError
     from .exporting import export
     from .folding import fold_se, from_native, to_native
-    from .fusion import Fusion, fuse_se, plan_fusion, unfuse_se
+    from .fusion import fuse_se
     from .inspection.inspection import inspect_se
-    from .plan import Plan, Site, Skipped
+    from .plan import Plan
     from .retrofit import InsertSE, add_se, has_se, plan_of, plan_se, remove_se
-    from .saving import from_pretrained, load_retrofitted, load_se, push_to_hub, save_retrofitted, save_se
+    from .saving import load_retrofitted, save_retrofitted
     from .surgery.record.runs import record
 
 __version__ = "0.2.0"
@@ -28,43 +28,34 @@ _MODULES = {
     "errors": ("RetrofitError",),
     "exporting": ("export",),
     "folding": ("fold_se", "from_native", "to_native"),
-    "fusion": ("Fusion", "fuse_se", "plan_fusion", "unfuse_se"),
+    "fusion": ("fuse_se",),
     "inspection": ("inspect_se",),
-    "plan": ("Plan", "Site", "Skipped"),
+    "plan": ("Plan",),
     "retrofit": ("InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"),
     "surgery.record.runs": ("record",),
-    "saving": ("from_pretrained", "load_retrofitted", "load_se", "push_to_hub", "save_retrofitted", "save_se"),
+    "saving": ("load_retrofitted", "save_retrofitted"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Fusion",
     "InsertSE",
     "Plan",
     "RetrofitError",
     "SEAttention",
-    "Site",
-    "Skipped",
     "add_se",
     "export",
     "fold_se",
     "from_native",
-    "from_pretrained",
     "fuse_se",
     "has_se",
     "inspect_se",
     "load_retrofitted",
-    "load_se",
-    "plan_fusion",
     "plan_of",
     "plan_se",
-    "push_to_hub",
     "record",
     "remove_se",
     "save_retrofitted",
-    "save_se",
     "to_native",
-    "unfuse_se",
 ]
 
 

@@ -17,14 +17,14 @@ from .errors import RetrofitError, extra
 from .models import Base
 from .surgery.record.copying import in_mode
 
-__all__ = ["PHOTOGRAPHS", "Comparison", "compare", "photographs", "prepared_for", "redraw_vectors", "se_matters"]
+__all__ = ["PHOTOGRAPHS", "Agreement", "agreement", "photographs", "prepared_for", "redraw_vectors", "se_matters"]
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 FRAMES = 16  # of the still film that a video network gets: what the smallest of torchvision's were trained on
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Agreement:
     """Outcome of one run of two networks on the same inputs.
 
     Attributes:
@@ -40,7 +40,7 @@ class Comparison:
     finite: bool
 
 
-def compare(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> Comparison:
+def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> Agreement:
     """Run both networks on the same inputs from the same random state, without gradients, and compare what they return.
 
     The networks and the global random state are as before afterwards: in train mode, where running statistics move,
@@ -54,22 +54,22 @@ def compare(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, tra
 
     Example:
         >>> import torch
-        >>> from se_retrofit.verify import compare
+        >>> from se_retrofit.verify import agreement
         >>> net = torch.nn.Linear(4, 2)
-        >>> compare(net, net, (torch.randn(3, 4),))
-        Comparison(equal=True, values=6, difference=0.0, finite=True)
+        >>> agreement(net, net, (torch.randn(3, 4),))
+        Agreement(equal=True, values=6, difference=0.0, finite=True)
     """
     wanted, got = (list(_tensors(_run(net, inputs, training))) for net in (first, second))
     alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]
-    return Comparison(
+    return Agreement(
         equal=alike and all(map(torch.equal, wanted, got)),
         values=sum(w.numel() for w in wanted),
-        difference=max(map(_difference, wanted, got), default=0.0) if alike else float("inf"),
+        difference=max(map(_relative_difference, wanted, got), default=0.0) if alike else float("inf"),
         finite=all(bool(torch.isfinite(w).all()) for w in wanted),
     )
 
 
-def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> Comparison:
+def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> Agreement:
     """Compare the network with itself under random gates: the counter-check to an identity.
 
     Where SE takes no part in the computation, inserting it changes nothing either; here such a network shows up as
@@ -94,7 +94,7 @@ def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> C
     for module in scrambled.modules():
         if isinstance(module, Inserted):
             _scramble(module, generator)
-    return compare(model, scrambled, inputs)
+    return agreement(model, scrambled, inputs)
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _difference(wanted: Tensor, got: Tensor) -> float:
+def _relative_difference(wanted: Tensor, got: Tensor) -> float:
     if not wanted.numel():
         return 0.0
     scale = wanted.double().abs().max().item()

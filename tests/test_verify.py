@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from se_retrofit import SEAttention
 from se_retrofit.models import Base
-from se_retrofit.verify import compare, photographs, prepared_for, redraw_vectors, se_matters
+from se_retrofit.verify import agreement, photographs, prepared_for, redraw_vectors, se_matters
 
 
 def network(dropout: float = 0.0) -> nn.Module:
@@ -27,7 +27,7 @@ def images() -> tuple[Tensor]:
 @pytest.mark.parametrize("training", [False, True])
 def test_a_copy_is_equal_even_with_dropout(images: tuple[Tensor], training: bool) -> None:
     net = network(dropout=0.5)
-    assert compare(net, copy.deepcopy(net), images, training=training).equal
+    assert agreement(net, copy.deepcopy(net), images, training=training).equal
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -37,7 +37,7 @@ def test_one_weight_off_by_one_bit_is_seen(images: tuple[Tensor], training: bool
     with torch.no_grad():
         other[1].bias[3] = torch.nextafter(other[1].bias[3] + 1, torch.tensor(3.0))
         net[1].bias[3] += 1
-    comparison = compare(net, other, images, training=training)
+    comparison = agreement(net, other, images, training=training)
     assert not comparison.equal
     assert 0 < comparison.difference < 1e-6
 
@@ -47,8 +47,8 @@ def test_an_output_more_or_another_dtype_is_seen(images: tuple[Tensor]) -> None:
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return x, x
 
-    assert not compare(nn.Identity(), Twice(), images).equal
-    assert not compare(nn.Identity(), nn.Sequential(nn.Identity()).append(Cast()), images).equal
+    assert not agreement(nn.Identity(), Twice(), images).equal
+    assert not agreement(nn.Identity(), nn.Sequential(nn.Identity()).append(Cast()), images).equal
 
 
 class Cast(nn.Module):
@@ -65,12 +65,12 @@ def test_outputs_in_nested_containers_are_compared(images: tuple[Tensor]) -> Non
         def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
             return [OrderedDict(out=x, aux=x + self.offset)]
 
-    assert compare(Nested(0), Nested(0), images).values == 2 * images[0].numel()
-    assert not compare(Nested(0), Nested(1), images).equal
+    assert agreement(Nested(0), Nested(0), images).values == 2 * images[0].numel()
+    assert not agreement(Nested(0), Nested(1), images).equal
 
 
 def test_outputs_that_are_not_finite_are_told_apart() -> None:
-    assert not compare(nn.Identity(), nn.Identity(), (torch.tensor([math.nan]),)).finite
+    assert not agreement(nn.Identity(), nn.Identity(), (torch.tensor([math.nan]),)).finite
 
 
 def test_networks_modes_and_random_state_are_as_before(images: tuple[Tensor]) -> None:
@@ -78,7 +78,7 @@ def test_networks_modes_and_random_state_are_as_before(images: tuple[Tensor]) ->
     net[2].eval()
     state, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     for training in (False, True):
-        compare(net, net, images, training=training)
+        agreement(net, net, images, training=training)
     assert [module.training for module in net] == [True, True, False, True]
     assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state())

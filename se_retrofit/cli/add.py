@@ -15,7 +15,7 @@ from ..models import Base, load_checkpoint
 from ..paths import writable
 from ..plan import Plan
 from ..retrofit import add_se, plan_of
-from ..verify import compare, prepared_for, redraw_vectors, se_matters
+from ..verify import agreement, prepared_for, redraw_vectors, se_matters
 from .app import app, say
 from .options import (
     MODEL_HELP,
@@ -111,7 +111,7 @@ def check(
     as_promised = True
     for mode in ("eval", "train"):
         try:
-            comparison = compare(original, retrofitted, inputs, training=mode == "train")
+            comparison = agreement(original, retrofitted, inputs, training=mode == "train")
         except Exception as error:
             if mode == "eval":
                 raise RetrofitError(f"{type(original).__name__} does not run on the photographs: {error}") from error

@@ -19,7 +19,7 @@ from ..inspection import excitations
 from ..retrofit import add_se, plan_of
 from ..surgery.record.copying import in_mode
 from ..tables import aligned
-from ..verify import compare
+from ..verify import agreement
 from .app import app, say
 from .demo_network import SmallResNet
 
@@ -63,7 +63,7 @@ def demo(
 
     heading(console, "3. Still the same function?")
     for mode in ("eval", "train"):
-        comparison = compare(model, retrofitted, (images,), training=mode == "train")
+        comparison = agreement(model, retrofitted, (images,), training=mode == "train")
         if not comparison.equal:
             raise RetrofitError(
                 f"in {mode} mode, outputs differ by {comparison.difference:.1e}: a bug, please report it"

@@ -23,7 +23,7 @@ from ..retrofit import has_se, plan_of
 from .data import UNREADABLE, name_of
 from .randomness import SAMPLE, kept_randomness, seed_all
 
-__all__ = ["check_same", "describe_data", "describe_run", "difference", "digest", "file_digest", "plain"]
+__all__ = ["changes", "check_same", "describe_data", "describe_run", "digest", "file_digest", "plain"]
 
 SAMPLES = 8  # items of a data set whose content is looked at
 DIGITS = 16  # of a hash, in hexadecimal
@@ -138,7 +138,7 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, sort_keys=True, default=str))
 
 
-def difference(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What sets two descriptions apart, one text for each field that differs."""
     texts = []
     for field in now:
@@ -162,7 +162,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None
     Raises:
         RetrofitError: it does; the message names each field that differs.
     """
-    differs = difference(saved, now)
+    differs = changes(saved, now)
     if not differs:
         return
     hint = ""

@@ -22,7 +22,7 @@ from ..surgery.record.runs import record
 from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
 from .factors import Factors, Scaling
-from .measuring import Batch, Reference, batches_of, difference, outputs_of
+from .measuring import Labelled, Reference, batches_of, outputs_of, relative_change
 from .result import FoldedSite, FoldReport
 
 __all__ = ["fold_se"]
@@ -200,7 +200,7 @@ class Todo:
     factors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Batch]) -> Todo:
+def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Labelled]) -> Todo:
     """Let the network take in constant gates, each seen to leave the outputs as they are but for rounding."""
     todo = Todo()
     if not constant:
@@ -219,7 +219,7 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], b
 
 
 def absorb(
-    work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Batch, wanted: list[Tensor]
+    work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Labelled, wanted: list[Tensor]
 ) -> list[Scaling] | None:
     """Fold the constant factor of an SE module into the network and set its own to 1; None, with the network
     unchanged, if that is not possible."""
@@ -232,7 +232,7 @@ def absorb(
         se = put_factor(work, path, torch.ones_like(factor))
         for scaling in scalings:
             scaling.apply(work)
-        if difference(outputs_of(work, batch), wanted) <= close:
+        if relative_change(outputs_of(work, batch), wanted) <= close:
             return scalings
         put(work, path, se)
         for name, value in before.items():

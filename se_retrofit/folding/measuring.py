@@ -16,20 +16,20 @@ from ..errors import RetrofitError
 from ..inspection.gates import parted
 from ..surgery.record.isolation import forked_randomness
 
-__all__ = ["Batch", "Reference", "batches_of", "difference", "outputs_of"]
+__all__ = ["Labelled", "Reference", "batches_of", "outputs_of", "relative_change"]
 
 BATCH_SIZE = 32  # of a Dataset, which has none of its own
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Labelled:
     """Inputs, and the class of each where the data tells."""
 
     inputs: Tensor
     labels: Tensor | None
 
 
-def batches_of(data: Any, most: int, device: torch.device) -> list[Batch]:
+def batches_of(data: Any, most: int, device: torch.device) -> list[Labelled]:
     """The first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device.
 
     Raises:
@@ -58,21 +58,21 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
         ) from None
 
 
-def _batch(item: Any, device: torch.device) -> Batch:
+def _batch(item: Any, device: torch.device) -> Labelled:
     inputs, labels = parted(item)
-    return Batch(inputs.to(device), None if labels is None else labels.to(device))
+    return Labelled(inputs.to(device), None if labels is None else labels.to(device))
 
 
 # Outputs --------------------------------------------------------------------------------------------------------------
 
 
-def outputs_of(model: nn.Module, batch: Batch) -> list[Tensor]:
+def outputs_of(model: nn.Module, batch: Labelled) -> list[Tensor]:
     """All floating-point tensors that a model returns for a batch."""
     leaves = tree_leaves(model(batch.inputs))
     return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def difference(now: list[Tensor], before: list[Tensor]) -> float:
+def relative_change(now: list[Tensor], before: list[Tensor]) -> float:
     """The norm of the difference of some tensors, relative to that of the second."""
     if [t.shape for t in now] != [t.shape for t in before]:
         return float("inf")
@@ -84,7 +84,7 @@ def difference(now: list[Tensor], before: list[Tensor]) -> float:
 class Reference:
     """The outputs of a network as it is now, to compare with later."""
 
-    def __init__(self, model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: list[Labelled]) -> None:
         self.model = model
         self.batches = batches
         self.outputs = [outputs_of(model, batch) for batch in batches]
@@ -100,7 +100,7 @@ class Reference:
         """How far the outputs are from those of the reference, relative to their norm; and the accuracy."""
         outputs = [outputs_of(self.model, batch) for batch in self.batches]
         flat = [[t for found in several for t in found] for several in (outputs, self.outputs)]
-        return difference(flat[0], flat[1]), self._accuracy(outputs)
+        return relative_change(flat[0], flat[1]), self._accuracy(outputs)
 
     def _accuracy(self, outputs: list[list[Tensor]]) -> float | None:
         right = count = 0

@@ -26,7 +26,7 @@ from ..surgery.record.runs import record
 from ..surgery.splice.undo import is_retrofitted
 from .factors import Factors
 from .matching import Gate, copy_layers, matched, parts_of
-from .measuring import difference
+from .measuring import relative_change
 
 __all__ = ["from_native", "to_native"]
 
@@ -203,7 +203,7 @@ def _check_same(model: nn.Module, other: nn.Module, inputs: Inputs, what: str) -
     """Raise unless two networks compute the same; the inputs are the model's."""
     given = inputs.of_one().with_values(torch.Generator().manual_seed(0))
     one, two = (_outputs(net, in_dtype_of(net, given, float_dtype(model))) for net in (model, other))
-    apart = difference(two, one)
+    apart = relative_change(two, one)
     if not apart <= max(torch.finfo(float_dtype(net)).eps for net in (model, other)) ** 0.5:
         raise RetrofitError(f"{what} does not compute the same: its outputs differ by {apart:.1e} of their norm")
 

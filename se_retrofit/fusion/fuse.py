@@ -34,7 +34,8 @@ class Fusion:
 
     Example:
         >>> import timm
-        >>> from se_retrofit import add_se, plan_fusion
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.fusion import plan_fusion
         >>> plan_fusion(add_se(timm.create_model("densenet121"), include="*denselayer1")).skipped[0].reason
         'Conv2d is not a norm that is known to be an affine map of each channel'
     """
@@ -54,7 +55,8 @@ def plan_fusion(model: nn.Module) -> Fusion:
 
     Example:
         >>> import timm
-        >>> from se_retrofit import add_se, plan_fusion
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.fusion import plan_fusion
         >>> plan_fusion(add_se(timm.create_model("resnet18"))).fused[:2]
         ('layer1.0.se_attention', 'layer1.1.se_attention')
     """
@@ -131,7 +133,8 @@ def unfuse_se(model: M, *, inplace: bool = False) -> M:
 
     Example:
         >>> import timm
-        >>> from se_retrofit import add_se, fuse_se, unfuse_se
+        >>> from se_retrofit import add_se, fuse_se
+        >>> from se_retrofit.fusion import unfuse_se
         >>> model = unfuse_se(fuse_se(add_se(timm.create_model("resnet18"))))
         >>> type(model.layer1[0].se_attention).__name__
         'SEAttention'

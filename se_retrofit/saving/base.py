@@ -32,7 +32,7 @@ def base_of(
     if sites is None:
         sites = plan_of(model).sites if has_se(model) else ()
     noted = vars(model).get(BASE)
-    if noted is not None and not _difference(noted, model, state, sites):
+    if noted is not None and not _mismatch(noted, model, state, sites):
         return noted, ""
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else None
@@ -48,7 +48,7 @@ def base_of(
     if weight is not None and weight.dim() > 1 and weight.shape[1] != config.get("input_size", (3,))[0]:
         kwargs["in_chans"] = weight.shape[1]
     base = Base("timm", name, kwargs)
-    problem = _difference(base, model, state, sites)
+    problem = _mismatch(base, model, state, sites)
     if problem:
         return None, f"timm's {name} with {kwargs} is another network than the one that was saved: {problem}"
     return base, ""
@@ -83,12 +83,12 @@ def check_base(model: nn.Module, base: Base, state: dict[str, Tensor] | None = N
     if not isinstance(base, Base):
         raise TypeError(f"base must be a name such as 'timm/resnet18', or a Base, got {brief(base)}")
     sites = plan_of(model).sites if has_se(model) else ()
-    problem = _difference(base, model, tensors_of(model) if state is None else state, sites)
+    problem = _mismatch(base, model, tensors_of(model) if state is None else state, sites)
     if problem:
         raise RetrofitError(f"base={base!r} does not build the network that is to be saved: {problem}")
 
 
-def _difference(base: Base, model: nn.Module, state: dict[str, Tensor], sites: tuple[Site, ...]) -> str:
+def _mismatch(base: Base, model: nn.Module, state: dict[str, Tensor], sites: tuple[Site, ...]) -> str:
     """What sets the network that ``base`` builds apart from ``model`` without its SE; empty where nothing does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -59,7 +59,8 @@ def push_to_hub(
 
     Example:
         >>> import timm
-        >>> from se_retrofit import add_se, push_to_hub
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.saving import push_to_hub
         >>> model = add_se(timm.create_model("resnet10t"))
         >>> push_to_hub(model, "me/resnet10t-se")  # doctest: +SKIP
         'https://huggingface.co/me/resnet10t-se'
@@ -112,7 +113,8 @@ def from_pretrained(
 
     Example:
         >>> import tempfile, timm
-        >>> from se_retrofit import add_se, from_pretrained, save_retrofitted
+        >>> from se_retrofit import add_se, save_retrofitted
+        >>> from se_retrofit.saving import from_pretrained
         >>> folder = save_retrofitted(add_se(timm.create_model("resnet10t")), tempfile.mkdtemp())
         >>> type(from_pretrained(folder)).__name__
         'ResNet'
@@ -164,7 +166,7 @@ def _card(folder: Path, repo_id: str) -> str:
 A copy{of} with {inserted} in its convolutional blocks.
 
 ```python
-from se_retrofit import from_pretrained
+from se_retrofit.saving import from_pretrained
 
 model = from_pretrained("{repo_id}"{bare})
 ```

@@ -42,7 +42,8 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
 
     Example:
         >>> import tempfile, timm
-        >>> from se_retrofit import add_se, load_se, save_se
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.saving import load_se, save_se
         >>> base = timm.create_model("resnet10t")
         >>> file = save_se(add_se(base), tempfile.mkdtemp() + "/se.safetensors")
         >>> model = load_se(base, file)
@@ -87,7 +88,8 @@ def load_se(
 
     Example:
         >>> import tempfile, timm
-        >>> from se_retrofit import add_se, load_se, plan_of, save_se
+        >>> from se_retrofit import add_se, plan_of
+        >>> from se_retrofit.saving import load_se, save_se
         >>> base = timm.create_model("resnet10t")
         >>> model = load_se(base, save_se(add_se(base, reduction=4), tempfile.mkdtemp() + "/se.safetensors"))
         >>> plan_of(model).options["reduction"]

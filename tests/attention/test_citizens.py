@@ -23,14 +23,13 @@ from se_retrofit import (
     has_se,
     inspect_se,
     load_retrofitted,
-    load_se,
-    plan_fusion,
     plan_of,
     remove_se,
     save_retrofitted,
-    save_se,
 )
+from se_retrofit.fusion import plan_fusion
 from se_retrofit.inspection import GateLogger, excitations
+from se_retrofit.saving import load_se, save_se
 from se_retrofit.verify import se_matters
 
 pytestmark = pytest.mark.xdist_group("compilers")

@@ -21,14 +21,13 @@ from se_retrofit import (
     fuse_se,
     inspect_se,
     load_retrofitted,
-    load_se,
     plan_of,
     remove_se,
     save_retrofitted,
-    save_se,
     to_native,
 )
 from se_retrofit.exporting import export
+from se_retrofit.saving import load_se, save_se
 
 DTYPES = [torch.float64, torch.float16]
 

@@ -27,16 +27,15 @@ from se_retrofit import (
     fuse_se,
     has_se,
     inspect_se,
-    load_se,
     plan_of,
     plan_se,
     remove_se,
     save_retrofitted,
-    save_se,
-    unfuse_se,
 )
 from se_retrofit.attention import ATTENTIONS
+from se_retrofit.fusion import unfuse_se
 from se_retrofit.inspection import excitations
+from se_retrofit.saving import load_se, save_se
 
 pytestmark = [
     # copy.deepcopy of a tensor asks for its address, of a fake one, too

@@ -24,7 +24,7 @@ from se_retrofit import (
     to_native,
 )
 from se_retrofit.inspection import excitations
-from se_retrofit.verify import compare
+from se_retrofit.verify import agreement
 
 
 class QuietBlock(BasicBlock):
@@ -58,7 +58,7 @@ def test_they_are_retrofitted_inspected_folded_exported_and_saved(tmp_path: Path
     model = add_se(original, 2, example_inputs=X)
     assert len(se_modules(model)) == 4
     assert same_tensors(run(model, X), run(original, X))
-    assert compare(original, model, (X,), training=True).equal
+    assert agreement(original, model, (X,), training=True).equal
     assert len(inspect_se(model).report().rows) == 4
     assert inspect_se(model).write_html(tmp_path / "page.html").exists()
     assert len(excitations(model, [X]).sites) == 4

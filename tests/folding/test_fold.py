@@ -27,21 +27,11 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from se_retrofit import (
-    RetrofitError,
-    add_se,
-    fold_se,
-    has_se,
-    load_retrofitted,
-    load_se,
-    plan_of,
-    remove_se,
-    save_retrofitted,
-    save_se,
-)
+from se_retrofit import RetrofitError, add_se, fold_se, has_se, load_retrofitted, plan_of, remove_se, save_retrofitted
 from se_retrofit.attention import StaticFactor
 from se_retrofit.folding.factors import Factors
 from se_retrofit.models import Base
+from se_retrofit.saving import load_se, save_se
 from se_retrofit.surgery.record.inputs import given_inputs
 from se_retrofit.surgery.record.runs import record
 

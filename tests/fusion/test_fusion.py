@@ -14,16 +14,8 @@ import torchvision
 from sweeps import swept
 from torch import Tensor, nn
 
-from se_retrofit import (
-    RetrofitError,
-    add_se,
-    fuse_se,
-    load_retrofitted,
-    plan_fusion,
-    remove_se,
-    save_retrofitted,
-    unfuse_se,
-)
+from se_retrofit import RetrofitError, add_se, fuse_se, load_retrofitted, remove_se, save_retrofitted
+from se_retrofit.fusion import plan_fusion, unfuse_se
 from se_retrofit.inspection import excitations
 
 FORMS = [

@@ -16,8 +16,9 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torchvision.models.densenet import DenseNet
 
-from se_retrofit import add_se, fold_se, save_retrofitted, save_se
+from se_retrofit import add_se, fold_se, save_retrofitted
 from se_retrofit.models import Base
+from se_retrofit.saving import save_se
 
 FOLDERS = Path(__file__).parent / "folders"
 NARROW = Base.of("timm/resnet10t", channels=[4, 4, 8, 8], stem_width=8, num_classes=3)

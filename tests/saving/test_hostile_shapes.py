@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from sweeps import swept
 from torch import nn
 
-from se_retrofit import RetrofitError, add_se, load_retrofitted, load_se, save_retrofitted, save_se
+from se_retrofit import RetrofitError, add_se, load_retrofitted, save_retrofitted
 from se_retrofit.plaindata import parse_json, parse_yaml
 from se_retrofit.plan import Plan
+from se_retrofit.saving import load_se, save_se
 from se_retrofit.surgery.record.inputs import described_inputs
 
 NETWORK = "test_resnet"  # timm's smallest

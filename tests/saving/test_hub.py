@@ -15,8 +15,9 @@ from networks import randomise_se, randomised
 from torch import nn
 from typer.testing import CliRunner
 
-from se_retrofit import RetrofitError, add_se, from_pretrained, plan_of, push_to_hub, save_retrofitted
+from se_retrofit import RetrofitError, add_se, plan_of, save_retrofitted
 from se_retrofit.cli.commands import app
+from se_retrofit.saving import from_pretrained, push_to_hub
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -11,8 +11,9 @@ from networks import se_modules
 from safetensors.torch import load_file
 from saved_before import FOLDERS, SAVED, outputs
 
-from se_retrofit import load_retrofitted, load_se, plan_of
+from se_retrofit import load_retrofitted, plan_of
 from se_retrofit.attention import SEAttention, StaticFactor
+from se_retrofit.saving import load_se
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -21,19 +21,9 @@ from torch import nn
 
 import se_retrofit.saving.atomic
 import se_retrofit.saving.tensors
-from se_retrofit import (
-    RetrofitError,
-    SEAttention,
-    add_se,
-    has_se,
-    load_retrofitted,
-    load_se,
-    plan_of,
-    plan_se,
-    save_retrofitted,
-    save_se,
-)
+from se_retrofit import RetrofitError, SEAttention, add_se, has_se, load_retrofitted, plan_of, plan_se, save_retrofitted
 from se_retrofit.models import Base
+from se_retrofit.saving import load_se, save_se
 
 
 def stirred(model: nn.Module, seed: int = 0) -> nn.Module:

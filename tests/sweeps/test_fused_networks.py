@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from se_retrofit import add_se, fuse_se, plan_fusion
+from se_retrofit import add_se, fuse_se
+from se_retrofit.fusion import plan_fusion
 from se_retrofit.models import Base
 from se_retrofit.verify import redraw_vectors
 

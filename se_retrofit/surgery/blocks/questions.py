@@ -178,10 +178,16 @@ def prefix_of(paths: list[str]) -> str:
 # Where values appear -------------------------------------------------------------------------
 
 
+_SCALES = ("mul", "multiply", "div")
+
+
 def before(op: Op, call: Call | None, roles: tuple[str, ...]) -> Op:
-    """Follow a value back through operations of these roles, to the first that appears in the module's own code."""
+    """Follow a value back through operations of these roles, to the first that appears in the module's own code; not into another
+    module that scales and shifts, which is a norm (FrozenBatchNorm2d)."""
     shown = op
     while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op and call is not None:
+        if op.role == "affine" and op.name not in _SCALES and not call.shows(op.data[0]):
+            break
         op = op.data[0]
         if call.shows(op):
             shown = op

@@ -11,11 +11,11 @@ from ...attention import Inserted
 from ..blocks import Place
 from ..record.graph import Call, Op, Record
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Findings", "compare_records"]
 
 
 @dataclass(eq=False)
-class Comparison:
+class Findings:
     """What differs between two records.
 
     Attributes:
@@ -37,14 +37,14 @@ class Comparison:
         return not (self.wrong or self.different or self.again)
 
 
-def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Comparison:
+def compare_records(before: Record, after: Record, expected: Mapping[str, list[Place]]) -> Findings:
     """Compare the record of a network with that of its retrofitted copy.
 
     Args:
         before, after: the records, of the same inputs in the same mode.
         expected: by the path of each SE module, the places (in ``before``) where it is to scale.
     """
-    different = Comparison(different=True, broke_off=after.broke_off)
+    different = Findings(different=True, broke_off=after.broke_off)
     same: dict[Op, Op] = {}  # operations of the retrofitted network, and those of the original that they are
     scaled: dict[str, list[tuple[Op, Op]]] = {}  # by path: what SE was given, and SE's own operation
     index = 0
@@ -59,7 +59,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
         original = before.ops[index]
         early = _taken_early(op, original, same)
         if early is not None:
-            return Comparison(wrong={early: OVERWRITTEN}, called={early})
+            return Findings(wrong={early: OVERWRITTEN}, called={early})
         if (
             _signature(op) != _signature(original)
             or tuple(same[i] for i in op.inputs) != original.inputs
@@ -75,7 +75,7 @@ def compare(before: Record, after: Record, expected: Mapping[str, list[Place]]) 
             return different
     takers = _Takers(after, {se for calls in scaled.values() for _, se in calls})
     problems = {path: _problem(places, scaled.get(path, []), same, takers) for path, places in expected.items()}
-    return Comparison({path: problem for path, problem in problems.items() if problem}, set(scaled))
+    return Findings({path: problem for path, problem in problems.items() if problem}, set(scaled))
 
 
 OVERWRITTEN = "the value that SE should recalibrate is overwritten in place, and the code names it before that"

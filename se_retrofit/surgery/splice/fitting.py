@@ -15,7 +15,7 @@ from ..record.copying import on_cpu
 from ..record.graph import Record
 from ..record.runs import Runs
 from .carry import apply_edits, problems_of
-from .check import Comparison, compare
+from .check import Findings, compare_records
 from .source import SpliceError
 from .ways import named, ways
 
@@ -160,7 +160,7 @@ class Fitting:
 
     # Trials
 
-    def trial(self, sites: list[SurgerySite], training: bool = True) -> Comparison:
+    def trial(self, sites: list[SurgerySite], training: bool = True) -> Findings:
         """Carry out edits on a copy and compare its record with the original's."""
         by_path = {site.path: site for site in sites}
         try:
@@ -168,20 +168,20 @@ class Fitting:
         except SpliceError as error:
             edits = {edit: site.path for site in sites for edit in site.edits}
             problems = problems_of(self.runs.evaluation.model, edits) or dict.fromkeys(edits, str(error))
-            return Comparison({site.path: problems[e] for site in sites for e in site.edits if e in problems})
+            return Findings({site.path: problems[e] for site in sites for e in site.edits if e in problems})
         for record in (evaluation, trained):
             if record is not None and record.broke_off is not None and record.broke_in in by_path:
-                return Comparison({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale
-        compared = compare(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
+                return Findings({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale
+        compared = compare_records(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
         if not compared.right or trained is None:
             return compared
         return self.trained(by_path, trained)
 
-    def trained(self, by_path: Mapping[str, SurgerySite], after: Record) -> Comparison:
+    def trained(self, by_path: Mapping[str, SurgerySite], after: Record) -> Findings:
         """What the record of train mode shows."""
         assert self.runs.training is not None
         expected = {path: self.in_training(site) for path, site in by_path.items()}
-        compared = compare(self.runs.training, after, {path: places or [] for path, places in expected.items()})
+        compared = compare_records(self.runs.training, after, {path: places or [] for path, places in expected.items()})
         wrong, extended = {}, False
         for path, problem in compared.wrong.items():
             places = expected[path]
@@ -248,7 +248,7 @@ class Fitting:
         first = self.halve(groups[:middle], most)
         return first + (self.halve(groups[middle:], most - len(first)) if len(first) < most else [])
 
-    def leave_out(self, sites: list[SurgerySite], outcome: Comparison) -> None:
+    def leave_out(self, sites: list[SurgerySite], outcome: Findings) -> None:
         """Leave out the blocks of sites; where their code raised an error, try another way first."""
         for site in sites:
             broke = f"with SE in it, the network can't be run: {outcome.broke_off}"
