@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from structure import Unit, conv, structure
+from structure import Unit, conv, structure, unit
 from torch import Tensor, nn
 
 IMAGE = torch.randn(2, 3, 10, 10)
@@ -260,26 +260,24 @@ class HDemucs(nn.Module):
         return self.spectra[1](self.spectra[0](x.flip(2)), y)
 
 
-# Shortcuts without weights ---------------------------------------------------------------------------------------------
+class Averaged(Branch):
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return 0.5 * (self.branch(x) + skip)
 
 
-class Down(nn.Module):
-    """A strided convolution beside averaged channels of the pixel-unshuffled input (Chen et al., arXiv:2410.10733)."""
+@structure(IMAGE, sites={"units.0": 8, "units.1": 8})
+class DexiNed(nn.Module):
+    """Units that are given their skip, a sum of projections (Poma et al., arXiv:1909.01955)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(8, 16, 3, 2, 1)
+        self.stem, self.units = unit(3, 8), nn.ModuleList([Averaged(), Averaged()])
+        self.first, self.second = conv(8, 8, 1), conv(8, 8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) + F.pixel_unshuffle(x, 2).unflatten(1, (-1, 2)).mean(2)
-
-
-@structure(IMAGE, sites={"1": 8, "3": 16})
-class AutoencoderDC(nn.Sequential):
-    """No sum to be fused, and a layer between stages: it is no block."""
-
-    def __init__(self) -> None:
-        super().__init__(conv(3, 8), Unit(), Down(), Unit(16), conv(16, 4))
+        x = self.stem(x)
+        y = self.units[0](x, self.first(x))
+        return self.units[1](y, self.first(x) + self.second(y))
 
 
 # Couplings ------------------------------------------------------------------------------------------------------------

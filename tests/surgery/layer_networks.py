@@ -166,6 +166,28 @@ class ConvTasNet(nn.Module):
         return self.head(F.relu(total))
 
 
+# Shortcuts without weights ---------------------------------------------------------------------------------------------
+
+
+class Down(nn.Module):
+    """A strided convolution beside averaged channels of the pixel-unshuffled input (Chen et al., arXiv:2410.10733)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 16, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + F.pixel_unshuffle(x, 2).unflatten(1, (-1, 2)).mean(2)
+
+
+@structure(IMAGE, sites={"1": 8, "3": 16})
+class AutoencoderDC(nn.Sequential):
+    """No sum to be fused, and a layer between stages: it is no block."""
+
+    def __init__(self) -> None:
+        super().__init__(conv(3, 8), Unit(), Down(), Unit(16), conv(16, 4))
+
+
 # Complex convolutions -------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from .attended import spatial_convs
 from .block import Block
 from .bypasses import all_pass, derives
 from .inverted import core_of
-from .questions import bypass_source, common_source, edge, has_nonlinearity, own_operations, resizes
+from .questions import bypass_source, common_source, edge, has_nonlinearity, has_spatial_conv, own_operations, resizes
 from .rep_sum import is_rep_sum
 
 __all__ = ["residual_units", "reversible_units"]
@@ -90,9 +90,10 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
 
 
 def _is_of_another_stream(record: Record, call: Call, source: Op, branch: Op) -> bool:
-    """Whether what is added to a branch is the work of another one (the waveform's, added to the spectrogram's: Défossez,
-    arXiv:2111.03600): given to the module, and neither what the branch is made of nor a projection of it."""
-    return source in call.inputs and bypass_source(source, record.calls[0], branch.ancestors) is None
+    """Whether what a module is given and adds to a branch is another one's work (the waveform's, added to the spectrogram's: Défossez,
+    arXiv:2111.03600): it holds convolutions and non-linearities of which the branch is not made."""
+    own = list(record.select((source.ancestors | source.bit) & ~branch.ancestors)) if source in call.inputs else []
+    return has_spatial_conv(own) and has_nonlinearity(own)
 
 
 def _is_modulation(record: Record, call: Call, add: Op) -> bool:
