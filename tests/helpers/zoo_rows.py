@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from tools.zoo import Row, entries, read_rows
+from tools.zoo import Row, entries, read_rows, smallest
+from tools.zoo.check import CONVERTED
 
-__all__ = ["listed_rows", "never_refused"]
+__all__ = ["listed_rows", "never_refused", "smallest_of_each_family"]
 
 TABLE = Path(__file__).parents[2] / "docs" / "zoo.csv"
 
@@ -19,6 +20,13 @@ def listed_rows() -> list[Row]:
     rows = [row for row in read_rows(TABLE) if row.name in names]
     assert rows, "docs/zoo.csv is missing: python -m tools.zoo --output docs/zoo"
     return rows
+
+
+@cache
+def smallest_of_each_family() -> list[str]:
+    """The names of the smallest converted networks, one for each family of each library."""
+    converted = [row for row in listed_rows() if row.verdict == CONVERTED]
+    return [row.name for row in smallest(converted, lambda row: (row.name.partition("/")[0], row.family))]
 
 
 def never_refused(row: Row) -> bool:

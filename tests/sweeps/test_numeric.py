@@ -1,4 +1,4 @@
-"""Real numbers through the smallest network of each family, and more where it takes more to see each class of block.
+"""Real numbers through the smallest network of each family.
 
 Which ones these are is read from docs/zoo.csv, the result of the last walk over all names.
 """
@@ -7,37 +7,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from numeric import check_promises, tensors
 from torch import nn
+from zoo_rows import smallest_of_each_family
 
-from tools.zoo import Row, entries, read_rows
+from tools.zoo import entries
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.sweep,
     pytest.mark.filterwarnings("ignore"),  # the libraries warn a great deal while they build networks
 ]
-
-
-def smallest_of_each_family() -> list[str]:
-    """The smallest converted networks that together show every class of block in every family."""
-    families: dict[tuple[str, str], list[Row]] = {}
-    for row in read_rows(ROOT / "docs" / "zoo.csv"):
-        if row.verdict == "converted":
-            families.setdefault((row.name.partition("/")[0], row.family), []).append(row)
-    chosen = []
-    for rows in families.values():
-        seen: set[str] = set()
-        for row in sorted(rows, key=lambda row: row.parameters):
-            if not seen or not seen.issuperset(row.classes):
-                seen.update(row.classes)
-                chosen.append(row.name)
-    return sorted(chosen)
 
 
 @pytest.mark.parametrize("name", smallest_of_each_family())

@@ -1,5 +1,5 @@
 """One network of each structure in docs/zoo.csv, without data: it must be converted or refused as it is listed, and
-torch.fx.symbolic_trace and torch.jit.script take the retrofitted network where they take the original.
+torch.fx.symbolic_trace and torch.jit.script take the retrofitted one of each family where they take the original.
 
 ``python -m tools.zoo`` walks all the names; docs/zoo.md says when that was done last.
 """
@@ -7,12 +7,12 @@ torch.fx.symbolic_trace and torch.jit.script take the retrofitted network where 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from zoo_rows import listed_rows, never_refused
+from zoo_rows import listed_rows, never_refused, smallest_of_each_family
 
 from tools.zoo import Row, entries, smallest, structure
 from tools.zoo.check import CONVERTED, FAILED, inspect_model
@@ -23,12 +23,8 @@ pytestmark = [
 ]
 
 
-def family(row: Row) -> Hashable:
-    return row.name.partition("/")[0], row.family
-
-
-# scripting takes longer than all else
-SCRIPTED = {row.name for row in smallest((row for row in listed_rows() if row.verdict == CONVERTED), family)}
+# tracing and scripting take longer than all else
+TRACED = smallest_of_each_family()
 
 
 def refusal(take: Callable[[nn.Module], object], model: nn.Module) -> Exception | None:
@@ -44,7 +40,7 @@ def refusal(take: Callable[[nn.Module], object], model: nn.Module) -> Exception 
 def test_is_converted_or_refused_as_listed_and_traced_and_scripted_where_the_original_is(listed: Row) -> None:
     (entry,) = entries([listed.name])
     row = Row(entry.name, entry.family, FAILED + "it was not checked")
-    takers = [torch.fx.symbolic_trace, *([torch.jit.script] if listed.name in SCRIPTED else [])]
+    takers = [torch.fx.symbolic_trace, torch.jit.script] if listed.name in TRACED else []
     refusals: list[Exception | None] = []
     model = entry.build()
     inspect_model(model, row, lambda retrofitted: refusals.extend(refusal(take, retrofitted) for take in takers))
