@@ -180,7 +180,7 @@ def test_a_run_is_evaluated_at_the_size_that_it_was_trained_at(tmp_path: Path) -
     assert run_settings(saved)["image_size"] == 16
     assert run_settings(tmp_path / "run" / "last") == {}
     again = load_retrofitted(saved, base=network(se=False))
-    chosen = FinetuneConfig.from_dict({**run_settings(saved), "cpu": True})
+    chosen = FinetuneConfig(**run_settings(saved), cpu=True)
     assert evaluate(again, data.val, config=chosen).accuracy == best.best_accuracy
 
 

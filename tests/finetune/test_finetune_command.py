@@ -119,7 +119,6 @@ def test_compare_prints_and_writes(tmp_path: Path) -> None:
     said = run("compare", "timm/test_resnet", "--data", "digits", *options)
     for piece in (
         "without SE",
-        "with SE",
         "with CBAM",
         "seed 1, accuracy %",
         "ms per step",
