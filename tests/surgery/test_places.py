@@ -207,7 +207,6 @@ def test_each_placement_keeps_the_outputs(name: str, placement: str) -> None:
 # Which blocks, of which kind ---------------------------
 
 # By the names of the classes that the libraries give their blocks.
-BESIDE = "name it in include"  # the reason given for stems and transitions
 BLOCKS = {
     "torchvision/resnet18": {"residual": "BasicBlock"},
     "torchvision/resnet50": {"residual": "Bottleneck"},

@@ -75,9 +75,8 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         ops = list(record.select(region))
         if not spatial_convs(ops) or _is_of_another_stream(record, call, source, branch):
             continue
-        if not has_nonlinearity(ops) and not (
-            skip.shape == source.shape and _is_plain_convolution(record, call, add, ops)
-        ):
+        moved_at_most = sorted(skip.shape) == sorted(source.shape)
+        if not has_nonlinearity(ops) and not (moved_at_most and _is_plain_convolution(record, call, add, ops)):
             continue
         if not all_pass(record, call, [source] if common else call.inputs, add, region):
             continue
