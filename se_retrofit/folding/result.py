@@ -64,6 +64,13 @@ class FoldReport:
     accuracy_before: float | None
     accuracy_after: float | None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as plain data: a network that was folded whole is loaded where this package is not installed."""
+        return dict, (self.to_dict(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldReport:
+        return self
+
     @property
     def folded(self) -> tuple[str, ...]:
         """Paths of the SE modules that are gone."""

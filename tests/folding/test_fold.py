@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -70,6 +71,8 @@ def test_constant_gates_vanish_into_a_plain_network_of_the_original_class(kind: 
         (p, type(m)) for p, m in original.named_modules()
     ]
     assert list(folded.state_dict()) == list(original.state_dict())
+    assert b"se_retrofit" not in pickle.dumps(folded)  # nor is this package needed to load it whole
+    assert copy.deepcopy(folded).fold_report is report
     fresh = copy.deepcopy(original)
     fresh.load_state_dict(folded.state_dict(), strict=True)
     for inputs in (x, network.input(batch=1, wider=32).double() * 2):

@@ -40,6 +40,42 @@ class Deformable(nn.Module):
         return self.blocks(self.stem(x))
 
 
+class WrittenOut(nn.Module):
+    """A norm with fixed statistics, as FrozenBatchNorm2d and its like write it."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        for name in ("mean", "shift"):
+            self.register_buffer(name, torch.linspace(-1, 1, 8).view(1, 8, 1, 1))
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 8).view(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "scale, shift":
+            return x * self.scale + self.shift
+        return (x - self.mean) * self.scale if self.form == "shift, scale" else (x - self.mean) / self.scale
+
+
+class FrozenUnit(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.norm2 = conv(8, 8), conv(8, 8), WrittenOut(form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm2(self.conv2(self.conv1(x).relu()))
+
+
+@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8, "blocks.2": 8}, after="norm2")
+class FrozenNorms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        forms = "scale, shift", "shift, scale", "shift, quotient"
+        self.stem, self.blocks = conv(3, 8), nn.Sequential(*map(FrozenUnit, forms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+
 class Attention(nn.Module):
     """Self-attention with a convolution for its keys, or for its positions (Zhang et al., arXiv:1805.08318)."""
 

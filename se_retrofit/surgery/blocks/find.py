@@ -16,13 +16,12 @@ from .table import RECOGNISERS, Recogniser
 __all__ = ["find_places"]
 
 HAS_ATTENTION = "has channel attention already"
-FEW = (
-    0.1  # blocks with less than this share of the spatial convolutions that chains hold are odd ones in a plain network
-)
+# Blocks with less than this share of the spatial convolutions that chains hold are odd ones in a plain network.
+FEW = 0.1
 
 
 def find_places(record: Record, placement: str = "auto", recognisers: Sequence[Recogniser] = RECOGNISERS) -> Found:
-    """Find the convolutional blocks of a record (that ``operations.read`` has read) and where SE goes in each."""
+    """Find the convolutional blocks of a record (that ``facts.read`` has read) and where SE goes in each."""
     finder = _Finder(record, placement)
     for nests, rows in groupby(recognisers, lambda row: row.nests):
         if nests:

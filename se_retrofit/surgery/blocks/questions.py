@@ -178,20 +178,22 @@ def prefix_of(paths: list[str]) -> str:
 # Where values appear -------------------------------------------------------------------------
 
 
-_SCALES = ("mul", "multiply", "div")
-
-
 def before(op: Op, call: Call | None, roles: tuple[str, ...]) -> Op:
-    """Follow a value back through operations of these roles, to the first that appears in the module's own code; not into another
+    """Follow a value back through operations of these roles, to the first that appears in the module's own code; not through another
     module that scales and shifts, which is a norm (FrozenBatchNorm2d)."""
-    shown = op
+    shown, hidden = op, []
     while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op and call is not None:
-        if op.role == "affine" and op.name not in _SCALES and not call.shows(op.data[0]):
-            break
+        hidden.append(op)
         op = op.data[0]
         if call.shows(op):
-            shown = op
+            if len(hidden) > 1 and any(map(_shifts, hidden)):
+                break
+            shown, hidden = op, []
     return shown
+
+
+def _shifts(op: Op) -> bool:
+    return op.role == "affine" and op.name not in ("mul", "multiply", "div")
 
 
 def edge(record: Record, value: Op, taker: Op) -> Target:

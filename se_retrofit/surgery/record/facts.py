@@ -106,9 +106,8 @@ def _conv_of(op: Op) -> Conv | None:
     if op.module is not None:
         m: Any = op.module
         return Conv(tuple(m.kernel_size), m.groups, m.in_channels, m.out_channels, m.transposed)
-    if (
-        op.name == "deform_conv2d"
-    ):  # (input, weight, offset, mask, bias, stride, padding, dilation, two of each, groups, ...)
+    if op.name == "deform_conv2d":
+        # (input, weight, offset, mask, bias, stride, padding, dilation, two of each, groups, ...)
         weight, groups = op.inputs[1].shape, int(op.args[11])
         return Conv(tuple(weight[2:]), groups, weight[1] * groups, weight[0], False)
     if (

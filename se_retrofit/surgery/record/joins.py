@@ -14,11 +14,8 @@ Meaning = tuple[str, tuple[Op, ...]]  # the role of an operation, and what it ta
 def meaning(op: Op, role: str, learned: int) -> Meaning:
     """What an operation of this role does; ``learned`` are the bits of the operations of learned layers so far."""
     data = op.data
-    if op.name in (
-        "lerp",
-        "addcmul",
-        "addcdiv",
-    ):  # x + t * (y - x), x + weight * y: joins, where no third value weighs them
+    if op.name in ("lerp", "addcmul", "addcdiv"):
+        # x + t * (y - x), x + weight * y: joins, where no third value weighs them
         return (role, data) if len(data) <= 2 else ("other", op.takes)
     if op.name in ("maximum", "minimum"):
         halves = len(data) == 2 and all(i.role == "part" for i in data) and data[0].inputs == data[1].inputs

@@ -63,11 +63,12 @@ def _forget_sites(modules: list[nn.Module], chosen: set[int] | None) -> None:
         plan = vars(module).get(PLAN)
         if plan is None:
             continue
-        if chosen is None:
+        children = dict(module.named_modules())
+        sites = tuple(s for s in plan.sites if chosen is not None and id(children.get(s.path)) not in chosen)
+        if sites:
+            vars(module)[PLAN] = replace(plan, sites=sites)
+        else:
             del vars(module)[PLAN]
-            continue
-        taken = {path for path, child in module.named_modules() if id(child) in chosen}
-        vars(module)[PLAN] = replace(plan, sites=tuple(site for site in plan.sites if site.path not in taken))
 
 
 def _class_without(module: RetrofittedBlock, chosen: set[int] | None) -> type:
