@@ -29,7 +29,7 @@ def make_pictures(seed: int, count: int = 4) -> tuple[Tensor, Tensor]:
 torch.manual_seed(0)
 # a name and its arguments say how to build the network again; weights="DEFAULT" would download trained ones
 base = Base.of("torchvision/fcn_resnet50", weights_backbone=None, num_classes=2, aux_loss=True)
-model = add_se(base.build(), reduction=16)
+model = add_se(base.build(), reduction=16)  # which remembers its base
 print(f"{len(plan_of(model).sites)} SE modules")
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
@@ -45,7 +45,7 @@ for step in range(options.steps):
     losses.append(loss.item())
 print("the loss has fallen:", losses[-1] < losses[0])
 
-save_retrofitted(model, "segmenter", base=base)
+save_retrofitted(model, "segmenter")
 again = load_retrofitted("segmenter")
 pictures, masks = make_pictures(1000)
 with torch.no_grad():

@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,13 +28,17 @@ from .errors import RetrofitError, brief
 from .retrofit import add_se
 from .surgery.splice.ways import SE_NAME
 
-__all__ = ["TIMM_PREFIX", "Base", "load_checkpoint", "register_timm"]
+__all__ = ["BASE", "IMAGES", "TIMM_PREFIX", "Base", "load_checkpoint", "register_timm"]
 
 LIBRARIES = ("timm", "torchvision")
 # timm's own prefixes, which it resolves itself; what follows them holds slashes of its own
 HUB_SCHEMES = ("hf-hub", "hf_hub")
 TIMM_SCHEMES = (*HUB_SCHEMES, "local-dir")
 WEIGHTS_ENDS = (".safetensors", ".bin", ".pth", ".pth.tar", ".pt")
+# The attributes by which a network tells how it was built and how its images are prepared. They hold plain data, so that it is
+# pickled without anything of this package.
+BASE = "_se_base"
+IMAGES = "_se_images"
 TIMM_PREFIX = "se_retrofit_"  # of the names that register_timm gives; timm drops what stands before a slash
 
 
@@ -105,11 +109,18 @@ class Base:
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise RetrofitError(f"no model {model!r} in {' or '.join(libraries)}{hint}")
 
+    @classmethod
+    def noted(cls, model: nn.Module) -> Base | None:
+        """How a network says that it was built; None where it doesn't."""
+        noted = vars(model).get(BASE)
+        return None if noted is None else cls(**noted)
+
     def __str__(self) -> str:
         return f"{self.library}/{self.name}"
 
     def build(self, pretrained: bool = False) -> nn.Module:
-        """The network, with random weights or, where ``pretrained``, the library's own (downloaded by it).
+        """The network, with random weights or, where ``pretrained``, the library's own (downloaded by it). It remembers its base, for
+        ``save_retrofitted`` and all else that asks for it.
 
         Raises:
             RetrofitError: the library can't build it: an unknown argument, no pretrained weights of that name, no
@@ -123,12 +134,21 @@ class Base:
             with warnings.catch_warnings():
                 # torchvision's GoogLeNet and Inception announce another initialisation for some later version
                 warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
-                return self._timm(pretrained) if self.library == "timm" else self._torchvision(pretrained)
+                known = self.in_library()  # which checks what a config says, before anything is built by it
+                model = self._timm(pretrained) if self.library == "timm" else self._torchvision(pretrained)
+                known.note(model)
+                if known is not self:
+                    vars(model)[IMAGES] = own_images(model)
+                return model
         except Exception as error:  # what a download can raise depends on the library's HTTP client
             weights = "with pretrained weights" if pretrained else "with random weights"
             given = f" and {self.kwargs}" if self.kwargs else ""
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RetrofitError(f"{self.library} can't build {self.name!r} {weights}{given}: {reason}") from error
+
+    def note(self, model: nn.Module) -> None:
+        """Have the network say that it was built so."""
+        vars(model)[BASE] = asdict(self)
 
     def in_library(self) -> Base:
         """The same network by the library's own name, where this one names a repository of the hub or a folder: what the
@@ -145,7 +165,6 @@ class Base:
     def _timm(self, pretrained: bool) -> nn.Module:
         overlay = None
         if ":" in self.name:
-            self.in_library()
             # without a source, timm takes the weights from what it is given
             overlay = {"source": "", "state_dict": self._weights()} if pretrained else None
         model = timm.create_model(self.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **self.kwargs)
@@ -190,6 +209,14 @@ class Base:
         if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
             kwargs["weights_backbone"] = None
         return builder(**{**kwargs, **self.kwargs})
+
+
+def own_images(model: nn.Module) -> dict[str, Any]:
+    """How a network of timm's says that its images are prepared, as recipes hold it."""
+    own = timm.data.resolve_data_config({}, model=model)
+    names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    own = {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in names}
+    return {**own, "classes": None, "multi_label": False}
 
 
 def _check_hub(repository: str) -> None:

@@ -197,25 +197,27 @@ def photographs() -> list[Any]:
     return [Image.fromarray(load_sample_image(name)) for name in PHOTOGRAPHS]
 
 
-def prepared_for(model: nn.Module, base: Base) -> tuple[Any, ...]:
+def prepared_for(model: nn.Module) -> tuple[Any, ...]:
     """Both photographs as the positional arguments of ``model``, resized and normalised by its library's own rules.
 
     Args:
-        model: a network built from ``base``.
-        base: says which library's rules, and for which task: a batch of images, a list of images for detection,
-            films that stand still for video, and the photographs as two frames for optical flow.
+        model: a network that ``Base`` has built; its library and its task say what it takes: a batch of images, a list of
+            images for detection, films that stand still for video, and the photographs as two frames for optical flow.
 
     Raises:
-        RetrofitError: the model takes something else than images.
+        RetrofitError: the model takes something else than images, or does not tell which network it is.
 
     Example:
         >>> from se_retrofit.models import Base
         >>> from se_retrofit.verify import prepared_for
-        >>> base = Base.of("torchvision/resnet18")
-        >>> [x.shape for x in prepared_for(base.build(), base)]
+        >>> [x.shape for x in prepared_for(Base.of("torchvision/resnet18").build())]
         [torch.Size([2, 3, 224, 224])]
     """
-    images = photographs()
+    images, base = photographs(), Base.noted(model)
+    if base is None:
+        raise RetrofitError(
+            f"this {type(model).__name__} does not tell which network it is; have Base.of(name).build() build it"
+        )
     if base.library == "timm":
         return (torch.stack([_timm_transform(model)(image) for image in images]),)
     transform = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()

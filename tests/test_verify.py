@@ -136,7 +136,7 @@ def test_photographs_are_prepared_as_the_model_wants_them(name: str, shapes: lis
     # what preparation needs of a model is its configuration alone
     with torch.device("meta"):
         model = base.build()
-    inputs = prepared_for(model, base)
+    inputs = prepared_for(model)
     assert [tuple(x.shape) for x in inputs] == shapes
     assert all(x.std() > 0.2 for x in inputs)
 
@@ -145,5 +145,5 @@ def test_detection_gets_a_list_of_images() -> None:
     base = Base.of("torchvision/ssdlite320_mobilenet_v3_large")
     with torch.device("meta"):
         model = base.build()
-    (images,) = prepared_for(model, base)
+    (images,) = prepared_for(model)
     assert [tuple(image.shape) for image in images] == [(3, 427, 640)] * 2

@@ -60,7 +60,7 @@ def add(
     original = base.build(pretrained)
     if checkpoint is not None:
         load_checkpoint(original, checkpoint)
-    inputs = prepared_for(original, base)
+    inputs = prepared_for(original)
 
     retrofitted = add_se(original, **se_options(context))
     plan = plan_of(retrofitted)
@@ -79,7 +79,7 @@ def add(
     if output is not None:
         from ..saving import save_retrofitted
 
-        save_retrofitted(retrofitted, output, base=base)
+        save_retrofitted(retrofitted, output)
         say(console, f'saved {output}. To load it: se_retrofit.load_retrofitted("{output}")')
     if not same:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .finetune import default_name, network_builder, open_data, read_config
+from .finetune import absolute, default_name, network_builder, open_data, read_config
 from .options import (
     RECIPE_OPTIONS,
     SE_OPTIONS,
@@ -55,11 +55,11 @@ def compare_command(
 
     recipe = read_config(context)
     parts, recipe = open_data(data, data_root, download, recipe)
-    build, base = network_builder(model, pretrained, checkpoint, arg, recipe)
+    build = network_builder(model, pretrained, checkpoint, arg)
     options = se_options(context)
     if output is None:
         details = [
-            base.library, base.name, base.kwargs, pretrained, None if checkpoint is None else file_digest(checkpoint),
+            absolute(model), arg, pretrained, None if checkpoint is None else file_digest(checkpoint),
             options, recipe.to_dict(), describe_data(parts.train), describe_data(parts.val),
         ]  # fmt: skip
         output = Path("runs") / f"compare-{default_name(model, data, details)}"
@@ -73,7 +73,6 @@ def compare_command(
             se_options=options,
             arms=[name.strip() for name in arms.split(",")],
             output_dir=output,
-            base=base,
             stop=signals.stop,
         )
     print(f"\n{comparison}\n\nwritten to {output / 'comparison.json'}")

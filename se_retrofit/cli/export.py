@@ -36,18 +36,14 @@ def export_command(
     from ..exporting.export import SUFFIXES
     from ..folding import to_native
     from ..saving import load_retrofitted
-    from ..saving.base import named_base
-    from ..saving.recipe import read_recipe
 
     example = None
     if input_size is not None:
         like = example_of(input_size)
         example = torch.rand(like.shape, generator=torch.Generator().manual_seed(0))
-    saved = network_in(folder)
-    base = named_base(read_recipe(saved), saved)
-    network = load_retrofitted(saved)
+    network = load_retrofitted(network_in(folder))
     if native:
         network = to_native(network)
     file = output or folder.with_name(folder.name + SUFFIXES[format or "onnx"])
-    export(network, file, format=format, example_inputs=example, base=base)
+    export(network, file, format=format, example_inputs=example)
     say(Console(), f"wrote {file}" + (f" and {file.with_suffix('.safetensors')}" if file.suffix == ".py" else ""))

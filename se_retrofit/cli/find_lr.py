@@ -67,9 +67,9 @@ def find_lr_command(
         "model": model, "pretrained": pretrained, "checkpoint": checkpoint, "arg": arg, "plain": plain,
         **se_options(context),
     }  # fmt: skip
-    network, base = starting_network(command, recipe)
+    network = starting_network(command, recipe)
     try:
-        found = find_lr(network, parts.train, config=recipe, lowest=lowest, highest=highest, steps=steps, base=base)
+        found = find_lr(network, parts.train, config=recipe, lowest=lowest, highest=highest, steps=steps)
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
     if processes()[0] > 0:

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..finetune import FinetuneConfig, NamedData
-    from ..models import Base
 
 # What run.yaml holds of a command, besides the recipe
 COMMAND_TYPES: dict[str, Any] = {
@@ -90,9 +89,9 @@ def finetune_command(
     if command["model"] is None or command["data"] is None:
         raise RetrofitError("give a MODEL and --data, or --resume FOLDER to resume a run")
     parts, recipe = open_data(command["data"], Path(command["data_root"]), download, recipe)
-    network, base = starting_network(command, recipe)
+    network = starting_network(command, recipe)
     if resume is None and output is None:
-        details = [recipe.to_dict(), describe_run(network, parts.train, parts.val, base)]
+        details = [recipe.to_dict(), describe_run(network, parts.train, parts.val)]
         output = Path("runs") / default_name(command["model"], command["data"], details)
     with Signals() as signals:
         finetune(
@@ -102,7 +101,6 @@ def finetune_command(
             config=recipe,
             output_dir=resume or output,
             resume=resume is not None,
-            base=base,
             command=command,
             stop=signals.stop,
         )
@@ -111,20 +109,20 @@ def finetune_command(
 # What finetune, find-lr and compare share
 
 
-def starting_network(command: dict[str, Any], recipe: FinetuneConfig) -> tuple[nn.Module, Base]:
-    """The network that a command trains, and its base."""
+def starting_network(command: dict[str, Any], recipe: FinetuneConfig) -> nn.Module:
+    """The network that a command trains."""
     import torch
 
     from ..retrofit import add_se
 
     weights = None if command["checkpoint"] is None else Path(command["checkpoint"])
-    build, base = network_builder(command["model"], command["pretrained"], weights, command["arg"], recipe)
+    build = network_builder(command["model"], command["pretrained"], weights, command["arg"])
     # A seeded start, so that a run that is resumed, and each of many processes, has the same
     torch.manual_seed(recipe.seed)
     network = build()
     if not command["plain"] and not Path(command["model"]).is_dir():
         network = add_se(network, **{name: command[name] for name in SE_OPTIONS}, inplace=True)
-    return network, base
+    return network
 
 
 def absolute(name: str | None) -> str | None:
@@ -171,37 +169,26 @@ def open_data(data: str, root: Path, download: bool, recipe: FinetuneConfig) -> 
 
 
 def network_builder(
-    name: str, pretrained: bool, checkpoint: Path | None, arg: list[str] | None, recipe: FinetuneConfig
-) -> tuple[Callable[[], nn.Module], Base]:
-    """A function that builds the bare network, and the base that the saved recipe names."""
+    name: str, pretrained: bool, checkpoint: Path | None, arg: list[str] | None
+) -> Callable[[], nn.Module]:
+    """A function that builds the bare network."""
     from ..models import Base, load_checkpoint
     from ..saving import load_retrofitted
-    from ..saving.base import named_base
-    from ..saving.recipe import read_recipe
 
     if Path(name).is_dir():
         saved = network_in(Path(name))
-        named = named_base(read_recipe(saved), saved)
-        if named is None:
-            raise RetrofitError(f"{saved} does not say how to build its base network; fine-tune it from Python")
-        kwargs = {**named.kwargs, "num_classes": recipe.num_classes}
-        return lambda: load_retrofitted(saved), Base(named.library, named.name, kwargs)
+        return lambda: load_retrofitted(saved)
     if pretrained and checkpoint is not None:
         raise RetrofitError("give --pretrained or --checkpoint, not both")
-    kwargs = read_settings(arg, "--arg")
-    base = Base.of(name, **kwargs)
+    base = Base.of(name, **read_settings(arg, "--arg"))
 
     def build() -> nn.Module:
-        built = Base(base.library, base.name, kwargs)
-        try:
-            network = built.build(pretrained=pretrained)
-        except Exception as error:  # the libraries and the network raise of every kind
-            raise RetrofitError(f"{name} can't be built: {error}") from error
+        network = base.build(pretrained)
         if checkpoint is not None:
             load_checkpoint(network, checkpoint)
         return network
 
-    return build, Base(base.library, base.name, {**base.kwargs, "num_classes": recipe.num_classes})
+    return build
 
 
 def default_name(model: str, data: str, details: Any) -> str:

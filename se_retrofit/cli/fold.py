@@ -40,18 +40,15 @@ def fold_command(
     from ..folding import fold_se
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_directory
-    from ..saving.base import named_base
     from ..saving.networks import write_network
-    from ..saving.recipe import RECIPE, WEIGHTS, read_recipe
+    from ..saving.recipe import RECIPE, WEIGHTS
 
-    saved = network_in(folder)
-    base = named_base(read_recipe(saved), saved)
-    network = load_retrofitted(saved)
+    network = load_retrofitted(network_in(folder))
     for file in (plot, json_file):
         if file is not None:
             writable(file)
     parts = load_data(data, root=data_root, download=download, image_size=image_size)
-    transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False, base=base)
+    transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False)
     images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)
     folded = fold_se(
         network, images.batches(0), tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, sites=sites or None,
@@ -60,7 +57,7 @@ def fold_command(
     report: Any = folded.fold_report
     target = output or folder.with_name(f"{folder.name}-folded")
     with replaced_directory(target, (WEIGHTS, RECIPE)) as fresh:
-        write_network(folded, fresh, base=base)
+        write_network(folded, fresh)
     console = Console()
     say(console, report)
     if plot is not None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import TMonitor
 
 from ..errors import RetrofitError, brief, check_module
-from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..surgery.record.copying import copied, in_mode
@@ -39,7 +38,6 @@ def export(
     *,
     format: str | None = None,
     example_inputs: Any = None,
-    base: Base | None = None,
 ) -> Path:
     """Export a network, retrofitted or folded, and check that the exported file computes the same.
 
@@ -52,13 +50,12 @@ def export(
         format: ``"onnx"`` (by torch.onnx, with dynamic batch and spatial sizes if the network allows it; compared by
             onnxruntime, if it is installed), ``"pt2"`` (torch.export, with dynamic sizes as well), or ``"source"``: a Python
             file with the changed classes and SE in plain PyTorch, which loads the weights from a ``.safetensors`` file of
-            the same name beside it and needs PyTorch, safetensors and the network's own library only. Without it, the
-            format that the ending of ``file`` stands for: ``.onnx``, ``.pt2`` or ``.py``.
+            the same name beside it and needs PyTorch, safetensors and the network's own library only; where it is not known how
+            the bare network is built (``save_retrofitted`` says when it is), ``load`` in the file takes that as an argument.
+            Without it, the format that the ending of ``file`` stands for: ``.onnx``, ``.pt2`` or ``.py``.
         example_inputs: a tensor or a tuple of positional inputs, large enough that no feature map has a size of one,
             which torch.export would specialise. Without it, inputs with the shapes that the network was retrofitted
             with, or of a size that fits.
-        base: for the source, where the network came from. For timm models it is found automatically; if it is not
-            known, ``load`` in the file takes the bare network as an argument.
 
     Returns:
         The file.
@@ -89,7 +86,7 @@ def export(
         copy = in_mode(copied(model, lambda t: t.detach().to("cpu", copy=True)), False)
         inputs = _example(copy, example_inputs)
         if format == "source":
-            return export_source(model, copy, file, inputs, base)
+            return export_source(model, copy, file, inputs)
         original = copied(copy)
         use_plain_form(copy)
         write = {"onnx": _to_onnx, "pt2": _to_pt2}[format]

@@ -18,7 +18,7 @@ from ..errors import RetrofitError
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
-from ..saving.base import base_of, check_base
+from ..saving.base import base_of
 from ..saving.tensors import tensors_of, untied
 from ..surgery.record.copying import copied
 from ..surgery.record.inputs import tensors_in
@@ -92,7 +92,7 @@ def load({argument}) -> nn.Module:
 '''
 
 
-def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: tuple[Tensor, ...], base: Base | None) -> Path:
+def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: tuple[Tensor, ...]) -> Path:
     """Write the file and its weights, load them as a program would, and compare.
 
     Raises:
@@ -100,11 +100,8 @@ def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: tuple[T
     """
     if file.suffix != ".py":
         raise RetrofitError(f"the source is a Python file, so its name must end in .py, got {file.name}")
-    if base is None:
-        base, _ = base_of(model)
-    else:
-        check_base(model, base)
     stored, tied = untied(tensors_of(copy))
+    base, _ = base_of(model)
     text = source_text(copy, base, tied)
     with replaced_file(file) as fresh, replaced_file(file.with_suffix(".safetensors")) as weights:
         save_file(stored, weights, {"format": "pt"})

@@ -18,7 +18,6 @@ import yaml
 from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
-from ..models import Base
 from ..plaindata import parse_yaml, read_json
 from ..saving.atomic import replaced_directory, replaced_file, settled
 from ..saving.networks import write_network
@@ -85,14 +84,12 @@ class Folder:
         path: of the folder.
         config, experiment, world: which run it is; ``experiment`` as ``describe_run`` gives it, ``world`` the number of
             processes.
-        base: for the saved recipes.
     """
 
     path: Path
     config: FinetuneConfig
     experiment: dict[str, Any]
     world: int
-    base: Base | None
 
     @property
     def last(self) -> Path:
@@ -118,14 +115,14 @@ class Folder:
             "world": self.world, "parts": tree,
         }  # fmt: skip
         with replaced_directory(self.last, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
-            write_network(model, fresh, base=self.base)
+            write_network(model, fresh)
             save_tensors(tensors, fresh / TENSORS)
             (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def save_best(self, model: nn.Module) -> None:
         """Write ``best/``, the network that is the run's result."""
         with replaced_directory(self.best, (WEIGHTS, RECIPE)) as fresh:
-            write_network(model, fresh, base=self.base)
+            write_network(model, fresh)
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Any]]:
         """Read ``last/``: its weights go into ``model``; how far the run had come and its state dicts are returned.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..attention import ATTENTIONS
 from ..errors import RetrofitError, brief
-from ..models import Base
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file
 from ..tables import aligned
@@ -225,7 +224,6 @@ def compare(
     se_options: dict[str, Any] | None = None,
     arms: Sequence[str] = ("plain", "se", "static"),
     output_dir: str | Path | None = None,
-    base: Base | None = None,
     quiet: bool = False,
     stop: threading.Event | None = None,
 ) -> Comparison:
@@ -246,7 +244,6 @@ def compare(
             ``"static"`` (a learned factor for each channel in the same places, which tells SE's squeeze from the mere
             parameters), and ``"sigmoid"`` (SE with the paper's gate, which is no identity at first).
         output_dir: folder for ``comparison.json`` and the runs; None writes nothing.
-        base: as for ``finetune``.
         quiet: print nothing.
         stop: as for ``finetune``; a comparison with an ``output_dir`` goes on when it is called again.
 
@@ -286,11 +283,10 @@ def compare(
                 config=recipe,
                 output_dir=None if output is None else output / f"{name}-{seed}",
                 resume=output is not None,  # a comparison takes long: rerunning it resumes
-                base=base,
                 quiet=quiet,
                 stop=stop,
             )
-            answers[name].append(evaluate(result.model, val_data, config=recipe, base=base).right)
+            answers[name].append(evaluate(result.model, val_data, config=recipe).right)
             # the weights are on the disk or not wanted, and the memory is
             runs[name].append(replace(result, model=nn.Identity()))
     comparison = Comparison({name: _arm(runs[name], answers[name]) for name in arms}, numbers)

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
-from ..models import Base
 from ..saving.atomic import replaced_file
 from ..tables import aligned
 from .config import FinetuneConfig
@@ -193,7 +192,6 @@ def evaluate(
     *,
     split: str | None = None,
     config: FinetuneConfig | None = None,
-    base: Base | None = None,
 ) -> Evaluation:
     """Loss, accuracy and what else there is to say of a classifier on images, as the fine-tune measures it.
 
@@ -204,7 +202,6 @@ def evaluate(
         split: which images of data that is given by name; None for all of a folder of classes, and ``"val"`` elsewhere, or
             ``"test"`` where there is no ``"val"``.
         config: for batch size, image size, precision, ``multi_label`` and the like.
-        base: as for ``finetune``; tells the transforms of torchvision's networks.
 
     Raises:
         RetrofitError: data and network don't fit together; the data has no such split.
@@ -226,7 +223,7 @@ def evaluate(
     with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
         batches = stream(
             part.data, name="data", train=False, batch_size=config.batch_size, bad_images=config.bad_images,
-            transform=transforms_for(model, config, train=False, base=base), seed=config.seed, workers=config.workers,
+            transform=transforms_for(model, config, train=False), seed=config.seed, workers=config.workers,
             rank=accelerator.process_index, world=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )  # fmt: skip

@@ -30,9 +30,9 @@ DIGITS = 16  # of a hash, in hexadecimal
 SITE = ("path", "block", "kind", "after", "channels", "parameters", "channel_dim", "attention")  # not the edits
 
 
-def describe_run(model: nn.Module, train_data: Any, val_data: Any, base: Base | None) -> dict[str, Any]:
+def describe_run(model: nn.Module, train_data: Any, val_data: Any) -> dict[str, Any]:
     """All of an experiment but its config, as plain data that is equal for equal experiments."""
-    plan = plan_of(model) if has_se(model) else None
+    plan, base = plan_of(model) if has_se(model) else None, Base.noted(model)
     return {
         "network": type(model).__name__,
         "base": None if base is None else {"library": base.library, "name": base.name, "arguments": plain(base.kwargs)},

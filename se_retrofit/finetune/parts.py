@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from ..attention import Inserted
 from ..errors import RetrofitError, check_module
+from ..models import Base
 from ..retrofit import warn_of_lost_sites
-from ..saving.recipe import BASE
 
 __all__ = [
     "as_found",
@@ -78,7 +78,7 @@ def new_head(model: nn.Module, num_classes: int) -> None:
         >>> model(torch.randn(1, 3, 64, 64)).shape
         torch.Size([1, 10])
     """
-    base = vars(model).get(BASE)
+    base = Base.noted(model)
     reset_classifier = getattr(model, "reset_classifier", None)
     if callable(reset_classifier):
         like = next(model.parameters())
@@ -96,7 +96,7 @@ def new_head(model: nn.Module, num_classes: int) -> None:
         if isinstance(getattr(model, "num_classes", None), int):
             model.num_classes = num_classes  # type: ignore[assignment]
     if base is not None:
-        vars(model)[BASE] = replace(base, kwargs={**base.kwargs, "num_classes": num_classes})
+        replace(base, kwargs={**base.kwargs, "num_classes": num_classes}).note(model)
 
 
 def head_size(model: nn.Module) -> int | None:

@@ -14,7 +14,6 @@ import numpy as np
 from torch import nn
 
 from ..errors import RetrofitError, brief
-from ..models import Base
 from ..paths import save_figure
 from ..tables import aligned
 from .config import FinetuneConfig
@@ -104,7 +103,6 @@ def find_lr(
     lowest: float = 1e-6,
     highest: float = 1.0,
     steps: int = 100,
-    base: Base | None = None,
     criterion: Criterion | None = None,
     teacher: nn.Module | None = None,
     distillation: tuple[float, float] = (0.5, 4.0),
@@ -120,7 +118,7 @@ def find_lr(
         lowest: the rate of the first step.
         highest: the rate of the last step, where the loss does not diverge before.
         steps: how many there are, each an update; short data is passed through several times.
-        base, criterion, teacher, distillation: as for ``finetune``.
+        criterion, teacher, distillation: as for ``finetune``.
 
     Returns:
         The loss at each rate, and the suggestion.
@@ -150,7 +148,6 @@ def find_lr(
         train_data,
         None,
         recipe,
-        base=base,
         quiet=True,
         criterion=criterion,
         teacher=teacher,

@@ -14,8 +14,6 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..errors import RetrofitError, brief
-from ..models import Base
-from ..saving.base import check_base
 from ..surgery.record.copying import in_mode
 from .callbacks import Callbacks, checked_callbacks
 from .checkpoint import Folder, checked_folder, load_optimizer
@@ -57,7 +55,6 @@ class Job:
     config: FinetuneConfig
     output_dir: str | Path | None = None
     resume: bool = False
-    base: Base | None = None
     command: dict[str, Any] | None = None
     quiet: bool = False
     criterion: Criterion | None = None
@@ -129,19 +126,17 @@ def surroundings(job: Job) -> Iterator[tuple[Accelerator, dict[str, bool]]]:
 def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[Run, str]:
     """The run, and what is to be said of the network's head."""
     model, config, device = job.model, job.config, accelerator.device
-    described = describe_run(model, job.train_data, job.val_data, job.base)
+    described = describe_run(model, job.train_data, job.val_data)
     experiment = same_on_all(
         plain(described | describe_criterion(job.criterion, job.teacher, job.distillation)), accelerator
     )
     train = batches_of(job, "train_data", accelerator)
     val = None if job.val_data is None else batches_of(job, "val_data", accelerator)
     classes, remark = fit_head(model, job.train_data, config)
-    note_images(model, job.train_data, config, job.base)
+    note_images(model, job.train_data, config)
     # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
     # That holds for what this run does not reach, too: it may be extended.
     choose_trainable(model, trained_ever(config), wanted)
-    if job.base is not None:
-        check_base(model, job.base)  # rather now than when the first epoch is to be saved
     to_device(model, device)
     if accelerator.num_processes > 1:
         share(model.state_dict().values())  # the processes may have drawn other first weights
@@ -162,7 +157,7 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
 def folder_of(job: Job, experiment: dict[str, Any], accelerator: Accelerator) -> Folder | None:
     if job.output_dir is None:
         return None
-    return Folder(Path(job.output_dir), job.config, experiment, accelerator.num_processes, job.base)
+    return Folder(Path(job.output_dir), job.config, experiment, accelerator.num_processes)
 
 
 def restore(run: Run) -> None:
@@ -191,7 +186,7 @@ def batches_of(job: Job, name: str, accelerator: Accelerator) -> Stream:
     return stream(
         getattr(job, name), name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
         balanced=config.balance == "sampling",
-        transform=transforms_for(job.model, config, train=train, base=job.base), seed=config.seed,
+        transform=transforms_for(job.model, config, train=train), seed=config.seed,
         workers=config.workers, rank=accelerator.process_index, world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip

@@ -17,7 +17,6 @@ from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
-from ..models import Base
 from .callbacks import Callbacks
 from .config import FinetuneConfig
 from .criteria import Criterion, checked_loss, distillation_loss
@@ -45,7 +44,6 @@ def finetune(
     config: FinetuneConfig | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
-    base: Base | None = None,
     command: dict[str, Any] | None = None,
     quiet: bool = False,
     criterion: Criterion | None = None,
@@ -66,7 +64,6 @@ def finetune(
         output_dir: folder for checkpoints, result, metrics and curves; None writes nothing.
         resume: go on from the checkpoint in ``output_dir``; where there is none yet, start. The network with its
             starting weights, its SE, the data and the config must be those that the run began with.
-        base: where the network came from before the retrofit, for the saved recipe; timm's networks tell it themselves.
         command: what ``run.yaml`` is to hold besides, as plain data; the command line writes its options there.
         quiet: print nothing.
         criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean; None for the
@@ -99,7 +96,7 @@ def finetune(
         2
     """
     job = Job(
-        model, train_data, val_data, FinetuneConfig() if config is None else config, output_dir, resume, base, command, quiet,
+        model, train_data, val_data, FinetuneConfig() if config is None else config, output_dir, resume, command, quiet,
         criterion, teacher, distillation, callbacks or Callbacks(), stop or threading.Event(),
     )  # fmt: skip
     check(job)

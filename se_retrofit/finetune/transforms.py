@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ..errors import RetrofitError
-from ..models import Base
-from ..saving.recipe import BASE, IMAGES
+from ..models import IMAGES, Base
 from .config import FinetuneConfig
 from .data import MOST_REPLACEMENTS, UNREADABLE
 
@@ -76,13 +75,13 @@ def has_several_labels(model: nn.Module) -> bool:
     return bool(vars(model).get(IMAGES, {}).get("multi_label"))
 
 
-def note_images(model: nn.Module, data: Any, config: FinetuneConfig, base: Base | None) -> None:
+def note_images(model: nn.Module, data: Any, config: FinetuneConfig) -> None:
     """Have the network tell how its images are prepared, where the data are PIL images."""
     if not gives_images(data):
         vars(model).pop(IMAGES, None)
         return
     vars(model)[IMAGES] = {
-        **_settings(model, config, base),
+        **_settings(model, config),
         "classes": class_names_of(data),
         "multi_label": config.multi_label,
     }
@@ -134,14 +133,12 @@ def class_names_of(data: Any) -> list[str] | None:
     return None
 
 
-def transforms_for(
-    model: nn.Module, config: FinetuneConfig, *, train: bool, base: Base | None = None
-) -> Callable[[Any], Any]:
+def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> Callable[[Any], Any]:
     """timm's transforms with the network's own size, mean, std and interpolation; for training, with the config's
-    augmentation. Where neither the network nor ``base`` tells them, ImageNet's usual ones."""
+    augmentation. Where the network does not tell them, ImageNet's usual ones."""
     augmentation = {**AUGMENTATION, **config.transform_options} if train else {}
     try:
-        return _transform(_settings(model, config, base), is_training=train, **augmentation)
+        return _transform(_settings(model, config), is_training=train, **augmentation)
     except (AssertionError, TypeError, ValueError) as error:
         raise RetrofitError(
             f"timm makes no transform with transform_options={config.transform_options}: {error}"
@@ -167,10 +164,10 @@ class Prepared:
         return self.transform(image if image.mode == self.mode else image.convert(self.mode))
 
 
-def _settings(model: nn.Module, config: FinetuneConfig, base: Base | None) -> dict[str, Any]:
+def _settings(model: nn.Module, config: FinetuneConfig) -> dict[str, Any]:
     """Size, mean and the like, as plain data."""
     own = _for_channels(
-        {name: value for name, value in _own_settings(model, base).items() if name in SETTINGS}, channels_of(model)
+        {name: value for name, value in _own_settings(model).items() if name in SETTINGS}, channels_of(model)
     )
     if config.image_size is not None:
         own["input_size"] = (own["input_size"][0], config.image_size, config.image_size)
@@ -190,7 +187,7 @@ def _for_channels(settings: dict[str, Any], channels: int | None) -> dict[str, A
     return {**settings, **grey, "input_size": [1, *settings["input_size"][1:]]}
 
 
-def _own_settings(model: nn.Module, base: Base | None) -> dict[str, Any]:
+def _own_settings(model: nn.Module) -> dict[str, Any]:
     noted = vars(model).get(IMAGES)
     if noted is not None:
         return dict(noted)
@@ -198,7 +195,7 @@ def _own_settings(model: nn.Module, base: Base | None) -> dict[str, Any]:
     if isinstance(config, dict) and config:
         return dict(resolve_data_config({}, pretrained_cfg=config))
     default = dict(resolve_data_config({"input_size": (3, 224, 224)}))
-    base = vars(model).get(BASE) if base is None else base
+    base = Base.noted(model)
     if base is None or base.library != "torchvision":
         return default
     try:

@@ -7,51 +7,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import RetrofitError, brief
 from ..models import LIBRARIES, Base
 from ..plan import Site
 from ..retrofit import has_se, plan_of
 from .rebuild import belongs_to
-from .recipe import BASE, RECIPE
-from .tensors import tensors_of
+from .recipe import RECIPE
 
 __all__ = ["base_of", "check_base", "named_base"]
 
 
-def base_of(
-    model: nn.Module, state: dict[str, Tensor] | None = None, sites: tuple[Site, ...] | None = None
-) -> tuple[Base | None, str]:
+def base_of(model: nn.Module) -> tuple[Base | None, str]:
     """Where a network comes from, as far as it tells itself, and if it doesn't, why not.
 
-    Networks that were loaded have it noted, and timm's carry their architecture's name. That a rebuilt one has the same layers is checked, because
-    arguments such as ``output_stride`` leave no trace in the name.
+    Networks that were built by name remember it, and timm's carry their architecture's name. That a rebuilt one has the same layers is
+    checked: other layers may have been put in since, and arguments such as ``output_stride`` leave no trace in timm's name.
     """
-    state = tensors_of(model) if state is None else state
-    if sites is None:
-        sites = plan_of(model).sites if has_se(model) else ()
-    noted = vars(model).get(BASE)
-    if noted is not None and not _mismatch(noted, model, state, sites):
-        return noted, ""
+    note = f"{type(model).__module__}.{type(model).__qualname__} does not tell the name that it was built by"
+    for base in (Base.noted(model), _told_by_timm(model)):
+        if base is not None:
+            problem = _mismatch(base, model)
+            if not problem:
+                return base, ""
+            note = f"{base} with {base.kwargs} is another network than the one that was saved: {problem}"
+    return None, note
+
+
+def _told_by_timm(model: nn.Module) -> Base | None:
+    """What timm has written into its network: the architecture, the tag of its weights, and how many classes and channels."""
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else None
     if not name or not isinstance(config, dict):
-        return None, f"{type(model).__module__}.{type(model).__qualname__} does not tell the name that it was built by"
+        return None
     if config.get("tag"):  # the tag brings the mean, std and size that the weights were trained with
         name = f"{name}.{config['tag']}"
     kwargs: dict[str, Any] = {}
     if isinstance(getattr(model, "num_classes", None), int):
         kwargs["num_classes"] = model.num_classes
     first = config.get("first_conv")
-    weight = state.get(f"{first}.weight") if isinstance(first, str) else None
+    weight = model.state_dict().get(f"{first}.weight") if isinstance(first, str) else None
     if weight is not None and weight.dim() > 1 and weight.shape[1] != config.get("input_size", (3,))[0]:
         kwargs["in_chans"] = weight.shape[1]
-    base = Base("timm", name, kwargs)
-    problem = _mismatch(base, model, state, sites)
-    if problem:
-        return None, f"timm's {name} with {kwargs} is another network than the one that was saved: {problem}"
-    return base, ""
+    return Base("timm", name, kwargs)
 
 
 def named_base(recipe: dict[str, Any], folder: Path) -> Base | None:
@@ -78,18 +77,17 @@ def named_base(recipe: dict[str, Any], folder: Path) -> Base | None:
         raise RetrofitError(f"the base network that {folder / RECIPE} names can't be built: {error}{hint}") from error
 
 
-def check_base(model: nn.Module, base: Base, state: dict[str, Tensor] | None = None) -> None:
+def check_base(model: nn.Module, base: Base) -> None:
     """Raise unless ``base`` builds ``model`` without its SE."""
     if not isinstance(base, Base):
         raise TypeError(f"base must be a name such as 'timm/resnet18', or a Base, got {brief(base)}")
-    sites = plan_of(model).sites if has_se(model) else ()
-    problem = _mismatch(base, model, tensors_of(model) if state is None else state, sites)
-    if problem:
+    if problem := _mismatch(base, model):
         raise RetrofitError(f"base={base!r} does not build the network that is to be saved: {problem}")
 
 
-def _mismatch(base: Base, model: nn.Module, state: dict[str, Tensor], sites: tuple[Site, ...]) -> str:
+def _mismatch(base: Base, model: nn.Module) -> str:
     """What sets the network that ``base`` builds apart from ``model`` without its SE; empty where nothing does."""
+    sites = plan_of(model).sites if has_se(model) else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -100,7 +98,7 @@ def _mismatch(base: Base, model: nn.Module, state: dict[str, Tensor], sites: tup
                 other = base.build()
         except Exception as error:
             return f"it can't be built: {error}"
-    ours = {k: tuple(v.shape) for k, v in state.items() if not belongs_to(k, sites)}
+    ours = {k: tuple(v.shape) for k, v in model.state_dict().items() if not belongs_to(k, sites)}
     theirs = {k: tuple(v.shape) for k, v in other.state_dict().items()}
     for key in [*ours, *theirs]:
         if ours.get(key) != theirs.get(key):

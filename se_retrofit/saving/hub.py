@@ -30,7 +30,6 @@ def push_to_hub(
     model: nn.Module | str | Path,
     repo_id: str,
     *,
-    base: Base | str | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
@@ -43,7 +42,6 @@ def push_to_hub(
     Args:
         model: a network that ``add_se`` made, or the folder that ``save_retrofitted`` or a fine-tune wrote.
         repo_id: ``"user/name"``; the repository is created if it does not exist.
-        base: as for ``save_retrofitted``, if a network is given.
         private: whether a newly created repository is private; None for the account's default.
         token: access token of the account; None for the one that ``hf auth login`` stored.
         revision: the branch; None for the main one.
@@ -71,7 +69,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "network"
         if isinstance(model, nn.Module):
-            save_retrofitted(model, folder, base=base)
+            save_retrofitted(model, folder)
         else:
             read_recipe(settled(Path(model)))
             folder.mkdir()

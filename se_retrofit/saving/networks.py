@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention import Attention
 from ..errors import RetrofitError, brief, check_module
-from ..models import Base
+from ..models import IMAGES, Base, own_images
 from ..plan import noted_options
 from ..retrofit import has_se, plan_of
-from ..surgery.record.copying import in_mode
+from ..surgery.record.copying import copied, in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
 from .rebuild import carried_out
-from .recipe import BASE, FORMAT, IMAGE_FIELDS, IMAGES, RECIPE, WEIGHTS, read_plan, read_recipe, version_of
+from .recipe import FORMAT, RECIPE, WEIGHTS, read_plan, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
 __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
@@ -33,8 +32,8 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
         model: a network that ``add_se`` made.
         directory: the folder to write; parent folders are created.
         base: where the network came from before the retrofit: a name such as ``"torchvision/resnet18"``, or with
-            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. For timm models it is found automatically.
-            If it is not known, the bare network has to be passed when loading.
+            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. timm's networks tell it themselves, and so do those
+            that were built by ``Base.build`` or loaded. If it is not known, the bare network has to be passed when loading.
 
     Returns:
         The folder.
@@ -108,41 +107,27 @@ def load_retrofitted(
     recipe = read_recipe(folder)
     state = read_weights(folder / WEIGHTS)
     tie(state, recipe["tied"], folder / RECIPE)
-    source = _source(recipe, Base.of(base) if isinstance(base, str) else base, folder)
-    model = copy.deepcopy(source) if isinstance(source, nn.Module) else _built(source, folder)
+    model = _bare(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     if recipe["plan"] is not None:
         plan = read_plan(recipe["plan"], recipe["add_se"], folder / RECIPE)
         model = carried_out(model, plan, folder, example_inputs, attention, inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
-    if isinstance(source, Base):
-        vars(model)[BASE] = source
     if recipe["images"] is not None:
         vars(model)[IMAGES] = recipe["images"]
     return in_mode(model, False)
 
 
-def write_network(
-    model: nn.Module,
-    folder: Path,
-    *,
-    base: Base | None = None,
-    state: dict[str, Tensor] | None = None,
-) -> None:
-    """Write weights and recipe of a network, retrofitted or not, into an existing folder.
-
-    ``state`` is the state dict, where the model's own is spread over processes.
-    """
-    state = tensors_of(model) if state is None else state
+def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -> None:
+    """Write weights and recipe of a network, retrofitted or not, into an existing folder."""
+    state, images = tensors_of(model), vars(model).get(IMAGES)
     plan = plan_of(model) if has_se(model) else None
-    sites = plan.sites if plan else ()
-    images = vars(model).get(IMAGES)
-    if base is not None:
-        if isinstance(base, Base) and ":" in base.name:  # the folder tells all by itself: who loads it fetches nothing
-            base, images = base.in_library(), images or _own_images(model)
-        check_base(model, base, state)
-        note = ""
+    note = ""
+    if base is None:
+        base, note = base_of(model)
     else:
-        base, note = base_of(model, state, sites)
+        if isinstance(base, Base) and ":" in base.name:  # the folder tells all by itself: who loads it fetches nothing
+            base, images = base.in_library(), images or own_images(model)
+        check_base(model, base)
     stored, tied = untied(state)
     recipe = {
         "format": FORMAT,
@@ -164,33 +149,21 @@ def write_network(
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
 
 
-def _own_images(model: nn.Module) -> dict[str, Any]:
-    """How a network of timm's says that its images are prepared."""
-    from timm.data import resolve_data_config  # slow to import
-
-    own = resolve_data_config({}, model=model)
-    own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-    return {**{name: own[name] for name in IMAGE_FIELDS if name in own}, "classes": None, "multi_label": False}
-
-
-def _source(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module | Base:
-    """The bare network, or where it comes from."""
+def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module:
+    """The network to retrofit: a copy of the one that was given, or built from what is known of it."""
+    if isinstance(base, nn.Module):
+        return copied(base)
     if base is None:
-        named = named_base(recipe, folder)
-        if named is None:
-            reason = f" ({recipe['base_note']})" if recipe["base_note"] else ""
-            raise RetrofitError(
-                f"{folder} does not say how to build its base network{reason}; "
-                "give the bare one: load_retrofitted(directory, base=model)"
-            )
-        return named
-    if not isinstance(base, (nn.Module, Base)):
+        base = named_base(recipe, folder)
+    if base is None:
+        reason = f" ({recipe['base_note']})" if recipe["base_note"] else ""
+        raise RetrofitError(
+            f"{folder} does not say how to build its base network{reason}; "
+            "give the bare one: load_retrofitted(directory, base=model)"
+        )
+    if not isinstance(base, Base):
         raise TypeError(f"base must be a network, a name or a Base, got {brief(base)} of type {type(base).__name__}")
-    return base
-
-
-def _built(base: Base, folder: Path) -> nn.Module:
     try:
         return base.build()
-    except Exception as error:
+    except RetrofitError as error:
         raise RetrofitError(f"the base network of {folder}, {base!r}, can't be built: {error}") from error

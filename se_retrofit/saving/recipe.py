@@ -27,9 +27,6 @@ FORMAT = 2
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.json"
 
-BASE = "_se_base"  # the attribute by which a network that was loaded tells where its base came from
-IMAGES = "_se_images"  # the attribute by which a fine-tuned network tells how its images are prepared
-
 RECIPE_FIELDS: dict[str, tuple[type, ...]] = {
     "format": (int,),
     "base": (dict, type(None)),

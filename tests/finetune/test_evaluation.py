@@ -173,7 +173,7 @@ def test_what_convert_wrote_is_fine_tuned_as_it_is(tmp_path: Path) -> None:
 def test_a_run_is_evaluated_at_the_size_that_it_was_trained_at(tmp_path: Path) -> None:
     data = load_data("digits", image_size=16)  # of tensors nothing else tells the size
     recipe = config(epochs=1, image_size=16)
-    best = finetune(network(), data.train, data.val, config=recipe, output_dir=tmp_path / "run", base=None, quiet=True)
+    best = finetune(network(), data.train, data.val, config=recipe, output_dir=tmp_path / "run", quiet=True)
     saved = tmp_path / "run" / "best"
     recipe_file = json.loads((saved / "recipe.json").read_text())
     assert recipe_file["base"] is None  # the tiny network is of no library

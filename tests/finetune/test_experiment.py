@@ -73,7 +73,7 @@ def test_what_a_run_was_is_written_beside_it(finished: Path, digits: NamedData) 
     written = yaml.safe_load((finished / "run.yaml").read_text())
     assert written["config"] == config(epochs=1).to_dict()
     assert written["experiment"] == {
-        **describe_run(network(), digits.train, digits.val, None),
+        **describe_run(network(), digits.train, digits.val),
         **describe_criterion(None, None, (0.5, 4.0)),
     }
 

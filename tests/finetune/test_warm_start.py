@@ -46,8 +46,7 @@ def first(request: pytest.FixtureRequest, pictures: Path, tmp_path_factory: pyte
     """The result of a fine-tune on the first folder."""
     data = load_data(pictures / "first")
     output = tmp_path_factory.mktemp("first")
-    base = Base.of(request.param, num_classes=2)
-    finetune(built(request.param), data.train, data.val, config=RECIPE, base=base, output_dir=output, quiet=True)
+    finetune(built(request.param), data.train, data.val, config=RECIPE, output_dir=output, quiet=True)
     return output
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import stat
 import subprocess
 import sys
@@ -21,7 +22,17 @@ from torch import nn
 
 import se_retrofit.saving.atomic
 import se_retrofit.saving.tensors
-from se_retrofit import RetrofitError, SEAttention, add_se, has_se, load_retrofitted, plan_of, plan_se, save_retrofitted
+from se_retrofit import (
+    RetrofitError,
+    SEAttention,
+    add_se,
+    has_se,
+    load_retrofitted,
+    plan_of,
+    plan_se,
+    remove_se,
+    save_retrofitted,
+)
 from se_retrofit.models import Base
 from se_retrofit.saving import load_se, save_se
 
@@ -73,8 +84,7 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
 )
 def test_a_saved_network_comes_back_the_same(base: Base, options: dict[str, Any], tmp_path: Path) -> None:
     model = stirred(add_se(base.build(), **options))
-    save_retrofitted(model, tmp_path / "saved", base=base)
-    again = load_retrofitted(tmp_path / "saved")
+    again = load_retrofitted(save_retrofitted(model, tmp_path / "saved"))
     assert_same(model, again)
     assert plan_of(again) == plan_of(model)
     assert not again.training
@@ -92,6 +102,22 @@ def test_timm_networks_tell_where_they_come_from(tmp_path: Path) -> None:
     assert len(recipe["plan"]["sites"]) == 8
     assert set(recipe["versions"]) == {"se-retrofit", "torch", "torchvision", "timm"}
     assert load_retrofitted(tmp_path / "saved").conv1.in_channels == 1
+
+
+def test_a_network_that_was_built_by_name_remembers_it(tmp_path: Path) -> None:
+    """Through copies, pickles and the surgery, in nothing that a state dict or a pickle of a plain network would show."""
+    bare = Base.of("torchvision/resnet18", num_classes=4, zero_init_residual=True).build()
+    assert b"se_retrofit" not in pickle.dumps(bare)
+    assert bare.state_dict().keys() == torchvision.models.resnet18().state_dict().keys()
+    model = pickle.loads(pickle.dumps(add_se(remove_se(add_se(copy.deepcopy(bare))))))
+    again = load_retrofitted(save_retrofitted(model, tmp_path / "saved"))
+    assert_same(again, model)
+    assert (
+        Base.noted(again) == Base.noted(bare) == Base.of("torchvision/resnet18", num_classes=4, zero_init_residual=True)
+    )
+    model.fc = nn.Linear(512, 7)
+    with pytest.raises(RetrofitError, match=r"torchvision/resnet18 with .*fc.weight has the shape \(7, 512\)"):
+        load_retrofitted(save_retrofitted(model, tmp_path / "saved"))
 
 
 def test_the_base_may_be_given_by_its_name(tmp_path: Path) -> None:
