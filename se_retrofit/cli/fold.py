@@ -21,7 +21,6 @@ def fold_command(
     data: Data,
     output: Annotated[Path | None, typer.Option(help="folder for the folded network; DIR-folded by default")] = None,
     tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
-    max_accuracy_loss: Annotated[float, typer.Option(help="by how much the accuracy may drop, from 0 to 1")] = 0.005,
     sites: Annotated[list[str] | None, typer.Option(help="only these sites or blocks, such as 'layer4.*'")] = None,
     batches: Annotated[int, typer.Option(help="number of batches of 32 validation images")] = 8,
     image_size: ImageSize = None,
@@ -32,7 +31,7 @@ def fold_command(
 ) -> None:
     """Fold SE whose gates hardly depend on the image into the weights around it, and save the result.
 
-    Which sites are folded is decided on the validation images. Load the result with load_retrofitted.
+    Which sites are folded is decided on the validation images. Load the result with load_retrofitted; evaluate gives its accuracy.
     """
     from ..finetune import FinetuneConfig, load_data
     from ..finetune.data import stream
@@ -51,7 +50,7 @@ def fold_command(
     transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False)
     images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)
     folded = fold_se(
-        network, images.batches(0), tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, sites=sites or None,
+        network, images.batches(0), tolerance=tolerance, sites=sites or None,
         max_batches=batches, inplace=True,
     )  # fmt: skip
     report: Any = folded.fold_report

@@ -22,7 +22,7 @@ from ..surgery.record.runs import record
 from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
 from .factors import Factors, Scaling
-from .measuring import Labelled, Reference, batches_of, outputs_of, relative_change
+from .measuring import Reference, batches_of, outputs_of, relative_change
 from .result import FoldedSite, FoldReport
 
 __all__ = ["fold_se"]
@@ -35,7 +35,6 @@ def fold_se(
     data: Any,
     *,
     tolerance: float = 0.01,
-    max_accuracy_loss: float = 0.005,
     sites: str | Iterable[str] | None = None,
     max_batches: int = 8,
     inplace: bool = False,
@@ -52,9 +51,8 @@ def fold_se(
     Args:
         model: a network that ``add_se`` made.
         data: a Dataset (in batches of 32), a DataLoader or any iterable of batches; a batch is a tensor, or a tuple or
-            list of inputs and labels. With integer labels, the accuracy is taken into account as well.
+            list that begins with one.
         tolerance: the largest change of the outputs, as the norm of the difference relative to the norm of the outputs.
-        max_accuracy_loss: by how much the accuracy on the data may drop, from 0 to 1; ignored without labels.
         sites: fnmatch patterns of the SE modules or blocks that may be folded, one or several; None for all.
         max_batches: maximum number of batches. The network runs over them about twice per site.
         inplace: change the given model instead of a copy.
@@ -75,7 +73,7 @@ def fold_se(
         >>> len(folded.fold_report.folded), type(folded.layer1[0]).__name__
         (8, 'BasicBlock')
     """
-    _check(model, tolerance, max_accuracy_loss, max_batches)
+    _check(model, tolerance, max_batches)
     chosen = _chosen(plan_of(model), sites)
     check_gates({site.path: model.get_submodule(site.path) for site in chosen}, "it can't be folded")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -83,15 +81,14 @@ def fold_se(
     work = in_mode(copied(model, independent=True), False)
     with isolated(model), forked_randomness(), torch.no_grad():
         ses = {path: m for path, m in work.named_modules() if is_retrofitted(m)}
-        runs = ((batch.inputs, None) for batch in batches)
-        gates = gates_over(work, {site.path: ses[site.path] for site in chosen}, runs)
+        gates = gates_over(work, {site.path: ses[site.path] for site in chosen}, ((batch, None) for batch in batches))
         reference = Reference(work, batches)
         effects = _effects(work, gates, reference)
-        constant = _greedy(work, gates, effects, reference, tolerance, max_accuracy_loss)
+        constant = _greedy(work, gates, effects, reference, tolerance)
         todo = _absorb(work, constant, gates, batches)
         _check_progress(todo, ses, chosen)
         carry_out(work, replace(todo, scalings=[]))
-        change, accuracy = reference.compare()
+        change = reference.change()
     result = model if inplace else copied(model)
     carry_out(result, todo)
     rows = []
@@ -103,13 +100,12 @@ def fold_se(
             row = (found.variation, found.between, effects[site.path], verdict, into)
             rows.append(FoldedSite(site.path, site.block, site.channels, *row))
     missed = tuple(site.path for site in chosen if site.path not in gates)
-    count = sum(len(batch.inputs) for batch in batches)
-    report = FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
+    report = FoldReport(tuple(rows), missed, sum(map(len, batches)), tolerance, change)
     result.fold_report = report  # type: ignore[assignment]
     return result
 
 
-def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any) -> None:
+def _check(model: Any, tolerance: Any, max_batches: Any) -> None:
     check_module(model)
     if not has_se(model):
         raise RetrofitError(
@@ -117,11 +113,10 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any)
             "is folded, none is left)"
         )
     check_removable(model, "fold_se")
-    for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {brief(value)}")
-        if not value >= 0:
-            raise RetrofitError(f"{name} must be at least 0, got {value}")
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(f"tolerance must be a number, got {brief(tolerance)}")
+    if not tolerance >= 0:
+        raise RetrofitError(f"tolerance must be at least 0, got {tolerance}")
     if isinstance(max_batches, bool) or not isinstance(max_batches, int):
         raise TypeError(f"max_batches must be a positive int, got {brief(max_batches)}")
     if max_batches < 1:
@@ -158,24 +153,21 @@ def _effects(work: nn.Module, gates: dict[str, SiteGates], reference: Reference)
     effects = {}
     for path, found in gates.items():
         se = put_factor(work, path, found.mean)
-        effects[path] = reference.compare()[0]
+        effects[path] = reference.change()
         put(work, path, se)
     return effects
 
 
 def _greedy(
-    work: nn.Module, gates: dict[str, SiteGates], effects: dict[str, float], reference: Reference,
-    tolerance: float, max_accuracy_loss: float,
-) -> list[str]:  # fmt: skip
+    work: nn.Module, gates: dict[str, SiteGates], effects: dict[str, float], reference: Reference, tolerance: float
+) -> list[str]:
     """Make gates constant, the least effect first, where the outputs stay within the tolerance; which is returned."""
     constant = []
     for path in sorted(gates, key=lambda path: effects[path]):
         if effects[path] > tolerance:
             break
         se = put_factor(work, path, gates[path].mean)
-        change, accuracy = reference.compare()
-        fallen = 0.0 if accuracy is None or reference.accuracy is None else reference.accuracy - accuracy
-        if change <= tolerance and fallen <= max_accuracy_loss:
+        if reference.change() <= tolerance:
             constant.append(path)
         else:
             put(work, path, se)
@@ -200,12 +192,12 @@ class Todo:
     factors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Labelled]) -> Todo:
+def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Tensor]) -> Todo:
     """Let the network take in constant gates, each seen to leave the outputs as they are but for rounding."""
     todo = Todo()
     if not constant:
         return todo
-    factors = Factors(work, record(work, Inputs((batches[0].inputs,))), constant)
+    factors = Factors(work, record(work, Inputs((batches[0],))), constant)
     wanted = outputs_of(work, batches[0])
     for path in constant:
         factor = gates[path].mean
@@ -219,7 +211,7 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], b
 
 
 def absorb(
-    work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Labelled, wanted: list[Tensor]
+    work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Tensor, wanted: list[Tensor]
 ) -> list[Scaling] | None:
     """Fold the constant factor of an SE module into the network and set its own to 1; None, with the network
     unchanged, if that is not possible."""

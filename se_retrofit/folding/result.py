@@ -53,7 +53,6 @@ class FoldReport:
         inputs: number of inputs that were run.
         tolerance: the largest change of the outputs that was allowed.
         change: the actual change of the outputs, relative to their norm.
-        accuracy_before, accuracy_after: accuracy on the data, from 0 to 1; None without labels.
     """
 
     sites: tuple[FoldedSite, ...]
@@ -61,8 +60,6 @@ class FoldReport:
     inputs: int
     tolerance: float
     change: float
-    accuracy_before: float | None
-    accuracy_after: float | None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as plain data: a network that was folded whole is loaded where this package is not installed."""
@@ -101,8 +98,6 @@ class FoldReport:
             f"{counts['kept']} kept; over {self.inputs:,} inputs",
             f"change of the outputs: {self.change:.2e} (allowed: {self.tolerance:g})",
         ]
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            lines.append(f"accuracy: {self.accuracy_before:.2%} before, {self.accuracy_after:.2%} after")
         if self.missed:
             lines.append(f"never called on these inputs: {', '.join(self.missed)}")
         return "\n".join(lines)

@@ -304,15 +304,6 @@ def test_only_the_sites_that_are_named_are_folded() -> None:
     assert len(se_modules(folded)) == 5
 
 
-def test_accuracy_counts_where_there_are_labels() -> None:
-    model, x, _ = partly_varying()
-    labels = model(x).argmax(1)
-    report = fold_se(model, DataLoader(TensorDataset(x, labels), 2), tolerance=100, max_accuracy_loss=0).fold_report
-    assert report.accuracy_before == report.accuracy_after == 1.0
-    assert report.inputs == 4
-    assert "accuracy: 100.00% before, 100.00% after" in str(report)
-
-
 def test_the_report_is_a_table_and_a_picture(tmp_path: Path) -> None:
     model, x, varying = partly_varying()
     report = fold_se(model, TensorDataset(x), tolerance=1e-4).fold_report
@@ -367,7 +358,6 @@ class Wrong:
         ({"tolerance": -1}, RetrofitError, "tolerance must be at least 0"),
         ({"tolerance": float("nan")}, RetrofitError, "tolerance must be at least 0"),
         ({"tolerance": "1"}, TypeError, "tolerance must be a number"),
-        ({"max_accuracy_loss": -0.1}, RetrofitError, "max_accuracy_loss must be at least 0"),
         ({"max_batches": 0}, RetrofitError, "max_batches must be at least 1"),
         ({"max_batches": 1.5}, TypeError, "max_batches must be a positive int"),
         ({"sites": "layer9.*"}, RetrofitError, "'layer9.*' matches none of the 8 sites"),
