@@ -26,7 +26,6 @@ def fold_command(
     image_size: ImageSize = None,
     data_root: Root = Path("data"),
     download: Download = False,
-    plot: Annotated[Path | None, typer.Option(help="write the figure: FILE.png, .svg or .pdf")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON")] = None,
 ) -> None:
     """Fold SE whose gates hardly depend on the image into the weights around it, and save the result.
@@ -43,9 +42,8 @@ def fold_command(
     from ..saving.recipe import RECIPE, WEIGHTS
 
     network = load_retrofitted(network_in(folder))
-    for file in (plot, json_file):
-        if file is not None:
-            writable(file)
+    if json_file is not None:
+        writable(json_file)
     parts = load_data(data, root=data_root, download=download, image_size=image_size)
     transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False)
     images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)
@@ -59,9 +57,6 @@ def fold_command(
         write_network(folded, fresh)
     console = Console()
     say(console, report)
-    if plot is not None:
-        report.plot(plot)
-        say(console, f"drew {plot}")
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
         say(console, f"wrote {json_file}")

@@ -1,21 +1,13 @@
-"""The result of folding, site by site: as a table, a figure and plain data."""
+"""The result of folding, site by site: as a table and plain data."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..errors import extra
-from ..paths import save_figure
 from ..tables import aligned
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 __all__ = ["FoldReport", "FoldedSite"]
-
-_COLOURS = {"folded": "#16a34a", "factor": "#c2410c", "kept": "#64748b"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,9 @@ class FoldReport:
                     {"folded": "folded" + into, "factor": "a constant factor stays", "kept": "kept"}[site.verdict],
                 ]
             )
-        counts = {verdict: sum(site.verdict == verdict for site in self.sites) for verdict in _COLOURS}
+        counts = {
+            verdict: sum(site.verdict == verdict for site in self.sites) for verdict in ("folded", "factor", "kept")
+        }
         lines = [
             *aligned(rows, rule=True),
             f"{counts['folded']} of {len(self.sites)} sites folded, {counts['factor']} left as constant factors, "
@@ -101,31 +95,3 @@ class FoldReport:
         if self.missed:
             lines.append(f"never called on these inputs: {', '.join(self.missed)}")
         return "\n".join(lines)
-
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """A figure with one bar per site: at the top, how much its gates vary between inputs; below, the effect of
-        constant gates on the outputs. The colour shows the verdict.
-
-        Args:
-            path: where to save it, in any format that matplotlib writes; None to not save it.
-
-        Raises:
-            RetrofitError: the folder does not exist, or matplotlib does not write this format.
-        """
-        with extra("inspect"):
-            from matplotlib.figure import Figure
-            from matplotlib.patches import Patch
-
-        figure = Figure(figsize=(max(5.0, 1.5 + 0.45 * len(self.sites)), 5), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        places, colours = range(len(self.sites)), [_COLOURS[site.verdict] for site in self.sites]
-        upper.bar(places, [site.spread for site in self.sites], color=colours)
-        upper.set_ylabel("spread between inputs")
-        lower.bar(places, [site.effect for site in self.sites], color=colours)
-        lower.axhline(self.tolerance, color="#94a3b8", linewidth=0.8, linestyle="--")
-        lower.set_ylabel("effect on the outputs")
-        lower.set_xticks(places, [site.block or "(model)" for site in self.sites], rotation=45, ha="right", fontsize=8)
-        upper.legend(handles=[Patch(color=c, label=v) for v, c in _COLOURS.items()], fontsize=8, frameon=False)
-        if path is not None:
-            save_figure(figure, path)
-        return figure
