@@ -21,7 +21,6 @@ def fold_command(
     data: Data,
     output: Annotated[Path | None, typer.Option(help="folder for the folded network; DIR-folded by default")] = None,
     tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
-    sites: Annotated[list[str] | None, typer.Option(help="only these sites or blocks, such as 'layer4.*'")] = None,
     batches: Annotated[int, typer.Option(help="number of batches of 32 validation images")] = 8,
     image_size: ImageSize = None,
     data_root: Root = Path("data"),
@@ -48,8 +47,7 @@ def fold_command(
     transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False)
     images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)
     folded = fold_se(
-        network, images.batches(0), tolerance=tolerance, sites=sites or None,
-        max_batches=batches, inplace=True,
+        network, images.batches(0), tolerance=tolerance, max_batches=batches, inplace=True,
     )  # fmt: skip
     report: Any = folded.fold_report
     target = output or folder.with_name(f"{folder.name}-folded")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from ..attention import Inserted, StaticFactor, check_gates
 from ..errors import RetrofitError, brief, check_module
 from ..inspection.gates import SiteGates, gates_over
-from ..plan import FOLDED, Plan, Site, Skipped
+from ..plan import FOLDED, Skipped
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
 from ..surgery.record.inputs import Inputs
@@ -35,7 +33,6 @@ def fold_se(
     data: Any,
     *,
     tolerance: float = 0.01,
-    sites: str | Iterable[str] | None = None,
     max_batches: int = 8,
     inplace: bool = False,
 ) -> M:
@@ -53,7 +50,6 @@ def fold_se(
         data: a Dataset (in batches of 32), a DataLoader or any iterable of batches; a batch is a tensor, or a tuple or
             list that begins with one.
         tolerance: the largest change of the outputs, as the norm of the difference relative to the norm of the outputs.
-        sites: fnmatch patterns of the SE modules or blocks that may be folded, one or several; None for all.
         max_batches: maximum number of batches. The network runs over them about twice per site.
         inplace: change the given model instead of a copy.
 
@@ -62,7 +58,7 @@ def fold_se(
 
     Raises:
         RetrofitError: the model has no SE inserted by ``add_se`` (it may be folded already), only factors that can't be
-            folded, or modules without gates for each channel (CBAM); the data is empty; a pattern matches no site. The model is unchanged.
+            folded, or modules without gates for each channel (CBAM); the data is empty. The model is unchanged.
         TypeError: an argument is of the wrong type; the model is unchanged.
 
     Example:
@@ -74,32 +70,32 @@ def fold_se(
         (8, 'BasicBlock')
     """
     _check(model, tolerance, max_batches)
-    chosen = _chosen(plan_of(model), sites)
-    check_gates({site.path: model.get_submodule(site.path) for site in chosen}, "it can't be folded")
+    sites = plan_of(model).sites
+    check_gates({site.path: model.get_submodule(site.path) for site in sites}, "it can't be folded")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = batches_of(data, max_batches, device)
     work = in_mode(copied(model, independent=True), False)
     with isolated(model), forked_randomness(), torch.no_grad():
-        ses = {path: m for path, m in work.named_modules() if is_retrofitted(m)}
-        gates = gates_over(work, {site.path: ses[site.path] for site in chosen}, ((batch, None) for batch in batches))
+        ses = {site.path: work.get_submodule(site.path) for site in sites}
+        gates = gates_over(work, ses, ((batch, None) for batch in batches))
         reference = Reference(work, batches)
         effects = _effects(work, gates, reference)
         constant = _greedy(work, gates, effects, reference, tolerance)
         todo = _absorb(work, constant, gates, batches)
-        _check_progress(todo, ses, chosen)
+        _check_progress(todo, ses)
         carry_out(work, replace(todo, scalings=[]))
         change = reference.change()
     result = model if inplace else copied(model)
     carry_out(result, todo)
     rows = []
-    for site in chosen:
+    for site in sites:
         if site.path in gates:
             found = gates[site.path]
             verdict = "folded" if site.path in todo.gone else "factor" if site.path in todo.factors else "kept"
             into = tuple(s.path for s in todo.gone.get(site.path, ()))
             row = (found.variation, found.between, effects[site.path], verdict, into)
             rows.append(FoldedSite(site.path, site.block, site.channels, *row))
-    missed = tuple(site.path for site in chosen if site.path not in gates)
+    missed = tuple(site.path for site in sites if site.path not in gates)
     report = FoldReport(tuple(rows), missed, sum(map(len, batches)), tolerance, change)
     result.fold_report = report  # type: ignore[assignment]
     return result
@@ -123,26 +119,6 @@ def _check(model: Any, tolerance: Any, max_batches: Any) -> None:
         raise RetrofitError(f"max_batches must be at least 1, got {max_batches}")
     if any(p.is_meta for p in model.parameters()):
         raise RetrofitError("the model is on the meta device and has no values; load weights first")
-
-
-def _chosen(plan: Plan, sites: Any) -> list[Site]:
-    if sites is None:
-        return list(plan.sites)
-    patterns = [sites] if isinstance(sites, str) else sites
-    if not isinstance(patterns, (list, tuple, set)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"sites must be a pattern of paths or a list of them, got {brief(sites)}")
-    chosen = []
-    for pattern in patterns:
-        found = [s for s in plan.sites if fnmatch.fnmatchcase(s.path, pattern) or fnmatch.fnmatchcase(s.block, pattern)]
-        if not found:
-            raise RetrofitError(
-                f"the pattern {pattern!r} matches none of the {len(plan.sites)} sites, the first of which is "
-                f"{plan.sites[0].path}, of block {plan.sites[0].block or '(model)'}"
-            )
-        chosen += found
-    if not chosen:
-        raise RetrofitError("sites is empty, so there is nothing to fold; use None for all sites")
-    return [site for site in plan.sites if site in chosen]
 
 
 # Which gates may be constant ------------------------------------------------------------------------------------------
@@ -232,12 +208,11 @@ def absorb(
     return None
 
 
-def _check_progress(todo: Todo, ses: dict[str, Inserted], chosen: list[Site]) -> None:
-    if not todo.gone and all(isinstance(ses[site.path], StaticFactor) for site in chosen):
+def _check_progress(todo: Todo, ses: dict[str, nn.Module]) -> None:
+    if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
         raise RetrofitError(
-            f"there is nothing left to fold: {', '.join(site.path for site in chosen[:3])}"
-            f"{', ...' if len(chosen) > 3 else ''} {'are constant factors' if len(chosen) > 1 else 'is a constant factor'} "
-            "already, which can't be folded into any weight"
+            f"there is nothing left to fold: all that is left, {', '.join(list(ses)[:3])}{', ...' if len(ses) > 3 else ''}, is "
+            "constant factors already, which can't be folded into any weight"
         )
 
 

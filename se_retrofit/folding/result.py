@@ -40,7 +40,7 @@ class FoldReport:
     """What ``fold_se`` did; ``str`` is a table.
 
     Attributes:
-        sites: the sites that were considered, in the order of the plan.
+        sites: the sites that the data reached, in the order of the plan.
         missed: paths of SE modules that the data never reached; they are kept.
         inputs: number of inputs that were run.
         tolerance: the largest change of the outputs that was allowed.

@@ -292,16 +292,8 @@ def test_factors_that_are_left_are_saved_and_loaded(tmp_path: Path) -> None:
     assert report.sites[2].into[::2] == ("layer2.0.bn2.weight", "layer2.0.downsample.1.weight")
     assert report.sites[-1].into == ("fc.weight",)  # through the pooling
     assert_same_function(load_retrofitted(save_retrofitted(folded, tmp_path / "saved", base=base)), folded, x)
-    with pytest.raises(RetrofitError, match=r"nothing left to fold: layer1.0.se_attention is a constant factor"):
+    with pytest.raises(RetrofitError, match=r"nothing left to fold: .*layer1.0.se_attention"):
         fold_se(folded, [x])
-
-
-def test_only_the_sites_that_are_named_are_folded() -> None:
-    model, x, _ = partly_varying()
-    folded = fold_se(model, [x], sites=["layer1.*", "layer4.0.se_attention"])
-    report = folded.fold_report
-    assert report.folded == ("layer1.0.se_attention", "layer1.1.se_attention", "layer4.0.se_attention")
-    assert len(se_modules(folded)) == 5
 
 
 def test_the_report_is_a_table() -> None:
@@ -356,9 +348,6 @@ class Wrong:
         ({"tolerance": "1"}, TypeError, "tolerance must be a number"),
         ({"max_batches": 0}, RetrofitError, "max_batches must be at least 1"),
         ({"max_batches": 1.5}, TypeError, "max_batches must be a positive int"),
-        ({"sites": "layer9.*"}, RetrofitError, "'layer9.*' matches none of the 8 sites"),
-        ({"sites": []}, RetrofitError, "sites is empty"),
-        ({"sites": 3}, TypeError, "sites must be a pattern"),
     ],
 )
 def test_bad_input_is_refused_with_the_reason_and_changes_nothing(
