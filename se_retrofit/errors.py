@@ -5,8 +5,9 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["RetrofitError", "brief", "check_module", "extra", "told_as_fault"]
+__all__ = ["RetrofitError", "brief", "check_module", "check_values", "extra", "told_as_fault"]
 
 
 class RetrofitError(ValueError):
@@ -87,3 +88,9 @@ def check_module(value: object, name: str = "model") -> None:
         )
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, got {brief(value)} of type {type(value).__name__}")
+
+
+def check_values(model: Any) -> None:
+    """Refuse a model whose parameters are on the meta device."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise RetrofitError("the model is on the meta device and has no values; load weights first")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import TMonitor
 
-from ..errors import RetrofitError, brief, check_module
+from ..errors import RetrofitError, brief, check_module, check_values
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..surgery.record.copying import copied, in_mode
@@ -75,8 +75,7 @@ def export(
         torch.Size([5, 10])
     """
     check_module(model)
-    if any(p.is_meta for p in model.parameters()):
-        raise RetrofitError("the model is on the meta device and has no values; load weights first")
+    check_values(model)
     file = Path(file)
     format = _format_of(file) if format is None else format
     if format not in SUFFIXES:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Inserted, StaticFactor, check_gates
-from ..errors import RetrofitError, brief, check_module
+from ..attention.parts import check_positive
+from ..errors import RetrofitError, brief, check_module, check_values
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Skipped
 from ..retrofit import check_removable, has_se, plan_of
@@ -113,12 +114,8 @@ def _check(model: Any, tolerance: Any, max_batches: Any) -> None:
         raise TypeError(f"tolerance must be a number, got {brief(tolerance)}")
     if not tolerance >= 0:
         raise RetrofitError(f"tolerance must be at least 0, got {tolerance}")
-    if isinstance(max_batches, bool) or not isinstance(max_batches, int):
-        raise TypeError(f"max_batches must be a positive int, got {brief(max_batches)}")
-    if max_batches < 1:
-        raise RetrofitError(f"max_batches must be at least 1, got {max_batches}")
-    if any(p.is_meta for p in model.parameters()):
-        raise RetrofitError("the model is on the meta device and has no values; load weights first")
+    check_positive("max_batches", max_batches)
+    check_values(model)
 
 
 # Which gates may be constant ------------------------------------------------------------------------------------------

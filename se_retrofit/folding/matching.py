@@ -29,6 +29,10 @@ class Layer:
     name: str
     tensors: tuple[tuple[str, torch.Size], ...]
 
+    @property
+    def shapes(self) -> list[torch.Size]:
+        return [shape for _, shape in self.tensors]
+
     def __str__(self) -> str:
         first = self.tensors[0][0].rpartition(".")[0] or self.tensors[0][0]
         return f"{first} ({self.name}, {', '.join(str(tuple(shape)) for _, shape in self.tensors[:2])})"
@@ -43,6 +47,10 @@ class Gate:
     hidden: int
     weights: tuple[str, str]
     biases: tuple[str | None, str | None]
+
+    @property
+    def shapes(self) -> tuple[int, int]:
+        return self.channels, self.hidden
 
     def __str__(self) -> str:
         return f"the gate at {self.path} ({self.channels} channels, hidden {self.hidden})"
@@ -155,22 +163,13 @@ def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
     Raises:
         RetrofitError: the two do not agree; it says at which site or layer.
     """
-    site = ""
     for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
-        if isinstance(a, Gate):
-            site = f", at site {a.path}"
-        if isinstance(a, Gate) and isinstance(b, Gate):
-            right = (a.channels, a.hidden) == (b.channels, b.hidden)
-        elif isinstance(a, Layer) and isinstance(b, Layer):
-            right = [shape for _, shape in a.tensors] == [shape for _, shape in b.tensors]
-        else:
-            right = False
-        if not right:
-            after = "" if isinstance(a, Gate) or not site else f" (after site {site.removeprefix(', at site ')})"
-            hint = "; retrofit with the native network's reduction and min_hidden" if _gates(a, b) else ""
+        if type(a) is not type(b) or a.shapes != b.shapes:
+            gates = isinstance(a, Gate) and isinstance(b, Gate)
             raise RetrofitError(
-                f"the native network does not fit{site if isinstance(a, Gate) else ''}: part {index + 1} in the order of "
-                f"execution is {a} in the retrofitted network and {b} in the native one{after}{hint}"
+                f"the native network does not fit: part {index + 1} in the order of execution is {a} in the retrofitted network and "
+                f"{b} in the native one"
+                + ("; retrofit with the native network's reduction and min_hidden" if gates else "")
             )
     if len(ours) != len(theirs):
         longer, which = (ours, "retrofitted") if len(ours) > len(theirs) else (theirs, "native")
@@ -179,10 +178,6 @@ def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
             f"{len(theirs)}; the first that is left over is {longer[min(len(ours), len(theirs))]} of the {which} one"
         )
     return list(zip(ours, theirs, strict=True))
-
-
-def _gates(a: Part, b: Part) -> bool:
-    return isinstance(a, Gate) and isinstance(b, Gate)
 
 
 def copy_layers(pairs: list[tuple[Part, Part]], source: nn.Module, target: nn.Module) -> None:

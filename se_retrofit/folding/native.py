@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import Inserted, SEAttention, TwiceSigmoid
-from ..errors import RetrofitError, check_module
+from ..attention import Inserted, SEAttention
+from ..errors import RetrofitError, check_module, check_values
 from ..retrofit import has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
 from ..surgery.record.graph import Record
@@ -25,7 +25,7 @@ from ..surgery.record.isolation import forked_randomness, isolated
 from ..surgery.record.runs import record
 from ..surgery.splice.undo import is_retrofitted
 from .factors import Factors
-from .matching import Gate, copy_layers, matched, parts_of
+from .matching import Gate, Part, copy_layers, matched, parts_of
 from .measuring import relative_change
 
 __all__ = ["from_native", "to_native"]
@@ -65,24 +65,19 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
         _check_native(target)
     result = copied(model)
     with isolated(model), forked_randomness(), torch.no_grad():
-        record = _record(result)
-        ses = _ses(result)
-        twice = {path: se for path, se in ses.items() if se.gate == "identity"}
-        _scale(result, record, twice, 2.0)
-        for se in twice.values():
-            _set_gate(se, "sigmoid")
+        own = _recorded(result)
+        _scale(result, own, 2.0)
         plan = plan_of(result)
-        for se in ses.values():
+        for se in _ses(result).values():
+            if se.gate == "identity":
+                se.fc[3], se.gate = nn.Sigmoid(), "sigmoid"  # type: ignore[index]
             vars(se)["plan"] = replace(plan, options={**plan.options, "gate": "sigmoid"})
-        _check_same(model, result, record.inputs, "the network with plain-sigmoid gates")
+        _check_same(model, result, own.inputs, "the network with plain-sigmoid gates")
         if target is None:
             return result
         filled = copied(target)
-        pairs = matched(
-            parts_of(_record(result)), parts_of(_record(filled, in_dtype_of(filled, record.inputs, float_dtype(model))))
-        )
-        copy_layers(pairs, result, filled)
-        _check_same(model, filled, record.inputs, "the native network")
+        copy_layers(matched(parts_of(_recorded(result)), _parts_beside(own.inputs, model, filled)), result, filled)
+        _check_same(model, filled, own.inputs, "the native network")
     return filled
 
 
@@ -116,13 +111,11 @@ def from_native(model: M, source: nn.Module) -> M:
     _check_native(source)
     result = copied(model)
     with isolated(model), forked_randomness(), torch.no_grad():
-        record = _record(result)
-        pairs = matched(
-            parts_of(record), parts_of(_record(source, in_dtype_of(source, record.inputs, float_dtype(model))))
-        )
+        own = _recorded(result)
+        pairs = matched(parts_of(own), _parts_beside(own.inputs, model, source))
         copy_layers([(theirs, ours) for ours, theirs in pairs], source, result)
-        _scale(result, record, {path: se for path, se in _ses(result).items() if se.gate == "identity"}, 0.5)
-        _check_same(result, source, record.inputs, "the retrofitted network")
+        _scale(result, own, 0.5)
+        _check_same(result, source, own.inputs, "the retrofitted network")
     return result
 
 
@@ -135,8 +128,7 @@ def _check_retrofitted(model: nn.Module, caller: str) -> None:
         raise RetrofitError(
             f"{type(model).__name__} has no SE inserted by add_se; {caller} takes a retrofitted network"
         )
-    if any(p.is_meta for p in model.parameters()):
-        raise RetrofitError("the model is on the meta device and has no values; load weights first")
+    check_values(model)
     for path, module in model.named_modules():
         if is_retrofitted(module) and not isinstance(module, SEAttention):
             words = module.summary() if isinstance(module, Inserted) else type(module).__name__
@@ -154,24 +146,26 @@ def _ses(model: nn.Module) -> dict[str, SEAttention]:
     return {path: m for path, m in model.named_modules() if is_retrofitted(m) and isinstance(m, SEAttention)}
 
 
-def _record(model: nn.Module, inputs: Inputs | None = None) -> Record:
-    """In the shapes that the retrofit was recorded on, as far as they are known."""
-    if inputs is None:
-        inputs = described_inputs(plan_of(model).inputs, model)
-    found = record(model, inputs)
-    parts = [part for part in parts_of(found) if isinstance(part, Gate)]
-    if not parts:
-        raise RetrofitError(
-            f"this {type(model).__name__} has no channel gate that was called, so there is nothing to match"
-        )
-    return found
+def _recorded(model: nn.Module) -> Record:
+    """The record of a retrofitted network in the shapes that the retrofit was recorded on, as far as they are known."""
+    return record(model, described_inputs(plan_of(model).inputs, model))
 
 
-def _scale(model: nn.Module, record: Record, ses: dict[str, SEAttention], by: float) -> None:
-    """Multiply by a power of two what each SE module scales, or what it returns."""
+def _parts_beside(inputs: Inputs, model: nn.Module, native: nn.Module) -> list[Part]:
+    """The parts of the native network on the inputs of the retrofitted one."""
+    parts = parts_of(record(native, in_dtype_of(native, inputs, float_dtype(model))))
+    if not any(isinstance(part, Gate) for part in parts):
+        raise RetrofitError(f"this {type(native).__name__} has no channel gate that was called, so it can't be matched")
+    return parts
+
+
+def _scale(model: nn.Module, record: Record, by: float) -> None:
+    """Multiply by a power of two what each SE module with twice the sigmoid scales, or what it returns."""
     factors = Factors(model, record)
     todo = []
-    for path, se in ses.items():
+    for path, se in _ses(model).items():
+        if se.gate != "identity":
+            continue
         factor = torch.full((se.channel,), by, dtype=torch.float64)
         scalings = factors.backwards(path, factor)
         squeezed = scalings is not None  # what SE looks at is larger, too
@@ -187,16 +181,7 @@ def _scale(model: nn.Module, record: Record, ses: dict[str, SEAttention], by: fl
         for scaling in scalings:
             scaling.apply(model)
         if squeezed:
-            assert isinstance(se.fc, nn.Sequential)
-            assert isinstance(se.fc[0], nn.Linear)
-            se.fc[0].weight.div_(by)
-
-
-def _set_gate(se: SEAttention, gate: str) -> None:
-    assert isinstance(se.fc, nn.Sequential)
-    assert isinstance(se.fc[3], TwiceSigmoid)
-    se.fc[3] = nn.Sigmoid()
-    se.gate = gate
+            se.fc[0].weight.div_(by)  # type: ignore[index]
 
 
 def _check_same(model: nn.Module, other: nn.Module, inputs: Inputs, what: str) -> None:

@@ -6,7 +6,7 @@ weight does not, and in a weight-normalised convolution it is the norm that is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,8 @@ from ..surgery.record.graph import Op
 
 __all__ = ["along", "scales_input", "scales_output"]
 
-Scales = dict[
-    str, Tensor
-]  # by the name of a parameter: what it is multiplied by, of a shape that broadcasts to its own
+# by the name of a parameter: what it is multiplied by, of a shape that broadcasts to its own
+Scales = dict[str, Tensor]
 
 CLOSE = 1e-9  # relative, in float64
 
@@ -32,22 +31,30 @@ def along(factor: Tensor, dim: int, dims: int) -> Tensor:
 
 def scales_output(module: nn.Module, op: Op, factor: Tensor, channel_dim: int) -> Scales | None:
     """What to multiply a module's parameters by so that each channel of its output is multiplied by its factor."""
-    return _first_right(module, op, list(_for_output(module, len(factor))), None, factor, channel_dim)
+    return _first_right(module, op, _for_output(module, factor), lambda run, x: times(run(x), factor, channel_dim))
 
 
 def scales_input(module: nn.Module, op: Op, factor: Tensor, channel_dim: int) -> Scales | None:
     """What to multiply a module's parameters by so that it does to its input what it did to the input times the factor."""
-    return _first_right(module, op, list(_for_input(module, op, factor)), factor, None, channel_dim)
+    return _first_right(module, op, _for_input(module, op, factor), lambda run, x: run(times(x, factor, channel_dim)))
 
 
-def _for_output(module: nn.Module, channels: int) -> Iterator[dict[str, int]]:
-    """Candidates: parameters with the dim along which they are scaled; the bias goes with each."""
+def times(x: Tensor, factor: Tensor, dim: int) -> Tensor:
+    return x * along(factor, dim, x.dim())
+
+
+def _for_output(module: nn.Module, factor: Tensor) -> Iterator[Scales]:
+    """Candidates: each parameter along a dim, and the bias with it."""
     own = dict(module.named_parameters())
-    biases = {n: 0 for n, p in own.items() if n.split(".")[-1] == "bias" or n.startswith("parametrizations.bias.")}
+    biases = {
+        n: along(factor, 0, p.dim())
+        for n, p in own.items()
+        if n.split(".")[-1] == "bias" or n.startswith("parametrizations.bias.")
+    }
     for dim in (0, 1):  # a transposed convolution has its outputs in dim 1
         for name, parameter in own.items():
-            if name not in biases and parameter.dim() > dim and parameter.shape[dim] == channels:
-                yield {name: dim, **biases}
+            if name not in biases and parameter.dim() > dim and parameter.shape[dim] == len(factor):
+                yield {name: along(factor, dim, parameter.dim()), **biases}
 
 
 def _for_input(module: nn.Module, op: Op, factor: Tensor) -> Iterator[Scales]:
@@ -67,31 +74,24 @@ def _for_input(module: nn.Module, op: Op, factor: Tensor) -> Iterator[Scales]:
 
 
 def _first_right(
-    module: nn.Module, op: Op, candidates: list[dict[str, int]] | list[Scales],
-    before: Tensor | None, after: Tensor | None, channel_dim: int,
-) -> Scales | None:  # fmt: skip
-    """The first candidate with which a copy of the module, on random input, does what is wanted."""
-    if not candidates or not op.data:
+    module: nn.Module,
+    op: Op,
+    candidates: Iterator[Scales],
+    wanted: Callable[[nn.Module, Tensor], Tensor],
+) -> Scales | None:
+    """The first candidate with which a copy of the module, on random input, gives what is wanted of the module."""
+    if not op.data:
         return None
-    factor = before if before is not None else after
-    assert factor is not None
     x = torch.rand(_small(op), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
     try:
         original = in_mode(copied(module, _in_float64, independent=True), False)
         with torch.no_grad():
-            wanted = original(x if before is None else x * along(factor, channel_dim, x.dim()))
-            if after is not None:
-                wanted = wanted * along(factor, channel_dim, wanted.dim())
-            for candidate in candidates:
-                scales = {
-                    n: along(factor, s, module.get_parameter(n).dim()) if isinstance(s, int) else s
-                    for n, s in candidate.items()
-                }
+            right = wanted(original, x)
+            for scales in candidates:
                 trial = copied(original, independent=True)
                 for name, scale in scales.items():
                     trial.get_parameter(name).mul_(scale)
-                got = trial(x)
-                if (got - wanted).abs().max() <= CLOSE * wanted.abs().max():
+                if (trial(x) - right).abs().max() <= CLOSE * right.abs().max():
                     return scales
     except Exception:  # a forward of any kind: one that can't be tried takes in no factor
         return None
