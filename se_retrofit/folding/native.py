@@ -10,7 +10,7 @@ exact in every floating-point format.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
         plan = plan_of(result)
         for se in _ses(result).values():
             if se.gate == "identity":
-                se.fc[3], se.gate = nn.Sigmoid(), "sigmoid"  # type: ignore[index]
+                se.fc[3], se.gate = nn.Sigmoid(), "sigmoid"
             vars(se)["plan"] = replace(plan, options={**plan.options, "gate": "sigmoid"})
         _check_same(model, result, own.inputs, "the network with plain-sigmoid gates")
         if target is None:
@@ -142,7 +142,7 @@ def _check_native(network: nn.Module) -> None:
         raise RetrofitError(f"this {type(network).__name__} was retrofitted by add_se; give a network with native SE")
 
 
-def _ses(model: nn.Module) -> dict[str, SEAttention]:
+def _ses(model: nn.Module) -> dict[str, Any]:
     return {path: m for path, m in model.named_modules() if is_retrofitted(m) and isinstance(m, SEAttention)}
 
 
@@ -181,7 +181,7 @@ def _scale(model: nn.Module, record: Record, by: float) -> None:
         for scaling in scalings:
             scaling.apply(model)
         if squeezed:
-            se.fc[0].weight.div_(by)  # type: ignore[index]
+            se.fc[0].weight.div_(by)
 
 
 def _check_same(model: nn.Module, other: nn.Module, inputs: Inputs, what: str) -> None:

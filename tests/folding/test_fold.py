@@ -36,8 +36,8 @@ from se_retrofit.saving import load_se, save_se
 from se_retrofit.surgery.record.inputs import given_inputs
 from se_retrofit.surgery.record.runs import record
 
+NARROW = Base.of("timm/resnet18", channels=[64, 8, 8, 8], num_classes=10)  # layer1 takes 64 from the stem, and so has no projection
 KINDS = {
-    "residual": "torchvision/resnet18",
     "inverted": "timm/mobilenetv2_100",  # ReLU6, which lets no factor through
     "multi-branch": "torchvision/squeezenet1_1",
     "rep-sum": "timm/repvgg_b0",
@@ -47,10 +47,20 @@ KINDS = {
 }
 
 
+def narrow() -> nn.Module:
+    return randomised(NARROW.build()).eval()
+
+
+def pictures(batch: int = 4) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
 def built(kind: str) -> tuple[nn.Module, Network]:
     if kind == "dense":
         small = torchvision.models.DenseNet(8, (2, 2, 2), 16, num_classes=10)
         return randomised(small).eval(), Network("dense", 64)
+    if kind == "residual":
+        return narrow(), Network("residual", 32)
     network = NETWORKS[KINDS[kind]]
     return network.build(), network
 
@@ -213,12 +223,12 @@ def test_static_gates_fold_exactly() -> None:
 def partly_varying() -> tuple[nn.Module, Tensor, tuple[str, str]]:
     varying = ("layer2.0.se_attention", "layer3.1.se_attention")
     model = with_varying_gates(copy.deepcopy(constant_resnet()), *varying)
-    return model, NETWORKS["torchvision/resnet18"].input(batch=4), varying
+    return model, pictures(), varying
 
 
 @cache
 def constant_resnet() -> nn.Module:
-    return with_constant_gates(add_se(NETWORKS["torchvision/resnet18"].build(), bias=True))
+    return with_constant_gates(add_se(narrow(), bias=True))
 
 
 def test_gates_that_vary_stay_and_the_others_go() -> None:
@@ -237,8 +247,7 @@ def test_gates_that_vary_stay_and_the_others_go() -> None:
 def test_what_is_left_can_be_folded_removed_saved_and_loaded(tmp_path: Path) -> None:
     model, x, varying = partly_varying()
     folded = fold_se(model, [x], tolerance=1e-4)
-    base = Base.of("torchvision/resnet18", num_classes=10)
-    assert_same_function(load_retrofitted(save_retrofitted(folded, tmp_path / "saved", base=base)), folded, x)
+    assert_same_function(load_retrofitted(save_retrofitted(folded, tmp_path / "saved")), folded, x)
     assert not has_se(remove_se(folded))
     everything = fold_se(folded, [x], tolerance=100)
     report = everything.fold_report
@@ -280,9 +289,8 @@ def test_a_block_of_which_one_of_two_sites_is_folded_is_saved_and_loaded(tmp_pat
 
 
 def test_factors_that_are_left_are_saved_and_loaded(tmp_path: Path) -> None:
-    base = Base.of("torchvision/resnet18", num_classes=10)
-    x = NETWORKS["torchvision/resnet18"].input()
-    model = with_constant_gates(add_se(NETWORKS["torchvision/resnet18"].build(), bias=True, placement="post"))
+    x = pictures(2)
+    model = with_constant_gates(add_se(narrow(), bias=True, placement="post"))
     folded = fold_se(model, [x])
     report = folded.fold_report
     # behind the second block of a stage there are convolutions alone: that of the next branch and that of its shortcut;
@@ -291,7 +299,7 @@ def test_factors_that_are_left_are_saved_and_loaded(tmp_path: Path) -> None:
     assert report.sites[1].into == ("layer2.0.conv1.weight", "layer2.0.downsample.0.weight")
     assert report.sites[2].into[::2] == ("layer2.0.bn2.weight", "layer2.0.downsample.1.weight")
     assert report.sites[-1].into == ("fc.weight",)  # through the pooling
-    assert_same_function(load_retrofitted(save_retrofitted(folded, tmp_path / "saved", base=base)), folded, x)
+    assert_same_function(load_retrofitted(save_retrofitted(folded, tmp_path / "saved")), folded, x)
     with pytest.raises(RetrofitError, match=r"nothing left to fold: .*layer1.0.se_attention"):
         fold_se(folded, [x])
 
