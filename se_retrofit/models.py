@@ -28,7 +28,7 @@ from .errors import RetrofitError, brief
 from .retrofit import add_se
 from .surgery.splice.ways import SE_NAME
 
-__all__ = ["BASE", "IMAGES", "TIMM_PREFIX", "Base", "load_checkpoint", "register_timm"]
+__all__ = ["BASE", "IMAGES", "TIMM_PREFIX", "Base", "check_keys", "load_checkpoint", "own_images", "register_timm"]
 
 LIBRARIES = ("timm", "torchvision")
 # timm's own prefixes, which it resolves itself; what follows them holds slashes of its own
@@ -262,7 +262,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         >>> load_checkpoint(torch.nn.Linear(2, 2, bias=False), file)
         Traceback (most recent call last):
             ...
-        se_retrofit.errors.RetrofitError: weights.pth does not fit Linear: unexpected: bias
+        se_retrofit.errors.RetrofitError: weights.pth does not fit the network; unexpected: bias
     """
     path = Path(path)
     if path.is_dir():
@@ -280,17 +280,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise RetrofitError(f"{path} does not hold a state dict (a mapping of names to tensors)")
     own = model.state_dict()
-    problems = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "other shapes": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {_few(keys)}" for what, keys in problems.items() if keys)
-        hint = ""
-        if any(SE_NAME in key.split(".") for key in problems["unexpected"]):
-            hint = ". It holds SE: give its folder to load_retrofitted, or in MODEL's place on the command line"
-        raise RetrofitError(f"{path.name} does not fit {type(model).__name__}: {listed}{hint}")
+    unexpected = sorted(state.keys() - own.keys())
+    hint = ""
+    if any(SE_NAME in key.split(".") for key in unexpected):
+        hint = ". It holds SE: give its folder to load_retrofitted, or in MODEL's place on the command line"
+    check_keys(own, state, path.name, hint)
     model.load_state_dict(state)
 
 
@@ -352,8 +346,20 @@ def _register(name: str) -> None:
         del sys.modules[home.__name__]
 
 
-def _few(keys: list[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+def check_keys(own: dict[str, Any], state: dict[str, torch.Tensor], where: str, hint: str = "") -> None:
+    """Raise unless both state dicts have the same keys and shapes."""
+    problems = {
+        "missing": own.keys() - state.keys(),
+        "unexpected": state.keys() - own.keys(),
+        "other shapes": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
+    }
+    told = [
+        f"{what}: {', '.join(sorted(keys)[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        for what, keys in problems.items()
+        if keys
+    ]
+    if told:
+        raise RetrofitError(f"{where} does not fit the network; {'; '.join(told)}{hint}")
 
 
 def _names(library: str) -> list[str]:

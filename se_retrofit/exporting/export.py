@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import TMonitor
 
 from ..errors import RetrofitError, brief, check_module, check_values
 from ..retrofit import has_se, plan_of
@@ -91,7 +88,7 @@ def export(
         write = {"onnx": _to_onnx, "pt2": _to_pt2}[format]
         with replaced_file(file) as fresh:
             try:
-                with torch.no_grad(), _no_thread_left():
+                with torch.no_grad():
                     run = write(copy, inputs, fresh)
             except RetrofitError:
                 raise
@@ -110,18 +107,6 @@ def _format_of(file: Path) -> str:
             return format
     endings = ", ".join(SUFFIXES.values())
     raise RetrofitError(f"{file.name} must end in one of {endings}, which tells the format; or say which with format=")
-
-
-@contextmanager
-def _no_thread_left() -> Iterator[None]:
-    """End the thread that tqdm, which torch.onnx uses, leaves running."""
-    before = set(threading.enumerate())
-    try:
-        yield
-    finally:
-        for thread in set(threading.enumerate()) - before:
-            if isinstance(thread, TMonitor):
-                thread.exit()
 
 
 def _example(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:

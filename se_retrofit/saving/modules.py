@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from torch import nn
 
 from ..attention import Attention
 from ..errors import RetrofitError, check_module
+from ..models import check_keys
 from ..plaindata import parse_json
 from ..plan import Plan
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
-from .rebuild import belongs_to, carried_out, check_same_sites
+from .rebuild import belongs_to, carried_out
 from .recipe import FORMAT, check_fields, check_names, read_plan
-from .tensors import check_keys, read_weights, retype, tensors_of, tie, untied, write_tensors
+from .tensors import read_weights, retype, tensors_of, tie, untied, write_tensors
 
 __all__ = ["load_se", "save_se"]
 
@@ -66,24 +66,21 @@ def load_se(
     *,
     attention: Attention | None = None,
     example_inputs: Any = None,
-    inplace: bool = False,
 ) -> nn.Module:
-    """Load saved SE modules into a network: a bare one is retrofitted first, a retrofitted one gets their weights.
+    """Put saved SE modules into a copy of the network that they were trained on.
 
     Args:
-        model: the base network that the SE modules were trained on, bare or retrofitted with the same options.
+        model: the bare network; ``remove_se`` gives that of a retrofitted one. It is not changed.
         file: what ``save_se`` wrote.
         attention: as for ``load_retrofitted``.
         example_inputs: where the plan has to be made again, instead of inputs with the shapes that the network was
             retrofitted with.
-        inplace: change ``model`` itself instead of a copy.
 
     Returns:
         The retrofitted network.
 
     Raises:
-        RetrofitError: the file is missing, cut short or of a newer format, or its SE modules don't fit this network,
-            which is then unchanged.
+        RetrofitError: the file is missing, cut short or of a newer format, or its SE modules don't fit this network.
         TypeError: ``model`` is not an nn.Module.
 
     Example:
@@ -100,19 +97,8 @@ def load_se(
     state = read_weights(file)
     plan, tied = _read_se_header(file)
     tie(state, tied, file)
-    if has_se(model):
-        check_same_sites(plan_of(model), plan, file)
-        own = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan_of(model).sites)}
-        check_keys(own, state, str(file))
-        result = model if inplace else copy.deepcopy(model)
-    else:
-        # The surgery is tried on a copy first: a file that doesn't fit must leave the given model as it is.
-        retrofitted = carried_out(model, plan, file, example_inputs, attention, inplace=False)
-        own = {k: v for k, v in tensors_of(retrofitted).items() if belongs_to(k, plan_of(retrofitted).sites)}
-        check_keys(own, state, str(file))
-        result = retrofitted
-        if inplace:
-            result = carried_out(model, plan_of(retrofitted), file, example_inputs, attention, inplace=True)
+    result = carried_out(model, plan, file, example_inputs, attention, inplace=False)
+    check_keys({k: v for k, v in tensors_of(result).items() if belongs_to(k, plan.sites)}, state, str(file))
     retype(result, state)
     result.load_state_dict(state, strict=False)
     return result

@@ -11,7 +11,7 @@ from ..errors import RetrofitError
 from ..plan import Plan, Site
 from ..retrofit import add_se, plan_of
 
-__all__ = ["belongs_to", "carried_out", "check_same_sites"]
+__all__ = ["belongs_to", "carried_out"]
 
 
 def carried_out(
@@ -26,11 +26,11 @@ def carried_out(
         raise
     except Exception as error:  # the plan is what a file says, and the base runs with inputs of its choice
         raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
-    check_same_sites(plan_of(retrofitted), plan, where)
+    _check_same_sites(plan_of(retrofitted), plan, where)
     return retrofitted
 
 
-def check_same_sites(now: Plan, then: Plan, where: object) -> None:
+def _check_same_sites(now: Plan, then: Plan, where: object) -> None:
     """Raise unless the sites are the same in every respect that the weights or the function depend on."""
     mine, theirs = (
         {

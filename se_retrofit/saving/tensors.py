@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
+from ..models import check_keys
 from ..surgery.record.copying import has_values
 
 __all__ = [
-    "check_keys",
     "load_strictly",
     "read_weights",
     "retype",
@@ -109,18 +109,6 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> Non
     check_keys(model.state_dict(), state, where)
     retype(model, state)
     model.load_state_dict(state)
-
-
-def check_keys(own: dict[str, Any], state: dict[str, Tensor], where: str) -> None:
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    problems = [
-        f"{what}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("other shapes", reshaped))
-        if keys
-    ]
-    if problems:
-        raise RetrofitError(f"{where} does not fit the network; {'; '.join(problems)}")
 
 
 def retype(model: nn.Module, state: dict[str, Tensor]) -> None:

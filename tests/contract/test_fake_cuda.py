@@ -129,7 +129,7 @@ def test_what_needs_values_says_that_there_are_none(tmp_path: Path, mode: FakeTe
     model = add_se(on_fake_cuda(KINDS["residual"](), mode))
     file = save_se(add_se(KINDS["residual"]()), tmp_path / "real.safetensors")
     with pytest.raises(RetrofitError, match="is a fake tensor and has no values"):
-        load_se(model, file)
+        load_se(on_fake_cuda(KINDS["residual"](), mode), file)
     with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor and has no values"):
         save_retrofitted(model, tmp_path / "saved")
     with pytest.raises(RetrofitError, match="is a fake tensor and has no values"):
