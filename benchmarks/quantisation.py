@@ -1,7 +1,6 @@
-"""What int8 costs with and without SE: fine-tuned networks, quantised by tools that people use, in each form of SE.
+"""What int8 costs with and without SE: fine-tuned networks, quantised by tools that people use.
 
-For each network and data set: a plain network and one with SE, trained equally long from the same base, and SE's native form
-(``to_native``). Each is exported, quantised after training with 256 training images for calibration, and run. The tools:
+For each network and data set: a plain network and one with SE, trained equally long from the same base. Each is exported, quantised after training with 256 training images for calibration, and run. The tools:
 
 - onnxruntime: ``quantize_static`` on the ONNX file, QDQ, per channel;
 - NNCF: ``nncf.quantize`` on the same file in OpenVINO, run by OpenVINO;
@@ -29,7 +28,7 @@ from small_networks import NETWORKS, TASKS, accuracy, fine_tuned
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from se_retrofit import export, to_native
+from se_retrofit import export
 
 CALIBRATION = 256  # training images
 
@@ -109,8 +108,7 @@ def main() -> None:
         data, test = TASKS[task]()
         for network in arguments.networks:
             plain, retrofitted = fine_tuned(network, data, arguments.epochs)
-            forms = {"plain": plain, "SE": retrofitted, "SE, native form": to_native(retrofitted)}
-            for form, model in forms.items():
+            for form, model in (("plain", plain), ("SE", retrofitted)):
                 before = accuracy(model, test)
                 cells = [difference(before, model, data, test, tool) for tool in tools]
                 print(f"| {task} | {network} | {form} | {before:.2%} | {' | '.join(cells)} |", flush=True)

@@ -18,7 +18,6 @@ from ..surgery.record.copying import copied, in_mode
 from ..surgery.record.inputs import Inputs, described_inputs, float_dtype, given_inputs, tensors_in
 from ..surgery.record.isolation import forked_randomness
 from ..surgery.record.runs import record
-from .plain_form import use_plain_form
 from .source import export_source
 
 __all__ = ["FORMATS", "export"]
@@ -37,9 +36,6 @@ def export(
     example_inputs: Any = None,
 ) -> Path:
     """Export a network, retrofitted or folded, and check that the exported file computes the same.
-
-    SE with the gate ``"sigmoid"`` (``to_native`` gives it) is written as 1x1 convolutions on maps of size one, the
-    pattern that quantisers recognise; except in the source, which keeps the names of the parameters.
 
     Args:
         model: the network; it is exported in eval mode, from a copy on the CPU.
@@ -83,8 +79,6 @@ def export(
         inputs = _example(copy, example_inputs)
         if format == "source":
             return export_source(model, copy, file, inputs)
-        original = copied(copy)
-        use_plain_form(copy)
         write = {"onnx": _to_onnx, "pt2": _to_pt2}[format]
         with replaced_file(file) as fresh:
             try:
@@ -97,7 +91,7 @@ def export(
                 raise RetrofitError(
                     f"{type(model).__name__} can't be exported as {format}: {type(error).__name__}: {first}"
                 ) from error
-            _compare(original, run, inputs, format)
+            _compare(copy, run, inputs, format)
     return file
 
 

@@ -1,4 +1,4 @@
-"""Quantisers find SE in what is exported, and int8 costs a network with SE no more than one without."""
+"""Int8 costs a network with SE no more than one without."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import torch
 from networks import randomise_se, randomised
 from torch import Tensor, nn
 
-from se_retrofit import add_se, export, to_native
-from se_retrofit.attention import SEAttention
-from se_retrofit.exporting.plain_form import PlainSE, use_plain_form
+from se_retrofit import add_se, export
 
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 
 # in one process, as PyTorch's compilers and exporters take seconds to import
 pytestmark = pytest.mark.xdist_group("compilers")
@@ -41,41 +39,10 @@ def with_se() -> nn.Module:
     return randomise_se(add_se(network(), example_inputs=IMAGES[:2]))
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-def test_the_plain_form_computes_what_se_does(dims: int, last: bool) -> None:
-    se = SEAttention(8, 2, gate="sigmoid", bias=dims == 2, channel_dim=-1 if last else -1 - dims).double()
-    nn.init.normal_(se.fc[2].weight)
-    holder = nn.Sequential(se)
-    shape = (2, 5, 6, 7)[: 1 + dims]
-    x = torch.randn(*shape, 8) if last else torch.randn(2, 8, *shape[1:])
-    wanted = holder(x.double())
-    use_plain_form(holder)
-    assert isinstance(holder[0], PlainSE)
-    torch.testing.assert_close(holder(x.double()), wanted, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.sweep
-def test_the_native_form_has_the_pattern_that_nncf_ignores(tmp_path: Path) -> None:
-    graph = onnx.load(export(to_native(with_se()), tmp_path / "net.onnx", example_inputs=IMAGES[:2])).graph
-    takers: dict[str, list[Any]] = {}
-    for node in graph.node:
-        for name in node.input:
-            takers.setdefault(name, []).append(node)
-    means = [node for node in graph.node if node.op_type == "ReduceMean"][:2]
-    for mean in means:
-        chain, node = [], mean
-        while node.op_type != "Mul":
-            (node,) = takers[node.output[0]]
-            chain.append((node.op_type, len(node.input)))
-        assert chain == [("Conv", 3), ("Relu", 1), ("Conv", 3), ("Sigmoid", 1), ("Mul", 2)]  # each layer with its bias
-        assert mean.input[0] in node.input
-
-
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")  # onnxruntime's own
 def test_int8_changes_a_network_with_se_hardly_more_than_a_plain_one(tmp_path: Path) -> None:
-    plain, retrofitted = change_by_int8(network(), tmp_path), change_by_int8(to_native(with_se()), tmp_path)
+    plain, retrofitted = change_by_int8(network(), tmp_path), change_by_int8(with_se(), tmp_path)
     assert 0 < retrofitted < 2 * plain < 0.2
 
 
