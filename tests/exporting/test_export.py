@@ -81,7 +81,7 @@ def test_the_source_of_a_folded_network_and_of_one_whose_base_is_not_known(tmp_p
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 def test_programs_compute_the_same_at_other_sizes(format: str, tmp_path: Path) -> None:
-    model = retrofitted()
+    model = retrofitted("torchvision/resnet18")
     x, example = torch.randn(5, 3, 96, 64), torch.randn(2, 3, 64, 64)
     before, states = snapshot(model), list(random_states())
     file = export(model, tmp_path / f"net.{format}", example_inputs=example)
