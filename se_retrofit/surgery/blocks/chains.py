@@ -42,7 +42,7 @@ def lone_convolutions(record: Record) -> Iterator[Block]:
 def _chain(record: Record, conv: Op, end: Op) -> Iterator[Block]:
     call = innermost(record, [conv, end])
     if call is not None:
-        region = (end.ancestors | end.bit) & ~conv.ancestors
+        region = end.lineage & ~conv.ancestors
         yield Block("chain", call, region, end, end, target=Target(call, end))
 
 

@@ -92,7 +92,7 @@ def structure_of(model: nn.Module) -> str:
             shapes = [(name, is_lazy(t) or tuple(t.shape)) for name, t in tensors if t is not None]
             text.append(f"{path} {class_name(cls)} {shapes}")
             classes.add(cls)
-    own = (c for c in {c for cls in classes for c in cls.__mro__} if not c.__module__.startswith(("torch.", "builtins")))
+    own = {c for cls in classes for c in cls.__mro__ if not c.__module__.startswith(("torch.", "builtins"))}
     text += sorted(f"{class_name(cls)} {sorted(n for n, m in vars(cls).items() if unwrapped(m))}" for cls in own)
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
