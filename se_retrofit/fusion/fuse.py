@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -109,15 +110,7 @@ def fuse_se(model: M, *, inplace: bool = False) -> M:
         reason = f": {fusion.skipped[0].block}: {fusion.skipped[0].reason}" if fusion.skipped else "; call add_se first"
         raise RetrofitError(f"{type(model).__name__} has no SE after a norm that can be fused{reason}")
     target = model if inplace else copied(model)
-    fused = set(fusion.fused)
-    changed: list[tuple[Any, Recipe, set[str]]] = []
-    for path, block in target.named_modules():
-        if isinstance(block, RetrofittedBlock) and "se_recipe" in vars(type(block)):
-            recipe = type(block).se_recipe
-            names = {n for n in recipe.names if (f"{path}.{n}" if path else n) in fused}
-            splices = tuple(_fused(s) if s.child in names and s.form == "wrap" else s for s in recipe.splices)
-            changed.append((block, replace(recipe, splices=splices), names))
-    _put(changed, FusedSEAttention)
+    _put(target, FusedSEAttention, lambda path, s: _fused(s) if path in fusion.fused and s.form == "wrap" else s)
     return target
 
 
@@ -142,23 +135,24 @@ def unfuse_se(model: M, *, inplace: bool = False) -> M:
     if not isinstance(model, nn.Module) or not any(isinstance(m, FusedSEAttention) for m in model.modules()):
         raise RetrofitError(f"{type(model).__name__} has no SE that fuse_se has fused, so there is nothing to undo")
     target = model if inplace else copied(model)
-    changed: list[tuple[Any, Recipe, set[str]]] = []
-    for block in target.modules():
-        if isinstance(block, RetrofittedBlock) and "se_recipe" in vars(type(block)):
-            recipe = type(block).se_recipe
-            names = {s.child for s in recipe.splices if s.form == "norm"}
-            splices = tuple(replace(s, form="wrap", target="") if s.form == "norm" else s for s in recipe.splices)
-            changed.append((block, replace(recipe, splices=splices), names))
-    _put(changed, SEAttention)
+    _put(target, SEAttention, lambda path, s: replace(s, form="wrap", target="") if s.form == "norm" else s)
     return target
 
 
-def _put(changed: list[tuple[Any, Recipe, set[str]]], cls: type) -> None:
-    try:
-        classes = [derived_class(recipe) for _, recipe, _ in changed]
-    except SpliceError as error:
-        raise RetrofitError(str(error)) from None
-    for (block, _, names), derived in zip(changed, classes, strict=True):
+def _put(model: nn.Module, cls: type, change: Callable[[str, Splice], Splice]) -> None:
+    """Change splices of blocks, each given with the path of its SE module, and the class of these modules with them. If a class
+    can't be derived, nothing has been changed."""
+    todo: list[tuple[Any, type, set[str]]] = []
+    for path, block in model.named_modules():
+        if isinstance(block, RetrofittedBlock) and "se_recipe" in vars(type(block)):
+            recipe: Recipe = type(block).se_recipe
+            splices = tuple(change(f"{path}.{s.child}" if path else s.child, s) for s in recipe.splices)
+            names = {s.child for s, new in zip(recipe.splices, splices, strict=True) if new is not s}
+            try:
+                todo.append((block, derived_class(replace(recipe, splices=splices)), names))
+            except SpliceError as error:
+                raise RetrofitError(str(error)) from None
+    for block, derived, names in todo:
         object.__setattr__(block, "__class__", derived)
         for name in names:
             object.__setattr__(block._modules[name], "__class__", cls)
