@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from .attention import Inserted
 from .errors import RetrofitError, extra
 from .models import Base
 from .surgery.record.copying import in_mode
+from .surgery.record.inputs import tensors_in
 
 __all__ = ["PHOTOGRAPHS", "Agreement", "agreement", "photographs", "prepared_for", "redraw_vectors", "se_matters"]
 
@@ -59,7 +59,7 @@ def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, t
         >>> agreement(net, net, (torch.randn(3, 4),))
         Agreement(equal=True, values=6, difference=0.0, finite=True)
     """
-    wanted, got = (list(_tensors(_run(net, inputs, training))) for net in (first, second))
+    wanted, got = (tensors_in(_run(net, inputs, training)) for net in (first, second))
     alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]
     return Agreement(
         equal=alike and all(map(torch.equal, wanted, got)),
@@ -160,18 +160,6 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Any:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested lists, tuples and mappings (a model output is one)."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _relative_difference(wanted: Tensor, got: Tensor) -> float:

@@ -98,7 +98,8 @@ def load_se(
     plan, tied = _read_se_header(file)
     tie(state, tied, file)
     result = carried_out(model, plan, file, example_inputs, attention, inplace=False)
-    check_keys({k: v for k, v in tensors_of(result).items() if belongs_to(k, plan.sites)}, state, str(file))
+    own = {k: v for k, v in tensors_of(result).items() if belongs_to(k, plan_of(result).sites)}
+    check_keys(own, state, str(file))
     retype(result, state)
     result.load_state_dict(state, strict=False)
     return result
