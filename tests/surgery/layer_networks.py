@@ -149,12 +149,14 @@ class Bilinear(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows, self.columns, self.value = conv(8, 8, (5, 1)), conv(8, 8, (1, 5)), conv(8, 8, 1)
+        self.first, self.last = unit(8, 4, 1), unit(4, 8, 1)
+        self.rows, self.columns = conv(4, 4, (5, 1)), conv(4, 4, (1, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        p, q = self.rows(x).sigmoid(), self.columns(x).sigmoid()
+        y = self.first(x)
+        p, q = self.rows(y).sigmoid(), self.columns(y).sigmoid()
         p, q = p / p.sum(3, keepdim=True), q / q.sum(2, keepdim=True)
-        return x + self.value(p.matmul(x).matmul(q))
+        return x + self.last(p.matmul(y).matmul(q))
 
 
 class Attended(Unit):
