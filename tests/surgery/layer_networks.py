@@ -144,6 +144,38 @@ class EfficientFormer(nn.Sequential):
         super().__init__(unit(3, 8), Attention(depthwise(norm=True), nn.GELU()), conv(8, 2))
 
 
+class Bilinear(nn.Module):
+    """Convolutions of rows and columns make the weights of attention, by a sigmoid and a norm of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = unit(8, 4, 1), unit(4, 8, 1)
+        self.rows, self.columns = conv(4, 4, (5, 1)), conv(4, 4, (1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        p, q = self.rows(y).sigmoid(), self.columns(y).sigmoid()
+        p, q = p / p.sum(3, keepdim=True), q / q.sum(2, keepdim=True)
+        return x + self.last(p.matmul(y).matmul(q))
+
+
+class Attended(Unit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Bilinear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.norm2(self.conv2(self.attention(self.norm1(self.conv1(x)).relu())))).relu()
+
+
+@structure(IMAGE, sites={"1": 8, "2": 8}, after="norm2")
+class BAT(nn.Sequential):
+    """Attention inside of residual units (Chi et al., arXiv:2006.03318): SE is the unit's, not the attention's."""
+
+    def __init__(self) -> None:
+        super().__init__(conv(3, 8), Attended(), Attended())
+
+
 class Wave2Vec(nn.Module):
     """A convolutional feature extractor, and positions by a convolution (Baevski et al., arXiv:2006.11477)."""
 

@@ -8,6 +8,8 @@ from .questions import TRANSPARENT, next_after
 
 __all__ = ["adds_positions", "spatial_convs"]
 
+WEIGHTS = ("sigmoid", "softmax", "_softmax")
+
 
 def spatial_convs(ops: list[Op]) -> list[Op]:
     """The convolutions over space among the operations of a branch, as far as they make features.
@@ -61,20 +63,25 @@ def _is_position(conv: Op) -> bool:
 def _makes_values(conv: Op, ops: set[Op]) -> bool:
     """Whether a way leads from a convolution to the end of the branch that is not by the weights of attention."""
     reached, waiting = {conv}, [conv]
+    weights: set[Op] = set()
     for value in waiting:
         for user in real_users(value):
             if user not in ops:
                 return True
-            if user in reached or _weighs(value, user):
+            if user in reached or _weighs(value, user, value in weights):
                 continue
             reached.add(user)
             waiting.append(user)
+            if user.name.lower() in WEIGHTS or weights.issuperset(user.data):
+                weights.add(user)
     return False
 
 
-def _weighs(value: Op, user: Op) -> bool:
-    """Whether a value goes into attention as query or key: into a product that a softmax follows, or as one of the first two
-    of three."""
+def _weighs(value: Op, user: Op, is_weight: bool) -> bool:
+    """Whether a value goes into attention as a weight, query or key: into a product, as what a sigmoid or softmax returned (BAT,
+    Chi et al., arXiv:2006.03318), or into a product that a softmax follows, or as one of the first two of three."""
+    if user.role == "linear" and len(user.data) == 2 and is_weight:
+        return True
     if user.role == "other" and len(user.data) == 3:
         return value in user.data[:2] and value is not user.data[2]
     following = user if user.role == "linear" and len(user.data) == 2 else None
