@@ -21,6 +21,7 @@ def fold_command(
     data: Data,
     output: Annotated[Path | None, typer.Option(help="folder for the folded network; DIR-folded by default")] = None,
     tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
+    max_accuracy_loss: Annotated[float, typer.Option(help="by how much the accuracy may drop, from 0 to 1")] = 0.005,
     batches: Annotated[int, typer.Option(help="number of batches of 32 validation images")] = 8,
     image_size: ImageSize = None,
     data_root: Root = Path("data"),
@@ -29,7 +30,7 @@ def fold_command(
 ) -> None:
     """Fold SE whose gates hardly depend on the image into the weights around it, and save the result.
 
-    Which sites are folded is decided on the validation images. Load the result with load_retrofitted; evaluate gives its accuracy.
+    Which sites are folded is decided on the validation images. Load the result with load_retrofitted.
     """
     from ..finetune import FinetuneConfig, load_data
     from ..finetune.data import stream
@@ -47,7 +48,8 @@ def fold_command(
     transform = transforms_for(network, FinetuneConfig(image_size=image_size), train=False)
     images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)
     folded = fold_se(
-        network, images.batches(0), tolerance=tolerance, max_batches=batches, inplace=True,
+        network, images.batches(0), tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, max_batches=batches,
+        inplace=True,
     )  # fmt: skip
     report: Any = folded.fold_report
     target = output or folder.with_name(f"{folder.name}-folded")

@@ -21,7 +21,7 @@ from ..surgery.record.runs import record
 from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
 from .factors import Factors, Scaling
-from .measuring import Reference, batches_of, outputs_of, relative_change
+from .measuring import Labelled, Reference, batches_of, outputs_of, relative_change
 from .result import FoldedSite, FoldReport
 
 __all__ = ["fold_se"]
@@ -34,6 +34,7 @@ def fold_se(
     data: Any,
     *,
     tolerance: float = 0.01,
+    max_accuracy_loss: float = 0.005,
     max_batches: int = 8,
     inplace: bool = False,
 ) -> M:
@@ -49,8 +50,9 @@ def fold_se(
     Args:
         model: a network that ``add_se`` made.
         data: a Dataset (in batches of 32), a DataLoader or any iterable of batches; a batch is a tensor, or a tuple or
-            list that begins with one.
+            list of inputs and labels. With integer labels, the accuracy is taken into account as well.
         tolerance: the largest change of the outputs, as the norm of the difference relative to the norm of the outputs.
+        max_accuracy_loss: by how much the accuracy on the data may drop, from 0 to 1, and always by one image; ignored without labels.
         max_batches: maximum number of batches. The network runs over them about twice per site.
         inplace: change the given model instead of a copy.
 
@@ -70,7 +72,7 @@ def fold_se(
         >>> len(folded.fold_report.folded), type(folded.layer1[0]).__name__
         (8, 'BasicBlock')
     """
-    _check(model, tolerance, max_batches)
+    _check(model, tolerance, max_accuracy_loss, max_batches)
     sites = plan_of(model).sites
     check_gates({site.path: model.get_submodule(site.path) for site in sites}, "it can't be folded")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -78,14 +80,14 @@ def fold_se(
     work = in_mode(copied(model, independent=True), False)
     with isolated(model), forked_randomness(), torch.no_grad():
         ses = {site.path: work.get_submodule(site.path) for site in sites}
-        gates = gates_over(work, ses, ((batch, None) for batch in batches))
+        gates = gates_over(work, ses, ((batch.inputs, None) for batch in batches))
         reference = Reference(work, batches)
         effects = _effects(work, gates, reference)
-        constant = _greedy(work, gates, effects, reference, tolerance)
-        todo = _absorb(work, constant, gates, batches)
+        kept = _greedy(work, gates, effects, reference, tolerance, max_accuracy_loss)
+        todo = _absorb(work, [path for path in gates if path not in kept], gates, batches)
         _check_progress(todo, ses)
         carry_out(work, replace(todo, scalings=[]))
-        change = reference.change()
+        change, accuracy = reference.compare()
     result = model if inplace else copied(model)
     carry_out(result, todo)
     rows = []
@@ -94,15 +96,16 @@ def fold_se(
             found = gates[site.path]
             verdict = "folded" if site.path in todo.gone else "factor" if site.path in todo.factors else "kept"
             into = tuple(s.path for s in todo.gone.get(site.path, ()))
-            row = (found.variation, found.between, effects[site.path], verdict, into)
+            row = (found.variation, found.between, effects[site.path], verdict, kept.get(site.path), into)
             rows.append(FoldedSite(site.path, site.block, site.channels, *row))
     missed = tuple(site.path for site in sites if site.path not in gates)
-    report = FoldReport(tuple(rows), missed, sum(map(len, batches)), tolerance, change)
+    count = sum(len(batch.inputs) for batch in batches)
+    report = FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
     result.fold_report = report  # type: ignore[assignment]
     return result
 
 
-def _check(model: Any, tolerance: Any, max_batches: Any) -> None:
+def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any) -> None:
     check_module(model)
     if not has_se(model):
         raise RetrofitError(
@@ -110,10 +113,11 @@ def _check(model: Any, tolerance: Any, max_batches: Any) -> None:
             "is folded, none is left)"
         )
     check_removable(model, "fold_se")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(f"tolerance must be a number, got {brief(tolerance)}")
-    if not tolerance >= 0:
-        raise RetrofitError(f"tolerance must be at least 0, got {tolerance}")
+    for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {brief(value)}")
+        if not value >= 0:
+            raise RetrofitError(f"{name} must be at least 0, got {value}")
     check_positive("max_batches", max_batches)
     check_values(model)
 
@@ -126,25 +130,31 @@ def _effects(work: nn.Module, gates: dict[str, SiteGates], reference: Reference)
     effects = {}
     for path, found in gates.items():
         se = put_factor(work, path, found.mean)
-        effects[path] = reference.change()
+        effects[path] = reference.compare()[0]
         put(work, path, se)
     return effects
 
 
 def _greedy(
-    work: nn.Module, gates: dict[str, SiteGates], effects: dict[str, float], reference: Reference, tolerance: float
-) -> list[str]:
-    """Make gates constant, the least effect first, where the outputs stay within the tolerance; which is returned."""
-    constant = []
+    work: nn.Module, gates: dict[str, SiteGates], effects: dict[str, float], reference: Reference,
+    tolerance: float, max_accuracy_loss: float,
+) -> dict[str, str]:  # fmt: skip
+    """Make gates constant, the least effect first, within the limits; returns what kept each of the others."""
+    kept = {}
     for path in sorted(gates, key=lambda path: effects[path]):
         if effects[path] > tolerance:
-            break
+            kept[path] = "outputs"
+            continue
         se = put_factor(work, path, gates[path].mean)
-        if reference.change() <= tolerance:
-            constant.append(path)
-        else:
+        change, accuracy = reference.compare()
+        fallen = 0.0 if accuracy is None or reference.accuracy is None else reference.accuracy - accuracy
+        if change > tolerance:
+            kept[path] = "outputs"
+        elif fallen > max(max_accuracy_loss, reference.one_input):
+            kept[path] = "accuracy"
+        if path in kept:
             put(work, path, se)
-    return [path for path in gates if path in constant]
+    return kept
 
 
 # What takes them in ---------------------------------------------------------------------------------------------------
@@ -165,12 +175,12 @@ class Todo:
     factors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Tensor]) -> Todo:
+def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Labelled]) -> Todo:
     """Let the network take in constant gates, each seen to leave the outputs as they are but for rounding."""
     todo = Todo()
     if not constant:
         return todo
-    factors = Factors(work, record(work, Inputs((batches[0],))), constant)
+    factors = Factors(work, record(work, Inputs((batches[0].inputs,))), constant)
     wanted = outputs_of(work, batches[0])
     for path in constant:
         factor = gates[path].mean
@@ -184,7 +194,7 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], b
 
 
 def absorb(
-    work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Tensor, wanted: list[Tensor]
+    work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Labelled, wanted: list[Tensor]
 ) -> list[Scaling] | None:
     """Fold the constant factor of an SE module into the network and set its own to 1; None, with the network
     unchanged, if that is not possible."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -15,12 +16,20 @@ from ..errors import RetrofitError
 from ..inspection.gates import parted
 from ..surgery.record.isolation import forked_randomness
 
-__all__ = ["Reference", "batches_of", "outputs_of", "relative_change"]
+__all__ = ["Labelled", "Reference", "batches_of", "outputs_of", "relative_change"]
 
 BATCH_SIZE = 32  # of a Dataset, which has none of its own
 
 
-def batches_of(data: Any, most: int, device: torch.device) -> list[Tensor]:
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Inputs, and the class of each where the data tells."""
+
+    inputs: Tensor
+    labels: Tensor | None
+
+
+def batches_of(data: Any, most: int, device: torch.device) -> list[Labelled]:
     """The first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device.
 
     Raises:
@@ -31,8 +40,8 @@ def batches_of(data: Any, most: int, device: torch.device) -> list[Tensor]:
         raise TypeError(f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}")
     loader: Iterable[Any] = DataLoader(data, BATCH_SIZE) if isinstance(data, Dataset) else data
     with forked_randomness():  # a DataLoader draws a seed for its workers
-        found = [parted(item)[0].to(device) for item in islice(_items(loader), most)]
-    found = [batch for batch in found if len(batch)]
+        found = [_batch(item, device) for item in islice(_items(loader), most)]
+    found = [batch for batch in found if len(batch.inputs)]
     if not found:
         raise RetrofitError("the data yields no batch, so there are no gates to measure; give at least one batch")
     return found
@@ -49,12 +58,17 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
         ) from None
 
 
+def _batch(item: Any, device: torch.device) -> Labelled:
+    inputs, labels = parted(item)
+    return Labelled(inputs.to(device), None if labels is None else labels.to(device))
+
+
 # Outputs --------------------------------------------------------------------------------------------------------------
 
 
-def outputs_of(model: nn.Module, batch: Tensor) -> list[Tensor]:
+def outputs_of(model: nn.Module, batch: Labelled) -> list[Tensor]:
     """All floating-point tensors that a model returns for a batch."""
-    leaves = tree_leaves(model(batch))
+    leaves = tree_leaves(model(batch.inputs))
     return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
@@ -70,7 +84,7 @@ def relative_change(now: list[Tensor], before: list[Tensor]) -> float:
 class Reference:
     """The outputs of a network as it is now, to compare with later."""
 
-    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
+    def __init__(self, model: nn.Module, batches: list[Labelled]) -> None:
         self.model = model
         self.batches = batches
         self.outputs = [outputs_of(model, batch) for batch in batches]
@@ -80,8 +94,20 @@ class Reference:
             raise RetrofitError("the model's outputs on the data are not finite, so nothing can be compared")
         if not any(bool(t.any()) for found in self.outputs for t in found):
             raise RetrofitError("the model's outputs on the data are all zero, so nothing can be compared")
+        self.accuracy = self._accuracy(self.outputs)
+        self.one_input = 1.001 / sum(len(batch.inputs) for batch in batches)  # of the accuracy, and what rounding adds
 
-    def change(self) -> float:
-        """How far the outputs are now from those of the reference, relative to their norm."""
-        now = [t for batch in self.batches for t in outputs_of(self.model, batch)]
-        return relative_change(now, [t for found in self.outputs for t in found])
+    def compare(self) -> tuple[float, float | None]:
+        """How far the outputs are from those of the reference, relative to their norm; and the accuracy."""
+        outputs = [outputs_of(self.model, batch) for batch in self.batches]
+        flat = [[t for found in several for t in found] for several in (outputs, self.outputs)]
+        return relative_change(flat[0], flat[1]), self._accuracy(outputs)
+
+    def _accuracy(self, outputs: list[list[Tensor]]) -> float | None:
+        right = count = 0
+        for found, batch in zip(outputs, self.batches, strict=True):
+            if batch.labels is None or not found or found[0].dim() != 2 or len(found[0]) != len(batch.labels):
+                return None
+            right += int((found[0].argmax(1) == batch.labels).sum())
+            count += len(batch.labels)
+        return right / count if count else None

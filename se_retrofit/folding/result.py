@@ -22,6 +22,7 @@ class FoldedSite:
         effect: the change of the outputs if only this site has constant gates, relative to the norm of the outputs.
         verdict: ``"folded"``, ``"factor"`` (the gates are constant now, but could not be folded: a module with one
             factor per channel remains) or ``"kept"``.
+        kept_by: the limit that kept it, ``"outputs"`` (their change) or ``"accuracy"``; None unless it was kept.
         into: the parameters that the gates were folded into.
     """
 
@@ -32,6 +33,7 @@ class FoldedSite:
     between: float
     effect: float
     verdict: str
+    kept_by: str | None = None
     into: tuple[str, ...] = ()
 
 
@@ -45,6 +47,7 @@ class FoldReport:
         inputs: number of inputs that were run.
         tolerance: the largest change of the outputs that was allowed.
         change: the actual change of the outputs, relative to their norm.
+        accuracy_before, accuracy_after: accuracy on the data, from 0 to 1; None without labels.
     """
 
     sites: tuple[FoldedSite, ...]
@@ -52,6 +55,8 @@ class FoldReport:
     inputs: int
     tolerance: float
     change: float
+    accuracy_before: float | None
+    accuracy_after: float | None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as plain data: a network that was folded whole is loaded where this package is not installed."""
@@ -80,7 +85,9 @@ class FoldReport:
                     f"{site.spread:.4f}",
                     f"{site.between:.1%}",
                     f"{site.effect:.2e}",
-                    {"folded": "folded" + into, "factor": "a constant factor stays", "kept": "kept"}[site.verdict],
+                    {"folded": "folded" + into, "factor": "a constant factor stays", "kept": f"kept by {site.kept_by}"}[
+                        site.verdict
+                    ],
                 ]
             )
         counts = {
@@ -92,6 +99,8 @@ class FoldReport:
             f"{counts['kept']} kept; over {self.inputs:,} inputs",
             f"change of the outputs: {self.change:.2e} (allowed: {self.tolerance:g})",
         ]
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            lines.append(f"accuracy: {self.accuracy_before:.2%} before, {self.accuracy_after:.2%} after")
         if self.missed:
             lines.append(f"never called on these inputs: {', '.join(self.missed)}")
         return "\n".join(lines)

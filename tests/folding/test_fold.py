@@ -251,7 +251,7 @@ def test_gates_that_vary_stay_and_the_others_go(partly_folded: nn.Module) -> Non
     assert [site.path for site in plan_of(partly_folded).sites] == list(varying)
     lines = str(report).splitlines()
     assert len(lines) == 2 + 8 + 2
-    assert [line.split()[0] for line in lines if line.endswith("kept")] == list(varying)
+    assert [line.split()[0] for line in lines if line.endswith("kept by outputs")] == list(varying)
     assert "6 of 8 sites folded, 0 left as constant factors, 2 kept; over 4 inputs" in lines
     assert report.to_dict()["sites"][0]["verdict"] == "folded"
 
@@ -317,6 +317,24 @@ def test_factors_that_are_left_are_saved_and_loaded(tmp_path: Path) -> None:
         fold_se(folded, [x])
 
 
+def test_a_site_is_kept_where_the_accuracy_drops_by_more_than_one_image() -> None:
+    model, _, varying = partly_varying()
+    x = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        before = model.eval()(x)
+        changed = fold_se(model, [x], tolerance=100)(x).argmax(1) != before.argmax(1)
+    assert changed.sum() > 1
+    for wrong, kept in ((1, set()), (int(changed.sum()), {"accuracy"})):
+        chosen = torch.cat([x[~changed], x[changed][:wrong]])
+        data = DataLoader(TensorDataset(chosen, model(chosen).argmax(1)), 8)
+        report = fold_se(model, data, tolerance=100, max_accuracy_loss=0).fold_report
+        assert {site.kept_by for site in report.sites if site.verdict == "kept"} == kept
+        assert {site.path for site in report.sites if site.verdict == "kept"} <= set(varying)
+        assert report.inputs == len(chosen)
+        assert (report.accuracy_after < report.accuracy_before == 1) == (wrong == 1)
+        assert f"accuracy: 100.00% before, {report.accuracy_after:.2%} after" in str(report)
+
+
 # What is not touched ---------------------------
 
 
@@ -350,6 +368,7 @@ class Wrong:
         ({"tolerance": -1}, RetrofitError, "tolerance must be at least 0"),
         ({"tolerance": float("nan")}, RetrofitError, "tolerance must be at least 0"),
         ({"tolerance": "1"}, TypeError, "tolerance must be a number"),
+        ({"max_accuracy_loss": -0.1}, RetrofitError, "max_accuracy_loss must be at least 0"),
         ({"max_batches": 0}, RetrofitError, "max_batches must be at least 1"),
         ({"max_batches": 1.5}, TypeError, "max_batches must be a positive int"),
     ],

@@ -35,6 +35,7 @@ def test_fold_saves_a_network_without_se_that_computes_the_same(folder: Path, tm
     result = run("fold", str(folder), "--data", "digits", *arguments)
     assert result.exit_code == 0, result.output
     assert "sites folded" in result.output
+    assert "accuracy: " in result.output
     assert json.loads(report.read_text())["inputs"] == 64
     before, after = load_retrofitted(folder), load_retrofitted(tmp_path / "net-folded")
     assert has_se(before)
