@@ -10,11 +10,12 @@ from torch import fx, nn
 
 from ..plan import Site
 from ..surgery.record.graph import Op, Record, tensor_of
-from ..surgery.record.roles import is_sequential
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
 
 __all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_getitem", "is_parameter", "join", "sign_of"]
+
+END = "the block's end"
 
 
 @dataclass(eq=False)
@@ -138,38 +139,13 @@ class BlockPair:
         return self.after.label(source)
 
     def se_before(self, site: Site) -> str:
-        """What takes the value that a site's SE has scaled, in few words: in the block, or else behind it."""
+        """What takes the value that a site's SE has scaled, in few words."""
         node = self.se_node(site)
         if node is None or self.after is None:
             return ""
-        takers: list[str] = []
-        for user in node.users:
-            takers += [self.after.label(user)] if user.op != "output" else self._behind(site)
+        takers = [END if user.op == "output" else self.after.label(user) for user in node.users]
         takers = list(dict.fromkeys(takers))
         return ", ".join(takers) if len(takers) < 3 else f"{takers[0]} and {len(takers) - 1} more"
-
-    def _behind(self, site: Site) -> list[str]:
-        """What takes a value outside of the block whose end it is: the modules nearest to the block, or operations of the code
-        around both."""
-        se = next(op for op in self.record.ops if op.path == site.path)
-        found: dict[str, None] = {}
-        seen: set[Op] = set()
-        waiting = sorted(se.users, key=lambda op: op.index, reverse=True)
-        while waiting:
-            op = waiting.pop()
-            if op in seen or op.index in self.span:
-                continue
-            seen.add(op)
-            if op.module is None and op.role in ("shape", "pass") and op.users and op.call.holds(se):
-                waiting += sorted(op.users, key=lambda user: user.index, reverse=True)
-                continue
-            call, module, path = op.call, op.module, op.path or ""
-            while not call.holds(se) and call.parent is not None:
-                if not is_sequential(call.module):
-                    module, path = call.module, call.path
-                call = call.parent
-            found[f"{path} ({class_name(module)})" if module is not None else sign_of(op)] = None
-        return list(found) or ["output"]
 
     @property
     def inputs(self) -> int:
