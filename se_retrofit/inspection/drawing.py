@@ -62,24 +62,19 @@ def _frame(group: list[BlockPair]) -> Picture:
     parts = [text("name", 0, 12, f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}")]
     parts += [text("words", 0, 26, f"like it: {few}")] if others else []
     x, height = 0.0, 0.0
-    sides = sides_of(pair)
-    for word, side in zip(("before", "after"), sides, strict=bool(sides)):
+    for word, side in zip(("before", "after"), sides_of(pair), strict=True):
         width = side.width + 2 * MARGIN
         height = side.height + 2 * MARGIN + 10
         parts.append(f'<rect class="panel" x="{x + 1:.0f}" y="37" width="{width:.0f}" height="{height:.0f}" rx="8"/>')
         parts.append(text("words", x + MARGIN, 52, word))
         parts.append(side.svg(f"{pair.path} {word}", at=(x + MARGIN, 37 + MARGIN + 10)))
         x += width + MARGIN
-    if pair.failure is not None:
-        parts.append(text("words", 0, 52, f"no graph: {pair.failure}"))
     letters = LETTER * max(len(pair.path) + len(pair.cls) + 14, len(few) + 10)
     return Picture(max(x - MARGIN, letters) + 2, height + 40, tuple(parts))
 
 
 def sides_of(pair: BlockPair) -> list[Picture]:
-    """A block before and after, as two pictures of one size whose nodes are in line; none where it has no graph."""
-    if pair.after is None:
-        return []
+    """A block before and after, as two pictures of one size whose nodes are in line."""
     diagram = _Diagram(*_drawn(pair.after))
     return [diagram.picture(without_se=True), diagram.picture()]
 

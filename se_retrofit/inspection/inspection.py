@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from .diff import diff_lines
 from .drawing import write
 from .graphs import Recorded, find_block, recorded
 from .lines import Line, Lines
-from .printing import block_lines, tree_lines
+from .printing import block_lines, network_lines
 from .report import Report, report_of
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ class Inspection(Recorded):
     Attributes:
         model: the model that was inspected.
         plan: the plan that it was retrofitted by.
-        blocks: its blocks with SE, each with its ``torch.fx.Graph`` before and after, in the order of the plan.
+        blocks: its blocks with SE that run on the inputs, each with its ``torch.fx.Graph`` before and after, in the order of
+            the plan.
 
     Example:
         >>> import timm
@@ -54,7 +57,7 @@ class Inspection(Recorded):
         return self._report
 
     def block(self, path: str) -> BlockPair:
-        """A block: its ``before.graph`` and ``after.graph``, its ``sites``, its ``module``.
+        """A block: its ``before.graph`` and ``after.graph``, and its ``sites``.
 
         Raises:
             RetrofitError: there is no such block.
@@ -71,7 +74,7 @@ class Inspection(Recorded):
         return find_block(self, path)
 
     def graph(self, block: str | None = None) -> Lines:
-        """The tree of the model's modules, in which what repeats is folded; or the torch.fx graph and the source of one block.
+        """The network at the level of its blocks: what each of them is, gives and takes; or the torch.fx graph of one block.
         Lines about SE have a ``>`` in the margin.
 
         Raises:
@@ -85,7 +88,7 @@ class Inspection(Recorded):
             > SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=
             ...
         """
-        return Lines(tree_lines(self) if block is None else block_lines(self.block(block)))
+        return Lines(network_lines(self) if block is None else block_lines(self.block(block)))
 
     def diff(self, block: str | None = None) -> Lines:
         """A unified diff of a block's source, from its author's to what it is now; of each distinct block without ``block``.
@@ -171,7 +174,8 @@ class Inspection(Recorded):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
-        return self._report.to_dict()
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self._report)))
+        return data
 
     def __str__(self) -> str:
         return str(self._report)
@@ -196,7 +200,8 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
         it, ``block()`` and ``to_dict()``.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs.
+        RetrofitError: the model has no SE that ``add_se`` put in, ``fuse_se`` has fused it, or the model can't be run on the
+            inputs.
         TypeError: it is no model, or the inputs are of no form that ``add_se`` takes.
 
     Warns:

@@ -63,7 +63,7 @@ class Network:
 
 def network_of(found: Recorded) -> Network:
     """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
-    called = {pair.path for pair in found.blocks if not pair.is_part and pair.failure is None}
+    called = {pair.path for pair in found.blocks if not pair.is_part}
     opened = {
         call.path
         for call in found.record.calls
@@ -167,8 +167,6 @@ def _shapes(ops: list[Op]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _has_bypass(pair: BlockPair) -> bool:
     """Whether something reaches a block's output without going through its SE."""
-    if pair.after is None:
-        return False
     past = set(pair.after.graph.find_nodes(op="placeholder"))
     for node in pair.after.graph.nodes:
         if node not in pair.after.ses and past.intersection(node.all_input_nodes):
