@@ -14,12 +14,11 @@ from .graphs import Recorded
 from .layout import layered
 from .network import JOINS, network_of
 from .picture import picture
-from .svg import RADIUS, Picture, arrow, box, file_of, join, text
+from .svg import BOLD, LETTER, RADIUS, Picture, arrow, box, file_of, join, text
 
 __all__ = ["sides_of", "write"]
 
 HEIGHT, GAP, STUB = 34, 34, 16  # of a box; below it; of which arrows go straight down, beside their label
-LETTER, BOLD = 6.0, 7.4  # width of a letter in small and in large print, at most
 MOST = 34  # letters in a line
 MARGIN = 12
 WIDEST = 1200  # of a row of blocks
@@ -59,7 +58,8 @@ def _frame(group: list[BlockPair]) -> Picture:
     """A block before and after, with its name and those of the blocks that are like it."""
     pair, *others = group
     few = ", ".join(other.path for other in others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    parts = [text("name", 0, 12, f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}")]
+    title = f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}"
+    parts = [text("name", 0, 12, title)]
     parts += [text("words", 0, 26, f"like it: {few}")] if others else []
     x, height = 0.0, 0.0
     for word, side in zip(("before", "after"), sides_of(pair), strict=True):
@@ -69,8 +69,7 @@ def _frame(group: list[BlockPair]) -> Picture:
         parts.append(text("words", x + MARGIN, 52, word))
         parts.append(side.svg(f"{pair.path} {word}", at=(x + MARGIN, 37 + MARGIN + 10)))
         x += width + MARGIN
-    letters = LETTER * max(len(pair.path) + len(pair.cls) + 14, len(few) + 10)
-    return Picture(max(x - MARGIN, letters) + 2, height + 40, tuple(parts))
+    return Picture(max(x - MARGIN, BOLD * len(title), LETTER * (len(few) + 10)) + 2, height + 40, tuple(parts))
 
 
 def sides_of(pair: BlockPair) -> list[Picture]:

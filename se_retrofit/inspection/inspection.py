@@ -180,6 +180,9 @@ class Inspection(Recorded):
     def __str__(self) -> str:
         return str(self._report)
 
+    def _repr_html_(self) -> str:
+        return self._report._repr_html_()
+
     def __repr__(self) -> str:
         return f"<Inspection of {self._report.model}: {len(self.plan.sites)} SE modules in {len(self.blocks)} blocks>"
 

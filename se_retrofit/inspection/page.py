@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import extra
+from ..plan import folded
 from .blocks import BlockPair
 from .costs import human
 from .diff import diff_lines
@@ -31,7 +32,7 @@ def page(found: Recorded, report: Report) -> str:
 
     groups = found.distinct()
     links = {pair.path: f"#block-{i}" for i, group in enumerate(groups, 1) for pair in group}
-    drawn = picture(network_of(found), links)  # smaller than this, its words are not legible, and the page scrolls
+    drawn = picture(network_of(found), links)
     environment = Environment(
         loader=PackageLoader("se_retrofit.inspection", "."),
         autoescape=select_autoescape(),
@@ -42,11 +43,12 @@ def page(found: Recorded, report: Report) -> str:
     return environment.get_template("page.html").render(
         report=report,
         cards=_cards(report),
-        network=drawn.svg("the network", style=f"min-width: {0.75 * drawn.width:.0f}px"),
+        network=drawn.svg("the network", style=f"--legible: {0.57 * drawn.width:.0f}px"),
         version=__version__,
         blocks=[_block(group) for group in groups],
         columns={name: _classes(name) for name in report.rows[0].cells()},
         links=links,
+        skipped=folded(report.skipped),
     )
 
 

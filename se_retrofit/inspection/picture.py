@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from .network import Edge, Network, Node
-from .svg import RADIUS, Picture, arrow, box, join, text, times
+from .svg import BOLD, RADIUS, Picture, arrow, badge_width, box, join, text, times
 
 __all__ = ["picture"]
 
@@ -161,14 +161,14 @@ def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str
     tip = ", ".join(part for part in told if part)
     if node.kind == "join":
         return join(x + _WIDTH / 2, y + _HEIGHT / 2, node.name, tip)
-    room = 16 if node.ses else 21
+    mark = "" if not node.ses else "SE" if node.ses == 1 else f"{node.ses} SE"
+    room = int((_WIDTH - 18 - badge_width(mark)) / BOLD)
     words = node.words if "," not in node.words else f"{node.words.count(',') + 1} layers"
     if len(node.shape) == len(node.space) + 1 and node.space == column.space != ():
         shape = str(math.prod(node.shape) // max(math.prod(node.space), 1))  # the heading says the rest
     most = room + 5 - len(shape) - 3
     words = words if len(words) <= most else f"{words[: most - 1]}\u2026"
     lines = [_name(node, column, room), f"{words} \u00b7 {shape}" if words else shape]
-    mark = "" if not node.ses else "SE" if node.ses == 1 else f"{node.ses} SE"
     bypass = f'<path class="skip" d="M{x},{y + 4} h-4 q-5,0 -5,5 v{_HEIGHT - 18} q0,5 5,5 h4"/>' if node.bypass else ""
     drawn = bypass + box(node.kind, x, y, _WIDTH, _HEIGHT, lines, tip, mark)
     link = links.get(node.block.path) if node.block is not None else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..plan import Site, Skipped, folded
 from ..surgery.splice.undo import is_retrofitted
-from ..tables import aligned
+from ..tables import aligned, as_html
 from .blocks import BlockPair, class_name
 from .costs import NOT_CALLED, SiteCost, human, multiply_adds, one_input, resized, site_costs
 from .graphs import Recorded
@@ -150,6 +150,14 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([f"{self.model} with {self.title}", "", *self.table(), "", *self.totals()])
+
+    def _repr_html_(self) -> str:
+        cells = [row.cells() for row in self.rows]
+        left = sum(name not in NUMBERS for name in cells[0])
+        title = f"{self.model} with {self.title}"
+        return as_html(
+            [list(cells[0]), *(list(row.values()) for row in cells)], left=left, above=title, below=self.totals()
+        )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text

@@ -8,10 +8,11 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inspected import Box, boxes, inspected
-from torch import empty
+from inspected import Box, DoubleConv, boxes, example, inspected, small_resnet
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from se_retrofit import RetrofitError, add_se, inspect_se
@@ -164,6 +165,45 @@ def test_the_skips_of_a_u_net_lead_past_what_is_below() -> None:
     assert sum(n.ses for n in network.nodes) == 10
 
 
+class Decoder(nn.Module):
+    """The other half of a U-Net, which takes what all stages gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(DoubleConv(64 * 2**i + 64 * 2 ** (i + 1), 64 * 2**i) for i in (2, 1, 0))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = features[-1]
+        for block, skip in zip(self.blocks, features[-2::-1], strict=True):
+            x = block(torch.cat([nn.functional.interpolate(x, scale_factor=2.0), skip], 1))
+        return x
+
+
+class Segmenter(nn.Module):
+    """A residual encoder, and a decoder without SE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = small_resnet(), Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder.maxpool(self.encoder.relu(self.encoder.bn1(self.encoder.conv1(x))))
+        features = [x := stage(x) for stage in list(self.encoder.children())[4:8]]
+        return self.decoder(features)
+
+
+def test_a_decoder_without_se_is_opened_so_that_the_u_is_seen() -> None:
+    network = network_of(inspect_se(add_se(Segmenter(), example_inputs=example()), example()))
+    assert sum(n.name.startswith("decoder.blocks.") for n in network.nodes) == 3
+    assert [source for source, end in skips(network) if end == "cat"] == [
+        "encoder.layer3.0",
+        "encoder.layer2.1",
+        "encoder.layer1.0",
+    ]
+    stages = [n.space[0] for n in network.nodes if n.kind in ("block", "join")]
+    assert stages == [16, 8, 8, 4, 2, 4, 8, 16]
+
+
 def test_every_layer_of_a_dense_block_takes_all_before_it() -> None:
     network = network_of(inspected("dense"))
     layers = [n for n in network.nodes if n.name.startswith("features.denseblock1.")]
@@ -187,7 +227,7 @@ def test_blocks_that_are_parts_of_a_graph_and_blocks_called_twice_are_in_it(name
 
 
 def test_where_the_network_itself_is_the_block_its_se_is_marked() -> None:
-    inspection = inspect_se(add_se(BasicBlock(8, 8), example_inputs=empty(2, 8, 8, 8)))
+    inspection = inspect_se(add_se(BasicBlock(8, 8), example_inputs=torch.empty(2, 8, 8, 8)))
     network = network_of(inspection)
     assert [(n.name, n.kind, n.ses) for n in network.nodes if n.ses] == [("se_attention", "block", 1)]
     assert [n.block.path for n in network.nodes if n.block is not None] == [""]
