@@ -8,124 +8,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from ..errors import RetrofitError, check_module
 from ..plan import Plan, Site
-from ..retrofit import plan_of
 from ..surgery.record.graph import Call, Op, Record
-from ..surgery.record.inputs import Inputs, described_inputs, given_inputs
 from ..surgery.record.roles import is_sequential
-from ..surgery.record.runs import record
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name
 
-__all__ = ["Recorded", "batch_size", "call_graph", "find_block", "recorded"]
+__all__ = ["batch_size", "blocks_of", "call_graph"]
 
 
-@dataclass(eq=False)
-class Recorded:
-    """A retrofitted model, its plan, its record, and those of its blocks that were called, in the order of the plan."""
-
-    model: nn.Module
-    plan: Plan
-    record: Record
-    blocks: list[BlockPair]
-
-    def distinct(self) -> list[list[BlockPair]]:
-        """The blocks in groups of the same structure, the one that shows it best first: of dense layers, the first that
-        is given several feature maps."""
-        groups: dict[tuple[Any, ...], list[BlockPair]] = {}
-        for block in self.blocks:
-            groups.setdefault(block.signature(), []).append(block)
-        return [sorted(group, key=lambda pair: pair.inputs < 2) for group in groups.values()]
-
-
-def inputs_of(model: nn.Module, plan: Plan, example_inputs: Any) -> Inputs | None:
-    """The inputs given, or of the shapes that the model's plan was made on."""
-    if example_inputs is not None:
-        return given_inputs(example_inputs)
-    try:
-        return described_inputs(plan.inputs, model)
-    except ValueError as error:
-        raise RetrofitError(f"{error}; or give example_inputs") from None
-
-
-def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
-    """Record a retrofitted model, and find the graph of each of its blocks.
-
-    Args, raises: as ``inspect_se``.
-    """
-    check_module(model)
-    try:
-        plan = plan_of(model)
-    except RetrofitError as error:
-        raise RetrofitError(
-            f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
-        ) from None
-    from ..fusion.attention import FusedSEAttention
-
-    if any(isinstance(module, FusedSEAttention) for module in model.modules()):
-        raise RetrofitError("SE is fused with the norms before it, which hides both: inspect unfuse_se(model)")
-    found = record(model, inputs_of(model, plan, example_inputs))
+def blocks_of(model: nn.Module, plan: Plan, record: Record) -> list[BlockPair]:
+    """The blocks of a retrofitted model that were called when it was recorded, in the order of the plan."""
     sites: dict[str, list[Site]] = {}
     for site in plan.sites:
         sites.setdefault(site.block, []).append(site)
     opened = {
         call.path
-        for call in found.calls
+        for call in record.calls
         if is_sequential(call.module) or any(map(is_retrofitted, call.module.modules()))
     }
-    pairs = (_block(model, found, own, opened) for own in sites.values())
-    return Recorded(model, plan, found, [pair for pair in pairs if pair is not None])
+    pairs = (_block(model, record, own, opened) for own in sites.values())
+    return [pair for pair in pairs if pair is not None]
 
-
-def find_block(found: Recorded, path: str) -> BlockPair:
-    """The block of this path, the one that an SE module or another module of this path is in, or the only one in it.
-
-    Raises:
-        RetrofitError: there is none; the message lists some that there are.
-    """
-    exact = [pair for pair in found.blocks if path == pair.path or path in [site.path for site in pair.sites]]
-    known = path and path in dict(found.model.named_modules())
-    around = [pair for pair in found.blocks if known and pair.path and path.startswith(f"{pair.path}.")]
-    within = [pair for pair in found.blocks if known and pair.path.startswith(f"{path}.")]
-    if exact or around:
-        return exact[0] if exact else max(around, key=lambda pair: len(pair.path))
-    if len(within) == 1:
-        return within[0]
-    paths = [pair.path for pair in within or found.blocks]
-    few = ", ".join(paths[:6]) + (f", ... ({len(paths)} in all)" if len(paths) > 6 else "")
-    if within:
-        raise RetrofitError(f"{len(within)} blocks with SE are in {path!r}, name one: {few}")
-    raise RetrofitError(f"no block with SE that runs on these inputs is {path!r}; those that do are {few}")
-
-
-# Parts of a record's graph --------------------------------------------------------------------------------------------
 
 Steps = list[Op | Call]
 
 
-def _block(model: nn.Module, found: Record, sites: list[Site], opened: Container[str]) -> BlockPair | None:
+def _block(model: nn.Module, record: Record, sites: list[Site], opened: Container[str]) -> BlockPair | None:
     """The block that some sites are in; None where it is not called."""
     path, kind = sites[0].block, sites[0].kind
-    se = next((op for op in found.ops if op.path == sites[0].path), None)
+    se = next((op for op in record.ops if op.path == sites[0].path), None)
     call = se.call if se is not None else None
     while call is not None and call.path and not f"{path}.".startswith(f"{call.path}."):
         call = call.parent
     if call is None:
         return None
-    steps = _steps(found, call, opened)
+    steps = _steps(record, call, opened)
     if call.path != path:
         steps = _part(steps, path, sites)
-    graph = graph_of(found, steps, call if call.path == path else None)
-    cls = class_name(_unit_around(found, path, model))
-    return BlockPair(path, kind, cls, sites, model, graph, _span(steps), sum(c.path == call.path for c in found.calls))
+    graph = graph_of(record, steps, call if call.path == path else None)
+    cls = class_name(_unit_around(record, path, model))
+    return BlockPair(path, kind, cls, sites, model, graph, _span(steps), sum(c.path == call.path for c in record.calls))
 
 
 def _unit_around(record: Record, path: str, model: nn.Module) -> nn.Module:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from ..surgery.record.graph import Call, Op
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, join
-from .graphs import Recorded, call_graph
+from .graphs import call_graph
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
 
@@ -65,7 +69,7 @@ class Network:
     edges: list[Edge]
 
 
-def network_of(found: Recorded) -> Network:
+def network_of(found: Inspection) -> Network:
     """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
     called = {pair.path for pair in found.blocks if not pair.is_part}
     opened = {

@@ -13,7 +13,6 @@ from rich.console import Console
 from torch import fx, nn
 
 from se_retrofit import RetrofitError, SEAttention, add_se, fuse_se, inspect_se, record, remove_se
-from se_retrofit.inspection import graphs
 from se_retrofit.inspection.lines import Line, Lines
 
 
@@ -169,8 +168,9 @@ def test_what_is_not_called_has_a_row_and_no_block() -> None:
 
 def test_all_views_come_from_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[bool] = []
-    record = graphs.record
-    monkeypatch.setattr(graphs, "record", lambda *args, **kw: recorded.append(True) or record(*args, **kw))
+    monkeypatch.setattr(
+        "se_retrofit.inspection.inspection.record", lambda *args, **kw: recorded.append(True) or record(*args, **kw)
+    )
     inspection = inspect_se(add_se(small_resnet()))
     assert repr(inspection) == "<Inspection of ResNet: 5 SE modules in 5 blocks>"
     assert str(inspection) == str(inspection.report())
