@@ -84,6 +84,14 @@ def test_before_and_after_differ_in_nothing_but_se(name: str, block: str) -> Non
     assert (lines[0], len(lines[1])) == ([], 2)
     labels = [[t.text for t in side if t.tag == "text"] for side in (before, after)]
     assert len(labels[1]) == len(labels[0]) + 1
+    # no arrow is broken: each line ends at a tip, or where another goes on
+    drawn = {
+        kind: [p.get("d", "") for p in before.iter("path") if p.get("class") == kind] for kind in ("flow", "flow tip")
+    }
+    begun = {path.split()[0] for paths in drawn.values() for path in paths}
+    for path in drawn["flow"]:
+        *_, curve, bottom = path.split()
+        assert f"M{curve.split(',')[0]},{bottom[1:]}" in begun
 
 
 def test_a_bottleneck_is_drawn_with_its_layers_shapes_and_skip() -> None:
