@@ -109,27 +109,6 @@ class Report:
         """What is inserted, in full."""
         return "Squeeze-and-Excitation" if self.what == "SE" else f"{self.what} modules"
 
-    def summary(self) -> list[tuple[str, str]]:
-        """The totals, as pairs of a heading and a text."""
-        share = 100 * self.trainable_after / self.parameters_after if self.parameters_after else 0.0
-        of = "" if self.what != "SE" else f", reduction {self.options['reduction']}, gate {self.options['gate']}"
-        lines = [
-            (f"{self.what} modules", f"{len(self.rows)}{of}"),
-            ("parameters", _change(self.parameters_before, self.parameters_after)),
-            ("trainable", f"{self.trainable_before:,} -> {self.trainable_after:,} ({share:.2f}% of all)"),
-        ]
-        if self.multiply_adds_before is None or self.multiply_adds_after is None:
-            lines.append(("multiply-adds", "unknown: the network can't be run to its end without data"))
-            return lines
-        before, layers = self.multiply_adds_before, self.multiply_adds_after
-        after = layers + self.squeeze_scale
-        change = f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input"
-        return [
-            *lines,
-            ("multiply-adds", change + (f", resized to {self.resized} by the network" if self.resized else "")),
-            ("  of layers alone", f"{human(before)} -> {human(layers)} (+{percent(layers - before, before)})"),
-        ]
-
     def table(self, width: float = math.inf) -> list[str]:
         """The table as lines, without as many of the columns that matter least as it takes to be no wider than ``width``."""
         cells = [row.cells() for row in self.rows]
@@ -143,11 +122,28 @@ class Report:
 
     def totals(self) -> list[str]:
         """What stands below the table."""
-        lines = [f"{heading:<19}{text}" for heading, text in self.summary()]
+        of = "" if self.what != "SE" else f", reduction {self.options['reduction']}, gate {self.options['gate']}"
+        share = percent(self.trainable_after, self.parameters_after)
+        totals = {
+            f"{self.what} modules": f"{len(self.rows)}{of}",
+            "parameters": _change(self.parameters_before, self.parameters_after),
+            "trainable": f"{self.trainable_before:,} -> {self.trainable_after:,} ({share} of all)",
+            **self._multiply_adds(),
+        }
+        lines = [f"{heading:<19}{text}" for heading, text in totals.items()]
         if self.skipped:
             lines += ["", f"skipped: {len(self.skipped)}"]
             lines += [f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped)]
         return lines
+
+    def _multiply_adds(self) -> dict[str, str]:
+        before, layers = self.multiply_adds_before, self.multiply_adds_after
+        if before is None or layers is None:
+            return {"multiply-adds": "unknown: the network can't be run to its end without data"}
+        after = layers + self.squeeze_scale
+        resized = f", resized to {self.resized} by the network" if self.resized else ""
+        whole, alone = (f"{human(before)} -> {human(n)} (+{percent(n - before, before)})" for n in (after, layers))
+        return {"multiply-adds": f"{whole} for one {self.inputs} input{resized}", "  of layers alone": alone}
 
     def __str__(self) -> str:
         return "\n".join([f"{self.model} with {self.title}", "", *self.table(), "", *self.totals()])
