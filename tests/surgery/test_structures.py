@@ -8,6 +8,7 @@ import layer_networks  # noqa: F401
 import pytest
 import signal_networks  # noqa: F401
 import torch
+import unet_networks  # noqa: F401
 from networks import randomised
 from own_networks import check
 from structure import STRUCTURES, Structure

@@ -60,7 +60,7 @@ def test_a_network_is_built_without_memory_where_its_constructor_lets_it() -> No
 
 @pytest.mark.parametrize("expected", EXPECTED, ids=lambda row: row["name"])
 def test_se_goes_where_it_went(expected: dict[str, str]) -> None:
-    """One or two networks for each kind of block; tests/sweeps/test_tracing.py has one of each structure."""
+    """One or two networks for each kind of block; tests/sweeps/test_walk.py has one of each structure."""
     (entry,) = entries([expected["name"]])
     row = check(entry)
     counts = {kind: str(row.kinds.get(kind, 0)) for kind in KINDS}
