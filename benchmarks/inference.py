@@ -8,19 +8,16 @@ A ratio of 1 to the native network means that the retrofit adds the cost of SE a
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
 
 import timm
 import torch
-from timing import interleaved, machine, milliseconds, ratio, table
-from torch import Tensor, nn
+from timing import LAYOUTS, inference_rows, machine, table
+from torch import nn
 
 from se_retrofit import SEAttention, add_se
 from se_retrofit.verify import redraw_vectors
 
 PLAIN, NATIVE, RETROFITTED = "plain", "native SE", "retrofitted"
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def networks(plain: str, native: str) -> dict[str, nn.Module]:
@@ -44,36 +41,6 @@ def networks(plain: str, native: str) -> dict[str, nn.Module]:
     return {PLAIN: without, NATIVE: with_se, RETROFITTED: retrofitted}
 
 
-def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    model.eval()
-
-    def step() -> None:
-        with torch.inference_mode():
-            model(x)
-
-    return step
-
-
-def forward_backward(model: nn.Module, x: Tensor) -> Callable[[], object]:
-    model.train()
-
-    def step() -> None:
-        model(x).float().square().mean().backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    return step
-
-
-def peak(step: Callable[[], object], device: str) -> str:
-    if device != "cuda":
-        return "-"
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -83,7 +50,6 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--train", action="store_true", help="forward and backward in train mode, not forward alone")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the autocast"
@@ -92,31 +58,20 @@ def main() -> None:
     device = arguments.device
     dtype = getattr(torch, arguments.dtype)
 
-    what = "forward and backward" if arguments.train else "forward"
     mode = "torch.compile" if arguments.compile else "eager"
-    print(f"{machine(device)}; {what}, {mode}, {arguments.dtype}, {arguments.size}x{arguments.size}", end="\n\n")
+    print(f"{machine(device)}; {mode}, {arguments.dtype}, {arguments.size}x{arguments.size}", end="\n\n")
     models = {name: model.to(device) for name, model in networks(arguments.plain, arguments.native).items()}
     rows: list[list[object]] = []
     for layout in arguments.layouts:
+        for model in models.values():
+            model.to(memory_format=LAYOUTS[layout])
         for batch in arguments.batch or ((1, 8) if device == "cpu" else (1, 128)):
             x = torch.randn(batch, 3, arguments.size, arguments.size, device=device)
-            x = x.to(memory_format=LAYOUTS[layout])
-            torch.compiler.reset()
-            steps = {}
-            for name, model in models.items():
-                model.to(memory_format=LAYOUTS[layout])
-                runs = torch.compile(model) if arguments.compile else model
-                steps[name] = (forward_backward if arguments.train else forward)(runs, x)
-            synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                seconds = interleaved(steps, rounds=arguments.rounds, warmup=3, synchronize=synchronize)
-                memory = {name: peak(step, device) for name, step in steps.items()}
-            for name in models:
-                images = f"{batch / statistics.median(seconds[name]):,.1f}"
-                against = [ratio(seconds[name], seconds[base]) if name != base else "1" for base in (PLAIN, NATIVE)]
-                rows.append(
-                    [f"{layout}, batch {batch}, {name}", milliseconds(seconds[name]), images, *against, memory[name]]
-                )
+            found = inference_rows(
+                models, x.to(memory_format=LAYOUTS[layout]), (PLAIN, NATIVE),
+                compiled=arguments.compile, dtype=dtype, rounds=arguments.rounds, device=device,
+            )  # fmt: skip
+            rows += ([f"{layout}, batch {batch}, {name}", *cells] for name, *cells in found)
     header = ("", "ms", "images/s", "/ plain", "/ native SE", "peak MiB above the weights")
     print(table(header, rows))
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import timm
 import torch
-from timing import interleaved, machine, ratio, table
+from timing import interleaved, machine, ratio, synchronize, table
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -62,16 +62,15 @@ def seconds_of(
     model: nn.Module, images: Tensor, targets: Tensor, clock: Clock, options: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Of an epoch of each loop, by this clock, in every round."""
-    synchronize = torch.cuda.synchronize if options.device == "cuda" else (lambda: None)
     epoch, config, data = bare_epoch(model, images, targets, options), recipe(options), TensorDataset(images, targets)
     found: dict[str, list[float]] = {"bare": [], "finetune": []}
 
     def timed(name: str, call: Callable[..., None]) -> Callable[..., None]:
         def run(*args: object) -> None:
-            synchronize()
+            synchronize(options.device)
             start = clock()
             call(*args)
-            synchronize()
+            synchronize(options.device)
             found[name].append(clock() - start)
 
         return run

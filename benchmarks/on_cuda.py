@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,8 +21,7 @@ import loop
 import timm
 import torch
 import training
-from inference import LAYOUTS, forward, peak
-from timing import interleaved, machine, milliseconds, ratio, table
+from timing import LAYOUTS, inference_rows, machine, ratio, table
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -54,24 +52,15 @@ def train_rows(options: argparse.Namespace, compiled: bool) -> str:
     return f"Forward and backward, {'compiled' if compiled else 'eager'}:\n\n{table(header, rows)}"
 
 
-def inference_rows(options: argparse.Namespace, compiled: bool) -> str:
+def inference(options: argparse.Namespace, compiled: bool) -> str:
     models, _ = training.variants("resnet50")
-    x = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
-    x = x.to(memory_format=LAYOUTS[LAYOUT])
-    torch.compiler.reset()
-    steps: dict[str, Callable[[], object]] = {}
-    for name, model in models.items():
+    for model in models.values():
         model.to(options.device, memory_format=LAYOUTS[LAYOUT])
-        steps[name] = forward(torch.compile(model) if compiled else model, x)
-    synchronize = torch.cuda.synchronize if options.device == "cuda" else (lambda: None)
-    with torch.autocast(options.device, DTYPE):
-        seconds = interleaved(steps, rounds=options.rounds, warmup=1, synchronize=synchronize)
-        memory = {name: peak(step, options.device) for name, step in steps.items()}
-    rows: list[list[object]] = []
-    for name in models:
-        images = f"{options.batch / statistics.median(seconds[name]):,.0f}"
-        against = ratio(seconds[name], seconds["plain"]) if name != "plain" else "1"
-        rows.append([name, milliseconds(seconds[name]), images, against, memory[name]])
+    x = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
+    rows = inference_rows(
+        models, x.to(memory_format=LAYOUTS[LAYOUT]), ("plain",),
+        compiled=compiled, dtype=DTYPE, rounds=options.rounds, device=options.device,
+    )  # fmt: skip
     header = ("", "ms", "images/s", "/ plain", "peak MiB above the weights")
     return f"Inference, {'compiled' if compiled else 'eager'}:\n\n{table(header, rows)}"
 
@@ -116,12 +105,12 @@ def sections(options: argparse.Namespace) -> Iterator[Section]:
     """The most telling first: what would begin after ``--seconds`` is left out."""
     yield tests
     yield lambda o: train_rows(o, False)
-    yield lambda o: inference_rows(o, False)
+    yield lambda o: inference(o, False)
     yield resumed
     yield against_bare
     if not options.small:
         yield lambda o: train_rows(o, True)
-        yield lambda o: inference_rows(o, True)
+        yield lambda o: inference(o, True)
 
 
 def written(page: str, text: str) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import timm
 import torch
 import torchvision
+from torch import Tensor, nn
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def interleaved(
@@ -18,20 +21,71 @@ def interleaved(
     *,
     rounds: int,
     warmup: int = 2,
-    synchronize: Callable[[], None] = lambda: None,
+    device: str = "cpu",
 ) -> dict[str, list[float]]:
     """Seconds of every candidate in every round; within a round each runs once, in an order drawn anew."""
     order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(-warmup, rounds):
         for name in order.sample(list(candidates), len(candidates)):
-            synchronize()
+            synchronize(device)
             start = time.perf_counter()
             candidates[name]()
-            synchronize()
+            synchronize(device)
             if round_ >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def synchronize(device: str) -> None:
+    """Wait for all that a GPU has been given to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    """A step of inference."""
+    model.eval()
+
+    def step() -> None:
+        with torch.inference_mode():
+            model(x)
+
+    return step
+
+
+def peak(step: Callable[[], object], device: str) -> str:
+    """The most memory that a step takes beside what is there, in MiB."""
+    if device != "cuda":
+        return "-"
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}"
+
+
+def inference_rows(
+    models: Mapping[str, nn.Module],
+    x: Tensor,
+    bases: Sequence[str],
+    *,
+    compiled: bool,
+    dtype: torch.dtype,
+    rounds: int,
+    device: str,
+) -> list[list[object]]:
+    """For each network: milliseconds of a forward pass, images a second, the ratios to ``bases``, and peak memory."""
+    torch.compiler.reset()
+    steps = {name: forward(torch.compile(m) if compiled else m, x) for name, m in models.items()}  # type: ignore[arg-type]
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        seconds = interleaved(steps, rounds=rounds, warmup=3, device=device)
+        memory = {name: peak(step, device) for name, step in steps.items()}
+    rows: list[list[object]] = []
+    for name, own in seconds.items():
+        against = [ratio(own, seconds[base]) if name != base else "1" for base in bases]
+        images = f"{len(x) / statistics.median(own):,.1f}"
+        rows.append([name, milliseconds(own), images, *against, memory[name]])
+    return rows
 
 
 def ratio(mine: Sequence[float], base: Sequence[float]) -> str:

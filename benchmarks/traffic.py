@@ -10,8 +10,7 @@ import argparse
 import itertools
 
 import torch
-from inference import LAYOUTS
-from timing import machine, table
+from timing import LAYOUTS, machine, table
 from torch import Tensor, nn
 from torch._inductor import metrics
 from torch._inductor.utils import fresh_inductor_cache

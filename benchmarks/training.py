@@ -15,8 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from inference import LAYOUTS, forward_backward, peak
-from timing import interleaved, machine, milliseconds, ratio, table
+from timing import LAYOUTS, interleaved, machine, milliseconds, peak, ratio, table
 from torch import Tensor, nn
 
 from se_retrofit import add_se, fuse_se
@@ -45,6 +44,17 @@ def variants(name: str) -> tuple[dict[str, nn.Module], str]:
     if native is not None:
         models["native SE"] = timm.create_model(native)
     return models, remark
+
+
+def forward_backward(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    model.train()
+
+    def step() -> None:
+        model(x).float().square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return step
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
@@ -79,8 +89,7 @@ def measure(
             steps[name] = forward_backward(runs, x)
             steps[name]()
             saved[name] = saved_bytes(runs, x)
-        synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-        seconds = interleaved(steps, rounds=options.rounds, warmup=1, synchronize=synchronize)
+        seconds = interleaved(steps, rounds=options.rounds, warmup=1, device=device)
         memory = {name: peak(step, device) for name, step in steps.items()}
     rows: list[list[object]] = []
     for name in models:

@@ -18,7 +18,7 @@ print(inspection)
 rows = inspection.report().rows
 print(f"\ncheapest site: {min(rows, key=lambda row: row.multiply_adds or 0).path}\n")
 
-# the tree of modules; one block's graph and code; its code before and after
+# the network's blocks; one block's graph; its code before and after
 print(inspection.graph())
 print(inspection.graph("features.3"))
 print(inspection.diff("features.3"))

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .attention import name_of
 from .errors import RetrofitError, brief
 from .plaindata import parse_json
-from .tables import aligned
+from .tables import aligned, as_html
 
 __all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "folded", "noted_options"]
 
@@ -191,17 +191,23 @@ class Plan:
         """
         return cls.from_dict(parse_json(text, "the plan"))
 
-    def __str__(self) -> str:
-        header = ("block", "kind", "after", "channels", "parameters")
-        rows = [
-            (site.block or "(model)", site.kind, site.after, f"{site.channels:,}", f"{site.parameters:,}")
-            for site in self.sites
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            ("block", "kind", "after", "channels", "parameters"),
+            *((s.block or "(model)", s.kind, s.after, f"{s.channels:,}", f"{s.parameters:,}") for s in self.sites),
         ]
-        lines = aligned([header, *rows], left=3, rule=True)
-        lines.append(f"{len(self.sites)} {self.what} modules, {self.parameters:,} parameters")
+
+    def _notes(self) -> list[str]:
+        lines = [f"{len(self.sites)} {self.what} modules, {self.parameters:,} parameters"]
         if self.skipped:
             lines += ["skipped:", *(f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped))]
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join([*aligned(self._rows(), left=3, rule=True), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return as_html(self._rows(), left=3, below=self._notes())
 
 
 def folded(skipped: Iterable[Skipped], most: int = 3) -> list[tuple[str, str]]:

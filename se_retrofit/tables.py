@@ -1,10 +1,11 @@
-"""Tables as text: how every printout of this package puts cells into columns."""
+"""Tables as text, and in notebooks: how every printout of this package puts cells into columns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 
-__all__ = ["aligned"]
+__all__ = ["aligned", "as_html"]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: bool = False) -> list[str]:
@@ -33,3 +34,19 @@ def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: boo
         return "  ".join(cells).rstrip()
 
     return [line(row) for row in rows]
+
+
+def as_html(
+    rows: Iterable[Sequence[str]], *, left: int | None = None, above: str = "", below: Iterable[str] = ()
+) -> str:
+    """The same rows for a notebook, as a table whose head is the first row, with a line above it and others below."""
+
+    def line(row: Sequence[str], tag: str) -> str:
+        sides = ("left" if left is None or i < left else "right" for i in range(len(row)))
+        cells = (f'<{tag} style="text-align: {s}">{escape(c)}</{tag}>' for s, c in zip(sides, row, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    head, *body = rows
+    table = f"<table><thead>{line(head, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in body)}</tbody></table>"
+    first = f"<b>{escape(above)}</b>" if above else ""
+    return f"<div>{first}{table}{'<br>'.join(map(escape, below))}</div>"

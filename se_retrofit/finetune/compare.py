@@ -19,7 +19,7 @@ from ..attention import ATTENTIONS
 from ..errors import RetrofitError, brief
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file
-from ..tables import aligned
+from ..tables import aligned, as_html
 from .config import FinetuneConfig
 from .evaluation import evaluate
 from .randomness import EPOCH, kept_randomness, seed_all
@@ -195,7 +195,7 @@ class Comparison:
             "contrasts": [contrast.to_dict() for contrast in self.contrasts],
         }
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[list[str]]:
         def spread(arm: Arm) -> str:
             return "" if arm.spread is None else f" ± {100 * arm.spread:.2f}"
 
@@ -211,7 +211,13 @@ class Comparison:
             ["ms per step", *(milliseconds(arm) for arm in arms)],
             ["parameters", *(f"{arm.parameters:,}" for arm in arms)],
         ]
-        return "\n\n".join(["\n".join(aligned(rows, left=1)), *map(str, self.contrasts)])
+        return rows
+
+    def __str__(self) -> str:
+        return "\n\n".join(["\n".join(aligned(self._rows(), left=1)), *map(str, self.contrasts)])
+
+    def _repr_html_(self) -> str:
+        return as_html(self._rows(), left=1, below=map(str, self.contrasts))
 
 
 def compare(

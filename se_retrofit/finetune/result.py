@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..tables import as_html
+
 __all__ = ["FinetuneResult"]
 
 
@@ -42,3 +44,11 @@ class FinetuneResult:
     parameters: int
     trained_parameters: int
     groups: list[dict[str, Any]]
+
+    def _repr_html_(self) -> str:
+        names = list(
+            dict.fromkeys(k for row in self.history for k, value in row.items() if isinstance(value, (int, float)))
+        )
+        rows = [["" if name not in row else f"{row[name]:.4g}" for name in names] for row in self.history]
+        best = f"best epoch {self.best_epoch}: {self.best_score:.4f}" if self.best_score is not None else ""
+        return as_html([names, *rows], left=0, above=f"{type(self.model).__name__}, fine-tuned", below=[best])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
 
 from ..plan import Site
-from ..surgery.record.graph import Op, Record, tensor_of
-from ..surgery.record.roles import is_sequential
+from ..surgery.record.graph import Op, tensor_of
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
 
 __all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_getitem", "is_parameter", "join", "sign_of"]
+
+END = "the block's end"
 
 
 @dataclass(eq=False)
@@ -36,11 +38,6 @@ class BlockGraph:
     def ses(self) -> list[fx.Node]:
         """The nodes that call an inserted SE module."""
         return [node for node in self.graph.nodes if is_retrofitted(node.meta.get("module"))]
-
-    @property
-    def modules(self) -> list[str]:
-        """The paths of the modules that it calls."""
-        return [join(self.scope, str(node.target)) for node in self.graph.find_nodes(op="call_module")]
 
     def shape(self, node: fx.Node) -> str:
         """What a node computes, without the batch dim: ``256x56x56``."""
@@ -101,36 +98,55 @@ def _changes_nothing(node: fx.Node) -> bool:
 
 @dataclass(eq=False)
 class BlockPair:
-    """A block before and after its retrofit, and the sites in it. Where it can't be traced, ``failure`` says why."""
+    """A block before and after its retrofit.
+
+    Attributes:
+        path, kind, cls: of the block, and its class before the retrofit.
+        sites: those that are in it.
+        root: the model.
+        after: its graph.
+        span: the indices of its operations in the record, in its first call.
+        calls: how often it is called.
+    """
 
     path: str
     kind: str
     cls: str
     sites: list[Site]
-    module: nn.Module
     root: nn.Module
-    record: Record
-    before: BlockGraph | None = None
-    after: BlockGraph | None = None
-    failure: str | None = None
+    after: BlockGraph
+    span: range
     calls: int = 1
-    span: range = range(0)  # the indices of its operations in the record, in its first call
+
+    @cached_property
+    def before(self) -> BlockGraph:
+        """Its graph without SE, as ``add_se`` has seen it: it compares the two when it retrofits."""
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        for node in self.after.graph.nodes:
+            if node in self.after.ses:
+                copies[node] = copies[node.all_input_nodes[0]]
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        return BlockGraph(graph, self.after.scope)
 
     @property
     def is_part(self) -> bool:
         """Whether it is a part of the graph of a module around it."""
-        return self.after is not None and self.after.scope != self.path
+        return self.after.scope != self.path
+
+    @property
+    def inputs(self) -> int:
+        """How many feature maps it is given."""
+        return len(self.after.graph.find_nodes(op="placeholder"))
 
     def se_node(self, site: Site) -> fx.Node | None:
-        """The node of the graph after that calls a site's SE module."""
-        if self.after is None:
-            return None
+        """The node that calls a site's SE module."""
         return next((node for node in self.after.ses if join(self.after.scope, str(node.target)) == site.path), None)
 
     def se_after(self, site: Site) -> str:
         """What gives the value that a site's SE scales, in few words: a layer, even if its output is permuted first."""
         node = self.se_node(site)
-        if node is None or self.after is None:
+        if node is None:
             return site.after
         source = node.all_input_nodes[0]
         while len(source.all_input_nodes) == 1 and _changes_nothing(source):
@@ -138,49 +154,26 @@ class BlockPair:
         return self.after.label(source)
 
     def se_before(self, site: Site) -> str:
-        """What takes the value that a site's SE has scaled, in few words: in the block, or else behind it."""
+        """What takes the value that a site's SE has scaled, in few words."""
         node = self.se_node(site)
-        if node is None or self.after is None:
-            return ""
-        takers: list[str] = []
-        for user in node.users:
-            takers += [self.after.label(user)] if user.op != "output" else self._behind(site)
+        takers = [END if user.op == "output" else self.after.label(user) for user in (node.users if node else ())]
         takers = list(dict.fromkeys(takers))
         return ", ".join(takers) if len(takers) < 3 else f"{takers[0]} and {len(takers) - 1} more"
 
-    def _behind(self, site: Site) -> list[str]:
-        """What takes a value outside of the block whose end it is: the modules nearest to the block, or operations of the code
-        around both."""
-        se = next(op for op in self.record.ops if op.path == site.path)
-        found: dict[str, None] = {}
-        seen: set[Op] = set()
-        waiting = sorted(se.users, key=lambda op: op.index, reverse=True)
-        while waiting:
-            op = waiting.pop()
-            if op in seen or op.index in self.span:
-                continue
-            seen.add(op)
-            if op.module is None and op.role in ("shape", "pass") and op.users and op.call.holds(se):
-                waiting += sorted(op.users, key=lambda user: user.index, reverse=True)
-                continue
-            call, module, path = op.call, op.module, op.path or ""
-            while not call.holds(se) and call.parent is not None:
-                if not is_sequential(call.module):
-                    module, path = call.module, call.path
-                call = call.parent
-            found[f"{path} ({class_name(module)})" if module is not None else sign_of(op)] = None
-        return list(found) or ["output"]
-
-    @property
-    def inputs(self) -> int:
-        """How many feature maps it is given."""
-        return 0 if self.after is None else len(self.after.graph.find_nodes(op="placeholder"))
-
     def signature(self) -> tuple[Any, ...]:
-        """Equal for blocks that differ in nothing but names and numbers of channels."""
-        if self.before is None or self.after is None:
-            return (self.cls, self.path)
-        return (self.cls, self.kind, _structure(self.before), _structure(self.after))
+        """Equal for blocks that differ in nothing but names and numbers of channels. How many feature maps it is given makes no
+        other block of a dense layer."""
+        given = self.after.graph.find_nodes(op="placeholder")
+        made = [node for node in self.after.graph.nodes if node not in given]
+        order = dict.fromkeys(given, -1) | {node: i for i, node in enumerate(made)}
+        rows = []
+        for node in made:
+            module = node.meta.get("module")
+            conv = isinstance(module, nn.modules.conv._ConvNd)
+            detail = (module.kernel_size, module.groups > 1) if conv else None
+            takes = tuple(dict.fromkeys(order[source] for source in node.all_input_nodes))
+            rows.append((node.op, self.after.kind(node), detail, takes))
+        return (self.cls, self.kind, tuple(rows))
 
 
 def join(*parts: str) -> str:
@@ -198,27 +191,6 @@ def class_name(module: nn.Module) -> str:
     """Name of a module's class as it was before a retrofit."""
     cls = type(module)
     return (cls.se_recipe.base if issubclass(cls, RetrofittedBlock) else cls).__name__
-
-
-# Graphs as keys, modules in words -------------------------------------------------------------------------------------------
-
-
-def _structure(block: BlockGraph) -> tuple[Any, ...]:
-    # how many feature maps a block is given makes no other block of a dense layer
-    given = block.graph.find_nodes(op="placeholder")
-    order = {node: i for i, node in enumerate(n for n in block.graph.nodes if n not in given)}
-    order.update(dict.fromkeys(given, -1))
-    rows = []
-    for node in block.graph.nodes:
-        if node in given:
-            continue
-        module = node.meta.get("module")
-        detail: Any = None
-        if isinstance(module, nn.modules.conv._ConvNd):
-            detail = (module.kernel_size, module.groups > 1)
-        target = block.kind(node) if node.op != "placeholder" else ""
-        rows.append((node.op, target, detail, tuple(dict.fromkeys(order[n] for n in node.all_input_nodes))))
-    return tuple(rows)
 
 
 def describe(module: nn.Module) -> str:

@@ -22,9 +22,9 @@ from ..surgery.record.graph import Op, Record
 from ..surgery.record.inputs import tensors_in
 from ..surgery.record.isolation import isolated
 from ..surgery.splice.undo import is_retrofitted
-from .graphs import Recorded, batch_size
+from .graphs import batch_size
 
-__all__ = ["NOT_CALLED", "Costs", "SiteCost", "costs"]
+__all__ = ["NOT_CALLED", "SiteCost", "human", "multiply_adds", "one_input", "resized", "site_costs"]
 
 
 @dataclass(frozen=True)
@@ -41,29 +41,10 @@ class SiteCost:
 NOT_CALLED = SiteCost(None, None, ())
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Cost of the whole network for one input, ``before`` and ``after``; None where the network can't be run to its end without
-    data. ``inputs`` says what one input is, and ``resized``
-    what of it the network's first convolution is given, if the network brings it to another size first."""
-
-    before: int | None
-    after: int | None
-    sites: dict[str, SiteCost]
-    inputs: str
-    resized: str | None = None
-
-    @property
-    def squeeze_scale(self) -> int:
-        """Multiply-adds of all squeezes and scales, which neither ``before`` nor ``after`` holds."""
-        return sum(site.squeeze_scale or 0 for site in self.sites.values())
-
-
-def costs(found: Recorded) -> Costs:
-    """Count the multiply-adds of an inspected model, for one input of the kind that it was inspected with."""
-    record = found.record
-    batch = batch_size(record)
+def site_costs(record: Record) -> dict[str, SiteCost]:
+    """By path, the costs of the SE modules that were called, all of their calls together."""
     sites: dict[str, SiteCost] = {}
+    batch = batch_size(record)
     for op in record.ops:
         if is_retrofitted(op.module) and op.path is not None:
             known = sites.get(op.path, SiteCost(0, 0, tuple(op.shape[1:])))
@@ -73,9 +54,7 @@ def costs(found: Recorded) -> Costs:
                 None if passes is None or known.squeeze_scale is None else known.squeeze_scale + passes // batch,
                 known.shape,
             )
-    one = _describe((*record.inputs.args, *record.inputs.kwargs.values()))
-    before, after = (_count(found.model, run) for run in (found.original, record))
-    return Costs(before, after, sites, one, _resized(record))
+    return sites
 
 
 def _cost_of(module: nn.Module, op: Op) -> tuple[int | None, int | None]:
@@ -107,8 +86,9 @@ class _Passes(TorchDispatchMode):
         return result
 
 
-def _count(model: nn.Module, record: Record) -> int | None:
-    """The multiply-adds for one input, of one more run of the copy of a model that was recorded."""
+def multiply_adds(model: nn.Module, record: Record) -> int | None:
+    """Those of the whole network for one input, of one more run of the copy that was recorded; None where that can't be run to its
+    end without data."""
     inputs = record.inputs
     with isolated(model), _disable_current_modes():
         try:
@@ -119,19 +99,17 @@ def _count(model: nn.Module, record: Record) -> int | None:
     return counter.get_total_flops() // 2 // batch_size(record)
 
 
-def _describe(args: tuple[Any, ...]) -> str:
-    """One input, in words: ``3x224x224``."""
-    first = args[0] if args else None
-    if isinstance(first, (list, tuple)) and first:
-        first = first[0]
-        return "x".join(map(str, first.shape)) if isinstance(first, Tensor) else "one"
+def one_input(record: Record) -> str:
+    """One input of the network, in words: ``3x224x224``."""
+    first = next(iter((*record.inputs.args, *record.inputs.kwargs.values())), None)
+    if isinstance(first, (list, tuple)) and first and isinstance(first[0], Tensor):
+        return "x".join(map(str, first[0].shape))
     if not isinstance(first, Tensor):
         return "one"
-    shape = first.shape[1:] if first.dim() > 2 else first.shape
-    return "x".join(map(str, shape))
+    return "x".join(map(str, first.shape[1:] if first.dim() > 2 else first.shape))
 
 
-def _resized(record: Record) -> str | None:
+def resized(record: Record) -> str | None:
     """What one input has become where it comes to the first convolution, if that is of another size: a detector resizes images."""
     given = next(iter(tensors_in((record.inputs.args, record.inputs.kwargs))), None)
     conv = next((op for op in record.ops if op.conv is not None and op.data), None)

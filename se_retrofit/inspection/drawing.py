@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem, is_parameter
-from .graphs import Recorded
 from .layout import layered
 from .network import JOINS, network_of
 from .picture import picture
-from .svg import RADIUS, Picture, arrow, box, file_of, join, text
+from .svg import BOLD, LETTER, RADIUS, Picture, arrow, box, file_of, join, text
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
 
 __all__ = ["sides_of", "write"]
 
 HEIGHT, GAP, STUB = 34, 34, 16  # of a box; below it; of which arrows go straight down, beside their label
-LETTER, BOLD = 6.0, 7.4  # width of a letter in small and in large print, at most
 MOST = 34  # letters in a line
 MARGIN = 12
 WIDEST = 1200  # of a row of blocks
@@ -32,7 +34,7 @@ ROLES = (
 )
 
 
-def write(found: Recorded, block: BlockPair | None, path: Path) -> None:
+def write(found: Inspection, block: BlockPair | None, path: Path) -> None:
     """Write the picture of one block before and after; or of the whole network, with each distinct block."""
     groups = found.distinct() if block is None else [[block]]
     frames = [_frame(group) for group in groups]
@@ -59,27 +61,22 @@ def _frame(group: list[BlockPair]) -> Picture:
     """A block before and after, with its name and those of the blocks that are like it."""
     pair, *others = group
     few = ", ".join(other.path for other in others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    parts = [text("name", 0, 12, f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}")]
+    title = f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}"
+    parts = [text("name", 0, 12, title)]
     parts += [text("words", 0, 26, f"like it: {few}")] if others else []
     x, height = 0.0, 0.0
-    sides = sides_of(pair)
-    for word, side in zip(("before", "after"), sides, strict=bool(sides)):
+    for word, side in zip(("before", "after"), sides_of(pair), strict=True):
         width = side.width + 2 * MARGIN
         height = side.height + 2 * MARGIN + 10
         parts.append(f'<rect class="panel" x="{x + 1:.0f}" y="37" width="{width:.0f}" height="{height:.0f}" rx="8"/>')
         parts.append(text("words", x + MARGIN, 52, word))
         parts.append(side.svg(f"{pair.path} {word}", at=(x + MARGIN, 37 + MARGIN + 10)))
         x += width + MARGIN
-    if pair.failure is not None:
-        parts.append(text("words", 0, 52, f"no graph: {pair.failure}"))
-    letters = LETTER * max(len(pair.path) + len(pair.cls) + 14, len(few) + 10)
-    return Picture(max(x - MARGIN, letters) + 2, height + 40, tuple(parts))
+    return Picture(max(x - MARGIN, BOLD * len(title), LETTER * (len(few) + 10)) + 2, height + 40, tuple(parts))
 
 
 def sides_of(pair: BlockPair) -> list[Picture]:
-    """A block before and after, as two pictures of one size whose nodes are in line; none where it has no graph."""
-    if pair.after is None:
-        return []
+    """A block before and after, as two pictures of one size whose nodes are in line."""
     diagram = _Diagram(*_drawn(pair.after))
     return [diagram.picture(without_se=True), diagram.picture()]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
+from ..saving.recipe import IMAGES
 from ..surgery.record.copying import has_values
 from ..tables import aligned
 from .gates import SiteGates, gated_modules, gates_over, parted
@@ -24,12 +25,19 @@ __all__ = ["Excitations", "excitations"]
 
 @dataclass(frozen=True, eq=False)
 class Excitations:
-    """What ``excitations`` found: ``sites`` in the order of the plan, over ``inputs`` inputs; ``missed`` are the SE
-    modules that were never called. ``str`` is a table."""
+    """What ``excitations`` found. ``str`` is a table.
+
+    Attributes:
+        sites: in the order of the plan.
+        inputs: how many there were.
+        missed: the SE modules that were never called.
+        classes: their names, where a fine-tuned network or the loader's data set (``loader.dataset.classes``) tells them.
+    """
 
     sites: tuple[SiteGates, ...]
     inputs: int
     missed: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @property
     def notes(self) -> dict[str, str]:
@@ -41,11 +49,6 @@ class Excitations:
     def stages(self) -> list[list[SiteGates]]:
         """The sites in groups: neighbours whose feature maps have the same size."""
         return [list(group) for _, group in groupby(self.sites, key=lambda site: site.size)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, fit for JSON."""
-        sites = [site.to_dict() for site in self.sites]
-        return {"inputs": self.inputs, "missed": list(self.missed), "sites": sites}
 
     def __str__(self) -> str:
         rows = [["site", "map", "channels", "mean", "lowest", "highest", "std over inputs", "std over classes"]]
@@ -77,7 +80,7 @@ class Excitations:
         """
         from .gate_plots import plot_stages
 
-        return plot_stages(self.stages, path)
+        return plot_stages(self.stages, self.classes, path)
 
 
 def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> Excitations:
@@ -130,4 +133,11 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
             module.training = flag
     if not inputs:
         raise RetrofitError("the loader yields no batch, so there are no gates to look at")
-    return Excitations(tuple(found.values()), inputs, tuple(path for path in ses if path not in found))
+    missed = tuple(path for path in ses if path not in found)
+    return Excitations(tuple(found.values()), inputs, missed, _class_names(model, loader))
+
+
+def _class_names(model: nn.Module, loader: Any) -> tuple[str, ...]:
+    """The names of the classes, where the network or the data set tells them."""
+    names = vars(model).get(IMAGES, {}).get("classes") or getattr(getattr(loader, "dataset", None), "classes", ())
+    return tuple(map(str, names))

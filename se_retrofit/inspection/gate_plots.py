@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["plot_gates", "plot_stages"]
 
 MOST_CLASSES = 5  # as many as the paper's figure shows
-_ONE: dict[str, Any] = {
-    "color": "#94a3b8",
-    "linewidth": 0.8,
-    "linestyle": "--",
-}  # the line at which a gate changes nothing
+# the line at which a gate changes nothing
+_ONE: dict[str, Any] = {"color": "#94a3b8", "linewidth": 0.8, "linestyle": "--"}
 
 
-def plot_stages(stages: list[list[SiteGates]], path: str | Path | None) -> Figure:
+def plot_stages(stages: list[list[SiteGates]], classes: Sequence[str], path: str | Path | None) -> Figure:
     """The figure of ``Excitations.plot``."""
     with extra("inspect"):
         from matplotlib.figure import Figure
@@ -33,7 +30,7 @@ def plot_stages(stages: list[list[SiteGates]], path: str | Path | None) -> Figur
     axes = figure.subplots(len(stages), 2, squeeze=False, width_ratios=(1, 1.5))
     for (left, right), stage in zip(axes, stages, strict=True):
         _plot_stage(left, stage)
-        _plot_site(right, stage[-1])
+        _plot_site(right, stage[-1], classes)
     if path is not None:
         save_figure(figure, path)
     return figure
@@ -53,14 +50,15 @@ def _plot_stage(axes: Axes, stage: list[SiteGates]) -> None:
     _give_room(axes)
 
 
-def _plot_site(axes: Axes, site: SiteGates) -> None:
+def _plot_site(axes: Axes, site: SiteGates, classes: Sequence[str]) -> None:
     order = site.mean.argsort()
     mean, std, channels = site.mean[order].numpy(), site.std[order].numpy(), range(len(order))
     axes.axhline(1.0, **_ONE)
     style: dict[str, Any] = {"color": "#cbd5e1", "alpha": 0.6, "linewidth": 0}
     axes.fill_between(channels, mean - std, mean + std, label="± std over inputs", **style)
     for label in sorted(site.class_means)[:MOST_CLASSES]:
-        axes.plot(channels, site.class_means[label][order].numpy(), linewidth=0.9, alpha=0.9, label=f"class {label}")
+        name = classes[label] if 0 <= label < len(classes) else f"class {label}"
+        axes.plot(channels, site.class_means[label][order].numpy(), linewidth=0.9, alpha=0.9, label=name)
     axes.plot(channels, mean, color="#1e293b", linewidth=1.4, label="all")
     axes.set_title(f"{site.name}: gate by channel, sorted by mean", fontsize=9)
     axes.set_xlabel("channel", fontsize=8)

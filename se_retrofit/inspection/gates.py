@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..attention import check_gates
-from ..errors import RetrofitError, brief, check_module
+from ..errors import check_module
 from ..retrofit import plan_of
 
 __all__ = ["GateLogger", "Moments", "SiteGates", "gated_modules", "gates_over", "parted", "saturation_limits"]
@@ -95,16 +95,6 @@ class SiteGates:
         channels = torch.quantile(self.mean, torch.tensor(QUANTILES, dtype=self.mean.dtype))
         numbers = {name: getattr(self, name) for name in ("low", "high", "variation", "saturated")}
         return {"channels": channels.tolist(), **numbers}
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, fit for JSON."""
-        names = ("path", "size", "count", "low", "high", "saturated", "variation", "class_spread", "note")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "mean": self.mean.tolist(),
-            "std": self.std.tolist(),
-            "class_means": {str(label): mean.tolist() for label, mean in self.class_means.items()},
-        }
 
 
 # Gathering ------------------------------------------------------------------------------------------------------------
@@ -269,12 +259,10 @@ class GateLogger:
     Args:
         model: a network that ``add_se`` has retrofitted; of a wrapped one (DDP, ``torch.compile``), the network inside. Compiled
             code hears only a logger that was there when it was compiled, so make the logger before the first step.
-        every: listen to each ``every``-th call of a site only.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or modules without gates for each channel (CBAM); or ``every``
-            is less than 1.
-        TypeError: an argument is of the wrong type.
+        RetrofitError: the model has no SE that ``add_se`` put in, or modules without gates for each channel (CBAM).
+        TypeError: it is no model.
 
     Example:
         >>> import timm, torch
@@ -290,21 +278,12 @@ class GateLogger:
         (8, 1.0)
     """
 
-    def __init__(self, model: nn.Module, *, every: int = 1) -> None:
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be a positive int, got {brief(every)} of type {type(every).__name__}")
-        if every < 1:
-            raise RetrofitError(f"every must be at least 1, got {every}")
-        self.every = every
+    def __init__(self, model: nn.Module) -> None:
         self._ses = gated_modules(model)
         self.reset()
         self._hooks = [_hear(se, partial(self._take, path)) for path, se in self._ses.items()]
 
     def _take(self, path: str, gates: Tensor) -> None:
-        if self.every > 1:  # else nothing is counted, so that compiled code sees no number change
-            self._calls[path] += 1
-            if (self._calls[path] - 1) % self.every:
-                return
         self._moments[path].add(gates)
 
     def summary(self) -> dict[str, SiteGates]:
@@ -313,7 +292,6 @@ class GateLogger:
 
     def reset(self) -> None:
         """Forget what was gathered, for the next epoch."""
-        self._calls = dict.fromkeys(self._ses, 0)
         self._moments = {path: Moments(se.channel, limits=saturation_limits(se)) for path, se in self._ses.items()}
 
     def write(self, writer: Any, step: int, *, tag: str = "gates") -> None:

@@ -1,171 +1,70 @@
-"""The graph of each retrofitted block, before and after, as ``torch.fx.Graph`` with the shapes that flow in it.
+"""The graph of each retrofitted block, as a part of the ``torch.fx.Graph`` of its network's record.
 
 A block's call is shown as it was recorded: its own operations and the modules that it calls. Containers without a forward of
-their own (``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours. The
-graph before is that of a copy without SE, not derived from the graph after.
+their own (``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from ..errors import RetrofitError, check_module
-from ..plan import Plan
-from ..retrofit import plan_of
+from ..plan import Plan, Site
 from ..surgery.record.graph import Call, Op, Record
-from ..surgery.record.inputs import Inputs, described_inputs, given_inputs
 from ..surgery.record.roles import is_sequential
-from ..surgery.record.runs import record
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name
 
-__all__ = ["Recorded", "call_graph", "find_block", "recorded"]
+__all__ = ["batch_size", "blocks_of", "call_graph"]
 
 
-@dataclass(eq=False)
-class Recorded:
-    """A retrofitted model, its plan, its record and that of a copy without SE, and its blocks in the order of the plan."""
-
-    model: nn.Module
-    plan: Plan
-    record: Record
-    original: Record
-    blocks: list[BlockPair] = field(default_factory=list)
-
-    def distinct(self) -> list[list[BlockPair]]:
-        """The blocks in groups of the same structure, the one that shows it best first: of dense layers, the first that
-        is given several feature maps."""
-        groups: dict[tuple[Any, ...], list[BlockPair]] = {}
-        for block in self.blocks:
-            groups.setdefault(block.signature(), []).append(block)
-        for group in groups.values():
-            best = max(group, key=lambda pair: min(pair.inputs, 2))
-            group.remove(best)
-            group.insert(0, best)
-        return list(groups.values())
-
-
-def inputs_of(model: nn.Module, plan: Plan, example_inputs: Any) -> Inputs | None:
-    """The inputs given, or of the shapes that the model's plan was made on."""
-    if example_inputs is not None:
-        return given_inputs(example_inputs)
-    try:
-        return described_inputs(plan.inputs, model)
-    except ValueError as error:
-        raise RetrofitError(f"{error}; or give example_inputs") from None
-
-
-def recorded(model: nn.Module, example_inputs: Any = None) -> Recorded:
-    """Record a retrofitted model and a copy of it without SE, and find the graph of each of its blocks in both.
-
-    Args, raises: as ``inspect_se``.
-    """
-    check_module(model)
-    try:
-        plan = plan_of(model)
-    except RetrofitError as error:
-        raise RetrofitError(
-            f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
-        ) from None
-    inputs = inputs_of(model, plan, example_inputs)
-    after = record(model, inputs)
-    original = record(model, after.inputs, without_se=True)
-    blocks: dict[str, BlockPair] = {}
+def blocks_of(model: nn.Module, plan: Plan, record: Record) -> list[BlockPair]:
+    """The blocks of a retrofitted model that were called when it was recorded, in the order of the plan."""
+    sites: dict[str, list[Site]] = {}
     for site in plan.sites:
-        if site.block not in blocks:
-            module = _submodule(model, site.block)
-            cls = class_name(_unit_around(after, site.block, module))
-            blocks[site.block] = BlockPair(site.block, site.kind, cls, [], module, model, after)
-        blocks[site.block].sites.append(site)
-    # what is open after is open before, so that the two differ in nothing but SE
+        sites.setdefault(site.block, []).append(site)
     opened = {
         call.path
-        for call in after.calls
+        for call in record.calls
         if is_sequential(call.module) or any(map(is_retrofitted, call.module.modules()))
     }
-    for pair in blocks.values():
-        _fill(pair, original, opened)
-    return Recorded(model, plan, after, original, list(blocks.values()))
+    pairs = (_block(model, record, own, opened) for own in sites.values())
+    return [pair for pair in pairs if pair is not None]
 
 
-def find_block(found: Recorded, path: str) -> BlockPair:
-    """The block of this path, the one that an SE module or another module of this path is in, or the only one in it.
-
-    Raises:
-        RetrofitError: there is none; the message lists some that there are.
-    """
-    # a block's own names come before those of the modules that others call
-    for pair in found.blocks:
-        if path == pair.path or path in [site.path for site in pair.sites]:
-            return pair
-    for pair in found.blocks:
-        if pair.after is not None and path in pair.after.modules:
-            return pair
-    blocks = [pair for pair in found.blocks if pair.path]
-    around = [pair for pair in blocks if path and pair.path.startswith(f"{path}.")]
-    if path in dict(found.model.named_modules()):
-        within = [pair for pair in blocks if path.startswith(f"{pair.path}.")]
-        if within:
-            return max(within, key=lambda pair: len(pair.path))
-        if len(around) == 1:
-            return around[0]
-    paths = [pair.path for pair in around or found.blocks]
-    few = ", ".join(paths[:6]) + (f", ... ({len(paths)} in all)" if len(paths) > 6 else "")
-    if around:
-        raise RetrofitError(f"{len(around)} blocks with SE are in {path!r}, name one: {few}")
-    raise RetrofitError(f"no retrofitted block {path!r}; the blocks with SE are {few}")
+Steps = list[Op | Call]
 
 
-# From records to graphs -----------------------------------------------------------------------------------------------
+def _block(model: nn.Module, record: Record, sites: list[Site], opened: Container[str]) -> BlockPair | None:
+    """The block that some sites are in; None where it is not called."""
+    path, kind = sites[0].block, sites[0].kind
+    se = next((op for op in record.ops if op.path == sites[0].path), None)
+    call = se.call if se is not None else None
+    while call is not None and call.path and not f"{path}.".startswith(f"{call.path}."):
+        call = call.parent
+    if call is None:
+        return None
+    steps = _steps(record, call, opened)
+    if call.path != path:
+        steps = _part(steps, path, sites)
+    graph = graph_of(record, steps, call if call.path == path else None)
+    cls = class_name(_unit_around(record, path, model))
+    return BlockPair(path, kind, cls, sites, model, graph, _span(steps), sum(c.path == call.path for c in record.calls))
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:  # a path that only the graph of a GraphModule knows
-        return model
-
-
-def _unit_around(record: Record, path: str, module: nn.Module) -> nn.Module:
-    """The module that a sequence is all of, which tells what it is: the double convolution whose ``net`` it is."""
+def _unit_around(record: Record, path: str, model: nn.Module) -> nn.Module:
+    """The module of a block; of a sequence that is all of the module around it, that module, which tells what it is: the double
+    convolution whose ``net`` it is."""
     call = next((call for call in record.calls if call.path == path), None)
     while call is not None and call.parent is not None and call.parent.path and is_sequential(call.module):
         if call.parent.inputs != call.inputs or call.parent.outputs != call.outputs:
             break
         call = call.parent
-    return module if call is None or call.path == path else call.module
-
-
-# Parts of a record's graph --------------------------------------------------------------------------------------------
-
-Steps = list[Op | Call]
-
-
-def _fill(pair: BlockPair, original: Record, opened: Container[str]) -> None:
-    """Put the graphs before and after into a pair, or the reason why there are none."""
-    se = next((op for op in pair.record.ops if op.path == pair.sites[0].path), None)
-    call = se.call if se is not None else None
-    while call is not None and call.path and not f"{pair.path}.".startswith(f"{call.path}."):
-        call = call.parent
-    call_before = next((c for c in original.calls if call is not None and c.path == call.path), None)
-    if call is None or call_before is None:
-        pair.failure = "it is not called on these inputs"
-        return
-    pair.calls = sum(other.path == call.path for other in pair.record.calls)
-    before, after = _steps(original, call_before, opened), _steps(pair.record, call, opened)
-    if call.path == pair.path:
-        pair.before, pair.after = graph_of(original, before, call_before), graph_of(pair.record, after, call)
-    else:
-        before, after = _parts(pair, before, after)
-        pair.before, pair.after = graph_of(original, before), graph_of(pair.record, after)
-    pair.span = _span(after)
+    return call.module if call is not None else dict(model.named_modules()).get(path, model)
 
 
 def call_graph(record: Record, call: Call, opened: Container[str]) -> BlockGraph:
@@ -191,15 +90,14 @@ def _span(steps: Steps) -> range:
     return range(start, last.end if isinstance(last, Call) else last.index + 1)
 
 
-def _parts(pair: BlockPair, before: Steps, after: Steps) -> tuple[Steps, Steps]:
-    """The steps that are a block which is a part of a larger graph: from its first module to its last or to its SE."""
-    own = {pair.path, *(site.path for site in pair.sites)}
-    inside = [step.path is not None and (step.path in own or step.path.startswith(f"{pair.path}.")) for step in after]
+def _part(steps: Steps, path: str, sites: list[Site]) -> Steps:
+    """Those of some steps that are a block which is a part of a larger graph: from its first module to its last or to its SE."""
+    own = {path, *(site.path for site in sites)}
+    inside = [step.path is not None and (step.path in own or step.path.startswith(f"{path}.")) for step in steps]
     first, end = inside.index(True), len(inside) - inside[::-1].index(True)
-    while pair.kind != "chain" and end < len(after) and after[end].module is None and after[end].path is None:
+    while sites[0].kind != "chain" and end < len(steps) and steps[end].module is None and steps[end].path is None:
         end += 1
-    earlier, within = (sum(is_retrofitted(step.module) for step in part) for part in (after[:first], after[first:end]))
-    return before[first - earlier : end - earlier - within], after[first:end]
+    return steps[first:end]
 
 
 def graph_of(record: Record, steps: Steps, call: Call | None = None) -> BlockGraph:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import RetrofitError, check_module
+from ..fusion.attention import FusedSEAttention
 from ..paths import writable
-from ..retrofit import warn_of_lost_sites
+from ..plan import Plan
+from ..retrofit import plan_of, warn_of_lost_sites
+from ..surgery.record.graph import Record
+from ..surgery.record.inputs import Inputs, described_inputs, given_inputs
+from ..surgery.record.runs import record
 from .blocks import BlockPair
 from .diff import diff_lines
 from .drawing import write
-from .graphs import Recorded, find_block, recorded
+from .graphs import blocks_of
 from .lines import Line, Lines
-from .printing import block_lines, tree_lines
+from .printing import block_lines, network_lines
 from .report import Report, report_of
 
 if TYPE_CHECKING:
@@ -24,7 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Inspection", "inspect_se"]
 
 
-class Inspection(Recorded):
+@dataclass(eq=False, repr=False)
+class Inspection:
     """What ``inspect_se`` found. ``print(inspection)`` prints the report, ``rich.print(inspection)`` prints it in colour.
 
     Where a view takes a ``block``, it is the path of a block, such as ``"layer1.0"``, of a module in it (its SE, say), or of
@@ -33,17 +42,40 @@ class Inspection(Recorded):
     Attributes:
         model: the model that was inspected.
         plan: the plan that it was retrofitted by.
-        blocks: its blocks with SE, each with its ``torch.fx.Graph`` before and after, in the order of the plan.
+        record: of one run of it.
+        blocks: its blocks with SE that run on the inputs, each with its ``torch.fx.Graph`` before and after, in the order of
+            the plan.
 
     Example:
-        >>> import timm
+        >>> import tempfile, timm
         >>> from se_retrofit import add_se, inspect_se
-        >>> inspection = inspect_se(add_se(timm.create_model("resnet18")))
-        >>> [block.path for block in inspection.blocks][:3]
-        ['layer1.0', 'layer1.1', 'layer2.0']
+        >>> inspection = inspect_se(add_se(timm.create_model("resnet18"), reduction=16))
         >>> inspection.report().parameters_before
         11689512
+        >>> block = inspection.block("layer1.0")
+        >>> len(block.after.graph.nodes) - len(block.before.graph.nodes)
+        1
+        >>> print(inspection.graph("layer1.0"))  # doctest: +ELLIPSIS
+          layer1.0: BasicBlock, residual
+        > SE 64 -> 4 -> 64 after bn2 (BatchNorm2d), before +=
+        ...
+        >>> print(inspection.diff("layer1.0"))  # doctest: +ELLIPSIS
+          --- layer1.0, BasicBlock.forward
+          +++ layer1.0, BasicBlock.forward with SE
+        ...
+          -        x = self.bn2(x)
+          +        x = self.se_attention(self.bn2(x))
+        ...
+        >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.svg").name
+        'resnet18.svg'
+        >>> inspection.write_html(f"{tempfile.mkdtemp()}/resnet18.html").name
+        'resnet18.html'
     """
+
+    model: nn.Module
+    plan: Plan
+    record: Record
+    blocks: list[BlockPair]
 
     @cached_property
     def _report(self) -> Report:
@@ -53,39 +85,42 @@ class Inspection(Recorded):
         """What was put where, and what it costs: a row for each site, and totals."""
         return self._report
 
+    def distinct(self) -> list[list[BlockPair]]:
+        """The blocks in groups of the same structure, the one that shows it best first: of dense layers, the first that
+        is given several feature maps."""
+        groups: dict[tuple[Any, ...], list[BlockPair]] = {}
+        for block in self.blocks:
+            groups.setdefault(block.signature(), []).append(block)
+        return [sorted(group, key=lambda pair: pair.inputs < 2) for group in groups.values()]
+
     def block(self, path: str) -> BlockPair:
-        """A block: its ``before.graph`` and ``after.graph``, its ``sites``, its ``module``.
+        """A block: its ``before.graph`` and ``after.graph``, and its ``sites``.
 
         Raises:
             RetrofitError: there is no such block.
-
-        Example:
-            >>> import timm
-            >>> from se_retrofit import add_se, inspect_se
-            >>> block = inspect_se(add_se(timm.create_model("resnet18"))).block("layer1.0")
-            >>> type(block.after.graph)
-            <class 'torch.fx.graph.Graph'>
-            >>> len(block.after.graph.nodes) - len(block.before.graph.nodes)
-            1
         """
-        return find_block(self, path)
+        exact = [pair for pair in self.blocks if path == pair.path or path in [site.path for site in pair.sites]]
+        known = path and path in dict(self.model.named_modules())
+        around = [pair for pair in self.blocks if known and pair.path and path.startswith(f"{pair.path}.")]
+        within = [pair for pair in self.blocks if known and pair.path.startswith(f"{path}.")]
+        if exact or around:
+            return exact[0] if exact else max(around, key=lambda pair: len(pair.path))
+        if len(within) == 1:
+            return within[0]
+        paths = [pair.path for pair in within or self.blocks]
+        few = ", ".join(paths[:6]) + (f", ... ({len(paths)} in all)" if len(paths) > 6 else "")
+        if within:
+            raise RetrofitError(f"{len(within)} blocks with SE are in {path!r}, name one: {few}")
+        raise RetrofitError(f"no block with SE that runs on these inputs is {path!r}; those that do are {few}")
 
     def graph(self, block: str | None = None) -> Lines:
-        """The tree of the model's modules, in which what repeats is folded; or the torch.fx graph and the source of one block.
+        """The network at the level of its blocks: what each of them is, gives and takes; or the torch.fx graph of one block.
         Lines about SE have a ``>`` in the margin.
 
         Raises:
             RetrofitError: there is no such block.
-
-        Example:
-            >>> import timm
-            >>> from se_retrofit import add_se, inspect_se
-            >>> print(inspect_se(add_se(timm.create_model("resnet18"))).graph("layer1.0"))  # doctest: +ELLIPSIS
-              layer1.0: BasicBlock, residual
-            > SE 64 -> 8 -> 64 after bn2 (BatchNorm2d), before +=
-            ...
         """
-        return Lines(tree_lines(self) if block is None else block_lines(self.block(block)))
+        return Lines(network_lines(self) if block is None else block_lines(self.block(block)))
 
     def diff(self, block: str | None = None) -> Lines:
         """A unified diff of a block's source, from its author's to what it is now; of each distinct block without ``block``.
@@ -94,17 +129,6 @@ class Inspection(Recorded):
 
         Raises:
             RetrofitError: there is no such block.
-
-        Example:
-            >>> import timm
-            >>> from se_retrofit import add_se, inspect_se
-            >>> print(inspect_se(add_se(timm.create_model("resnet18"))).diff("layer1.0"))  # doctest: +ELLIPSIS
-              --- layer1.0, BasicBlock.forward
-              +++ layer1.0, BasicBlock.forward with SE
-            ...
-              -        x = self.bn2(x)
-              +        x = self.se_attention(self.bn2(x))
-            ...
         """
         lines: list[Line] = []
         for number, (pair, *others) in enumerate(self.distinct() if block is None else [[self.block(block)]]):
@@ -131,20 +155,13 @@ class Inspection(Recorded):
 
         Raises:
             RetrofitError: the path ends otherwise, its folder does not exist, or there is no such block. Nothing is written then.
-
-        Example:
-            >>> import tempfile, timm
-            >>> from se_retrofit import add_se, inspect_se
-            >>> inspection = inspect_se(add_se(timm.create_model("resnet18")))
-            >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.svg").read_text().startswith("<svg")
-            True
         """
         path = writable(path, ".svg")
         write(self, None if block is None else self.block(block), path)
         return path
 
     def write_html(self, path: str | Path) -> Path:
-        """Write one HTML page: summary, table, drawings, differences, and the tree of modules.
+        """Write one HTML page: totals, the network, the table of sites, and each distinct block before and after.
 
         It opens offline and fetches nothing.
 
@@ -156,12 +173,6 @@ class Inspection(Recorded):
 
         Raises:
             RetrofitError: the path ends otherwise, or its folder does not exist. Nothing is written then.
-
-        Example:
-            >>> import tempfile, timm
-            >>> from se_retrofit import add_se, inspect_se
-            >>> inspect_se(add_se(timm.create_model("resnet18"))).write_html(f"{tempfile.mkdtemp()}/resnet18.html").name
-            'resnet18.html'
         """
         from .page import page
 
@@ -171,10 +182,14 @@ class Inspection(Recorded):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, fit for JSON."""
-        return self._report.to_dict()
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self._report)))
+        return data
 
     def __str__(self) -> str:
         return str(self._report)
+
+    def _repr_html_(self) -> str:
+        return self._report._repr_html_()
 
     def __repr__(self) -> str:
         return f"<Inspection of {self._report.model}: {len(self.plan.sites)} SE modules in {len(self.blocks)} blocks>"
@@ -196,7 +211,8 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
         it, ``block()`` and ``to_dict()``.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or can't be run on the inputs.
+        RetrofitError: the model has no SE that ``add_se`` put in, ``fuse_se`` has fused it, or the model can't be run on the
+            inputs.
         TypeError: it is no model, or the inputs are of no form that ``add_se`` takes.
 
     Warns:
@@ -208,6 +224,25 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
         >>> inspect_se(add_se(timm.create_model("resnet18"), reduction=16))
         <Inspection of ResNet: 8 SE modules in 8 blocks>
     """
-    found = recorded(model, example_inputs)
+    check_module(model)
+    try:
+        plan = plan_of(model)
+    except RetrofitError as error:
+        raise RetrofitError(
+            f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
+        ) from None
+    if any(isinstance(module, FusedSEAttention) for module in model.modules()):
+        raise RetrofitError("SE is fused with the norms before it, which hides both: inspect unfuse_se(model)")
+    found = record(model, _inputs(model, plan, example_inputs))
     warn_of_lost_sites(model)
-    return Inspection(**vars(found))
+    return Inspection(model, plan, found, blocks_of(model, plan, found))
+
+
+def _inputs(model: nn.Module, plan: Plan, example_inputs: Any) -> Inputs | None:
+    """The inputs given, or of the shapes that the model's plan was made on."""
+    if example_inputs is not None:
+        return given_inputs(example_inputs)
+    try:
+        return described_inputs(plan.inputs, model)
+    except ValueError as error:
+        raise RetrofitError(f"{error}; or give example_inputs") from None

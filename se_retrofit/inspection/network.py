@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import fx
 
-from ..surgery.record.graph import Op
+from ..surgery.record.graph import Call, Op
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, join
-from .graphs import Recorded, call_graph
+from .graphs import call_graph
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
 
@@ -43,6 +47,10 @@ class Node:
     last: str = ""
     taken: list[Node] = field(default_factory=list)
 
+    def beside(self, path: str) -> bool:
+        """Whether a module stands where the last of these layers stands."""
+        return self.last != "" and self.last.rpartition(".")[0] == path.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -61,13 +69,14 @@ class Network:
     edges: list[Edge]
 
 
-def network_of(found: Recorded) -> Network:
+def network_of(found: Inspection) -> Network:
     """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
-    called = {pair.path for pair in found.blocks if not pair.is_part and pair.failure is None}
+    called = {pair.path for pair in found.blocks if not pair.is_part}
     opened = {
         call.path
         for call in found.record.calls
-        if (not call.path or call.path not in called) and any(map(is_retrofitted, call.module.modules()))
+        if (not call.path or call.path not in called)
+        and (_joins_stages(call) or any(map(is_retrofitted, call.module.modules())))
     }
     root = next(call for call in found.record.calls if not call.path)
     whole = call_graph(found.record, root, opened)
@@ -76,6 +85,12 @@ def network_of(found: Recorded) -> Network:
     }
     by_path = {pair.path: pair for pair in found.blocks if pair.path in called and pair.path}
     return _connected(_Nodes(whole, by_path, by_op, found.blocks).made())
+
+
+def _joins_stages(call: Call) -> bool:
+    """Whether a module makes one feature map from those of several stages: the decoder of a U-Net, which holds its other half."""
+    sizes = {op.shape[2:] for op in call.inputs if op.dim > 2}
+    return len(sizes) > 2 and call.returned is not None and call.returned.dim > 2
 
 
 @dataclass
@@ -123,7 +138,7 @@ class _Nodes:
                 node.block, node.ses = own, 1
                 return [node]
             if not any(True for _ in module.children()):
-                return [self.leaf(path, class_name(module), ops, taken)]
+                return [self.leaf(path, class_name(module), ops, taken, fx_node)]
             return [self.add(path, class_name(module), "module", ops, taken)]
         if kind in JOINS and len(taken) > 1:
             return [self.add(JOINS[kind], "", "join", ops, taken)]
@@ -131,15 +146,14 @@ class _Nodes:
             return [self.add(re.sub("_", " ", kind), "", "function", ops, taken)]
         return taken
 
-    def leaf(self, path: str, words: str, ops: list[Op], taken: list[Node]) -> Node:
+    def leaf(self, path: str, words: str, ops: list[Op], taken: list[Node], fx_node: fx.Node) -> Node:
         """A layer; layers in a row that nothing else takes anything from are one node."""
         before = self.result[-1] if self.result else None
-        if before is not None and before.kind == "module" and before.last and taken == [before]:
-            same = before.last.rpartition(".")[0] == path.rpartition(".")[0]
-            if same and not any(before in node.taken for node in self.result):
-                before.last, before.words = path, f"{before.words}, {words}"
-                before.shape, before.space = _shapes(ops)
-                return before
+        alone = all(len(source.users) == 1 for source in fx_node.all_input_nodes)
+        if before is not None and before.kind == "module" and taken == [before] and alone and before.beside(path):
+            before.last, before.words = path, f"{before.words}, {words}"
+            before.shape, before.space = _shapes(ops)
+            return before
         node = self.add(path, words, "module", ops, taken)
         node.last = path
         return node
@@ -167,8 +181,6 @@ def _shapes(ops: list[Op]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _has_bypass(pair: BlockPair) -> bool:
     """Whether something reaches a block's output without going through its SE."""
-    if pair.after is None:
-        return False
     past = set(pair.after.graph.find_nodes(op="placeholder"))
     for node in pair.after.graph.nodes:
         if node not in pair.after.ses and past.intersection(node.all_input_nodes):

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from html import escape
 
 from .network import Edge, Network, Node
-from .svg import RADIUS, Picture, arrow, box, join, text, times
+from .svg import BOLD, RADIUS, Picture, arrow, badge_width, box, join, text, times
 
 __all__ = ["picture"]
 
 _WIDTH, _HEIGHT, _PITCH = 156, 34, 46  # of a box, and from one box to the next below
 _GUTTER, _LANE = 40, 9  # between columns; between connections that lead past boxes
-_HEAD = 40  # height of a column's heading
+_HEAD = 30  # height of a column's heading
 _MANY = 3  # a node that takes more values past others is one of a dense block
 
 
@@ -26,17 +26,6 @@ class _Column:
     y: float = 0
     lanes: int = 0
     width: float = 0
-
-    @property
-    def prefix(self) -> str:
-        """What the paths of its modules have in common."""
-        paths = [node.name.split(".")[:-1] for node in self.nodes if node.kind in ("block", "module")]
-        common: list[str] = []
-        for parts in zip(*paths, strict=False) if len(paths) > 1 else ():
-            if len(set(parts)) > 1:
-                break
-            common.append(parts[0])
-        return ".".join(common)
 
     @property
     def height(self) -> float:
@@ -150,8 +139,7 @@ def _place(
 
 
 def _heading(column: _Column) -> str:
-    words = text("name", column.x, column.y - 20, times(column.space) or "vector")
-    return words + (text("words", column.x, column.y - 7, _short(column.prefix, 26)) if column.prefix else "")
+    return text("name", column.x, column.y - 12, times(column.space) or "vector")
 
 
 def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str:
@@ -161,30 +149,28 @@ def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str
     tip = ", ".join(part for part in told if part)
     if node.kind == "join":
         return join(x + _WIDTH / 2, y + _HEIGHT / 2, node.name, tip)
-    room = 16 if node.ses else 21
+    mark = "" if not node.ses else "SE" if node.ses == 1 else f"{node.ses} SE"
+    room = int((_WIDTH - 18 - badge_width(mark)) / BOLD)
     words = node.words if "," not in node.words else f"{node.words.count(',') + 1} layers"
     if len(node.shape) == len(node.space) + 1 and node.space == column.space != ():
         shape = str(math.prod(node.shape) // max(math.prod(node.space), 1))  # the heading says the rest
     most = room + 5 - len(shape) - 3
     words = words if len(words) <= most else f"{words[: most - 1]}\u2026"
-    lines = [_name(node, column, room), f"{words} \u00b7 {shape}" if words else shape]
-    mark = "" if not node.ses else "SE" if node.ses == 1 else f"{node.ses} SE"
+    lines = [_name(node, room), f"{words} \u00b7 {shape}" if words else shape]
     bypass = f'<path class="skip" d="M{x},{y + 4} h-4 q-5,0 -5,5 v{_HEIGHT - 18} q0,5 5,5 h4"/>' if node.bypass else ""
     drawn = bypass + box(node.kind, x, y, _WIDTH, _HEIGHT, lines, tip, mark)
     link = links.get(node.block.path) if node.block is not None else None
     return f'<a href="{escape(link)}">{drawn}</a>' if link else drawn
 
 
-def _name(node: Node, column: _Column, most: int) -> str:
-    """A node's name without what the column's heading says; a number does not stand alone."""
-    name, prefix = node.name, column.prefix
-    if prefix and name.startswith(f"{prefix}."):
-        rest = name[len(prefix) + 1 :]
-        name = f"{prefix.rpartition('.')[2]}.{rest}" if rest[:1].isdigit() else rest
+def _name(node: Node, most: int) -> str:
+    """A node's name, as much of its end as there is room for."""
     end = "" if node.last in ("", node.name) else f" \u2013 {node.last.rpartition('.')[2]}"
+    name = node.name
     while len(name) + len(end) > most and "." in name:
         name = name.partition(".")[2]
-    return _short(name + end, most)
+    whole = name + end
+    return whole if len(whole) <= most else "\u2026" + whole[1 - most :]
 
 
 def _edge(edge: Edge, columns: list[_Column], where: Mapping[Node, tuple[int, int]]) -> str:
@@ -222,7 +208,3 @@ def _side(node: Node) -> float:
 
 def _top(node: Node) -> float:
     return _HEIGHT / 2 - RADIUS if node.kind == "join" else 0
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else "\u2026" + text[1 - most :]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..plan import Skipped, folded
+from ..plan import Site, Skipped, folded
 from ..surgery.splice.undo import is_retrofitted
-from ..tables import aligned
-from .blocks import class_name
-from .costs import NOT_CALLED, costs, human
-from .graphs import Recorded
+from ..tables import aligned, as_html
+from .blocks import BlockPair, class_name
+from .costs import NOT_CALLED, SiteCost, human, multiply_adds, one_input, resized, site_costs
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["Report", "Row", "report_of"]
+    from .inspection import Inspection
+
+__all__ = ["NUMBERS", "OPTIONAL", "Report", "Row", "percent", "report_of"]
+
+NUMBERS = ("channels", "parameters", "multiply-adds")
+OPTIONAL = ("kind", "channels", "class", "before", "multiply-adds", "feature map")  # what matters least first
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,6 @@ class Row:
         after, before: what in the block gives the value that SE scales, and what takes it.
         shape: of that value, without the batch; () where it is not called on these inputs.
         channels, parameters: of the SE module.
-        space: the spatial part of the shape, by which rows are grouped into stages.
         excitation, squeeze_scale: its multiply-adds (see ``costs``); None where it is not called on these inputs.
     """
 
@@ -45,7 +48,6 @@ class Row:
     shape: tuple[int, ...]
     channels: int
     parameters: int
-    space: tuple[int, ...]
     excitation: int | None
     squeeze_scale: int | None
 
@@ -53,6 +55,20 @@ class Row:
     def multiply_adds(self) -> int | None:
         """All that the SE module costs."""
         return None if self.excitation is None or self.squeeze_scale is None else self.excitation + self.squeeze_scale
+
+    def cells(self) -> dict[str, str]:
+        """The row as text, by the heading of each column."""
+        return {
+            "block": self.block or "(model)",
+            "class": self.cls,
+            "kind": self.kind,
+            "SE after": self.after,
+            "before": self.before,
+            "feature map": "x".join(map(str, self.shape)),
+            "channels": f"{self.channels:,}",
+            "parameters": f"{self.parameters:,}",
+            "multiply-adds": "" if self.multiply_adds is None else f"{self.multiply_adds:,}",
+        }
 
 
 @dataclass(frozen=True)
@@ -93,78 +109,67 @@ class Report:
         """What is inserted, in full."""
         return "Squeeze-and-Excitation" if self.what == "SE" else f"{self.what} modules"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, fit for JSON."""
-        data: dict[str, Any] = json.loads(self.to_json())
-        return data
+    def table(self, width: float = math.inf) -> list[str]:
+        """The table as lines, without as many of the columns that matter least as it takes to be no wider than ``width``."""
+        cells = [row.cells() for row in self.rows]
+        for gone in range(len(OPTIONAL) + 1):
+            columns = [name for name in cells[0] if name not in OPTIONAL[:gone]]
+            texts = [columns, *([row[name] for name in columns] for row in cells)]
+            lines = aligned(texts, left=sum(name not in NUMBERS for name in columns), rule=True)
+            if len(lines[1]) <= width:
+                break
+        return lines
 
-    def to_json(self) -> str:
-        """The report as JSON."""
-        return json.dumps(asdict(self), indent=2)
-
-    def summary(self) -> list[tuple[str, str]]:
-        """The totals, as pairs of a heading and a text."""
-        share = 100 * self.trainable_after / self.parameters_after if self.parameters_after else 0.0
+    def totals(self) -> list[str]:
+        """What stands below the table."""
         of = "" if self.what != "SE" else f", reduction {self.options['reduction']}, gate {self.options['gate']}"
-        lines = [
-            (f"{self.what} modules", f"{len(self.rows)}{of}"),
-            ("parameters", _change(self.parameters_before, self.parameters_after)),
-            ("trainable", f"{self.trainable_before:,} -> {self.trainable_after:,} ({share:.2f}% of all)"),
-        ]
-        if self.multiply_adds_before is None or self.multiply_adds_after is None:
-            lines.append(("multiply-adds", "unknown: the network can't be run to its end without data"))
-            return lines
-        before, layers = self.multiply_adds_before, self.multiply_adds_after
-        after = layers + self.squeeze_scale
-        change = f"{human(before)} -> {human(after)} (+{percent(after - before, before)}) for one {self.inputs} input"
-        return [
-            *lines,
-            ("multiply-adds", change + (f", resized to {self.resized} by the network" if self.resized else "")),
-            ("  of layers alone", f"{human(before)} -> {human(layers)} (+{percent(layers - before, before)})"),
-        ]
-
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        """The table as text: its header and its rows."""
-        rows = [
-            [
-                row.block or "(model)",
-                row.cls,
-                row.kind,
-                row.after,
-                row.before,
-                "x".join(map(str, row.shape)),
-                f"{row.channels:,}",
-                f"{row.parameters:,}",
-                "" if row.multiply_adds is None else f"{row.multiply_adds:,}",
-            ]
-            for row in self.rows
-        ]
-        return HEADER, rows
-
-    def __str__(self) -> str:
-        header, rows = self.cells()
-        lines = [f"{self.model} with {self.title}", "", *aligned([header, *rows], left=FIRST_NUMBER, rule=True), ""]
-        lines += [f"{heading:<19}{text}" for heading, text in self.summary()]
+        share = percent(self.trainable_after, self.parameters_after)
+        totals = {
+            f"{self.what} modules": f"{len(self.rows)}{of}",
+            "parameters": _change(self.parameters_before, self.parameters_after),
+            "trainable": f"{self.trainable_before:,} -> {self.trainable_after:,} ({share} of all)",
+            **self._multiply_adds(),
+        }
+        lines = [f"{heading:<19}{text}" for heading, text in totals.items()]
         if self.skipped:
             lines += ["", f"skipped: {len(self.skipped)}"]
             lines += [f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped)]
-        return "\n".join(lines)
+        return lines
+
+    def _multiply_adds(self) -> dict[str, str]:
+        before, layers = self.multiply_adds_before, self.multiply_adds_after
+        if before is None or layers is None:
+            return {"multiply-adds": "unknown: the network can't be run to its end without data"}
+        after = layers + self.squeeze_scale
+        resized = f", resized to {self.resized} by the network" if self.resized else ""
+        whole, alone = (f"{human(before)} -> {human(n)} (+{percent(n - before, before)})" for n in (after, layers))
+        return {"multiply-adds": f"{whole} for one {self.inputs} input{resized}", "  of layers alone": alone}
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.model} with {self.title}", "", *self.table(), "", *self.totals()])
+
+    def _repr_html_(self) -> str:
+        cells = [row.cells() for row in self.rows]
+        left = sum(name not in NUMBERS for name in cells[0])
+        title = f"{self.model} with {self.title}"
+        return as_html(
+            [list(cells[0]), *(list(row.values()) for row in cells)], left=left, above=title, below=self.totals()
+        )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        lines = str(self).splitlines()
-        start, end = (lines[2].index(f"{name} ") for name in ("SE after", "before"))
-        for number, line in enumerate(lines):
-            text = Text(line, "bold" if number in (0, 2) else "", no_wrap=True, overflow="ignore")
-            if 4 <= number < 4 + len(self.rows):
-                text.stylize("bold", 0, lines[2].index("class"))
-                text.stylize("dark_orange", start, end)
+        yield Text(f"{self.model} with {self.title}\n", "bold")
+        header, rule, *rows = self.table(options.max_width)
+        yield Text(header, "bold", no_wrap=True, overflow="ignore")
+        yield Text(rule, no_wrap=True, overflow="ignore")
+        start, after = header.index("SE after"), max(len(row.after) for row in self.rows)
+        for line, row in zip(rows, self.rows, strict=True):
+            text = Text(line, no_wrap=True, overflow="ignore")
+            text.stylize("bold", 0, len(row.block))
+            text.stylize("dark_orange", start, start + after)
             yield text
-
-
-HEADER = ["block", "class", "kind", "SE after", "before", "feature map", "channels", "parameters", "multiply-adds"]
-FIRST_NUMBER = 6
+        yield Text("\n" + "\n".join(self.totals()))
 
 
 def percent(part: int, whole: int) -> str:
@@ -172,32 +177,21 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f}%" if whole else "0%"
 
 
-def _space(shape: tuple[int, ...], channel_dim: int) -> tuple[int, ...]:
-    """A shape without its channels; ``channel_dim`` is counted from the end."""
-    return tuple(size for dim, size in enumerate(shape) if dim != len(shape) + channel_dim)
-
-
 def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})"
 
 
-def report_of(found: Recorded) -> Report:
+def report_of(found: Inspection) -> Report:
     """The report on an inspected model."""
-    model, plan, cost = found.model, found.plan, costs(found)
-    by_path = {site.path: pair for pair in found.blocks for site in pair.sites}
-    rows = []
-    for site in plan.sites:
-        pair, own = by_path[site.path], cost.sites.get(site.path, NOT_CALLED)
-        space = _space(own.shape, site.channel_dim)
-        row = Row(
-            site.path, site.block, pair.cls, site.kind, pair.se_after(site), pair.se_before(site),
-            own.shape, site.channels, site.parameters, space, own.excitation, own.squeeze_scale,
-        )  # fmt: skip
-        rows.append(row)
-    paths = {row.path for row in rows}
-    new = {id(p) for path, m in model.named_modules() if path in paths and is_retrofitted(m) for p in m.parameters()}
+    model, plan, sites = found.model, found.plan, site_costs(found.record)
+    modules = dict(model.named_modules())
+    pairs = {site.path: pair for pair in found.blocks for site in pair.sites}
+    rows = [_row(site, pairs.get(site.path), sites.get(site.path, NOT_CALLED), modules) for site in plan.sites]
+    new = {id(p) for row in rows if is_retrofitted(se := modules.get(row.path)) for p in se.parameters()}
     parameters = list(model.parameters())
     old = [p for p in parameters if id(p) not in new]
+    excitations = [site.excitation for site in sites.values()]
+    after = multiply_adds(model, found.record)
     return Report(
         class_name(model),
         tuple(rows),
@@ -207,13 +201,23 @@ def report_of(found: Recorded) -> Report:
         parameters_after=_numbers_in(parameters),
         trainable_before=_numbers_in(p for p in old if p.requires_grad),
         trainable_after=_numbers_in(p for p in parameters if p.requires_grad),
-        inputs=cost.inputs,
-        resized=cost.resized,
-        multiply_adds_before=cost.before,
-        multiply_adds_after=cost.after,
-        squeeze_scale=cost.squeeze_scale,
+        inputs=one_input(found.record),
+        resized=resized(found.record),
+        multiply_adds_before=None if after is None or None in excitations else after - sum(e or 0 for e in excitations),
+        multiply_adds_after=after,
+        squeeze_scale=sum(site.squeeze_scale or 0 for site in sites.values()),
         what=plan.what,
     )
+
+
+def _row(site: Site, pair: BlockPair | None, cost: SiteCost, modules: Mapping[str, nn.Module]) -> Row:
+    """The row of a site; ``pair`` is None where its block does not run on these inputs."""
+    after, before = (site.after, "") if pair is None else (pair.se_after(site), pair.se_before(site))
+    cls = class_name(modules.get(site.block, modules[""])) if pair is None else pair.cls
+    return Row(
+        site.path, site.block, cls, site.kind, after, before,
+        cost.shape, site.channels, site.parameters, cost.excitation, cost.squeeze_scale,
+    )  # fmt: skip
 
 
 def _numbers_in(parameters: Iterable[Tensor]) -> int:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-__all__ = ["RADIUS", "Picture", "arrow", "box", "file_of", "join", "text", "times"]
+__all__ = ["BOLD", "LETTER", "RADIUS", "Picture", "arrow", "badge_width", "box", "file_of", "join", "text", "times"]
 
 RADIUS = 13  # of a join
+LETTER, BOLD = 6.0, 7.4  # width of a letter in small and in large print, at most
 TIP = 6
 
 
@@ -56,12 +57,17 @@ def box(
     words = [text("name", x + 9, middle + (-3 if more else 4), name)]
     words += [text("words", x + 9, middle + 10, line) for line in more]
     if mark:
-        wide = 9 + 7 * len(mark)
+        wide = badge_width(mark)
         left = x + width - wide - 6
         words.append(f'<rect class="badge" x="{left:.1f}" y="{middle - 8:.1f}" width="{wide}" height="16" rx="8"/>')
         words.append(text("badge", left + wide / 2, middle + 4, mark))
     rect = f'<rect class="box" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="7"/>'
     return f'<g class="{cls}"><title>{escape(tip)}</title>{rect}{"".join(words)}</g>'
+
+
+def badge_width(mark: str) -> int:
+    """How wide a mark is."""
+    return 9 + 7 * len(mark) if mark else 0
 
 
 def join(x: float, y: float, sign: str, tip: str) -> str:

@@ -1,71 +1,26 @@
-"""The networks that the tests of the inspection look at: real ones on the meta device, and small ones with weights."""
+"""The networks that the tests of the inspection look at, small ones of each kind of block, and what was seen in them."""
 
 from __future__ import annotations
 
-import copy
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
-from functools import cache
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.densenet import DenseNet
+from torchvision.models.googlenet import Inception
+from torchvision.models.mobilenetv2 import MobileNetV2
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.shufflenetv2 import ShuffleNetV2
+from torchvision.models.vgg import make_layers
 
 from se_retrofit import add_se, inspect_se
 from se_retrofit.inspection import Inspection
-
-
-def network(name: str) -> nn.Module:
-    """A real network without data: structure is all that is looked at."""
-    library, _, model = name.partition("/")
-    with torch.device("meta"):
-        if library == "timm":
-            return timm.create_model(model)
-        options = {"init_weights": False} if model == "googlenet" else {}
-        return torchvision.models.get_model(model, weights=None, **options)
-
-
-def retrofitted(name: str, reduction: int = 16) -> nn.Module:
-    return copy.deepcopy(_retrofitted(name, reduction))
-
-
-@cache
-def _retrofitted(name: str, reduction: int) -> nn.Module:
-    return add_se(network(name), reduction)
-
-
-@cache
-def inspected(name: str) -> Inspection:
-    """What is seen in a network, or in the small one, which tests only look at."""
-    return inspect_se(add_se(small_resnet(), 16, exclude="layer4.*") if name == "small" else retrofitted(name))
-
-
-def small_resnet(classes: int = 10) -> nn.Module:
-    """A ResNet with weights, small enough for digits."""
-    torch.manual_seed(0)
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 2, 1, 1], num_classes=classes)
-
-
-class Box(NamedTuple):
-    """A box or a join in a picture: what it says when pointed at, its class, its left and upper side or its middle, and its text."""
-
-    tip: str
-    role: str
-    x: float
-    y: float
-    text: list[str]
-
-
-def boxes(svg: ET.Element) -> Iterator[Box]:
-    """Those of a picture."""
-    for group in svg.iter("g"):
-        shape = next(s for s in group if s.tag in ("rect", "circle"))
-        x, y = (float(shape.get(key) or shape.get("c" + key) or 0) for key in "xy")
-        text = [text.text or "" for text in group.iter("text")]
-        yield Box(group.findtext("title") or "", group.get("class") or "", x, y, text)
 
 
 class PlainNet(nn.Module):
@@ -115,12 +70,65 @@ class UNet(nn.Module):
 
 
 class Twice(nn.Module):
-    """A residual block that is called twice, and a dense layer."""
+    """A residual block that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.block = torchvision.models.resnet.BasicBlock(8, 8)
+        self.stem, self.block = nn.Conv2d(3, 8, 3, padding=1), BasicBlock(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(self.block(self.stem(x)))
+
+
+def small_resnet() -> nn.Module:
+    """A ResNet, small enough for digits."""
+    torch.manual_seed(0)
+    return ResNet(BasicBlock, [1, 2, 1, 1], num_classes=10)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "residual": small_resnet,
+    "bottleneck": partial(ResNet, Bottleneck, [2, 1, 1, 1], num_classes=10, width_per_group=16),
+    "inverted": partial(MobileNetV2, 10, inverted_residual_setting=[[1, 8, 1, 1], [6, 16, 2, 2]]),
+    "dense": partial(DenseNet, 8, (4, 2), 16, num_classes=10),
+    "branches": lambda: nn.Sequential(*(Inception(inputs, 8, 8, 8, 8, 8, 8) for inputs in (3, 32))),
+    "scaled": partial(ConvNeXt, [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], num_classes=10),
+    "split": partial(ShuffleNetV2, [2, 1, 1], [8, 16, 32, 64, 64], num_classes=10),
+    "chain": lambda: nn.Sequential(OrderedDict(features=make_layers([8, "M", 16, "M"], batch_norm=True))),
+    "functions": PlainNet,
+    "unet": UNet,
+    "twice": Twice,
+    "traced": lambda: torch.fx.symbolic_trace(small_resnet()),
+}
+
+
+@cache
+def example(size: int = 64) -> Tensor:
+    return torch.empty(2, 3, size, size)
+
+
+@cache
+def inspected(name: str) -> Inspection:
+    """What is seen in a network, which tests only look at; of the ``"residual"`` one, the last stage has no SE."""
+    model = NETWORKS[name]()
+    options = {"exclude": "layer4.*"} if name == "residual" else {}
+    return inspect_se(add_se(model, 16, example_inputs=example(), inplace=name != "traced", **options), example())
+
+
+class Box(NamedTuple):
+    """A box or a join in a picture: what it says when pointed at, its class, its left and upper side or its middle, and its text."""
+
+    tip: str
+    role: str
+    x: float
+    y: float
+    text: list[str]
+
+
+def boxes(svg: ET.Element) -> Iterator[Box]:
+    """Those of a picture."""
+    for group in svg.iter("g"):
+        shape = next(s for s in group if s.tag in ("rect", "circle"))
+        x, y = (float(shape.get(key) or shape.get("c" + key) or 0) for key in "xy")
+        text = [text.text or "" for text in group.iter("text")]
+        yield Box(group.findtext("title") or "", group.get("class") or "", x, y, text)

@@ -1,36 +1,38 @@
-"""The graphs show SE where it is, and what they show is what runs."""
+"""The graphs show SE where it is, what they show is what runs, and every view shows the same."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
-import torchvision
-from inspected import PlainNet, Twice, UNet, inspected, retrofitted, small_resnet
-from sweeps import swept
+from inspected import NETWORKS, Twice, UNet, example, inspected, small_resnet
+from rich.console import Console
 from torch import fx, nn
-from torchvision.models.googlenet import Inception
 
-from se_retrofit import RetrofitError, add_se, inspect_se, record, remove_se
-
-_LAYERS = "features.denseblock1.denselayer3 (_DenseLayer) and 4 more"
+from se_retrofit import RetrofitError, SEAttention, add_se, fuse_se, inspect_se, record, remove_se
+from se_retrofit.inspection.lines import Line, Lines
 
 
 @pytest.mark.parametrize(
     ("name", "block", "after", "before"),
     [
         # residual: the branch's last norm, before the addition (figure 3)
-        ("tv/resnet50", "layer1.0", "bn3 (BatchNorm2d)", "+="),
-        ("timm/dla34", "level2.tree2", "bn2 (BatchNorm2d)", "+="),
-        # residual with layer scale: before it
-        ("tv/convnext_tiny", "features.1.0", "block.5 (Linear)", "* layer_scale"),
+        ("bottleneck", "layer1.0", "bn3 (BatchNorm2d)", "+="),
+        # residual with layer scale: before it; the permutation in between is no layer
+        ("scaled", "features.1.0", "block.5 (Linear)", "* layer_scale"),
         # inverted bottleneck: between the depthwise conv's activation and the projection
-        ("tv/mobilenet_v2", "features.2", "conv.1.2 (ReLU6)", "conv.2 (Conv2d)"),
+        ("inverted", "features.2", "conv.1.2 (ReLU6)", "conv.2 (Conv2d)"),
         # dense layer: the new features, which the dense block concatenates
-        ("tv/densenet121", "features.denseblock1.denselayer2", "conv2 (Conv2d)", _LAYERS),
+        ("dense", "features.denseblock1.denselayer2", "conv2 (Conv2d)", "the block's end"),
         # Inception: the whole module (figure 2)
-        ("tv/googlenet", "inception3a", "cat", "inception3b (Inception)"),
+        ("branches", "0", "cat", "the block's end"),
         # plain chain: after each non-linearity
-        ("tv/vgg16_bn", "features.40", "features.42 (ReLU)", "features.43 (MaxPool2d)"),
+        ("chain", "features.0", "features.2 (ReLU)", "the block's end"),
+        ("functions", "conv1", "relu", "the block's end"),
+        ("traced", "layer2.0", "layer2.0.bn2 (BatchNorm2d)", "+"),
     ],
 )
 def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, before: str) -> None:
@@ -39,27 +41,32 @@ def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, b
     assert (pair.se_after(site), pair.se_before(site)) == (after, before)
     node = pair.se_node(site)
     assert node is not None
-    assert pair.after is not None
     assert pair.after.kind(node) == "SEAttention"
-    assert pair.after.shape(node).startswith(f"{site.channels}x")
+    assert str(site.channels) in pair.after.shape(node).split("x")
+    if name == "scaled":  # what passes its input on stands where it is called
+        nodes = {node.name: node for node in pair.after.graph.nodes}
+        assert [str(n) for n in nodes["stochastic_depth"].all_input_nodes] == ["mul"]
+        assert [str(n) for n in nodes["add"].all_input_nodes] == ["stochastic_depth", "x"]
 
 
-def test_what_takes_a_blocks_value_is_named_across_its_borders() -> None:
-    example = torch.empty(1, 3, 32, 32)
-    rows = inspect_se(add_se(UNet(), example_inputs=example), example).report().rows
-    before = {row.path: row.before for row in rows}
-    assert before["d1.net.2.se_attention"] == "net.3 (Conv2d)"
-    assert before["d1.net.se_attention"] == "pool (MaxPool2d), cat"
-    assert before["bottom.net.se_attention"] == "up2 (ConvTranspose2d)"
-    assert before["u1.net.se_attention"] == "head (Conv2d)"
-    alone = Inception(3, 8, 8, 8, 8, 8, 8)
-    assert [row.before for row in inspect_se(add_se(alone, example_inputs=example), example).report().rows] == [
-        "output"
-    ]
-    fire = inspected("tv/squeezenet1_1").blocks[-1]  # a container without a forward of its own is not named
-    assert fire.se_before(fire.sites[0]) == "classifier.1 (Conv2d)"
-    functions = inspect_se(add_se(PlainNet(), example_inputs=example), example).report().rows
-    assert [row.before for row in functions] == ["max_pool2d_with_indices", "mean"]
+def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> None:
+    inspection = inspected("unet")
+    pair = inspection.block("d1.net")
+    for name in ("d1", "d1.net.4", "d1.net.2.se_attention", "d1.net.se_attention"):
+        assert inspection.block(name) is pair
+    assert (pair.cls, [pair.se_after(site) for site in pair.sites]) == ("DoubleConv", ["net.2 (ReLU)", "net.5 (ReLU)"])
+    assert [pair.se_before(site) for site in pair.sites] == ["net.3 (Conv2d)", "the block's end"]
+    assert [n.name for n in pair.after.graph.nodes][1:4] == ["net_0", "net_1", "net_2"]
+
+
+def test_blocks_that_are_parts_of_a_graph_have_their_own_operations_alone() -> None:
+    after = inspected("functions").block("conv2").after
+    kinds = [after.kind(node) for node in after.graph.nodes]
+    assert kinds == ["placeholder", "Conv2d", "relu", "SEAttention", "output"]
+    after = inspected("traced").block("layer2.0").after
+    targets = [str(node.target) for node in after.graph.nodes if node.op == "call_module"]
+    assert all(target.startswith("layer2.0.") for target in targets)
+    assert {"layer2.0.conv1", "layer2.0.downsample.0", "layer2.0.relu"} <= set(targets)
 
 
 def part_of(graph: fx.Graph, block: str) -> list[tuple[str, torch.Size | None]]:
@@ -79,139 +86,192 @@ def part_of(graph: fx.Graph, block: str) -> list[tuple[str, torch.Size | None]]:
 @pytest.mark.parametrize(
     ("name", "block"),
     [
-        ("tv/resnet50", "layer1.0"),  # with an opened nn.Sequential
-        ("tv/googlenet", "inception3a"),  # with modules that stay closed
-        ("timm/convnext_atto", "stages.0.blocks.0"),  # with a view of a parameter
-        ("tv/shufflenet_v2_x1_0", "stage2.1"),  # with an operation that returns several tensors
+        ("bottleneck", "layer1.0"),  # with an opened nn.Sequential
+        ("branches", "1"),  # with modules that stay closed
+        ("scaled", "features.1.0"),  # with a view of a parameter
+        ("split", "stage2.1"),  # with an operation that returns several tensors
     ],
 )
 def test_a_blocks_graph_is_a_part_of_the_graph_of_the_network(name: str, block: str) -> None:
-    after = inspected(name).block(block).after
-    assert after is not None
+    inspection = inspected(name)
     shown = [
         (f"{block}.{n.target}" if n.op in ("call_module", "get_attr") else str(n.target), n.meta.get("shape"))
-        for n in after.graph.nodes
-        if n.op not in ("placeholder", "output")
+        for n in inspection.block(block).after.graph.nodes
+        if n.op not in ("placeholder", "output") and n.name != "stochastic_depth"  # which passes its input on
     ]
-    assert shown == part_of(record(retrofitted(name)).graph, block)
+    assert shown == part_of(record(inspection.model, example()).graph, block)
     assert any("se_attention" in target for target, _ in shown)
 
 
-def test_a_module_that_passes_its_input_on_stands_where_it_is_called() -> None:
-    after = inspected("tv/convnext_tiny").block("features.1.0").after
-    assert after is not None
-    nodes = {node.name: node for node in after.graph.nodes}
-    assert [str(n) for n in nodes["stochastic_depth"].all_input_nodes] == ["mul"]
-    assert [str(n) for n in nodes["add"].all_input_nodes] == ["stochastic_depth", "x"]
-
-
 @pytest.mark.parametrize(
-    "name",
-    swept(
-        ["tv/resnet50", "tv/mobilenet_v2", "tv/googlenet"],
-        ["timm/dla34", "tv/convnext_tiny", "tv/densenet121", "tv/vgg16_bn"],
-    ),
-)
-def test_after_differs_from_before_in_nothing_but_se(name: str) -> None:
-    for pair in inspected(name).blocks:
-        assert pair.failure is None
-        assert pair.before is not None
-        assert pair.after is not None
-        assert pair.before.ses == []
-        assert len(pair.after.ses) == len(pair.sites)
-
-        def steps(graph: fx.Graph, left_out: list[fx.Node]) -> list[tuple[str, str]]:
-            return [(node.op, str(node.target)) for node in graph.nodes if node not in left_out]
-
-        assert steps(pair.before.graph, []) == steps(pair.after.graph, pair.after.ses)
-
-
-@pytest.mark.parametrize(
-    ("model", "block", "size"),
+    ("name", "block", "size"),
     [
-        (small_resnet(), "layer2.1", (128, 8, 8)),
-        (small_resnet(), "layer2.0", (64, 8, 8)),
-        (torchvision.models.mobilenet_v2(width_mult=0.35), "features.3", (8, 8, 8)),
-        (torchvision.models.densenet._DenseBlock(2, 8, 2, 4, 0.0), "denselayer1", (8, 8, 8)),
-        (torchvision.models.shufflenet_v2_x0_5(), "stage2.1", (48, 28, 28)),  # a function has two results
+        ("residual", "layer2.0", (64, 8, 8)),
+        ("inverted", "features.3", (16, 8, 8)),
+        ("dense", "features.denseblock1.denselayer1", (16, 8, 8)),
+        ("split", "stage2.1", (16, 8, 8)),  # a function has two results
     ],
-    ids=["residual", "projection", "inverted", "dense", "split"],
 )
-def test_a_graph_computes_what_its_block_does(model: nn.Module, block: str, size: tuple[int, ...]) -> None:
-    inputs = torch.randn(2, *size) if isinstance(model, torchvision.models.densenet._DenseBlock) else None
-    model = add_se(model, example_inputs=inputs).eval()
+def test_before_and_after_compute_what_the_block_does_without_and_with_se(
+    name: str, block: str, size: tuple[int, ...]
+) -> None:
+    model = add_se(NETWORKS[name](), example_inputs=example()).eval()
     for module in model.modules():
-        if type(module).__name__ == "SEAttention":
+        if isinstance(module, SEAttention):
             nn.init.normal_(module.fc[2].weight)  # gates of 1 would hide a graph without SE
-    pair = inspect_se(model, inputs).block(block)
-    assert pair.before is not None
-    assert pair.after is not None
+    pair = inspect_se(model, example()).block(block)
     x = torch.randn(2, *size)
-    given = [x] if block.startswith("denselayer") else x  # a list of tensors, each of them an input of the graph
+    given = [x] if name == "dense" else x  # a list of tensors, each of them an input of the graph
+    outputs = []
     for graph, network in ((pair.after.graph, model), (pair.before.graph, remove_se(model))):
         module = network.get_submodule(block)
-        assert torch.equal(fx.GraphModule(module, graph)(x), module(given))
+        outputs.append(module(given))
+        assert torch.equal(fx.GraphModule(module, graph)(x), outputs[-1])
+    assert not torch.equal(*outputs)
 
 
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [("tv/resnet50", 2), ("tv/densenet121", 1), ("tv/mobilenet_v2", 3), ("tv/vgg16_bn", 1)],
-)
+@pytest.mark.parametrize(("name", "number"), [("bottleneck", 2), ("dense", 1), ("inverted", 3), ("unet", 1)])
 def test_blocks_of_one_structure_are_one_group(name: str, number: int) -> None:
     groups = inspected(name).distinct()
     assert len(groups) == number
     assert sum(map(len, groups)) == len(inspected(name).blocks)
-    if name == "tv/densenet121":  # a layer that is given several maps stands for the others
+    if name == "dense":  # a layer that is given several maps stands for the others
         assert groups[0][0].path == "features.denseblock1.denselayer2"
 
 
-def test_blocks_of_a_traced_network_are_parts_of_its_graph() -> None:
-    traced = fx.symbolic_trace(small_resnet())
-    pairs = {pair.path: pair for pair in inspect_se(add_se(traced)).blocks}
-    pair = pairs["layer2.0"]
-    assert list(pairs) == ["layer1.0", "layer2.0", "layer2.1", "layer3.0", "layer4.0"]
-    assert pair.after is not None
-    assert pair.se_after(pair.sites[0]) == "layer2.0.bn2 (BatchNorm2d)"
-    targets = [str(node.target) for node in pair.after.graph.nodes if node.op == "call_module"]
-    assert all(target.startswith("layer2.0.") for target in targets)
-    assert "layer2.0.downsample.0" in targets
-
-
-def test_a_chain_of_functions_is_cut_into_its_units() -> None:
-    pairs = {pair.path: pair for pair in inspect_se(add_se(PlainNet())).blocks}
-    assert list(pairs) == ["conv1", "conv2"]
-    for path, pair in pairs.items():
-        assert pair.after is not None
-        kinds = [pair.after.kind(node) for node in pair.after.graph.nodes]
-        assert kinds == ["placeholder", "Conv2d", "relu", "SEAttention", "output"]
-        assert pair.se_after(pair.sites[0]) == "relu"
-        assert next(str(n.target) for n in pair.after.graph.nodes if n.op == "call_module") == path
-
-
-def test_a_block_is_found_by_its_path_or_its_ses() -> None:
-    inspection = inspected("small")
-    assert inspection.block("layer2.1") is inspection.block("layer2.1.se_attention")
-    # or by a module in it, or one around it alone
-    assert inspection.block("layer2.1.conv1").path == inspection.block("layer2.1.relu").path == "layer2.1"
+def test_a_block_is_found_by_its_path_or_by_one_in_it_or_around_it_alone() -> None:
+    inspection = inspected("residual")
+    for path in ("layer2.1.se_attention", "layer2.1.conv1", "layer2.1.relu"):
+        assert inspection.block(path) is inspection.block("layer2.1")
     assert inspection.block("layer3").path == "layer3.0"
     for path, told in (("layer2", r"layer2\.0, layer2\.1"), ("layer3.0.conv9", "conv9"), ("layer9", r"layer1\.0")):
         with pytest.raises(RetrofitError, match=told):
             inspection.block(path)
 
 
-def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> None:
-    example = torch.empty(1, 3, 32, 32)
-    inspection = inspect_se(add_se(UNet(), example_inputs=example), example)
-    pair = inspection.block("d1.net")
-    for name in ("d1", "d1.net.4", "d1.net.2.se_attention", "d1.net.se_attention"):
-        assert inspection.block(name) is pair
-    assert (pair.cls, [pair.se_after(site) for site in pair.sites]) == ("DoubleConv", ["net.2 (ReLU)", "net.5 (ReLU)"])
-    assert pair.after is not None
-    assert [n.name for n in pair.after.graph.nodes][1:4] == ["net_0", "net_1", "net_2"]
-    assert len(inspection.distinct()) == 1
+def test_what_is_not_called_has_a_row_and_no_block() -> None:
+    class Sometimes(Twice):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(self.stem(x)) if x.shape[-1] > 8 else self.stem(x)
+
+    model = add_se(Sometimes(), example_inputs=example())
+    found = inspect_se(model, example(8))
+    assert found.blocks == []
+    (row,) = found.report().rows
+    assert (row.cls, row.shape, row.multiply_adds) == ("BasicBlock", (), None)
+    assert inspected("twice").block("block").calls == 2
+    assert "called 2 times" in str(inspected("twice").graph("block"))
 
 
-def test_a_block_called_twice_says_so() -> None:
-    example = torch.empty(1, 3, 8, 8)
-    assert inspect_se(add_se(Twice(), example_inputs=example), example).block("block").calls == 2
-    assert inspected("tv/resnet18").block("layer1.0").calls == 1
+# Views ----------------------------------------------------------------------------------------------------------------
+
+
+def test_all_views_come_from_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[bool] = []
+    monkeypatch.setattr(
+        "se_retrofit.inspection.inspection.record", lambda *args, **kw: recorded.append(True) or record(*args, **kw)
+    )
+    inspection = inspect_se(add_se(small_resnet()))
+    assert repr(inspection) == "<Inspection of ResNet: 5 SE modules in 5 blocks>"
+    assert str(inspection) == str(inspection.report())
+    views = [inspection.graph(), inspection.graph("layer1.0"), inspection.diff(), inspection.diff("layer1.0")]
+    assert all(str(view) for view in views)
+    assert inspection.draw(tmp_path / "a.svg").exists()
+    assert inspection.write_html(tmp_path / "a.html").exists()
+    assert inspection.to_dict()["rows"]
+    assert recorded == [True]
+
+
+def test_the_networks_graph_says_what_each_block_gives_and_takes() -> None:
+    rows = [str(line).split("  ") for line in inspected("unet").graph()]
+    rows = [[cell for cell in row if cell] for row in rows if len(row) > 2][1:]
+    assert [row[0].removeprefix("> ") for row in rows][:5] == ["input", "d1.net", "pool", "d2.net", "pool (2)"]
+    table = {row[0].removeprefix("> "): row[1:] for row in rows}
+    assert [cell.strip() for cell in table["d1.net"]] == ["DoubleConv, 2 x SE 8 -> 4 -> 8", "8x64x64"]
+    assert [cell.strip() for cell in table["cat (2)"]] == ["16x64x64", "d1.net, up1"]
+    marked = [str(line) for line in inspected("residual").graph() if line.se]
+    assert [line.split()[1] for line in marked] == [f"layer{block}" for block in ("1.0", "2.0", "2.1", "3.0")]
+    assert all("after bn2 (BatchNorm2d)" in line for line in marked)
+
+
+def test_a_blocks_graph_is_a_table_with_the_mark_at_se() -> None:
+    lines = str(inspected("residual").graph("layer2.0")).splitlines()
+    assert lines[1] == "> SE 128 -> 8 -> 128 after bn2 (BatchNorm2d), before +="
+    (node,) = [line for line in lines if line.startswith("> call_module")]
+    assert node.split()[2:5] == ["se_attention", "se_attention", "bn2"]
+    assert node.endswith("128x8x8")
+    assert len(lines) == 4 + len(inspected("residual").block("layer2.0").after.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "added"),
+    [
+        ("residual", "layer1.0", "out = self.se_attention(self.bn2(out))"),
+        ("inverted", "features.3", "(se_attention): SEAttention(96"),
+        ("branches", "1", "return self.se_attention(torch.cat(outputs, 1))"),
+        ("chain", "features.0", "return self.se_attention(F.relu(input, inplace=self.inplace))"),
+        ("traced", "layer2.0", 'getattr(self.layer2, "0").se_attention('),
+    ],
+)
+def test_the_diff_is_one_line_of_the_authors_source(name: str, block: str, added: str) -> None:
+    lines = [line.text for line in inspected(name).diff(block)]
+    changed = [line for line in lines if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
+    assert any(added in line for line in changed if line.startswith("+"))
+    if name == "residual":
+        assert changed[0][1:] == changed[1][1:].replace("self.se_attention(self.bn2(out))", "self.bn2(out)")
+        text = str(inspected(name).diff())
+        assert text.count("+++ ") == 2
+        assert "like it: layer2.1" in text
+
+
+def test_colour_in_a_terminal_only_and_columns_are_left_out_where_it_is_narrow() -> None:
+    pipe = io.StringIO()
+    lines = Lines([Line("plain [bold]x[/bold]"), Line("about SE", se=True)])
+    lines.show(pipe)
+    assert pipe.getvalue() == "  plain [bold]x[/bold]\n> about SE\n"
+    found = inspected("residual")
+    assert all(line == line.rstrip() for line in str(found).splitlines())
+    shown = {}
+    for width, coloured in ((80, False), (160, True)):
+        terminal = io.StringIO()
+        console = Console(file=terminal, force_terminal=coloured, width=width)
+        lines.show(console=console)
+        console.print(found)
+        shown[width] = terminal.getvalue()
+    assert "\x1b[" in shown[160]
+    assert "\x1b" not in shown[80] + str(found)
+    assert max(map(len, shown[80].splitlines())) <= 80 < len(str(found).splitlines()[2])
+    for cell in ("layer2.1", "bn2 (BatchNorm2d)", "128x8x8", "2,048"):
+        assert all(cell in text for text in (*shown.values(), str(found)))
+    assert "residual" in shown[160]
+    assert "residual" not in shown[80]
+
+
+def test_mistakes_say_what_to_do(tmp_path: Path) -> None:
+    found = inspected("residual")
+    views: list[Callable[[str], object]] = [found.block, found.graph, found.diff]
+    for view in (*views, lambda block: found.draw(tmp_path / "a.svg", block)):
+        with pytest.raises(RetrofitError, match="layer7"):
+            view("layer7")
+    assert list(tmp_path.iterdir()) == []
+    for wrong, error, told in (
+        (lambda: inspect_se(small_resnet()), RetrofitError, "add_se"),
+        (lambda: inspect_se("resnet18"), TypeError, "str"),  # type: ignore[arg-type]
+        (lambda: inspect_se(found.model, torch.empty(1, 4, 32, 32)), RetrofitError, "example_inputs"),
+        (lambda: inspect_se(fuse_se(add_se(small_resnet()))), RetrofitError, "unfuse_se"),
+    ):
+        with pytest.raises(error, match=told):
+            wrong()
+
+
+def test_looking_changes_nothing() -> None:
+    model = add_se(UNet(), example_inputs=example())
+    model.d1.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    flags, state = [m.training for m in model.modules()], torch.get_rng_state()
+    classes = [type(m) for m in model.modules()]
+    inspect_se(model).report()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == flags
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(torch.get_rng_state(), state)

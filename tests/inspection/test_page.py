@@ -9,16 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
-from inspected import inspected, small_resnet
+from inspected import example, inspected, small_resnet
 
 from se_retrofit import RetrofitError, add_se, inspect_se
 from se_retrofit.inspection.page import page
 
 
-def page_of(name: str = "small") -> str:
-    inspection = inspected(name)
-    return page(inspection, inspection.report())
+@pytest.fixture(scope="module")
+def text() -> str:
+    return page(inspected("residual"), inspected("residual").report())
 
 
 class Linked(HTMLParser):
@@ -39,51 +38,47 @@ class Linked(HTMLParser):
         self.references += [value or "" for name, value in attrs if name in kinds]
 
 
-def test_it_holds_summary_table_differences_drawings_and_reasons() -> None:
-    text, report = page_of(), inspected("small").report()
-    for row in report.rows:
-        assert re.search(rf'<div class="row site"><span><a href="#block-\d">{row.block}</a></span>', text)
+def test_it_holds_summary_table_differences_drawings_and_reasons(text: str) -> None:
+    report = inspected("residual").report()
+    rows = re.findall(r"<tr><td(.*?)</tr>", text)
+    for row, shown in zip(report.rows, rows, strict=True):
+        cells = re.findall(r">([^<]*)</(?:td|a)>", html.unescape(shown.replace("<wbr>", "")))
+        assert cells[:2] == [row.block, row.cls]
+        assert {row.after, f"{row.parameters:,}", f"{row.multiply_adds:,}"} < set(cells)
     assert "<code>layer4.0</code>: excluded" in text
     assert re.search(r'<span class="add">\+ +(\w+) = self\.se_attention\(self\.bn2\(\1\)\)</span>', text)
     assert re.search(r'<span class="del">- +(\w+) = self\.bn2\(\1\)</span>', text)
     assert "SE 64 -> 4 -> 64 after bn2 (BatchNorm2d), before +=" in html.unescape(text)
-    assert f"{report.parameters_after:,}" in text
     assert text.count('<div class="side">') == 2 * 2
-    resized = page(inspected("small"), replace(report, resized="3x64x64"))
+    resized = page(inspected("residual"), replace(report, resized="3x64x64"))
     assert f"one {report.inputs} input, resized to 3x64x64" in resized
 
 
-def test_rows_and_the_picture_link_to_blocks_that_are_there_and_to_nothing_outside() -> None:
-    found = Linked(page_of("tv/resnet50"))
+def test_what_is_no_difference_is_not_coloured_as_one(text: str) -> None:
+    cards = dict(re.findall(r'<div class="more([^"]*)">([^<]*)</div>', text))
+    assert [(cls, more[0]) for cls, more in re.findall(r'<div class="more([^"]*)">([^<]*)', text)] == [
+        (" change", "+"),
+        ("", "1"),  # 100.00% of all
+        (" change", "+"),
+    ]
+    assert cards[""] == "100.00% of all"
+
+
+def test_rows_and_the_picture_link_to_blocks_that_are_there_and_to_nothing_outside(text: str) -> None:
+    found = Linked(text)
     assert len(found.ids) == len(set(found.ids))
     assert {link[1:] for link in found.inner} == {"block-1", "block-2"} <= set(found.ids)
-    assert len(found.inner) == 2 * 16  # the table and the picture
+    assert len(found.inner) == 2 * 4  # the table and the picture
     assert found.outer == []
     control = '<img src="https://example.org/a.png"><style>@import x.css</style>'
     assert len(Linked(control).outer) == 2  # the check sees what it should
 
 
-def test_rows_are_folded_by_stage_with_their_sums() -> None:
-    stages = re.findall(
-        r'<details class="stage"( open)?><summary class="row">(.*?)</summary>(.*?)</details>',
-        page_of("tv/resnet50"),
-        re.DOTALL,
-    )
-    rows = [row for row in inspected("tv/resnet50").report().rows if row.space == (14, 14)]
-    assert [opened for opened, _, _ in stages] == [""] * 4
-    cells = re.findall(r"<span[^>]*>(.*?)</span>", stages[2][1])
-    assert cells[0] == "14x14, 6 sites"
-    assert cells[-2:] == [f"{sum(r.parameters for r in rows):,}", f"{sum(r.multiply_adds or 0 for r in rows):,}"]
-    assert [part.count('class="row site"') for _, _, part in stages] == [3, 4, 6, 3]
-    assert page_of().count('<details class="stage" open>') == 3
-
-
-def test_dark_screens_are_provided_for() -> None:
-    text = page_of()
+def test_dark_screens_are_provided_for(text: str) -> None:
     light, dark = (set(re.findall(r"(--[\w-]+): #", part)) for part in re.findall(r":root \{(.*?)\}", text, re.DOTALL))
     assert light == dark  # each colour has its dark one
     assert "@media (prefers-color-scheme: dark)" in text
-    assert set(re.findall(r"var\((--[\w-]+)\)", text)) - {"--columns"} == light
+    assert set(re.findall(r"var\((--[\w-]+)\)", text)) - {"--legible"} == light
     rules = re.sub(r":root \{.*?\}", "", text[: text.index("</style>")], flags=re.DOTALL)
     assert re.findall(r"#[0-9a-f]{3,6}\b", rules) == []  # no colour but by its name
 
@@ -92,7 +87,7 @@ def test_names_are_text_not_markup() -> None:
     model = add_se(small_resnet())
     type(model).__name__, name = "<b>Net</b>", type(model).__name__
     try:
-        inspection = inspect_se(model, torch.empty(1, 3, 32, 32))
+        inspection = inspect_se(model, example())
         text = page(inspection, inspection.report())
     finally:
         type(model).__name__ = name
@@ -100,9 +95,9 @@ def test_names_are_text_not_markup() -> None:
     assert "&lt;b&gt;Net&lt;/b&gt;" in text
 
 
-def test_mistakes_write_nothing(tmp_path: Path) -> None:
+def test_mistakes_write_nothing(text: str, tmp_path: Path) -> None:
     for name in ("a.txt", "nowhere/a.html"):
         with pytest.raises(RetrofitError, match=name.split("/")[0]):
-            inspected("small").write_html(tmp_path / name)
+            inspected("residual").write_html(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
-    assert inspected("small").write_html(tmp_path / "a.html").read_text() == page_of()
+    assert inspected("residual").write_html(tmp_path / "a.html").read_text() == text

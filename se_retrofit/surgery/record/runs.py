@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...errors import RetrofitError
-from ..splice.undo import strip
 from .copying import copied, in_mode, on_cpu, on_meta
 from .facts import read
 from .graph import Record
@@ -23,7 +22,7 @@ from .recorder import NeedsValues, record_run
 __all__ = ["Runs", "record"]
 
 
-def record(model: nn.Module, example_inputs: Any = None, *, without_se: bool = False) -> Record:
+def record(model: nn.Module, example_inputs: Any = None) -> Record:
     """Run a copy of a model once, in eval mode, and record it as a ``torch.fx.Graph``.
 
     Unlike ``torch.fx.symbolic_trace`` it takes any model, since Python runs as it is.
@@ -31,7 +30,6 @@ def record(model: nn.Module, example_inputs: Any = None, *, without_se: bool = F
     Args:
         model: any module; it is not touched.
         example_inputs: as for ``add_se``.
-        without_se: record the network that a retrofitted one was before.
 
     Returns:
         The record: ``record.graph``, the ``torch.fx.Graph``; ``record.ops``, what is known of each of its nodes.
@@ -47,10 +45,6 @@ def record(model: nn.Module, example_inputs: Any = None, *, without_se: bool = F
         ['input_1', 'conv1', 'bn1', 'act1', 'maxpool']
     """
     with isolated(model) as clean, _disable_current_modes(), without_collections():
-        if without_se:
-            described = isinstance(example_inputs, Inputs) and example_inputs.is_meta
-            model = copied(model, on_meta if described else on_cpu, independent=True)
-            strip(model)
         return read(Runs.find(model, example_inputs, clean, training=False).evaluation)
 
 
