@@ -87,6 +87,10 @@ REFUSED = {
 }
 
 
+# The paper's ablation.
+PLACEMENTS = ("standard", "pre", "post", "identity", "3x3")
+
+
 def _with_narrow_head(base: Base) -> nn.Module:
     """VGG's and AlexNet's heads hold nearly all of their parameters (up to 120 million): built on meta, and made narrow."""
     with torch.device("meta"):

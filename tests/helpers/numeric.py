@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from networks import assert_untouched, snapshot
 from torch import Tensor, nn
 
 from se_retrofit import SEAttention, add_se, remove_se
@@ -60,7 +61,9 @@ def check_promises(model: nn.Module, run: Run, train_run: Run | None = None, **o
         options: for ``add_se``.
     """
     redraw(model)
+    before = snapshot(model)
     retrofitted = add_se(model, **options)
+    assert_untouched(model, before)
     ses = {path: m for path, m in retrofitted.named_modules() if isinstance(m, SEAttention) and hasattr(m, "site")}
     assert ses, "no SE went in"
 

@@ -42,13 +42,14 @@ class Two(nn.Module):
         return x
 
 
-def joined(after: str = "conv2") -> Callable[[type[nn.Module]], type[nn.Module]]:
+def joined(
+    after: str = "conv2", kind: str = "residual", channels: int = 8
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """A network of two such blocks, with SE behind one of their layers."""
 
     def noted(cls: type[nn.Module]) -> type[nn.Module]:
         network = type(cls.__name__, (Two,), {"block": cls})
-        expected = {f"blocks.{i}": 8 for i in range(2)}
-        structure(IMAGE, sites=expected, after=after)(network)
+        structure(IMAGE, sites={f"blocks.{i}": channels for i in range(2)}, kind=kind, after=after)(network)
         return cls
 
     return noted

@@ -284,10 +284,10 @@ class TLU(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.tau = nn.Parameter(torch.randn(1, channels, 1, 1) * 0.1)
+        self.tau = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.max(x, self.tau)
+        return torch.max(x, self.tau - 1)
 
 
 @structure(IMAGE, sites={"0": 8, "1": 8, "2": 8}, kind="chain")

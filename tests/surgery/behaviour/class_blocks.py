@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -136,17 +136,6 @@ class Adapted(Block):
         return x + out
 
 
-class Result(NamedTuple):
-    out: Tensor
-    skip: Tensor
-
-
-class NamedResult(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return Result(x + out, x)
-
-
 class DictResult(Block):
     def forward(self, x):
         out = self.bn2(self.conv2(self.branch(x)))
@@ -165,22 +154,6 @@ class Children(nn.Module):
         for child in self.children():
             out = child(out)
         return x + out
-
-
-class Sliced(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(8, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-        )
-
-    def forward(self, x):
-        out = self.layers[:3](x)
-        return x + self.layers[3:](out)
 
 
 class Base(Block):
@@ -341,3 +314,30 @@ def sourceless() -> nn.Module:
     block = scope["Sourceless"]()
     block.inner = scope["Inner"]()
     return block
+
+
+class Mover(Block):
+    """Keeps copies of itself in the memo, as the documentation of ``copy`` has it."""
+
+    def __deepcopy__(self, memo):
+        if id(self) in memo:
+            return memo[id(self)]
+        memo[id(self)] = new = type(self)()
+        new.load_state_dict(self.state_dict())
+        return new.train(self.training)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
+
+
+class SetForward(nn.Module):
+    """A function that was made in ``__init__`` holds the module's children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.run = lambda x: self.norm(self.conv(x))
+
+    def forward(self, x):
+        return x + F.relu(self.run(x))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -49,17 +48,6 @@ class NumpyRandom(Block):
         return x + out / np.sqrt(2)
 
 
-class ManifoldMixup(Block):
-    """The inputs of the block are mixed among the images of the batch, at random."""
-
-    def forward(self, x):
-        if self.training and np.random.rand() < 0.8:
-            share, other = np.random.beta(2.0, 2.0), torch.randperm(x.shape[0])
-            x = share * x + (1 - share) * x[other]
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
-
-
 class TorchRandomItem(Block):
     def forward(self, x):
         out = self.bn2(self.conv2(self.branch(x)))
@@ -73,15 +61,6 @@ class SizedNoise(Block):
         out = self.bn2(self.conv2(self.branch(x)))
         if self.training:
             out = out * torch.rand(x.shape[0], 1, 1, 1).to(x)
-        return x + out
-
-
-class Collecting(Block):
-    def forward(self, x):
-        out = self.branch(x)
-        self.feats.append(tuple(out.shape))
-        self.calls += 1
-        out = self.bn2(self.conv2(out))
         return x + out
 
 
@@ -111,17 +90,6 @@ class FunctionalNorm(Block):
         out = F.batch_norm(
             self.conv2(self.branch(x)), bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum
         )
-        return x + out
-
-
-class Tries(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        try:
-            if out.max().item() > 1e6:
-                raise OverflowError
-        except OverflowError:
-            out = out.clamp(max=1e6)
         return x + out
 
 
@@ -165,25 +133,6 @@ class Arguments(Block):
         return x + out
 
 
-class Ceil(Block):
-    def forward(self, x):
-        size = math.ceil(x.shape[-1] / 3)
-        out = F.interpolate(F.adaptive_avg_pool2d(self.branch(x), size), size=x.shape[-2:])
-        out = self.bn2(self.conv2(out))
-        return x + out
-
-
-class SamePadding(Block):
-    """TensorFlow's SAME padding."""
-
-    def forward(self, x):
-        h, w = x.shape[-2:]
-        ph, pw = max((math.ceil(h / 1) - 1) + 3 - h, 0), max((math.ceil(w / 1) - 1) + 3 - w, 0)
-        out = F.pad(self.branch(x), [pw // 2, pw - pw // 2, ph // 2, ph - ph // 2])
-        out = self.bn2(F.conv2d(out, self.conv2.weight, self.conv2.bias))
-        return x + out
-
-
 class GroupsByBatch(Block):
     def forward(self, x):
         b, c, h, w = x.shape
@@ -191,27 +140,6 @@ class GroupsByBatch(Block):
         out = F.conv2d(x.reshape(1, b * c, h, w), weight, padding=1, groups=b * c).view(b, c, h, w)
         out = self.bn2(self.conv2(F.relu(out)))
         return x + out
-
-
-class Loop(Block):
-    def forward(self, x):
-        y = x
-        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
-            y = norm(conv(F.relu(y)))
-        return x + y
-
-
-class Comprehension(Block):
-    def forward(self, x):
-        parts = [norm(conv(x)) for conv, norm in zip([self.conv1, self.conv2], [self.bn1, self.bn2], strict=True)]
-        out = F.relu(torch.cat(parts, 1))
-        return out[:, : self.channels] + out[:, self.channels :]
-
-
-class Lambda(Block):
-    def forward(self, x):
-        run = lambda y: self.bn2(self.conv2(F.relu(y)))  # noqa: E731
-        return x + run(self.bn1(self.conv1(x)))
 
 
 def helper(conv, norm, x):
@@ -222,6 +150,20 @@ def helper(conv, norm, x):
 class Helped(Block):
     def forward(self, x):
         return x + helper(self.conv2, self.bn2, self.bn1(self.conv1(x)))
+
+
+class Functional(Block):
+    """No module is called: weights go into functions."""
+
+    def forward(self, x):
+        out = F.relu(F.conv2d(x, self.conv1.weight, self.conv1.bias, padding=1))
+        out = F.conv2d(out, self.conv2.weight, padding=(1, 1))
+        return F.relu(torch.add(x, out))
+
+
+class Starred(Block):
+    def forward(self, x, *rest, pads=(0, 0), **named):
+        return x + self.bn2(self.conv2(F.pad(self.branch(x), pads)))
 
 
 class InPlace(Block):
@@ -243,13 +185,6 @@ class Statement(Block):
         return x + out
 
 
-class Walrus(Block):
-    def forward(self, x):
-        if (out := self.bn2(self.conv2(self.branch(x)))).shape[0] > 0:
-            return x + out
-        return x
-
-
 # fmt: off
 class OneLine(Block):
     def forward(self, x): return x + self.bn2(self.conv2(self.branch(x)))
@@ -269,16 +204,6 @@ class ManyLines(Block):
             x
             + out
         )
-
-
-class Chained(Block):
-    def forward(self, x):
-        out = (
-            self.conv2(self.branch(x))
-            .mul(0.5)
-            .add(0.1)
-        )
-        return x + out
 
 
 class Tabbed(Block):

@@ -95,11 +95,6 @@ class Kept(Block):
         return total
 
 
-class Stacked(Block):
-    def forward(self, x):
-        return torch.stack([x, self.bn2(self.conv2(self.branch(x)))]).sum(0)
-
-
 class Subscript(Block):
     def forward(self, x):
         outs = [self.branch(x)]
@@ -158,14 +153,18 @@ class Rebound(Block):
         return x + block.bn2(block.conv2(block.branch(x)))
 
 
-class Called(Block):
+class Behind(Block):
+    """The branch alone."""
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.branch(x)))
+
+
+class Called(Behind):
     """The skip is outside of forward."""
 
     def __call__(self, x):
         return x + super().__call__(x)
-
-    def forward(self, x):
-        return self.bn2(self.conv2(self.branch(x)))
 
 
 class Bypassed:
@@ -173,12 +172,7 @@ class Bypassed:
         return x + super().forward(x)  # type: ignore[misc]
 
 
-class Branch(Block):
-    def forward(self, x):
-        return self.bn2(self.conv2(self.branch(x)))
-
-
-class Mixed(Bypassed, Branch):
+class Mixed(Bypassed, Behind):
     pass
 
 
