@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from networks import assert_untouched, snapshot
+from networks import assert_untouched, se_modules, snapshot
 from torch import Tensor, nn
 
-from se_retrofit import SEAttention, add_se, remove_se
+from se_retrofit import add_se, remove_se
+from se_retrofit.verify import redraw_vectors
 
 Run = Callable[[nn.Module], Any]  # calls a model on some inputs
 
@@ -26,20 +27,6 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors(item)
-
-
-def redraw(model: nn.Module, seed: int = 0) -> None:
-    """Draw all vectors of a fresh network anew: where the last norm of every branch is zero, a fault in the branch, or a
-    gradient that does not reach it, would not show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point() or tensor.numel() != max(tensor.shape, default=1):
-                continue
-            if name.rpartition(".")[2] in ("bias", "beta", "running_mean"):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-            else:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
 
 
 def loss(output: Any) -> Tensor:
@@ -60,20 +47,18 @@ def check_promises(model: nn.Module, run: Run, train_run: Run | None = None, **o
         train_run: calls it in train mode, where that takes something else (detection models take targets).
         options: for ``add_se``.
     """
-    redraw(model)
+    redraw_vectors(model)
     before = snapshot(model)
     retrofitted = add_se(model, **options)
     assert_untouched(model, before)
-    ses = {path: m for path, m in retrofitted.named_modules() if isinstance(m, SEAttention) and hasattr(m, "site")}
-    assert ses, "no SE went in"
-
+    assert se_modules(retrofitted), "no SE went in"
     keys = model.state_dict().keys()
     assert [k for k in retrofitted.state_dict() if k in keys] == list(keys), "an original key is missing"
-    assert all(any(s in f".{k}" for s in (".se_attention",)) for k in retrofitted.state_dict() if k not in keys)
+    assert all("se_attention" in key for key in retrofitted.state_dict().keys() - keys)
 
     _equal_outputs(model, retrofitted, run)
     _equal_training(model, retrofitted, train_run or run)
-    _gradients_reach_se(retrofitted, ses, run if train_run is None else train_run, training=train_run is not None)
+    _gradients_reach_se(retrofitted, run if train_run is None else train_run, training=train_run is not None)
 
     restored = remove_se(retrofitted)
     assert [(p, type(m)) for p, m in restored.named_modules()] == [(p, type(m)) for p, m in model.named_modules()]
@@ -111,15 +96,13 @@ def _equal_training(model: nn.Module, retrofitted: nn.Module, run: Run) -> None:
         assert buffer.equal(buffers[name]) or buffer.isnan().any(), f"the buffer {name} moved differently"
 
 
-def _gradients_reach_se(retrofitted: nn.Module, ses: dict[str, nn.Module], run: Run, training: bool) -> None:
+def _gradients_reach_se(retrofitted: nn.Module, run: Run, training: bool) -> None:
     net = copy.deepcopy(retrofitted).train(training)
     loss(_run(net, run)).backward()
-    for path in ses:
-        se = net.get_submodule(path)
-        assert isinstance(se, SEAttention)
-        grad = se.fc[2].weight.grad
-        assert grad is not None, f"no gradient reaches {path}"
-        assert grad.abs().max() > 0, f"the gradient that reaches {path} is zero"
+    for path, se in se_modules(net).items():
+        gradient = se.fc[2].weight.grad
+        assert gradient is not None, f"no gradient reaches {path}"
+        assert gradient.any(), f"the gradient that reaches {path} is zero"
 
 
 def _equal(wanted: list[Tensor], got: list[Tensor]) -> bool:

@@ -214,8 +214,9 @@ class DynamicConv(nn.Module):
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
+@joined("conv2", torch.rand(2, 6))
 class Embedded(nn.Module):
-    """Of a diffusion U-Net: a timestep's embedding is added inside, the input at the end."""
+    """Of a diffusion U-Net: a timestep's embedding is added inside, the input at the end, before which SE stands."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,27 +228,6 @@ class Embedded(nn.Module):
         h = h + self.embed(F.silu(t))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return x + h
-
-
-@structure(IMAGE, torch.rand(2), sites=dict.fromkeys(("down", "middle", "up.0", "up.1"), 8), after="conv2")
-class Diffusion(nn.Module):
-    """SE is at the end of the branch, in all blocks alike."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.out = conv(3, 8), conv(8, 3)
-        self.time = nn.Sequential(nn.Linear(1, 6), nn.SiLU(), nn.Linear(6, 6))
-        self.down, self.middle, self.up = Embedded(), Embedded(), nn.ModuleList([Embedded(), Embedded()])
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        t = self.time(t[:, None])
-        x = self.down(self.stem(x), t)
-        skip = x
-        x = self.middle(F.avg_pool2d(x, 2), t)
-        x = F.interpolate(x, size=skip.shape[-2:])
-        for block in self.up:
-            x = block(x, t)
-        return self.out(x)
 
 
 @structure(IMAGE, sites={"features.1": 8, "features.3": 8}, kind="chain")

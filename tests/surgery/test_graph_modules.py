@@ -63,7 +63,7 @@ def _vgg() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", swept(["vgg", "shufflenet_v2_x0_5"], ["squeezenet1_1", "resnet18", "resnet50", "mobilenet_v2"])
+    "name", swept(["vgg", "squeezenet1_1"], ["shufflenet_v2_x0_5", "resnet18", "resnet50", "mobilenet_v2"])
 )
 def test_a_traced_network_gets_the_sites_of_the_network_itself(name: str) -> None:
     original = randomised(_vgg() if name == "vgg" else torchvision.models.get_model(name, num_classes=10)).eval()
@@ -137,7 +137,7 @@ def test_a_feature_extractor_switches_between_its_graphs() -> None:
         assert list(copy.deepcopy(retrofitted)(X)) == ["middle", "logits"]
         expected = run(copy.deepcopy(extractor), X)
         assert same_tensors(run(copy.deepcopy(retrofitted), X), expected)
-        assert len(_se_calls(retrofitted)) == len(se_modules(retrofitted)) == 1 + mode
+        assert len(_se_calls(retrofitted)) == len(se_modules(retrofitted)) == 1
         assert not same_tensors(run(randomise_se(copy.deepcopy(retrofitted)), X), expected)
 
 

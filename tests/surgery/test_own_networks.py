@@ -56,6 +56,29 @@ def test_tied_modules_stay_tied() -> None:
     assert calls == ["1.se_attention", "2.se_attention", "1.se_attention"]
 
 
+class Weights(nn.Module):
+    """Uses its convolutions' weights in one expression of a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.convs = conv(3, 8), nn.ModuleList(conv(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.convs:
+            x = x + F.relu(F.conv2d(x, layer.weight, padding=1))
+        return x
+
+
+def test_blocks_of_a_loop_that_cannot_have_their_own_se_are_left_out_with_the_reason() -> None:
+    with pytest.raises(RetrofitError, match="one expression of a loop"):
+        plan_se(Weights())
+    skipped = {skip.block: skip.reason for skip in plan_se(nn.Sequential(Weights(), Unit())).skipped}
+    assert {block for block, reason in skipped.items() if "one expression" in reason} == {
+        f"0.convs.{i}" for i in range(3)
+    }
+
+
 class Loose(nn.Module):
     """Depthwise by its input, whatever the width."""
 

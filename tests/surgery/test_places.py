@@ -35,14 +35,12 @@ def _load_native(retrofitted: nn.Module, native: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("base", "native", "options"),
-    swept(
-        [("resnet18", "seresnet18", {"min_hidden": 8})],
-        [
-            ("resnet50", "seresnet50", {}),
-            # timm has it inside the branch here
-            ("resnext26ts", "seresnext26ts", {"min_hidden": 8, "placement": "3x3"}),
-        ],
-    ),
+    [
+        ("resnet18", "seresnet18", {"min_hidden": 8}),
+        pytest.param("resnet50", "seresnet50", {}, marks=pytest.mark.sweep),
+        # timm has it inside the branch here
+        pytest.param("resnext26ts", "seresnext26ts", {"min_hidden": 8, "placement": "3x3"}, marks=pytest.mark.sweep),
+    ],
 )
 def test_a_retrofit_with_the_weights_of_timms_native_se_network_is_that_network(
     base: str, native: str, options: dict[str, Any]

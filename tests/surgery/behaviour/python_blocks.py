@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,36 +33,16 @@ class Block(nn.Module):
         return F.relu(self.bn1(self.conv1(x)))
 
 
-class PythonRandom(Block):
+class Random(Block):
+    """Draws from all three generators."""
+
     def forward(self, x):
         if self.training and random.random() < 0.5:
             return x
         out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
-
-
-class NumpyRandom(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
         if self.training:
-            out = out * float(np.random.beta(0.5, 0.5))
+            out = out * float(np.random.beta(0.5, 0.5)) * torch.rand(x.shape[0], 1, 1, 1)
         return x + out / np.sqrt(2)
-
-
-class TorchRandomItem(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        if self.training and torch.rand(1).item() < 0.5:
-            return x
-        return x + out
-
-
-class SizedNoise(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        if self.training:
-            out = out * torch.rand(x.shape[0], 1, 1, 1).to(x)
-        return x + out
 
 
 class FillsDict(Block):
@@ -90,14 +71,6 @@ class FunctionalNorm(Block):
         out = F.batch_norm(
             self.conv2(self.branch(x)), bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum
         )
-        return x + out
-
-
-class LooksAtValues(Block):
-    def forward(self, x):
-        if x.mean() > 0.3:
-            x = x - 0.25
-        out = self.bn2(self.conv2(self.branch(x)))
         return x + out
 
 
@@ -133,56 +106,9 @@ class Arguments(Block):
         return x + out
 
 
-class GroupsByBatch(Block):
-    def forward(self, x):
-        b, c, h, w = x.shape
-        weight = self.conv1.weight[:, :1].repeat(b, 1, 1, 1)
-        out = F.conv2d(x.reshape(1, b * c, h, w), weight, padding=1, groups=b * c).view(b, c, h, w)
-        out = self.bn2(self.conv2(F.relu(out)))
-        return x + out
-
-
-def helper(conv, norm, x):
-    x = conv(F.relu(x))
-    return norm(x)
-
-
-class Helped(Block):
-    def forward(self, x):
-        return x + helper(self.conv2, self.bn2, self.bn1(self.conv1(x)))
-
-
-class Functional(Block):
-    """No module is called: weights go into functions."""
-
-    def forward(self, x):
-        out = F.relu(F.conv2d(x, self.conv1.weight, self.conv1.bias, padding=1))
-        out = F.conv2d(out, self.conv2.weight, padding=(1, 1))
-        return F.relu(torch.add(x, out))
-
-
 class Starred(Block):
     def forward(self, x, *rest, pads=(0, 0), **named):
         return x + self.bn2(self.conv2(F.pad(self.branch(x), pads)))
-
-
-class InPlace(Block):
-    def forward(self, x):
-        out = self.conv1(x)
-        out += self.conv2(x)
-        F.relu_(out)
-        out = self.bn2(self.conv2(out))
-        out += x
-        return out
-
-
-class Statement(Block):
-    """The value is made in place, and the expression's result is dropped."""
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        out.mul_(0.5).clamp_(-3, 3)
-        return x + out
 
 
 # fmt: off
@@ -190,24 +116,62 @@ class OneLine(Block):
     def forward(self, x): return x + self.bn2(self.conv2(self.branch(x)))
 
 
-class ManyLines(Block):
-    def forward(
-        self,
-        x,  # the author's comments stay
-    ):
-        out = self.bn2(
-            self.conv2(  # è, a letter of two bytes
-                self.branch(x)
-            )
-        )
-        return (
-            x
-            + out
-        )
-
-
 class Tabbed(Block):
 	def forward(self, x):  # noqa: W191
 		out = self.bn2(self.conv2(self.branch(x)))  # noqa: W191
 		return x + out  # noqa: W191
 # fmt: on
+
+
+class Decorated(Block):
+    @torch.autocast("cpu", enabled=False)
+    @torch.no_grad()
+    def frozen(self, x):
+        return self.branch(x)
+
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.frozen(x)))
+        return x + out
+
+
+def plain(x: Tensor, factor: float) -> Tensor:
+    if x.size(0) > 1000:
+        return x
+    return torch.relu(x) * factor
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that TorchScript is on its way out
+    scripted = torch.jit.script(plain)
+
+
+class ScriptedFunction(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(scripted(self.bn1(self.conv1(x)), 0.5)))
+        return x + out
+
+
+class Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) * 0.5
+
+
+class ScriptedChild(Block):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.act = torch.jit.script(Half())
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        return x + out
+
+
+class Data(Block):
+    def forward(self, x):
+        self.conv1.weight.data = self.conv1.weight.data.clamp(-1, 1)
+        out = self.bn2(self.conv2(self.branch(x)))
+        out.kept = True
+        return x.data * 0 + x + out

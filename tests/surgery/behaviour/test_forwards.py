@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import context_blocks
 import pytest
 import python_blocks as blocks
 import syntax_blocks
@@ -17,7 +16,7 @@ from se_retrofit import RetrofitError, add_se
 
 ALL = [
     cls
-    for module in (blocks, syntax_blocks, context_blocks)
+    for module in (blocks, syntax_blocks)
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Block) and cls not in (Block, syntax_blocks.Behind)
 ]
