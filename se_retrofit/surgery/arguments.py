@@ -37,20 +37,19 @@ def _check_model(model: Any) -> None:
         raise RetrofitError(
             f"the model is scripted or traced by torch.jit ({name}): retrofit the Python model, then script it"
         )
-    for path, parameter in model.named_parameters():
-        if parameter.is_complex():
+    for path, module in model.named_modules():
+        if fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
+            raise RetrofitError("the model is sharded by FSDP: retrofit it first, then shard it")
+        if is_retrofitted(module):
             raise RetrofitError(
-                f"the model computes with complex numbers (parameter {path} is of dtype {parameter.dtype}), for which SE's "
-                "sigmoid gate is not defined"
+                "the model has been retrofitted already: undo with remove_se(model) first, to retrofit it in another way"
             )
-    if fsdp is not None and any(
-        isinstance(m, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)) for m in model.modules()
-    ):
-        raise RetrofitError("the model is sharded by FSDP: retrofit it first, then shard it")
-    if any(map(is_retrofitted, model.modules())):
-        raise RetrofitError(
-            "the model has been retrofitted already: undo with remove_se(model) first, to retrofit it in another way"
-        )
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_complex():
+                raise RetrofitError(
+                    f"the model computes with complex numbers (parameter {name} of {path or 'the model'} is of dtype "
+                    f"{parameter.dtype}), for which SE's sigmoid gate is not defined"
+                )
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _pair(name: str) -> Pair:
 
 
 # Small networks of most kinds of block; the sweeps take one of each further structure. What a network computes and how it trains
-# is tested on one of every structure in tests/sweeps/test_numeric.py.
+# is tested on one of every structure in tests/sweeps/test_families.py.
 EVERY_TIME = "timm/test_resnet", "torchvision/alexnet", "torchvision/squeezenet1_1", "timm/test_convnext"
 IN_SWEEPS = (
     "torchvision/mobilenet_v3_small", "torchvision/shufflenet_v2_x0_5", "torchvision/densenet121", "timm/hrnet_w18_small"

@@ -8,7 +8,9 @@ from pathlib import Path
 from tools.zoo import Row, entries, read_rows, smallest
 from tools.zoo.check import CONVERTED
 
-__all__ = ["listed_rows", "never_refused", "smallest_of_each_family"]
+__all__ = ["OUT_OF_DATE", "listed_rows", "never_refused", "smallest_of_each_family"]
+
+OUT_OF_DATE = "docs/zoo.csv is out of date: python -m tools.zoo --output docs/zoo --fresh"
 
 TABLE = Path(__file__).parents[2] / "docs" / "zoo.csv"
 
@@ -23,10 +25,10 @@ def listed_rows() -> list[Row]:
 
 
 @cache
-def smallest_of_each_family() -> list[str]:
-    """The names of the smallest converted networks, one for each family of each library."""
+def smallest_of_each_family() -> list[Row]:
+    """The smallest converted network of each family of each library."""
     converted = [row for row in listed_rows() if row.verdict == CONVERTED]
-    return [row.name for row in smallest(converted, lambda row: (row.name.partition("/")[0], row.family))]
+    return smallest(converted, lambda row: (row.name.partition("/")[0], row.family))
 
 
 def never_refused(row: Row) -> bool:

@@ -63,6 +63,14 @@ def joined(
     return noted
 
 
+@joined()
+class Permuted(Branch):
+    """A convolution without an activation beside the input, both moved to another layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.permute(0, 2, 3, 1) + self.conv2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 # Joins in a helper ----------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,29 @@ for number, form in enumerate(("scale, shift", "shift, scale", "shift, quotient"
     joined("norm2")(type(f"FrozenNorm{number}", (FrozenUnit,), {"form": form}))
 
 
+class Centred(nn.Module):
+    """A convolution whose weight is computed in the forward (Qiao et al., arXiv:1903.10520), so that no layer has a path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.conv1, self.conv2 = nn.Parameter(torch.randn(8, 8, 3, 3)), conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        x = F.conv2d(x, weight, padding=1).relu()
+        return x + self.conv2(self.conv1(x).relu())
+
+
+@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8}, after="conv2", skipped={"blocks.0": "plain chain"})
+class WeightCentred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = conv(3, 8), nn.Sequential(Centred(), Centred())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+
 class Attention(nn.Module):
     """Self-attention with a convolution for its keys, or for its positions (Zhang et al., arXiv:1805.08318)."""
 

@@ -57,7 +57,7 @@ def test_a_network_is_built_without_memory_where_its_constructor_lets_it() -> No
 
 @pytest.mark.parametrize("name", ["torchvision/quantized_mobilenet_v2", "torchvision/squeezenet1_1", "timm/test_vit"])
 def test_a_row_is_that_of_the_last_walk(name: str) -> None:
-    """tests/sweeps/test_tracing.py has one network of each structure."""
+    """tests/sweeps/test_walk.py has one network of each structure."""
     (entry,) = entries([name])
     row = check(entry)
     (listed,) = [row for row in listed_rows() if row.name == name]

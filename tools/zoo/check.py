@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -92,13 +91,12 @@ def check(entry: Entry) -> Row:
     return row
 
 
-def inspect_model(model: nn.Module, row: Row, also: Callable[[nn.Module], None] | None = None) -> None:
+def inspect_model(model: nn.Module, row: Row) -> None:
     """Retrofit a model in place, check the result, undo it, check that too, and write the findings into the row.
 
     Args:
         model: it is given back as it was.
         row: for the findings.
-        also: a further check of the retrofitted network, which it must leave as it is.
 
     Raises:
         CheckFailed: the retrofit broke a promise.
@@ -116,8 +114,6 @@ def inspect_model(model: nn.Module, row: Row, also: Callable[[nn.Module], None] 
     _check_retrofitted(model, plan, before)
     inputs = described_inputs(plan.inputs, model)
     retrofitted = record(model, inputs)
-    if also is not None:
-        also(model)
     remove_se(model, inplace=True)
     if _structure(model) != before:
         raise CheckFailed("remove_se does not restore the classes and keys")

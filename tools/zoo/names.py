@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -41,7 +42,7 @@ class Entry:
         """The network with random weights; on the meta device, where it takes no memory, if its constructor lets it.
 
         Some constructors read numbers off tensors (``linspace(...).tolist()``), and meta tensors hold none; such a
-        network is built on the CPU.
+        network is built on the CPU. Detectors get small images and few proposals.
         """
         if device == "meta":
             try:
@@ -54,7 +55,21 @@ class Entry:
     def _build(self) -> nn.Module:
         if self.library == "timm":
             return timm.create_model(self.model)
-        return torchvision.models.get_model(self.model, **_no_downloads(self.model))
+        model = torchvision.models.get_model(self.model, **_no_downloads(self.model))
+        if self.family.startswith("detection."):
+            _lighten(model)
+        return model
+
+
+def _lighten(detector: Any) -> None:
+    """It resizes images to 800 pixels and runs its heads on each of a thousand proposals otherwise, which takes minutes and
+    shows no more."""
+    if detector.transform.fixed_size is None:
+        detector.transform.min_size, detector.transform.max_size = (96,), 128
+    if hasattr(detector, "rpn"):
+        detector.rpn._pre_nms_top_n = detector.rpn._post_nms_top_n = {"training": 20, "testing": 10}
+        detector.roi_heads.fg_bg_sampler.batch_size_per_image = 8
+        detector.roi_heads.detections_per_img = 3
 
 
 def _no_downloads(model: str) -> dict[str, bool | None]:

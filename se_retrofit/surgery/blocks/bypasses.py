@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from ..record.facts import real_users
 from ..record.graph import Call, Op, Record
-from .questions import TRANSPARENT, has_nonlinearity
+from .questions import TRANSPARENT, derives, has_nonlinearity
 
-__all__ = ["all_pass", "derives"]
+__all__ = ["all_pass"]
 
 _COLLECTING = (*TRANSPARENT, "add", "cat", "pool")
 
@@ -37,7 +37,7 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
             left.add(op)
         reached.add(op)
     bypassing = [output for output in call.outputs if output in reached]
-    after = [output for output in call.outputs if (output.ancestors | output.bit) & add.bit]
+    after = [output for output in call.outputs if output.lineage & add.bit]
     if not bypassing:
         return True
     if not after or any(output in after for output in bypassing):
@@ -54,7 +54,7 @@ def _is_weighed(record: Record, call: Call, op: Op, sources: list[Op], add: Op, 
         return False
     branch = record.ops[region.bit_length() - 1]
     for total, weight in (op.data, op.data[::-1]):
-        if (total.ancestors | total.bit) & add.bit and not (weight.ancestors | weight.bit) & add.bit:
+        if total.lineage & add.bit and not weight.lineage & add.bit:
             made = weight.bit & region == 0 and bool(weight.ancestors & branch.bit)
             return made and not any(
                 derives(record, call, value, source, but=cut)
@@ -66,7 +66,7 @@ def _is_weighed(record: Record, call: Call, op: Op, sources: list[Op], add: Op, 
 
 def _all_from(op: Op, region: int) -> bool:
     """Whether every operand of an operation is computed inside a region, so that none bypasses it (as in the concat of a dual path)."""
-    return bool(op.data) and all((o.ancestors | o.bit) & region for o in op.data)
+    return bool(op.data) and all(o.lineage & region for o in op.data)
 
 
 def _collected(call: Call, sources: list[Op], add: Op, region: int) -> set[Op]:
@@ -92,12 +92,3 @@ def _gathered(values: list[Op], call: Call, but: int) -> set[Op]:
                 reached.add(user)
                 waiting.append(user)
     return reached
-
-
-def derives(record: Record, call: Call, value: Op, source: Op, but: Op | None = None) -> bool:
-    """Whether a module computes one value from another, on a way that does not lead over a third."""
-    reached = {source}
-    for op in record.ops[call.start : value.index + 1]:
-        if op is not but and any(i in reached for i in op.takes):
-            reached.add(op)
-    return value in reached

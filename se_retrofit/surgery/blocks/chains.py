@@ -15,7 +15,8 @@ __all__ = ["covers_its_input", "is_feature", "lone_convolutions", "plain_chains"
 
 def plain_chains(record: Record) -> Iterator[Block]:
     """Convolutions, norms and activations in a row: SE goes after each non-linearity (VGG, Simonyan and Zisserman,
-    arXiv:1409.1556; with SE: Hu et al., section 6.2; a depthwise-separable pair, as in MobileNet, is one unit)."""
+    arXiv:1409.1556; with SE: Hu et al., section 6.2; a depthwise-separable pair, as in MobileNet, is one unit); or behind a
+    convolution that is pooled or joined with other values before it is activated (DISK, Tyszkiewicz et al., arXiv:2006.13566)."""
     for conv, act in _units(record):
         yield from _chain(record, conv, act)
 
@@ -41,7 +42,7 @@ def lone_convolutions(record: Record) -> Iterator[Block]:
 def _chain(record: Record, conv: Op, end: Op) -> Iterator[Block]:
     call = innermost(record, [conv, end])
     if call is not None:
-        region = (end.ancestors | end.bit) & ~conv.ancestors
+        region = end.lineage & ~conv.ancestors
         yield Block("chain", call, region, end, end, target=Target(call, end))
 
 
@@ -59,8 +60,32 @@ def _units(record: Record) -> Iterator[tuple[Op, Op]]:
                 closing = next_after(pair, ("norm", "pass", "affine", "pool"))
                 if closing is not None and closing.role == "act":
                     following = closing
+        if following is None and _is_activated_later(conv):
+            following = conv
         if following is not None and is_feature(following, pooled=True) and not adds_positions(conv, following):
             yield conv, following
+
+
+_KEEPING = ("norm", "pass", "affine", "pad", "pool", "resize", "cat")
+
+
+def _is_activated_later(conv: Op) -> bool:
+    """Whether all that becomes of a convolution's value is activated before a layer takes it: behind a pool, a change of size, a
+    concat, each of which leaves its features what they are. The norm comes with the activation: behind one that belongs to the
+    convolution, SE before a concat would hand it gradients in another layout, for which its own are not bit-equal."""
+    user = only_user(conv)
+    if user is not None and user.role == "norm":
+        return False
+    reached, waiting = {conv}, [conv]
+    for value in waiting:
+        users = real_users(value)
+        if not users or not all(user.role in _KEEPING or user.role == "act" for user in users):
+            return False
+        for user in users:
+            if user.role != "act" and user not in reached:
+                reached.add(user)
+                waiting.append(user)
+    return True
 
 
 def is_feature(op: Op, pooled: bool = False) -> bool:
@@ -82,10 +107,15 @@ def _is_learned(op: Op) -> bool:
     """Whether it is a learned layer. A 1x1 convolution from colours to colours (the mean that is added to an image) is none."""
     if op.conv is not None and not op.conv.spatial and op.conv.inputs == op.conv.outputs <= 4:
         return False
-    weighs = any(source.role == "param" for source in op.inputs) or (
+    weighs = any(source.role == "param" and _is_stored(source) for source in op.inputs) or (
         op.module is not None and any(True for _ in op.module.parameters())
     )
     return is_conv_or_linear(op) or (op.role == "other" and weighs)
+
+
+def _is_stored(source: Op) -> bool:
+    """Whether a value comes from a parameter or buffer, and was not made in the run (the zeros that a mask is written into)."""
+    return source.path is not None or any(map(_is_stored, source.inputs))
 
 
 def covers_its_input(conv: Op) -> bool:

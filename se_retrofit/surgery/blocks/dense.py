@@ -35,10 +35,10 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
         return []
     first, *new = cat.data
     seen = first.bit
-    outside = first.ancestors | first.bit
+    outside = first.lineage
     blocks: list[Block] = []
     for operand in new:
-        region = (operand.ancestors | operand.bit) & call.mask & ~outside
+        region = call.region(operand, outside)
         ops = list(record.select(region))
         reads_all = any(
             op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops
@@ -109,7 +109,7 @@ def _split_in_graph(record: Record, call: Call, cat: Op) -> Block | None:
     whole = pieces[0].data[0]
     if not whole.bit & new[0].ancestors or escapes(record, call, [whole], {cat}):
         return None
-    return _new_features(record, cat, new[0], call, whole.ancestors | whole.bit)
+    return _new_features(record, cat, new[0], call, whole.lineage)
 
 
 def _split_inside(record: Record, call: Call, cat: Op) -> Block | None:
@@ -117,7 +117,7 @@ def _split_inside(record: Record, call: Call, cat: Op) -> Block | None:
     whole = common_source(record, call, cat.data)
     if whole is None or escapes(record, call, call.inputs, {whole}):
         return None
-    outside = whole.ancestors | whole.bit
+    outside = whole.lineage
     if whole in cat.data and any(map(is_conv_or_linear, record.select(outside & call.mask))):
         return None  # it is newly computed as well: a primary convolution and a cheap one (GhostNet)
     new = [o for o in cat.data if bypass_source(o, call, outside, projections=0) is None]
@@ -127,7 +127,7 @@ def _split_inside(record: Record, call: Call, cat: Op) -> Block | None:
 
 
 def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) -> Block | None:
-    region = (new.ancestors | new.bit) & call.mask & ~outside
+    region = call.region(new, outside)
     ops = list(record.select(region))
     if not has_spatial_conv(ops) or not has_nonlinearity(ops):
         return None
@@ -173,12 +173,12 @@ def _dual_path(record: Record, call: Call, joins: list[Op]) -> Block | None:
         return None  # one behind the other: a block in which something else is joined, too
     common = call.mask
     for op in new:
-        common &= op.ancestors | op.bit
+        common &= op.lineage
     candidates = [op for op in record.select(common) if op.channels is not None]
     if not candidates:
         return None
     branch = candidates[-1]
-    region = (branch.ancestors | branch.bit) & call.mask
+    region = call.region(branch)
     if not has_spatial_conv(record.select(region)):
         return None
     target = Target(call, branch)

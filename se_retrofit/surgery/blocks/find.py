@@ -16,6 +16,7 @@ from .table import RECOGNISERS, Recogniser
 __all__ = ["find_places"]
 
 HAS_ATTENTION = "has channel attention already"
+NOT_SHOWN = "the value that SE should recalibrate does not appear in the code of any of its modules"
 # Blocks with less than this share of the spatial convolutions that chains hold are odd ones in a plain network.
 FEW = 0.1
 
@@ -92,12 +93,7 @@ class _Finder:
     def place(self, block: Block, name: str, target: Target, aside: str) -> None:
         op = target.op
         call = None if target.call is None else _where_shown(target.call, op)
-        if call is None:
-            problem: str | None = (
-                "the value that SE should recalibrate does not appear in the code of any of its modules"
-            )
-        else:
-            problem = problem_of(op)
+        problem = NOT_SHOWN if call is None else problem_of(op)
         if call is None or problem is not None:
             self.unplaced[name] = (str(problem), block.region)
             return

@@ -23,16 +23,15 @@ def inverted_bottlenecks(record: Record) -> Iterator[Block]:
         call = innermost(record, [conv, core.projection])
         if call is None:
             continue
-        region = (core.projection.ancestors | core.projection.bit) & ~conv.ancestors
+        region = core.projection.lineage & ~conv.ancestors
         target = edge(record, core.value, core.taker)
         yield Block("inverted", call, region, core.projection, core.projection, target=target)
 
 
 @dataclass(frozen=True, eq=False)
 class _InvertedCore:
-    """``depthwise conv -> norm -> activation -> pointwise conv``, the core of the inverted bottleneck (Sandler et al.,
-    arXiv:1801.04381; with SE in it: Tan et al., arXiv:1807.11626): the value that goes into the projection, the operation
-    that takes it, and the projection's own value."""
+    """``depthwise conv -> norm -> activation -> pointwise conv``: the value that goes into the projection, the operation that takes
+    it, and the projection's own value."""
 
     value: Op
     taker: Op

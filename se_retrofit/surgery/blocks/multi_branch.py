@@ -48,15 +48,11 @@ def _block(record: Record, call: Call, cat: Op) -> Block | None:
 
 
 def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Block | None:
-    outside = (source.ancestors | source.bit) if source is not None else 0
+    outside = source.lineage if source is not None else 0
     ops = list(record.select(cat.ancestors & call.mask & ~outside))
     if not spatial_convs(ops) or any(map(resizes, ops)):
         return None
-    convolved = [
-        o
-        for o in cat.data
-        if any(p.conv is not None for p in record.select((o.ancestors | o.bit) & call.mask & ~outside))
-    ]
+    convolved = [o for o in cat.data if any(p.conv is not None for p in record.select(call.region(o, outside)))]
     bypasses = [
         o for o in cat.data if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
     ]
@@ -67,8 +63,7 @@ def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Bl
     if len(convolved) < 2 or (bypasses and end is None) or _predicts(record, cat):
         return None
     end = end or cat
-    region = (end.ancestors | end.bit) & call.mask & ~outside
-    return Block("multi-branch", call, region, end, cat, target=Target(call, end))
+    return Block("multi-branch", call, call.region(end, outside), end, cat, target=Target(call, end))
 
 
 def _predicts(record: Record, cat: Op) -> bool:

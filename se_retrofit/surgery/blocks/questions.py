@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from ..record.facts import innermost, only_user, real_users
 from ..record.graph import Call, Op, Record
@@ -120,11 +120,20 @@ def joins_channels(op: Op) -> bool:
 
 def escapes(record: Record, call: Call, sources: Iterable[Op], cut: set[Op]) -> bool:
     """Whether some path from ``sources`` to what the module returns passes none of ``cut``."""
+    return not _reached(record, call, sources, cut).isdisjoint(call.outputs)
+
+
+def derives(record: Record, call: Call, value: Op, source: Op, but: Op | None = None) -> bool:
+    """Whether a module computes one value from another, on a way that does not lead over a third."""
+    return value in _reached(record, call, [source], {but})
+
+
+def _reached(record: Record, call: Call, sources: Iterable[Op], cut: Collection[Op | None]) -> set[Op]:
     reached = set(sources)
     for op in record.ops[call.start : call.end]:
         if op not in cut and any(i in reached for i in op.takes):
             reached.add(op)
-    return any(output in reached for output in call.outputs)
+    return reached
 
 
 def bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> Op | None:
@@ -157,7 +166,7 @@ def common_source(record: Record, call: Call, ops: Iterable[Op]) -> Op | None:
     """The last operation of the module from which all of ``ops`` come."""
     common = call.mask
     for op in ops:
-        common &= op.ancestors | op.bit
+        common &= op.lineage
     common_ops = list(record.select(common))
     return common_ops[-1] if common_ops else None
 

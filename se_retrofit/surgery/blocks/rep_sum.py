@@ -10,7 +10,7 @@ from ..record.joins import LEARNED
 from .block import Block, Target
 from .questions import common_source, escapes, has_nonlinearity, has_spatial_conv, next_after, own_operations
 
-__all__ = ["is_rep_sum", "reparameterisable_sums"]
+__all__ = ["reparameterisable_sums", "summed_branches"]
 
 
 def reparameterisable_sums(record: Record) -> Iterator[Block]:
@@ -18,17 +18,13 @@ def reparameterisable_sums(record: Record) -> Iterator[Block]:
     branches can still be fused (RepVGG, Ding et al., arXiv:2101.03697; MobileOne)."""
     for call in record.calls:
         for add in reversed(own_operations(record, call)):
-            region = _region(record, call, add)
+            region = summed_branches(record, call, add)
             if region is not None:
                 yield Block("rep-sum", call, region, add, add, target=_outside(call, add))
 
 
-def is_rep_sum(record: Record, call: Call, add: Op) -> bool:
-    """Whether an add is such a sum."""
-    return _region(record, call, add) is not None
-
-
-def _region(record: Record, call: Call, add: Op) -> int | None:
+def summed_branches(record: Record, call: Call, add: Op) -> int | None:
+    """The operations of the linear branches that an add sums up, as a bit set; None if it is no such sum."""
     if add.role != "add" or len(add.data) != 2:
         return None
     following = next_after(add, ("pass",))
@@ -46,9 +42,7 @@ def _region(record: Record, call: Call, add: Op) -> int | None:
     source = common_source(record, call, leaves)
     if escapes(record, call, [source] if source is not None else call.inputs, {add}):
         return None
-    region = (add.ancestors | add.bit) & call.mask
-    if source is not None:
-        region &= ~(source.ancestors | source.bit)
+    region = call.region(add, 0 if source is None else source.lineage)
     ops = list(record.select(region))
     if not has_spatial_conv(ops) or has_nonlinearity(ops) or any(op.role in ("resize", "cat") for op in ops):
         return None
@@ -59,7 +53,7 @@ def _region(record: Record, call: Call, add: Op) -> int | None:
 
 def _is_weighted(record: Record, leaf: Op, region: int) -> bool:
     """Whether a branch has weights: one without is a shortcut, such as what a pixel-unshuffle makes of the input."""
-    return any(op.role in (*LEARNED, "affine") for op in record.select((leaf.ancestors | leaf.bit) & region))
+    return any(op.role in (*LEARNED, "affine") for op in record.select(leaf.lineage & region))
 
 
 def _outside(call: Call, add: Op) -> Target:

@@ -8,10 +8,19 @@ from ..record.graph import Call, Op, Record
 from ..record.joins import LEARNED
 from .attended import spatial_convs
 from .block import Block
-from .bypasses import all_pass, derives
+from .bypasses import all_pass
 from .inverted import core_of
-from .questions import bypass_source, common_source, edge, has_nonlinearity, has_spatial_conv, own_operations, resizes
-from .rep_sum import is_rep_sum
+from .questions import (
+    bypass_source,
+    common_source,
+    derives,
+    edge,
+    has_nonlinearity,
+    has_spatial_conv,
+    own_operations,
+    resizes,
+)
+from .rep_sum import summed_branches
 
 __all__ = ["residual_units", "reversible_units"]
 
@@ -50,7 +59,7 @@ def _coupled(record: Record, call: Call, first: Op, second: Op) -> Iterator[Bloc
             from_x1, from_x2 = (derives(record, call, f, x) for x in (x1, x2))
             if from_x2 and not from_x1 and not derives(record, call, x1, x2):
                 for branch, add, skip, source in ((f, first, x1, x2), (g, second, x2, first)):
-                    region = (branch.ancestors | branch.bit) & call.mask & ~(source.ancestors | source.bit)
+                    region = call.region(branch, source.lineage)
                     ops = list(record.select(region))
                     if spatial_convs(ops) and has_nonlinearity(ops):
                         yield Block("residual", call, region, branch, add, skip, source)
@@ -68,10 +77,8 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         source = bypass_source(skip, call, branch.ancestors)
         if source is None:
             continue
-        region = (branch.ancestors | branch.bit) & call.mask
         common = bool(source.bit & branch.ancestors)
-        if common:
-            region &= ~(source.ancestors | source.bit)
+        region = call.region(branch, source.lineage if common else 0)
         ops = list(record.select(region))
         if not spatial_convs(ops) or _is_of_another_stream(record, call, source, branch):
             continue
@@ -91,7 +98,7 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
 def _is_of_another_stream(record: Record, call: Call, source: Op, branch: Op) -> bool:
     """Whether what a module is given and adds to a branch is another one's work (the waveform's, added to the spectrogram's: Défossez,
     arXiv:2111.03600): it holds convolutions and non-linearities of which the branch is not made."""
-    own = list(record.select((source.ancestors | source.bit) & ~branch.ancestors)) if source in call.inputs else []
+    own = list(record.select(source.lineage & ~branch.ancestors)) if source in call.inputs else []
     return has_spatial_conv(own) and has_nonlinearity(own)
 
 
@@ -105,14 +112,12 @@ def _is_modulation(record: Record, call: Call, add: Op) -> bool:
             continue
         for scaled, factor in (product.data, product.data[::-1]):
             origin = common_source(record, call, [factor, shift])
-            origins = [origin] if origin is not None else [i for i in call.inputs if _both_from(i, factor, shift)]
+            origins = (
+                [origin] if origin is not None else [i for i in call.inputs if i.bit & factor.lineage & shift.lineage]
+            )
             if shift not in origins and origins and not any(derives(record, call, scaled, o) for o in origins):
                 return True
     return False
-
-
-def _both_from(source: Op, factor: Op, shift: Op) -> bool:
-    return all(source.bit & (op.ancestors | op.bit) for op in (factor, shift))
 
 
 def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
@@ -123,7 +128,7 @@ def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
     layers = {op.path for op in own}
     if len(layers) > 3 and 2 * len(layers) > len({op.path for op in record.ops if op.spatial_conv}):
         return True
-    if any(op.role in LEARNED for op in record.select(skip.ancestors | skip.bit)):
+    if any(op.role in LEARNED for op in record.select(skip.lineage)):
         return False
     widens = max(op.channels or 0 for op in own) > (add.channels or 0) > 0
     return widens and not any(add.bit & op.ancestors and op.role in LEARNED for op in record.ops[add.index :])
@@ -141,7 +146,7 @@ def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) ->
     """Whether a linear branch is a branch all the same: a convolution beside the input itself. Several linear branches are
     a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
     mixing = any(op.spatial_conv and op.conv is not None and not op.conv.depthwise for op in ops)
-    return mixing and not any(map(resizes, ops)) and not is_rep_sum(record, call, add)
+    return mixing and not any(map(resizes, ops)) and summed_branches(record, call, add) is None
 
 
 def _resized_between(source: Op, op: Op) -> bool:

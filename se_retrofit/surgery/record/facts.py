@@ -45,7 +45,7 @@ def _read(op: Op, takers: Takers, learned: int) -> None:
         op.conv = _conv_of(op)
     for source in op.takes:
         source.users = [user for user in source.users if user not in written_out]
-        op.ancestors |= source.ancestors | source.bit
+        op.ancestors |= source.lineage
         source.users.append(op)
     if path:
         op.takes[1].users[-1] = path[0]  # the code names the branch in the difference alone
@@ -108,16 +108,14 @@ def _conv_of(op: Op) -> Conv | None:
         return Conv(tuple(m.kernel_size), m.groups, m.in_channels, m.out_channels, m.transposed)
     if op.name == "deform_conv2d":
         # (input, weight, offset, mask, bias, stride, padding, dilation, two of each, groups, ...)
-        weight, groups = op.inputs[1].shape, int(op.args[11])
-        return Conv(tuple(weight[2:]), groups, weight[1] * groups, weight[0], False)
-    if (
-        len(op.args) < 9 or len(op.inputs) < 2
-    ):  # (input, weight, bias, stride, padding, dilation, transposed, _, groups)
+        transposed, groups = False, int(op.args[11])
+    elif len(op.args) < 9 or len(op.inputs) < 2:
         return None
-    weight, transposed, groups = op.inputs[1].shape, bool(op.args[6]), int(op.args[8])
-    if transposed:
-        return Conv(tuple(weight[2:]), groups, weight[0], weight[1] * groups, True)
-    return Conv(tuple(weight[2:]), groups, weight[1] * groups, weight[0], False)
+    else:  # (input, weight, bias, stride, padding, dilation, transposed, _, groups)
+        transposed, groups = bool(op.args[6]), int(op.args[8])
+    first, second, *kernel = op.inputs[1].shape
+    inputs, outputs = (first, second * groups) if transposed else (second * groups, first)
+    return Conv(tuple(kernel), groups, inputs, outputs, transposed)
 
 
 def _summed_stack(op: Op, takers: Takers) -> Op | None:

@@ -93,6 +93,11 @@ class Op:
         return 1 << self.index
 
     @property
+    def lineage(self) -> int:
+        """The bits of the operation and of all of which it is made."""
+        return self.ancestors | self.bit
+
+    @property
     def dim(self) -> int:
         return len(self.shape)
 
@@ -146,9 +151,18 @@ class Call:
     def holds(self, op: Op) -> bool:
         return self.start <= op.index < self.end
 
+    def region(self, op: Op, outside: int = 0) -> int:
+        """The bits of the operations of this call of which a value is made, but for those ``outside``."""
+        return op.lineage & self.mask & ~outside
+
     def child_with(self, op: Op) -> Call | None:
         """The call made by this one in which an operation happens."""
         return next((child for child in self.children if child.holds(op)), None)
+
+    def where_of(self, op: Op) -> Where:
+        """In which frames of this module's own methods an operation happens."""
+        child = None if op.call is self else self.child_with(op)
+        return op.where if child is None else child.where
 
     def shows(self, op: Op) -> bool:
         """Whether an operation's output is a value in this module's own code: made there, or returned to it."""

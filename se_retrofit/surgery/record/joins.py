@@ -48,7 +48,7 @@ def interpolated(op: Op) -> tuple[Op, ...]:
 
 def _is_given(op: Op, learned: int) -> bool:
     """Whether no learned layer has made a value: lengths, padding, dropped frames."""
-    return not (op.ancestors | op.bit) & learned
+    return not op.lineage & learned
 
 
 def _spans_channels(mask: Op, x: Op) -> bool:

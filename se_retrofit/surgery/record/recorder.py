@@ -233,18 +233,8 @@ class _Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, call: Call | None = None,
     ) -> Op:  # fmt: skip
         call = call or self.stack[-1]
-        op = Op(
-            len(self.result.ops),
-            name,
-            inputs,
-            args,
-            tensor.shape,
-            tensor.dtype,
-            call,
-            where=where,
-            node=node,
-            kwargs=kwargs or {},
-        )
+        index, kwargs = len(self.result.ops), kwargs or {}
+        op = Op(index, name, inputs, args, tensor.shape, tensor.dtype, call, where=where, node=node, kwargs=kwargs)
         self.result.ops.append(op)
         if node is not None:
             node.meta.update(shape=tensor.shape, dtype=tensor.dtype, call=call, where=where)

@@ -10,6 +10,8 @@ dropped), ``shape`` (they stay, in another order), ``part`` (some of them), ``pa
 
 from __future__ import annotations
 
+import types
+
 from torch import fx, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.nn.utils import parametrize
@@ -18,30 +20,24 @@ from ...attention import Inserted
 
 __all__ = ["is_sequential", "module_role", "role_of"]
 
+
+def _classes_of(module: types.ModuleType) -> tuple[type, ...]:
+    """The classes of layers that are defined in a module."""
+    found = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)
+    return tuple(c for c in found if issubclass(c, nn.Module))
+
+
 _MODULE_ROLES: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("se", (Inserted,)),
     ("conv", (nn.modules.conv._ConvNd,)),
     ("linear", (nn.Linear, nn.Bilinear)),
     ("norm", (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm)),
-    (
-        "act",
-        tuple(
-            cls
-            for cls in vars(nn.modules.activation).values()
-            if isinstance(cls, type)
-            and issubclass(cls, nn.Module)
-            and cls.__module__ == nn.modules.activation.__name__
-            and cls is not nn.MultiheadAttention
-        ),
-    ),
+    ("act", tuple(cls for cls in _classes_of(nn.modules.activation) if cls is not nn.MultiheadAttention)),
     ("pass", (nn.Identity, nn.modules.dropout._DropoutNd, FakeQuantizeBase, ObserverBase)),
-    (
-        "pool",
-        tuple(c for n, c in vars(nn.modules.pooling).items() if isinstance(c, type) and "Pool" in n),
-    ),
+    ("pool", tuple(cls for cls in _classes_of(nn.modules.pooling) if "Pool" in cls.__name__)),
     ("resize", (nn.Upsample, nn.PixelShuffle)),
     ("shape", (nn.Flatten, nn.Unflatten, nn.PixelUnshuffle, nn.ChannelShuffle)),
-    ("pad", tuple(c for n, c in vars(nn.modules.padding).items() if isinstance(c, type) and "Pad" in n)),
+    ("pad", _classes_of(nn.modules.padding)),
 )
 
 # ATen's names, without the underscore of the in-place variants.

@@ -91,8 +91,8 @@ def structure_of(model: nn.Module) -> str:
             tensors = (*module._parameters.items(), *module._buffers.items())
             shapes = [(name, is_lazy(t) or tuple(t.shape)) for name, t in tensors if t is not None]
             text.append(f"{path} {class_name(cls)} {shapes}")
-            classes.update(cls.__mro__)
-    own = (cls for cls in classes if not cls.__module__.startswith(("torch.", "builtins")))
+            classes.add(cls)
+    own = {c for cls in classes for c in cls.__mro__ if not c.__module__.startswith(("torch.", "builtins"))}
     text += sorted(f"{class_name(cls)} {sorted(n for n, m in vars(cls).items() if unwrapped(m))}" for cls in own)
     return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
@@ -160,7 +160,7 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
             module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
         elif like.device.type != "cpu":
             module.to(like.device)
-    return module.train(block.training)
+    return module if block.training else module.eval()
 
 
 # Inserting ------------------------------------------------------------------------------------------------------------

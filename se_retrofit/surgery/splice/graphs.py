@@ -49,9 +49,7 @@ def _node_name(call: Call, op: Op) -> tuple[str, str]:
     if op in call.inputs:
         placeholders = [n for n in call.module.graph.nodes if n.op == "placeholder"]
         return str(placeholders[call.inputs.index(op)].name), _code_digest(call.module, call.module.graph)
-    child = None if op.call is call else call.child_with(op)
-    where = op.where if child is None else child.where
-    for code, lasti in where:
+    for code, lasti in call.where_of(op):
         lines = linecache.getlines(code.co_filename)
         name = _assigned(lines, list(code.co_positions())[lasti // 2][0])
         if name is not None and any(n.name == name for graph in graphs_of(call.module) for n in graph.nodes):

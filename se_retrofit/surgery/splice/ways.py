@@ -86,12 +86,9 @@ def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | Splic
         yield SpliceError(f"{len(users)} operations take the value that SE should recalibrate")
         return
     (user,) = users
-    while (
-        not call.holds(user) and call.parent is not None
-    ):  # made further in, as by an in-place ReLU on the block's input
+    while not call.holds(user) and call.parent is not None:  # made further in: an in-place ReLU on the block's input
         call = call.parent
-    child = None if user.call is call else call.child_with(user)
-    yield from _splices(call, user.where if child is None else child.where, _operands)
+    yield from _splices(call, call.where_of(user), _operands)
 
 
 # What changes in a source: the statement of an edit, the node that it is at, and its target

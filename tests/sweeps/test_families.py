@@ -1,21 +1,21 @@
-"""Real numbers through the smallest network of each family.
-
-Which ones these are is read from docs/zoo.csv, the result of the last walk over all names.
-"""
+"""The smallest network of each family: converted as docs/zoo.csv lists it, it computes the same and trains, and torch.fx and
+TorchScript take it where they take the original."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from numeric import check_promises, tensors
 from torch import nn
-from zoo_rows import smallest_of_each_family
+from zoo_rows import OUT_OF_DATE, never_refused, smallest_of_each_family
 
-from tools.zoo import entries
+from se_retrofit.retrofit import plan_of
+from tools.zoo import Row, entries
 
 pytestmark = [
     pytest.mark.sweep,
@@ -23,16 +23,40 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", smallest_of_each_family())
-def test_computes_the_same_and_trains(name: str) -> None:
-    (entry,) = entries([name])
+def task(row: Row) -> tuple[str, str]:
+    """A library's family of classifiers; of its networks for other tasks, whose families share most of their code, the task."""
+    return row.name.partition("/")[0], row.family.partition(".")[0]
+
+
+# tracing and scripting take longer than all else
+TRACED = {task(row): row.name for row in smallest_of_each_family()}.values()
+
+
+@pytest.mark.parametrize("listed", smallest_of_each_family(), ids=lambda row: row.name)
+def test_computes_the_same_trains_and_is_traced_and_has_the_blocks_that_are_listed(listed: Row) -> None:
+    (entry,) = entries([listed.name])
     torch.manual_seed(0)
     model = entry.build(device="cpu")
-    if entry.family.startswith("detection"):
-        _check_detector(model)
-        return
-    inputs = _small_inputs(model, entry.family)
-    check_promises(model, lambda net: net(*[x.clone() for x in inputs]), example_inputs=inputs)
+    if listed.family.startswith("detection"):
+        retrofitted = _check_detector(model)
+    else:
+        inputs = _small_inputs(model, listed.family)
+        retrofitted = check_promises(model, lambda net: net(*[x.clone() for x in inputs]))
+    plan = plan_of(retrofitted)
+    assert (Counter(site.kind for site in plan.sites), plan.parameters) == (listed.kinds, listed.extra), OUT_OF_DATE
+    for take in (torch.fx.symbolic_trace, torch.jit.script) if listed.name in TRACED else ():
+        error = _refusal(take, retrofitted)
+        if error is not None and (never_refused(listed) or _refusal(take, model) is None):
+            raise AssertionError(f"{take.__name__} takes the original, and not the retrofitted network") from error
+
+
+def _refusal(take: Callable[[nn.Module], object], model: nn.Module) -> Exception | None:
+    """Why a tracer does not take a network; None if it does."""
+    try:
+        take(copy.deepcopy(model).eval())  # it may leave proxies in attributes, and more
+    except Exception as error:
+        return error
+    return None
 
 
 def _small_inputs(model: nn.Module, family: str) -> tuple[torch.Tensor, ...]:
@@ -64,11 +88,7 @@ def _shapes(model: nn.Module, family: str) -> Iterator[tuple[int, ...]]:
     yield channels, *size
 
 
-def _check_detector(model: nn.Module) -> None:
-    transform: Any = model.transform
-    if transform.fixed_size is None:
-        transform.min_size, transform.max_size = (96,), 128
-    _fewer_proposals(model)
+def _check_detector(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     images = [torch.rand(3, 96, 128, generator=generator), torch.rand(3, 96, 112, generator=generator)]
     target = {
@@ -84,12 +104,4 @@ def _check_detector(model: nn.Module) -> None:
         targets = [{**target, "masks": torch.ones(2, *image.shape[-2:], dtype=torch.uint8)} for image in images]
         return net(images, [{k: v.clone() for k, v in t.items()} for t in targets])
 
-    check_promises(model, lambda net: net(images), train_run)
-
-
-def _fewer_proposals(model: Any) -> None:
-    """The heads run on each of a thousand proposals otherwise, which takes minutes and shows no more."""
-    if hasattr(model, "rpn"):
-        model.rpn._pre_nms_top_n = model.rpn._post_nms_top_n = {"training": 20, "testing": 10}
-        model.roi_heads.fg_bg_sampler.batch_size_per_image = 8
-        model.roi_heads.detections_per_img = 3
+    return check_promises(model, lambda net: net(images), train_run)
