@@ -111,11 +111,18 @@ def test_the_surgery_does_on_cuda_what_it_does_elsewhere(
         model = add_se(network, inplace=True)
         assert has_se(model)
         assert [row.path for row in inspect_se(model).report().rows] == [site.path for site in plan_of(model).sites]
-        fused = fuse_se(model)
-        for each in (model, fused, unfuse_se(fused)):
-            assert runs_on_cuda(each, mode)
-        assert runs_on_cuda(remove_se(model, inplace=True), mode)
+        assert runs_on_cuda(model, mode)
+        remove_se(model, inplace=True)
+        assert runs_on_cuda(model, mode)
     assert list(model.state_dict()) == keys
+
+
+def test_a_fused_network_runs_on_cuda(mode: FakeTensorMode, where: contextlib.AbstractContextManager[Any]) -> None:
+    model = on_fake_cuda(KINDS["residual"](), mode)
+    with where:
+        fused = fuse_se(add_se(model))
+        assert runs_on_cuda(fused, mode)
+        assert runs_on_cuda(unfuse_se(fused), mode)
 
 
 def test_what_needs_values_says_that_there_are_none(tmp_path: Path, mode: FakeTensorMode) -> None:
