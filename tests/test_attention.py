@@ -122,16 +122,12 @@ def test_any_number_of_spatial_dims_with_channels_first_or_last(
     torch.testing.assert_close(y, expected)
 
 
-def test_channels_counted_from_the_end_take_inputs_without_a_batch() -> None:
-    se = _draw(SEAttention(8, 2, channel_dim=-3))
+def test_inputs_without_a_batch_or_without_spatial_dims() -> None:
+    se, from_the_end = (_draw(SEAttention(8, 2, channel_dim=dim)) for dim in (1, -3))
     x = torch.randn(8, 4, 5)
-    torch.testing.assert_close(se(x), se(x[None])[0])
-
-
-def test_an_input_with_no_spatial_dims() -> None:
-    se = _draw(SEAttention(8, 2))
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(se(x), se(x[..., None])[..., 0])
+    torch.testing.assert_close(from_the_end(x), from_the_end(x[None])[0])
+    y = torch.randn(3, 8)
+    torch.testing.assert_close(se(y), se(y[..., None])[..., 0])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -156,11 +152,6 @@ def test_hidden_width_is_bounded_from_below() -> None:
     assert sum(p.numel() for p in SEAttention(16, 4, bias=True).parameters()) == 2 * 16 * 4 + 16 + 4
 
 
-def test_the_memory_format_of_the_input_is_kept() -> None:
-    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
-    assert SEAttention(8, 2)(x).is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("gate", ["sigmoid", "identity"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -177,7 +168,7 @@ def test_without_a_gradient_the_values_are_the_same_bit_for_bit(
                 given = x.clone()
                 got = se(given)
             assert got.equal(wanted)
-            assert got.stride() == wanted.stride()
+            assert got.stride() == wanted.stride() == x.stride()
             assert (got.data_ptr() == given.data_ptr()) is inplace
             assert inplace or given.equal(x)
 
@@ -187,32 +178,21 @@ def test_device_and_dtype_are_those_asked_for() -> None:
     assert {(p.device.type, p.dtype) for p in se.parameters()} == {("meta", torch.float16)}
 
 
-def test_it_is_scriptable_as_the_seed_is_and_traces_symbolically() -> None:
-    se = _draw(SEAttention(8, 2))
-    x = torch.randn(2, 8, 4, 4)
-    traced = torch.fx.symbolic_trace(se)
-    torch.testing.assert_close(traced(x), se(x))
-    torch.testing.assert_close(traced(x[..., 0]), se(x[..., 0]))
-
-
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "error", "fact"),
     [
-        ({"channel": 0}, RetrofitError, "channel must be at least 1, got 0"),
-        ({"channel": 8.0}, TypeError, "channel must be a positive int, got 8.0"),
-        ({"reduction": 0}, RetrofitError, "reduction must be at least 1, got 0"),
-        ({"reduction": -2}, RetrofitError, "reduction must be at least 1, got -2"),
-        ({"reduction": 1.5}, TypeError, "reduction must be a positive int, got 1.5"),
-        ({"reduction": True}, TypeError, "reduction must be a positive int, got True"),
-        ({"reduction": "8"}, TypeError, "reduction must be a positive int, got '8'"),
-        ({"min_hidden": 0}, RetrofitError, "min_hidden must be at least 1"),
-        ({"gate": "relu"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', got 'relu'"),
-        ({"gate": None}, TypeError, "gate must be a string"),
-        ({"bias": 1}, TypeError, "bias must be True or False"),
+        ({"channel": 0}, RetrofitError, "channel .*0"),
+        ({"channel": 8.0}, TypeError, "channel .*8.0"),
+        ({"reduction": -2}, RetrofitError, "reduction .*-2"),
+        ({"reduction": True}, TypeError, "reduction .*True"),
+        ({"min_hidden": 0}, RetrofitError, "min_hidden"),
+        ({"gate": "relu"}, RetrofitError, "gate .*'identity', 'sigmoid', .*'relu'"),
+        ({"gate": None}, TypeError, "gate"),
+        ({"bias": 1}, TypeError, "bias"),
         ({"channel_dim": 0}, RetrofitError, "is the batch"),
-        ({"channel_dim": 1.0}, TypeError, "channel_dim must be an int"),
+        ({"channel_dim": 1.0}, TypeError, "channel_dim"),
     ],
 )
-def test_options_out_of_range_are_refused(options: dict[str, object], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+def test_options_out_of_range_are_refused(options: dict[str, object], error: type[Exception], fact: str) -> None:
+    with pytest.raises(error, match=fact):
         SEAttention(**options)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -53,25 +54,21 @@ def test_a_name_that_is_no_string_is_a_type_error() -> None:
         Base.of(nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
-def test_arguments_reach_the_builder(name: str) -> None:
+@pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/squeezenet1_1"])
+def test_arguments_reach_the_builder_and_those_that_it_does_not_know_are_named(name: str) -> None:
     assert Base.of(name, num_classes=7).build()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
-
-
-@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
-def test_arguments_that_the_builder_does_not_know_are_named(name: str) -> None:
     with pytest.raises(RetrofitError, match="num_clases"):
         Base.of(name, num_clases=7).build()
 
 
-@pytest.mark.parametrize("name", ["googlenet", "quantized_resnet18", "lraspp_mobilenet_v3_large"])
+@pytest.mark.parametrize("name", ["quantized_shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large"])
 def test_networks_build_offline_and_without_warnings(name: str) -> None:
     # pytest turns warnings into errors; a download would fail
     assert isinstance(Base.of(name).build(), nn.Module)
 
 
 def test_weights_that_do_not_exist_are_an_error() -> None:
-    with pytest.raises(RetrofitError, match=r"timm can't build 'resnet18\.nonsense' with pretrained weights"):
+    with pytest.raises(RetrofitError, match=r"resnet18\.nonsense"):
         Base.of("resnet18.nonsense").build(pretrained=True)
 
 
@@ -112,7 +109,7 @@ except RetrofitError as error:
     assert done.returncode == 0, done.stderr
     tries, _, message = done.stdout.partition(" ")
     assert int(tries) <= 2  # the client tries a refused connection anew at once; with its waits it comes to 8 in 23 s
-    assert message.startswith("someone/net is not in the cache of the Hugging Face hub, and the hub can't be reached: ")
+    assert message.startswith("someone/net ")
     assert said in message
 
 
@@ -130,27 +127,19 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
 
-def copy_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.clone() for key, value in state.items()}
-
-
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "state_dict_ema", "model_ema"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [(None, ""), ("state_dict", "module."), ("model", "_orig_mod."), ("state_dict_ema", ""), ("model_ema", "")],
+)
 def test_checkpoints_as_people_save_them_load(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
     source, target = small(), small()
     state = {prefix + key: value for key, value in source.state_dict().items()}
     torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / "c.pth")
-    load_checkpoint(target, tmp_path / "c.pth")
+    save_file(state, tmp_path / "c.safetensors")
+    load_checkpoint(target, tmp_path / ("c.pth" if wrapper else "c.safetensors"))
     assert all(
         torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
     )
-
-
-def test_safetensors_load(tmp_path: Path) -> None:
-    source, target = small(), small()
-    save_file(source.state_dict(), tmp_path / "c.safetensors")
-    load_checkpoint(target, tmp_path / "c.safetensors")
-    assert torch.equal(source[0].weight, target[0].weight)
 
 
 class Exploit:
@@ -158,45 +147,34 @@ class Exploit:
         return exec, ("raise SystemExit('code from a checkpoint ran')",)
 
 
-def write_bad(kind: str, path: Path) -> None:
-    state = small().state_dict()
-    if kind == "garbage":
-        path.write_bytes(b"garbage")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "code":
-        torch.save({"state_dict": Exploit()}, path)
-    elif kind == "list":
-        torch.save([1, 2], path)
-    elif kind == "no tensors":
-        torch.save({"epoch": 3}, path)
-    elif kind == "missing":
-        torch.save({k: v for k, v in state.items() if k != "1.bias"}, path)
-    elif kind == "unexpected":
-        torch.save({**state, "2.weight": torch.ones(1)}, path)
-    elif kind == "other shapes":
-        torch.save({**state, "0.bias": torch.ones(5)}, path)
+STATE = small().state_dict()
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("content", "said"),
     [
-        ("absent", "no checkpoint file"),
-        ("garbage", "can't be read"),
-        ("empty", "can't be read"),
-        ("code", "can't be read"),
-        ("list", "can't be read"),
-        ("no tensors", "does not hold a state dict"),
-        ("missing", r"missing: 1\.bias"),
-        ("unexpected", r"unexpected: 2\.weight"),
-        ("other shapes", r"other shapes: 0\.bias"),
+        (None, "no checkpoint file"),
+        (b"garbage", "can't be read"),
+        (b"", "can't be read"),
+        ({"state_dict": Exploit()}, "can't be read"),
+        ([1, 2], "can't be read"),
+        ({"epoch": 3}, "state dict"),
+        ({k: v for k, v in STATE.items() if k != "1.bias"}, r"missing: 1\.bias"),
+        ({**STATE, "2.weight": torch.ones(1)}, r"unexpected: 2\.weight"),
+        ({**STATE, "0.bias": torch.ones(5)}, r"other shapes: 0\.bias"),
     ],
+    ids=["absent", "garbage", "empty", "code", "list", "no tensors", "missing", "unexpected", "other shapes"],
 )
-def test_a_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(tmp_path: Path, kind: str, said: str) -> None:
+def test_a_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(
+    tmp_path: Path, content: object, said: str
+) -> None:
     path = tmp_path / "c.pth"
-    write_bad(kind, path)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
     model = small()
-    before = copy_of(model.state_dict())
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(RetrofitError, match=said):
         load_checkpoint(model, path)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from se_retrofit import add_se
 from se_retrofit.attention import Inserted, Slot
 
-__all__ = ["BUILT_IN", "FACTORIES", "TIMM", "Gain", "Network", "inputs", "inserted", "retrofitted"]
-
 
 class Gain(nn.Module):
     """A module of a user's own, which takes any number of spatial dims and is far from an identity."""
@@ -42,6 +40,11 @@ TIMM: dict[str, Any] = {  # for two spatial dims
     "GatherExcite": partial(GatherExcite, use_mlp=False, extent=2),
     "CoordAttn": CoordAttn,
 }
+
+ALL = BUILT_IN | FACTORIES | TIMM
+# those that the default run takes; the sweeps take the others, too
+EVERY_TIME = [*BUILT_IN, "class", "SEModule"]
+IN_SWEEPS = [name for name in ALL if name not in EVERY_TIME]
 
 
 class Unit(nn.Module):

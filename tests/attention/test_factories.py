@@ -93,28 +93,28 @@ SAME = nn.Conv2d(8, 8, 1)
 
 
 @pytest.mark.parametrize(
-    ("attention", "error", "words"),
+    ("attention", "error", "fact"),
     [
-        ("senet", RetrofitError, "attention must be one of 'se', 'eca', 'cbam', 'static', a class or a factory, got 'senet'"),
-        (3, TypeError, "attention must be a name, a class or a factory, got 3"),
-        (nn.Identity(), TypeError, "must make a new module for each place, got one Identity"),
-        (lambda slot: 3, RetrofitError, "must give an nn.Module, got 3"),
+        ("senet", RetrofitError, "'se', 'eca', 'cbam', 'static', .*'senet'"),
+        (3, TypeError, "attention .*3"),
+        (nn.Identity(), TypeError, "one Identity"),
+        (lambda slot: 3, RetrofitError, "nn.Module, got 3"),
         (lambda slot: SAME, RetrofitError, "one module to several sites"),
-        (grow, RetrofitError, r"grow, in block first, must give the shape that it is given, \(2, 8, 7, 6\), and gives \(2, 16, 7, 6\)"),
-        (overwrite, RetrofitError, "overwrite, in block first, changes its input in place"),
-        (infinite, RetrofitError, "infinite, in block first, gives values that are not finite"),
+        (grow, RetrofitError, r"grow, in block first, .*\(2, 8, 7, 6\).* \(2, 16, 7, 6\)"),
+        (overwrite, RetrofitError, "overwrite, in block first, .*in place"),
+        (infinite, RetrofitError, "infinite, in block first, .*not finite"),
         (lambda slot: nn.Conv2d(3, 8, 1), RetrofitError, "can't be run on a value of shape"),
-        (lambda slot: slot.nothing, RetrofitError, "can't be built for 8 channels, in block first: AttributeError"),
-        (shared(), RetrofitError, "gave the module of another site"),
+        (lambda slot: slot.nothing, RetrofitError, "8 channels, in block first: AttributeError"),
+        (shared(), RetrofitError, "module of another site"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_cannot_be_inserted_is_refused_and_the_model_unchanged(
-    attention: Any, error: type[Exception], words: str, inplace: bool
+    attention: Any, error: type[Exception], fact: str, inplace: bool
 ) -> None:
     network = Network()
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=fact):
         add_se(network, attention=attention, example_inputs=inputs(), inplace=inplace)
     assert list(network.state_dict()) == list(before)
     assert type(network.first).__name__ == "Unit"
@@ -132,7 +132,7 @@ def test_random_numbers_in_train_mode_are_said_and_none_are_drawn_in_the_check()
 
 
 def test_gate_options_of_se_are_refused_for_others() -> None:
-    with pytest.raises(RetrofitError, match='gate="sigmoid" is SE\'s alone'):
+    with pytest.raises(RetrofitError, match='gate="sigmoid"'):
         plan_se(Network(), attention="eca", gate="sigmoid", example_inputs=inputs())
 
 
@@ -140,14 +140,11 @@ def test_a_plan_brings_its_attention() -> None:
     plan = plan_se(Network(), attention=Gain, example_inputs=inputs())
     model = add_se(Network(), plan=plan)
     assert [site.attention for site in plan_of(model).sites] == ["attentions.Gain"] * 2
-    with pytest.raises(
-        RetrofitError,
-        match=r"made with a class or factory for the attention, attentions.Gain, which is not saved; give it again",
-    ):
+    with pytest.raises(RetrofitError, match=r"attentions\.Gain, .*give it again"):
         add_se(Network(), plan=plan_of(model))
     again = add_se(Network(), plan=type(plan).from_dict(plan.to_dict()), attention=Gain)
     assert [module.f.__class__ for module in inserted(again).values()] == [Gain, Gain]
-    with pytest.raises(RetrofitError, match="the plan brings its own attention, eca; leave attention out"):
+    with pytest.raises(RetrofitError, match="attention, eca"):
         add_se(Network(), plan=plan_se(Network(), attention="eca", example_inputs=inputs()), attention="cbam")
 
 

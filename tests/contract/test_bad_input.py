@@ -40,89 +40,79 @@ def _refused(model: Any, error: type[Exception], message: str, **options: Any) -
     assert list(random_states()) == randomness
 
 
-def test_a_retrofit_error_is_a_value_error() -> None:
-    assert issubclass(RetrofitError, ValueError)
-
-
 @pytest.mark.parametrize("model", [None, "resnet50", torch.zeros(3), {"model": 1}, lambda x: x])
 def test_what_is_no_module(model: Any) -> None:
-    message = rf"model must be an nn\.Module, got .* of type {type(model).__name__}"
-    _refused(model, TypeError, message)
-    with pytest.raises(TypeError, match=message):
+    fact = rf"nn\.Module.* {type(model).__name__}"
+    _refused(model, TypeError, fact)
+    with pytest.raises(TypeError, match=fact):
         remove_se(model)
 
 
-def test_a_class_in_place_of_an_instance() -> None:
-    _refused(ResNet, TypeError, r"got the class ResNet; make an instance of it: ResNet\(\.\.\.\)")
+class _Broken(nn.Module):
+    """A network whose forward raises after it has set an attribute of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.calls = _network(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.body(x)
+        raise KeyError("a bug of the user")
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("make", "error", "fact"),
     [
-        ({"reduction": 0}, RetrofitError, "reduction must be at least 1, got 0"),
-        ({"reduction": -8}, RetrofitError, "reduction must be at least 1, got -8"),
-        ({"reduction": 1.5}, TypeError, "reduction must be a positive int, got 1.5 of type float"),
-        ({"reduction": True}, TypeError, "reduction must be a positive int, got True of type bool"),
-        ({"reduction": "8"}, TypeError, "reduction must be a positive int, got '8' of type str"),
-        ({"reduction": None}, TypeError, "reduction must be a positive int, got None"),
-        ({"min_hidden": 0}, RetrofitError, "min_hidden must be at least 1, got 0"),
-        ({"min_hidden": 2.0}, TypeError, "min_hidden must be a positive int, got 2.0"),
-        ({"placement": "behind"}, RetrofitError, "placement must be one of 'auto', .*, got 'behind'"),
-        ({"placement": None}, TypeError, "placement must be a string, got None"),
-        ({"gate": "tanh"}, RetrofitError, "gate must be one of 'identity', 'sigmoid', got 'tanh'"),
-        ({"gate": 2}, TypeError, "gate must be a string, got 2"),
-        ({"bias": "yes"}, TypeError, "bias must be True or False, got 'yes'"),
-        (
-            {"include": "layer9.*"},
-            RetrofitError,
-            r"the pattern 'layer9\.\*' matches none of the 2 blocks found, which are 0, 1",
-        ),
-        ({"exclude": ["1", "nowhere"]}, RetrofitError, "the pattern 'nowhere' matches none"),
-        ({"exclude": "*"}, RetrofitError, "leave no block"),
-        ({"include": [1]}, TypeError, r"include must be a pattern of paths or a list of them, got \[1\]"),
-        ({"include": 1}, TypeError, "include must be a pattern of paths or a list of them"),
-        (
-            {"example_inputs": torch.zeros(2, 5, 8, 8)},
-            RetrofitError,
-            r"can't be run on the given example_inputs.*\(2, 5, 8, 8\)",
-        ),
-        ({"example_inputs": torch.zeros(3)}, RetrofitError, "can't be run on the given example_inputs"),
-        ({"example_inputs": (torch.zeros(2, 3, 8, 8), 1)}, RetrofitError, "can't be run on the given example_inputs"),
-        ({"example_inputs": (2, 3, 8, 8)}, TypeError, "example_inputs must hold at least one tensor"),
-        ({"example_inputs": "224"}, TypeError, "example_inputs must hold at least one tensor.*got str"),
-        ({"example_inputs": [1, 2]}, TypeError, r"example_inputs must .*got list.*example_inputs=\(\[\.\.\.\],\)"),
+        (lambda: ResNet, TypeError, r"ResNet\(\.\.\.\)"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()), RetrofitError, "Sequential has no convolution"),
+        (lambda: add_se(_network()), RetrofitError, r"remove_se\(model\)"),
+        (lambda: nn.Sequential(add_se(_network())), RetrofitError, "retrofitted already"),
+        (lambda: torch.compile(_network(), backend="eager"), RetrofitError, r"torch\.compile.*_orig_mod"),
+        (lambda: nn.DataParallel(_network()), RetrofitError, r"DataParallel.*model\.module"),
+        (_Broken, RetrofitError, "_Broken .*KeyError: 'a bug of the user'"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    _refused(_network(), error, message, **options)
+def test_models_that_cannot_be_retrofitted(make: Callable[[], Any], error: type[Exception], fact: str) -> None:
+    _refused(make(), error, fact)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "fact"),
+    [
+        ({"reduction": 0}, RetrofitError, "reduction .*0"),
+        ({"reduction": 1.5}, TypeError, "reduction .*1.5"),
+        ({"reduction": True}, TypeError, "reduction .*True"),
+        ({"reduction": "8"}, TypeError, "reduction .*'8'"),
+        ({"reduction": None}, TypeError, "reduction .*None"),
+        ({"min_hidden": 0}, RetrofitError, "min_hidden .*0"),
+        ({"min_hidden": 2.0}, TypeError, "min_hidden .*2.0"),
+        ({"placement": "behind"}, RetrofitError, "placement .*'auto', .*'behind'"),
+        ({"placement": None}, TypeError, "placement .*None"),
+        ({"gate": "tanh"}, RetrofitError, "gate .*'identity', 'sigmoid', .*'tanh'"),
+        ({"gate": 2}, TypeError, "gate .*2"),
+        ({"bias": "yes"}, TypeError, "bias .*'yes'"),
+        ({"include": "layer9.*"}, RetrofitError, r"'layer9\.\*' .* 2 .* 0, 1"),
+        ({"exclude": ["1", "nowhere"]}, RetrofitError, "'nowhere'"),
+        ({"exclude": "*"}, RetrofitError, "leave no block"),
+        ({"include": [1]}, TypeError, r"include .*\[1\]"),
+        ({"include": 1}, TypeError, "include .*1"),
+        ({"example_inputs": torch.zeros(2, 5, 8, 8)}, RetrofitError, r"example_inputs.*\(2, 5, 8, 8\)"),
+        ({"example_inputs": torch.zeros(3)}, RetrofitError, "example_inputs"),
+        ({"example_inputs": (torch.zeros(2, 3, 8, 8), 1)}, RetrofitError, "example_inputs"),
+        ({"example_inputs": (2, 3, 8, 8)}, TypeError, "example_inputs .*tensor"),
+        ({"example_inputs": "224"}, TypeError, "example_inputs .*str"),
+        ({"example_inputs": [1, 2]}, TypeError, r"example_inputs .*list.*example_inputs=\(\[\.\.\.\],\)"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], error: type[Exception], fact: str) -> None:
+    _refused(_network(), error, fact, **options)
 
 
 def test_an_unknown_option() -> None:
+    assert issubclass(RetrofitError, ValueError)
     with pytest.raises(TypeError, match="ratio"):
         add_se(_network(), ratio=8)  # type: ignore[call-arg]
-
-
-def test_a_model_with_no_convolution() -> None:
-    _refused(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), RetrofitError, "Sequential has no convolution")
-    _refused(nn.Sequential(nn.Linear(4, 4)), RetrofitError, "nothing to retrofit", example_inputs=torch.zeros(2, 4))
-    _refused(nn.Identity(), RetrofitError, "has no convolution")
-
-
-def test_a_vision_transformer() -> None:
-    vit = torchvision.models.VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16)
-    _refused(
-        vit, RetrofitError, "VisionTransformer has no convolutional blocks", example_inputs=torch.zeros(1, 3, 32, 32)
-    )
-
-
-def test_a_model_that_is_retrofitted_already() -> None:
-    model = add_se(_network())
-    _refused(model, RetrofitError, r"retrofitted already: undo with remove_se\(model\)")
-    assert has_se(model)
-
-
-def test_a_model_with_a_part_that_is_retrofitted_already() -> None:
-    _refused(nn.Sequential(add_se(_network())), RetrofitError, "retrofitted already")
 
 
 def test_remove_se_and_plan_of_without_a_retrofit() -> None:
@@ -140,20 +130,10 @@ def test_a_scripted_or_traced_model() -> None:
     for make in (torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(1, 3, 8, 8))):
         scripted = make(_network())
         for call in (plan_se, add_se):
-            with pytest.raises(RetrofitError, match=r"torch\.jit.*: retrofit the Python model"):
+            with pytest.raises(RetrofitError, match=r"torch\.jit"):
                 call(scripted)
-        with pytest.raises(RetrofitError, match="has no block that can be retrofitted"):  # its source is not at hand
+        with pytest.raises(RetrofitError, match="no block"):  # its source is not at hand
             add_se(nn.Sequential(nn.Conv2d(3, 3, 1), scripted))
-
-
-def test_a_compiled_model() -> None:
-    _refused(
-        torch.compile(_network(), backend="eager"), RetrofitError, r"compiled by torch\.compile: retrofit .*_orig_mod"
-    )
-
-
-def test_a_model_in_data_parallel() -> None:
-    _refused(nn.DataParallel(_network()), RetrofitError, r"wrapped in DataParallel: retrofit model\.module, then wrap")
 
 
 def test_a_model_with_lazy_parameters() -> None:
@@ -164,42 +144,14 @@ def test_a_model_with_lazy_parameters() -> None:
     assert isinstance(model[0].weight, nn.UninitializedParameter)
 
 
-class _Broken(nn.Module):
-    """A network whose forward raises after it has set an attribute of itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = _network()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.body(x)
-        raise KeyError("a bug of the user")
-
-
-@pytest.mark.parametrize("options", [{}, {"example_inputs": torch.zeros(1, 3, 8, 8)}])
-def test_a_forward_that_raises(options: dict[str, Any]) -> None:
-    model = _Broken()
-    _refused(model, RetrofitError, "_Broken can't be run .*KeyError: 'a bug of the user'", **options)
-    assert model.calls == 0
-
-
-class _Uncopyable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = _network()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
+class _Uncopyable(nn.Sequential):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         raise copy.Error("no copies")
 
 
 def test_a_model_that_cannot_be_copied() -> None:
-    model = _Uncopyable()
-    with pytest.raises(RetrofitError, match=r"_Uncopyable.* can't be copied: .*no copies.*inplace=True"):
+    model = _Uncopyable(_network())
+    with pytest.raises(RetrofitError, match=r"_Uncopyable.*no copies.*inplace=True"):
         add_se(model)
     assert len(plan_se(model).sites) == 1
     assert add_se(model, inplace=True) is model
@@ -208,7 +160,7 @@ def test_a_model_that_cannot_be_copied() -> None:
 def test_the_pass_takes_graph_modules_only() -> None:
     model = _network()
     before = snapshot(model)
-    with pytest.raises(TypeError, match="takes a GraphModule, got Sequential; for other modules call add_se"):
+    with pytest.raises(TypeError, match=r"Sequential.*add_se"):
         InsertSE()(model)  # type: ignore[arg-type]
     assert_untouched(model, before)
     with pytest.raises(RetrofitError, match="reduction"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import subprocess
@@ -22,6 +23,7 @@ from networks import (
     NETWORKS,
     assert_same_function,
     gradients,
+    narrow_resnet,
     randomise_se,
     randomised,
     run,
@@ -34,58 +36,44 @@ from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import Bottleneck, ResNet
 
-from se_retrofit import RetrofitError, add_se, has_se, plan_of, plan_se, remove_se
+from se_retrofit import RetrofitError, add_se, has_se, remove_se
 
 # Files ---------------------------
 
 
+FRESH = """
+import pathlib, sys, torch
+for folder in pathlib.Path(sys.argv[1]).iterdir():
+    expected = torch.load(folder / "expected.pt", weights_only=True)
+    model = torch.load(folder / "model.pt", weights_only=False)
+    assert torch.equal(model.eval()(expected["x"]), expected["eval"][0])
+    torch.manual_seed(3)
+    assert torch.equal(model.train()(expected["x"]), expected["train"][0])
+    import se_retrofit
+    assert se_retrofit.has_se(model)
+    assert not se_retrofit.has_se(se_retrofit.remove_se(model))
+"""
+
+
 @pytest.mark.sweep
 def test_a_whole_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
-    """By pickle and by torch.save, without add_se or the building libraries being called there."""
+    """Without add_se or the building libraries being called there."""
     for name in ("torchvision/squeezenet1_1", "timm/convnext_atto"):
         model, x = model_and_input(name)
         folder = tmp_path / name.replace("/", "_")
         folder.mkdir()
         torch.save(model, folder / "model.pt")
-        (folder / "model.pkl").write_bytes(pickle.dumps(model))
         torch.save({"x": x, "eval": run(model, x), "train": run(model.train(), x, seed=3)}, folder / "expected.pt")
-    script = """
-import copy, pathlib, pickle, sys, torch
-torch.set_num_threads(1)
-for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    expected = torch.load(folder / "expected.pt", weights_only=True)
-    for model in (
-        torch.load(folder / "model.pt", weights_only=False),
-        pickle.loads((folder / "model.pkl").read_bytes()),
-    ):
-        with torch.no_grad():
-            assert torch.equal(model.eval()(expected["x"]), expected["eval"][0]), folder
-            torch.manual_seed(3)
-            assert torch.equal(copy.deepcopy(model).train()(expected["x"]), expected["train"][0]), folder
-        import se_retrofit
-        assert se_retrofit.has_se(model)
-        assert torch.equal(model(expected["x"]), expected["eval"][0]), folder
-        assert not se_retrofit.has_se(se_retrofit.remove_se(model))
-print("done")
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "done"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, str(tmp_path)], env=environment, check=True)
 
 
 def test_safetensors_save_and_load(tmp_path: Path) -> None:
     model = small()
     save_model(model, str(tmp_path / "model.safetensors"))
-    fresh = add_se(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5).eval(), 16)
+    fresh = add_se(narrow_resnet(), 4)
     assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
     assert_same_function(fresh, model, X)
 
@@ -96,38 +84,22 @@ def test_copies_of_copies_and_shallow_copies() -> None:
     assert_same_function(twin, model, X)
     assert type(twin.layer1[0]) is type(model.layer1[0])
     assert_same_function(copy.copy(model), model, X)
-    assert_same_function(copy.copy(model.layer1[0]), model.layer1[0], torch.randn(1, 64, 8, 8))
+    assert_same_function(copy.copy(model.layer2[0]), model.layer2[0], torch.randn(1, 8, 8, 8))
 
 
 # Types and formats ---------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("name", swept(["torchvision/squeezenet1_1"], ["torchvision/resnet18", "timm/convnext_atto"]))
-def test_models_of_any_float_type(name: str, dtype: torch.dtype) -> None:
-    model = NETWORKS[name].build().to(dtype)
-    x = NETWORKS[name].input().to(dtype)
-    retrofitted = add_se(model)
-    assert {p.dtype for se in se_modules(retrofitted).values() for p in se.parameters()} == {dtype}
-    with torch.no_grad():
-        assert same_tensors(run(retrofitted, x), run(model, x))
-        assert same_tensors(
-            run(copy.deepcopy(retrofitted).float(), x.float()), run(copy.deepcopy(model).float(), x.float())
-        )
-
-
 @pytest.mark.parametrize("name", KINDS)
-def test_autocast_to_bfloat16_gives_the_same_outputs(name: str) -> None:
-    model, x = NETWORKS[name].build(), NETWORKS[name].input()
-    retrofitted = add_se(model)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert same_tensors(run(retrofitted, x), run(model, x))
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_channels_last_stays_channels_last(name: str) -> None:
-    model = NETWORKS[name].build().to(memory_format=torch.channels_last)
-    x = NETWORKS[name].input().to(memory_format=torch.channels_last)
+def test_any_float_type_autocast_and_memory_format_give_the_same_outputs(name: str) -> None:
+    original, x = NETWORKS[name].build(), NETWORKS[name].input()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        model = copy.deepcopy(original).to(dtype)
+        retrofitted = add_se(model)
+        assert {p.dtype for se in se_modules(retrofitted).values() for p in se.parameters()} == {dtype}
+        with torch.no_grad():
+            assert same_tensors(run(retrofitted, x.to(dtype)), run(model, x.to(dtype)))
+    model = original.to(memory_format=torch.channels_last)
     retrofitted = add_se(model)
     formats: dict[str, tuple[bool, bool]] = {}
 
@@ -137,18 +109,21 @@ def test_channels_last_stays_channels_last(name: str) -> None:
     for module in se_modules(retrofitted).values():
         module.register_forward_hook(note)
     with torch.no_grad():
+        x = x.to(memory_format=torch.channels_last)
         assert same_tensors(run(retrofitted, x), run(model, x))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same_tensors(run(retrofitted, x), run(model, x))
     assert len(formats) == len(se_modules(retrofitted))
     assert all(before == after for before, after in formats.values())
 
 
 def test_a_model_on_meta_is_retrofitted_there_and_filled_later() -> None:
+    real = narrow_resnet()
     with torch.device("meta"):
-        model = torchvision.models.resnet18(num_classes=10)
+        model = type(real)(type(real.layer1[0]), [1, 1, 1, 1], num_classes=10, channels=(8, 8, 16, 16))
     retrofitted = add_se(model)
     assert {p.device.type for p in retrofitted.parameters()} == {"meta"}
     retrofitted.to_empty(device="cpu")
-    real = NETWORKS["torchvision/resnet18"].build()
     retrofitted.load_state_dict(real.state_dict(), strict=False)
     for se in se_modules(retrofitted).values():
         se.reset_parameters()
@@ -157,7 +132,7 @@ def test_a_model_on_meta_is_retrofitted_there_and_filled_later() -> None:
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_was_retrofitted_in_inference_mode_trains(inplace: bool) -> None:
-    model = randomised(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)).train()
+    model = narrow_resnet().train()
     with torch.inference_mode():
         fitted = add_se(model, 16, inplace=inplace)
         bare = remove_se(fitted)
@@ -176,22 +151,27 @@ def _pruned(conv: nn.Conv2d) -> None:
     l1_unstructured(conv, "weight", 0.3)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("changed", [_weight_norm, _pruned, nn.utils.spectral_norm])
-def test_weights_that_a_hook_computes_before_each_forward_are_copied(changed: Any) -> None:
-    model = randomised(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)).eval()
-    for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
-        changed(conv)
-    assert_same_function(add_se(model, 16), model, X)  # outputs and gradients
-    assert_same_function(remove_se(add_se(model, 16)), model, X)
-    copied = add_se(model, 16)
-    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in model.parameters()}
-    copied(X).sum().backward()
-    assert all(parameter.grad is not None for parameter in copied.parameters())
+def test_weights_that_a_hook_computes_before_each_forward_are_copied(changed: Any, inplace: bool) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(3)
+        model = narrow_resnet()
+        for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
+            changed(conv)
+        return model
+
+    model, reference = made(), made()
+    fitted = add_se(model, 16, inplace=inplace)
+    assert_same_function(fitted, reference, X)
+    assert inplace or not {p.data_ptr() for p in fitted.parameters()} & {p.data_ptr() for p in model.parameters()}
+    fitted(X).sum().backward()
+    assert all(parameter.grad is not None for parameter in fitted.parameters())
+    assert_same_function(remove_se(fitted, inplace=inplace), reference, X)
 
 
 def test_a_frozen_model_gets_gates_that_train() -> None:
-    model = NETWORKS["torchvision/resnet18"].build().requires_grad_(False)
-    retrofitted = add_se(model)
+    retrofitted = add_se(narrow_resnet().requires_grad_(False))
     found = gradients(retrofitted.train(), X)
     ours = {f"{path}.{name}" for path, se in se_modules(retrofitted).items() for name, _ in se.named_parameters()}
     assert {name for name, gradient in found.items() if gradient is not None} == ours
@@ -211,7 +191,7 @@ def test_models_on_cuda(name: str) -> None:
 
 
 def test_an_optimizer_stays_bound_to_a_model_retrofitted_in_place() -> None:
-    model = remove_se(small()).train()
+    model = narrow_resnet().train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = copy.deepcopy(model.state_dict())
     retrofitted = add_se(model, inplace=True)
@@ -239,7 +219,7 @@ def test_distributed_data_parallel() -> None:
     found, expected = gradients(wrapped, X), gradients(model, X)
     for name, gradient in expected.items():
         assert torch.equal(found[f"module.{name}"], gradient), name  # type: ignore[arg-type]
-    with pytest.raises(RetrofitError, match=r"wrapped in DistributedDataParallel: retrofit model\.module"):
+    with pytest.raises(RetrofitError, match=r"DistributedDataParallel.*model\.module"):
         add_se(nn.parallel.DistributedDataParallel(remove_se(model)))
 
 
@@ -296,19 +276,17 @@ def test_data_parallel_and_functional_call() -> None:
 # What the libraries offer for their models ---------------------------
 
 
-@pytest.mark.parametrize("name", swept(["resnet18", "convnext_atto"], ["mobilenetv2_100", "regnetx_002"]))
+@pytest.mark.parametrize("name", swept(["test_resnet", "test_convnext"], ["mobilenetv2_100", "regnetx_002"]))
 def test_timms_gradient_checkpointing(name: str) -> None:
     model = randomised(timm.create_model(name, num_classes=4)).train()
     retrofitted = randomise_se(add_se(model), std=0.1)
-    plain, x = copy.deepcopy(retrofitted), X
+    plain = copy.deepcopy(retrofitted)
     retrofitted.set_grad_checkpointing(True)
-    found, expected = gradients(retrofitted, x), gradients(plain, x)
+    found, expected = gradients(retrofitted, X), gradients(plain, X)
     for parameter, gradient in expected.items():
         assert torch.equal(found[parameter], gradient), parameter  # type: ignore[arg-type]
-    before = randomised(timm.create_model(name, num_classes=4)).train()
-    before.load_state_dict(model.state_dict())
-    before.set_grad_checkpointing(True)
-    assert len(se_modules(add_se(before))) == len(se_modules(plain))
+    model.set_grad_checkpointing(True)
+    assert len(se_modules(add_se(model))) == len(se_modules(plain))
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
@@ -329,7 +307,7 @@ def test_memory_efficient_densenets(library: str) -> None:
     assert same_tensors(run(ours.train(), X), run(theirs.train(), X))
 
 
-@pytest.mark.parametrize("name", swept(["repvgg_b0"], ["mobileone_s0"]))
+@pytest.mark.parametrize("name", swept(["repvgg_a0"], ["mobileone_s0"]))
 def test_timms_reparameterisation_after_the_retrofit(name: str) -> None:
     model = randomised(timm.create_model(name, num_classes=4)).eval()
     retrofitted = randomise_se(add_se(model), std=0.1)
@@ -344,14 +322,14 @@ def test_timms_reparameterisation_after_the_retrofit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", swept(["resnet18", "convnext_atto"], ["mobilenetv2_100", "densenet121", "regnetx_002"])
+    "name", swept(["test_resnet", "test_convnext"], ["mobilenetv2_100", "densenet121", "regnetx_002"])
 )
 def test_timms_feature_api(name: str) -> None:
     model = randomised(timm.create_model(name, num_classes=4)).eval()
     retrofitted = add_se(model)
     with torch.no_grad():
-        assert torch.equal(retrofitted.forward_features(X), model.forward_features(X))
         features = retrofitted.forward_features(X)
+        assert torch.equal(features, model.forward_features(X))
         assert torch.equal(retrofitted.forward_head(features), model(X))
         if hasattr(model, "forward_intermediates"):
             final, steps = retrofitted.forward_intermediates(X)
@@ -359,22 +337,10 @@ def test_timms_feature_api(name: str) -> None:
             assert same_tensors([final, *steps], [expected, *expected_steps])
         retrofitted.reset_classifier(7)
         assert retrofitted(X).shape == (2, 7)
-        retrofitted.reset_classifier(0)
-        assert torch.equal(retrofitted.forward_features(X), model.forward_features(X))
+        assert torch.equal(retrofitted.forward_features(X), features)
     assert retrofitted.get_classifier() is not None
     assert list(retrofitted.group_matcher()) == list(model.group_matcher())
     assert retrofitted.default_cfg == model.default_cfg
-
-
-def test_googlenets_auxiliary_heads_come_and_go_with_the_mode() -> None:
-    network = NETWORKS["torchvision/googlenet"]
-    model = network.build()
-    retrofitted = add_se(model)
-    for mode in (True, False, True):
-        ours, theirs = retrofitted.train(mode)(network.input()), model.train(mode)(network.input())
-        assert type(ours) is type(theirs)
-    assert ours._fields == theirs._fields
-    assert ours.aux_logits1.shape == (2, 10)
 
 
 def test_hooks_registered_before_and_after_fire_once_with_the_blocks_own_values() -> None:
@@ -395,42 +361,12 @@ def test_hooks_registered_before_and_after_fire_once_with_the_blocks_own_values(
 
 
 def test_blocks_stay_instances_of_their_classes_with_source_and_names() -> None:
-    import inspect
-
-    model = add_se(torchvision.models.resnet50())
+    model = add_se(ResNet(Bottleneck, [2, 1, 1, 1]))
     block = model.layer1[0]
     assert isinstance(block, Bottleneck)
     assert type(model) is ResNet
     assert type(block).__name__ == "SEBottleneck"
-    assert type(block) is type(model.layer1[1]) or block.downsample is not None
     assert len({type(m) for m in model.modules() if isinstance(m, Bottleneck)}) == 1
     before, after = inspect.getsource(Bottleneck.forward), inspect.getsource(type(block).forward)
     assert after == before.replace("out = self.bn3(out)", "out = self.se_attention(self.bn3(out))") != before
     assert inspect.signature(block.forward) == inspect.signature(Bottleneck(64, 16).forward)
-    assert plan_of(model) == plan_se(torchvision.models.resnet50())
-
-
-def test_training_steps_move_the_gates_from_the_identity() -> None:
-    model = add_se(remove_se(small()), 8).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05)
-    labels = torch.tensor([0, 3])
-    losses = []
-    for _ in range(5):
-        loss = nn.functional.cross_entropy(model(X), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    for se in se_modules(model).values():
-        assert se.fc[2].weight.abs().max() > 0
-        assert not torch.equal(se(torch.ones(1, se.channel, 2, 2)), torch.ones(1, se.channel, 2, 2))
-
-
-def test_nothing_is_warned_about() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = add_se(torchvision.models.resnet18())
-        pickle.loads(pickle.dumps(model))
-        copy.deepcopy(model)
-        remove_se(model)

@@ -66,12 +66,12 @@ def on_fake_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         return model._apply(fake)
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=swept(["residual", "ConvNeXt"], ["inverted", "dense"]))
 def network(request: pytest.FixtureRequest, mode: FakeTensorMode) -> nn.Module:
     return on_fake_cuda(KINDS[request.param](), mode)
 
 
-@pytest.fixture(params=["in the mode", "outside of it"])
+@pytest.fixture(params=swept(["in the mode"], ["outside of it"]))
 def where(request: pytest.FixtureRequest, mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
     return mode if request.param == "in the mode" else contextlib.nullcontext()
 
@@ -88,7 +88,7 @@ def runs_on_cuda(model: nn.Module, mode: FakeTensorMode) -> bool:
 
 @pytest.mark.parametrize(
     "options",
-    swept([{}, {"attention": SEModule}], [{"gate": "sigmoid"}, *({"attention": name} for name in ATTENTIONS)]),
+    swept([{}], [{"attention": SEModule}, {"gate": "sigmoid"}, *({"attention": name} for name in ATTENTIONS)]),
 )
 def test_every_se_parameter_is_on_the_models_device(
     network: nn.Module, mode: FakeTensorMode, options: dict[str, Any]
@@ -128,12 +128,12 @@ def test_a_fused_network_runs_on_cuda(mode: FakeTensorMode, where: contextlib.Ab
 def test_what_needs_values_says_that_there_are_none(tmp_path: Path, mode: FakeTensorMode) -> None:
     model = add_se(on_fake_cuda(KINDS["residual"](), mode))
     file = save_se(add_se(KINDS["residual"]()), tmp_path / "real.safetensors")
-    with pytest.raises(RetrofitError, match="is a fake tensor and has no values"):
+    with pytest.raises(RetrofitError, match="fake tensor"):
         load_se(on_fake_cuda(KINDS["residual"](), mode), file)
-    with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor and has no values"):
+    with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor"):
         save_retrofitted(model, tmp_path / "saved")
-    with pytest.raises(RetrofitError, match="is a fake tensor and has no values"):
+    with pytest.raises(RetrofitError, match="fake tensor"):
         save_se(model, tmp_path / "se.safetensors")
-    with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor, so there are no gates to look at"):
+    with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor"):
         excitations(model, [torch.randn(1, 3, 64, 64)])
     assert list(tmp_path.iterdir()) == [file]

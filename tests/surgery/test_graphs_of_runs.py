@@ -32,8 +32,8 @@ class Rewriting(nn.Module):
 
 
 NETWORKS = swept(
-    ["timm/test_resnet", "timm/mobilenetv2_035", "torchvision/shufflenet_v2_x0_5"],
-    ["timm/densenet121", "timm/convnext_atto", "timm/hrnet_w18_small", "torchvision/squeezenet1_1", "timm/repvgg_a0",
+    ["timm/test_resnet", "torchvision/shufflenet_v2_x0_5"],
+    ["timm/mobilenetv2_035", "timm/densenet121", "timm/convnext_atto", "timm/hrnet_w18_small", "torchvision/squeezenet1_1", "timm/repvgg_a0",
      "timm/nf_resnet26", "timm/inception_next_atto", "torchvision/googlenet", "timm/res2net50_14w_8s"],
 )  # fmt: skip
 
@@ -72,19 +72,6 @@ def test_writes_to_views_and_values_of_no_operation_are_in_the_graph(flip: bool)
     assert all(torch.equal(found_rest[key], rest[key]) for key in rest)
 
 
-def test_the_graph_of_a_network_with_several_inputs_takes_them_in_order() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.conv(x) - y
-
-    model, x, y = Two(), torch.randn(2, 3, 5, 5), torch.randn(2, 4, 3, 3)
-    assert torch.equal(fx.GraphModule(model, record(model, (x, y)).graph)(x, y), model(x, y))
-
-
 def test_nodes_tell_shapes_calls_and_modules() -> None:
     found = record(timm.create_model("test_resnet"), torch.zeros(3, 3, 64, 64))
     nodes = {node.name: node for node in found.graph.nodes}
@@ -99,18 +86,19 @@ def test_nodes_tell_shapes_calls_and_modules() -> None:
     assert {op.node: op.role for op in found.ops}[adds] == "add"
 
 
-def test_a_network_that_symbolic_trace_cannot_take_has_a_graph_as_well() -> None:
+def test_a_network_that_symbolic_trace_cannot_take_has_a_graph_that_takes_its_inputs_in_order() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) if x.shape[0] > 0 and x.sum() != 0 else x
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.conv(x) - y if x.shape[0] > 0 and x.sum() != 0 else x
 
+    model, x, y = Branching(), torch.randn(2, 3, 5, 5), torch.randn(2, 4, 3, 3)
     with pytest.raises(torch.fx.proxy.TraceError):
-        fx.symbolic_trace(Branching())
-    assert [node.op for node in record(Branching()).graph.nodes if node.op == "call_module"]
+        fx.symbolic_trace(model)
+    assert torch.equal(fx.GraphModule(model, record(model, (x, y)).graph)(x, y), model(x, y))
 
 
 def test_a_model_that_cannot_be_run_has_no_record() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from networks import assert_same_function, randomised, se_modules
@@ -46,7 +48,7 @@ def sites(plan: Plan) -> list[tuple[str, str, int]]:
     return [(site.block, site.kind, site.channels) for site in plan.sites]
 
 
-X = torch.randn(2, 3, 8, 8)
+X = torch.randn(2, 3, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +63,8 @@ X = torch.randn(2, 3, 8, 8)
 )
 def test_se_goes_on_what_the_named_modules_return_and_nowhere_else(at: str | list[str], expected: list[object]) -> None:
     model = net()
-    assert sites(plan_se(model, at=at)) == expected
-    retrofitted = add_se(model, at=at)
+    assert sites(plan_se(model, example_inputs=X, at=at)) == expected
+    retrofitted = add_se(model, example_inputs=X, at=at)
     assert len(se_modules(retrofitted)) == len(expected)
     assert_same_function(model, retrofitted, X)
     assert list(remove_se(retrofitted).state_dict()) == list(model.state_dict())
@@ -70,7 +72,7 @@ def test_se_goes_on_what_the_named_modules_return_and_nowhere_else(at: str | lis
 
 def test_se_scales_the_named_modules_output_itself() -> None:
     model = net()
-    retrofitted = add_se(model, at="decoder.0.conv1")
+    retrofitted = add_se(model, example_inputs=X, at="decoder.0.conv1")
     (se,) = se_modules(retrofitted).values()
     given: list[Tensor] = []
     se.register_forward_pre_hook(lambda module, args: given.append(args[0].clone()))
@@ -83,40 +85,41 @@ def test_se_scales_the_named_modules_output_itself() -> None:
 
 def test_beside_the_blocks_found_and_once_where_both_are_the_same() -> None:
     model = net()
-    auto = plan_se(model)
+    auto = plan_se(model, example_inputs=X)
     assert [site.kind for site in auto.sites] == ["residual"]
-    both = plan_se(model, at=["stem", "block"], auto=True)
+    both = plan_se(model, example_inputs=X, at=["stem", "block"], auto=True)
     assert [site.block for site in both.sites] == ["stem", "block"]
     assert both.sites[1].kind == "named"
-    assert plan_se(model, at="stem", auto=True, exclude="block").sites[0].block == "stem"
+    assert plan_se(model, example_inputs=X, at="stem", auto=True, exclude="block").sites[0].block == "stem"
 
 
 def test_a_plan_with_named_places_is_carried_out_from_its_json() -> None:
     model = net()
-    plan = Plan.from_json(plan_se(model, at="decoder.*", auto=True).to_json())
+    plan = Plan.from_json(plan_se(model, example_inputs=X, at="decoder.*", auto=True).to_json())
     assert_same_function(model, add_se(model, plan=plan), X)
     assert plan.options["at"] == ["decoder.*"]
 
 
-def test_what_cannot_be_had_is_said() -> None:
-    model = net()
-    with pytest.raises(RetrofitError, match=r"'encoder\.\*' matches none of the"):
-        plan_se(model, at="encoder.*")
-    with pytest.raises(RetrofitError, match="'unused', but it is not called"):
-        plan_se(model, at="unused")
-    with pytest.raises(RetrofitError, match="'same', but it returns its input as it is"):
-        plan_se(model, at="same")
-    with pytest.raises(RetrofitError, match="with at alone there are none"):
-        plan_se(model, at="stem", exclude="block")
-    with pytest.raises(RetrofitError, match="with at, give auto=True as well"):
-        plan_se(model, at="stem", placement="pre")
-    with pytest.raises(RetrofitError, match="at is empty"):
-        plan_se(model, at=[])
-    with pytest.raises(RetrofitError, match="auto=False"):
-        plan_se(model, auto=False)
-    with pytest.raises(TypeError, match="at must be"):
-        plan_se(model, at=3)  # type: ignore[arg-type]
-    skipped = {skip.block: skip.reason for skip in plan_se(model, at="[su]*").skipped}
-    assert skipped == {
-        "unused": "it is not called on these inputs", "same": "it returns its input as it is: name the module before it",
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "error", "fact"),
+    [
+        ({"at": "encoder.*"}, RetrofitError, r"'encoder\.\*'"),
+        ({"at": "unused"}, RetrofitError, "'unused'.* not called"),
+        ({"at": "same"}, RetrofitError, "'same'.* input as it is"),
+        ({"at": "stem", "exclude": "block"}, RetrofitError, "with at alone"),
+        ({"at": "stem", "placement": "pre"}, RetrofitError, "auto=True"),
+        ({"at": []}, RetrofitError, "at is empty"),
+        ({"auto": False}, RetrofitError, "auto=False"),
+        ({"at": 3}, TypeError, "at must be"),
+    ],
+)
+def test_what_cannot_be_had_is_said(options: dict[str, Any], error: type[Exception], fact: str) -> None:
+    with pytest.raises(error, match=fact):
+        plan_se(net(), example_inputs=X, **options)
+
+
+def test_what_a_pattern_matches_without_a_place_is_listed() -> None:
+    skipped = {skip.block: skip.reason for skip in plan_se(net(), example_inputs=X, at="[su]*").skipped}
+    assert skipped.keys() == {"unused", "same"}
+    assert "not called" in skipped["unused"]
+    assert "input as it is" in skipped["same"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from networks import assert_same_function, randomised, se_modules
-from own_networks import Branch
+from structure import Unit
 from torch import Tensor, nn
 
 from se_retrofit import RetrofitError, add_se, plan_se
@@ -83,16 +83,16 @@ def test_every_row_of_the_table_names_its_paper() -> None:
 
 @pytest.mark.parametrize("recognisers", ["residual", [3], gated_units])
 def test_what_is_no_list_of_functions_is_refused(recognisers: object) -> None:
-    with pytest.raises(TypeError, match="recognisers must be a list of functions"):
+    with pytest.raises(TypeError, match="recognisers"):
         plan_se(nn.Conv2d(3, 4, 3), recognisers=recognisers)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("recogniser", "says"),
     [
-        (lambda record: 1 / 0, "raised ZeroDivisionError"),
-        (lambda record: None, "raised TypeError"),
-        (lambda record: ["x"], "must yield Block objects, got 'x'"),
+        (lambda record: 1 / 0, "ZeroDivisionError"),
+        (lambda record: None, "TypeError"),
+        (lambda record: ["x"], "'x'"),
     ],
 )
 def test_what_a_recogniser_does_wrong_is_told_as_its_own(recogniser: Any, says: str) -> None:
@@ -102,30 +102,25 @@ def test_what_a_recogniser_does_wrong_is_told_as_its_own(recogniser: Any, says: 
     assert "fault of se_retrofit" not in str(raised.value)
 
 
-class Unit(Branch):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(torch.relu(self.conv1(x)))
-
-
 class Suspicious(Unit):
     """Does something else once its class is another."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.conv2(torch.relu(self.conv1(x)))
+        x = super().forward(x)
         return x if type(self) is Suspicious else x.mul(1.0)
 
 
 def test_the_blocks_at_fault_alone_are_left_out_by_few_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [Unit(8) for _ in range(24)]
-    layers[7] = Suspicious(8)
+    layers = [Unit() for _ in range(12)]
+    layers[7] = Suspicious()
     model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), *layers)).eval()
     again, runs = Runs.again, []
     monkeypatch.setattr(Runs, "again", lambda self, *args, **kwargs: runs.append(1) or again(self, *args, **kwargs))
     plan = plan_se(model)
-    assert len(plan.sites) == 23
+    assert len(plan.sites) == 11
     assert [skip.block for skip in plan.skipped] == ["8"]
     assert "does something else" in plan.skipped[0].reason
-    assert len(runs) <= 12
+    assert len(runs) <= 10
     x = torch.randn(2, 3, 6, 6)
     assert_same_function(model, add_se(model), x)
-    assert len(se_modules(add_se(model))) == 23
+    assert len(se_modules(add_se(model))) == 11

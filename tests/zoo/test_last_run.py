@@ -20,7 +20,6 @@ from tools.zoo import (
     present_run,
     read_rows,
     read_run,
-    write_markdown,
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
@@ -38,22 +37,25 @@ def repository(tmp_path: Path) -> Path:
     """With a file of the surgery and one that is none, in one commit."""
     folder = tmp_path / "repository"
     (folder / "se_retrofit" / "surgery").mkdir(parents=True)
-    (folder / "se_retrofit" / "surgery" / "blocks.py").write_text("old\n")
-    (folder / "README.md").write_text("old\n")
     git(folder, "init", "--quiet")
-    git(folder, "add", ".")
-    git(folder, "commit", "--quiet", "-m", "first")
+    write(folder, "old\n", "first")
     return folder
+
+
+def write(folder: Path, text: str, message: str) -> None:
+    for file in (folder / "README.md", folder / "se_retrofit" / "surgery" / "blocks.py"):
+        file.write_text(text)
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "-m", message)
 
 
 def test_files_of_the_surgery_that_changed_since_a_commit_are_told_committed_or_not(repository: Path) -> None:
     first = git(repository, "rev-parse", "--short", "HEAD")
-    (repository / "README.md").write_text("new\n")
     assert changed_since(first, repository) == []
-    (repository / "se_retrofit" / "surgery" / "blocks.py").write_text("new\n")
+    write(repository, "new\n", "second")
     assert changed_since(first, repository) == ["se_retrofit/surgery/blocks.py"]
-    git(repository, "commit", "--quiet", "--all", "-m", "second")
-    assert changed_since(first, repository) == ["se_retrofit/surgery/blocks.py"]
+    (repository / "se_retrofit" / "surgery" / "blocks.py").write_text("newer\n")
+    assert changed_since("HEAD", repository) == ["se_retrofit/surgery/blocks.py"]
 
 
 def test_where_git_lacks_the_commit_or_is_not_there_it_can_not_be_told(
@@ -69,17 +71,6 @@ def test_where_git_lacks_the_commit_or_is_not_there_it_can_not_be_told(
     assert changed_since(first, repository) is None
     monkeypatch.setenv("PATH", "")
     assert changed_since(first, tmp_path / "shallow") is None
-
-
-def test_only_a_full_run_changes_the_commit_that_the_page_names(tmp_path: Path) -> None:
-    page = tmp_path / "zoo.md"
-    write_markdown(ROWS, page)
-    assert read_run(page.read_text()) is None
-    run = FullRun("0123abc", "timm 1.0, torchvision 2.0, torch 3.0")
-    write_markdown(ROWS, page, run)
-    assert read_run(page.read_text()) == run
-    write_markdown(ROWS, page)
-    assert read_run(page.read_text()) == run
 
 
 def test_a_walk_over_some_names_or_one_that_was_resumed_is_no_full_run(

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import csv
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from residual_units import residual_units
-from torch import nn
+from sweeps import swept
+from torch import Tensor, nn
 from typer.testing import CliRunner
+from zoo_rows import listed_rows
 
 from se_retrofit import RetrofitError, SEAttention, add_se
 from se_retrofit.surgery.record.runs import record
 from tools.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
-from tools.zoo.check import KINDS, CheckFailed, inspect_model
+from tools.zoo.check import CheckFailed, inspect_model
 from tools.zoo.command import app
 from tools.zoo.tables import BEGIN, END, RowWriter, family_table, summary_line
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn a great deal while they build networks
 
-EXPECTED = list(csv.DictReader((Path(__file__).parent / "zoo_expected.csv").read_text(encoding="utf-8").splitlines()))
 ROWS = [
     Row("timm/a", "one", "converted", 1000, 128, {"residual": 2}, ["Block"], {"it is odd": 1}, 1.5),
     Row("timm/b", "one", "refused: no convolutional blocks", 2000, seconds=0.5),
@@ -33,19 +36,13 @@ ROWS = [
 # Names ------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_zoo_holds_every_name_of_both_libraries() -> None:
-    import timm
-    import torchvision
-
+def test_the_zoo_holds_every_name_of_both_libraries_and_patterns_choose_among_them() -> None:
     names = [entry.name for entry in entries()]
     assert len(names) == len(set(names)) == len(timm.list_models()) + len(torchvision.models.list_models())
     assert {"timm/resnet50", "torchvision/raft_small", "torchvision/quantized_resnet18"} <= set(names)
-
-
-def test_patterns_choose_models_with_or_without_their_library() -> None:
     assert [e.name for e in entries(["resnet18"])] == ["timm/resnet18", "torchvision/resnet18"]
     assert {e.library for e in entries(["torchvision/*18"])} == {"torchvision"}
-    with pytest.raises(RetrofitError, match=r"'resnet19' matches none of the \d+ names"):
+    with pytest.raises(RetrofitError, match=rf"'resnet19' .*{len(names)}"):
         entries(["resnet19"])
 
 
@@ -58,26 +55,30 @@ def test_a_network_is_built_without_memory_where_its_constructor_lets_it() -> No
 # One network ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("expected", EXPECTED, ids=lambda row: row["name"])
-def test_se_goes_where_it_went(expected: dict[str, str]) -> None:
-    """One or two networks for each kind of block; tests/sweeps/test_walk.py has one of each structure."""
-    (entry,) = entries([expected["name"]])
+@pytest.mark.parametrize("name", ["torchvision/quantized_mobilenet_v2", "torchvision/squeezenet1_1", "timm/test_vit"])
+def test_a_row_is_that_of_the_last_walk(name: str) -> None:
+    """tests/sweeps/test_walk.py has one network of each structure."""
+    (entry,) = entries([name])
     row = check(entry)
-    counts = {kind: str(row.kinds.get(kind, 0)) for kind in KINDS}
-    got = {"name": row.name, "verdict": row.verdict, **counts, "extra_parameters": str(row.extra)}
-    assert got == expected
+    (listed,) = [row for row in listed_rows() if row.name == name]
+    assert (row.verdict, row.kinds, row.extra, row.classes) == (
+        listed.verdict,
+        listed.kinds,
+        listed.extra,
+        listed.classes,
+    )
 
 
 UNITS = [
-    "timm/test_resnet", "timm/resnetv2_18", "timm/convnext_atto", "timm/mobilenetv2_035", "timm/efficientnet_es", "timm/dla34",
-    "timm/res2net50_48w_2s", "timm/hrnet_w18_small", "timm/ghostnet_050", "timm/fasternet_t0", "timm/inception_next_atto",
-    "timm/legacy_xception", "timm/cs3darknet_focus_s", "timm/tresnet_m", "timm/fastvit_t8", "timm/xcit_nano_12_p16_224",
-    "torchvision/resnet18", "torchvision/mobilenet_v3_large", "torchvision/r3d_18", "torchvision/fcn_resnet50",
-    "torchvision/quantized_resnet18", "torchvision/regnet_x_400mf",
+    "timm/test_resnet", "timm/test_convnext", "timm/resnetv2_18", "timm/convnext_atto", "timm/mobilenetv2_035",
+    "timm/efficientnet_es", "timm/dla34", "timm/res2net50_48w_2s", "timm/hrnet_w18_small", "timm/ghostnet_050", "timm/fasternet_t0",
+    "timm/inception_next_atto", "timm/legacy_xception", "timm/cs3darknet_focus_s", "timm/tresnet_m", "timm/fastvit_t8",
+    "timm/xcit_nano_12_p16_224", "torchvision/resnet18", "torchvision/mobilenet_v3_large", "torchvision/r3d_18",
+    "torchvision/fcn_resnet50", "torchvision/quantized_resnet18", "torchvision/regnet_x_400mf",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*UNITS[:4], *(pytest.param(name, marks=pytest.mark.sweep) for name in UNITS[4:])])
+@pytest.mark.parametrize("name", swept(UNITS[:2], UNITS[2:]))
 def test_every_residual_unit_has_one_se_or_channel_attention_of_its_own(name: str) -> None:
     (entry,) = entries([name])
     model = add_se(entry.build(), inplace=True)
@@ -93,31 +94,25 @@ def test_every_residual_unit_has_one_se_or_channel_attention_of_its_own(name: st
             assert module in in_units, f"{path} is in no residual unit"
 
 
+class Forgetful(nn.Sequential):
+    """Loses a key of its state dict after the retrofit, as a bug in the surgery would."""
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
+        state = super().state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        if any(isinstance(m, SEAttention) for m in self.modules()):
+            state.pop("0.weight")
+        return state
+
+
 def test_a_broken_promise_fails_the_row() -> None:
-    class Forgetful(nn.Module):
-        """Loses its class when asked for its state dict after the retrofit, as a bug in the surgery would."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.stem(x)
-
-        def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:  # type: ignore[override]
-            state = super().state_dict(*args, **kwargs)  # type: ignore[arg-type]
-            if any(isinstance(m, SEAttention) for m in self.modules()):
-                state.pop("stem.0.weight")
-            return state
-
+    model = Forgetful(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
     with pytest.raises(CheckFailed, match="original keys"):
-        inspect_model(Forgetful(), Row("mine/forgetful", "mine", "failed: "))
+        inspect_model(model, Row("mine/forgetful", "mine", "failed: "))
 
 
 def test_what_cannot_be_built_is_a_failed_row() -> None:
     row = check(Entry("torchvision", "none", "no_such_model"))
-    assert row.verdict.startswith("failed: ")
-    assert "no_such_model" in row.verdict.lower()
+    assert re.match("failed: .*no_such_model", row.verdict.lower())
 
 
 # The walk ---------------------------------------------------------------------------------------------------------------
@@ -217,15 +212,8 @@ def test_families_are_summed_up() -> None:
 
 @pytest.mark.sweep
 def test_the_command_writes_both_files_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    arguments = [
-        "torchvision/alexnet",
-        "torchvision/squeezenet1_1",
-        "test_vit",
-        "--jobs",
-        "1",
-        "--output",
-        str(tmp_path / "zoo"),
-    ]
+    names = ["torchvision/alexnet", "torchvision/squeezenet1_1", "test_vit"]
+    arguments = [*names, "--jobs", "1", "--output", str(tmp_path / "zoo")]
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output
     assert "3 names: 2 converted, 1 refused: no convolutional blocks" in first.output

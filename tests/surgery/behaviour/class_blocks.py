@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,12 @@ from torch import Tensor, nn
 REGISTRY: list[type] = []
 CACHE: dict[int, Tensor] = {}
 COUNTS = {"forward": 0}
+
+
+class Base(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.branch(x)))
+        return x + out
 
 
 class Registered(Block):
@@ -37,15 +43,11 @@ class Named(Registered, name="named"):
         return x + out
 
 
-class Copies(Block):
+class Copies(Base):
     """Its copy is itself."""
 
     def __deepcopy__(self, memo):
         return self
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
 
 
 class KnowsParent(nn.Module):
@@ -74,21 +76,12 @@ def grid(n: int) -> Tensor:
     return torch.linspace(-1, 1, n)
 
 
-class Window:
-    """A helper that is no module, with a cache."""
-
-    @staticmethod
-    @functools.lru_cache
-    def of(n: int) -> Tensor:
-        return torch.hann_window(n).float() + 1
-
-
 class Cached(Block):
     def forward(self, x):
         n = x.shape[-1]
         if n not in CACHE:
             CACHE[n] = torch.ones(n, device=x.device, dtype=x.dtype) * 0.5
-        out = self.bn2(self.conv2(self.branch(x) * CACHE[n] + grid(n).to(x) * Window.of(n).to(x)))
+        out = self.bn2(self.conv2(self.branch(x) * CACHE[n] + grid(n).to(x)))
         return x + out
 
 
@@ -97,7 +90,7 @@ class Yes:
         return None
 
 
-class NeverRaises(Block):
+class NeverRaises(Base):
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
@@ -105,10 +98,6 @@ class NeverRaises(Block):
             if name.startswith("__"):
                 raise
             return Yes()
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
 
 
 class OddNames(Block):
@@ -122,7 +111,7 @@ class OddNames(Block):
         return x + out
 
 
-class Adapted(Block):
+class Adapted(Base):
     """Takes (x,) with two channels too few: a pre-hook adds them."""
 
     def __init__(self, channels: int = 8) -> None:
@@ -130,21 +119,6 @@ class Adapted(Block):
         self.register_forward_pre_hook(
             lambda module, args: (F.pad(args[0], (0, 0, 0, 0, 0, channels - args[0].shape[1])),)
         )
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
-
-
-class Result(NamedTuple):
-    out: Tensor
-    skip: Tensor
-
-
-class NamedResult(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return Result(x + out, x)
 
 
 class DictResult(Block):
@@ -167,28 +141,6 @@ class Children(nn.Module):
         return x + out
 
 
-class Sliced(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(8, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-        )
-
-    def forward(self, x):
-        out = self.layers[:3](x)
-        return x + self.layers[3:](out)
-
-
-class Base(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
-
-
 class Derived(Base):
     def forward(self, x):
         return F.relu(super().forward(x))
@@ -197,11 +149,6 @@ class Derived(Base):
 class Diamond(Derived):
     def forward(self, x):
         return super(Derived, self).forward(x) * 2 + super().forward(x)
-
-
-class Explicit(Base):
-    def forward(self, x):
-        return F.relu(Base.forward(self, x))
 
 
 class Private(Block):
@@ -271,7 +218,7 @@ class Property(Block):
         return x + out
 
 
-class Rebuilt(Block):
+class Rebuilt(Base):
     """Its copy is built anew."""
 
     def __deepcopy__(self, memo):
@@ -282,10 +229,6 @@ class Rebuilt(Block):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         return new
 
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
-
 
 class KnowsClass(Block):
     def forward(self, x):
@@ -293,22 +236,10 @@ class KnowsClass(Block):
         return x + out * (0.5 if type(self) is KnowsClass else 2.0)
 
 
-class KnowsName(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out * len(type(self).__name__)
-
-
 class CountsChildren(Block):
     def forward(self, x):
         out = self.bn2(self.conv2(self.branch(x)))
         return torch.add(x, out, alpha=len(list(self.children())))
-
-
-class CountsParameters(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out / sum(p.numel() for p in self.parameters())
 
 
 class Timed(Block):
@@ -341,3 +272,26 @@ def sourceless() -> nn.Module:
     block = scope["Sourceless"]()
     block.inner = scope["Inner"]()
     return block
+
+
+class Mover(Base):
+    """Keeps copies of itself in the memo, as the documentation of ``copy`` has it."""
+
+    def __deepcopy__(self, memo):
+        if id(self) in memo:
+            return memo[id(self)]
+        memo[id(self)] = new = type(self)()
+        new.load_state_dict(self.state_dict())
+        return new.train(self.training)
+
+
+class SetForward(nn.Module):
+    """A function that was made in ``__init__`` holds the module's children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.run = lambda x: self.norm(self.conv(x))
+
+    def forward(self, x):
+        return x + F.relu(self.run(x))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,56 +33,16 @@ class Block(nn.Module):
         return F.relu(self.bn1(self.conv1(x)))
 
 
-class PythonRandom(Block):
+class Random(Block):
+    """Draws from all three generators."""
+
     def forward(self, x):
         if self.training and random.random() < 0.5:
             return x
         out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
-
-
-class NumpyRandom(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
         if self.training:
-            out = out * float(np.random.beta(0.5, 0.5))
+            out = out * float(np.random.beta(0.5, 0.5)) * torch.rand(x.shape[0], 1, 1, 1)
         return x + out / np.sqrt(2)
-
-
-class ManifoldMixup(Block):
-    """The inputs of the block are mixed among the images of the batch, at random."""
-
-    def forward(self, x):
-        if self.training and np.random.rand() < 0.8:
-            share, other = np.random.beta(2.0, 2.0), torch.randperm(x.shape[0])
-            x = share * x + (1 - share) * x[other]
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
-
-
-class TorchRandomItem(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        if self.training and torch.rand(1).item() < 0.5:
-            return x
-        return x + out
-
-
-class SizedNoise(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        if self.training:
-            out = out * torch.rand(x.shape[0], 1, 1, 1).to(x)
-        return x + out
-
-
-class Collecting(Block):
-    def forward(self, x):
-        out = self.branch(x)
-        self.feats.append(tuple(out.shape))
-        self.calls += 1
-        out = self.bn2(self.conv2(out))
-        return x + out
 
 
 class FillsDict(Block):
@@ -111,25 +71,6 @@ class FunctionalNorm(Block):
         out = F.batch_norm(
             self.conv2(self.branch(x)), bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum
         )
-        return x + out
-
-
-class Tries(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        try:
-            if out.max().item() > 1e6:
-                raise OverflowError
-        except OverflowError:
-            out = out.clamp(max=1e6)
-        return x + out
-
-
-class LooksAtValues(Block):
-    def forward(self, x):
-        if x.mean() > 0.3:
-            x = x - 0.25
-        out = self.bn2(self.conv2(self.branch(x)))
         return x + out
 
 
@@ -165,89 +106,9 @@ class Arguments(Block):
         return x + out
 
 
-class Ceil(Block):
-    def forward(self, x):
-        size = math.ceil(x.shape[-1] / 3)
-        out = F.interpolate(F.adaptive_avg_pool2d(self.branch(x), size), size=x.shape[-2:])
-        out = self.bn2(self.conv2(out))
-        return x + out
-
-
-class SamePadding(Block):
-    """TensorFlow's SAME padding."""
-
-    def forward(self, x):
-        h, w = x.shape[-2:]
-        ph, pw = max((math.ceil(h / 1) - 1) + 3 - h, 0), max((math.ceil(w / 1) - 1) + 3 - w, 0)
-        out = F.pad(self.branch(x), [pw // 2, pw - pw // 2, ph // 2, ph - ph // 2])
-        out = self.bn2(F.conv2d(out, self.conv2.weight, self.conv2.bias))
-        return x + out
-
-
-class GroupsByBatch(Block):
-    def forward(self, x):
-        b, c, h, w = x.shape
-        weight = self.conv1.weight[:, :1].repeat(b, 1, 1, 1)
-        out = F.conv2d(x.reshape(1, b * c, h, w), weight, padding=1, groups=b * c).view(b, c, h, w)
-        out = self.bn2(self.conv2(F.relu(out)))
-        return x + out
-
-
-class Loop(Block):
-    def forward(self, x):
-        y = x
-        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
-            y = norm(conv(F.relu(y)))
-        return x + y
-
-
-class Comprehension(Block):
-    def forward(self, x):
-        parts = [norm(conv(x)) for conv, norm in zip([self.conv1, self.conv2], [self.bn1, self.bn2], strict=True)]
-        out = F.relu(torch.cat(parts, 1))
-        return out[:, : self.channels] + out[:, self.channels :]
-
-
-class Lambda(Block):
-    def forward(self, x):
-        run = lambda y: self.bn2(self.conv2(F.relu(y)))  # noqa: E731
-        return x + run(self.bn1(self.conv1(x)))
-
-
-def helper(conv, norm, x):
-    x = conv(F.relu(x))
-    return norm(x)
-
-
-class Helped(Block):
-    def forward(self, x):
-        return x + helper(self.conv2, self.bn2, self.bn1(self.conv1(x)))
-
-
-class InPlace(Block):
-    def forward(self, x):
-        out = self.conv1(x)
-        out += self.conv2(x)
-        F.relu_(out)
-        out = self.bn2(self.conv2(out))
-        out += x
-        return out
-
-
-class Statement(Block):
-    """The value is made in place, and the expression's result is dropped."""
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        out.mul_(0.5).clamp_(-3, 3)
-        return x + out
-
-
-class Walrus(Block):
-    def forward(self, x):
-        if (out := self.bn2(self.conv2(self.branch(x)))).shape[0] > 0:
-            return x + out
-        return x
+class Starred(Block):
+    def forward(self, x, *rest, pads=(0, 0), **named):
+        return x + self.bn2(self.conv2(F.pad(self.branch(x), pads)))
 
 
 # fmt: off
@@ -255,34 +116,62 @@ class OneLine(Block):
     def forward(self, x): return x + self.bn2(self.conv2(self.branch(x)))
 
 
-class ManyLines(Block):
-    def forward(
-        self,
-        x,  # the author's comments stay
-    ):
-        out = self.bn2(
-            self.conv2(  # è, a letter of two bytes
-                self.branch(x)
-            )
-        )
-        return (
-            x
-            + out
-        )
-
-
-class Chained(Block):
-    def forward(self, x):
-        out = (
-            self.conv2(self.branch(x))
-            .mul(0.5)
-            .add(0.1)
-        )
-        return x + out
-
-
 class Tabbed(Block):
 	def forward(self, x):  # noqa: W191
 		out = self.bn2(self.conv2(self.branch(x)))  # noqa: W191
 		return x + out  # noqa: W191
 # fmt: on
+
+
+class Decorated(Block):
+    @torch.autocast("cpu", enabled=False)
+    @torch.no_grad()
+    def frozen(self, x):
+        return self.branch(x)
+
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.frozen(x)))
+        return x + out
+
+
+def plain(x: Tensor, factor: float) -> Tensor:
+    if x.size(0) > 1000:
+        return x
+    return torch.relu(x) * factor
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that TorchScript is on its way out
+    scripted = torch.jit.script(plain)
+
+
+class ScriptedFunction(Block):
+    def forward(self, x):
+        out = self.bn2(self.conv2(scripted(self.bn1(self.conv1(x)), 0.5)))
+        return x + out
+
+
+class Half(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) * 0.5
+
+
+class ScriptedChild(Block):
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__(channels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.act = torch.jit.script(Half())
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        return x + out
+
+
+class Data(Block):
+    def forward(self, x):
+        self.conv1.weight.data = self.conv1.weight.data.clamp(-1, 1)
+        out = self.bn2(self.conv2(self.branch(x)))
+        out.kept = True
+        return x.data * 0 + x + out

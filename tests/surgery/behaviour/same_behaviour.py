@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from networks import assert_untouched, random_states, randomised, same_tensors, se_modules, snapshot
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from se_retrofit import add_se, has_se, remove_se
 
@@ -45,14 +46,14 @@ def check(
     sizes: Sequence[tuple[int, ...]] = ((2, 3, 16, 16), (1, 3, 9, 9), (3, 3, 11, 20)),
     twin: nn.Module | None = None,
     **options: Any,
-) -> nn.Module:
+) -> None:
     """Retrofit a network and hold it against the original: outputs, gradients, buffers, attributes, random states.
 
     Args:
         model: the network.
         calls: further calls, as arguments and keyword arguments behind the image.
         sites: how many SE modules it has to get; None for at least one.
-        sizes: of the images.
+        sizes: of the images; the first serves in train mode and for further calls.
         twin: another network like it, where it can't be copied and so is retrofitted in place.
         options: for ``add_se``.
     """
@@ -60,44 +61,36 @@ def check(
     randomised(model).eval()
     before, attributes, states = snapshot(model), _attributes(model), list(random_states())
     options = {"example_inputs": torch.zeros(sizes[0]), **options}
-    if twin is not None:
-        retrofitted = add_se(model, 2, inplace=True, **options)
-        assert list(random_states()) == states, "the random states moved"
-        twin.load_state_dict({k: v for k, v in model.state_dict().items() if "se_attention" not in k})
-        model = twin.eval()
-    else:
-        retrofitted = add_se(model, 2, **options)
+    retrofitted = add_se(model, 2, inplace=twin is not None, **options)
+    assert list(random_states()) == states, "the random states moved"
+    if twin is None:
         assert_untouched(model, before)
         assert _attributes(model) == attributes, "planning changed what the model keeps in its attributes"
-        assert list(random_states()) == states, "the random states moved"
+    else:
+        twin.load_state_dict({k: v for k, v in model.state_dict().items() if "se_attention" not in k})
+        model = twin.eval()
     assert len(se_modules(retrofitted)) == sites if sites is not None else se_modules(retrofitted)
-    for training in (False, True):
-        for size in sizes:
-            for args, kwargs in ((), {}), *calls:
-                _compare(model, retrofitted, training, size, args, kwargs)
-    x = torch.randn(sizes[0])
-    with torch.no_grad():
-        as_it_was = _tensors(retrofitted.eval()(x))
-    live, seen = _copied(retrofitted).eval(), set()
-
-    def halve(path: str, output: Tensor) -> Tensor:
-        seen.add(path)
-        return output * 0.5
-
-    hooks = [
-        se.register_forward_hook(lambda module, args, output, path=path: halve(path, output))
-        for path, se in se_modules(live).items()
-    ]
-    with torch.no_grad():
-        assert not same_tensors(_tensors(live(x)), as_it_was), "what SE returns goes nowhere"
-    for hook in hooks:
-        hook.remove()
-    assert seen == set(se_modules(live)), "an SE module is not called"
+    for size in sizes:
+        _compare(model, retrofitted, False, size)
+    _compare(model, retrofitted, True, sizes[0])
+    for args, kwargs in calls:
+        for training in (False, True):
+            _compare(model, retrofitted, training, sizes[0], *args, **kwargs)
+    _each_se_acts(_copied(retrofitted).eval(), torch.randn(sizes[0]))
     bare = remove_se(retrofitted, inplace=True)
     assert not has_se(bare)
     assert [type(m) for m in bare.modules()] == [type(m) for m in model.modules()]
     assert list(bare.state_dict()) == list(model.state_dict())
-    return live
+
+
+def _each_se_acts(retrofitted: nn.Module, x: Tensor) -> None:
+    """Each SE module is called, and what they return goes into the outputs."""
+    with torch.no_grad():
+        as_it_was, seen = _tensors(retrofitted(x)), set()
+        for path, se in se_modules(retrofitted).items():
+            se.register_forward_hook(lambda module, args, output, path=path: seen.add(path) or output * 0.5)
+        assert not same_tensors(_tensors(retrofitted(x)), as_it_was), "what SE returns goes nowhere"
+    assert seen == set(se_modules(retrofitted)), "an SE module is not called"
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -108,68 +101,45 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _compare(
-    model: nn.Module, retrofitted: nn.Module, training: bool, size: tuple[int, ...], args: Any, kwargs: Any
+    model: nn.Module, retrofitted: nn.Module, training: bool, size: tuple[int, ...], *args: Any, **kwargs: Any
 ) -> None:
-    where = f"training={training}, size={size}, args={args}, kwargs={kwargs}"
-    results = []
-    for network in (model, retrofitted):
-        network = _copied(network).train(training)
-        x = torch.randn(size, generator=torch.Generator().manual_seed(1)).requires_grad_(training)
-        torch.manual_seed(5), np.random.seed(5), random.seed(5)
-        given = copy.deepcopy((args, kwargs))
-        output = network(x, *given[0], **given[1])
-        tensors = _tensors(output)
-        assert tensors
-        assert all(t.isfinite().all() for t in tensors), "the comparison says nothing: the outputs are not finite"
-        gradients = {}
-        if training and any(t.requires_grad for t in tensors):
-            sum(t.float().square().sum() for t in tensors if t.requires_grad).backward()
-            gradients = {n: p.grad for n, p in network.named_parameters() if "se_attention" not in n}
-            gradients["input"] = x.grad
-        results.append(
-            {
-                "outputs": tensors,
-                "the structure of the output": _structure(output),
-                "gradients": gradients,
-                "buffers": dict(network.named_buffers()),
-                "attributes": _attributes(network),
-                "arguments": _structure(given),
-                "random states": list(random_states()),
-            }
-        )
-    ours, theirs = results[1], results[0]
+    theirs, ours = (_behaviour(m, training, size, *copy.deepcopy((args, kwargs))) for m in (model, retrofitted))
     for name, expected in theirs.items():
-        assert _same(ours[name], expected), f"{name} differ: {where}"
+        assert _same(ours[name], expected), f"{name} differ: {training=}, {size=}, {args=}, {kwargs=}"
+
+
+def _behaviour(model: nn.Module, training: bool, size: tuple[int, ...], args: Any, kwargs: Any) -> dict[str, Any]:
+    network = _copied(model).train(training)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1)).requires_grad_(training)
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    output = network(x, *args, **kwargs)
+    tensors = _tensors(output)
+    assert tensors
+    assert all(t.isfinite().all() for t in tensors), "the comparison says nothing: the outputs are not finite"
+    trained = [t for t in tensors if t.requires_grad]
+    if training and trained:
+        sum(t.float().square().sum() for t in trained).backward()
+    return {
+        "outputs": output,
+        "gradients": {n: p.grad for n, p in network.named_parameters() if "se_attention" not in n} | {"input": x.grad},
+        "buffers": dict(network.named_buffers()),
+        "attributes": _attributes(network),
+        "arguments": (args, kwargs),
+        "random states": list(random_states()),
+    }
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
+    """The same structures, with tensors that are equal bit for bit."""
+    (ours, structure), (theirs, expected) = tree_flatten(a), tree_flatten(b)
+    return structure == expected and all(
+        x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x == y
+        for x, y in zip(ours, theirs, strict=True)
+    )
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
-    return []
-
-
-def _structure(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, dict):
-        return type(value).__name__, {k: _structure(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value).__name__, [_structure(v) for v in value]
-    return value
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:
@@ -181,5 +151,5 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
                 value = vars(value)
             hidden = name.startswith("_") or "se_attention" in path or name == "training"
             if not hidden and isinstance(value, (bool, int, float, str, list, tuple, dict)):
-                found[f"{path}.{name}"] = copy.deepcopy(_structure(value))
+                found[f"{path}.{name}"] = tree_map(lambda v: v.shape if isinstance(v, Tensor) else v, value)
     return found

@@ -27,25 +27,9 @@ class Anything:
 optional_library = NotInstalled()
 
 
-class Walrus(Block):
+class Chained(Block):
     anything: ClassVar[Any] = Anything()
 
-    def forward(self, x):
-        if (out := self.bn2(self.conv2(self.branch(x)))).dim() == 4:
-            return x + out
-        return x
-
-
-class Match(Block):
-    def forward(self, x):
-        match x.shape:
-            case (_, _, h, w) if h == w:
-                return x + self.bn2(self.conv2(self.branch(x)))
-            case _:
-                return self.bn2(self.conv2(self.branch(x))) + x
-
-
-class Chained(Block):
     def forward(self, x):
         out = (
             self
@@ -75,39 +59,6 @@ class Lambda(Block):
     forward = lambda self, x: x + self.bn2(self.conv2(self.branch(x)))  # noqa: E731
 
 
-class Comprehension(Block):
-    def forward(self, x):
-        (out,) = [conv(self.branch(x)) for conv in (self.conv2,)]
-        return sum([x, self.bn2(out)])
-
-
-class Swapped(Block):
-    def forward(self, x):
-        x, skip = self.bn2(self.conv2(self.branch(x))), x
-        return x + skip
-
-
-class Kept(Block):
-    def forward(self, x):
-        self.out = {"out": self.bn2(self.conv2(self.branch(x)))}
-        total = x + self.out["out"]
-        del self.out
-        return total
-
-
-class Stacked(Block):
-    def forward(self, x):
-        return torch.stack([x, self.bn2(self.conv2(self.branch(x)))]).sum(0)
-
-
-class Subscript(Block):
-    def forward(self, x):
-        outs = [self.branch(x)]
-        outs[0] = self.bn2(self.conv2(outs[0]))
-        outs[0] += x
-        return outs[0]
-
-
 class Yields(Block):
     def steps(self, x) -> Iterator[Tensor]:
         x = self.branch(x)
@@ -120,35 +71,6 @@ class Yields(Block):
         return x + out
 
 
-class Nested(Block):
-    def forward(self, x):
-        def outer(y):
-            def inner(z):
-                nonlocal count
-                count += 1
-                return self.bn2(self.conv2(z))
-
-            return inner(self.branch(y))
-
-        count = 0
-        out = outer(x)
-        return x + out * count
-
-
-class Partial(Block):
-    def run(self, x, flag=False):
-        return self.bn2(self.conv2(x)) if flag else x
-
-    def forward(self, x):
-        return x + functools.partial(self.run, flag=True)(self.branch(x))
-
-
-class Reduced(Block):
-    def forward(self, x):
-        layers = [self.conv1, self.bn1, F.relu, self.conv2, self.bn2]
-        return x + functools.reduce(lambda y, layer: layer(y), layers, x)
-
-
 class Rebound(Block):
     """``self`` is another name's by the time that SE is called."""
 
@@ -158,14 +80,18 @@ class Rebound(Block):
         return x + block.bn2(block.conv2(block.branch(x)))
 
 
-class Called(Block):
+class Behind(Block):
+    """The branch alone."""
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.branch(x)))
+
+
+class Called(Behind):
     """The skip is outside of forward."""
 
     def __call__(self, x):
         return x + super().__call__(x)
-
-    def forward(self, x):
-        return self.bn2(self.conv2(self.branch(x)))
 
 
 class Bypassed:
@@ -173,12 +99,7 @@ class Bypassed:
         return x + super().forward(x)  # type: ignore[misc]
 
 
-class Branch(Block):
-    def forward(self, x):
-        return self.bn2(self.conv2(self.branch(x)))
-
-
-class Mixed(Bypassed, Branch):
+class Mixed(Bypassed, Behind):
     pass
 
 

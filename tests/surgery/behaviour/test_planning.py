@@ -23,12 +23,11 @@ from torchvision.models.resnet import BasicBlock
 from se_retrofit import RetrofitError, add_se, has_se, inspect_se, load_retrofitted, plan_of, plan_se, save_retrofitted
 
 
-@pytest.mark.parametrize("block", [blocks.PythonRandom, blocks.NumpyRandom, blocks.TorchRandomItem, blocks.SizedNoise])
-def test_a_network_is_retrofitted_under_a_profiler_and_what_that_has_counted_is_there(block: type[nn.Module]) -> None:
+def test_a_network_is_retrofitted_under_a_profiler_and_what_that_has_counted_is_there() -> None:
     with cProfile.Profile() as profile:
-        assert has_se(add_se(Net(block), 2))
-    forwards = [entry for entry in profile.getstats() if entry.code is block.forward.__code__]
-    assert forwards[0].callcount > 1
+        assert has_se(add_se(Net(blocks.Random), 2))
+    (forward,) = [entry for entry in profile.getstats() if entry.code is blocks.Random.forward.__code__]
+    assert forward.callcount > 1
 
 
 @pytest.mark.parametrize("way", ["trace", "profile"])
@@ -37,34 +36,33 @@ def test_a_network_is_retrofitted_under_a_trace_function_which_goes_on(way: str)
     before, seen = get(), set()
 
     def note(frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code is blocks.PythonRandom.forward.__code__:
+        if frame.f_code is blocks.Random.forward.__code__:
             seen.add((event, frame.f_lineno))
         return note
 
     put(note)
     try:
-        assert has_se(add_se(Net(blocks.PythonRandom), 2))
+        assert has_se(add_se(Net(blocks.Random), 2))
         assert get() is note
     finally:
         put(before)
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("block", [blocks.PythonRandom, blocks.NumpyRandom, blocks.TorchRandomItem, blocks.SizedNoise])
-def test_a_plan_depends_on_no_random_state_and_moves_none(block: type[nn.Module]) -> None:
+def test_a_plan_depends_on_no_random_state_and_moves_none() -> None:
     plans = []
-    for seed in range(3):
+    for seed in range(2):
         random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        model = Net(block)
+        model = Net(blocks.Random)
         states = list(random_states())
         plans.append(plan_se(model, 2))
         assert list(random_states()) == states
-    assert plans[0] == plans[1] == plans[2]
+    assert plans[0] == plans[1]
 
 
 def test_two_threads_call_one_model_in_two_ways_at_once() -> None:
     model = randomise_se(add_se(randomised(Net(blocks.Arguments)).eval(), 2))
-    x = torch.randn(2, 3, 16, 16)
+    x = torch.randn(2, 3, 8, 8)
     ways = [((), {}), ((0.5, 2, [0.5]), {"flag": True})]
     with torch.no_grad():
         alone = [model(x, *args, **kwargs) for args, kwargs in ways]
@@ -72,7 +70,7 @@ def test_two_threads_call_one_model_in_two_ways_at_once() -> None:
 
     def call(number: int) -> None:
         args, kwargs = ways[number]
-        for _ in range(30):
+        for _ in range(20):
             with torch.no_grad():
                 output = model(x, *args, **kwargs)
             first, expected = (output, alone[number]) if number == 0 else (output[0], alone[number][0])
