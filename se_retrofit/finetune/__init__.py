@@ -81,3 +81,7 @@ def __getattr__(name: str) -> object:
     with extra("finetune"):
         value = globals()[name] = getattr(import_module(f".{_HOME[name]}", __name__), name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

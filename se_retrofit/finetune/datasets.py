@@ -87,8 +87,8 @@ def load_data(
         (1437, 360, 10)
     """
     if str(name) == "digits":
-        train, val = _digits(image_size)
-        return NamedData(train, val, 10)
+        digits = _digits(image_size)
+        return NamedData(digits[0], digits[1], 10)
     if is_of_timm(name):
         train, val = (_of_timm(str(name), split, root, download) for split in ("train", "val"))
         return NamedData(train, val, _count_classes(train))

@@ -348,6 +348,7 @@ def finish(run: Run) -> FinetuneResult:
     result = run.result()
     run.log.history(run.progress.history)
     run.log.pictures(run.progress.history)
-    run.log.note(str(result))
+    for line in str(result).splitlines():
+        run.log.note(line)
     run.tell(run.callbacks.after_training, run.progress.epoch)
     return result

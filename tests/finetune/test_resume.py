@@ -93,7 +93,7 @@ def wait_for_a_moment(output: Path, run: Any, chance: random.Random, before_it_b
     before, deadline = lines_in(output), time.monotonic() + 120
     while not before_it_begins and lines_in(output) <= before and run.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
-    time.sleep(chance.uniform(0, 1.0 if before_it_begins else 0.3))
+    time.sleep(chance.uniform(0, 1.0 if before_it_begins else 0.15))
 
 
 def check_same_runs(whole: Path, broken: Path) -> None:

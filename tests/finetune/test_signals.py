@@ -31,7 +31,7 @@ def progress_in(output: Path) -> dict[str, Any]:
 
 @pytest.mark.sweep
 def test_signals_to_the_process_group_with_loading_workers_write_a_checkpoint(tmp_path: Path) -> None:
-    """One process is interrupted by each signal in turn; both start at once, as most of their time goes into imports."""
+    """A process for each signal; both start at once, as most of their time goes into imports."""
     ends = {signal.SIGTERM: 143, signal.SIGINT: 130}
     arguments = [
         "--data",
