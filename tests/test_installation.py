@@ -64,7 +64,7 @@ WRITE_HTML = NETWORK + "inspect_se(model).write_html('a.html')"
 @pytest.mark.parametrize(
     ("package", "name", "code"),
     [
-        ("accelerate", "finetune", "import se_retrofit.finetune"),
+        ("accelerate", "finetune", "from se_retrofit.finetune import finetune"),
         ("jinja2", "inspect", WRITE_HTML),
     ],
 )

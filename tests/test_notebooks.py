@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from se_retrofit import add_se, inspect_se, plan_se
 from se_retrofit.finetune import FinetuneResult
-from se_retrofit.finetune.compare import Arm, Comparison
+from se_retrofit.finetune.comparing import Arm, Comparison
 from se_retrofit.tables import as_html
 
 
@@ -37,7 +37,7 @@ def result() -> FinetuneResult:
         (lambda: plan_se(network()), {"layer2.0", "residual", "bn2", "128"}, "4 SE modules, "),
         (lambda: inspect_se(add_se(network())), {"bn2 (BatchNorm2d)", "128x28x28", "4,096"}, "trainable"),
         (comparison, {"se", "seed 1, accuracy %", "75.00", "1,234"}, "se - plain: "),
-        (result, {"epoch", "val_accuracy", "0.75", "0.5"}, "best epoch 1: 0.7500"),
+        (result, {"epoch", "val_accuracy", "0.75", "0.5"}, "best validation accuracy 75.00% in epoch 1"),
     ],
     ids=["plan", "inspection", "comparison", "result"],
 )

@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from torch import nn
 
 from ..errors import RetrofitError
-from ..models import Base, load_checkpoint
 from ..paths import writable
-from ..plan import Plan
-from ..retrofit import add_se, plan_of
-from ..verify import agreement, prepared_for, redraw_vectors, se_matters
+from . import options
 from .app import app, say
-from .options import (
-    MODEL_HELP,
-    SE_OPTIONS,
-    Checkpoint,
-    NumClasses,
-    Pretrained,
-    se_options,
-    takes,
-)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..plan import Plan
 
 HELP = """
 Retrofit a timm or torchvision network, print what was inserted, and check on two photographs that it computes the same.
@@ -42,27 +34,30 @@ Exit codes: 0, the outputs are equal bit for bit; 1, they are not, or something 
 
 
 @app.command("add", help=HELP, no_args_is_help=True)
-@takes(SE_OPTIONS)
+@options.takes(options.WEIGHTS_OPTIONS, options.SE_OPTIONS)
 def add(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    pretrained: Pretrained = False,
-    checkpoint: Checkpoint = None,
-    num_classes: NumClasses = None,
+    model: Annotated[str, typer.Argument(help=options.MODEL_HELP)],
+    num_classes: options.NumClasses = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="save the network into this folder")] = None,
 ) -> None:
-    console = Console()
+    pretrained, checkpoint = context.params["pretrained"], context.params["checkpoint"]
     if pretrained and checkpoint is not None:
         raise typer.BadParameter("give --pretrained or --checkpoint, not both")
     if output is not None:
         check_output(output)
+    from ..models import Base, load_checkpoint
+    from ..retrofit import add_se, plan_of
+    from ..verify import prepared_for
+
+    console = Console()
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))
     original = base.build(pretrained)
     if checkpoint is not None:
         load_checkpoint(original, checkpoint)
     inputs = prepared_for(original)
 
-    retrofitted = add_se(original, **se_options(context))
+    retrofitted = add_se(original, **options.se_options(context))
     plan = plan_of(retrofitted)
     say(console, f"{base}: {type(original).__name__}")
     say(console, plan)
@@ -100,6 +95,8 @@ def check(
     gate: str,
 ) -> bool:
     """Print whether both networks compute the same on ``inputs``; whether that is as the gate promises."""
+    from ..verify import agreement, redraw_vectors, se_matters
+
     say(console)
     say(console, "check on two photographs (china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:")
     if random_weights:

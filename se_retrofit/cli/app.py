@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -37,10 +39,27 @@ def say(console: Console, text: Any = "") -> None:
     console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
+def write_json(console: Console, data: Any, file: Path) -> None:
+    """Write plain data; ``-`` stands for the standard output."""
+    from ..saving.atomic import replaced_file
+
+    text = json.dumps(data, indent=2) + "\n"
+    if str(file) == "-":
+        sys.stdout.write(text)
+        return
+    with replaced_file(file) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+    say(console, f"wrote {file}")
+
+
 def run(application: typer.Typer = app) -> None:
-    """Run the command that the arguments name."""
+    """Run the command that the arguments name; Ctrl-C ends it with 130, as a shell expects."""
     try:
         application()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, typer.Abort):
+            sys.exit(130)
+        raise
     except RetrofitError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from ..errors import RetrofitError
-from ..inspection import excitations
-from ..retrofit import add_se, plan_of
-from ..surgery.record.copying import in_mode
 from ..tables import aligned
-from ..verify import agreement
 from .app import app, say
-from .demo_network import SmallResNet
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import TensorDataset
 
 HELP = """
 Train a small network on real data, retrofit it and fine-tune it, in half a minute on the CPU.
@@ -41,7 +35,12 @@ def demo(
     epochs: int = typer.Option(5, min=1, help="Epochs of the first training, and of the fine-tuning after it."),
     reduction: int = typer.Option(8, min=1, help="SE's reduction ratio."),
 ) -> None:
+    import torch
+
     from ..finetune import load_data
+    from ..retrofit import add_se, plan_of
+    from ..verify import agreement
+    from .demo_network import SmallResNet
 
     started = time.perf_counter()
     console = Console()
@@ -53,8 +52,7 @@ def demo(
     model: nn.Module = SmallResNet()
     say(console, f"SmallResNet, {parameters(model):,} parameters, on {len(digits.train):,} handwritten digits; "
                  f"{len(digits.val)} others to validate on.")  # fmt: skip
-    with progress(console, "training", epochs) as on_epoch:
-        train(model, digits.train, epochs=epochs, lr=5e-3, seed=seed, on_epoch=on_epoch)
+    train(console, "training", model, digits.train, epochs=epochs, lr=5e-3, seed=seed)
     results = {"trained network": (parameters(model), right(model, digits.val))}
 
     heading(console, f"2. model = add_se(model, reduction={reduction})")
@@ -78,8 +76,7 @@ def demo(
     # the same further training for both, at the default rate of FinetuneConfig: else whatever more epochs bring would look like SE's merit
     networks = {"with SE": retrofitted, "without SE": copy.deepcopy(model)}
     for name, network in networks.items():
-        with progress(console, name, epochs) as on_epoch:
-            train(network, digits.train, epochs=epochs, lr=2e-4, seed=seed + 1, on_epoch=on_epoch)
+        train(console, name, network, digits.train, epochs=epochs, lr=2e-4, seed=seed + 1)
         results[f"fine-tuned {name}"] = parameters(network), right(network, digits.val)
     low, high = gate_range(retrofitted, images)
     say(console, f"Gates: from {low:.2f} to {high:.2f}.")
@@ -107,27 +104,27 @@ def verdict(with_se: Tensor, without: Tensor) -> str:
 
 
 def train(
-    model: nn.Module,
-    data: TensorDataset,
-    *,
-    epochs: int,
-    lr: float,
-    seed: int,
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+    console: Console, label: str, model: nn.Module, data: TensorDataset, *, epochs: int, lr: float, seed: int
 ) -> None:
     """Train the network in place. The same seed gives the same batches, whatever the network."""
-    from ..finetune import Callbacks, FinetuneConfig, finetune
+    from ..finetune import Callbacks, Facts, FinetuneConfig, finetune
+
+    def tell(facts: Facts) -> None:
+        say(console, f"{label}: epoch {facts.epoch}/{epochs}, loss {facts.history[-1]['train_loss']:.4f}")
 
     config = FinetuneConfig(epochs=epochs, lr=lr, seed=seed, cpu=True, label_smoothing=0.0)
-    told = Callbacks(after_epoch=lambda facts: on_epoch(facts.epoch, facts.history[-1]["train_loss"]))
-    finetune(model, data, config=config, callbacks=told, quiet=True)
+    finetune(model, data, config=config, callbacks=Callbacks(after_epoch=tell), quiet=True)
 
 
-@torch.no_grad()
 def right(model: nn.Module, data: TensorDataset) -> Tensor:
     """For each image, whether the network gets it right."""
+    import torch
+
+    from ..surgery.record.copying import in_mode
+
     images, labels = data.tensors
-    return in_mode(model, False)(images).argmax(1) == labels
+    with torch.no_grad():
+        return in_mode(model, False)(images).argmax(1) == labels
 
 
 def parameters(model: nn.Module) -> int:
@@ -136,6 +133,8 @@ def parameters(model: nn.Module) -> int:
 
 def gate_range(model: nn.Module, images: Tensor) -> tuple[float, float]:
     """The smallest and the largest gate in all SE modules over all images."""
+    from ..inspection import excitations
+
     sites = excitations(model, [images]).sites
     return min(site.low for site in sites), max(site.high for site in sites)
 
@@ -143,21 +142,3 @@ def gate_range(model: nn.Module, images: Tensor) -> tuple[float, float]:
 def heading(console: Console, text: str) -> None:
     console.print()
     console.print(text, style="bold", markup=False, highlight=False)
-
-
-@contextmanager
-def progress(console: Console, label: str, epochs: int) -> Iterator[Callable[[int, float], None]]:
-    """A bar in a terminal, a line an epoch elsewhere; yields what to call after each epoch."""
-    if not console.is_terminal:
-        yield lambda epoch, loss: say(console, f"{label}: epoch {epoch}/{epochs}, loss {loss:.4f}")
-        return
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=epochs, loss=float("nan"))
-        yield lambda epoch, loss: bar.update(task, completed=epoch, loss=loss)

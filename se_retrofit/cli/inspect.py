@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from torch import nn
 
 from ..errors import RetrofitError
-from ..inspection import inspect_se
-from ..models import Base
 from ..paths import writable
-from ..retrofit import add_se
-from .app import app, say
+from . import options
+from .app import app, say, write_json
 from .folders import network_in
-from .options import (
-    SE_OPTIONS,
-    InputSize,
-    ModelOrFolder,
-    NumClasses,
-    example_of,
-    refuse_for_folder,
-    se_options,
-    takes,
-)
+
+if TYPE_CHECKING:
+    from torch import nn
 
 HELP = """
 Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graph, code and picture.
@@ -51,10 +39,10 @@ Exit codes: 0, done; 1, it can't be done; 2, wrong usage.
 
 
 @app.command("inspect", help=HELP, no_args_is_help=True)
-@takes(SE_OPTIONS)
+@options.takes(options.SE_OPTIONS)
 def inspect(
     context: typer.Context,
-    model: ModelOrFolder,
+    model: options.ModelOrFolder,
     block: Annotated[
         str | None, typer.Option(help="path of one block, or of a module in it, for --graph, --diff and --draw")
     ] = None,
@@ -67,11 +55,13 @@ def inspect(
     draw: Annotated[Path | None, typer.Option(help="draw the network, and blocks before and after: FILE.svg")] = None,
     html: Annotated[Path | None, typer.Option(help="write all of it as one page, FILE.html")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
-    input_size: InputSize = None,
-    num_classes: NumClasses = None,
+    input_size: options.InputSize = None,
+    num_classes: options.NumClasses = None,
 ) -> None:
     check_targets(draw, html, json_file)
-    inspection = inspect_se(network_of(context, model), None if input_size is None else example_of(input_size))
+    from ..inspection import inspect_se
+
+    inspection = inspect_se(network_of(context, model), None if input_size is None else options.example_of(input_size))
     if block is not None:
         inspection.block(block)  # one that is not there is told before anything is printed or written
     to_stdout = str(json_file) == "-"
@@ -89,11 +79,11 @@ def inspect(
             console.print()
         inspection.diff(block).show(console=console)
     if draw is not None:
-        with _writing(draw):
+        with writing(draw):
             inspection.draw(draw, block)
         say(console, f"drew {draw}")
     if html is not None:
-        with _writing(html):
+        with writing(html):
             inspection.write_html(html)
         say(console, f"wrote {html}")
     if json_file is not None:
@@ -110,33 +100,26 @@ def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) 
         writable(json_file)
 
 
-def write_json(console: Console, data: dict[str, Any], file: Path) -> None:
-    text = json.dumps(data, indent=2) + "\n"
-    if str(file) == "-":
-        sys.stdout.write(text)
-        return
-    with _writing(file):
-        file.write_text(text, encoding="utf-8")
-    say(console, f"wrote {file}")
-
-
 def network_of(context: typer.Context, model: str) -> nn.Module:
     """The retrofitted network that is meant: built and retrofitted, or loaded."""
     if Path(model).is_dir():
-        refuse_for_folder(context, "num_classes")
+        options.refuse_for_folder(context, "num_classes")
         from ..saving import load_retrofitted
 
         return load_retrofitted(network_in(Path(model)))
     if model.startswith((".", "/", "~")) or model.endswith("/"):
         raise RetrofitError(f"no folder {model}")
+    from ..models import Base
+    from ..retrofit import add_se
+
     num_classes, size = context.params["num_classes"], context.params["input_size"]
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))
-    example = None if size is None else example_of(size)
-    return add_se(base.build(), **se_options(context), example_inputs=example, inplace=True)
+    example = None if size is None else options.example_of(size)
+    return add_se(base.build(), **options.se_options(context), example_inputs=example, inplace=True)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

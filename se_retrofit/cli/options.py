@@ -1,4 +1,4 @@
-"""Every option that more than one command has, once."""
+"""Every option that more than one command has, once; those of the recipe are the fields of ``FinetuneConfig``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from ..finetune.config import FinetuneConfig
+from ..plaindata import parse_yaml
+
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "RECIPE_OPTIONS",
-    "SE_OPTIONS",
-    "example_of",
-    "given",
-    "recipe_fields",
-    "refuse_for_folder",
-    "se_options",
-    "takes",
-]
 
 Options = dict[str, tuple[Any, Any]]  # the type and the default of each option, by name
 
@@ -34,17 +27,15 @@ DATA_HELP = "digits, a folder with train/ and val/ or with one folder of images 
 # The network and its data
 ModelOrFolder = Annotated[str, typer.Argument(metavar="MODEL|DIR", help=f"{MODEL_HELP}; or {FOLDER_HELP}")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="start from the library's own weights")]
-Checkpoint = Annotated[Path | None, typer.Option(help="start from a checkpoint of the bare network")]
-ModelArgs = Annotated[
-    list[str] | None, typer.Option("--arg", help="NAME=VALUE for the network's constructor; repeat it for more")
-]
-Plain = Annotated[bool, typer.Option("--plain", help="without SE, for comparison")]
 NumClasses = Annotated[int | None, typer.Option(min=1, help="number of classes, if not the library's default")]
 InputSize = Annotated[str | None, typer.Option(help="one input, without the batch, such as 3x224x224")]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
-Root = Annotated[Path, typer.Option(help="where timm's datasets are stored")]
-Download = Annotated[bool, typer.Option("--download", help="download timm's dataset if it is missing")]
+RunFolder = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
+Figures = Annotated[Path | None, typer.Option(help="write all figures into this file, as JSON")]
+
+
+def option(kind: Any, default: Any, help: str, *names: str, **more: Any) -> tuple[Any, Any]:
+    return Annotated.__class_getitem__((kind, typer.Option(*names, help=help, **more))), default  # type: ignore[attr-defined]
 
 
 def known_attention(name: str) -> str:
@@ -57,95 +48,97 @@ def known_attention(name: str) -> str:
     return name
 
 
+# The network before the retrofit
+WEIGHTS_OPTIONS: Options = {
+    "pretrained": option(bool, False, "start from the library's own weights", "--pretrained"),
+    "checkpoint": option(Path | None, None, "start from a checkpoint of the bare network"),
+}
+START_OPTIONS: Options = {
+    **WEIGHTS_OPTIONS,
+    "arg": option(list[str] | None, None, "NAME=VALUE for the network's constructor; repeat it for more", "--arg"),
+    "plain": option(bool, False, "without SE, for comparison", "--plain"),
+}
+# Beside --data
+DATA_OPTIONS: Options = {
+    "data_root": option(Path, Path("data"), "where timm's datasets are stored"),
+    "download": option(bool, False, "download timm's dataset if it is missing", "--download"),
+}
+
+PLACEMENTS = Literal["auto", "standard", "pre", "post", "identity", "3x3"]
+ATTENTION_HELP = "se, eca, cbam, or static: a learned factor for each channel, as a control"
+AT_HELP = "on what these modules return, such as 'decoder.*.conv2', instead of into blocks; repeat it"
+
 # The retrofit: the arguments of add_se, with their defaults
 SE_OPTIONS: Options = {
-    "reduction": (Annotated[int, typer.Option(min=1, help="reduction ratio of SE or CBAM")], 8),
-    "placement": (
-        Annotated[
-            Literal["auto", "standard", "pre", "post", "identity", "3x3"],
-            typer.Option(help="where SE goes in residual blocks"),
-        ],
-        "auto",
+    "reduction": option(int, 8, "reduction ratio of SE or CBAM", min=1),
+    "placement": option(PLACEMENTS, "auto", "where SE goes in residual blocks"),
+    "attention": option(str, "se", ATTENTION_HELP, callback=known_attention),
+    "gate": option(
+        Literal["identity", "sigmoid"], "identity", "of SE: identity keeps the function; sigmoid is the paper's"
     ),
-    "attention": (
-        Annotated[
-            str,
-            typer.Option(
-                callback=known_attention,
-                help="se, eca, cbam, or static: a learned factor for each channel, as a control",
-            ),
-        ],
-        "se",
-    ),
-    "gate": (
-        Annotated[
-            Literal["identity", "sigmoid"],
-            typer.Option(help="of SE: identity keeps the function; sigmoid is the paper's"),
-        ],
-        "identity",
-    ),
-    "bias": (Annotated[bool, typer.Option("--bias", help="use biases in the two linear layers of SE or CBAM")], False),
-    "min_hidden": (Annotated[int, typer.Option(min=1, help="minimum width between their two layers")], 4),
-    "include": (
-        Annotated[list[str] | None, typer.Option(help="only these blocks, such as 'layer4.*'; repeat it for more")],
-        None,
-    ),
-    "exclude": (Annotated[list[str] | None, typer.Option(help="not these blocks; repeat it for more")], None),
-    "at": (
-        Annotated[
-            list[str] | None,
-            typer.Option(
-                help="on what these modules return, such as 'decoder.*.conv2', instead of into blocks; repeat it"
-            ),
-        ],
-        None,
-    ),
-    "auto": (
-        Annotated[
-            bool | None, typer.Option("--auto", help="with --at: into the blocks found as well", show_default=False)
-        ],
-        None,
-    ),
+    "bias": option(bool, False, "use biases in the two linear layers of SE or CBAM", "--bias"),
+    "min_hidden": option(int, 4, "minimum width between their two layers", min=1),
+    "include": option(list[str] | None, None, "only these blocks, such as 'layer4.*'; repeat it for more"),
+    "exclude": option(list[str] | None, None, "not these blocks; repeat it for more"),
+    "at": option(list[str] | None, None, AT_HELP),
+    "auto": option(bool | None, None, "with --at: into the blocks found as well", "--auto", show_default=False),
 }
 
-# The recipe: a file, the fields of FinetuneConfig that are set most often, and any other field
-BatchSize = Annotated[int | None, typer.Option(help="images per step and process")]
-ImageSize = Annotated[int | None, typer.Option(help="height and width of the images, if not the network's own")]
-Workers = Annotated[int | None, typer.Option(help="data loading processes")]
-Cpu = Annotated[bool | None, typer.Option("--cpu", help="stay on the CPU")]
-RECIPE_FIELDS: Options = {
-    "epochs": (Annotated[int | None, typer.Option(help="passes over the data")], None),
-    "batch_size": (BatchSize, None),
-    "lr": (Annotated[float | None, typer.Option("--lr", help="peak learning rate")], None),
-    "trainable": (Annotated[str | None, typer.Option(help="what is trained: all, se or se+head")], None),
-    "image_size": (ImageSize, None),
-    "precision": (Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")], None),
-    "workers": (Workers, None),
-    "seed": (Annotated[int | None, typer.Option(help="random seed")], None),
-    "patience": (
-        Annotated[int | None, typer.Option(help="stop after this many epochs without a better accuracy")],
-        None,
-    ),
-    "cpu": (Cpu, None),
-    "compile_": (Annotated[bool | None, typer.Option("--compile", help="train through torch.compile")], None),
-}
+
+# The recipe
+
+
+def bare(annotation: Any) -> tuple[Any, bool]:
+    """A field's type without its bounds, and whether it may be None."""
+    if get_origin(annotation) is Annotated:
+        return bare(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        (kind,) = (part for part in get_args(annotation) if part is not NoneType)
+        return bare(kind)[0], True
+    return get_origin(annotation) if get_origin(annotation) in (dict, tuple) else annotation, False
+
+
+def from_yaml(text: str) -> Any:
+    """A value as a recipe's file has it; ``none`` for null."""
+    return None if text == "none" else parse_yaml(text, f"the option's value {text!r}")
+
+
+def of_field(name: str) -> tuple[Any, Any]:
+    """The option of a field. One that is not given leaves the field to the recipe's file."""
+    field = FinetuneConfig.model_fields[name]
+    kind, optional = bare(field.annotation)
+    flag = f"--{name.replace('_', '-')}"
+    shown = field.default not in (None, False, {}, ())
+    more: dict[str, Any] = {"show_default": str(field.default) if shown else False}
+    if kind is tuple:
+        kind = list[str]
+    elif kind is dict or (optional and field.default is not None):  # which may be set to none
+        more |= {"parser": from_yaml, "metavar": "YAML" if kind is dict else "NUMBER|none"}
+        kind = str
+    names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    return option(kind | None, None, field.description or "", names, rich_help_panel="Recipe", **more)
+
+
+RECIPE_FIELDS: Options = {name: of_field(name) for name in FinetuneConfig.model_fields}
 RECIPE_OPTIONS: Options = {
-    "config": (Annotated[Path | None, typer.Option(help="the recipe as YAML; options override it")], None),
+    "config": option(Path | None, None, "the recipe as YAML; options override it", rich_help_panel="Recipe"),
     **RECIPE_FIELDS,
-    "set_": (
-        Annotated[
-            list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe, any field; repeat it for more")
-        ],
-        None,
-    ),
 }
 
-RunFolder = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
+
+def recipe_fields(context: typer.Context) -> dict[str, Any]:
+    """The fields of ``FinetuneConfig`` that stand on the command line."""
+    return {name: context.params[name] for name in given(context) if name in RECIPE_FIELDS}
 
 
-def takes(*groups: Options, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+# How commands take them
+
+
+def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Give a command the options of some groups, behind its own. It reads them from its context."""
     options = {name: option for group in groups for name, option in group.items() if name not in without}
+    if only:
+        options = {name: options[name] for name in only}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -169,12 +162,6 @@ def se_options(context: typer.Context) -> dict[str, Any]:
     """The arguments of ``add_se`` that a command got."""
     values = {name: context.params[name] for name in SE_OPTIONS if name in context.params}
     return {**values, **{name: list(values[name]) if values[name] else None for name in ("include", "exclude", "at")}}
-
-
-def recipe_fields(context: typer.Context) -> dict[str, Any]:
-    """The fields of ``FinetuneConfig`` that are given as options of their own."""
-    values = {name.rstrip("_"): context.params.get(name) for name in RECIPE_FIELDS}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def given(context: typer.Context) -> list[str]:

@@ -78,11 +78,3 @@ class Callbacks:
             value = getattr(self, field.name)
             if value is not None and not callable(value):
                 raise TypeError(f"{field.name} must be a function of the run's facts, got {brief(value)}")
-
-
-def checked_callbacks(given: Any) -> None:
-    """Raise where these are no callbacks."""
-    if not isinstance(given, Callbacks):
-        raise TypeError(
-            f"callbacks must be Callbacks(after_epoch=..., ...), got {brief(given)} of type {type(given).__name__}"
-        )

@@ -8,7 +8,6 @@ replaced whole or not at all. Random generators are not in it: see ``randomness.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,12 @@ from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_recipe
 from ..saving.tensors import load_strictly, read_weights, save_tensors, tie
 from .config import FinetuneConfig
 from .experiment import check_same
-from .groups import group_summary
 
 __all__ = ["BEST", "LAST", "RUN", "Folder", "Progress", "join", "load_optimizer", "split", "written"]
 
 LAST, BEST, RUN = "last", "best", "run.yaml"
 TENSORS, STATE = "training.safetensors", "training.json"
-FORMAT = 3
+FORMAT = 4
 # These may be other than in the run that is resumed; all other fields decide the result.
 FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
 
@@ -72,7 +70,7 @@ PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
     "best": MAYBE, "best_epoch": (int, type(None)), "stale": (int,), "finished": (str, type(None)), "step_seconds": MAYBE,
 }  # fmt: skip
 STATE_FIELDS: dict[str, tuple[type, ...]] = {
-    "format": (int,), "progress": (dict,), "config": (dict,), "experiment": (dict,), "world": (int,), "parts": (dict,),
+    "format": (int,), "progress": (dict,), "config": (dict,), "experiment": (dict,), "parts": (dict,),
 }  # fmt: skip
 
 
@@ -82,14 +80,12 @@ class Folder:
 
     Attributes:
         path: of the folder.
-        config, experiment, world: which run it is; ``experiment`` as ``describe_run`` gives it, ``world`` the number of
-            processes.
+        config, experiment: which run it is; ``experiment`` as ``describe_run`` gives it.
     """
 
     path: Path
     config: FinetuneConfig
     experiment: dict[str, Any]
-    world: int
 
     @property
     def last(self) -> Path:
@@ -98,10 +94,6 @@ class Folder:
     @property
     def best(self) -> Path:
         return self.path / BEST
-
-    def has_checkpoint(self) -> bool:
-        """Whether a run in this folder has something to go on from."""
-        return has_checkpoint(self.path)
 
     def save(self, model: nn.Module, progress: Progress, parts: dict[str, Any]) -> None:
         """Write ``last/``: the network, how far the run has come, and the state dicts in ``parts``.
@@ -112,7 +104,7 @@ class Folder:
         tree, tensors = split(parts)
         state = {
             "format": FORMAT, "progress": asdict(progress), "config": self.config.to_dict(), "experiment": self.experiment,
-            "world": self.world, "parts": tree,
+            "parts": tree,
         }  # fmt: skip
         with replaced_directory(self.last, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
             write_network(model, fresh)
@@ -124,12 +116,11 @@ class Folder:
         with replaced_directory(self.best, (WEIGHTS, RECIPE)) as fresh:
             write_network(model, fresh)
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Any]]:
+    def load(self, model: nn.Module) -> tuple[Progress, dict[str, Any]]:
         """Read ``last/``: its weights go into ``model``; how far the run had come and its state dicts are returned.
 
         Raises:
-            RetrofitError: the checkpoint is broken, or of another network, experiment, config, number of processes or division
-                of the parameters. The model is unchanged.
+            RetrofitError: the checkpoint is broken, or of another network, experiment or config. The model is unchanged.
         """
         folder = settled(self.last)
         state = read_json(folder / STATE)
@@ -137,16 +128,11 @@ class Folder:
         check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
         check_same(state["experiment"], self.experiment, self.path)
         self._check_config(state)
-        if state["world"] != self.world:
-            raise RetrofitError(
-                f"{self.path} was started with {state['world']} processes, now running with {self.world}; use {state['world']}"
-            )
         weights = self._weights(folder)
         try:
             parts = join(state["parts"], read_weights(folder / TENSORS))
-        except (TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise RetrofitError(f"{folder / STATE}: parts can't be put together: {error}") from error
-        check_groups(parts, group_summary(optimizer.param_groups), self.path)
         load_strictly(model, weights, str(folder / WEIGHTS))
         return Progress(**state["progress"]), parts
 
@@ -154,13 +140,8 @@ class Folder:
         """The weights in ``best/``."""
         return self._weights(settled(self.best))
 
-    def begin(self, command: dict[str, Any] | None, weights: int, *, resumed: bool) -> None:
-        """Write what the folder holds from the start: ``run.yaml`` is enough to repeat the run.
-
-        Raises:
-            RetrofitError: the disk has no room for the checkpoints of so many bytes of ``weights``.
-        """
-        self._check_space(weights)
+    def begin(self, command: dict[str, Any] | None, *, resumed: bool) -> None:
+        """Write what the folder holds from the start: ``run.yaml`` is enough to repeat the run."""
         with replaced_file(self.path / "config.yaml") as fresh:
             self.config.to_yaml(fresh)
         file, config = self.path / RUN, self.config.to_dict()
@@ -192,18 +173,6 @@ class Folder:
                 f"{self.path} holds a run with another config ({what}); resume with the same, or give a new folder"
             )
 
-    def _check_space(self, weights: int) -> None:
-        # last: weights, about two of them for the optimizer, one for the average; best: one; twice while it is replaced
-        need = weights * (2 * (3 + (self.config.ema_decay is not None)) + 2)
-        # what is there already will be replaced
-        there = sum(file.stat().st_size for part in (self.last, self.best) if part.is_dir() for file in part.iterdir())
-        free = shutil.disk_usage(self.path).free + there
-        if free < need:
-            raise RetrofitError(
-                f"{self.path} has {free / 2**20:,.0f} MiB left, and the checkpoints of this run need about "
-                f"{need / 2**20:,.0f}; make room or give another folder"
-            )
-
 
 def checked_folder(path: Path, resume: bool) -> Path:
     """The path of a folder in which a run may begin, or go on with ``resume``; it is made where it is missing.
@@ -231,6 +200,7 @@ def checked_folder(path: Path, resume: bool) -> Path:
 
 
 def has_checkpoint(path: Path) -> bool:
+    """Whether a run in this folder has something to go on from."""
     folder = settled(path / LAST)
     # Of an incomplete one, reading it says what is missing
     return any((folder / name).is_file() for name in (WEIGHTS, RECIPE, TENSORS, STATE))
@@ -243,25 +213,6 @@ def written(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def check_groups(parts: dict[str, Any], groups: list[dict[str, Any]], folder: Path) -> None:
-    """Raise where another version of this package gave the parameters other learning rates: an optimizer's state goes by their
-    order in the groups."""
-    try:
-        then = group_summary(parts["optimizer"]["param_groups"])
-    except (AttributeError, LookupError, TypeError):
-        return  # it was edited, which is told when it is loaded
-    if then == groups:
-        return
-    words = [
-        ", ".join(f"{g['name']} {g['lr_scale']:.4g} ({g['tensors']} tensors)" for g in found)
-        for found in (then, groups)
-    ]
-    raise RetrofitError(
-        f"{folder} holds a run whose parameters learn at other parts of lr, as a version of this package before or after this one "
-        f"divides them ({words[0]} then; {words[1]} now); finish it with that version, or start anew in another folder"
-    )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -277,6 +228,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 # State dicts (nested dicts, lists, tuples, numbers, tensors) as JSON plus tensors
 
+KINDS: dict[str, Any] = {"tuple": tuple, "list": list, "dict": dict}
+
 
 def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """A nest of state dicts as plain data fit for JSON, and its tensors by name. ``join`` puts it together again.
@@ -287,16 +240,16 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, name: str) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
         if isinstance(value, Tensor):
             tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             return {"tensor": name}
         if isinstance(value, dict):
             return {"dict": [[key, walk(entry, f"{name}.{key}")] for key, entry in value.items()]}
-        if isinstance(value, (list, tuple)):
-            kind = "tuple" if isinstance(value, tuple) else "list"
-            return {kind: [walk(entry, f"{name}.{i}") for i, entry in enumerate(value)]}
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
+        for kind in ("tuple", "list"):
+            if isinstance(value, KINDS[kind]):
+                return {kind: [walk(entry, f"{name}.{i}") for i, entry in enumerate(value)]}
         raise TypeError(f"{name} is a {type(value).__name__}, which can't be stored without pickle")
 
     return {key: walk(value, key) for key, value in tree.items()}, tensors
@@ -306,22 +259,15 @@ def join(tree: Any, tensors: dict[str, Tensor]) -> Any:
     """What ``split`` took apart.
 
     Raises:
-        RetrofitError: a tensor is missing, or something unknown stands in the tree.
+        KeyError, TypeError, ValueError: a tensor is missing, or something unknown stands in the tree.
     """
 
     def walk(value: Any) -> Any:
+        if isinstance(value, list):
+            return [walk(entry) for entry in value]
         if not isinstance(value, dict):
             return value
-        (kind, content), *more = value.items()
-        if more or kind not in ("tensor", "dict", "list", "tuple"):
-            raise RetrofitError(f"the checkpoint holds something unknown: {sorted(value)[:3]}")
-        if kind == "tensor":
-            if content not in tensors:
-                raise RetrofitError(f"the checkpoint has lost the tensor {content}")
-            return tensors[content]
-        if kind == "dict":
-            return {key: walk(entry) for key, entry in content}
-        entries = [walk(entry) for entry in content]
-        return tuple(entries) if kind == "tuple" else entries
+        ((kind, content),) = value.items()
+        return tensors[content] if kind == "tensor" else KINDS[kind](walk(content))
 
     return {key: walk(value) for key, value in tree.items()}

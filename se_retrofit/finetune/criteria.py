@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,21 +13,40 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief, check_module
 from .config import FinetuneConfig
-from .experiment import weights_digest
 from .targets import class_counts
 
-__all__ = [
-    "Criterion",
-    "FocalLoss",
-    "checked_criterion",
-    "checked_loss",
-    "criterion_of",
-    "describe_criterion",
-    "distillation_loss",
-]
+__all__ = ["Criterion", "FocalLoss", "Losses", "check_criterion", "criterion_of"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 FOCAL_GAMMA = 2.0  # as in the paper
+AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's and Inception's auxiliary losses, as in the papers
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What is minimised.
+
+    Attributes:
+        criterion: a function of logits and targets.
+        teacher: whose answers are learned, too; None for none.
+        distillation: their part in the loss, and the temperature.
+        multi_label: whether an image may have several classes.
+    """
+
+    criterion: Criterion
+    teacher: nn.Module | None
+    distillation: tuple[float, float]
+    multi_label: bool
+
+    def __call__(self, logits: Tensor, auxiliary: list[Tensor], labels: Tensor, taught: Tensor | None) -> Tensor:
+        """The loss of a batch; ``taught`` is what the teacher answers to it."""
+        loss = checked_loss(self.criterion(logits, labels))
+        for more in auxiliary:
+            loss = loss + AUXILIARY_WEIGHT * checked_loss(self.criterion(more, labels))
+        if taught is None:
+            return loss
+        part, temperature = self.distillation
+        return (1 - part) * loss + part * distillation_loss(logits, taught, temperature, self.multi_label)
 
 
 class FocalLoss(nn.Module):
@@ -133,20 +153,6 @@ def distillation_loss(logits: Tensor, taught: Tensor, temperature: float, multi_
     return losses.mean() * temperature**2
 
 
-def describe_criterion(
-    given: Criterion | None, teacher: nn.Module | None, distillation: tuple[float, float]
-) -> dict[str, Any]:
-    """What of an experiment neither its data nor its config tells."""
-    described: dict[str, Any] = {"criterion": None, "teacher": None}
-    if teacher is not None:
-        described["teacher"] = {"weights": weights_digest(teacher), "distillation": list(distillation)}
-    if isinstance(given, nn.Module):
-        described["criterion"] = f"{given} {weights_digest(given)}"
-    elif given is not None:
-        described["criterion"] = getattr(given, "__qualname__", type(given).__qualname__)
-    return described
-
-
 def checked_loss(loss: Any) -> Tensor:
     """What a criterion returned, if a network can learn from it."""
     if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
@@ -158,7 +164,7 @@ def checked_loss(loss: Any) -> Tensor:
     )
 
 
-def checked_criterion(given: Any, teacher: Any, distillation: tuple[float, float], model: nn.Module) -> None:
+def check_criterion(given: Any, teacher: Any, distillation: tuple[float, float], model: nn.Module) -> None:
     """Raise where a criterion or a teacher is none."""
     if given is not None and not callable(given):
         raise TypeError(
@@ -171,10 +177,10 @@ def checked_criterion(given: Any, teacher: Any, distillation: tuple[float, float
         )
     if teacher is not None:
         check_module(teacher, "teacher")
+    if teacher is model:
+        raise RetrofitError("the network can't be its own teacher; give a copy (copy.deepcopy)")
     part, temperature = distillation
     if not (0 <= part <= 1 and temperature > 0):
         raise RetrofitError(
             f"distillation must be the teacher's part in the loss, from 0 to 1, and a temperature above 0, got {distillation}"
         )
-    if teacher is model:
-        raise RetrofitError("the network can't be its own teacher; give a copy (copy.deepcopy)")

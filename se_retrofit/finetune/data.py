@@ -7,12 +7,12 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset, default_collate
 
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
@@ -25,6 +25,7 @@ __all__ = ["Batch", "Stream", "stream"]
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MOST_REPLACEMENTS = 10
 END = object()
+Key = tuple[int, int, bool]  # epoch, index, whether the item counts
 
 
 class Batch(NamedTuple):
@@ -35,26 +36,6 @@ class Batch(NamedTuple):
     targets: Tensor
     counts: Tensor
     complaints: list[str]
-
-
-# An item as it is loaded: image, target, whether it counts, complaints
-Item = tuple[Any, Any, bool, list[str]]
-
-
-class Stream(Protocol):
-    """The batches of this process, epoch by epoch.
-
-    Attributes:
-        resumes_within: whether an epoch can begin in the middle, with the batches that it has there in any case.
-    """
-
-    resumes_within: bool
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number ``start`` on."""
 
 
 def stream(
@@ -72,44 +53,30 @@ def stream(
     world: int = 1,
     pin_memory: bool = False,
 ) -> Stream:
-    """Batches from a Dataset or a DataLoader.
+    """The batches of this process, from a Dataset or a DataLoader.
 
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
     A DataLoader is taken as it is. What an item holds after image and class is passed over.
 
     Raises:
-        RetrofitError: there is no image in it, it doesn't know its length, or it is iterable and there are several
-            processes.
-        TypeError: it is neither a Dataset nor a DataLoader.
+        RetrofitError: there is no image in it, it doesn't know its length, or there are several processes and it is a DataLoader.
+        TypeError: it is neither a Dataset with indices nor a DataLoader.
     """
-    if balanced and train and isinstance(data, (DataLoader, IterableDataset)):
-        raise RetrofitError(
-            f'balance="sampling" needs a Dataset with indices as {name}, got {type(data).__name__}; give the Dataset, '
-            "or a DataLoader with a WeightedRandomSampler"
-        )
     if isinstance(data, DataLoader):
-        return LoaderStream(data, name=name, train=train, seed=seed, rank=rank, world=world)
-    if isinstance(data, (str, bytes)) or not (hasattr(data, "__getitem__") or isinstance(data, IterableDataset)):
+        if world > 1 or (balanced and train):
+            what = f"{world} processes" if world > 1 else 'balance="sampling"'
+            raise RetrofitError(f"{what} need a Dataset as {name}, got a DataLoader; give its data set")
+        return LoaderStream(data, name=name, seed=seed)
+    if isinstance(data, (str, bytes, IterableDataset)) or not hasattr(data, "__getitem__"):
+        hint = "; se_retrofit.finetune.load_data finds data by name" if isinstance(data, str) else ""
         raise TypeError(
-            f"{name} must be a Dataset of (image, class) pairs or a DataLoader, got {type(data).__name__}"
-            + ("; se_retrofit.finetune.load_data finds data by name" if isinstance(data, str) else "")
+            f"{name} must be a Dataset of (image, class) pairs with indices, or a DataLoader, got {type(data).__name__}{hint}"
         )
-    workers = default_workers(data, world) if workers is None else workers
-    if isinstance(data, IterableDataset):
-        if world > 1:
-            raise RetrofitError(
-                f"{name} is iterable, and several processes can't share it evenly; give a data set with indices"
-            )
-        given = Transformed(data, transform, name=name)
-        workers = min(workers, 1)  # each of several would give all items, unless the data set divides them by itself
-        loader: DataLoader[Any] = DataLoader(
-            given, batch_size, num_workers=workers, pin_memory=pin_memory, drop_last=train, worker_init_fn=begin_worker
-        )
-        return LoaderStream(loader, name=name, train=train, seed=seed, rank=rank, world=world)
     order = Order(
         data, batch_size, name=name, train=train, seed=seed, rank=rank, world=world,
         weights=image_weights(data) if balanced and train else None,
     )  # fmt: skip
+    workers = default_workers(data, world) if workers is None else workers
     items = Items(data, transform, seed=seed, name=name)
     return DatasetStream(items, order, bad_images=bad_images, workers=workers, pin_memory=pin_memory)
 
@@ -125,8 +92,8 @@ def default_workers(data: Any, world: int) -> int:
 # Datasets
 
 
-class Order(Sampler[list[tuple[int, int, bool]]]):
-    """Which items make up the batches of this process, as (epoch, index, does it count).
+class Order(Sampler[list[Key]]):
+    """Which items make up the batches of this process.
 
     The batches of all processes together are those of one process with a batch that many times larger.
     """
@@ -153,7 +120,7 @@ class Order(Sampler[list[tuple[int, int, bool]]]):
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         order = list(range(self.length))
         if self.train:
             generator = torch.Generator().manual_seed(derive(self.seed, ORDER, self.epoch))
@@ -170,7 +137,7 @@ class Order(Sampler[list[tuple[int, int, bool]]]):
             yield [(self.epoch, order[place % self.length], place < self.length) for place in places]
 
 
-class Items(Dataset[Item]):
+class Items(Dataset[tuple[Any, Any, bool, list[str]]]):
     """The caller's data set, with its randomness seeded item by item, and unreadable images replaced and named."""
 
     def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str) -> None:
@@ -178,27 +145,27 @@ class Items(Dataset[Item]):
         if hasattr(data, "_max_retries"):
             data._max_retries = 1  # timm's ImageDataset would pass over unreadable images by itself
 
-    def __getitem__(self, key: tuple[int, int, bool]) -> Item:
+    def __getitem__(self, key: Key) -> tuple[Any, Any, bool, list[str]]:
         epoch, index, counts = key
         complaints: list[str] = []
         for attempt in range(MOST_REPLACEMENTS):
             at = (index + attempt) % len(self.data)
             seed_all(self.seed, SAMPLE, epoch, at)
             try:
-                image, target = prepared(self.data[at], self.transform, self.name)
+                image, target = pair_of(self.data[at], self.name)
+                if self.transform is not None and isinstance(image, Image.Image):
+                    image = self.transform(image)
             except RetrofitError:  # which is a ValueError, and has nothing to do with the image
                 raise
-            except UNREADABLE as error:
-                complaints.append(f"{name_of(self.data, at)}: {type(error).__name__}: {error}")
-            except RuntimeError as error:
-                if not hasattr(self.data, "_max_retries"):
+            except (*UNREADABLE, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not hasattr(self.data, "_max_retries"):
                     raise
-                complaints.append(f"{name_of(self.data, at)}: {error}")
+                complaints.append(f"{name_of(self.data, at)}: {type(error).__name__}: {error}")
             else:
                 return image, target, counts and not complaints, complaints
         raise RetrofitError(f"{MOST_REPLACEMENTS} images of {self.name} in a row can't be read; first {complaints[0]}")
 
-    def __getitems__(self, keys: list[tuple[int, int, bool]]) -> Any:
+    def __getitems__(self, keys: list[Key]) -> Any:
         """A batch; of tensors in memory, where nothing is random or unreadable, in one piece."""
         tensors, indices = in_memory(self.data, [index for _, index, _ in keys])
         if len(tensors) < 2 or tensors[1].dim() not in (1, 2):
@@ -209,29 +176,9 @@ class Items(Dataset[Item]):
 
 def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[int]]:
     """The tensors behind a TensorDataset or a Subset of one, and where in them the items are; else no tensors."""
-    if type(data) is torch.utils.data.Subset:
+    if type(data) is Subset:
         return in_memory(data.dataset, [data.indices[index] for index in indices])
     return (data.tensors if type(data) is TensorDataset else ()), indices
-
-
-class Transformed(IterableDataset[Any]):
-    """An iterable data set whose PIL images go through the transform."""
-
-    def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, name: str) -> None:
-        self.data, self.transform, self.name = data, transform, name
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self.data:
-            yield prepared(item, self.transform, self.name)
-
-
-def prepared(item: Any, transform: Callable[[Any], Any] | None, name: str) -> tuple[Any, Any]:
-    """Image and class of an item; a PIL image goes through the transform."""
-    image, target = pair_of(item, name)
-    return (transform(image) if transform is not None and isinstance(image, Image.Image) else image), target
 
 
 def pair_of(item: Any, name: str) -> tuple[Any, Any]:
@@ -242,38 +189,25 @@ def pair_of(item: Any, name: str) -> tuple[Any, Any]:
     raise RetrofitError(f"{name} must give (image, class) pairs, got {got}")
 
 
-def check_batch(images: Any, targets: Any, name: str) -> None:
-    """Raise where these are no batch: of a loader without a batch size, or of the caller's own collating."""
-    both = (images, targets)
-    if all(isinstance(part, Tensor) and part.dim() for part in both) and len(images) == len(targets):
-        return
-    got = " and ".join(f"shape {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in both)
-    raise RetrofitError(f"{name} must give batches, tensors of N images and of N targets, got {got}")
-
-
 def name_of(data: Any, index: int) -> str:
     """The file of an item, where the data set tells it."""
-    if isinstance(data, torch.utils.data.Subset):
+    if isinstance(data, Subset):
         return name_of(data.dataset, data.indices[index])
-    for names in (getattr(data, "samples", None), getattr(data, "imgs", None)):
-        if isinstance(names, list) and index < len(names):
-            return str(names[index][0] if isinstance(names[index], (tuple, list)) else names[index])
+    names = getattr(data, "samples", None) or getattr(data, "imgs", None)
+    if isinstance(names, list) and index < len(names):
+        return str(names[index][0] if isinstance(names[index], (tuple, list)) else names[index])
     try:
         return str(data.filename(index, absolute=True))
     except Exception:  # a reader that has no files, or another kind of data set
         return f"item {index}"
 
 
-def collate(items: Batch | list[Item]) -> Batch:
+def collate(items: Any) -> Batch:
     if isinstance(items, Batch):
         return items
     images, targets, counts, complaints = zip(*items, strict=True)
-    return Batch(
-        images_together(images),
-        targets_together(targets),
-        torch.tensor(counts),
-        list(itertools.chain.from_iterable(complaints)),
-    )
+    named = list(itertools.chain.from_iterable(complaints))
+    return Batch(images_together(images), targets_together(targets), torch.tensor(counts), named)
 
 
 def images_together(images: Sequence[Any]) -> Any:
@@ -287,7 +221,11 @@ def images_together(images: Sequence[Any]) -> Any:
 
 
 class DatasetStream:
-    """The batches of a map-style data set."""
+    """The batches of a data set with indices, epoch by epoch.
+
+    Attributes:
+        resumes_within: whether an epoch can begin in the middle, with the batches that it has there in any case.
+    """
 
     resumes_within = True
 
@@ -305,9 +243,11 @@ class DatasetStream:
         )
 
     def __len__(self) -> int:
+        """Batches an epoch."""
         return len(self.order)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from number ``start`` on."""
         self.order.epoch, self.order.start = epoch, start
         batches = iter(self.loader)
         while True:
@@ -332,51 +272,38 @@ class LoaderStream:
     """The batches of the caller's own DataLoader.
 
     Its generators are seeded for each epoch and batch, so that an epoch has the same order and augmentation in a run that is
-    resumed before it. With several processes each loads all and takes its share: batches ``rank``, ``rank + world``,
-    and so on.
+    resumed before it.
     """
 
     resumes_within = False
 
-    def __init__(self, loader: DataLoader[Any], *, name: str, train: bool, seed: int, rank: int, world: int) -> None:
-        self.loader, self.name, self.train = loader, name, train
-        self.seed, self.rank, self.world = seed, rank, world
+    def __init__(self, loader: DataLoader[Any], *, name: str, seed: int) -> None:
+        self.loader, self.name, self.seed = loader, name, seed
         try:
             self.total = len(loader)
         except TypeError as error:
             raise RetrofitError(
                 f"{name} doesn't know its length; give a loader over a data set with __len__"
             ) from error
-        if len(self) == 0:
-            raise RetrofitError(f"{name} gives {self.total} batches, fewer than there are processes ({world})")
+        if self.total == 0:
+            raise RetrofitError(f"{name} gives 0 batches")
 
     def __len__(self) -> int:
-        return self.total // self.world if self.train else -(-self.total // self.world)
+        return self.total
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch; ``start`` is 0."""
-        fetched = self.fetched(epoch)
-        for turn in range(len(self)):
-            before = turn * self.world
-            shares = list(itertools.islice(fetched, self.world))
-            if len(shares) < min(self.world, self.total - before):
-                raise RetrofitError(f"{self.name} promised {self.total} batches and gave {before + len(shares)}")
-            # Where the last turn does not reach this process, it takes a batch that doesn't count
-            images, targets = pair_of(shares[min(self.rank, len(shares) - 1)], self.name)
-            check_batch(images, targets, self.name)
-            yield Batch(images, targets, torch.full((len(targets),), self.rank < len(shares)), [])
-
-    def fetched(self, epoch: int) -> Iterator[Any]:
-        """What the loader gives in an epoch."""
         self.begin(epoch)
         fetch = iter(self.loader)
-        for number in itertools.count():
+        for number in range(self.total):
             seed_all(self.seed, SAMPLE, epoch, number)
             with told_plainly():
                 batch = next(fetch, END)
             if batch is END:
-                return
-            yield batch
+                raise RetrofitError(f"{self.name} promised {self.total} batches and gave {number}")
+            images, targets = pair_of(batch, self.name)
+            check_batch(images, targets, self.name)
+            yield Batch(images, targets, torch.ones(len(targets), dtype=torch.bool), [])
 
     def begin(self, epoch: int) -> None:
         """Have the loader's shuffling depend on the epoch alone."""
@@ -387,3 +314,15 @@ class LoaderStream:
                 part.generator.manual_seed(derive(self.seed, ORDER, epoch))  # type: ignore[union-attr]
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def check_batch(images: Any, targets: Any, name: str) -> None:
+    """Raise where these are no batch: of a loader without a batch size, or of the caller's own collating."""
+    both = (images, targets)
+    if all(isinstance(part, Tensor) and part.dim() for part in both) and len(images) == len(targets):
+        return
+    got = " and ".join(f"shape {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in both)
+    raise RetrofitError(f"{name} must give batches, tensors of N images and of N targets, got {got}")
+
+
+Stream = DatasetStream | LoaderStream

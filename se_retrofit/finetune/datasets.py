@@ -1,9 +1,9 @@
-"""Data by name, and the transforms that belong to a network."""
+"""Data by name: to train and validate on, and the split of it that an evaluation measures."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +12,16 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_dataset
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, brief
+from .experiment import describe_data, plain
 
-__all__ = [
-    "NamedData",
-    "Subfolder",
-    "check_several",
-    "class_folders",
-    "data_folder",
-    "digit_images",
-    "held_out",
-    "is_of_timm",
-    "load_data",
-    "of_timm",
-    "readable",
-    "split_folders",
-]
+__all__ = ["NamedData", "Split", "digit_images", "load_data", "load_split", "trained_on"]
 
-TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+TIMM_PREFIXES = ("torch/", "hfds/")
+SPLITS = ("train", "val", "test", "all")
 # the names of a split's folder, of which the first that is there is taken
 FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -50,6 +39,25 @@ class NamedData:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Split:
+    """Images that are measured.
+
+    Attributes:
+        data: a Dataset, or what else ``evaluate`` takes.
+        name: ``"train"``, ``"val"``, ``"test"`` or ``"all"``; empty for data that was not opened by name.
+        about: which images they are, and how many; empty likewise.
+        unseen: the split in whose place images that no run trained on may be measured; None where there is no other.
+        training: of ``"all"``, the images that ``finetune`` trains on, where there are such.
+    """
+
+    data: Any
+    name: str = ""
+    about: str = ""
+    unseen: str | None = None
+    training: Any = None
+
+
 def load_data(
     name: str | Path,
     *,
@@ -62,8 +70,8 @@ def load_data(
 
     Args:
         name: ``digits`` (scikit-learn's 1,797 handwritten digits, which come with it); a folder that holds
-            ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone, which is split; or a name of timm's dataset factory: ``torch/cifar10``,
-            ``hfds/OWNER/NAME``, ...
+            ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone, which is split; or a name of timm's
+            dataset factory: ``torch/cifar10``, ``hfds/OWNER/NAME``, ...
         root: where timm's factory keeps its data.
         download: let it fetch what is not there.
         image_size: of the digits, 32 by default. Other data gets the network's own size, or ``config.image_size``.
@@ -79,11 +87,102 @@ def load_data(
         (1437, 360, 10)
     """
     if str(name) == "digits":
-        return _digits(image_size or 32)
+        digits = _digits(image_size)
+        return NamedData(digits[0], digits[1], 10)
     if is_of_timm(name):
-        train, val = (of_timm(str(name), split, root, download) for split in ("train", "val"))
+        train, val = (_of_timm(str(name), split, root, download) for split in ("train", "val"))
         return NamedData(train, val, _count_classes(train))
-    return _from_folder(Path(name), val_fraction)
+    folder = data_folder(name)
+    with readable(folder):
+        parts, found = split_folders(folder), class_folders(folder)
+        kept = parts.get("val", parts.get("test"))
+        if "train" in parts and kept is not None:
+            images = _images(parts["train"])
+            return NamedData(images, Subfolder(kept, images.class_to_idx), len(images.classes))
+        if not parts and found:
+            images = _images(folder)
+            train, val = held_out(images, folder, val_fraction)
+            note = f"{folder} has no train/ and val/: {len(val):,} of its {len(images):,} images, of each class, are for validation"
+            return NamedData(train, val, len(images.classes), note)
+    raise RetrofitError(
+        f"{folder} must hold the folders train and val, each with one folder of images a class, or the folders of the "
+        f"classes alone; it holds {', '.join(found[:5]) or 'no folders'}"
+    )
+
+
+def load_split(
+    name: str | Path,
+    split: str | None = None,
+    *,
+    root: str | Path = "data",
+    download: bool = False,
+    image_size: int | None = None,
+    val_fraction: float = 0.2,
+    classes: Sequence[str] | None = None,
+) -> Split:
+    """Images to evaluate a network on, by the name of their data.
+
+    Args:
+        name: as for ``load_data``, but a folder may have any of ``train/``, ``val/`` and ``test/``.
+        split: ``"train"``, ``"val"``, ``"test"`` or ``"all"``. None takes ``"all"`` of a folder of classes, and elsewhere
+            ``"val"``, or ``"test"`` where there is no ``"val"``. Of a folder of classes, ``"val"`` is the part that
+            ``finetune`` holds out, and ``"train"`` the rest.
+        root, download, image_size, val_fraction: as for ``load_data``.
+        classes: names in the order of the network's outputs, by which a folder's classes are numbered if all of them are
+            among these; otherwise, and with None, they are numbered as in ``train/``, or by the order of their names.
+
+    Raises:
+        RetrofitError: there is no such data, or it has no such split; the message says which it has.
+
+    Example:
+        >>> from se_retrofit.finetune import load_split
+        >>> print(load_split("digits", "all", image_size=16).about)
+        all of digits: 1,797 images, of train and val
+    """
+    if split is not None and split not in SPLITS:
+        raise RetrofitError(f"split must be one of {', '.join(SPLITS)}, got {brief(split)}")
+    if is_of_timm(name):
+        if split == "all":
+            raise RetrofitError(
+                f"{name}: timm opens a data set split by split, so there is no all; take train, val or test"
+            )
+        data = _of_timm(str(name), split or "val", root, download)
+        return Split(data, split or "val", f"{split or 'val'} of {name}: {len(data):,} images")
+    if str(name) == "digits":
+        train, val = _digits(image_size)
+        return _chosen(name, split, {"train": lambda: train, "val": lambda: val})
+    folder = data_folder(name)
+    with readable(folder):
+        places = split_folders(folder)
+        if not places:
+            return _of_classes(folder, split or "all", val_fraction, classes)
+
+        def opener(place: Path) -> Callable[[], Any]:
+            others = [place] if split != "all" else places.values()
+            return lambda: Subfolder(place, _numbers(others, places.get("train"), classes))
+
+        return _chosen(folder, split, {part: opener(place) for part, place in places.items()})
+
+
+def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
+    """What is to be said where images are measured that a run was trained on; empty where none are.
+
+    Args:
+        part: the images.
+        training: what ``describe_data`` gave for the run's training data; None where it is not known.
+    """
+    if training is None:
+        return ""
+    known = {field: value for field, value in training.items() if field != "batch size"}
+    for data in (part.data, part.training):
+        if data is not None and plain(describe_data(data)) == known:
+            which = "these very images" if data is part.data else f"{len(data):,} of these {len(part.data):,} images"
+            cure = "" if part.unseen is None else f"; --split {part.unseen} measures others"
+            return f"the network was trained on {which}, so the figures flatter it{cure}"
+    return ""
+
+
+# By kind of data
 
 
 def digit_images(size: int) -> tuple[Tensor, Tensor]:
@@ -95,37 +194,83 @@ def digit_images(size: int) -> tuple[Tensor, Tensor]:
     return images.repeat(1, 3, 1, 1), classes
 
 
-def _digits(size: int) -> NamedData:
+def _digits(size: int | None) -> list[TensorDataset]:
     from sklearn.model_selection import train_test_split
 
-    images, classes = digit_images(size)
+    images, classes = digit_images(size or 32)
     parts = train_test_split(range(len(images)), test_size=0.2, random_state=0, stratify=classes)
-    train, val = (TensorDataset(images[part], classes[part]) for part in parts)
-    return NamedData(train, val, 10)
+    return [TensorDataset(images[part], classes[part]) for part in parts]
 
 
-def _from_folder(folder: Path, val_fraction: float) -> NamedData:
-    with readable(data_folder(folder)):
-        parts = split_folders(folder)
-        val = parts.get("val", parts.get("test"))
-        if "train" in parts and val is not None:
-            train_images = ImageFolder(str(parts["train"]))
-            check_several(train_images.classes, parts["train"])
-            return NamedData(train_images, Subfolder(val, train_images.class_to_idx), len(train_images.classes))
-        found = class_folders(folder)
-        if not parts and found:
-            images = ImageFolder(str(folder))
-            check_several(images.classes, folder)
-            train, kept = held_out(images, folder, val_fraction)
-            note = (
-                f"{folder} has no train/ and val/: {len(kept):,} of its {len(images):,} images, of each class, are for "
-                "validation"
-            )
-            return NamedData(train, kept, len(images.classes), note)
-    raise RetrofitError(
-        f"{folder} must hold the folders train and val, each with one folder of images a class, or the folders of the "
-        f"classes alone; it holds {', '.join(found[:5]) or 'no folders'}"
-    )
+def is_of_timm(name: str | Path) -> bool:
+    """Whether data of this name comes from timm's dataset factory."""
+    return str(name).lower().startswith(TIMM_PREFIXES) and not Path(name).is_dir()
+
+
+def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
+    called = "validation" if split == "val" else split
+    try:
+        return create_dataset(name, root=str(root), split=called, is_training=split == "train", download=download)
+    except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
+        hint = "" if download else "; --download (download=True) lets it be fetched"
+        raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
+
+
+def _count_classes(data: Any) -> int | None:
+    for owner in (data, getattr(data, "reader", None)):
+        found = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)
+        if found:
+            return len(found)
+    features = getattr(getattr(getattr(data, "reader", None), "dataset", None), "features", None)  # Hugging Face
+    return next((int(f.num_classes) for f in (features or {}).values() if hasattr(f, "num_classes")), None)
+
+
+def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence[str] | None) -> Split:
+    if split == "test":
+        raise RetrofitError(
+            f"{folder} has no test: it is a folder of classes, which has all, and val and train as finetune splits it"
+        )
+    if not class_folders(folder):
+        raise RetrofitError(
+            f"{folder} must hold a folder of images for each class, or train, val or test; it has no folders"
+        )
+    parts = None
+    with contextlib.suppress(*((OSError, RetrofitError) if split == "all" else ())):  # finetune would refuse it
+        parts = held_out(_images(folder, several=classes is None), folder, val_fraction)
+    if split == "all":
+        whole = Subfolder(folder, _numbers([folder], None, classes))
+        if classes is None:
+            check_several(whole.classes, folder)
+        return Split(whole, split, f"all of {folder}: {len(whole):,} images", "val", parts and parts[0])
+    assert parts is not None
+    data, whose = parts[split == "val"], "holds out" if split == "val" else "trains on"
+    about = f"{split} of {folder}: {len(data):,} of its {sum(map(len, parts)):,} images, which finetune {whose}"
+    return Split(data, split, about, "val" if split == "train" else None)
+
+
+def _chosen(origin: object, split: str | None, parts: Mapping[str, Callable[[], Any]]) -> Split:
+    """The split that was asked for, or the one that is meant; only what is measured is opened.
+
+    Raises:
+        RetrofitError: the data has no such split.
+    """
+    wanted = ("val", "test") if split is None else (split,)
+    chosen = next((name for name in wanted if name == "all" or name in parts), None)
+    if chosen is None:
+        raise RetrofitError(
+            f"{origin} has no {' and no '.join(wanted)}: it has {' and '.join(parts)}; choose by split, or take all"
+        )
+    unseen = next((part for part in ("val", "test") if part in parts and part != chosen), None)
+    if chosen != "all":
+        data = parts[chosen]()
+        return Split(data, chosen, f"{chosen} of {origin}: {len(data):,} images", unseen if chosen == "train" else None)
+    opened = {part: open_part() for part, open_part in parts.items()}
+    whole = Joined(list(opened.values()))
+    about = f"all of {origin}: {len(whole):,} images, of {' and '.join(opened)}"
+    return Split(whole, chosen, about, unseen, opened.get("train"))
+
+
+# Folders
 
 
 def data_folder(name: str | Path) -> Path:
@@ -151,6 +296,11 @@ def readable(folder: Path) -> Iterator[None]:
         raise RetrofitError(f"{folder} can't be read as folders of images: {error}") from error
 
 
+def class_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
 def split_folders(folder: Path) -> dict[str, Path]:
     """The folders of ``train``, ``val`` and ``test``, as far as they are there; none in a folder of classes, of which one may
     have such a name."""
@@ -161,9 +311,11 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return {} if others and not any(map(class_folders, parts.values())) else parts
 
 
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+def _images(folder: Path, several: bool = True) -> ImageFolder:
+    images = ImageFolder(str(folder))
+    if several:
+        check_several(images.classes, folder)
+    return images
 
 
 def check_several(classes: list[str], folder: Path) -> None:
@@ -221,33 +373,21 @@ class Subfolder(ImageFolder):
         return found, {name: self.wanted[name] for name in found}
 
 
-def is_of_timm(name: str | Path) -> bool:
-    """Whether data of this name comes from timm's dataset factory."""
-    return str(name).lower().startswith(TIMM_PREFIXES) and not Path(name).is_dir()
+class Joined(ConcatDataset[Any]):
+    """Several parts of the same classes, one after the other."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        super().__init__(parts)
+        if all(isinstance(part, ImageFolder) for part in parts):
+            self.classes = parts[0].classes
+            self.samples = [sample for part in parts for sample in part.samples]  # by which images are named
 
 
-def of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
-    """A split of a data set of timm's factory.
-
-    Raises:
-        RetrofitError: it can't be opened.
-    """
-    called = "validation" if split == "val" else split
-    try:
-        return create_dataset(name, root=str(root), split=called, is_training=split == "train", download=download)
-    except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
-        hint = "" if download else "; --download (download=True) lets it be fetched"
-        raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
-
-
-def _count_classes(data: Any) -> int | None:
-    for owner in (data, getattr(data, "reader", None)):
-        for attribute in ("classes", "class_to_idx"):
-            found = getattr(owner, attribute, None)
-            if found:
-                return len(found)
-    features = getattr(getattr(getattr(data, "reader", None), "dataset", None), "features", None)  # Hugging Face
-    for feature in (features or {}).values():
-        if hasattr(feature, "num_classes"):
-            return int(feature.num_classes)
-    return None
+def _numbers(places: Iterable[Path], train: Path | None, classes: Sequence[str] | None) -> dict[str, int]:
+    """The number of each class."""
+    found = sorted({name for place in places for name in class_folders(place)})
+    if classes is not None and set(found) <= set(classes):
+        names = list(classes)
+    else:
+        names = found if train is None else class_folders(train)
+    return {name: number for number, name in enumerate(names)}

@@ -1,24 +1,123 @@
-"""Devices, precision and processes: Accelerate, set up from a config and put away again."""
+"""Devices, precision and processes: Accelerate, set up from a config and put away again; and the form that a network has in a step."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
+from ..fusion import fuse_se, plan_fusion, unfuse_se
+from ..retrofit import has_se
 from .config import FinetuneConfig
+from .data import Batch
+from .parts import layout_of
+
+__all__ = ["Forward", "TrainingForm", "called", "engine", "fast_math", "logits_of", "placed", "recomputing", "share"]
 
 BACKEND = "inductor"  # of torch.compile
+SWITCH = "grad_checkpointing"  # the attribute by which timm's networks are told to compute activations twice
 
-__all__ = ["Forward", "called", "engine", "fast_math", "logits_of", "refuse_sharding"]
+
+@contextlib.contextmanager
+def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[Accelerator]:
+    """An Accelerator for this run. Under ``torchrun`` and ``accelerate launch`` it joins the other processes.
+
+    Raises:
+        RetrofitError: a tracker is not installed, this precision is not available, or the parameters are to be spread over the
+            processes.
+    """
+    # Without an accelerator Accelerate must be told that it is on the CPU, or it overlooks torchrun.
+    cpu = config.cpu or not torch.accelerator.is_available()
+    ours = not AcceleratorState._shared_state  # the caller may have an Accelerator of their own
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=_precision(config.precision, cpu),
+            log_with=list(config.trackers) or None,
+            project_dir=project_dir,
+            dynamo_backend=BACKEND if config.compile else None,
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
+        )
+    except (ValueError, ImportError) as error:
+        raise RetrofitError(f"Accelerate can't set up this run: {error}") from error
+    try:
+        missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
+        if missing:
+            raise RetrofitError(f"trackers not available: {', '.join(sorted(missing))}; are they installed?")
+        kind = accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise RetrofitError(
+                f"finetune runs on one device or with DistributedDataParallel, not with {kind.value}: each process needs "
+                "the whole network. Start it with torchrun, or with accelerate launch --multi_gpu"
+            )
+        with fast_math(config.precision):
+            yield accelerator
+    finally:
+        accelerator.free_memory()
+        if ours:
+            # Accelerate keeps one state a process: the next run may want another precision. The process group stays.
+            GradientState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
+def _precision(precision: str, cpu: bool) -> str | None:
+    if precision in ("fp32", "tf32"):
+        return "no"
+    if precision != "auto":
+        return precision
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None  # accelerate launch has been told
+    if cpu or not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+@contextlib.contextmanager
+def fast_math(precision: str) -> Iterator[None]:
+    """TF32 and cuDNN's search for the fastest kernels, for the time of a run."""
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  (torch's stubs lack it)
+    before = products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark
+    products.fp32_precision = convolutions.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark = before
+
+
+def processes() -> tuple[int, int]:
+    """Number of this process and how many there are, without joining them."""
+    if PartialState._shared_state:
+        state = PartialState()
+        return state.process_index, state.num_processes
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the values that the main one has."""
+    for tensor in tensors:
+        tensor.copy_(broadcast(tensor.clone()))
+
+
+# A batch through the network
+
+
+def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The images and targets of a batch on the device."""
+    images = batch.images.to(device, non_blocking=True, memory_format=layout_of(batch.images, device))
+    targets = batch.targets if batch.targets.dim() == 1 else batch.targets.float()
+    return images, targets.to(device, non_blocking=True)
 
 
 class Forward(nn.Module):
@@ -72,80 +171,52 @@ def called(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         ) from error
 
 
+class TrainingForm:
+    """A context for a training step, in which the modules that ``fuse_se`` changes are of their fused classes.
+
+    Outside of it the network is the caller's own, so what is evaluated, averaged and saved needs no conversion.
+    """
+
+    def __init__(self, model: nn.Module, fused: bool) -> None:
+        self.classes: list[tuple[nn.Module, type, type]] = []
+        if fused and has_se(model) and plan_fusion(model).fused:
+            own = [(module, type(module)) for module in model.modules()]
+            fuse_se(model, inplace=True)
+            self.classes = [(module, cls, type(module)) for module, cls in own if type(module) is not cls]
+            unfuse_se(model, inplace=True)
+
+    def __enter__(self) -> None:
+        for module, _, fused in self.classes:
+            object.__setattr__(module, "__class__", fused)
+
+    def __exit__(self, *error: object) -> None:
+        for module, own, _ in self.classes:
+            object.__setattr__(module, "__class__", own)
+
+
 @contextlib.contextmanager
-def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[Accelerator]:
-    """An Accelerator for this run. Under ``torchrun`` and ``accelerate launch`` it joins the other processes.
+def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """In the body the network computes its activations once more in the backward pass, by its own ``set_grad_checkpointing``.
 
     Raises:
-        RetrofitError: a tracker is not installed, or this precision is not available.
+        RetrofitError: it has none, or none that does something.
     """
-    # Without an accelerator Accelerate must be told that it is on the CPU, or it overlooks torchrun.
-    cpu = config.cpu or not torch.accelerator.is_available()
-    ours = not AcceleratorState._shared_state  # the caller may have an Accelerator of their own
-    try:
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=_precision(config, cpu),
-            log_with=list(config.trackers) or None,
-            project_dir=project_dir,
-            dynamo_backend=BACKEND if config.compile else None,
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
-        )
-    except (ValueError, ImportError) as error:
-        raise RetrofitError(f"Accelerate can't set up this run: {error}") from error
-    try:
-        missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
-        if missing:
-            raise RetrofitError(f"trackers not available: {', '.join(sorted(missing))}; are they installed?")
-        yield accelerator
-    finally:
-        accelerator.free_memory()
-        if ours:
-            # Accelerate keeps one state a process: the next run may want another precision. The process group stays.
-            GradientState._reset_state()
-            AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
 
+    def on() -> bool:
+        return any(getattr(module, SWITCH, False) is True for module in model.modules())
 
-def _precision(config: FinetuneConfig, cpu: bool) -> str | None:
-    if config.precision in ("fp32", "tf32"):
-        return "no"
-    if config.precision != "auto":
-        return config.precision
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None  # accelerate launch has been told
-    if cpu or not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def refuse_sharding(accelerator: Accelerator) -> None:
-    """Raise where Accelerate was told to spread the parameters over the processes."""
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if not wanted or on():
+        yield
+        return
+    switch: Any = getattr(model, "set_grad_checkpointing", lambda enable: None)
+    with contextlib.suppress(AssertionError):  # how timm says that this network can't
+        switch(True)
+    if not on():
         raise RetrofitError(
-            f"finetune runs on one device or with DistributedDataParallel, not with {kind.value}: each process needs "
-            "the whole network. Start it with torchrun, or with accelerate launch --multi_gpu"
+            f"grad_checkpointing=True: {type(model).__name__} has no set_grad_checkpointing of timm's kind; leave it out, "
+            "or take a smaller batch_size with grad_accum_steps"
         )
-
-
-@contextlib.contextmanager
-def fast_math(config: FinetuneConfig) -> Iterator[None]:
-    """TF32 and cuDNN's search for the fastest kernels, for the time of a run."""
-    products: Any = torch.backends.cuda.matmul
-    convolutions: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  (torch's stubs lack it)
-    before = products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark
-    products.fp32_precision = convolutions.fp32_precision = "ieee" if config.precision == "fp32" else "tf32"
-    torch.backends.cudnn.benchmark = True
     try:
         yield
     finally:
-        products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark = before
-
-
-def processes() -> tuple[int, int]:
-    """Number of this process and how many there are, without joining them."""
-    if PartialState._shared_state:
-        state = PartialState()
-        return state.process_index, state.num_processes
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        switch(False)

@@ -18,15 +18,14 @@ from ..errors import RetrofitError
 from ..saving.atomic import replaced_file
 from ..tables import aligned
 from .config import FinetuneConfig
-from .data import Batch, Stream, stream
-from .engine import called, engine, fast_math
+from .data import Batch, Stream
+from .datasets import Split, load_split
+from .engine import called, engine, placed
 from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
-from .run import placed
-from .setup import check_config
-from .splits import opened
-from .transforms import check_classes, class_names, class_names_of, transforms_for
+from .setup import batches_of, check_config
+from .transforms import check_classes, class_names, class_names_of
 
 __all__ = ["ClassScores", "Evaluation", "check_targets", "evaluate", "hits", "measure"]
 
@@ -105,6 +104,10 @@ class Evaluation:
         """The mean, as of ``precision``."""
         return self._mean("f1")
 
+    def _mean(self, name: str) -> float:
+        known = [getattr(scores, name) for scores in self.classes if scores.images + scores.answered]
+        return statistics.fmean(known) if known else 0.0
+
     @property
     def map(self) -> float | None:
         """The mean average precision of the labels that images have; None for one class an image."""
@@ -123,10 +126,6 @@ class Evaluation:
         count = len(self.classes)
         return torch.bincount(self.targets * count + self.answers[:, 0], minlength=count**2).view(count, count)
 
-    def _mean(self, name: str) -> float:
-        known = [getattr(scores, name) for scores in self.classes if scores.images + scores.answered]
-        return statistics.fmean(known) if known else 0.0
-
     def scores(self) -> dict[str, float]:
         """All that is one number, such as ``accuracy`` and ``f1``."""
         names = ("loss", "accuracy", "top5", "precision", "recall", "f1", "map")
@@ -138,14 +137,10 @@ class Evaluation:
         for c in self.classes:
             shares = [c.precision, c.recall, c.f1, *([c.average_precision] if self.multi_label else [])]
             rows.append((c.name, f"{c.images:,}", *("" if share is None else f"{share:.2%}" for share in shares)))
-        lines = [*([self.about] if self.about else []), *aligned(rows, left=1, rule=True)]
-        more = "".join(
-            f", {name} {value:.2%}" for name, value in (("top-5", self.top5), ("mAP", self.map)) if value is not None
-        )
-        lines.append(
-            f"{self.images:,} images: accuracy {self.accuracy:.2%}{more}, mean F1 {self.f1:.2%}, loss {self.loss:.4f}"
-        )
-        return "\n".join(lines)
+        more = {"top-5": self.top5, "mAP": self.map, "mean F1": self.f1}
+        shown = "".join(f", {name} {value:.2%}" for name, value in more.items() if value is not None)
+        last = f"{self.images:,} images: accuracy {self.accuracy:.2%}{shown}, loss {self.loss:.4f}"
+        return "\n".join([*([self.about] if self.about else []), *aligned(rows, left=1, rule=True), last])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -161,26 +156,17 @@ class Evaluation:
             RetrofitError: the file can't be written; an image may have several classes.
         """
         from matplotlib.figure import Figure
+        from sklearn.metrics import ConfusionMatrixDisplay
 
         confusion, size = self.confusion, len(self.classes)
-        shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
         side = min(max(3.5, 0.38 * size + 1.5), 30.0)
         figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, ax=axes, label="part of the class's images", shrink=0.8)
-        if size <= 60:  # beyond that no name can be read
-            names = [scores.name for scores in self.classes]
-            axes.set_xticks(range(size), names, rotation=90)
-            axes.set_yticks(range(size), names)
-        if size <= 20:
-            for row, column in confusion.nonzero().tolist():
-                colour = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(
-                    column, row, str(int(confusion[row, column])), ha="center", va="center", color=colour, fontsize=8
-                )
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
+        shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+        names = [scores.name for scores in self.classes] if size <= 60 else None  # beyond that no name can be read
+        ConfusionMatrixDisplay(shares.numpy(), display_labels=names).plot(
+            include_values=size <= 20, cmap="Blues", values_format=".0%", ax=figure.subplots(),
+            xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1},
+        )  # fmt: skip
         with replaced_file(Path(file)) as fresh:
             figure.savefig(fresh, dpi=120)
         return Path(file)
@@ -218,20 +204,27 @@ def evaluate(
     config = FinetuneConfig() if config is None else config
     check_network(model)
     check_config(config)
-    part = opened(data, split, model, config)
+    part = _opened(data, split, model, config.image_size)
     check_classes(model, part.data)
-    with as_found(model), kept_randomness(), fast_math(config), engine(config) as accelerator:
-        batches = stream(
-            part.data, name="data", train=False, batch_size=config.batch_size, bad_images=config.bad_images,
-            transform=transforms_for(model, config, train=False), seed=config.seed, workers=config.workers,
-            rank=accelerator.process_index, world=accelerator.num_processes,
-            pin_memory=accelerator.device.type == "cuda",
-        )  # fmt: skip
+    with as_found(model), kept_randomness(), engine(config) as accelerator:
+        batches = batches_of("data", part.data, model, config, accelerator)
         to_device(model, accelerator.device)
-        log = Log(None, epochs=0, updates=0, columns=[], rank=accelerator.process_index)
-        found = measure(model, batches, accelerator, config, log, class_names(model) or class_names_of(part.data) or [])
+        names = class_names(model) or class_names_of(part.data) or []
+        found = measure(model, batches, accelerator, config.multi_label, Log(None, accelerator), names)
     assert found is not None  # only a stop ends it early
     return replace(found, split=part.name, about=part.about)
+
+
+def _opened(data: Any, split: str | None, model: nn.Module, image_size: int | None) -> Split:
+    """What is to be measured, opened where it is a name."""
+    if isinstance(data, (str, Path)):
+        return load_split(data, split, image_size=image_size, classes=class_names(model))
+    if split is not None:
+        raise RetrofitError(
+            f"split={split!r} chooses among the images of data that is given by name, such as a folder, and a "
+            f"{type(data).__name__} is measured whole; leave split out"
+        )
+    return data if isinstance(data, Split) else Split(data)
 
 
 @torch.no_grad()
@@ -239,7 +232,7 @@ def measure(
     network: nn.Module,
     data: Stream,
     accelerator: Accelerator,
-    config: FinetuneConfig,
+    multi_label: bool,
     log: Log,
     names: Sequence[str] = (),
     stop: threading.Event | None = None,
@@ -249,7 +242,7 @@ def measure(
     None where ``stop`` was set meanwhile. Several processes, which must leave together, go through with it.
     """
     network.eval()
-    device, multi_label = accelerator.device, config.multi_label
+    device = accelerator.device
     totals = torch.zeros(3, dtype=torch.float32, device=device)
     said: list[tuple[Tensor, ...]] = []
     classes = 0
@@ -279,12 +272,11 @@ def scores_by_class(
     answers: Tensor, targets: Tensor, classes: int, multi_label: bool, names: Sequence[str]
 ) -> tuple[ClassScores, ...]:
     """Of each class; one without a name has its number."""
+    said, true = (answers > 0.5, targets > 0.5) if multi_label else (answers[:, 0], targets)
     if multi_label:
-        said, true = answers > 0.5, targets > 0.5
         counts = [part.sum(0) for part in (said & true, said, true)]
     else:
-        said = answers[:, 0]
-        counts = [torch.bincount(part, minlength=classes) for part in (said[said == targets], said, targets)]
+        counts = [torch.bincount(part, minlength=classes) for part in (said[said == true], said, true)]
     found = []
     for number, (hit, answered, images) in enumerate(zip(*(count.tolist() for count in counts), strict=True)):
         average = None

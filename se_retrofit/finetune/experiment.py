@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from ..errors import RetrofitError
 from ..models import Base
@@ -23,27 +23,40 @@ from ..retrofit import has_se, plan_of
 from .data import UNREADABLE, name_of
 from .randomness import SAMPLE, kept_randomness, seed_all
 
-__all__ = ["changes", "check_same", "describe_data", "describe_run", "digest", "file_digest", "plain"]
+__all__ = ["check_same", "describe_data", "describe_run", "digest", "file_digest", "plain"]
 
 SAMPLES = 8  # items of a data set whose content is looked at
 DIGITS = 16  # of a hash, in hexadecimal
 SITE = ("path", "block", "kind", "after", "channels", "parameters", "channel_dim", "attention")  # not the edits
 
 
-def describe_run(model: nn.Module, train_data: Any, val_data: Any) -> dict[str, Any]:
+def describe_run(
+    model: nn.Module,
+    train_data: Any,
+    val_data: Any,
+    criterion: Any = None,
+    teacher: nn.Module | None = None,
+    distillation: tuple[float, float] = (0.5, 4.0),
+) -> dict[str, Any]:
     """All of an experiment but its config, as plain data that is equal for equal experiments."""
     plan, base = plan_of(model) if has_se(model) else None, Base.noted(model)
-    return {
+    named = getattr(criterion, "__qualname__", type(criterion).__qualname__)
+    described = {
         "network": type(model).__name__,
-        "base": None if base is None else {"library": base.library, "name": base.name, "arguments": plain(base.kwargs)},
+        "base": None if base is None else {"library": base.library, "name": base.name, "arguments": base.kwargs},
         "starting weights": weights_digest(model),
-        "SE options": None if plan is None else plain(dict(plan.options)),
-        "SE sites": None
-        if plan is None
-        else digest([{name: getattr(site, name) for name in SITE} for site in plan.sites]),
+        "SE options": None if plan is None else dict(plan.options),
+        "SE sites": None if plan is None else digest([{n: getattr(site, n) for n in SITE} for site in plan.sites]),
         "training data": describe_data(train_data),
         "validation data": None if val_data is None else describe_data(val_data),
+        "criterion": None if criterion is None else named,
+        "teacher": None,
     }
+    if isinstance(criterion, nn.Module):
+        described["criterion"] = f"{criterion} {weights_digest(criterion)}"
+    if teacher is not None:
+        described["teacher"] = {"weights": weights_digest(teacher), "distillation": distillation}
+    return dict(plain(described))
 
 
 def describe_data(data: Any) -> dict[str, Any]:
@@ -61,7 +74,7 @@ def describe_data(data: Any) -> dict[str, Any]:
     classes = getattr(data, "classes", None)
     if isinstance(classes, (list, tuple)):
         described["classes"] = digest([str(name) for name in classes])
-    if length and hasattr(data, "__getitem__") and not isinstance(data, IterableDataset):
+    if length and hasattr(data, "__getitem__"):
         if name_of(data, 0) != "item 0":
             # the last two parts of a path, CLASS/IMAGE: the data may have moved to another place
             described["names"] = digest(["/".join(Path(name_of(data, at)).parts[-2:]) for at in range(length)])
@@ -87,11 +100,10 @@ def _hash(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return digest([_hash(entry) for entry in value])
     if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {_bytes_digest(_raw(value))}"
-    if isinstance(value, Image.Image):
-        return f"{value.mode} {value.size} {_bytes_digest(value.tobytes())}"
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {value.shape} {_bytes_digest(value.tobytes())}"
+        return f"{value.dtype} {tuple(value.shape)} {_short(_raw(value))}"
+    if isinstance(value, (Image.Image, np.ndarray)):
+        pixels = np.asarray(value)
+        return f"{pixels.dtype} {pixels.shape} {_short(pixels.tobytes())}"
     return str(value) if isinstance(value, (bool, int, float, str, np.number)) else type(value).__name__
 
 
@@ -99,10 +111,9 @@ def weights_digest(model: nn.Module) -> str:
     """A hash of the state dict: names, shapes and bits."""
     total = hashlib.sha256()
     for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):  # what get_extra_state returned
-            continue
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(_raw(value))
+        if isinstance(value, Tensor):  # and not what get_extra_state returned
+            total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            total.update(_raw(value))
     return total.hexdigest()[:DIGITS]
 
 
@@ -111,7 +122,7 @@ def _raw(value: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
-def _bytes_digest(content: bytes) -> str:
+def _short(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:DIGITS]
 
 
@@ -122,15 +133,14 @@ def file_digest(file: Path) -> str:
         RetrofitError: it can't be read.
     """
     try:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()[:DIGITS]
+        return _short(file.read_bytes())
     except OSError as error:
         raise RetrofitError(f"{file} can't be read: {error.strerror or error}") from error
 
 
 def digest(value: Any) -> str:
     """A short hash of plain data."""
-    return _bytes_digest(json.dumps(value, sort_keys=True, default=str).encode())
+    return _short(json.dumps(value, sort_keys=True, default=str).encode())
 
 
 def plain(value: Any) -> Any:
@@ -141,17 +151,11 @@ def plain(value: Any) -> Any:
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What sets two descriptions apart, one text for each field that differs."""
     texts = []
-    for field in now:
-        before, after = saved.get(field), now[field]
-        if before == after:
-            continue
+    for field in [*now, *sorted(saved.keys() - now.keys())]:
+        before, after = saved.get(field), now.get(field)
         if isinstance(before, dict) and isinstance(after, dict):
-            texts += [
-                f"{field}, {key}: {before.get(key)!r} then, {after.get(key)!r} now"
-                for key in sorted(before.keys() | after.keys())
-                if before.get(key) != after.get(key)
-            ]
-        else:
+            texts += [f"{field}, {text}" for text in changes(before, after)]
+        elif before != after:
             texts.append(f"{field}: {before!r} then, {after!r} now")
     return texts
 

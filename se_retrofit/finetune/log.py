@@ -1,31 +1,33 @@
-"""What a person sees of a run, and the files that tell of it: a table, JSONL, CSV and a plot."""
+"""What a person sees of a run, and the files that tell of it: a table, JSONL, pictures, and what the gates did."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import json
-import math
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
+from ..attention import has_gates
 from ..errors import RetrofitError
+from ..inspection.gate_plots import plot_gates
+from ..inspection.gates import GateLogger, saturation_limits
 from ..saving.atomic import replaced_file
-from .config import FinetuneConfig
+from ..surgery.splice.undo import is_retrofitted
 from .data import Batch
-from .gates import draw_gates
-from .result import FinetuneResult
 
-__all__ = ["Log", "plot_curves"]
+__all__ = ["Log", "listening", "saturated_sites"]
 
-METRICS, CSV, UPDATES = "metrics.jsonl", "metrics.csv", "updates.jsonl"
-CURVES, GATES = "curves.png", "gates.png"
+METRICS, UPDATES, CURVES, GATES = "metrics.jsonl", "updates.jsonl", "curves.png", "gates.png"
 PLAIN_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar in
+MANY = 0.1  # of a site's gates that are saturated: it is named
 
 COLUMNS = {
     "epoch": ("epoch", "d"),
@@ -49,36 +51,29 @@ class Log:
     """Prints and writes for the main process; of the others only warnings are heard.
 
     In a terminal it draws a progress bar under the table; elsewhere it prints a line now and then.
+
+    Args:
+        output: the run's folder; None for none.
+        accelerator: of the run.
+        quiet: print nothing.
+        epochs, updates: how many epochs there are, and updates in each.
+        best_metric: by which the best epoch is chosen; None without validation data.
     """
 
     def __init__(
-        self, output: Path | None, *, epochs: int, updates: int, columns: list[str], rank: int = 0, quiet: bool = False
-    ) -> None:
-        self.output, self.epochs, self.updates, self.rank = output, epochs, updates, rank
-        self.columns = columns
-        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet or rank > 0)
+        self, output: Path | None, accelerator: Accelerator, *, quiet: bool = False, epochs: int = 0, updates: int = 0,
+        best_metric: str | None = None,
+    ) -> None:  # fmt: skip
+        self.rank = accelerator.process_index
+        self.output, self.epochs, self.updates = output if self.rank == 0 else None, epochs, updates
+        measured = [] if best_metric is None else dict.fromkeys(["val_loss", "val_accuracy", f"val_{best_metric}"])
+        memory = ["peak_memory_mb"] if accelerator.device.type == "cuda" else []
+        self.columns = [
+            "epoch", "train_loss", "train_accuracy", *measured, "lr", "images_per_second", "seconds", *memory
+        ]  # fmt: skip
+        self.console = Console(highlight=False, soft_wrap=True, quiet=quiet or self.rank > 0)
         self.bar: Progress | None = None
         self.shown = time.monotonic()
-
-    @classmethod
-    def of(
-        cls,
-        output: str | Path | None,
-        config: FinetuneConfig,
-        batches: int,
-        validates: bool,
-        accelerator: Accelerator,
-        quiet: bool,
-    ) -> Log:
-        """The log of a run, with the columns that it has."""
-        chosen_by = [f"val_{config.best_metric}"] if config.best_metric not in ("loss", "accuracy") else []
-        measured = ["val_loss", "val_accuracy", *chosen_by] if validates else []
-        memory = ["peak_memory_mb"] if accelerator.device.type == "cuda" else []
-        columns = ["epoch", "train_loss", "train_accuracy", *measured, "lr", "images_per_second", "seconds", *memory]
-        updates, folder = math.ceil(batches / config.grad_accum_steps), None if output is None else Path(output)
-        return cls(
-            folder, epochs=config.epochs, updates=updates, columns=columns, rank=accelerator.process_index, quiet=quiet
-        )
 
     def __enter__(self) -> Log:
         if self.console.is_terminal and not self.console.quiet:
@@ -97,30 +92,24 @@ class Log:
     def note(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def warn(self, text: str) -> None:
-        """What only this process knows."""
-        if self.rank == 0:
-            self.note(text)
-        else:
-            print(f"process {self.rank}: {text}", file=sys.stderr)
-
     def complain(self, batch: Batch) -> None:
-        """Name the images of a batch that could not be read."""
+        """Name the images of a batch that could not be read: only this process knows of them."""
         for complaint in batch.complaints:
-            self.warn(f"skipped an image that can't be read: {complaint}")
+            said = f"skipped an image that can't be read: {complaint}"
+            if self.rank == 0:
+                self.note(said)
+            else:
+                print(f"process {self.rank}: {said}", file=sys.stderr)
 
     def resume(self, updates: int) -> None:
         """Cut ``updates.jsonl`` back to what the checkpoint knows of."""
-        path = self._file(UPDATES)
-        if path is None or (updates and not path.exists()):
+        if self.output is None or (updates and not (self.output / UPDATES).exists()):
             return
-        kept = []
+        kept, path = [], self.output / UPDATES
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if updates else []:
-            try:
-                if json.loads(line)["update"] <= updates:
-                    kept.append(line)
-            except (KeyError, RecursionError, TypeError, ValueError):
-                continue  # the line that was being written when the run was killed
+            # not the line that was being written when the run was killed
+            with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
+                kept += [line] if json.loads(line)["update"] <= updates else []
         with replaced_file(path) as fresh:
             fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -130,8 +119,8 @@ class Log:
 
     def update(self, epoch: int, done: int, entry: dict[str, Any], accuracy: float) -> None:
         """One look at the loss: onto the bar (or a line), and into ``updates.jsonl``."""
-        path = self._file(UPDATES)
-        if path is not None:
+        if self.output is not None:
+            path = self.output / UPDATES
             try:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
@@ -141,12 +130,12 @@ class Log:
                 ) from error
         speed = f"{entry['images_per_second']:,.0f} images/s"
         figures = f"loss {entry['loss']:.4f}  acc {accuracy:.2%}  lr {entry['lr']:.2e}  {speed}"
+        where = f"epoch {epoch}/{self.epochs}"
         if self.bar is not None:
-            where = f"epoch {epoch}/{self.epochs}"
             self.bar.update(self.task, completed=entry["update"], description=where, figures=figures)
         elif time.monotonic() - self.shown > PLAIN_SECONDS and done < self.updates:
             self.shown = time.monotonic()
-            self.console.print(f"epoch {epoch}/{self.epochs}  update {done}/{self.updates}  {figures}", markup=False)
+            self.note(f"{where}  update {done}/{self.updates}  {figures}")
 
     def row(self, row: dict[str, Any]) -> None:
         """A finished epoch, as a row of the table."""
@@ -156,39 +145,21 @@ class Log:
             name, form = COLUMNS[column]
             value = row.get(column)
             cells.append(("" if value is None else format(value, form)).rjust(_width(name)))
-        self.console.print("  ".join(cells), markup=False)
+        self.note("  ".join(cells))
 
     def history(self, history: list[dict[str, Any]]) -> None:
         """Write all rows anew: a file that is cut short by a kill would be no table."""
-        metrics, table = self._file(METRICS), self._file(CSV)
-        if metrics is None or table is None:
-            return
-        with replaced_file(metrics) as fresh:
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-        with replaced_file(table) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(COLUMNS), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(history)
+        if self.output is not None:
+            with replaced_file(self.output / METRICS) as fresh:
+                fresh.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
 
     def pictures(self, history: list[dict[str, Any]]) -> None:
-        curves, gates = self._file(CURVES), self._file(GATES)
-        if curves is not None and gates is not None:
-            plot_curves(history, curves)
-            draw_gates(history, gates)
-
-    def summarise(self, result: FinetuneResult) -> None:
-        """The last lines: how good it became, and where it is."""
-        if result.best_accuracy is not None:
-            first = result.history[0].get("val_accuracy") if result.history[0]["epoch"] == 0 else None
-            before = f" (before training {first:.2%})" if first is not None else ""
-            self.note(f"best validation accuracy {result.best_accuracy:.2%} in epoch {result.best_epoch}{before}")
-        if result.stopped == "early stop":
-            self.note(f"stopped early, after epoch {result.history[-1]['epoch']}")
-        if result.directory is not None:
-            self.note(f"result: {result.directory} (load_retrofitted), curves and metrics beside it")
-
-    def _file(self, name: str) -> Path | None:
-        return self.output / name if self.output is not None and self.rank == 0 else None
+        if self.output is not None:
+            plot_curves(history, self.output / CURVES)
+            epochs = {row["epoch"]: row["gates"] for row in history if row.get("gates")}
+            if epochs:
+                with replaced_file(self.output / GATES) as fresh:
+                    plot_gates(epochs, fresh)
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
@@ -213,3 +184,42 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
 
 def _width(name: str) -> int:
     return max(len(name), 8)
+
+
+# Gates
+
+
+@contextlib.contextmanager
+def listening(model: nn.Module, wanted: bool = True) -> Iterator[GateLogger | None]:
+    """Gather the gates of a network while it is evaluated; None where it has none."""
+    if not wanted or not any(is_retrofitted(module) and has_gates(module) for module in model.modules()):
+        yield None
+        return
+    with GateLogger(model) as gates:
+        yield gates
+
+
+def log_gates(gates: GateLogger, trackers: Sequence[Any], step: int) -> dict[str, dict[str, Any]]:
+    """Send the gates to TensorBoard, where it tracks the run, as histograms; what is left is for the row of the epoch."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            gates.write(tracker.writer, step)
+    return {path: seen.quartiles() for path, seen in gates.summary().items()}
+
+
+def saturated_sites(gates: GateLogger | None) -> dict[str, float]:
+    """The sites of which more than a tenth of the gates are saturated, with that share."""
+    summary = {} if gates is None else gates.summary()
+    return {path: seen.saturated for path, seen in summary.items() if seen.saturated > MANY}
+
+
+def news_of_saturation(model: nn.Module, history: Sequence[Mapping[str, Any]]) -> str:
+    """A warning that names the sites that are saturated in the last epoch and were in none before; empty where none are."""
+    *before, row = history
+    told = {path for earlier in before for path in earlier.get("saturated", {})}
+    sites: dict[tuple[float, float], list[str]] = {}
+    for path, share in row.get("saturated", {}).items():
+        if path not in told:
+            sites.setdefault(saturation_limits(model.get_submodule(path)), []).append(f"{path} ({share:.0%})")
+    beyond = "; ".join(f"{', '.join(named)} below {low:g} or above {high:g}" for (low, high), named in sites.items())
+    return f"gates are saturated, and hardly learn any more: {beyond}. Lower lr or se_lr_scale" if sites else ""

@@ -1,4 +1,4 @@
-"""The parts of a network that a fine-tune treats apart: the SE modules and the head; and its state as a whole."""
+"""The parts of a network that a fine-tune treats apart, which of them are trained in which epoch, and its state as a whole."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ..attention import Inserted
 from ..errors import RetrofitError, check_module
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
+from .config import FinetuneConfig
 
-__all__ = [
-    "as_found",
-    "head_of",
-    "new_head",
-]
+__all__ = ["as_found", "head_of", "new_head"]
 
 TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # of torchvision's GoogLeNet and Inception
@@ -47,6 +45,14 @@ def check_network(model: Any) -> None:
         )
 
 
+def count(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+# SE and the head
+
+
 def se_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, Inserted)]
 
@@ -61,6 +67,22 @@ def head_of(model: nn.Module) -> list[nn.Module]:
         heads = list(found) if isinstance(found, (tuple, list)) else [found]
         return [head for head in heads if isinstance(head, nn.Module) and any(True for _ in head.parameters())]
     return [model.get_submodule(path) for path in _head_paths(model)]
+
+
+def _head_paths(model: nn.Module) -> list[str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for attribute in TORCHVISION_HEADS:
+        inside = [path for path in modules if path == attribute or path.startswith(f"{attribute}.")]
+        layers = [path for path in inside if isinstance(modules[path], (nn.Linear, nn.Conv2d))]
+        if layers:
+            return [layers[-1], *(path for path in AUXILIARY_HEADS if path in modules)]
+    return []
+
+
+def head_size(model: nn.Module) -> int | None:
+    """Number of classes that the head computes, where it tells."""
+    sizes = [getattr(head, name, None) for head in head_of(model) for name in ("out_features", "out_channels")]
+    return next((size for size in [*sizes, getattr(model, "num_classes", None)] if isinstance(size, int)), None)
 
 
 def new_head(model: nn.Module, num_classes: int) -> None:
@@ -91,45 +113,11 @@ def new_head(model: nn.Module, num_classes: int) -> None:
         )
     else:
         for path in paths:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, _resized(model.get_submodule(path), num_classes))
+            model.set_submodule(path, _resized(model.get_submodule(path), num_classes))
         if isinstance(getattr(model, "num_classes", None), int):
             model.num_classes = num_classes  # type: ignore[assignment]
     if base is not None:
         replace(base, kwargs={**base.kwargs, "num_classes": num_classes}).note(model)
-
-
-def head_size(model: nn.Module) -> int | None:
-    """Number of classes that the head computes, where it tells."""
-    for head in head_of(model):
-        size = getattr(head, "out_features", getattr(head, "out_channels", None))
-        if isinstance(size, int):
-            return size
-    size = getattr(model, "num_classes", None)
-    return size if isinstance(size, int) else None
-
-
-def _head_paths(model: nn.Module) -> list[str]:
-    for attribute in TORCHVISION_HEADS:
-        part = getattr(model, attribute, None)
-        if isinstance(part, nn.Module):
-            layers = [
-                path
-                for path, layer in part.named_modules(prefix=attribute)
-                if isinstance(layer, (nn.Linear, nn.Conv2d))
-            ]
-            if layers:
-                auxiliary = [path for path in AUXILIARY_HEADS if _reaches(model, path)]
-                return [layers[-1], *auxiliary]
-    return []
-
-
-def _reaches(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _resized(layer: nn.Module, outputs: int) -> nn.Module:
@@ -139,6 +127,60 @@ def _resized(layer: nn.Module, outputs: int) -> nn.Module:
     assert isinstance(layer, nn.Conv2d)
     size, bias = layer.kernel_size, layer.bias is not None
     return nn.Conv2d(layer.in_channels, outputs, size, layer.stride, layer.padding, bias=bias, **where)  # type: ignore[arg-type]
+
+
+# What is trained, in which epoch; the rest is frozen, running statistics included
+
+
+def trained_in(config: FinetuneConfig, epoch: int | None) -> str:
+    """The part that is trained in an epoch (from 0), as ``config.trainable`` names it; with None all that would be trained
+    sooner or later, if the run were to go on."""
+    unfrozen = config.unfreeze_epoch is not None and (epoch is None or epoch + 1 >= config.unfreeze_epoch)
+    return "all" if unfrozen else config.trainable
+
+
+def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
+    """The modules that ``part`` names.
+
+    Raises:
+        RetrofitError: there is nothing of that kind in the network.
+    """
+    if part == "all":
+        return [model]
+    modules, heads = se_modules(model), head_of(model)
+    if not modules:
+        raise RetrofitError(
+            f'trainable="{part}" needs SE modules, and this {type(model).__name__} has none; retrofit it first: '
+            "model = add_se(model)"
+        )
+    if part == "se+head" and not heads:
+        raise RetrofitError(f'trainable="se+head": no head found in {type(model).__name__}; take "se" or "all"')
+    return modules if part == "se" else modules + heads
+
+
+def choose_trainable(model: nn.Module, part: str, given: dict[str, bool]) -> None:
+    """Set ``requires_grad``: of SE and the head where ``part`` names them; of the whole network as ``given``."""
+    chosen = {id(p) for module in trained_parts(model, part) for p in module.parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(given.get(name, True) if part == "all" else id(parameter) in chosen)
+
+
+def set_modes(model: nn.Module, part: str, freeze_bn: bool) -> None:
+    """Training mode, but for what is to stay as it is.
+
+    What is frozen and keeps buffers (running statistics, power iterations) is in eval mode, so that they stay bit for
+    bit; ``freeze_bn`` does it to the norms everywhere.
+    """
+    model.train()
+    chosen = {id(m) for module in trained_parts(model, part) for m in module.modules()}
+    for module in model.modules():
+        own = dict(module.named_buffers(recurse=False))
+        statistics = isinstance(module, _NormBase) or any(name.startswith("running_") for name in own)
+        if (own and id(module) not in chosen) or (freeze_bn and statistics):
+            module.eval()
+
+
+# The state of a whole network
 
 
 @contextlib.contextmanager
@@ -185,13 +227,3 @@ def to_device(model: nn.Module, device: torch.device) -> None:
         for value in (*model.parameters(), *model.buffers()):
             if (layout := layout_of(value, device)) is not torch.preserve_format:
                 value.data = value.data.to(memory_format=layout)
-
-
-def count(model: nn.Module, trainable: bool = False) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
-
-
-def kept_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the state dict on the CPU."""
-    return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}

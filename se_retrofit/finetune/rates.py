@@ -15,7 +15,6 @@ from torch import nn
 
 from ..errors import RetrofitError, brief
 from ..paths import save_figure
-from ..tables import aligned
 from .config import FinetuneConfig
 from .criteria import Criterion
 from .data import Batch
@@ -29,7 +28,6 @@ FEWEST_STEPS = 10
 DIVERGED = 4.0  # times the lowest loss: the ramp ends there
 MEMORY = 0.8  # of the running mean by which that is seen
 LEAST_FALL = 0.02  # of the loss, for a suggestion
-LINES = 20  # of the table
 
 
 @dataclass(frozen=True)
@@ -51,19 +49,12 @@ class LearningRates:
     diverged: bool
 
     def __str__(self) -> str:
-        shown = {round(i * (len(self.rates) - 1) / (LINES - 1)) for i in range(LINES)}
-        if self.suggestion is not None:
-            shown.add(self.rates.index(self.suggestion))
-        rows = [("lr", "loss", "smoothed", "")]
-        for at in sorted(shown):
-            note = "<- steepest" if self.rates[at] == self.suggestion else ""
-            rows.append((f"{self.rates[at]:.2e}", f"{self.losses[at]:.4f}", f"{self.smoothed[at]:.4f}", note))
-        end = " (the loss diverged)" if self.diverged else ""
+        tried = f"up to {self.rates[-1]:.2e}{' (the loss diverged)' if self.diverged else ''}"
         if self.suggestion is None:
-            verdict = f"no suggestion: the loss hardly fell up to {self.rates[-1]:.2e}{end}"
-        else:
-            verdict = f"suggested lr: {self.suggestion:.2e}, where the loss falls fastest; tried up to {self.rates[-1]:.2e}{end}"
-        return "\n".join([*aligned(rows, left=0, rule=True), verdict])
+            return f"no suggestion: the loss hardly fell {tried}"
+        at = self.rates.index(self.suggestion)
+        fell = f"from {self.losses[0]:.4f} to {self.losses[at]:.4f}"
+        return f"suggested lr: {self.suggestion:.2e}, where the loss falls fastest, {fell} there; tried {tried}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
@@ -113,12 +104,10 @@ def find_lr(
 
     Args:
         model: the network; it is copied and not changed.
-        train_data: as for ``finetune``.
         config: the recipe; its ``lr``, schedule and average of weights play no part.
-        lowest: the rate of the first step.
-        highest: the rate of the last step, where the loss does not diverge before.
+        lowest, highest: the rates of the first step and of the last, where the loss does not diverge before.
         steps: how many there are, each an update; short data is passed through several times.
-        criterion, teacher, distillation: as for ``finetune``.
+        train_data, criterion, teacher, distillation: as for ``finetune``.
 
     Returns:
         The loss at each rate, and the suggestion.
@@ -129,9 +118,8 @@ def find_lr(
 
     Example:
         >>> import timm
-        >>> from se_retrofit import add_se
         >>> from se_retrofit.finetune import FinetuneConfig, find_lr, load_data
-        >>> model = add_se(timm.create_model("resnet10t", num_classes=10))
+        >>> model = timm.create_model("test_resnet", num_classes=10)
         >>> config = FinetuneConfig(batch_size=16)
         >>> found = find_lr(model, load_data("digits", image_size=8).val, config=config, steps=20)
         >>> config = config.replace(lr=found.suggestion or config.lr)
@@ -144,15 +132,9 @@ def find_lr(
     # The rates are set here, step by step; nothing is averaged, tracked or written, and no epoch is the best
     recipe = config.replace(schedule="none", schedule_options={}, ema_decay=None, trackers=(), patience=None)
     job = Job(
-        model,
-        train_data,
-        None,
-        recipe,
-        quiet=True,
-        criterion=criterion,
-        teacher=teacher,
+        model, train_data, None, recipe, quiet=True, criterion=criterion, teacher=teacher,
         distillation=distillation,
-    )
+    )  # fmt: skip
     check(job)
     with started(replace(job, model=copy.deepcopy(model))) as run:
         begin_epoch(run, 0)

@@ -1,4 +1,4 @@
-"""A fine-tune that is under way: all that its loop, its evaluation and its checkpoints share."""
+"""A fine-tune that is under way: all that its loop, its evaluation and its checkpoints share; and what it comes to."""
 
 from __future__ import annotations
 
@@ -6,35 +6,85 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
+from ..tables import as_html
 from .callbacks import Callback, Callbacks, Facts
-from .checkpoint import Folder, Progress
+from .checkpoint import Folder, Progress, has_checkpoint
 from .config import FinetuneConfig
-from .data import Batch, Stream
-from .engine import Forward
-from .form import TrainingForm
-from .freezing import choose_trainable, trained_in
-from .groups import group_summary
+from .criteria import Losses
+from .data import Stream
+from .engine import Forward, TrainingForm
+from .learning import Learning, group_summary
 from .log import Log
-from .optimizing import Learning
-from .parts import count, kept_state, layout_of
-from .result import FinetuneResult
+from .parts import choose_trainable, count, trained_in
 
-__all__ = ["Epoch", "Run", "Stopped", "placed", "share"]
+__all__ = ["Epoch", "FinetuneResult", "Run", "Stopped"]
 
 
 class Stopped(Exception):
     """A fine-tune ended early because its ``stop`` was set."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tune came to.
+
+    Attributes:
+        model: the network that was given, with the weights of the best epoch (the last, without validation data).
+        history: a row for each epoch, as in ``metrics.jsonl``; row 0 is the evaluation before any step.
+        best_epoch: the epoch that was best by the config's ``best_metric``, from 1; None without validation data.
+        best_score: the value of that metric then.
+        best_accuracy: the validation accuracy then.
+        stopped: ``"epochs"`` when all were run, ``"early stop"`` when it no longer became better.
+        directory: ``output_dir/best``, which ``load_retrofitted`` loads; None where nothing was written.
+        updates: how often the weights changed.
+        step_seconds: median time of an update, loading included; None for runs too short to tell.
+        parameters: of the network.
+        trained_parameters: those of them that were trained in the end.
+        groups: of the optimizer: name, part of the learning rate, weight decay and number of tensors of each.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    best_accuracy: float | None
+    best_score: float | None
+    best_epoch: int | None
+    stopped: str
+    directory: Path | None
+    updates: int
+    step_seconds: float | None
+    parameters: int
+    trained_parameters: int
+    groups: list[dict[str, Any]]
+
+    def _repr_html_(self) -> str:
+        names = dict.fromkeys(k for row in self.history for k, value in row.items() if isinstance(value, (int, float)))
+        rows = [["" if name not in row else f"{row[name]:.4g}" for name in names] for row in self.history]
+        return as_html(
+            [list(names), *rows], left=0, above=f"{type(self.model).__name__}, fine-tuned", below=[str(self)]
+        )
+
+    def __str__(self) -> str:
+        """How good it became, and where it is."""
+        lines = []
+        if self.best_accuracy is not None:
+            first = self.history[0].get("val_accuracy") if self.history[0]["epoch"] == 0 else None
+            before = f" (before training {first:.2%})" if first is not None else ""
+            lines.append(f"best validation accuracy {self.best_accuracy:.2%} in epoch {self.best_epoch}{before}")
+        if self.stopped == "early stop":
+            lines.append(f"stopped early, after epoch {self.history[-1]['epoch']}")
+        if self.directory is not None:
+            lines.append(f"result: {self.directory} (load_retrofitted), curves and metrics beside it")
+        return "\n".join(lines)
 
 
 @dataclass
@@ -65,7 +115,8 @@ class Run:
         model: the caller's network; ``network`` is what is called in training, wrapped for devices and processes.
         wanted: the network's own ``requires_grad`` flags.
         train, val: this process's batches.
-        learning: the optimizer, the loss and what else the network learns by; ``optimizer`` is wrapped by Accelerate.
+        learning: the optimizer and what else the network learns by; ``optimizer`` is wrapped by Accelerate.
+        losses: what is minimised.
         form: the classes that modules have during a training step.
         folder: where it is kept, None for nowhere.
         stop: the run ends after a checkpoint once this is set.
@@ -81,6 +132,7 @@ class Run:
     train: Stream
     val: Stream | None
     learning: Learning
+    losses: Losses
     form: TrainingForm
     folder: Folder | None
     log: Log
@@ -114,8 +166,11 @@ class Run:
         """Train this part of the network from here on. The wrappers are made anew: DDP must know what is trained."""
         self.trained = trained
         choose_trainable(self.model, trained, self.wanted)
-        self.accelerator.free_memory()
+        if hasattr(self, "network"):
+            self.accelerator.free_memory()
         self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.learning.optimizer)
+
+    # What is kept of it
 
     def keep_checkpoint(self) -> None:
         """Write ``last/``, once all weights are seen to be finite."""
@@ -133,55 +188,10 @@ class Run:
 
     def keep_best(self) -> None:
         """Write ``best/``, and keep its weights in memory."""
-        self.best_weights = kept_state(self.tested)
+        state = self.tested.state_dict()
+        self.best_weights = {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
         if self.folder is not None and self.rank == 0:
             self.folder.save_best(self.tested)
-
-    # What ends it
-
-    def leave(self, *, with_checkpoint: bool = True) -> NoReturn:
-        """End the run because it was told to stop; with a checkpoint where its data can go on within an epoch."""
-        if with_checkpoint and self.train.resumes_within:
-            self.keep_checkpoint()
-        there = self.folder is not None and self.folder.has_checkpoint()
-        said = f"stopped; {self.folder.last} is complete, and resume goes on from it" if there else "stopped"  # type: ignore[union-attr]
-        self.log.note(said)
-        raise Stopped(said)
-
-    def check_losses(self, losses: list[float]) -> None:
-        """Raise where one of the last updates had a loss that is not finite."""
-        for behind, loss in enumerate(reversed(losses)):
-            if not math.isfinite(loss):
-                self._diverged(f"the loss became {loss}", behind)
-
-    def check_weights(self) -> None:
-        """Raise where a weight is no longer finite: a loss can be, and its gradient not; what is written must be good."""
-        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                self._diverged(f"{name} is no longer finite", 0)
-
-    def _diverged(self, what: str, behind: int) -> NoReturn:
-        progress, step = self.progress, self.progress.step - behind
-        there = self.folder is not None and self.folder.has_checkpoint()
-        kept = f" The last good checkpoint is {self.folder.last}." if there else ""  # type: ignore[union-attr]
-        raise RetrofitError(
-            f"{what} in epoch {progress.epoch + 1 if step else progress.epoch}, update {progress.updates - behind}"
-            f"{f' (number {step} of the epoch)' if step else ''}. "
-            f"Try a lower lr, clip_grad, a longer warmup, or precision fp32.{kept}"
-        )
-
-    def tell(self, callback: Callback | None, epoch: int, loss: Tensor | None = None) -> None:
-        """Call the caller's function for an event, where there is one."""
-        if callback is None:
-            return
-        rows = tuple(MappingProxyType(dict(row)) for row in self.progress.history)
-        output = None if self.folder is None else self.folder.path
-        callback(
-            Facts(
-                self.model, self.tested, epoch, self.config.epochs, self.progress.updates, self.lr, loss, rows, output,
-                self.rank,
-            )
-        )  # fmt: skip
 
     def result(self) -> FinetuneResult:
         """The network with its best weights, and what is told of the run."""
@@ -211,16 +221,49 @@ class Run:
         if self.step_times:
             self.progress.step_seconds = statistics.median(self.step_times)
 
+    # What ends it
 
-def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The images and targets of a batch on the device."""
-    images = batch.images.to(device, non_blocking=True, memory_format=layout_of(batch.images, device))
-    targets = batch.targets if batch.targets.dim() == 1 else batch.targets.float()
-    return images, targets.to(device, non_blocking=True)
+    def leave(self, *, with_checkpoint: bool = True) -> NoReturn:
+        """End the run because it was told to stop; with a checkpoint where its data can go on within an epoch."""
+        if with_checkpoint and self.train.resumes_within:
+            self.keep_checkpoint()
+        said = f"stopped{self._kept('; {} is complete, and resume goes on from it')}"
+        self.log.note(said)
+        raise Stopped(said)
 
+    def check_losses(self, losses: list[float]) -> None:
+        """Raise where one of the last updates had a loss that is not finite."""
+        for behind, loss in enumerate(reversed(losses)):
+            if not math.isfinite(loss):
+                self._diverged(f"the loss became {loss}", behind)
 
-@torch.no_grad()
-def share(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the values that the main one has."""
-    for tensor in tensors:
-        tensor.copy_(broadcast(tensor.clone()))
+    def check_weights(self) -> None:
+        """Raise where a weight is no longer finite: a loss can be, and its gradient not; what is written must be good."""
+        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                self._diverged(f"{name} is no longer finite", 0)
+
+    def _diverged(self, what: str, behind: int) -> NoReturn:
+        progress, step = self.progress, self.progress.step - behind
+        raise RetrofitError(
+            f"{what} in epoch {progress.epoch + 1 if step else progress.epoch}, update {progress.updates - behind}"
+            f"{f' (number {step} of the epoch)' if step else ''}. Try a lower lr, clip_grad, a longer warmup, or precision "
+            f"fp32.{self._kept(' The last good checkpoint is {}.')}"
+        )
+
+    def _kept(self, sentence: str) -> str:
+        """The sentence with the checkpoint's folder in it; nothing where there is none."""
+        folder = self.folder
+        return sentence.format(folder.last) if folder is not None and has_checkpoint(folder.path) else ""
+
+    def tell(self, callback: Callback | None, epoch: int, loss: Tensor | None = None) -> None:
+        """Call the caller's function for an event, where there is one."""
+        if callback is None:
+            return
+        rows = tuple(MappingProxyType(dict(row)) for row in self.progress.history)
+        output = None if self.folder is None else self.folder.path
+        facts = Facts(
+            self.model, self.tested, epoch, self.config.epochs, self.progress.updates, self.lr, loss, rows, output,
+            self.rank,
+        )  # fmt: skip
+        callback(facts)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,17 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from .callbacks import Callbacks
 from .config import FinetuneConfig
-from .criteria import Criterion, checked_loss, distillation_loss
+from .criteria import Criterion
 from .data import Batch, Stream
-from .engine import called, logits_of
+from .engine import called, logits_of, placed, share
 from .evaluation import check_targets, hits, measure
-from .freezing import set_modes, trained_in
-from .gates import listening, log_gates, news_of_saturation, saturated_sites
-from .parts import count
+from .log import listening, log_gates, news_of_saturation, saturated_sites
+from .parts import count, set_modes, trained_in
 from .randomness import UPDATE, seed_all
-from .result import FinetuneResult
-from .run import Epoch, Run, placed, share
+from .run import Epoch, FinetuneResult, Run
 from .setup import Job, check, started
 
 __all__ = ["finetune"]
-
-AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's and Inception's auxiliary losses, as in the papers
 
 
 def finetune(
@@ -56,25 +52,20 @@ def finetune(
 
     Args:
         model: the network; it ends on the device that it was trained on.
-        train_data: a Dataset of (image, class) pairs, or a DataLoader. A class is a number, or a vector: soft labels, or
-            0 and 1 with the config's ``multi_label``. A Dataset's PIL images get the transforms of the
-            network's own config (size, mean, std, interpolation); tensors are taken as they are.
+        train_data: a Dataset of (image, class) pairs, or a DataLoader; a class is a number, or a vector. A Dataset's PIL
+            images get the transforms of the network's own config; tensors are taken as they are.
         val_data: the same, for validation; without it the last epoch is the result.
         config: the recipe.
         output_dir: folder for checkpoints, result, metrics and curves; None writes nothing.
-        resume: go on from the checkpoint in ``output_dir``; where there is none yet, start. The network with its
-            starting weights, its SE, the data and the config must be those that the run began with.
-        command: what ``run.yaml`` is to hold besides, as plain data; the command line writes its options there.
+        resume: go on from the checkpoint in ``output_dir``, where there is one, with the same network, data and config.
+        command: what ``run.yaml`` is to hold besides, as plain data.
         quiet: print nothing.
-        criterion: a loss of your own, a function or module of ``(logits, targets)`` that returns the mean; None for the
-            config's. It must not have parameters. The validation loss is cross-entropy (binary with ``multi_label``) all
-            the same.
-        teacher: a network for the same classes, whose answers to the same images are learned, too. It is moved to the device and
-            not changed.
+        criterion: a loss of your own, a function of ``(logits, targets)`` that returns the mean; the validation loss is
+            cross-entropy all the same.
+        teacher: a network for the same classes, whose answers to the same images are learned, too; it is not changed.
         distillation: the teacher's part in the loss, and the temperature by which the logits of both are divided.
-        callbacks: functions of yours, called after each update, evaluation and epoch; not part of the experiment.
-        stop: once it is set, by a signal handler or another thread, the run finishes the update under way, writes a checkpoint
-            and raises ``Stopped``.
+        callbacks: functions of yours; not part of the experiment.
+        stop: once it is set, the run finishes the update under way, writes a checkpoint and raises ``Stopped``.
 
     Returns:
         The network and its history.
@@ -84,16 +75,6 @@ def finetune(
             (the message names what differs); an image can't be read; the loss is no longer finite.
         TypeError: an argument is of the wrong type.
         Stopped: ``stop`` was set.
-
-    Example:
-        >>> import timm
-        >>> from se_retrofit import add_se
-        >>> from se_retrofit.finetune import FinetuneConfig, finetune, load_data
-        >>> model = add_se(timm.create_model("resnet10t", num_classes=10))
-        >>> data = load_data("digits", image_size=8)
-        >>> result = finetune(model, data.val, data.val, config=FinetuneConfig(epochs=1), quiet=True)
-        >>> len(result.history)
-        2
     """
     job = Job(
         model, train_data, val_data, FinetuneConfig() if config is None else config, output_dir, resume, command, quiet,
@@ -140,7 +121,7 @@ def train_epoch(run: Run, epoch: Epoch) -> None:
     for batches in windows(run.train.batches(epoch.number, start), run.config.grad_accum_steps):
         last = run.progress.step == run.updates_per_epoch - 1
         unheard = run.val is None and not run.config.compile  # compiled code would not be heard
-        with listening(run.model) if last and unheard else contextlib.nullcontext() as gates:
+        with listening(run.model, last and unheard) as gates:
             tally = update(run, batches)
         if gates is not None:  # without a validation, what saturated gates there are is found in the last update
             epoch.saturated = saturated_sites(gates)
@@ -165,7 +146,7 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
         run.log.complain(batch)
         last = number == len(batches) - 1
         # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
-        with run.form, contextlib.nullcontext() if last else run.accelerator.no_sync(run.network):
+        with run.form, run.accelerator.no_sync(run.network) if not last else nullcontext():
             loss, correct = loss_of(run, batch)
             run.accelerator.backward(loss / len(batches))
         seen = torch.full_like(correct, len(batch.targets))
@@ -193,14 +174,11 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, labels = mixed(run.learning.mixup, images, targets)
     logits, auxiliary = called(run.network, inputs)
     check_targets(batch, logits.shape[1], run.config.multi_label)
-    loss = checked_loss(run.learning.criterion(logits, labels))
-    for more in auxiliary:
-        loss = loss + AUXILIARY_WEIGHT * checked_loss(run.learning.criterion(more, labels))
-    if run.learning.teacher is not None:
+    taught = None
+    if run.losses.teacher is not None:
         with torch.no_grad(), run.accelerator.autocast():
-            taught, _ = logits_of(run.learning.teacher(inputs))
-        part, temperature = run.learning.distillation
-        loss = (1 - part) * loss + part * distillation_loss(logits, taught, temperature, run.config.multi_label)
+            taught, _ = logits_of(run.losses.teacher(inputs))
+    loss = run.losses(logits, auxiliary, labels, taught)
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
 
 
@@ -276,7 +254,7 @@ def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
     is to stop, after a checkpoint of the last update: what is resumed begins with the evaluation."""
     network = run.network if run.learning.ema is None else run.learning.ema.module
     with listening(run.tested) as gates:
-        found = measure(network, data, run.accelerator, run.config, run.log, stop=run.stop)
+        found = measure(network, data, run.accelerator, run.config.multi_label, run.log, stop=run.stop)
     if found is None:
         run.leave()
     scores: dict[str, Any] = {f"val_{name}": value for name, value in found.scores().items()}
@@ -367,6 +345,7 @@ def finish(run: Run) -> FinetuneResult:
     result = run.result()
     run.log.history(run.progress.history)
     run.log.pictures(run.progress.history)
-    run.log.summarise(result)
+    for line in str(result).splitlines():
+        run.log.note(line)
     run.tell(run.callbacks.after_training, run.progress.epoch)
     return result

@@ -10,7 +10,7 @@ import torchvision
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from ..errors import RetrofitError
 from ..models import IMAGES, Base
@@ -80,17 +80,13 @@ def note_images(model: nn.Module, data: Any, config: FinetuneConfig) -> None:
     if not gives_images(data):
         vars(model).pop(IMAGES, None)
         return
-    vars(model)[IMAGES] = {
-        **_settings(model, config),
-        "classes": class_names_of(data),
-        "multi_label": config.multi_label,
-    }
+    told = {"classes": class_names_of(data), "multi_label": config.multi_label}
+    vars(model)[IMAGES] = {**_settings(model, config.image_size), **told}
 
 
 def check_classes(model: nn.Module, data: Any) -> None:
     """Raise where the data numbers its classes otherwise than the data that the network was fine-tuned on."""
-    differing = other_classes(model, data)
-    if differing:
+    if differing := other_classes(model, data):
         raise RetrofitError(
             f"{differing}; their numbers must agree: give data with the same classes (a folder for each, even if it is empty)"
         )
@@ -111,7 +107,7 @@ def _few(names: list[str]) -> str:
 
 def gives_images(data: Any) -> bool:
     """Whether the items of a data set are PIL images, which go through the transform."""
-    if isinstance(data, (DataLoader, IterableDataset, TensorDataset)):
+    if isinstance(data, (DataLoader, TensorDataset)):
         return False
     for index in range(min(len(data), MOST_REPLACEMENTS)):
         try:
@@ -138,7 +134,7 @@ def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> 
     augmentation. Where the network does not tell them, ImageNet's usual ones."""
     augmentation = {**AUGMENTATION, **config.transform_options} if train else {}
     try:
-        return _transform(_settings(model, config), is_training=train, **augmentation)
+        return _transform(_settings(model, config.image_size), is_training=train, **augmentation)
     except (AssertionError, TypeError, ValueError) as error:
         raise RetrofitError(
             f"timm makes no transform with transform_options={config.transform_options}: {error}"
@@ -164,34 +160,23 @@ class Prepared:
         return self.transform(image if image.mode == self.mode else image.convert(self.mode))
 
 
-def _settings(model: nn.Module, config: FinetuneConfig) -> dict[str, Any]:
+def _settings(model: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Size, mean and the like, as plain data."""
-    own = _for_channels(
-        {name: value for name, value in _own_settings(model).items() if name in SETTINGS}, channels_of(model)
-    )
-    if config.image_size is not None:
-        own["input_size"] = (own["input_size"][0], config.image_size, config.image_size)
+    own = {name: value for name, value in _own_settings(model).items() if name in SETTINGS}
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels, *size = own["input_size"]
+    if convolution is not None and convolution.in_channels == 1 < channels:
+        # the network was built for one channel, and its config tells of three
+        own |= {name: [sum(own[name]) / len(own[name])] for name in ("mean", "std")}
+        channels = 1
+    own["input_size"] = [channels, *(size if image_size is None else (image_size, image_size))]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
 
 
-def channels_of(model: nn.Module) -> int | None:
-    """How many channels the first convolution takes; None where there is none."""
-    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-
-
-def _for_channels(settings: dict[str, Any], channels: int | None) -> dict[str, Any]:
-    """The settings for grey images, where the network was built for one channel and its config tells of three."""
-    if channels != 1 or settings["input_size"][0] == 1:
-        return settings
-    grey = {name: [sum(settings[name]) / len(settings[name])] for name in ("mean", "std")}
-    return {**settings, **grey, "input_size": [1, *settings["input_size"][1:]]}
-
-
 def _own_settings(model: nn.Module) -> dict[str, Any]:
-    noted = vars(model).get(IMAGES)
+    noted, config = vars(model).get(IMAGES), getattr(model, "pretrained_cfg", None)
     if noted is not None:
         return dict(noted)
-    config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and config:
         return dict(resolve_data_config({}, pretrained_cfg=config))
     default = dict(resolve_data_config({"input_size": (3, 224, 224)}))

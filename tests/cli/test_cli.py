@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,10 @@ from networks import se_modules
 from torch import nn
 from typer.testing import CliRunner, Result
 
-import se_retrofit.cli.add as command
 from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted
 from se_retrofit.cli import main
 from se_retrofit.cli.commands import app
-from se_retrofit.cli.options import RECIPE_FIELDS, recipe_fields
+from se_retrofit.cli.options import recipe_fields
 from se_retrofit.finetune import FinetuneConfig
 from se_retrofit.models import Base
 
@@ -47,7 +47,7 @@ def test_convert_finds_out_that_a_network_is_not_the_same(monkeypatch: pytest.Mo
         retrofitted.fc.register_forward_hook(lambda module, args, output: output + 1e-6)
         return retrofitted
 
-    monkeypatch.setattr(command, "add_se", broken)
+    monkeypatch.setattr("se_retrofit.retrofit.add_se", broken)
     result = run("add", SMALL)
     assert result.exit_code == 1
     assert "different, by" in result.output
@@ -62,7 +62,7 @@ def test_convert_finds_out_that_se_takes_no_part(monkeypatch: pytest.MonkeyPatch
                 module.forward = lambda x: x  # type: ignore[method-assign]
         return retrofitted
 
-    monkeypatch.setattr(command, "add_se", idle)
+    monkeypatch.setattr("se_retrofit.retrofit.add_se", idle)
     result = run("add", SMALL)
     assert result.exit_code == 1
     assert "SE takes no part" in result.output
@@ -75,45 +75,35 @@ def test_a_sigmoid_gate_is_said_to_be_no_identity() -> None:
     assert "not the same function, as expected" in result.output
 
 
-def test_modules_that_a_user_names_get_se_alone_or_beside_the_blocks() -> None:
-    alone = run("add", SMALL, "--at", "maxpool", "--at", "layer1.0.conv1").output
-    assert "2 SE modules" in alone
-    beside = run("add", SMALL, "--at", "maxpool", "--auto").output
-    assert "5 SE modules" in beside
-    assert "maxpool" in beside
+@pytest.mark.parametrize(
+    ("options", "sites", "there", "not_there"),
+    [
+        (["--at", "maxpool", "--at", "layer1.0.conv1"], 2, "maxpool", "layer2.0  residual"),
+        (["--at", "maxpool", "--auto"], 5, "layer2.0", "nothing"),
+        (["--reduction", "2", "--include", "layer1.*", "--include", "layer2.*"], 2, "layer2.0", "layer4.0  residual"),
+        (["--exclude", "layer4.*"], 3, "layer3.0  residual", "layer4.0  residual"),
+    ],
+)
+def test_options_reach_the_retrofit(options: list[str], sites: int, there: str, not_there: str) -> None:
+    said = run("add", SMALL, *options).output
+    assert f"{sites} SE modules" in said
+    assert there in said
+    assert not_there not in said
 
 
-def test_options_reach_the_retrofit() -> None:
-    everything = run("add", SMALL, "--reduction", "2").output
-    assert "layer4.0" in everything
-    part = run("add", SMALL, "--reduction", "2", "--include", "layer1.*", "--include", "layer2.*").output
-    assert "layer2.0" in part
-    assert "layer4.0  residual" not in part
-    rest = run("add", SMALL, "--exclude", "layer4.*").output
-    assert "layer4.0  residual" not in rest
-    assert "layer3.0  residual" in rest
-
-
-def test_the_output_holds_the_checkpoint_that_it_started_from(tmp_path: Path) -> None:
+def test_the_output_folder_loads_as_it_is_with_the_checkpoint_that_it_started_from(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights, folder = tmp_path / "weights.pth", tmp_path / "se"
     original = Base.of(SMALL, num_classes=5).build()
     torch.save(original.state_dict(), weights)
-    result = run("add", SMALL, "--num-classes", "5", "--checkpoint", str(weights), "--output", str(folder))
+    options = ["--num-classes", "5", "--reduction", "4", "--checkpoint", str(weights), "--output", str(folder)]
+    result = run("add", SMALL, *options)
     assert result.exit_code == 0, result.output
     assert "drawn at random" not in result.output  # the weights given are the ones that were checked
     assert f"saved {folder}" in result.output
-    x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(original.eval()(x), load_retrofitted(folder)(x))
-
-
-def test_the_output_folder_loads_as_it_is(tmp_path: Path) -> None:
-    folder = tmp_path / "se"
-    result = run("add", SMALL, "--num-classes", "5", "--reduction", "4", "--output", str(folder))
-    assert result.exit_code == 0, result.output
-    loaded = load_retrofitted(folder)
+    loaded, x = load_retrofitted(folder), torch.randn(2, 3, 64, 64)
     assert [se.hidden for se in se_modules(loaded).values()] == [8, 12, 48, 24]
-    assert loaded(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    assert torch.equal(original.eval()(x), loaded(x))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +133,8 @@ def test_what_cannot_be_done_is_an_error_with_the_reason(arguments: list[str], s
         ["add", SMALL, "--placement", "middle"],
         ["add", SMALL, "--gate", "tanh"],
         ["finetune", SMALL, "--data", "digits", "--gate", "tanh"],
+        ["finetune", SMALL, "--data", "digits", "--epochs", "many"],
+        ["finetune", SMALL, "--data", "digits", "--precision", "fp8"],
         ["add", SMALL, "--nonsense"],
         ["demo", "--epochs", "0"],
         ["nonsense"],
@@ -160,20 +152,28 @@ def test_an_output_that_is_in_the_way_is_refused_before_the_work(tmp_path: Path)
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command_name", ["demo", "add"])
-def test_help_shows_examples(command_name: str) -> None:
-    result = run(command_name, "--help")
-    assert result.exit_code == 0
-    assert "Examples" in result.output
-    assert f"se-retrofit {command_name}" in result.output
+def test_help_is_quick_and_shows_examples_and_the_recipes_fields() -> None:
+    """Without torch, whose import takes seconds."""
+    program = "import sys; from se_retrofit.cli import main; sys.argv[1:] = ['finetune', '--help']\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    ).stdout
+    assert all(f"--{name.replace('_', '-')}" in told for name in FinetuneConfig.model_fields)
+    for name in ("demo", "add"):
+        assert f"se-retrofit {name}" in run(name, "--help").output.partition("Examples")[2]
 
 
-def test_ctrl_c_while_it_starts_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", ["se_retrofit.cli.commands", "se_retrofit.models"])
+def test_ctrl_c_while_it_starts_exits_with_130(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     class Importing:
         def __getattr__(self, name: str) -> object:
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "se_retrofit.cli.commands", Importing())
+    monkeypatch.setitem(sys.modules, module, Importing())
     monkeypatch.setattr(sys, "argv", ["se-retrofit", "add", SMALL])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -217,5 +217,5 @@ def test_options_of_the_recipe_are_its_fields(name: str) -> None:
         words = ["resnet18", "--data", "digits", "--batch-size", "8", "--seed", "3", "--compile", "--precision", "bf16"]
         with command.make_context(name, words, parent=parent) as context:
             assert recipe_fields(context) == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
-            shared = set(FinetuneConfig.model_fields) & {p.name.rstrip("_") for p in command.params}
-            assert {name.rstrip("_") for name in RECIPE_FIELDS if name in context.params} == shared
+    without = {"compare": {"trainable", "patience"}, "find-lr": {"epochs", "lr", "patience"}, "finetune": set()}[name]
+    assert set(FinetuneConfig.model_fields) - {p.name for p in command.params} == without

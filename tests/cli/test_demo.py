@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
-import se_retrofit.cli.demo as command
 from se_retrofit.cli.commands import app
 from se_retrofit.cli.demo import train, verdict
 from se_retrofit.cli.demo_network import SmallResNet
 from se_retrofit.finetune import load_data
+from se_retrofit.retrofit import add_se
 
 
 def run_demo(*arguments: str) -> str:
@@ -25,8 +28,16 @@ def without_the_clock(output: str) -> str:
     return re.sub(r"\d+ seconds", "", output)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def narrow() -> Iterator[None]:
+    """The demo's network with fewer channels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("se_retrofit.cli.demo_network.SmallResNet", functools.partial(SmallResNet, widths=(8, 12, 32)))
+        yield
+
+
 @pytest.fixture(scope="module")
-def output() -> str:
+def output(narrow: None) -> str:
     return run_demo()
 
 
@@ -57,8 +68,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(output: str) 
 
 
 def test_a_retrofit_that_changes_the_outputs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_se = command.add_se
-    monkeypatch.setattr(command, "add_se", lambda model, reduction: add_se(model, reduction, gate="sigmoid"))
+    monkeypatch.setattr(
+        "se_retrofit.retrofit.add_se", lambda model, reduction: add_se(model, reduction, gate="sigmoid")
+    )
     result = CliRunner().invoke(app, ["demo", "--epochs", "1"])
     assert result.exit_code == 1
     assert "outputs differ" in str(result.exception)
@@ -71,7 +83,7 @@ def test_networks_are_trained_on_the_same_batches_for_the_same_seed() -> None:
         torch.manual_seed(0)
         model = SmallResNet(widths=(8,), depth=1)
         torch.seed()  # the order must not come from here
-        train(model, digits, epochs=1, lr=1e-3, seed=seed)
+        train(Console(quiet=True), "", model, digits, epochs=1, lr=1e-3, seed=seed)
         return model.classifier.weight.detach()
 
     first = trained(seed=3)

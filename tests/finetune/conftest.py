@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from tiny import tiny_data
 
 from se_retrofit.finetune import NamedData
+from se_retrofit.finetune.log import Log
 
 
 @pytest.fixture(scope="session")
@@ -13,13 +14,18 @@ def digits() -> NamedData:
     return tiny_data()
 
 
+PICTURES = Log.pictures
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Drawing its curves takes most of a run as short as these: it is left to tests that ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "pictures", lambda *_: None)
+        yield
+
+
 @pytest.fixture
-def drawn_pictures() -> None:
+def drawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at the pictures of a run."""
-
-
-@pytest.fixture(autouse=True)
-def empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing its curves takes two fifths of a run as short as these: it is left to the sweeps, and to tests that ask for it."""
-    if "drawn_pictures" not in request.fixturenames and request.node.get_closest_marker("sweep") is None:
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: Path(path).touch())
+    monkeypatch.setattr(Log, "pictures", PICTURES)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import config, network, tiny_data
+from tiny import network, tiny_data, trained
 
-from se_retrofit.finetune import finetune
+from se_retrofit.finetune.log import Log
 
 
 def run_saying(said: Path, output: Path, fields: dict[str, Any]) -> None:
@@ -21,5 +21,5 @@ def run_saying(said: Path, output: Path, fields: dict[str, Any]) -> None:
     # or the loading processes would come from another fork server, which has done no imports
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
-    data = tiny_data()
-    finetune(network(), data.train, data.val, config=config(**fields), output_dir=output, resume=True)
+    Log.pictures = lambda *_: None  # type: ignore[method-assign]
+    trained(network(), tiny_data(), recipe=fields, output_dir=output, resume=True, quiet=False)

@@ -8,13 +8,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import config, network
+from pictures import make_folder
+from PIL import Image
+from tiny import config, network, same, state_of, trained
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 
 from se_retrofit import RetrofitError, add_se
-from se_retrofit.finetune import NamedData, finetune
-from se_retrofit.finetune.criteria import describe_criterion
+from se_retrofit.finetune import NamedData
 from se_retrofit.finetune.experiment import describe_data, describe_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, digits: NamedData) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    trained(network(), digits, output_dir=output)
+    return output
 
 
 def other_images(data: NamedData) -> NamedData:
@@ -22,13 +31,18 @@ def other_images(data: NamedData) -> NamedData:
     return NamedData(TensorDataset(-images, classes), data.val, 10)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, digits: NamedData) -> Path:
-    from tiny import config, network
-
-    output = tmp_path_factory.mktemp("run")
-    finetune(network(), digits.train, digits.val, config=config(epochs=1), output_dir=output, quiet=True)
-    return output
+DATA: dict[str, Any] = {
+    "fewer images": lambda data: NamedData(Subset(data.train, range(100)), data.val, 10),
+    "other images": other_images,
+    "other validation": lambda data: NamedData(data.train, Subset(data.val, range(40)), 10),
+    "no validation": lambda data: NamedData(data.train, None, 10),
+}
+NETWORKS: dict[str, Any] = {
+    "weights": lambda: network(seed=1),
+    "placement": lambda: add_se(network(se=False), placement="post"),
+    "reduction": lambda: add_se(network(se=False), reduction=4),
+    "plain": lambda: network(se=False),
+}
 
 
 @pytest.mark.parametrize(
@@ -38,51 +52,30 @@ def finished(tmp_path_factory: pytest.TempPathFactory, digits: NamedData) -> Pat
         ("placement", r"SE options, placement: 'auto' then, 'post' now"),
         ("reduction", r"SE options, reduction: 8 then, 4 now"),
         ("plain", r"SE options: .* then, None now"),
-        ("fewer images", r"training data, length: 256 then, 200 now"),
+        ("fewer images", r"training data, length: 128 then, 100 now"),
         ("other images", r"training data, samples: '\w+' then, '\w+' now"),
-        ("other validation", r"validation data, length: 100 then, 90 now"),
+        ("other validation", r"validation data, length: 50 then, 40 now"),
         ("no validation", r"validation data: .* then, None now"),
     ],
 )
 def test_a_run_is_not_resumed_as_another_experiment(finished: Path, digits: NamedData, change: str, says: str) -> None:
-    data: Any = digits
-    model = network()
-    if change == "weights":
-        model = network(seed=1)
-    elif change in ("placement", "reduction"):
-        model = add_se(network(se=False), **({"placement": "post"} if change == "placement" else {"reduction": 4}))
-    elif change == "plain":
-        model = network(se=False)
-    elif change == "fewer images":
-        data = NamedData(Subset(digits.train, range(200)), digits.val, 10)
-    elif change == "other images":
-        data = other_images(digits)
-    elif change == "other validation":
-        data = NamedData(digits.train, Subset(digits.val, range(90)), 10)
-    else:
-        data = NamedData(digits.train, None, 10)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    written = (finished / "last" / "training.json").read_bytes()
+    model, data = NETWORKS.get(change, network)(), DATA.get(change, lambda data: data)(digits)
+    before, written = state_of(model), (finished / "last" / "training.json").read_bytes()
     with pytest.raises(RetrofitError, match=says):
-        finetune(model, data.train, data.val, config=config(epochs=1), output_dir=finished, resume=True, quiet=True)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        trained(model, data, output_dir=finished, resume=True)
+    assert same(before, model.state_dict())
     assert (finished / "last" / "training.json").read_bytes() == written
 
 
 def test_what_a_run_was_is_written_beside_it(finished: Path, digits: NamedData) -> None:
     written = yaml.safe_load((finished / "run.yaml").read_text())
-    assert written["config"] == config(epochs=1).to_dict()
-    assert written["experiment"] == {
-        **describe_run(network(), digits.train, digits.val),
-        **describe_criterion(None, None, (0.5, 4.0)),
-    }
+    assert written["config"] == config().to_dict()
+    described = describe_run(network(), digits.train, digits.val)
+    assert {name: written["experiment"][name] for name in described} == described
+    assert written["experiment"]["processes"] == 1
 
 
 def test_a_data_set_is_the_same_after_it_was_moved_and_another_after_an_image_was_changed(tmp_path: Path) -> None:
-    from pictures import make_folder
-    from PIL import Image
-    from torchvision.datasets import ImageFolder
-
     here = describe_data(ImageFolder(str(make_folder(tmp_path / "a") / "train")))
     moved = make_folder(tmp_path / "b") / "train"
     assert describe_data(ImageFolder(str(moved))) == here

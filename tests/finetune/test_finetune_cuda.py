@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_it_learns_in_every_precision(digits: NamedData, tmp_path: Path, precision: str, compiled: bool) -> None:
-    recipe = config(cpu=False, epochs=6, lr=3e-3, precision=precision, compile=compiled)
+    recipe = config(cpu=False, epochs=12, lr=3e-3, precision=precision, compile=compiled)
     result = finetune(network(), digits.train, digits.val, config=recipe, output_dir=tmp_path, quiet=True)
     assert result.best_accuracy is not None
     assert result.best_accuracy > 0.5
@@ -43,10 +43,10 @@ def test_the_optimizer_is_fused_and_images_are_channels_last(
 ) -> None:
     model, seen = network(), []
     model.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    from se_retrofit.finetune import optimizing
+    from se_retrofit.finetune import learning
 
-    make, optimizers = optimizing.optimizer, []
-    monkeypatch.setattr(optimizing, "optimizer", lambda *a, **k: optimizers.append(make(*a, **k)) or optimizers[-1])
+    make, optimizers = learning.make_optimizer, []
+    monkeypatch.setattr(learning, "make_optimizer", lambda *a, **k: optimizers.append(make(*a, **k)) or optimizers[-1])
     finetune(model, digits.train, config=config(cpu=False, epochs=1), quiet=True)
     assert optimizers[0].defaults["fused"]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)

@@ -9,13 +9,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from tiny import config, network
+from tiny import classifier, network, trained
 from torch import nn
 from torch.utils.data import Subset
 
 from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted
-from se_retrofit.finetune import NamedData, finetune
-from se_retrofit.finetune.form import TrainingForm
+from se_retrofit.finetune import NamedData
+from se_retrofit.finetune.engine import TrainingForm
 from se_retrofit.fusion import FusedSEAttention
 
 
@@ -35,10 +35,6 @@ def test_the_form_ends_where_a_step_fails() -> None:
 
 
 def test_activations_are_computed_once_more_by_the_networks_own_switch(digits: NamedData) -> None:
-    def network() -> nn.Module:
-        torch.manual_seed(0)
-        return add_se(timm.create_model("test_resnet", num_classes=10, drop_rate=0.2))
-
     saved: dict[bool, int] = {}
     weights: dict[bool, Any] = {}
     for recomputed in (False, True):
@@ -49,20 +45,16 @@ def test_activations_are_computed_once_more_by_the_networks_own_switch(digits: N
             count += value.numel()
             return value
 
-        model = network()
+        torch.manual_seed(0)
+        model = add_se(timm.create_model("test_resnet", num_classes=10, drop_rate=0.2))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-            recipe = config(epochs=1, grad_checkpointing=recomputed)
-            finetune(model, Subset(digits.train, range(64)), config=recipe, quiet=True)
+            trained(model, Subset(digits.train, range(32)), recipe={"grad_checkpointing": recomputed})
         assert model.grad_checkpointing is False
         saved[recomputed], weights[recomputed] = count, dict(model.named_parameters())
     assert saved[True] < 0.7 * saved[False]
     assert all(torch.equal(value, weights[False][name]) for name, value in weights[True].items())
-
-
-def test_a_network_without_such_a_switch_is_refused(digits: NamedData) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 10))
-    with pytest.raises(RetrofitError, match=r"grad_checkpointing=True: Sequential has no set_grad_checkpointing"):
-        finetune(model, digits.train, config=config(grad_checkpointing=True), quiet=True)
+    with pytest.raises(RetrofitError, match="Sequential has no set_grad_checkpointing"):
+        trained(classifier(768, 10), digits.train, recipe={"grad_checkpointing": True})
 
 
 @pytest.mark.sweep
@@ -81,10 +73,10 @@ def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
 
     model = network()
     own, keys = classes(model), list(model.state_dict())
-    recipe = config(epochs=2, compile=True, ema_decay=0.9, checkpoint_minutes=0.0)
+    recipe = {"epochs": 2, "compile": True, "ema_decay": 0.9, "checkpoint_minutes": 0.0}
     with monkeypatch.context() as patch:
         patch.setattr(FusedSEAttention, "forward", counted)
-        result = finetune(model, digits.train, digits.val, config=recipe, output_dir=tmp_path, quiet=True)
+        result = trained(model, digits, recipe=recipe, output_dir=tmp_path)
     assert seen
     assert all(seen)  # evaluated is the network that is saved, not the fused one
     assert classes(model) == own
@@ -93,6 +85,6 @@ def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
     loaded = load_retrofitted(tmp_path / "best", base=network(se=False))
     assert all(type(m) is SEAttention for m in loaded.modules() if isinstance(m, SEAttention))
     # to rounding the run without it
-    plain = finetune(network(), digits.train, digits.val, config=recipe.replace(compile=False), quiet=True)
+    plain = trained(network(), digits, recipe={**recipe, "compile": False})
     assert result.history[1]["train_loss"] == pytest.approx(plain.history[1]["train_loss"], rel=1e-3)
     torch.compiler.reset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from timm.models.resnet import BasicBlock, ResNet
-from tiny import config
+from tiny import config, network, same, state_of, trained
 from torch import nn
 
 from se_retrofit import RetrofitError, SEAttention, add_se
-from se_retrofit.finetune import NamedData, find_lr, finetune
-from se_retrofit.finetune.groups import fan_in_scales, param_groups
+from se_retrofit.finetune import NamedData, find_lr
+from se_retrofit.finetune.learning import fan_in_scales, param_groups
 
 
 def wide_network(attention: str = "se") -> nn.Module:
@@ -73,7 +72,7 @@ def test_static_factors_learn_at_the_full_rate_and_so_do_all_other_parameters() 
 def test_layers_of_one_rate_share_a_group_and_the_run_tells_the_rates(
     digits: NamedData, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = finetune(wide_network(), digits.val, config=config(epochs=1, se_lr_scale=2.0, head_lr_scale=5.0))
+    result = trained(wide_network(), digits.val, recipe={"se_lr_scale": 2.0, "head_lr_scale": 5.0}, quiet=False)
     se = {group["lr_scale"]: group["tensors"] for group in result.groups if group["name"] == "se"}
     assert se == {2.0: 6, 1.0: 1, 0.5: 1}
     assert Counter(group["name"] for group in result.groups) == {"se": 3, "head": 2, "body": 2}
@@ -97,20 +96,36 @@ def test_find_lr_trains_each_layer_at_its_part_of_the_rate(digits: NamedData, mo
 
 
 def test_a_run_whose_parameters_were_divided_otherwise_is_not_resumed(digits: NamedData, tmp_path: Path) -> None:
-    recipe = config(epochs=1)
-    finetune(wide_network(), digits.train, config=recipe, output_dir=tmp_path, quiet=True)
+    trained(wide_network(), digits.val, output_dir=tmp_path)
     file = tmp_path / "last" / "training.json"
-    whole = file.read_text()
-    longer = recipe.replace(epochs=2)
-    assert (
-        finetune(wide_network(), digits.train, config=longer, output_dir=tmp_path, resume=True, quiet=True).updates
-        == 16
-    )
-    file.write_text(whole.replace('["lr_scale", 0.25]', '["lr_scale", 5.0]'))  # as an earlier version had it
+    whole, model = file.read_text(), wide_network()
+    file.write_text(whole.replace("se at 0.25 lr", "se at 5 lr"))  # as an earlier version had it
     assert file.read_text() != whole
-    model = wide_network()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RetrofitError, match=r"se 5 \(1 tensors\).* then; .*se 0\.25 \(1 tensors\).* now.*start anew"):
-        finetune(model, digits.train, config=longer, output_dir=tmp_path, resume=True, quiet=True)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert json.loads(file.read_text())["progress"]["epoch"] == 1
+    before = state_of(model)
+    with pytest.raises(RetrofitError, match=r"parameter groups, se at 0\.25 lr.*None then, 1 now.*se at 5 lr"):
+        trained(model, digits.val, recipe={"epochs": 2}, output_dir=tmp_path, resume=True)
+    assert same(before, model.state_dict())
+
+
+def test_se_and_head_have_their_own_learning_rate_and_norms_no_decay() -> None:
+    model = network()
+    groups = param_groups(model, weight_decay=0.1, se_lr_scale=5.0, head_lr_scale=2.0)
+    by_kind = {(g["name"], g["weight_decay"]): g for g in groups}
+    assert set(by_kind) == {("se", 0.1), ("head", 0.1), ("head", 0.0), ("body", 0.1), ("body", 0.0)}
+    assert [by_kind[k]["lr_scale"] for k in (("se", 0.1), ("head", 0.0), ("body", 0.1))] == [5.0, 2.0, 1.0]
+    assert all(p.ndim == 1 for p in by_kind["body", 0.0]["params"])
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+
+
+def test_with_layer_decay_layers_learn_the_more_slowly_the_further_they_are_from_the_head() -> None:
+    model = network()
+    groups = param_groups(model, 0.1, 5.0, 2.0, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert scale[id(model.fc.weight)] == 2.0
+    depths = [model.conv1, *(layer[0].conv1 for layer in (model.layer1, model.layer2, model.layer3, model.layer4))]
+    assert [scale[id(conv.weight)] for conv in depths] == [0.5 ** (5 - depth) for depth in range(5)]
+    se = next(p for n, p in model.layer2.named_parameters() if "se_attention" in n)
+    assert scale[id(se)] == 5.0 * scale[id(model.layer2[0].conv1.weight)]
+    with pytest.raises(RetrofitError, match="no layers in Sequential"):
+        param_groups(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), 0.1, 1.0, 1.0, layer_decay=0.7)

@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 from se_retrofit.finetune import FinetuneConfig
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
 from se_retrofit.finetune.data import Batch
+from se_retrofit.finetune.engine import placed
 from se_retrofit.finetune.evaluation import answer, hits, losses_of
-from se_retrofit.finetune.run import placed
 from se_retrofit.finetune.train import mixed
 
 CUDA = torch.device("cuda")

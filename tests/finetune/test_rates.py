@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import config, network, same
+from tiny import config, network, same, state_of
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
-from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError
-from se_retrofit.cli.commands import app
-from se_retrofit.finetune import FinetuneConfig, LearningRates, NamedData, find_lr, finetune, load_data
+from se_retrofit.finetune import FinetuneConfig, NamedData, find_lr, finetune, load_data
 from se_retrofit.finetune.rates import learning_rates
-
-pytestmark = pytest.mark.usefixtures("drawn_pictures")
-
 
 PLAIN = FinetuneConfig(
     optimizer="momentum",
@@ -37,11 +32,6 @@ def points() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(64, 5, generator=generator)
     return TensorDataset(inputs, (inputs[:, 0] > 0).long())
-
-
-def perceptron() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10))
 
 
 def test_the_losses_are_those_of_training_at_the_rates_that_are_told() -> None:
@@ -61,36 +51,38 @@ def test_the_losses_are_those_of_training_at_the_rates_that_are_told() -> None:
 def test_a_network_and_the_generators_are_left_as_they_were(digits: NamedData) -> None:
     model = network().eval()
     model.conv1.weight.requires_grad_(False)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = state_of(model)
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    recipe = config(trainable="se+head", mixup=0.4, ema_decay=0.9, num_classes=7, grad_accum_steps=2, batch_size=16)
-    train = [(image, target % 7) for image, target in Subset(digits.train, range(64))]
-    first = find_lr(model, train, config=recipe, steps=12)
+    recipe = config(trainable="se+head", mixup=0.4, ema_decay=0.9, num_classes=7, grad_accum_steps=2, batch_size=8)
+    train = [(image, target % 7) for image, target in Subset(digits.train, range(32))]
+    first = find_lr(model, train, config=recipe, steps=10)
     assert torch.equal(torch.rand(1), expected)
     assert same(model.state_dict(), before)
     assert not model.training
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
-    assert find_lr(model, train, config=recipe, steps=12) == first
+    assert find_lr(model, train, config=recipe, steps=10) == first
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
 def test_the_suggestion_trains_better_than_rates_far_from_it(optimizer: str) -> None:
+    def perceptron() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 10))
+
     data = load_data("digits", image_size=8)
     recipe = PLAIN.replace(optimizer=optimizer, epochs=2, schedule="constant", warmup_ratio=0.0)
     found = find_lr(perceptron(), data.train, config=recipe, highest=1e3)
     assert found.diverged
     assert found.suggestion is not None
-    losses = {}
-    for scale in (1e-3, 1.0, 1e3):
-        with_rate = recipe.replace(lr=found.suggestion * scale)
-        losses[scale] = finetune(perceptron(), data.train, data.val, config=with_rate, quiet=True).history[-1][
-            "val_loss"
-        ]
-    assert losses[1.0] < 0.7 * losses[1e-3]
-    assert losses[1.0] < 0.7 * losses[1e3]
+    low, chosen, high = (
+        finetune(perceptron(), data.train, data.val, config=recipe.replace(lr=found.suggestion * scale), quiet=True)
+        for scale in (1e-3, 1.0, 1e3)
+    )
+    for far in (low, high):
+        assert chosen.history[-1]["val_loss"] < 0.7 * far.history[-1]["val_loss"]
 
 
 def test_the_suggestion_is_where_the_loss_falls_fastest_whatever_comes_after() -> None:
@@ -105,18 +97,15 @@ def test_the_suggestion_is_where_the_loss_falls_fastest_whatever_comes_after() -
 def test_there_is_no_suggestion_where_the_loss_hardly_falls() -> None:
     found = find_lr(nn.Linear(5, 2), points(), config=PLAIN, lowest=1e-9, highest=1e-7, steps=20)
     assert found.suggestion is None
-    assert str(found).endswith("no suggestion: the loss hardly fell up to 1.00e-07")
-    assert "steepest" not in str(found)
+    assert str(found).startswith("no suggestion")
+    assert "1.00e-07" in str(found)
 
 
-def test_table_picture_and_plain_data(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("drawn_pictures")
+def test_words_picture_and_plain_data(tmp_path: Path) -> None:
     torch.manual_seed(0)
     found = find_lr(nn.Linear(5, 2), points(), config=PLAIN, lowest=1e-3, highest=100, steps=60)
-    assert isinstance(found, LearningRates)
-    lines = str(found).splitlines()
-    (marked,) = [line for line in lines if line.endswith("<- steepest")]
-    assert marked.split()[0] == f"{found.suggestion:.2e}"
-    assert 20 <= len(lines) <= 24
+    assert f"{found.suggestion:.2e}" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["suggestion"] == found.suggestion
     for name in ("lr.png", "lr.svg"):
         assert found.plot(tmp_path / name).stat().st_size > 1000
@@ -125,29 +114,12 @@ def test_table_picture_and_plain_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lowest": 1.0, "highest": 0.1}, r"0 < lowest < highest, got lowest=1.0, highest=0.1"),
-        ({"lowest": 0.0}, r"0 < lowest < highest"),
-        ({"steps": 5}, r"steps=10 at least, got 5"),
-        ({"lowest": 1e20, "highest": 1e30}, r"the loss diverged after \d steps, at a learning rate of 1.\d+e\+2\d: begin lower"),
+        ({"lowest": 1.0, "highest": 0.1}, r"lowest=1\.0, highest=0\.1"),
+        ({"lowest": 0.0}, r"lowest=0\.0"),
+        ({"steps": 5}, "got 5"),
+        ({"lowest": 1e20, "highest": 1e30}, r"after \d steps, at a learning rate of 1.\d+e\+2\d"),
     ],
-)  # fmt: skip
+)
 def test_wrong_ramps_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RetrofitError, match=message):
         find_lr(nn.Linear(5, 2), points(), config=PLAIN, **options)
-
-
-def test_from_the_command_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        app,
-        [
-            "find-lr", "timm/test_resnet", "--data", "digits", "--image-size", "16", "--cpu", "--steps", "10",
-            "--lowest", "1e-5", "--trainable", "se+head", "--plot", str(tmp_path / "lr.png"), "--output", str(tmp_path / "lr.json"),
-        ],
-        catch_exceptions=False,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "lr.json").read_text())
-    assert len(found["rates"]) == 10
-    assert found["rates"][0] == pytest.approx(1e-5)
-    assert f"{found['losses'][0]:.4f}" in result.output
-    assert (tmp_path / "lr.png").stat().st_size > 1000

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import config, network, tiny_data
+from tiny import network, tiny_data, trained
 from torch import nn
 
-from se_retrofit.finetune import Callbacks, Facts, FinetuneResult, finetune
+from se_retrofit.finetune import Callbacks, Facts, FinetuneResult
+from se_retrofit.finetune.log import Log
 
 # With frozen statistics and nothing random in the network two processes compute what one does, to rounding
 RECIPE = {
@@ -25,7 +26,7 @@ RECIPE = {
 }  # fmt: skip
 # All that has state, is random or differs between processes
 DEMANDING = {
-    "batch_size": 16, "grad_accum_steps": 2, "mixup": 0.4, "ema_decay": 0.9, "checkpoint_minutes": 0.0, "trainable": "se+head",
+    "epochs": 2, "batch_size": 8, "grad_accum_steps": 2, "mixup": 0.4, "ema_decay": 0.9, "checkpoint_minutes": 0.0, "trainable": "se+head",
     "unfreeze_epoch": 2,
 }  # fmt: skip
 
@@ -40,14 +41,14 @@ def break_off(facts: Facts) -> None:
 
 
 def train(
-    folder: Path, fields: dict[str, Any], model: nn.Module | None = None, images: int = 256, **options: Any
+    folder: Path, fields: dict[str, Any], model: nn.Module | None = None, images: int = 128, **options: Any
 ) -> FinetuneResult:
-    data = tiny_data(images, 50)
-    return finetune(model or network(), data.train, data.val, config=config(**fields), output_dir=folder, **options)
+    return trained(model or network(), tiny_data(images, 50), recipe=fields, output_dir=folder, **options)
 
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
+    Log.pictures = lambda *_: None  # type: ignore[method-assign]
     told: dict[str, str] = {}
 
     def refused(name: str, *args: Any, **options: Any) -> None:
@@ -57,16 +58,16 @@ def main(root: Path) -> None:
         except (Broken, ValueError, RuntimeError) as error:
             told[name] = f"{type(error).__name__}: {error}"
 
-    train(root / "two", {**RECIPE, "batch_size": 16})
-    few = {"images": 128, "quiet": True}
+    train(root / "two", {**RECIPE, "batch_size": 8}, quiet=False)
+    few = {"images": 64}
     train(root / "whole", DEMANDING, **few)
     refused("broken", root / "broken", DEMANDING, **few, callbacks=Callbacks(after_update=break_off))
     train(root / "broken", DEMANDING, **few, resume=True)
-    refused("other number", root / "one", {**RECIPE, "batch_size": 32}, quiet=True, resume=True)
+    refused("other number", root / "one", {**RECIPE, "batch_size": 16}, resume=True)
     for name, changes in (("told of unused", {"find_unused_parameters": True}), ("unused", {})):
         model = network()
         model.unused = nn.Linear(2, 2)
-        refused(name, root / name, {"epochs": 1, "batch_size": 16, **changes}, model, **few)
+        refused(name, root / name, {"batch_size": 8, **changes}, model, **few)
     (root / f"told.{os.environ['RANK']}.json").write_text(json.dumps(told))
 
 

@@ -7,7 +7,7 @@ import json
 import statistics
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,9 @@ from ..tables import aligned, as_html
 from .config import FinetuneConfig
 from .evaluation import evaluate
 from .randomness import EPOCH, kept_randomness, seed_all
-from .result import FinetuneResult
 from .train import finetune
 
 __all__ = ["Arm", "Comparison", "Contrast", "compare"]
-
 
 ARMS = {  # beside any other name of an attention
     "plain": "without SE",
@@ -37,6 +35,7 @@ ARMS = {  # beside any other name of an attention
 }
 NAMES = {"se": "SE", "sigmoid": "SE with the paper's gate", "static": "The static factor"}
 FEWEST_SEEDS = 3  # for a verdict
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,8 @@ class Arm:
 
     def to_dict(self) -> dict[str, Any]:
         """All but ``right`` as plain data."""
-        return {
-            "accuracies": self.accuracies,
-            "last_accuracies": self.last_accuracies,
-            "step_seconds": self.step_seconds,
-            "parameters": self.parameters,
-            "mean": self.mean,
-            "spread": self.spread,
-        }
+        own = {name: value for name, value in vars(self).items() if name != "right"}
+        return {**own, "mean": self.mean, "spread": self.spread}
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,6 @@ class Contrast:
         differences: accuracy of ``name`` less accuracy of ``other``, one for each seed.
         image_variance: of the mean difference, for that other validation images might have been drawn.
         images: how many validation images there are.
-        confidence: of ``interval``.
     """
 
     name: str
@@ -95,7 +87,6 @@ class Contrast:
     differences: list[float]
     image_variance: float
     images: int
-    confidence: float = 0.95
 
     @classmethod
     def of(cls, name: str, arm: Arm, other: str, base: Arm) -> Contrast:
@@ -112,7 +103,7 @@ class Contrast:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Confidence interval of the difference, over seeds and images; None for a single seed.
+        """95 % confidence interval of the difference, over seeds and images; None for a single seed.
 
         Seeds and images are both samples, and their variances add up. The quantile is Student's, for the number of
         seeds. Seeds that all give the same difference leave the variance of the images.
@@ -121,7 +112,7 @@ class Contrast:
         if n < 2:
             return None
         error = (statistics.variance(self.differences) / n + self.image_variance) ** 0.5
-        margin = float(student.ppf((1 + self.confidence) / 2, n - 1)) * error
+        margin = float(student.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
         return self.difference - margin, self.difference + margin
 
     @property
@@ -137,30 +128,21 @@ class Contrast:
         if abs(self.difference) * self.images < 1:
             return "The difference is worth less than one validation image."
         low, high = self.interval
-        if low > 0:
-            return f"{name} is better{against}: the whole {self.confidence:.0%} interval lies above zero."
-        if high < 0:
-            return f"{name} is worse{against}: the whole {self.confidence:.0%} interval lies below zero."
-        return f"The difference is within the noise: the {self.confidence:.0%} interval includes zero."
+        if low <= 0 <= high:
+            return f"The difference is within the noise: the {CONFIDENCE:.0%} interval includes zero."
+        better, side = ("better", "above") if low > 0 else ("worse", "below")
+        return f"{name} is {better}{against}: the whole {CONFIDENCE:.0%} interval lies {side} zero."
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
-        return {
-            "name": self.name,
-            "other": self.other,
-            "differences": self.differences,
-            "difference": self.difference,
-            "images": self.images,
-            "confidence": self.confidence,
-            "interval": self.interval,
-            "verdict": self.verdict,
-        }
+        names = ("name", "other", "differences", "difference", "images", "interval", "verdict")
+        return {**{name: getattr(self, name) for name in names}, "confidence": CONFIDENCE}
 
     def __str__(self) -> str:
         between = ""
         if self.interval is not None:
             low, high = self.interval
-            between = f", {self.confidence:.0%} interval {100 * low:+.2f} to {100 * high:+.2f}"
+            between = f", {CONFIDENCE:.0%} interval {100 * low:+.2f} to {100 * high:+.2f}"
         return (
             f"{self.name} - {self.other}: {100 * self.difference:+.2f} points{between} "
             f"({len(self.differences)} seeds, {self.images:,} images, paired)\n{self.verdict}"
@@ -182,10 +164,13 @@ class Comparison:
     @property
     def contrasts(self) -> list[Contrast]:
         """Each arm against the plain network, and against the static factor where that was run."""
-        pairs = [(name, "plain") for name in self.arms if name != "plain"]
-        if "static" in self.arms:
-            pairs += [(name, "static") for name in self.arms if name not in ("plain", "static")]
-        return [Contrast.of(name, self.arms[name], other, self.arms[other]) for name, other in pairs]
+        bases = {"plain": ("plain",), "static": ("plain", "static")}
+        return [
+            Contrast.of(name, self.arms[name], other, self.arms[other])
+            for other, without in bases.items()
+            for name in self.arms
+            if other in self.arms and name not in without
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, fit for JSON."""
@@ -195,23 +180,16 @@ class Comparison:
             "contrasts": [contrast.to_dict() for contrast in self.contrasts],
         }
 
-    def _rows(self) -> list[list[str]]:
-        def spread(arm: Arm) -> str:
-            return "" if arm.spread is None else f" ± {100 * arm.spread:.2f}"
-
-        def milliseconds(arm: Arm) -> str:
-            return "-" if arm.step_seconds is None else f"{1000 * arm.step_seconds:.1f}"
-
-        arms = list(self.arms.values())
-        rows: list[list[str]] = [["", *self.arms]]
-        for number, seed in enumerate(self.seeds):
-            rows.append([f"seed {seed}, accuracy %", *(f"{100 * arm.accuracies[number]:.2f}" for arm in arms)])
-        rows += [
-            ["mean accuracy %", *(f"{100 * arm.mean:.2f}{spread(arm)}" for arm in arms)],
-            ["ms per step", *(milliseconds(arm) for arm in arms)],
-            ["parameters", *(f"{arm.parameters:,}" for arm in arms)],
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [
+            ("", *(f"seed {seed}, accuracy %" for seed in self.seeds), "mean accuracy %", "ms per step", "parameters")
         ]
-        return rows
+        for name, arm in self.arms.items():
+            spread = "" if arm.spread is None else f" ± {100 * arm.spread:.2f}"
+            pace = "-" if arm.step_seconds is None else f"{1000 * arm.step_seconds:.1f}"
+            each = (f"{100 * accuracy:.2f}" for accuracy in arm.accuracies)
+            rows.append((name, *each, f"{100 * arm.mean:.2f}{spread}", pace, f"{arm.parameters:,}"))
+        return list(zip(*rows, strict=True))
 
     def __str__(self) -> str:
         return "\n\n".join(["\n".join(aligned(self._rows(), left=1)), *map(str, self.contrasts)])
@@ -239,63 +217,42 @@ def compare(
     of steps; so they are compared seed by seed, which takes out what varies between seeds.
 
     Args:
-        model: the bare network, copied for each run; or a function that makes one. It is called with torch's
-            generator seeded, so that each seed has its own first weights.
-        train_data, val_data: as for ``finetune``. Accuracy is the best epoch's, on ``val_data``, and so a little
-            high, for all.
+        model: the bare network, copied for each run; or a function that makes one, called with torch's generator seeded, so
+            that each seed has its own first weights.
+        train_data, val_data: as for ``finetune``. Accuracy is the best epoch's, and so a little high, for all.
         config: the recipe; its seed is the first one.
         seeds: how many.
         se_options: for ``add_se``, such as ``{"reduction": 16}``.
         arms: the networks to compare: ``"plain"`` and one or more of the attentions ``"se"``, ``"eca"``, ``"cbam"`` and
-            ``"static"`` (a learned factor for each channel in the same places, which tells SE's squeeze from the mere
-            parameters), and ``"sigmoid"`` (SE with the paper's gate, which is no identity at first).
-        output_dir: folder for ``comparison.json`` and the runs; None writes nothing.
-        quiet: print nothing.
-        stop: as for ``finetune``; a comparison with an ``output_dir`` goes on when it is called again.
+            ``"static"`` (a learned factor for each channel in the same places), and ``"sigmoid"`` (SE with the paper's gate).
+        output_dir: folder for ``comparison.json`` and the runs, which go on when it is called again; None writes nothing.
+        quiet, stop: as for ``finetune``.
 
     Raises:
         RetrofitError: the network can't be retrofitted, or ``finetune`` raises it.
         TypeError: an argument is of the wrong type.
-
-    Example:
-        >>> import timm
-        >>> from se_retrofit.finetune import FinetuneConfig, compare, load_data
-        >>> data = load_data("digits", image_size=8)
-        >>> make = lambda: timm.create_model("test_resnet", num_classes=10)
-        >>> config = FinetuneConfig(epochs=1, batch_size=120)
-        >>> comparison = compare(make, data.val, data.val, config=config, seeds=2, arms=("plain", "se"), quiet=True)
-        >>> len(comparison.contrasts[0].differences)
-        2
     """
     config = FinetuneConfig() if config is None else config
     _check_arguments(config, seeds, arms, val_data)
     numbers = list(range(config.seed, config.seed + seeds))
     output = None if output_dir is None else Path(output_dir)
-    runs: dict[str, list[FinetuneResult]] = {name: [] for name in arms}
-    answers: dict[str, list[Tensor]] = {name: [] for name in arms}
+    outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for seed in numbers:
         with kept_randomness():
             seed_all(seed, EPOCH)
             bare = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
             networks = {name: _network(name, bare, se_options or {}) for name in arms}
+        recipe = config.replace(seed=seed)
         for name, network in networks.items():
             if not quiet:
                 print(f"seed {seed}, {name}: {ARMS.get(name, f'with {name.upper()}')}", flush=True)
-            recipe = config.replace(seed=seed)
             result = finetune(
-                network,
-                train_data,
-                val_data,
-                config=recipe,
-                output_dir=None if output is None else output / f"{name}-{seed}",
-                resume=output is not None,  # a comparison takes long: rerunning it resumes
-                quiet=quiet,
-                stop=stop,
-            )
-            answers[name].append(evaluate(result.model, val_data, config=recipe).right)
-            # the weights are on the disk or not wanted, and the memory is
-            runs[name].append(replace(result, model=nn.Identity()))
-    comparison = Comparison({name: _arm(runs[name], answers[name]) for name in arms}, numbers)
+                network, train_data, val_data, config=recipe, quiet=quiet, stop=stop,
+                output_dir=None if output is None else output / f"{name}-{seed}", resume=output is not None,
+            )  # fmt: skip
+            right = evaluate(result.model, val_data, config=recipe).right
+            outcomes[name].append({**vars(result), "model": None, "right": right})  # the weights take much memory
+    comparison = Comparison({name: _arm(outcomes[name]) for name in arms}, numbers)
     if output is not None:
         with replaced_file(output / "comparison.json") as fresh:
             fresh.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -332,12 +289,12 @@ def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Modul
     return add_se(bare, **{**se_options, "attention": name, **gate})
 
 
-def _arm(results: list[FinetuneResult], answers: list[Tensor]) -> Arm:
-    times = [r.step_seconds for r in results if r.step_seconds is not None]
+def _arm(outcomes: list[dict[str, Any]]) -> Arm:
+    times = [found["step_seconds"] for found in outcomes if found["step_seconds"] is not None]
     return Arm(
-        accuracies=[float(r.best_accuracy or 0.0) for r in results],
-        last_accuracies=[float(r.history[-1]["val_accuracy"]) for r in results],
+        accuracies=[float(found["best_accuracy"] or 0.0) for found in outcomes],
+        last_accuracies=[float(found["history"][-1]["val_accuracy"]) for found in outcomes],
         step_seconds=statistics.median(times) if times else None,
-        parameters=results[0].parameters,
-        right=torch.stack(answers),
+        parameters=outcomes[0]["parameters"],
+        right=torch.stack([found["right"] for found in outcomes]),
     )

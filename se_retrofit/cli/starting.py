@@ -1,0 +1,135 @@
+"""What the commands that train begin with: a network, data, a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict
+
+from ..errors import RetrofitError
+from ..finetune.config import FinetuneConfig
+from ..plaindata import parse_yaml
+from .folders import network_in
+from .options import recipe_fields, refuse_for_folder, se_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..finetune import NamedData
+
+__all__ = ["Start", "default_name", "open_data", "read_config"]
+
+
+class Start(BaseModel):
+    """The network that a command trains, as its options name it; a folder by its absolute path."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str
+    pretrained: bool
+    checkpoint: str | None
+    arg: list[str]
+    plain: bool
+    se: dict[str, Any]
+
+    @classmethod
+    def of(cls, context: typer.Context) -> Start:
+        options = context.params
+        model, checkpoint = options["model"], options["checkpoint"]
+        if Path(model).is_dir():
+            refuse_for_folder(context, "plain", "pretrained", "checkpoint", "arg")
+        if options["pretrained"] and checkpoint is not None:
+            raise RetrofitError("give --pretrained or --checkpoint, not both")
+        return cls(
+            model=absolute(model),
+            pretrained=options["pretrained"],
+            checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
+            arg=list(options["arg"] or []),
+            plain=options.get("plain", False),
+            se=se_options(context),
+        )
+
+    def builder(self) -> Callable[[], nn.Module]:
+        """A function that builds the network without SE, or loads that of a folder."""
+        from ..models import Base, load_checkpoint
+        from ..saving import load_retrofitted
+
+        if Path(self.model).is_dir():
+            saved = network_in(Path(self.model))
+            return lambda: load_retrofitted(saved)
+        built = Base.of(self.model, **named_values(self.arg))
+
+        def build() -> nn.Module:
+            try:
+                network = built.build(pretrained=self.pretrained)
+            except Exception as error:  # the libraries and the network raise of every kind
+                raise RetrofitError(f"{self.model} can't be built: {error}") from error
+            if self.checkpoint is not None:
+                load_checkpoint(network, Path(self.checkpoint))
+            return network
+
+        return build
+
+    def network(self, recipe: FinetuneConfig) -> nn.Module:
+        """The network, retrofitted."""
+        import torch
+
+        from ..retrofit import add_se
+
+        build = self.builder()
+        # A seeded start, so that a run that is resumed, and each of many processes, has the same
+        torch.manual_seed(recipe.seed)
+        network = build()
+        if not self.plain and not Path(self.model).is_dir():
+            network = add_se(network, **self.se, inplace=True)
+        return network
+
+
+def absolute(name: str) -> str:
+    """A folder by its absolute path, any other name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def named_values(settings: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs of ``--arg``; values are read as YAML."""
+    read = {}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise RetrofitError(f"--arg takes NAME=VALUE, got {setting!r}")
+        read[name.strip().replace("-", "_")] = parse_yaml(value, f"the value of --arg {setting!r}")
+    return read
+
+
+def read_config(context: typer.Context) -> FinetuneConfig:
+    """The recipe: from the file, then the options."""
+    file = context.params["config"]
+    fields = FinetuneConfig.from_yaml(file).to_dict() if file is not None else {}
+    return FinetuneConfig(**{**fields, **recipe_fields(context)})
+
+
+def open_data(
+    context: typer.Context, data: str, recipe: FinetuneConfig, root: Path | None = None
+) -> tuple[NamedData, FinetuneConfig]:
+    """The data, and the recipe with its number of classes."""
+    from ..finetune import load_data
+
+    where = {"root": root or context.params["data_root"], "download": context.params["download"]}
+    parts = load_data(data, **where, image_size=recipe.image_size)
+    if parts.note:
+        typer.echo(parts.note)
+    if recipe.num_classes is None:
+        if parts.num_classes is None:
+            raise RetrofitError(f"the number of classes of {data} is not known: give it with --num-classes")
+        recipe = recipe.replace(num_classes=parts.num_classes)
+    return parts, recipe
+
+
+def default_name(model: str, data: str, details: Any) -> str:
+    """A folder's name for a run, which is another where ``details`` differ."""
+    from ..finetune.experiment import digest, plain
+
+    return f"{model}-{Path(data).name}".replace("/", "-").replace(":", "-") + f"-{digest(plain(details))[:8]}"

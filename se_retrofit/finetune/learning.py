@@ -1,0 +1,221 @@
+"""How fast each parameter learns, and by what: groups, and timm's optimizers, schedules, averages of weights and mixup."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_layer_decay
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ..errors import RetrofitError
+from .checkpoint import join, load_optimizer, split
+from .config import FinetuneConfig
+from .parts import head_of, se_modules
+
+__all__ = ["Learning", "fan_in_scales", "learning", "param_groups", "rates_in_words", "try_out"]
+
+FULL_RATE = 16  # inputs up to which a layer of an SE module learns at the full rate
+HAVE_FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
+
+
+@dataclass
+class Learning:
+    """What a network learns by.
+
+    Attributes:
+        optimizer: of all parameters that are ever trained.
+        schedule: timm's, None for a learning rate that stays.
+        ema: the average of the weights; None for none.
+        mixup: timm's; None for none.
+    """
+
+    optimizer: torch.optim.Optimizer
+    schedule: Any
+    ema: ModelEmaV3 | None
+    mixup: Mixup | None
+
+
+def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: int | None) -> Learning:
+    """What a network learns by, on its device, with so many batches an epoch."""
+    if (config.mixup or config.cutmix) and classes is None:
+        raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
+    groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
+    optimizer = make_optimizer(groups, config, fused=next(model.parameters()).device.type == "cuda")
+    mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes or 0)
+    return Learning(
+        optimizer,
+        make_schedule(optimizer, config, math.ceil(batches / config.grad_accum_steps)),
+        ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None,
+        mixup if config.mixup or config.cutmix else None,
+    )
+
+
+# Groups
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float, se_lr_scale: float, head_lr_scale: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameters that require a gradient, in groups: SE, head and body, each with and without weight decay; SE by the fan-in of
+    its layers, too (see ``fan_in_scales``).
+
+    ``lr_scale`` is read by timm's schedulers. No decay for norms and biases (all with one dim), nor for what the
+    network's own ``no_weight_decay`` names. With ``layer_decay`` (timm's layers, from the head down; SE is of its block's)
+    each group is split by layer.
+    """
+    se = {key: scale for module in se_modules(model) for key, scale in fan_in_scales(module).items()}
+    head = {id(p) for module in head_of(model) for p in module.parameters()}
+    no_weight_decay = getattr(model, "no_weight_decay", None)
+    exempt = set(no_weight_decay()) if callable(no_weight_decay) else set()
+    layer_scales = {} if layer_decay is None else scales_by_layer(model, layer_decay)
+    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = "se" if id(parameter) in se else "head" if id(parameter) in head else "body"
+        decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
+        scale = {"se": se_lr_scale * se.get(id(parameter), 1.0), "head": head_lr_scale, "body": 1.0}[kind]
+        scale *= layer_scales.get(id(parameter), 1.0)
+        group = groups.setdefault(
+            (kind, decays, scale),
+            {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale, "name": kind},
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def scales_by_layer(model: nn.Module, layer_decay: float) -> dict[int, float]:
+    """The part of the learning rate of each parameter, by its id."""
+    layers = param_groups_layer_decay(model, layer_decay=layer_decay)
+    scales: dict[int, float] = {id(p): layer["lr_scale"] for layer in layers for p in layer["params"]}
+    if len(set(scales.values())) == 1:
+        raise RetrofitError(
+            f"layer_decay={layer_decay}: timm finds no layers in {type(model).__name__}, which has neither a "
+            "group_matcher nor a pretrained_cfg that names its classifier; leave layer_decay out"
+        )
+    return scales
+
+
+def fan_in_scales(module: nn.Module) -> dict[int, float]:
+    """What the learning rate of each parameter is multiplied by, ``min(1, 16 / fan_in)`` of its layer, by the parameter's id.
+
+    Under Adam each weight moves by about the learning rate, whatever its gradient, so what a layer gives out moves by that times
+    its number of inputs. In a pretrained network a gate behind a wide layer is saturated after a few updates, and
+    has no gradient from then on. With rates in proportion to 1 / fan_in, the way in which hidden layers are scaled in muP (Yang et
+    al., arXiv:2203.03466), gates move alike at every width. A bias has the rate of its layer; parameters of a layer
+    without a weight of two dims or more (a static factor, a norm) have the full one.
+
+    Example:
+        >>> from torch import nn
+        >>> from se_retrofit.finetune.learning import fan_in_scales
+        >>> list(fan_in_scales(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64))).values())
+        [0.25, 0.25, 1.0, 1.0]
+    """
+    scales = {}
+    for layer in module.modules():
+        own = list(layer.parameters(recurse=False))
+        fan_in = max((weight.numel() // max(len(weight), 1) for weight in own if weight.dim() > 1), default=1)
+        scales.update({id(parameter): min(1.0, FULL_RATE / max(fan_in, 1)) for parameter in own})
+    return scales
+
+
+def group_summary(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each group its name, its part of the learning rate, its weight decay and its number of tensors, as plain data."""
+    plain = ("name", "lr_scale", "weight_decay")
+    return [{**{name: group.get(name) for name in plain}, "tensors": len(group["params"])} for group in groups]
+
+
+def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
+    """The highest learning rate of SE, head and body, as a line."""
+    scales: dict[str, set[float]] = {}
+    for group in groups:
+        scales.setdefault(group["name"], set()).add(group["lr_scale"])
+    words = []
+    for name, found in sorted(scales.items()):
+        low, high = (f"{lr * scale:.2e}" for scale in (min(found), max(found)))
+        by = ", by the fan-in of its layers" if name == "se" and low != high else ""
+        words.append(f"{'SE' if name == 'se' else name} {low if low == high else f'{low} to {high}'}{by}")
+    return f"learning rates at their peak: {'; '.join(words)}"
+
+
+# The optimizer and its schedule
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
+    if not groups:
+        raise RetrofitError("no parameter of the network requires a gradient; unfreeze what is to be trained")
+    options = dict(config.optimizer_options)
+    if fused and "foreach" not in options and config.optimizer.lower() in HAVE_FUSED:
+        options.setdefault("fused", True)
+    try:
+        return create_optimizer_v2(
+            groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, **options
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RetrofitError(f"optimizer {config.optimizer!r} can't be made with {options}: {error}") from error
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
+    said = f"schedule {config.schedule!r} can't be made with {config.schedule_options}"
+    warmup: Any = config.warmup_ratio * config.epochs  # timm says int, and takes fractions
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
+            warmup_lr=config.lr / 100, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
+            **config.schedule_options,
+        )  # fmt: skip
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RetrofitError(f"{said}: {error}") from error
+    if schedule is None and config.schedule != "none":  # older versions of timm, of a name that they don't know
+        raise RetrofitError(f"{said}: timm's scheduler factory does not know it")
+    if schedule is None:  # there is nobody to apply the scales of the groups
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+    return schedule
+
+
+def try_out(config: FinetuneConfig) -> None:
+    """Let the config's optimizer change two small parameters once, write its state and load it again, and its schedule go
+    through the run.
+
+    Raises:
+        RetrofitError: one of them can't be made or fails; the optimizer needs a closure, or has a state that a checkpoint can't hold.
+    """
+    try:
+        get_optimizer_class(config.optimizer, bind_defaults=False)
+    except ValueError as error:
+        names = ", ".join(map(str, list_optimizers()))
+        raise RetrofitError(f"timm knows no optimizer {config.optimizer!r}; there are {names}") from error
+    first = _small(config)
+    what = f"optimizer {config.optimizer!r} can't make an update from gradients alone"
+    try:
+        first.step()
+        what = f"the state of optimizer {config.optimizer!r} can't be written to a checkpoint and read again"
+        tree, tensors = split({"optimizer": first.state_dict()})
+        load_optimizer(_small(config), join(json.loads(json.dumps(tree)), tensors)["optimizer"])
+        what = f"schedule {config.schedule!r} fails with {config.schedule_options}"
+        schedule = make_schedule(first, config, 1000)
+        for part in range(11 if schedule is not None else 0):
+            schedule.step_update(part * config.epochs * 100)
+    except RetrofitError:
+        raise
+    except Exception as error:  # each has its own words for it
+        raise RetrofitError(
+            f"{what}: {type(error).__name__}: {error}; take another, such as adamw and cosine"
+        ) from error
+
+
+def _small(config: FinetuneConfig) -> torch.optim.Optimizer:
+    with torch.random.fork_rng(devices=[]):
+        parameters = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 0.1)
+        return make_optimizer([{"params": parameters, "lr_scale": 1.0}], config, fused=False)
