@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
-from ..saving.recipe import IMAGES
+from ..models import IMAGES
 from ..surgery.record.copying import has_values
 from ..tables import aligned
 from .gates import SiteGates, gated_modules, gates_over, parted
