@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from se_retrofit import SEAttention, add_se, load_retrofitted, plan_of, save_retrofitted
+from se_retrofit import add_se, load_retrofitted, plan_of, save_retrofitted
+from se_retrofit.finetune import param_groups
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=10)
@@ -46,9 +47,7 @@ torch.manual_seed(0)
 model = add_se(build(), reduction=16)  # after its weights are loaded, before the optimizer is made
 print(plan_of(model))
 
-se: set[nn.Parameter] = {p for m in model.modules() if isinstance(m, SEAttention) for p in m.parameters()}
-rest = [p for p in model.parameters() if p.requires_grad and p not in se]  # the stem may be frozen
-optimizer = torch.optim.AdamW([{"params": rest, "lr": 3e-4}, {"params": list(se), "lr": 1.5e-3}])
+optimizer = torch.optim.AdamW(param_groups(model, lr=3e-4))  # of what requires a gradient: the stem may be frozen
 
 model.train()
 totals = []

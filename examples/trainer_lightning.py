@@ -9,11 +9,12 @@ from typing import Any
 import lightning
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from se_retrofit import SEAttention, add_se
+from se_retrofit import add_se
+from se_retrofit.finetune import param_groups
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=10)
@@ -36,9 +37,7 @@ class Classifier(lightning.LightningModule):
         return cross_entropy(self(images), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        se: set[nn.Parameter] = {p for m in self.modules() if isinstance(m, SEAttention) for p in m.parameters()}
-        rest = [p for p in self.parameters() if p not in se]
-        return torch.optim.AdamW([{"params": rest, "lr": 1e-3}, {"params": list(se), "lr": 5e-3}])
+        return torch.optim.AdamW(param_groups(self.network, lr=1e-3))
 
 
 # pictures that are brighter on the left or on the right

@@ -23,7 +23,7 @@ def network() -> torch.nn.Module:
 
 def comparison() -> Comparison:
     right = torch.ones(2, 4, dtype=torch.bool)
-    return Comparison({name: Arm([0.5, 0.75], [0.5, 0.5], 0.1, 1234, right) for name in ("plain", "se")}, [0, 1])
+    return Comparison({name: Arm([0.5, 0.75], [0.5, 0.5], 0.1, 1234, 1234, right) for name in ("plain", "se")}, [0, 1])
 
 
 def result() -> FinetuneResult:

@@ -12,7 +12,10 @@ from .app import app
 from .signals import Signals
 from .starting import Start, default_name, open_data, read_config
 
-ARMS_HELP = "plain and others, with commas: se, eca, cbam, static (a factor for each channel), sigmoid (SE with the paper's gate)"
+ARMS_HELP = (
+    "plain and others, with commas: se, eca, cbam, static (a factor for each channel), sigmoid (SE with the paper's gate), "
+    "norms (without SE, norms and head alone), head"
+)
 
 
 @app.command("compare")
@@ -21,7 +24,7 @@ ARMS_HELP = "plain and others, with commas: se, eca, cbam, static (a factor for 
     options.DATA_OPTIONS,
     options.SE_OPTIONS,
     options.RECIPE_OPTIONS,
-    without=("plain", "attention", "trainable", "patience"),
+    without=("plain", "attention", "patience"),
 )
 def compare_command(
     context: typer.Context,

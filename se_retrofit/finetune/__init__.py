@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .criteria import FocalLoss
     from .datasets import NamedData, Split, load_data, load_split
     from .evaluation import Evaluation, evaluate
+    from .learning import param_groups
     from .parts import new_head
     from .predicting import Prediction, predict
     from .rates import LearningRates, find_lr
@@ -40,6 +41,7 @@ _MODULES = {
     "criteria": ("FocalLoss",),
     "datasets": ("NamedData", "Split", "load_data", "load_split"),
     "evaluation": ("Evaluation", "evaluate"),
+    "learning": ("param_groups",),
     "parts": ("new_head",),
     "predicting": ("Prediction", "predict"),
     "rates": ("LearningRates", "find_lr"),
@@ -70,6 +72,7 @@ __all__ = [
     "load_data",
     "load_split",
     "new_head",
+    "param_groups",
     "predict",
     "transform_of",
 ]

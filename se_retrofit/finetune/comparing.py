@@ -32,8 +32,14 @@ ARMS = {  # beside any other name of an attention
     "se": "with SE",
     "static": "a learned factor for each channel, no squeeze",
     "sigmoid": "with SE, the paper's gate",
+    "norms": "without SE, its norms and head alone",
+    "head": "without SE, its head alone",
 }
-NAMES = {"se": "SE", "sigmoid": "SE with the paper's gate", "static": "The static factor"}
+NAMES = {
+    "se": "SE", "sigmoid": "SE with the paper's gate", "static": "The static factor",
+    "norms": "Training the norms and the head alone", "head": "Training the head alone",
+}  # fmt: skip
+PARTS = {"norms": "norms+head", "head": "head"}  # what is trained in these arms
 FEWEST_SEEDS = 3  # for a verdict
 CONFIDENCE = 0.95
 
@@ -46,7 +52,7 @@ class Arm:
         accuracies: best validation accuracy, one for each seed.
         last_accuracies: validation accuracy after the last epoch.
         step_seconds: median over the seeds of the median time of an update; None for runs too short to tell.
-        parameters: of the network.
+        parameters, trained: of the network, and how many of them were trained.
         right: which validation images were classified correctly in the best epoch, a bool tensor (seeds, images).
     """
 
@@ -54,6 +60,7 @@ class Arm:
     last_accuracies: list[float]
     step_seconds: float | None
     parameters: int
+    trained: int
     right: Tensor = field(repr=False, compare=False)
 
     @property
@@ -154,7 +161,7 @@ class Comparison:
     """A network without and with SE, after the same recipe, seed by seed.
 
     Attributes:
-        arms: the networks by name: ``"plain"``, ``"se"`` and other attentions, ``"sigmoid"``.
+        arms: the networks by name, as they were given to ``compare``.
         seeds: of the runs.
     """
 
@@ -181,14 +188,13 @@ class Comparison:
         }
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [
-            ("", *(f"seed {seed}, accuracy %" for seed in self.seeds), "mean accuracy %", "ms per step", "parameters")
-        ]
+        columns = ("mean accuracy %", "ms per step", "parameters", "trained")
+        rows = [("", *(f"seed {seed}, accuracy %" for seed in self.seeds), *columns)]
         for name, arm in self.arms.items():
             spread = "" if arm.spread is None else f" ± {100 * arm.spread:.2f}"
             pace = "-" if arm.step_seconds is None else f"{1000 * arm.step_seconds:.1f}"
             each = (f"{100 * accuracy:.2f}" for accuracy in arm.accuracies)
-            rows.append((name, *each, f"{100 * arm.mean:.2f}{spread}", pace, f"{arm.parameters:,}"))
+            rows.append((name, *each, f"{100 * arm.mean:.2f}{spread}", pace, f"{arm.parameters:,}", f"{arm.trained:,}"))
         return list(zip(*rows, strict=True))
 
     def __str__(self) -> str:
@@ -220,11 +226,12 @@ def compare(
         model: the bare network, copied for each run; or a function that makes one, called with torch's generator seeded, so
             that each seed has its own first weights.
         train_data, val_data: as for ``finetune``. Accuracy is the best epoch's, and so a little high, for all.
-        config: the recipe; its seed is the first one.
+        config: the recipe; its seed is the first one. With ``trainable="se+head"``, the plain network trains its head.
         seeds: how many.
         se_options: for ``add_se``, such as ``{"reduction": 16}``.
         arms: the networks to compare: ``"plain"`` and one or more of the attentions ``"se"``, ``"eca"``, ``"cbam"`` and
-            ``"static"`` (a learned factor for each channel in the same places), and ``"sigmoid"`` (SE with the paper's gate).
+            ``"static"`` (a learned factor for each channel in the same places), ``"sigmoid"`` (SE with the paper's gate), and the
+            bare network with only its ``"norms"`` and head or only its ``"head"`` trained.
         output_dir: folder for ``comparison.json`` and the runs, which go on when it is called again; None writes nothing.
         quiet, stop: as for ``finetune``.
 
@@ -242,10 +249,10 @@ def compare(
             seed_all(seed, EPOCH)
             bare = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
             networks = {name: _network(name, bare, se_options or {}) for name in arms}
-        recipe = config.replace(seed=seed)
         for name, network in networks.items():
             if not quiet:
                 print(f"seed {seed}, {name}: {ARMS.get(name, f'with {name.upper()}')}", flush=True)
+            recipe = _recipe(name, config).replace(seed=seed)
             result = finetune(
                 network, train_data, val_data, config=recipe, quiet=quiet, stop=stop,
                 output_dir=None if output is None else output / f"{name}-{seed}", resume=output is not None,
@@ -265,9 +272,10 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
         raise TypeError(f"seeds must be a positive int, got {brief(seeds)}")
     if seeds < 1:
         raise RetrofitError(f"seeds must be at least 1, got {seeds}")
-    if config.trainable != "all":
+    if config.trainable not in ("all", "se+head"):
         raise RetrofitError(
-            f'a network without SE can\'t be trained with trainable="{config.trainable}"; compare with "all"'
+            f'trainable="{config.trainable}" trains nothing in some of the networks; compare with "all" or "se+head" '
+            "(the arms norms and head have their own)"
         )
     known = list(dict.fromkeys([*ARMS, *ATTENTIONS]))
     unknown = [name for name in arms if name not in known]
@@ -281,12 +289,19 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
 
 def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Module:
     """A copy of the bare network for one arm."""
-    if name == "plain":
+    if name == "plain" or name in PARTS:
         return copy.deepcopy(bare)
     if name == "sigmoid":
         return add_se(bare, **{**se_options, "attention": "se", "gate": "sigmoid"})
     gate = {} if name == "se" else {"gate": "identity"}  # the others have no other
     return add_se(bare, **{**se_options, "attention": name, **gate})
+
+
+def _recipe(name: str, config: FinetuneConfig) -> FinetuneConfig:
+    """The recipe of one arm."""
+    if name == "plain" and config.trainable != "all":
+        name = "head"
+    return config.replace(trainable=PARTS.get(name, config.trainable))
 
 
 def _arm(outcomes: list[dict[str, Any]]) -> Arm:
@@ -296,5 +311,6 @@ def _arm(outcomes: list[dict[str, Any]]) -> Arm:
         last_accuracies=[float(found["history"][-1]["val_accuracy"]) for found in outcomes],
         step_seconds=statistics.median(times) if times else None,
         parameters=outcomes[0]["parameters"],
+        trained=outcomes[0]["trained_parameters"],
         right=torch.stack([found["right"] for found in outcomes]),
     )

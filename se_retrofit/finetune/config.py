@@ -69,8 +69,8 @@ class FinetuneConfig(BaseModel):
     """Further arguments of timm's `create_scheduler_v2`, such as `{"min_lr": 1e-6}`."""
     warmup_ratio: BelowOne = 0.05
     """Part of the run in which the learning rate rises from a hundredth of `lr`."""
-    trainable: Literal["all", "se", "se+head"] = "all"
-    """What is trained; the rest stays bit for bit as it was, running statistics included."""
+    trainable: Literal["all", "se", "se+head", "norms+head", "head"] = "all"
+    """What is trained (of norms the scales and shifts); the rest stays bit for bit as it was, running statistics included."""
     unfreeze_epoch: Count | None = None
     """The first epoch (counted from 1) in which all is trained, whatever `trainable` says."""
     freeze_bn: bool = False
@@ -135,7 +135,7 @@ class FinetuneConfig(BaseModel):
     def _agree(self) -> FinetuneConfig:
         mixes = bool(self.mixup or self.cutmix)
         contradictions = {
-            f'unfreeze_epoch={self.unfreeze_epoch} needs trainable="se" or "se+head": "all" freezes nothing': (
+            f'unfreeze_epoch={self.unfreeze_epoch} needs another trainable than "all", which freezes nothing': (
                 self.unfreeze_epoch is not None and self.trainable == "all"
             ),
             f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}": (

@@ -47,7 +47,7 @@ def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: in
     """What a network learns by, on its device, with so many batches an epoch."""
     if (config.mixup or config.cutmix) and classes is None:
         raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
-    groups = param_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
+    groups = scaled_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
     optimizer = make_optimizer(groups, config, fused=next(model.parameters()).device.type == "cuda")
     mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes or 0)
     return Learning(
@@ -62,6 +62,38 @@ def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: in
 
 
 def param_groups(
+    model: nn.Module, lr: float, *, weight_decay: float = 0.05, se_lr_scale: float = 1.0, head_lr_scale: float = 5.0,
+    layer_decay: float | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The groups of parameters that ``finetune`` trains by, each with its own learning rate, for an optimizer of your own.
+
+    Args:
+        model: of it, what requires a gradient is in the groups.
+        lr: of the body.
+        weight_decay: of the weights; norms and biases get none.
+        se_lr_scale: multiplies ``lr`` for the SE modules, whose layers with more than 16 inputs have it times 16 / inputs, so
+            that gates move alike at every width (in proportion to the fan-in, as in muP, Yang et al., arXiv:2203.03466).
+        head_lr_scale: multiplies ``lr`` for the classifier; take 1 where it is not new.
+        layer_decay: multiplies ``lr`` once more for each layer further from the head.
+
+    Raises:
+        RetrofitError: ``layer_decay`` is given, and timm finds no layers in the network.
+
+    Example:
+        >>> import timm, torch
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.finetune import param_groups
+        >>> model = add_se(timm.create_model("resnet18", num_classes=10))
+        >>> groups = param_groups(model, lr=1e-3)
+        >>> optimizer = torch.optim.AdamW(groups)
+        >>> [f"{group['lr']:.5f}" for group in groups if group["name"] == "se"]
+        ['0.00025', '0.00100', '0.00013', '0.00006', '0.00050', '0.00003']
+    """
+    groups = scaled_groups(model, weight_decay, se_lr_scale, head_lr_scale, layer_decay)
+    return [{"lr": lr * group.pop("lr_scale"), **group} for group in groups]
+
+
+def scaled_groups(
     model: nn.Module, weight_decay: float, se_lr_scale: float, head_lr_scale: float, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
     """Parameters that require a gradient, in groups: SE, head and body, each with and without weight decay; SE by the fan-in of

@@ -147,19 +147,31 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     """
     if part == "all":
         return [model]
-    modules, heads = se_modules(model), head_of(model)
-    if not modules:
+    name, heads = type(model).__name__, head_of(model)
+    modules = {"se": se_modules, "norms": norms_of, "head": lambda _: []}[part.partition("+")[0]](model)
+    if part.startswith("se") and not modules:
         raise RetrofitError(
-            f'trainable="{part}" needs SE modules, and this {type(model).__name__} has none; retrofit it first: '
-            "model = add_se(model)"
+            f'trainable="{part}" needs SE modules, and this {name} has none; retrofit it first: model = add_se(model)'
         )
-    if part == "se+head" and not heads:
-        raise RetrofitError(f'trainable="se+head": no head found in {type(model).__name__}; take "se" or "all"')
+    if part.startswith("norms") and not modules:
+        raise RetrofitError(f'trainable="{part}": no norm of {name} has parameters; take "head" or "all"')
+    if part.endswith("head") and not heads:
+        raise RetrofitError(f'trainable="{part}": no head found in {name}; take "se" or "all"')
     return modules if part == "se" else modules + heads
 
 
+def norms_of(model: nn.Module) -> list[nn.Module]:
+    """The norms that have a scale for each channel: by the word in the names of their classes, as every library calls them."""
+    return [
+        module
+        for module in model.modules()
+        if any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
+        and [p.dim() for p in module.parameters(recurse=False)] in ([1], [1, 1])
+    ]
+
+
 def choose_trainable(model: nn.Module, part: str, given: dict[str, bool]) -> None:
-    """Set ``requires_grad``: of SE and the head where ``part`` names them; of the whole network as ``given``."""
+    """Set ``requires_grad``: of what ``part`` names alone; of the whole network as ``given``."""
     chosen = {id(p) for module in trained_parts(model, part) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(given.get(name, True) if part == "all" else id(parameter) in chosen)

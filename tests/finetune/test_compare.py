@@ -21,7 +21,7 @@ def comparison(
 
     def arm(accuracies: list[float]) -> Arm:
         right = torch.stack([torch.arange(images) < round(accuracy * images) for accuracy in accuracies])
-        return Arm(accuracies, accuracies, 0.01, 1000, right)
+        return Arm(accuracies, accuracies, 0.01, 1000, 1000, right)
 
     named = {"plain": plain, "se": se, "static": static}
     arms = {name: arm(accuracies) for name, accuracies in named.items() if accuracies is not None}
@@ -55,7 +55,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
             luck = 0.1 * torch.randn(seeds, 1, generator=generator)
             right = torch.rand(seeds, images, generator=generator) < (hard + own + luck)
             accuracies = right.double().mean(1).tolist()
-            arms.append(Arm(accuracies, accuracies, None, 1, right))
+            arms.append(Arm(accuracies, accuracies, None, 1, 1, right))
         low, high = Contrast.of("se", arms[1], "plain", arms[0]).interval or (0.0, 0.0)
         covered += low <= 0 <= high
     assert covered >= 0.93 * 300
@@ -123,6 +123,22 @@ def test_all_arms_start_from_the_same_weights_take_as_many_steps_and_go_on_where
     assert again == found
     assert torch.equal(again.arms["se"].right, found.arms["se"].right)
     assert state.stat().st_mtime_ns == written
+
+
+def test_norms_or_the_head_alone_are_arms_and_a_plain_network_beside_frozen_ones_trains_its_head(
+    digits: NamedData,
+) -> None:
+    arms = ("plain", "se", "norms", "head")
+    found = compare(
+        network(se=False), digits.train, digits.val, config=config(trainable="se+head"), seeds=1, arms=arms, quiet=True
+    ).arms  # fmt: skip
+    model = network(se=False)
+    head = sum(p.numel() for p in model.get_classifier().parameters())
+    norms = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters())
+    assert found["plain"].accuracies == found["head"].accuracies
+    assert found["plain"].trained == head
+    assert (found["head"].trained, found["norms"].trained) == (head, head + norms)
+    assert found["se"].trained == head + found["se"].parameters - found["plain"].parameters
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from tiny import config, network, same, state_of, trained
 from torch import nn
 
 from se_retrofit import RetrofitError, SEAttention, add_se
-from se_retrofit.finetune import NamedData, find_lr
-from se_retrofit.finetune.learning import fan_in_scales, param_groups
+from se_retrofit.finetune import NamedData, find_lr, param_groups
+from se_retrofit.finetune.learning import fan_in_scales, scaled_groups
 
 
 def wide_network(attention: str = "se") -> nn.Module:
@@ -28,7 +28,7 @@ def movement(channels: int, scaled: bool) -> float:
     """How far the gates are from 1 after two updates of Adam whose gradients ask for more of everything."""
     torch.manual_seed(0)
     se = SEAttention(channels, reduction=8, gate="identity")
-    groups = param_groups(se, 0.0, 1.0, 1.0)
+    groups = scaled_groups(se, 0.0, 1.0, 1.0)
     optimizer = torch.optim.Adam(
         [{"params": group["params"], "lr": 3e-3 * (group["lr_scale"] if scaled else 1.0)} for group in groups]
     )
@@ -65,7 +65,7 @@ def test_a_layer_is_scaled_by_its_own_fan_in_whatever_module_it_is_in() -> None:
 
 
 def test_static_factors_learn_at_the_full_rate_and_so_do_all_other_parameters() -> None:
-    groups = param_groups(wide_network(attention="static"), 0.1, 3.0, 5.0)
+    groups = scaled_groups(wide_network(attention="static"), 0.1, 3.0, 5.0)
     assert {(g["name"], g["lr_scale"]) for g in groups} == {("se", 3.0), ("head", 5.0), ("body", 1.0)}
 
 
@@ -109,7 +109,7 @@ def test_a_run_whose_parameters_were_divided_otherwise_is_not_resumed(digits: Na
 
 def test_se_and_head_have_their_own_learning_rate_and_norms_no_decay() -> None:
     model = network()
-    groups = param_groups(model, weight_decay=0.1, se_lr_scale=5.0, head_lr_scale=2.0)
+    groups = scaled_groups(model, weight_decay=0.1, se_lr_scale=5.0, head_lr_scale=2.0)
     by_kind = {(g["name"], g["weight_decay"]): g for g in groups}
     assert set(by_kind) == {("se", 0.1), ("head", 0.1), ("head", 0.0), ("body", 0.1), ("body", 0.0)}
     assert [by_kind[k]["lr_scale"] for k in (("se", 0.1), ("head", 0.0), ("body", 0.1))] == [5.0, 2.0, 1.0]
@@ -117,9 +117,19 @@ def test_se_and_head_have_their_own_learning_rate_and_norms_no_decay() -> None:
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
+def test_an_optimizer_of_ones_own_gets_the_rates_that_finetune_has() -> None:
+    model = wide_network()
+    groups = param_groups(model, 1e-3, weight_decay=0.1, se_lr_scale=2.0)
+    scaled = scaled_groups(model, 0.1, 2.0, 5.0)
+    assert [group["lr"] for group in groups] == [1e-3 * group["lr_scale"] for group in scaled]
+    assert [group["weight_decay"] for group in groups] == [group["weight_decay"] for group in scaled]
+    assert [len(group["params"]) for group in groups] == [len(group["params"]) for group in scaled]
+    assert not any("lr_scale" in group for group in groups)  # which timm's schedulers would apply once more
+
+
 def test_with_layer_decay_layers_learn_the_more_slowly_the_further_they_are_from_the_head() -> None:
     model = network()
-    groups = param_groups(model, 0.1, 5.0, 2.0, layer_decay=0.5)
+    groups = scaled_groups(model, 0.1, 5.0, 2.0, layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     assert len(scale) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert scale[id(model.fc.weight)] == 2.0
@@ -128,4 +138,4 @@ def test_with_layer_decay_layers_learn_the_more_slowly_the_further_they_are_from
     se = next(p for n, p in model.layer2.named_parameters() if "se_attention" in n)
     assert scale[id(se)] == 5.0 * scale[id(model.layer2[0].conv1.weight)]
     with pytest.raises(RetrofitError, match="no layers in Sequential"):
-        param_groups(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), 0.1, 1.0, 1.0, layer_decay=0.7)
+        scaled_groups(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), 0.1, 1.0, 1.0, layer_decay=0.7)

@@ -50,14 +50,20 @@ def test_the_first_evaluation_is_that_of_the_network_before_the_retrofit(digits:
     assert first == {"epoch": 0, **{f"val_{name}": value for name, value in before.scores().items()}}
 
 
-@pytest.mark.parametrize(("train", "ema"), [("se", None), ("se+head", 0.9)])
-def test_training_se_leaves_all_else_bit_for_bit(digits: NamedData, train: str, ema: float | None) -> None:
+@pytest.mark.parametrize(("train", "ema"), [("se", None), ("se+head", 0.9), ("head", None), ("norms+head", None)])
+def test_training_a_part_leaves_all_else_bit_for_bit(digits: NamedData, train: str, ema: float | None) -> None:
     model = network()
+    norms = [path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    parts = {
+        "se": se_keys(model),
+        "head": {"fc.weight", "fc.bias"},
+        "norms": {key for key in model.state_dict() if key.rpartition(".")[0] in norms},
+    }
     before = state_of(model)
     trained(model, digits, recipe={"epochs": 2, "trainable": train, "ema_decay": ema})
     after = model.state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == se_keys(model) | ({"fc.weight", "fc.bias"} if train == "se+head" else set())
+    assert changed == set().union(*(parts[part] for part in train.split("+")))
     assert all(p.requires_grad for p in model.parameters())
 
 
