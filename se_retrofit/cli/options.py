@@ -35,7 +35,7 @@ Figures = Annotated[Path | None, typer.Option(help="write all figures into this 
 
 
 def option(kind: Any, default: Any, help: str, *names: str, **more: Any) -> tuple[Any, Any]:
-    return Annotated.__class_getitem__((kind, typer.Option(*names, help=help, **more))), default  # type: ignore[attr-defined]
+    return Annotated[kind, typer.Option(*names, help=help, **more)], default
 
 
 def known_attention(name: str) -> str:
