@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,36 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_dataset
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import TensorDataset
 
 from ..errors import RetrofitError, brief
 from .experiment import describe_data, plain
+from .folders import (
+    Joined,
+    Subfolder,
+    check_several,
+    class_folders,
+    class_sizes,
+    held_out,
+    images_in,
+    left_out,
+    numbers,
+    readable,
+    split_folders,
+)
 
 __all__ = ["NamedData", "Split", "digit_images", "load_data", "load_split", "trained_on"]
 
 TIMM_PREFIXES = ("torch/", "hfds/")
 SPLITS = ("train", "val", "test", "all")
-# the names of a split's folder, of which the first that is there is taken
-FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
 class NamedData:
     """Training and validation data, and the number of classes (None where the data does not tell).
 
-    ``note`` says what was done to it, such as a split; empty where nothing was.
+    ``note`` says, a line each, how many images a folder has of each class, how it was split, and which files were left out; empty
+    where there is nothing to say.
     """
 
     train: Any
@@ -97,16 +108,18 @@ def load_data(
         parts, found = split_folders(folder), class_folders(folder)
         kept = parts.get("val", parts.get("test"))
         if "train" in parts and kept is not None:
-            images = _images(parts["train"])
-            return NamedData(images, Subfolder(kept, images.class_to_idx), len(images.classes))
+            images = images_in(parts["train"])
+            notes = (class_sizes(images), *map(left_out, (parts["train"], kept)))
+            return NamedData(images, Subfolder(kept, images.class_to_idx), len(images.classes), _joined(notes))
         if not parts and found:
-            images = _images(folder)
+            images = images_in(folder)
             train, val = held_out(images, folder, val_fraction)
             note = f"{folder} has no train/ and val/: {len(val):,} of its {len(images):,} images, of each class, are for validation"
-            return NamedData(train, val, len(images.classes), note)
+            return NamedData(train, val, len(images.classes), _joined((class_sizes(images), note, left_out(folder))))
+        held = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     raise RetrofitError(
         f"{folder} must hold the folders train and val, each with one folder of images a class, or the folders of the "
-        f"classes alone; it holds {', '.join(found[:5]) or 'no folders'}"
+        f"classes alone, with images in them; it holds {', '.join(held[:5]) or 'no folders'}"
     )
 
 
@@ -159,9 +172,11 @@ def load_split(
 
         def opener(place: Path) -> Callable[[], Any]:
             others = [place] if split != "all" else places.values()
-            return lambda: Subfolder(place, _numbers(others, places.get("train"), classes))
+            return lambda: Subfolder(place, numbers(others, places.get("train"), classes))
 
-        return _chosen(folder, split, {part: opener(place) for part, place in places.items()})
+        chosen = _chosen(folder, split, {part: opener(place) for part, place in places.items()})
+        measured = [place for part, place in places.items() if chosen.name in (part, "all")]
+        return replace(chosen, about="; ".join(filter(None, (chosen.about, *map(left_out, measured)))))
 
 
 def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
@@ -180,6 +195,10 @@ def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
             cure = "" if part.unseen is None else f"; --split {part.unseen} measures others"
             return f"the network was trained on {which}, so the figures flatter it{cure}"
     return ""
+
+
+def _joined(notes: Iterable[str]) -> str:
+    return "\n".join(filter(None, notes))
 
 
 # By kind of data
@@ -236,12 +255,13 @@ def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence
         )
     parts = None
     with contextlib.suppress(*((OSError, RetrofitError) if split == "all" else ())):  # finetune would refuse it
-        parts = held_out(_images(folder, several=classes is None), folder, val_fraction)
+        parts = held_out(images_in(folder, several=classes is None), folder, val_fraction)
     if split == "all":
-        whole = Subfolder(folder, _numbers([folder], None, classes))
+        whole = Subfolder(folder, numbers([folder], None, classes))
         if classes is None:
             check_several(whole.classes, folder)
-        return Split(whole, split, f"all of {folder}: {len(whole):,} images", "val", parts and parts[0])
+        about = "; ".join(filter(None, (f"all of {folder}: {len(whole):,} images", left_out(folder))))
+        return Split(whole, split, about, "val", parts and parts[0])
     assert parts is not None
     data, whose = parts[split == "val"], "holds out" if split == "val" else "trains on"
     about = f"{split} of {folder}: {len(data):,} of its {sum(map(len, parts)):,} images, which finetune {whose}"
@@ -270,9 +290,6 @@ def _chosen(origin: object, split: str | None, parts: Mapping[str, Callable[[], 
     return Split(whole, chosen, about, unseen, opened.get("train"))
 
 
-# Folders
-
-
 def data_folder(name: str | Path) -> Path:
     """The folder of this name.
 
@@ -285,109 +302,3 @@ def data_folder(name: str | Path) -> Path:
             f"({', '.join(TIMM_PREFIXES)}...)"
         )
     return Path(name)
-
-
-@contextlib.contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """What goes wrong in reading a folder, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise RetrofitError(f"{folder} can't be read as folders of images: {error}") from error
-
-
-def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-
-
-def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of ``train``, ``val`` and ``test``, as far as they are there; none in a folder of classes, of which one may
-    have such a name."""
-    found = set(class_folders(folder))
-    names = {split: next((name for name in known if name in found), None) for split, known in FOLDERS.items()}
-    parts = {split: folder / name for split, name in names.items() if name is not None}
-    others = found - {name for known in FOLDERS.values() for name in known}
-    return {} if others and not any(map(class_folders, parts.values())) else parts
-
-
-def _images(folder: Path, several: bool = True) -> ImageFolder:
-    images = ImageFolder(str(folder))
-    if several:
-        check_several(images.classes, folder)
-    return images
-
-
-def check_several(classes: list[str], folder: Path) -> None:
-    """Raise where there is a single class."""
-    if len(classes) == 1:  # most likely a folder too high up
-        raise RetrofitError(
-            f"{folder} holds a single class, {classes[0]}, and there is nothing to tell it from; it must hold a folder "
-            "of images for each class"
-        )
-
-
-def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Subset[Any], Subset[Any]]:
-    """What is left for training, and a part of each class for validation: the same images in every run.
-
-    Raises:
-        RetrofitError: a class has too few images.
-    """
-    if not 0 < val_fraction < 1:
-        raise RetrofitError(f"val_fraction must be above 0 and below 1, got {val_fraction}")
-    train: list[int] = []
-    val: list[int] = []
-    generator = torch.Generator().manual_seed(0)
-    for number, name in enumerate(images.classes):
-        members = [index for index, target in enumerate(images.targets) if target == number]
-        kept = max(1, round(val_fraction * len(members)))
-        if kept >= len(members):
-            raise RetrofitError(
-                f"{folder / name} has {len(members)} images, too few to train on some and validate on others; add more, or "
-                "give a folder with train/ and val/"
-            )
-        order = torch.randperm(len(members), generator=generator).tolist()
-        val += sorted(members[place] for place in order[:kept])
-        train += sorted(members[place] for place in order[kept:])
-    return Subset(images, train), Subset(images, val)
-
-
-class Subfolder(ImageFolder):
-    """A folder of images with the class numbers of another one, of which it may lack some classes."""
-
-    def __init__(self, folder: Path, class_to_idx: dict[str, int]) -> None:
-        self.wanted = class_to_idx
-        super().__init__(str(folder), allow_empty=True)
-        self.classes = list(class_to_idx)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found = class_folders(Path(directory))
-        unknown = [name for name in found if name not in self.wanted]
-        if unknown:
-            raise RetrofitError(
-                f"{directory} holds classes that the training folder lacks: {', '.join(unknown[:5])}; add them there, "
-                "or remove them here"
-            )
-        if not found:
-            raise FileNotFoundError(f"it holds no folder of a class: {directory}")
-        return found, {name: self.wanted[name] for name in found}
-
-
-class Joined(ConcatDataset[Any]):
-    """Several parts of the same classes, one after the other."""
-
-    def __init__(self, parts: list[Any]) -> None:
-        super().__init__(parts)
-        if all(isinstance(part, ImageFolder) for part in parts):
-            self.classes = parts[0].classes
-            self.samples = [sample for part in parts for sample in part.samples]  # by which images are named
-
-
-def _numbers(places: Iterable[Path], train: Path | None, classes: Sequence[str] | None) -> dict[str, int]:
-    """The number of each class."""
-    found = sorted({name for place in places for name in class_folders(place)})
-    if classes is not None and set(found) <= set(classes):
-        names = list(classes)
-    else:
-        names = found if train is None else class_folders(train)
-    return {name: number for number, name in enumerate(names)}

@@ -88,7 +88,7 @@ def check_classes(model: nn.Module, data: Any) -> None:
     """Raise where the data numbers its classes otherwise than the data that the network was fine-tuned on."""
     if differing := other_classes(model, data):
         raise RetrofitError(
-            f"{differing}; their numbers must agree: give data with the same classes (a folder for each, even if it is empty)"
+            f"{differing}; their numbers must agree: give data with the same classes in the same order"
         )
 
 

@@ -140,3 +140,43 @@ def test_data_without_such_a_split_says_what_it_has(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(RetrofitError, match=says):
             load_split(name, split, root=tmp_path)
+
+
+def test_hidden_and_empty_folders_are_no_classes_and_what_is_left_out_is_said(pictures: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(pictures / part, tmp_path / part)
+    for name in (
+        ".ipynb_checkpoints",
+        "__MACOSX",
+        "train/.thumbnails",
+        "train/__MACOSX",
+        "train/green",
+        "train/yellow",
+    ):
+        (tmp_path / name).mkdir()
+    one = next((tmp_path / "train" / "red").iterdir())
+    for name in ("train/.thumbnails/a.png", "train/__MACOSX/a.png", "train/red/._a.png"):
+        shutil.copy(one, tmp_path / name)
+    for name in ("train/red/a.svg", "train/red/b.SVG", "train/green/c.svg", "val/blue/notes.txt"):
+        (tmp_path / name).write_text("no image")
+    data = load_data(tmp_path)
+    assert (data.train.classes, data.num_classes, len(data.train), len(data.val)) == (["blue", "red"], 2, 24, 10)
+    sizes, train, val = data.note.splitlines()
+    assert sizes == "images: blue 12, red 12"
+    assert train == f"left out of {tmp_path / 'train'}: 3 files of .svg; 1 files of .png; green, yellow (no images)"
+    assert val == f"left out of {tmp_path / 'val'}: 1 files of .txt"
+    assert load_split(tmp_path, "val").about == f"val of {tmp_path}: 10 images; {val}"
+    assert len(load_data(tmp_path / "train").train) == 20  # a folder of classes
+
+
+def test_classes_of_very_different_sizes_are_pointed_out(flowers: Path, tmp_path: Path) -> None:
+    shutil.copytree(flowers, tmp_path, dirs_exist_ok=True)
+    rare, *_ = (folder for folder in sorted(tmp_path.iterdir()))
+    common = tmp_path / "common"
+    common.mkdir()
+    image = next(rare.iterdir())
+    for number in range(12 * len(list(rare.iterdir()))):
+        shutil.copy(image, common / f"{number}{image.suffix}")
+    assert "--balance sampling" in load_data(tmp_path).note
+    shutil.rmtree(common)
+    assert "--balance" not in load_data(tmp_path).note
