@@ -179,8 +179,8 @@ def learning_rates(rates: list[float], losses: list[float], diverged: bool) -> L
             f"{rates[-1] if rates else 0:.2e}: begin lower (lowest=...), or look at the data and the loss"
         )
     smoothed = smooth(np.array(losses))
-    bottom = int(smoothed.argmin())
-    top = int(smoothed[: bottom + 1].argmax())
+    bottom = int(np.argmin(smoothed))
+    top = int(np.argmax(smoothed[: bottom + 1]))
     suggestion = None
     if smoothed[top] - smoothed[bottom] > LEAST_FALL * abs(smoothed[top]):
         slopes = np.gradient(smoothed, np.log(rates))
