@@ -11,7 +11,7 @@ from rich.console import Console
 from ..finetune.config import FinetuneConfig
 from . import options
 from .app import app, say, write_json
-from .folders import network_in, run_settings, training_data_of
+from .folders import run_settings, training_data_of
 
 SPLIT_HELP = "which images; by default all of a folder of classes, elsewhere val, or test where there is no val"
 
@@ -43,6 +43,7 @@ def evaluate_command(
     from ..finetune.datasets import trained_on
     from ..finetune.transforms import class_names
     from ..saving import load_retrofitted
+    from ..saving.recipe import network_in
 
     saved, console = network_in(folder), Console()
     network = load_retrofitted(saved)

@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 
 from .app import app, say
-from .folders import network_in
 from .options import Folder, InputSize, example_of
 
 
@@ -41,7 +40,7 @@ def export_command(
     if input_size is not None:
         like = example_of(input_size)
         example = torch.rand(like.shape, generator=torch.Generator().manual_seed(0))
-    network = load_retrofitted(network_in(folder))
+    network = load_retrofitted(folder)
     if native:
         network = to_native(network)
     file = output or folder.with_name(folder.name + SUFFIXES[format or "onnx"])

@@ -12,7 +12,6 @@ from ..finetune.config import FinetuneConfig
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .folders import network_in
 from .starting import open_data
 
 
@@ -40,8 +39,7 @@ def fold_command(
     from ..saving.networks import write_network
     from ..saving.recipe import RECIPE, WEIGHTS
 
-    saved, config = network_in(folder), FinetuneConfig(**options.recipe_fields(context))
-    network = load_retrofitted(saved)
+    config, network = FinetuneConfig(**options.recipe_fields(context)), load_retrofitted(folder)
     if json_file is not None:
         writable(json_file)
     parts, _ = open_data(context, data, config)

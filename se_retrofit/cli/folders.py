@@ -1,32 +1,14 @@
-"""Folders that commands take: saved networks, and runs with one in them."""
+"""What the folder of a run tells of the network in it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..errors import RetrofitError
-
-__all__ = ["network_in", "run_settings", "training_data_of"]
+__all__ = ["run_settings", "training_data_of"]
 
 # of a run's recipe: what decides how its network is evaluated
 SETTINGS = ("image_size", "batch_size", "precision", "multi_label")
-
-
-def network_in(folder: Path) -> Path:
-    """The folder itself, or its ``best/`` where it is a run's.
-
-    Raises:
-        RetrofitError: it is neither.
-    """
-    from ..saving.atomic import settled
-    from ..saving.recipe import RECIPE
-
-    for candidate in (folder, folder / "best"):
-        if (settled(candidate) / RECIPE).is_file():
-            return candidate
-    what = "holds no network that add, finetune or fold wrote" if folder.is_dir() else "is not a folder"
-    raise RetrofitError(f"{folder} {what}; {RECIPE} was looked for in it and in {folder / 'best'}")
 
 
 def run_settings(saved: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from ..errors import RetrofitError
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .folders import network_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -106,7 +105,7 @@ def network_of(context: typer.Context, model: str) -> nn.Module:
         options.refuse_for_folder(context, "num_classes")
         from ..saving import load_retrofitted
 
-        return load_retrofitted(network_in(Path(model)))
+        return load_retrofitted(model)
     if model.startswith((".", "/", "~")) or model.endswith("/"):
         raise RetrofitError(f"no folder {model}")
     from ..models import Base

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .folders import network_in
 from .options import Folder
 
 
@@ -32,7 +31,7 @@ def predict_command(
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_file
 
-    network = load_retrofitted(network_in(folder))
+    network = load_retrofitted(folder)
     if torch.accelerator.is_available() and not cpu:
         network.to(torch.accelerator.current_accelerator())
     predictions = predict(network, images, top=top, batch_size=batch_size)

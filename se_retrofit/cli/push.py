@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 
 from .app import app, say
-from .folders import network_in
 from .options import Folder
 
 
@@ -25,4 +24,4 @@ def push_command(
     """
     from ..saving.hub import push_to_hub
 
-    say(Console(), f"uploaded to {push_to_hub(network_in(folder), repo, private=private, revision=revision)}")
+    say(Console(), f"uploaded to {push_to_hub(folder, repo, private=private, revision=revision)}")

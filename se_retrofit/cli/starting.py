@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
 from ..plaindata import parse_yaml
-from .folders import network_in
 from .options import recipe_fields, refuse_for_folder, se_options
 
 if TYPE_CHECKING:
@@ -58,8 +57,7 @@ class Start(BaseModel):
         from ..saving import load_retrofitted
 
         if Path(self.model).is_dir():
-            saved = network_in(Path(self.model))
-            return lambda: load_retrofitted(saved)
+            return lambda: load_retrofitted(self.model)
         built = Base.of(self.model, **named_values(self.arg))
 
         def build() -> nn.Module:

@@ -87,9 +87,7 @@ def note_images(model: nn.Module, data: Any, config: FinetuneConfig) -> None:
 def check_classes(model: nn.Module, data: Any) -> None:
     """Raise where the data numbers its classes otherwise than the data that the network was fine-tuned on."""
     if differing := other_classes(model, data):
-        raise RetrofitError(
-            f"{differing}; their numbers must agree: give data with the same classes in the same order"
-        )
+        raise RetrofitError(f"{differing}; their numbers must agree: give data with the same classes in the same order")
 
 
 def other_classes(model: nn.Module, data: Any) -> str:

@@ -19,7 +19,7 @@ from ..plan import Plan
 from .atomic import settled
 from .base import named_base
 from .networks import load_retrofitted, save_retrofitted
-from .recipe import RECIPE, WEIGHTS, read_recipe
+from .recipe import RECIPE, WEIGHTS, network_in, read_recipe
 
 __all__ = ["from_pretrained", "push_to_hub"]
 
@@ -71,10 +71,11 @@ def push_to_hub(
         if isinstance(model, nn.Module):
             save_retrofitted(model, folder)
         else:
-            read_recipe(settled(Path(model)))
+            saved = settled(network_in(Path(model)))
+            read_recipe(saved)
             folder.mkdir()
             for name in (WEIGHTS, RECIPE):
-                shutil.copy(settled(Path(model)) / name, folder / name)
+                shutil.copy(saved / name, folder / name)
         with _hub_errors(f"{repo_id} can't be uploaded"):
             url = str(api.create_repo(repo_id, private=private, exist_ok=True))
             if not api.file_exists(repo_id, CARD, revision=revision):

@@ -17,7 +17,7 @@ from ..surgery.record.copying import copied, in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
 from .rebuild import carried_out
-from .recipe import FORMAT, RECIPE, WEIGHTS, read_plan, read_recipe, version_of
+from .recipe import FORMAT, RECIPE, WEIGHTS, network_in, read_plan, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
 __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
@@ -74,7 +74,7 @@ def load_retrofitted(
     """Load the network that ``save_retrofitted`` saved: build the base, carry out the plan, load the weights.
 
     Args:
-        directory: the folder that ``save_retrofitted`` or a fine-tune wrote.
+        directory: the folder that ``save_retrofitted`` wrote, or that of a fine-tune, whose result is in ``best/``.
         base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its
             weights don't matter, since all of them are replaced.
         attention: the class or factory that the network was retrofitted with, which is not saved; None where the attention
@@ -103,7 +103,7 @@ def load_retrofitted(
         >>> torch.equal(model(x), again(x))
         True
     """
-    folder = settled(Path(directory))
+    folder = settled(network_in(Path(directory)))
     recipe = read_recipe(folder)
     state = read_weights(folder / WEIGHTS)
     tie(state, recipe["tied"], folder / RECIPE)

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import RetrofitError, brief
 from ..plaindata import read_json
 from ..plan import Plan
+from .atomic import settled
 
 __all__ = [
     "FORMAT",
@@ -18,6 +19,7 @@ __all__ = [
     "WEIGHTS",
     "check_fields",
     "check_names",
+    "network_in",
     "read_plan",
     "read_recipe",
     "version_of",
@@ -50,14 +52,29 @@ IMAGE_FIELDS: dict[str, tuple[type, ...]] = {
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "random")  # those of timm
 
 
+def network_in(folder: Path) -> Path:
+    """The folder itself, or its ``best/`` where it is a run's.
+
+    Raises:
+        RetrofitError: it is neither.
+    """
+    for candidate in (folder, folder / "best"):
+        if (settled(candidate) / RECIPE).is_file():
+            return candidate
+    if not settled(folder).is_dir():
+        raise RetrofitError(f"no folder {folder}; give the folder that save_retrofitted or a fine-tune wrote")
+    raise RetrofitError(
+        f"{folder} holds no network that save_retrofitted, add, finetune or fold wrote; {RECIPE} was looked for in it and in "
+        f"{folder / 'best'}"
+    )
+
+
 def read_recipe(folder: Path) -> dict[str, Any]:
     """The recipe of a folder, checked field by field.
 
     Raises:
         RetrofitError: it is missing, no JSON, of a newer format, or has missing, unknown or ill-typed fields.
     """
-    if not folder.is_dir():
-        raise RetrofitError(f"no folder {folder}; give the folder that save_retrofitted or a fine-tune wrote")
     recipe = read_json(folder / RECIPE)
     check_fields(recipe, RECIPE_FIELDS, folder / RECIPE)
     if recipe["base"] is not None:

@@ -323,7 +323,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no recipe": (lambda d: (d / "recipe.json").unlink(), "no file .*recipe.json"),
+    "no recipe": (lambda d: (d / "recipe.json").unlink(), "holds no network"),
     "no weights": (lambda d: (d / "weights.safetensors").unlink(), "no file .*weights.safetensors"),
     "cut weights": (
         lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes()[:-1000]),
@@ -384,6 +384,15 @@ def test_broken_input_is_a_clear_error(saved: Path, name: str) -> None:
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(RetrofitError, match=r"no folder .*nowhere"):
         load_retrofitted(tmp_path / "nowhere")
+
+
+def test_the_folder_of_a_run_stands_for_its_result(saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(RetrofitError, match="holds no network"):
+        load_retrofitted(run)
+    shutil.copytree(saved, run / "best")
+    assert_same(load_retrofitted(run), load_retrofitted(saved))
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
