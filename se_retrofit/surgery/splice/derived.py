@@ -191,7 +191,12 @@ def _derive(recipe: Recipe) -> type:
 
 
 def _names(cls: type) -> dict[str, Any]:
-    return {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    names = (
+        "__module__",
+        "__qualname__",
+        "__firstlineno__",
+    )  # by the last, Python 3.13 finds a class's source, and TorchScript needs it
+    return {name: getattr(cls, name) for name in names if hasattr(cls, name)}
 
 
 def _keep_overloads(member: Any, base: type, derived: type) -> None:
