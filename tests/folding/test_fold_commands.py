@@ -59,7 +59,7 @@ def test_export_writes_what_is_asked_for(folder: Path, tmp_path: Path) -> None:
 
 def test_mistakes_are_said(folder: Path, tmp_path: Path) -> None:
     for arguments, says in (
-        (("fold", str(tmp_path / "none"), "--data", "digits"), "is not a folder"),
+        (("fold", str(tmp_path / "none"), "--data", "digits"), "no folder"),
         (("fold", str(folder), "--data", "digits", "--tolerance", "-1"), "tolerance"),
     ):
         result = run(*arguments)
