@@ -61,10 +61,7 @@ class Start(BaseModel):
         built = Base.of(self.model, **named_values(self.arg))
 
         def build() -> nn.Module:
-            try:
-                network = built.build(pretrained=self.pretrained)
-            except Exception as error:  # the libraries and the network raise of every kind
-                raise RetrofitError(f"{self.model} can't be built: {error}") from error
+            network = built.build(self.pretrained)
             if self.checkpoint is not None:
                 load_checkpoint(network, Path(self.checkpoint))
             return network

@@ -17,7 +17,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from ..errors import RetrofitError
 
 __all__ = [
-    "Joined", "Subfolder", "check_several", "class_folders", "class_sizes", "held_out", "images_in", "left_out", "numbers", "readable",
+    "Joined", "Subfolder", "check_several", "class_folders", "class_sizes", "files_in", "held_out", "images_in", "is_image", "left_out", "numbers", "readable",
     "split_folders",
 ]  # fmt: skip
 
@@ -41,18 +41,20 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in folder.iterdir()
-        if entry.is_dir() and not _is_hidden(entry.name) and any(map(is_image, _files(entry)))
+        if entry.is_dir() and not _is_hidden(entry.name) and any(map(is_image, files_in(entry)))
     )
 
 
+def files_in(folder: Path) -> Iterator[str]:
+    """The files in a folder and in those in it, but for what is hidden or a file manager's."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        yield from (os.path.join(place, name) for name in names if not _is_hidden(name))
+
+
 def is_image(file: str) -> bool:
-    """Whether torchvision reads a file of that name, and it is no hidden one."""
-    return not _is_hidden(Path(file).name) and has_file_allowed_extension(file, IMG_EXTENSIONS)
-
-
-def _files(folder: Path) -> Iterator[str]:
-    for place, _, names in os.walk(folder, followlinks=True):
-        yield from (os.path.join(place, name) for name in names)
+    """Whether it has an ending by which torchvision reads it as an image."""
+    return has_file_allowed_extension(file, IMG_EXTENSIONS)
 
 
 def _is_hidden(name: str) -> bool:
@@ -63,26 +65,32 @@ def left_out(folder: Path) -> str:
     """What in a folder of classes is not used: files that are no images, and folders without any; empty if there is nothing."""
     classes = set(class_folders(folder))
     empty = sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name not in classes and not _is_hidden(e.name))
-    files = (file for name in (*classes, *empty) for file in _files(folder / name))
-    endings = Counter(Path(file).suffix.lower() or "no ending" for file in files if not is_image(file))
-    parts = [f"{count:,} files of {ending}" for ending, count in endings.most_common(5)]
-    parts += [f"{', '.join(empty[:5])}{', ...' if len(empty) > 5 else ''} (no images)"] if empty else []
-    return f"left out of {folder}: {'; '.join(parts)}" if parts else ""
+    files = (file for name in (*sorted(classes), *empty) for file in files_in(folder / name))
+    endings = Counter(Path(file).suffix.lower() or "without ending" for file in files if not is_image(file))
+    parts = (
+        [f"files that are no images ({_few(f'{count:,} {end}' for end, count in endings.most_common())})"]
+        if endings
+        else []
+    )
+    parts += [f"folders without images ({_few(empty)})"] if empty else []
+    return f"left out of {folder}: {', '.join(parts)}" if parts else ""
+
+
+def _few(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def class_sizes(images: ImageFolder) -> str:
     """How many images each class has, and what to do where they differ much."""
     counts = Counter(images.targets)
-    sizes = [f"{name} {counts[number]:,}" for number, name in enumerate(images.classes)]
-    if len(sizes) > MOST_CLASSES:
-        sizes = [
-            *sizes[: MOST_CLASSES - 1],
-            f"... ({len(sizes)} classes, {min(counts.values()):,} to {max(counts.values()):,})",
-        ]
-    much = max(counts.values()) > MUCH * min(counts.values())
-    return f"images: {', '.join(sizes)}" + (
-        '; balance="sampling" (--balance sampling) draws all classes as often' if much else ""
-    )
+    least, most = min(counts.values()), max(counts.values())
+    told = "images: " + _few((f"{name} {counts[n]:,}" for n, name in enumerate(images.classes)), MOST_CLASSES)
+    if len(counts) > MOST_CLASSES:
+        told += f" ({len(counts)} classes of {least:,} to {most:,})"
+    if most > MUCH * least:
+        told += '; balance="sampling" (--balance sampling) draws all classes as often'
+    return told
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
@@ -142,7 +150,12 @@ class Subfolder(ImageFolder):
 
     def __init__(self, folder: Path, class_to_idx: dict[str, int]) -> None:
         self.wanted = class_to_idx
-        super().__init__(str(folder), allow_empty=True, is_valid_file=is_image)
+        root = str(folder)
+
+        def counts(file: str) -> bool:
+            return is_image(file) and not any(map(_is_hidden, file.removeprefix(root).split(os.sep)))
+
+        super().__init__(root, allow_empty=True, is_valid_file=counts)
         self.classes = list(class_to_idx)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:

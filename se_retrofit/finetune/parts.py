@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from ..attention import Inserted
 from ..errors import RetrofitError, check_module
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
+from ..surgery.record.roles import module_role
 from .config import FinetuneConfig
 
 __all__ = ["as_found", "head_of", "new_head"]
@@ -161,13 +163,27 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
 
 
 def norms_of(model: nn.Module) -> list[nn.Module]:
-    """The norms that have a scale for each channel: by the word in the names of their classes, as every library calls them."""
-    return [
-        module
-        for module in model.modules()
-        if any("norm" in cls.__name__.lower() for cls in type(module).__mro__)
-        and [p.dim() for p in module.parameters(recurse=False)] in ([1], [1, 1])
-    ]
+    """The norms that have a scale for each channel."""
+    return [module for module in model.modules() if is_norm(module)]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module has a scale for each channel, and perhaps a shift, and is a norm of PyTorch's or does what one does: it
+    returns the same for inputs of another size."""
+    own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
+    if not own or len(own) > 2 or any(p.dim() != 1 for p in own):
+        return False
+    if module_role(module) == "norm":
+        return True
+    channels = len(own[0])
+    for shape in ((4, channels), (4, channels, 5), (4, channels, 5, 5), (4, 5, 5, channels), (4, channels, 3, 3, 3)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own[0])
+        with contextlib.suppress(Exception), torch.no_grad():  # a norm of other dims
+            first, second = (copy.deepcopy(module).train()(scale * x) for scale in (16, 64))
+            return bool(
+                torch.allclose(first.float(), second.float(), rtol=0.02, atol=0.02) and first.float().std() > 0.02
+            )
+    return False
 
 
 def choose_trainable(model: nn.Module, part: str, given: dict[str, bool]) -> None:

@@ -17,6 +17,7 @@ from ..errors import RetrofitError
 from ..surgery.record.copying import in_mode
 from .data import UNREADABLE
 from .engine import called
+from .folders import files_in, is_image
 from .parts import as_found
 from .transforms import class_names, has_several_labels, transform_of
 
@@ -71,7 +72,7 @@ def predict(
 def _files(images: Iterable[str | Path]) -> Iterator[Path]:
     for given in map(Path, images):
         if given.is_dir():
-            found = sorted(file for file in given.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            found = sorted(Path(file) for file in files_in(given) if is_image(file))
             if not found:
                 raise RetrofitError(f"{given} holds no images ({', '.join(IMG_EXTENSIONS)})")
             yield from found

@@ -107,7 +107,9 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     assert float(rows[7]["probability_1"]) + float(rows[7]["probability_2"]) == pytest.approx(1, abs=1e-5)
     assert run("predict", result, pictures / "val", "--output", tmp_path / "p.csv", "--cpu").output == ""
     assert (tmp_path / "p.csv").read_text().splitlines()[0] == "file,class,probability"
-    assert len(list(predict(model, [pictures / "val"], batch_size=3))) == 10
+    shutil.copytree(pictures / "val", tmp_path / "more")
+    shutil.copytree(pictures / "val", tmp_path / "more" / "red" / ".ipynb_checkpoints")
+    assert len(list(predict(model, [tmp_path / "more"], batch_size=3))) == 10
 
 
 @pytest.mark.parametrize(

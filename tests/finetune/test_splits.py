@@ -145,17 +145,11 @@ def test_data_without_such_a_split_says_what_it_has(tmp_path: Path) -> None:
 def test_hidden_and_empty_folders_are_no_classes_and_what_is_left_out_is_said(pictures: Path, tmp_path: Path) -> None:
     for part in ("train", "val"):
         shutil.copytree(pictures / part, tmp_path / part)
-    for name in (
-        ".ipynb_checkpoints",
-        "__MACOSX",
-        "train/.thumbnails",
-        "train/__MACOSX",
-        "train/green",
-        "train/yellow",
-    ):
+    hidden = (".ipynb_checkpoints", "__MACOSX", "train/.thumbnails", "train/__MACOSX", "train/red/.ipynb_checkpoints")
+    for name in (*hidden, "train/green", "train/yellow"):
         (tmp_path / name).mkdir()
     one = next((tmp_path / "train" / "red").iterdir())
-    for name in ("train/.thumbnails/a.png", "train/__MACOSX/a.png", "train/red/._a.png"):
+    for name in (*(f"{folder}/a.png" for folder in hidden), "train/red/._a.png"):
         shutil.copy(one, tmp_path / name)
     for name in ("train/red/a.svg", "train/red/b.SVG", "train/green/c.svg", "val/blue/notes.txt"):
         (tmp_path / name).write_text("no image")
@@ -163,8 +157,9 @@ def test_hidden_and_empty_folders_are_no_classes_and_what_is_left_out_is_said(pi
     assert (data.train.classes, data.num_classes, len(data.train), len(data.val)) == (["blue", "red"], 2, 24, 10)
     sizes, train, val = data.note.splitlines()
     assert sizes == "images: blue 12, red 12"
-    assert train == f"left out of {tmp_path / 'train'}: 3 files of .svg; 1 files of .png; green, yellow (no images)"
-    assert val == f"left out of {tmp_path / 'val'}: 1 files of .txt"
+    missing = "files that are no images (3 .svg), folders without images (green, yellow)"
+    assert train == f"left out of {tmp_path / 'train'}: {missing}"
+    assert val == f"left out of {tmp_path / 'val'}: files that are no images (1 .txt)"
     assert load_split(tmp_path, "val").about == f"val of {tmp_path}: 10 images; {val}"
     assert len(load_data(tmp_path / "train").train) == 20  # a folder of classes
 

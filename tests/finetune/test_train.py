@@ -19,10 +19,10 @@ from torch.utils.data import Subset, TensorDataset
 
 from se_retrofit import RetrofitError, SEAttention, load_retrofitted
 from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune, new_head
+from se_retrofit.finetune.parts import is_norm
 
-FINGERPRINT = (
-    17  # readings of a data set before the run begins: twice 8 samples, and one that tells whether it is an image
-)
+# readings of a data set before the run begins: twice 8 samples, and one that tells whether it is an image
+FINGERPRINT = 17
 
 
 def se_keys(model: nn.Module) -> set[str]:
@@ -65,6 +65,43 @@ def test_training_a_part_leaves_all_else_bit_for_bit(digits: NamedData, train: s
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == set().union(*(parts[part] for part in train.split("+")))
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Rms(nn.Module):
+    """A norm that no library knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.gain
+
+
+class Scale(Rms):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain
+
+
+@pytest.mark.parametrize(
+    ("module", "norm"),
+    [
+        (nn.BatchNorm3d(8), True),
+        (nn.SyncBatchNorm(8), True),
+        (timm.layers.BatchNormAct2d(8), True),
+        (timm.layers.LayerNorm2d(8), True),
+        (Rms(), True),
+        (Scale(), False),
+        (nn.PReLU(8), False),
+        (nn.Linear(8, 1), False),
+        (nn.BatchNorm2d(8, affine=False), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_norm_is_known_by_what_it_does(module: nn.Module, norm: bool) -> None:
+    before = state_of(module)
+    assert is_norm(module) == norm
+    assert same(before, module.state_dict())
 
 
 def test_unfreezing_trains_the_rest_from_that_epoch_on(digits: NamedData) -> None:

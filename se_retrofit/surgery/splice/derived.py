@@ -191,12 +191,13 @@ def _derive(recipe: Recipe) -> type:
 
 
 def _names(cls: type) -> dict[str, Any]:
-    names = (
-        "__module__",
-        "__qualname__",
-        "__firstlineno__",
-    )  # by the last, Python 3.13 finds a class's source, and TorchScript needs it
-    return {name: getattr(cls, name) for name in names if hasattr(cls, name)}
+    """What a class is found by, in its module and in its source."""
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    if (
+        line := vars(cls).get("__firstlineno__")
+    ) is not None:  # by which Python 3.13 finds the source, as TorchScript asks it to
+        names["__firstlineno__"] = line
+    return names
 
 
 def _keep_overloads(member: Any, base: type, derived: type) -> None:
