@@ -41,13 +41,14 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
         runs = Runs.find(model, example_inputs, clean)
         found = _found(read(runs.evaluation), options)
         places = _chosen(found, options)
-        training = _found(read(runs.training), options).places if runs.training is not None else []
+        trained = None if runs.training is None else read(runs.training)
+        training = [] if trained is None else _found(trained, options).places
         fitting = Fitting(runs, list(places), training, found.skipped)
         sites = sorted(fitting.sites(), key=lambda site: site.place.op.index)
     if not sites:
         raise RetrofitError(_why_nothing(model, found))
     placed = [place for site in sites for place in site.places]
-    left = left_out(runs.evaluation, found, placed, everything=bool(options.auto or not options.at))
+    left = left_out(runs.evaluation, trained, found, placed, everything=bool(options.auto or not options.at))
     skipped = tuple(Skipped(*block) for block in left)
     described = describe(runs.inputs, model)
     return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure_of(model))

@@ -162,6 +162,21 @@ class BAT(nn.Sequential):
         super().__init__(conv(3, 8), Attended(), Attended())
 
 
+@structure(IMAGE, sites={"unit": 8}, skipped={"extra.conv1": "train mode alone", "extra.conv2": "train mode alone"})
+class OfTraining(nn.Module):
+    """A unit that runs in train mode alone gets no SE, and is listed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unit, self.extra, self.fc = conv(3, 8), Unit(), Unit(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.unit(self.stem(x))
+        if self.training:
+            x = self.extra(x)
+        return self.fc(x.mean((2, 3)))
+
+
 class Wave2Vec(nn.Module):
     """A convolutional feature extractor, and positions by a convolution (Baevski et al., arXiv:2006.11477)."""
 

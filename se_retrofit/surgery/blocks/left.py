@@ -14,13 +14,13 @@ __all__ = ["left_out"]
 
 
 def left_out(
-    record: Record, found: Found, placed: Sequence[Place], everything: bool
+    record: Record, training: Record | None, found: Found, placed: Sequence[Place], everything: bool
 ) -> list[tuple[str, str, tuple[str, ...]]]:
     """What gets no SE: the names of blocks, or of convolutions in no block, each with the reason and the paths of its convolutions
     over space; in order of execution.
 
     Args:
-        record: of the network.
+        record, training: of the network in eval mode, and in train mode where that is known.
         found: its blocks; those that were left out since are in ``skipped``.
         placed: where SE has gone.
         everything: with the convolutions that are in no block.
@@ -43,7 +43,15 @@ def left_out(
             left.setdefault(path, (_why_in_no_block(op), (path,)))
             found.regions.setdefault(path, op.bit)
     order = {block: found.regions.get(block, 0) & -found.regions.get(block, 0) for block in left}
-    return [(block, *left[block]) for block in sorted(left, key=lambda block: order[block] or 1 << len(record.ops))]
+    ordered = sorted(left, key=lambda block: order[block] or 1 << len(record.ops))
+    more = _in_training_alone(record, training) if everything and training is not None else []
+    return [*((block, *left[block]) for block in ordered), *more]
+
+
+def _in_training_alone(record: Record, training: Record) -> list[tuple[str, str, tuple[str, ...]]]:
+    run = {_path_of(op) for op in record.ops if op.conv is not None}
+    found = dict.fromkeys(_path_of(op) for op in training.ops if op.conv is not None and op.conv.spatial)
+    return [(path, "it runs in train mode alone", (path,)) for path in found if path not in run]
 
 
 def _convolutions(record: Record, region: int) -> list[str]:
