@@ -229,7 +229,10 @@ def is_of_timm(name: str | Path) -> bool:
 def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
     called = "validation" if split == "val" else split
     try:
-        return create_dataset(name, root=str(root), split=called, is_training=split == "train", download=download)
+        # without a mode, the images come as they are, and the transform brings them into the network's
+        return create_dataset(
+            name, root=str(root), split=called, is_training=split == "train", download=download, input_img_mode=""
+        )
     except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
         hint = "" if download else "; --download (download=True) lets it be fetched"
         raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error

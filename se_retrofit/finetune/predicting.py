@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -19,7 +18,7 @@ from .data import UNREADABLE
 from .engine import called
 from .folders import files_in, is_image
 from .parts import as_found
-from .transforms import class_names, has_several_labels, transform_of
+from .transforms import class_names, has_several_labels, load_image, transform_of
 
 __all__ = ["Prediction", "predict", "write_predictions"]
 
@@ -84,8 +83,7 @@ def _files(images: Iterable[str | Path]) -> Iterator[Path]:
 
 def _read(file: Path, transform: Any) -> Tensor:
     try:
-        with Image.open(file) as image:
-            tensor: Tensor = transform(image)
+        tensor: Tensor = transform(load_image(file))
     except UNREADABLE as error:
         raise RetrofitError(f"{file} can't be read as an image: {error}") from error
     return tensor

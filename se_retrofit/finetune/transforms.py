@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torchvision
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -22,6 +24,7 @@ __all__ = [
     "class_names",
     "class_names_of",
     "has_several_labels",
+    "load_image",
     "note_images",
     "other_classes",
     "transform_of",
@@ -155,7 +158,27 @@ class Prepared:
         self.transform, self.mode = transform, mode
 
     def __call__(self, image: Image.Image) -> Any:
-        return self.transform(image if image.mode == self.mode else image.convert(self.mode))
+        return self.transform(_in_colors(image, self.mode))
+
+
+def load_image(file: str | Path) -> Image.Image:
+    """A file as torchvision's own loader reads it: palettes as colours, what is transparent without its transparency. But 16-bit
+    grey is scaled by its range, where that loader would make all above 255 white."""
+    with Image.open(file) as image:
+        return _in_colors(image, "RGB")
+
+
+def _in_colors(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format == "PNG"
+    ):  # the latter in Pillow's older versions
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+    if image.mode == mode:
+        image.load()  # which may fail, and closes the file
+        return image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's remark on the transparency of palettes
+        return image.convert(mode)
 
 
 def _settings(model: nn.Module, image_size: int | None) -> dict[str, Any]:
