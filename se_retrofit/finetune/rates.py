@@ -150,7 +150,9 @@ def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
     for rate, batches in zip(ramp, all_windows(run), strict=False):
         for group in run.learning.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        loss, _, seen = run.accelerator.reduce(update(run, batches), "sum").tolist()
+        loss, correct, seen, broken = run.accelerator.reduce(update(run, batches), "sum").tolist()
+        if broken:
+            run.check_losses([(loss, correct, seen, broken)])
         if not math.isfinite(loss):
             return losses, True
         losses.append(loss / seen)

@@ -138,19 +138,20 @@ def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def update(run: Run, batches: list[Batch]) -> Tensor:
-    """One change of the weights; loss, correct and seen, summed over the batches, still on the device."""
+    """One change of the weights; loss, correct, seen and those batches whose images are not finite, summed over the batches,
+    still on the device."""
     seed_all(run.config.seed, UPDATE, run.rank, run.progress.updates)
     run.optimizer.zero_grad(set_to_none=True)
-    tally = torch.zeros(3, device=run.device)
+    tally = torch.zeros(4, device=run.device)
     for number, batch in enumerate(batches):
         run.log.complain(batch)
         last = number == len(batches) - 1
         # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
         with run.form, run.accelerator.no_sync(run.network) if not last else nullcontext():
-            loss, correct = loss_of(run, batch)
+            loss, correct, broken = loss_of(run, batch)
             run.accelerator.backward(loss / len(batches))
         seen = torch.full_like(correct, len(batch.targets))
-        tally += torch.stack([loss.detach() * len(batch.targets), correct, seen])
+        tally += torch.stack([loss.detach() * len(batch.targets), correct, seen, broken])
     if run.config.clip_grad is not None:
         run.accelerator.clip_grad_norm_(run.network.parameters(), run.config.clip_grad)
     run.optimizer.step()
@@ -163,8 +164,8 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
     return tally
 
 
-def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and how many of its images were classified correctly."""
+def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a batch, how many of its images were classified correctly, and whether a value in them is not finite."""
     images, targets = placed(batch, run.device)
     inputs, labels = images, targets
     if run.learning.mixup is not None:
@@ -179,7 +180,7 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), run.accelerator.autocast():
             taught, _ = logits_of(run.losses.teacher(inputs))
     loss = run.losses(logits, auxiliary, labels, taught)
-    return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
+    return loss, hits(logits.detach(), targets, run.config.multi_label).sum(), ~images.isfinite().all()
 
 
 def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,19 +215,19 @@ def look(run: Run, epoch: Epoch) -> None:
     progress = run.progress
     due = time.monotonic() - run.saved_at >= 60 * run.config.checkpoint_minutes
     sums, stop, due = agree(run, epoch, due)
-    run.check_losses([loss for loss, _, _ in sums])
-    for loss, correct, seen in sums:
+    run.check_losses(sums)
+    for loss, correct, seen, _ in sums:
         progress.loss += loss
         progress.correct += correct
         progress.seen += seen
     now = time.perf_counter()
-    images = sum(seen for _, _, seen in sums)
+    images = sum(seen for _, _, seen, _ in sums)
     if progress.step > run.config.log_every:  # the first look of an epoch includes the loaders' start
         run.step_times.append((now - epoch.looked) / len(sums))
     entry = {
         "update": progress.updates,
         "epoch": epoch.number + 1,
-        "loss": sum(loss for loss, _, _ in sums) / images,
+        "loss": sum(loss for loss, *_ in sums) / images,
         "lr": run.lr,
         "images_per_second": images / (now - epoch.looked),
     }
@@ -241,12 +242,12 @@ def look(run: Run, epoch: Epoch) -> None:
     epoch.looked = now
 
 
-def agree(run: Run, epoch: Epoch, due: bool) -> tuple[list[tuple[float, float, float]], bool, bool]:
+def agree(run: Run, epoch: Epoch, due: bool) -> tuple[list[list[float]], bool, bool]:
     """The sums of the last updates over all processes, and what all agree on: whether to stop, and whether to write a
     checkpoint."""
-    flags = torch.tensor([float(run.stop.is_set()), float(due and run.rank == 0), 0.0], device=run.device)
+    flags = torch.tensor([float(run.stop.is_set()), float(due and run.rank == 0), 0.0, 0.0], device=run.device)
     *sums, flags = run.accelerator.reduce(torch.stack([*epoch.pending, flags]), "sum").tolist()
-    return [(loss, correct, seen) for loss, correct, seen in sums], flags[0] > 0, flags[1] > 0
+    return sums, flags[0] > 0, flags[1] > 0
 
 
 def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:

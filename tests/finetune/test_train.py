@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -315,9 +316,7 @@ def test_what_cannot_be_trained_is_refused(
         finetune(model, **{"train_data": digits.train, "config": config(), "quiet": True, **options})
 
 
-def test_a_loss_that_is_no_longer_finite_stops_and_keeps_the_last_good_checkpoint(
-    digits: NamedData, tmp_path: Path
-) -> None:
+def test_images_that_are_not_finite_stop_the_run_at_the_last_good_checkpoint(digits: NamedData, tmp_path: Path) -> None:
     class Explodes(torch.utils.data.Dataset[Any]):
         """Its 12th batch holds a value that is not finite."""
 
@@ -331,11 +330,21 @@ def test_a_loss_that_is_no_longer_finite_stops_and_keeps_the_last_good_checkpoin
 
         asked = 0
 
-    with pytest.raises(RetrofitError, match=r"nan in epoch 2, update 12 \(number 4 of the epoch\).*last"):
-        trained(network(), Explodes(), recipe={"epochs": 3}, output_dir=tmp_path)
+    with pytest.raises(RetrofitError, match=r"images .* in epoch 2, update 12 \(number 4 of the epoch\).*last"):
+        trained(network(), Explodes(), recipe={"epochs": 3, "log_every": 6}, output_dir=tmp_path)
     kept = load_retrofitted(tmp_path / "last", base=network(se=False))
     assert all(torch.isfinite(p).all() for p in kept.parameters())
     assert json.loads((tmp_path / "last" / "training.json").read_text())["progress"]["updates"] == 8
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_update_whenever_it_is_looked_at(digits: NamedData) -> None:
+    calls = itertools.count(1)
+
+    def criterion(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits.mean() * (math.nan if next(calls) >= 3 else 1)
+
+    with pytest.raises(RetrofitError, match=r"loss became nan in epoch 1, update 3 .*lower lr"):
+        trained(network(), digits.train, recipe={"log_every": 100}, criterion=criterion)
 
 
 def test_weights_that_are_no_longer_finite_are_not_kept(digits: NamedData, tmp_path: Path) -> None:
