@@ -20,7 +20,7 @@ SPLIT_HELP = "which images; by default all of a folder of classes, elsewhere val
 @options.takes(
     options.DATA_OPTIONS,
     options.RECIPE_FIELDS,
-    only=("data_root", "download", "image_size", "batch_size", "workers", "cpu"),
+    only=("data_root", "download", "image_size", "batch_size", "workers", "cpu", "bad_images"),
 )
 def evaluate_command(
     context: typer.Context,

@@ -112,6 +112,35 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     assert len(list(predict(model, [tmp_path / "more"], batch_size=3))) == 10
 
 
+def test_images_that_cannot_be_read_are_named_and_skipped_where_so_asked(
+    result: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    bad = folder / "val" / "blue" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    for command in (
+        ("predict", result, folder / "val", "--batch-size", "2"), ("evaluate", result, "--data", folder, "--workers", "0"),
+        ("fold", result, "--data", folder, "--tolerance", "100", "--json", tmp_path / "fold.json"),
+    ):  # fmt: skip
+        with pytest.raises(RetrofitError, match=rf"{bad}.*skip"):
+            raise run(*command).exception or AssertionError(command)
+        said = run(*command, "--bad-images", "skip")
+        assert said.output.count(str(bad)) == 1
+        assert said.exit_code == (command[0] == "predict")  # which could not do all
+        if command[0] == "evaluate":
+            assert "9 images: accuracy" in said.output
+        if command[0] == "predict":
+            rows = list(csv.DictReader(said.stdout.splitlines()))
+            assert [Path(row["file"]).name for row in rows] == ["0.jpg", "2.jpg", "3.png", "4.jpg"] + [
+                "0.jpg",
+                "1.png",
+                "2.jpg",
+                "3.png",
+                "4.jpg",
+            ]
+    assert json.loads((tmp_path / "fold.json").read_text())["inputs"] == 9
+
+
 @pytest.mark.parametrize(
     ("arguments", "said", "code"),
     [
