@@ -29,6 +29,7 @@ from .folders import (
     readable,
     split_folders,
 )
+from .transforms import class_names_of
 
 __all__ = ["NamedData", "Split", "digit_images", "load_data", "load_split", "trained_on"]
 
@@ -102,7 +103,8 @@ def load_data(
         return NamedData(digits[0], digits[1], 10)
     if is_of_timm(name):
         train, val = (_of_timm(str(name), split, root, download) for split in ("train", "val"))
-        return NamedData(train, val, _count_classes(train))
+        names = class_names_of(train)
+        return NamedData(train, val, len(names) if names else None)
     folder = data_folder(name)
     with readable(folder):
         parts, found = split_folders(folder), class_folders(folder)
@@ -236,15 +238,6 @@ def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
     except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
         hint = "" if download else "; --download (download=True) lets it be fetched"
         raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
-
-
-def _count_classes(data: Any) -> int | None:
-    for owner in (data, getattr(data, "reader", None)):
-        found = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)
-        if found:
-            return len(found)
-    features = getattr(getattr(getattr(data, "reader", None), "dataset", None), "features", None)  # Hugging Face
-    return next((int(f.num_classes) for f in (features or {}).values() if hasattr(f, "num_classes")), None)
 
 
 def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence[str] | None) -> Split:

@@ -205,11 +205,11 @@ def evaluate(
     check_network(model)
     check_config(config)
     part = _opened(data, split, model, config.image_size)
-    check_classes(model, part.data)
+    check_classes(model, part.data, config.keys)
     with as_found(model), kept_randomness(), engine(config) as accelerator:
         batches = batches_of("data", part.data, model, config, accelerator)
         to_device(model, accelerator.device)
-        names = class_names(model) or class_names_of(part.data) or []
+        names = class_names(model) or class_names_of(part.data, config.keys) or []
         found = measure(model, batches, accelerator, config.multi_label, Log(None, accelerator), names)
     assert found is not None  # only a stop ends it early
     return replace(found, split=part.name, about=part.about)

@@ -165,7 +165,7 @@ def batches_of(name: str, data: Any, model: nn.Module, config: FinetuneConfig, a
     train = name == "train_data"
     return stream(
         data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
-        balanced=config.balance == "sampling",
+        balanced=config.balance == "sampling", keys=config.keys,
         transform=transforms_for(model, config, train=train), seed=config.seed,
         workers=config.workers, rank=accelerator.process_index, world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
@@ -176,7 +176,7 @@ def fit_head(model: nn.Module, train_data: Any, config: FinetuneConfig) -> tuple
     """Give the network the head of the config; the number of classes, where it is known, and what is to be said of it."""
     seed_all(config.seed, EPOCH)
     classes = head_size(model)
-    remark = other_classes(model, train_data)
+    remark = other_classes(model, train_data, config.keys)
     if config.num_classes is not None and (config.num_classes != classes or remark):
         new_head(model, config.num_classes)
     if remark and config.num_classes is None:

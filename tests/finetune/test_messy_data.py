@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import network
+from tiny import config, network, trained
+from torch.utils.data import DataLoader
 from torchvision.datasets.folder import pil_loader
 
-from se_retrofit.finetune import FinetuneConfig, load_data
-from se_retrofit.finetune.transforms import load_image, transforms_for
+from se_retrofit import fold_se
+from se_retrofit.finetune import FinetuneConfig, evaluate, load_data, transform_of
+from se_retrofit.finetune.targets import targets_of
+from se_retrofit.finetune.transforms import class_names_of, load_image, transforms_for
+from se_retrofit.inspection import excitations
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
@@ -42,3 +48,56 @@ def test_palettes_and_transparency_are_as_in_torchvisions_loader(mode: str, tmp_
         warnings.simplefilter("ignore")
         theirs = pil_loader(str(file))
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+NAMES = [f"kind {number}" for number in range(10)]
+
+
+class Rows:
+    """Dicts, and columns by name, as a data set of Hugging Face's has them."""
+
+    def __init__(self, image: str, label: str) -> None:
+        generator = np.random.default_rng(0)
+        noise = generator.integers(0, 255, (40, 16, 16, 3), dtype=np.uint8)
+        self.columns = {
+            "id": list("ab" * 20),
+            label: [n % 4 for n in range(40)],
+            image: list(map(Image.fromarray, noise)),
+        }
+        self.features = {image: SimpleNamespace(), "id": SimpleNamespace(), label: SimpleNamespace(names=NAMES)}
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.columns[key] if isinstance(key, str) else {name: self.columns[name][key] for name in self.columns}
+
+
+@pytest.mark.parametrize(("image", "label", "keys"), [("img", "fine_label", ()), ("photo", "kind", ("photo", "kind"))])
+def test_dicts_of_pictures_are_the_same_data_everywhere(image: str, label: str, keys: tuple[str, str]) -> None:
+    rows = Rows(image, label)
+    pairs = [(row[image], row[label]) for row in (rows[n] for n in range(40))]
+    model, recipe = network(), config(image_size=16, keys=keys)
+    assert evaluate(model, rows, config=recipe).scores() == evaluate(model, pairs, config=recipe).scores()
+    result = trained(model, rows, rows, {"image_size": 16, "keys": keys, "balance": "sampling"})
+    assert result.best_accuracy == evaluate(model, pairs, config=recipe).accuracy
+    assert transform_of(model)(pairs[0][0]).shape == (3, 16, 16)
+    assert class_names_of(rows, keys) == NAMES
+    assert targets_of(rows, keys).tolist() == [target for _, target in pairs]  # type: ignore[union-attr]
+
+    prepare = transform_of(model)
+    batches = [
+        {
+            "name": ["a"] * 20,
+            label: torch.tensor([t for _, t in part]),
+            image: torch.stack([prepare(i) for i, _ in part]),
+        }
+        for part in (pairs[:20], pairs[20:])
+    ]
+    ways = [rows, pairs, batches, DataLoader([(prepare(i), t) for i, t in pairs], 20)]
+    gates = [excitations(model, data, keys=keys) for data in ways]
+    folded = [fold_se(model, data, keys=keys, tolerance=1.0).fold_report for data in ways]
+    for seen, report in zip(gates, folded, strict=True):
+        assert (seen.inputs, report.inputs) == (40, 40)  # type: ignore[union-attr]
+        torch.testing.assert_close(seen.sites[0].class_means[3], gates[0].sites[0].class_means[3])
+        assert report.accuracy_before == folded[0].accuracy_before  # type: ignore[union-attr]
