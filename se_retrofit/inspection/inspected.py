@@ -17,15 +17,7 @@ __all__ = ["Inspected"]
 
 @dataclass(eq=False, repr=False)
 class Inspected:
-    """What was found in a model.
-
-    Attributes:
-        model: the model that was inspected.
-        plan: the plan that it was retrofitted by.
-        record: of one run of it.
-        blocks: its blocks with SE that run on the inputs, each with its ``torch.fx.Graph`` before and after, in the order of
-            the plan.
-    """
+    """A model, its plan, the record of one run, and its blocks with SE, in the order of the plan."""
 
     model: nn.Module
     plan: Plan
