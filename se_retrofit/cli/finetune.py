@@ -29,6 +29,7 @@ class Command(BaseModel):
     data: str
     data_root: str
     start: Start
+    limit: int | None = None
 
 
 @app.command("finetune")
@@ -57,11 +58,11 @@ def finetune_command(
     else:
         start, recipe = Start.of(context), read_config(context)
         root = context.params["data_root"].resolve()
-        command = Command(data=absolute(data), data_root=str(root), start=start)
+        command = Command(data=absolute(data), data_root=str(root), start=start, limit=context.params["limit"])
     from ..finetune import finetune
     from ..finetune.experiment import describe_run
 
-    parts, recipe = open_data(context, command.data, recipe, Path(command.data_root))
+    parts, recipe = open_data(context, command.data, recipe, Path(command.data_root), command.limit)
     network = command.start.network(recipe)
     if resume is None and output is None:
         details = [recipe.to_dict(), describe_run(network, parts.train, parts.val)]

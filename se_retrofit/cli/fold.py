@@ -16,7 +16,9 @@ from .starting import open_data
 
 
 @app.command("fold")
-@options.takes(options.DATA_OPTIONS, options.RECIPE_FIELDS, only=("data_root", "download", "image_size", "bad_images"))
+@options.takes(
+    options.DATA_OPTIONS, options.RECIPE_FIELDS, only=("data_root", "download", "limit", "image_size", "bad_images")
+)
 def fold_command(
     context: typer.Context,
     folder: options.Folder,

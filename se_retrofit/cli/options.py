@@ -61,6 +61,7 @@ START_OPTIONS: Options = {
 # Beside --data
 DATA_OPTIONS: Options = {
     "data_root": option(Path, Path("data"), "where timm's datasets are stored"),
+    "limit": option(int | None, None, "only so many images of each class, always the same ones, for a dry run", min=1),
     "download": option(bool, False, "download timm's dataset if it is missing", "--download"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,15 +108,20 @@ def read_config(context: typer.Context) -> FinetuneConfig:
 
 
 def open_data(
-    context: typer.Context, data: str, recipe: FinetuneConfig, root: Path | None = None
+    context: typer.Context, data: str, recipe: FinetuneConfig, root: Path | None = None, limit: int | None = None
 ) -> tuple[NamedData, FinetuneConfig]:
     """The data, and the recipe with its number of classes."""
     from ..finetune import load_data
+    from ..finetune.datasets import limited
 
     where = {"root": root or context.params["data_root"], "download": context.params["download"]}
     parts = load_data(data, **where, image_size=recipe.image_size)
     if parts.note:
         typer.echo(parts.note)
+    if (limit := limit or context.params["limit"]) is not None:
+        parts = replace(parts, train=limited(parts.train, limit), val=limited(parts.val, limit))
+        few = f"{len(parts.train):,} images to train on, {len(parts.val):,} to validate on"
+        typer.echo(f"at most {limit:,} of each class are taken: {few}")
     if recipe.num_classes is None:
         if parts.num_classes is None:
             raise RetrofitError(f"the number of classes of {data} is not known: give it with --num-classes")

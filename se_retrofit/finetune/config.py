@@ -43,6 +43,8 @@ class FinetuneConfig(BaseModel):
 
     epochs: Count = 20
     """Passes over the training data."""
+    max_updates: Count | None = None
+    """The run ends after so many updates, within an epoch too: a few for a dry run. The schedule is that of the shorter run."""
     batch_size: Count = 64
     """Images in a batch, of one process."""
     grad_accum_steps: Count = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_dataset
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from ..errors import RetrofitError, brief
 from .experiment import describe_data, plain
@@ -29,9 +30,10 @@ from .folders import (
     readable,
     split_folders,
 )
+from .targets import targets_of
 from .transforms import class_names_of
 
-__all__ = ["NamedData", "Split", "digit_images", "load_data", "load_split", "trained_on"]
+__all__ = ["NamedData", "Split", "digit_images", "limited", "load_data", "load_split", "trained_on"]
 
 TIMM_PREFIXES = ("torch/", "hfds/")
 SPLITS = ("train", "val", "test", "all")
@@ -179,6 +181,30 @@ def load_split(
         chosen = _chosen(folder, split, {part: opener(place) for part, place in places.items()})
         measured = [place for part, place in places.items() if chosen.name in (part, "all")]
         return replace(chosen, about="; ".join(filter(None, (chosen.about, *map(left_out, measured)))))
+
+
+def limited(data: Any, limit: int | None) -> Any:
+    """So many images of each class, or all where it has fewer, always the same ones; the data itself where ``limit`` is None.
+
+    Raises:
+        RetrofitError: the data does not tell the classes of its images, or an image may have several.
+    """
+    if limit is None:
+        return data
+    targets = targets_of(data)
+    if targets is None or targets.dim() != 1:
+        raise RetrofitError(
+            f"{type(data).__name__} does not tell the one class of each image, so there is no limit for it"
+        )
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    taken: Counter[int] = Counter()
+    kept = []
+    for index, target in zip(order.tolist(), targets[order].tolist(), strict=True):
+        taken[target] += 1
+        kept += [index] if taken[target] <= limit else []
+    if isinstance(data, Subset):  # whose own data set tells the classes
+        return Subset(data.dataset, sorted(data.indices[index] for index in kept))
+    return Subset(data, sorted(kept))
 
 
 def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:

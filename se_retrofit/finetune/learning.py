@@ -195,12 +195,20 @@ def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: 
         raise RetrofitError(f"optimizer {config.optimizer!r} can't be made with {options}: {error}") from error
 
 
+def length_of(config: FinetuneConfig, updates_per_epoch: int) -> tuple[int, int]:
+    """How many epochs a run begins, and how many updates it makes."""
+    updates = config.epochs * updates_per_epoch
+    if config.max_updates is not None:
+        updates = min(updates, config.max_updates)
+    return math.ceil(updates / updates_per_epoch), updates
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
     said = f"schedule {config.schedule!r} can't be made with {config.schedule_options}"
-    warmup: Any = config.warmup_ratio * config.epochs  # timm says int, and takes fractions
+    epochs: Any = length_of(config, updates_per_epoch)[1] / updates_per_epoch  # timm says int, and takes fractions
     try:
         schedule, _ = create_scheduler_v2(
-            optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
+            optimizer, config.schedule, num_epochs=epochs, warmup_epochs=config.warmup_ratio * epochs,
             warmup_lr=config.lr / 100, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
             **config.schedule_options,
         )  # fmt: skip

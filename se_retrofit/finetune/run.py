@@ -24,7 +24,7 @@ from .config import FinetuneConfig
 from .criteria import Losses
 from .data import Stream
 from .engine import Forward, TrainingForm
-from .learning import Learning, group_summary
+from .learning import Learning, group_summary, length_of
 from .log import Log
 from .parts import choose_trainable, count, trained_in
 
@@ -48,7 +48,7 @@ class FinetuneResult:
         best_epoch: the epoch that was best by the config's ``best_metric``, from 1; None without validation data.
         best_score: the value of that metric then.
         best_accuracy: the validation accuracy then.
-        stopped: ``"epochs"`` when all were run, ``"early stop"`` when it no longer became better.
+        stopped: ``"epochs"`` when all were run, ``"updates"`` after ``max_updates``, ``"early stop"`` when it no longer became better.
         directory: ``output_dir/best``, which ``load_retrofitted`` loads; None where nothing was written.
         updates: how often the weights changed.
         step_seconds: median time of an update, loading included; None for runs too short to tell.
@@ -152,12 +152,18 @@ class Run:
         self.world: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.updates_per_epoch = math.ceil(len(self.train) / self.config.grad_accum_steps)
+        self.epochs, self.updates = length_of(self.config, self.updates_per_epoch)
         self.choose(trained_in(self.config, 0))
 
     @property
     def tested(self) -> nn.Module:
         """The network that is evaluated and kept: the average of the weights, where there is one."""
         return self.model if self.learning.ema is None else self.learning.ema.module
+
+    @property
+    def updates_in_epoch(self) -> int:
+        """Of the epoch that is under way, which may be cut short."""
+        return min(self.updates_per_epoch, self.updates - self.progress.epoch * self.updates_per_epoch)
 
     @property
     def lr(self) -> float:
@@ -267,7 +273,7 @@ class Run:
         rows = tuple(MappingProxyType(dict(row)) for row in self.progress.history)
         output = None if self.folder is None else self.folder.path
         facts = Facts(
-            self.model, self.tested, epoch, self.config.epochs, self.progress.updates, self.lr, loss, rows, output,
+            self.model, self.tested, epoch, self.epochs, self.progress.updates, self.lr, loss, rows, output,
             self.rank,
         )  # fmt: skip
         callback(facts)

@@ -23,7 +23,7 @@ from .criteria import Criterion, Losses, check_criterion, criterion_of
 from .data import Stream, stream
 from .engine import TrainingForm, engine, recomputing, share
 from .experiment import describe_run
-from .learning import learning, rates_in_words, try_out
+from .learning import learning, length_of, rates_in_words, try_out
 from .lock import alone_in
 from .log import Log
 from .parts import (
@@ -148,9 +148,11 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
     folder = None
     if job.folder is not None:
         folder = Folder(job.folder, config, same_on_all(experiment, accelerator))
+    each = math.ceil(len(train) / config.grad_accum_steps)
+    epochs, updates = length_of(config, each)
     log = Log(
-        job.folder, accelerator, quiet=job.quiet, epochs=config.epochs,
-        updates=math.ceil(len(train) / config.grad_accum_steps), best_metric=None if val is None else config.best_metric,
+        job.folder, accelerator, quiet=job.quiet, epochs=epochs, updates=min(each, updates),
+        best_metric=None if val is None else config.best_metric,
     )  # fmt: skip
     losses = Losses(criterion, teacher, job.distillation, config.multi_label)
     form = TrainingForm(model, config.compile)
@@ -208,7 +210,7 @@ def restore(run: Run) -> None:
     """Put the checkpoint in its folder back in place. timm's schedules have no state: they go by the number of updates."""
     assert run.folder is not None
     run.progress, saved = run.folder.load(run.model)
-    run.choose(trained_in(run.config, min(run.progress.epoch, run.config.epochs - 1)))
+    run.choose(trained_in(run.config, min(run.progress.epoch, run.epochs - 1)))
     ema, scaler = run.learning.ema, run.accelerator.scaler
     try:
         load_optimizer(run.learning.optimizer, saved["optimizer"])
@@ -232,12 +234,15 @@ def introduce(run: Run, remark: str) -> None:
     run.log.note(f"{type(model).__name__}, {se}; {count(model):,} parameters, {count(model, True):,} of them trained")
     precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     processes = f", {run.world} processes" if run.world > 1 else ""
-    run.log.note(f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch")
+    ends = "" if config.max_updates is None else f", {run.updates:,} updates in all"
+    run.log.note(
+        f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch{ends}"
+    )
     run.log.note(rates_in_words(run.learning.optimizer.param_groups, config.lr))
     if remark:
         run.log.note(remark)
     if progress.updates:
-        run.log.note(f"resumed in epoch {min(progress.epoch + 1, config.epochs)}, after update {progress.updates}")
+        run.log.note(f"resumed in epoch {min(progress.epoch + 1, run.epochs)}, after update {progress.updates}")
 
 
 @contextlib.contextmanager

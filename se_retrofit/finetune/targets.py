@@ -52,9 +52,12 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
         return None if any(part is None for part in parts) else torch.cat([part for part in parts if part is not None])
     if type(data) is TensorDataset and len(data.tensors) > 1:
         return data.tensors[1].cpu()
-    columns = getattr(data, "features", None)  # as Hugging Face's have them
+    rows = getattr(
+        getattr(data, "reader", None), "dataset", data
+    )  # of timm's reader for Hugging Face's data sets, or one of these
+    columns = getattr(rows, "features", None)
     key = keys_in(columns, keys)[1] if isinstance(columns, dict) else None
-    column = None if key is None else data[key]
+    column = None if key is None else rows[key]
     for values in (column, getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
         if values is not None and len(values) == len(data):
             return torch.as_tensor(values if isinstance(values, Tensor) else list(values))

@@ -83,7 +83,7 @@ def finetune(
     check(job)
     with torch.inference_mode(False), torch.enable_grad(), started(job) as run:
         evaluate_before_training(run)
-        for number in range(run.progress.epoch, run.config.epochs):
+        for number in range(run.progress.epoch, run.epochs):
             if run.progress.finished is not None:
                 break
             epoch = begin_epoch(run, number)
@@ -118,8 +118,9 @@ def begin_epoch(run: Run, number: int) -> Epoch:
 def train_epoch(run: Run, epoch: Epoch) -> None:
     """All updates of an epoch that have not been made yet."""
     start = run.progress.step * run.config.grad_accum_steps
-    for batches in windows(run.train.batches(epoch.number, start), run.config.grad_accum_steps):
-        last = run.progress.step == run.updates_per_epoch - 1
+    every = windows(run.train.batches(epoch.number, start), run.config.grad_accum_steps)
+    for batches in itertools.islice(every, run.updates_in_epoch - run.progress.step):
+        last = run.progress.step == run.updates_in_epoch - 1
         unheard = run.val is None and not run.config.compile  # compiled code would not be heard
         with listening(run.model, last and unheard) as gates:
             tally = update(run, batches)
@@ -206,7 +207,7 @@ def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 def is_time_to_look(run: Run) -> bool:
     told = run.stop.is_set() and run.world == 1  # several processes stop together, at a look
-    return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_per_epoch
+    return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_in_epoch
 
 
 def look(run: Run, epoch: Epoch) -> None:
@@ -236,7 +237,7 @@ def look(run: Run, epoch: Epoch) -> None:
     epoch.pending = []
     if stop:
         run.leave()
-    if due and run.train.resumes_within and progress.step < run.updates_per_epoch:
+    if due and run.train.resumes_within and progress.step < run.updates_in_epoch:
         run.keep_checkpoint()
         now = time.perf_counter()
     epoch.looked = now
@@ -335,8 +336,8 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
         progress.stale = 0 if improved else progress.stale + 1
     progress.epoch, progress.step = row["epoch"], 0
     progress.loss = progress.correct = progress.seen = 0.0
-    if progress.epoch == config.epochs:
-        progress.finished = "epochs"
+    if progress.epoch == run.epochs:
+        progress.finished = "epochs" if run.updates == config.epochs * run.updates_per_epoch else "updates"
     elif config.patience is not None and progress.stale >= config.patience:
         progress.finished = "early stop"
 

@@ -217,5 +217,5 @@ def test_options_of_the_recipe_are_its_fields(name: str) -> None:
         words = ["resnet18", "--data", "digits", "--batch-size", "8", "--seed", "3", "--compile", "--precision", "bf16"]
         with command.make_context(name, words, parent=parent) as context:
             assert recipe_fields(context) == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
-    without = {"compare": {"patience"}, "find-lr": {"epochs", "lr", "patience"}, "finetune": set()}[name]
+    without = {"compare": {"patience"}, "find-lr": {"epochs", "max_updates", "lr", "patience"}, "finetune": set()}[name]
     assert set(FinetuneConfig.model_fields) - {p.name for p in command.params} == without

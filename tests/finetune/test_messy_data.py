@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pictures import make_folder
 from PIL import Image
 from tiny import config, network, trained
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import pil_loader
+from typer.testing import CliRunner
 
-from se_retrofit import fold_se
+from se_retrofit import RetrofitError, fold_se
+from se_retrofit.cli.commands import app
 from se_retrofit.finetune import FinetuneConfig, evaluate, load_data, transform_of
+from se_retrofit.finetune.datasets import limited
 from se_retrofit.finetune.targets import targets_of
 from se_retrofit.finetune.transforms import class_names_of, load_image, transforms_for
 from se_retrofit.inspection import excitations
@@ -48,6 +52,29 @@ def test_palettes_and_transparency_are_as_in_torchvisions_loader(mode: str, tmp_
         warnings.simplefilter("ignore")
         theirs = pil_loader(str(file))
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_a_limit_takes_so_many_images_of_each_class_everywhere(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "pictures"), tmp_path / "run"
+    (folder / "val" / "blue" / "4.jpg").unlink()
+    small = ("--image-size", "32", "--cpu", "--workers", "0", "--batch-size", "4")
+    for command, says in (
+        (("finetune", "test_resnet", "--data", folder, "--limit", "3", "--max-updates", "1", *small, "--output", out), "6 images to train on, 6 to"),
+        (("finetune", "--resume", out), "6 images to train on, 6 to"),
+        (("evaluate", out, "--data", folder, "--limit", "5", "--cpu", "--workers", "0"), "9 images: accuracy"),
+        (("fold", out, "--data", folder, "--limit", "2"), "over 4 inputs"),
+    ):  # fmt: skip
+        said = CliRunner().invoke(app, [str(word) for word in command])
+        assert says in said.output, said.output
+    whole = load_data(folder / "train")  # which is split by the folder of a run, and then cut
+    for part in (whole.train, whole.val):
+        few = limited(part, 2)
+        assert [whole.train.dataset.targets[index] for index in few.indices] == [0, 0, 1, 1]
+        assert few.indices == limited(part, 2).indices
+        assert {*few.indices} <= {*part.indices}
+        assert class_names_of(few) == ["blue", "red"]
+    with pytest.raises(RetrofitError, match="does not tell"):
+        limited([(torch.zeros(1), 0)], 2)
 
 
 NAMES = [f"kind {number}" for number in range(10)]

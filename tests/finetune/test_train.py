@@ -337,6 +337,24 @@ def test_images_that_are_not_finite_stop_the_run_at_the_last_good_checkpoint(dig
     assert json.loads((tmp_path / "last" / "training.json").read_text())["progress"]["updates"] == 8
 
 
+@pytest.mark.parametrize(
+    ("most", "accumulated", "lengths"), [(3, 1, [3]), (12, 1, [8, 4]), (6, 2, [4, 2]), (99, 1, [8] * 3)]
+)
+def test_a_run_ends_after_max_updates_and_its_schedule_with_it(
+    most: int, accumulated: int, lengths: list[int], digits: NamedData, tmp_path: Path
+) -> None:
+    recipe = {"epochs": 3, "max_updates": most, "grad_accum_steps": accumulated, "warmup_ratio": 0.0}
+    result = trained(network(), digits, recipe=recipe, output_dir=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "updates.jsonl").read_text().splitlines()]
+    assert [sum(row["epoch"] == epoch + 1 for row in rows) for epoch in range(len(lengths))] == lengths
+    assert (result.updates, len(result.history)) == (sum(lengths), len(lengths) + 1)
+    assert result.stopped == ("updates" if most < 99 else "epochs")
+    assert rows[0]["lr"] == pytest.approx(5e-4 * (1 + math.cos(math.pi / sum(lengths))), rel=1e-6)
+    assert rows[-1]["lr"] == pytest.approx(0)
+    again = trained(network(), digits, recipe=recipe, output_dir=tmp_path, resume=True)
+    assert again.history == result.history
+
+
 def test_a_loss_that_is_not_finite_is_told_with_its_update_whenever_it_is_looked_at(digits: NamedData) -> None:
     calls = itertools.count(1)
 
