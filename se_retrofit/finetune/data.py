@@ -263,7 +263,7 @@ class DatasetStream:
     resumes_within = True
 
     def __init__(self, items: Items, order: Order, *, bad_images: str, workers: int, pin_memory: bool) -> None:
-        self.name, self.order, self.bad_images = items.name, order, bad_images
+        self.name, self.data, self.order, self.bad_images = items.name, items.data, order, bad_images
         self.named: set[str] = set()
         self.loader = DataLoader(
             items,
@@ -278,6 +278,17 @@ class DatasetStream:
     def __len__(self) -> int:
         """Batches an epoch."""
         return len(self.order)
+
+    def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        """Images, prepared, and targets of these places in the data."""
+        return [self.loader.dataset[0, index, True][:2] for index in indices]
+
+    def places(self, count: int) -> Tensor:
+        """Where in the data the images are that the batches of an evaluation held, those of one process after the other's."""
+        world = self.order.world
+        if world == 1:
+            return torch.arange(count)
+        return torch.arange(count).view(len(self), world, -1).transpose(0, 1).flatten()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``start`` on."""
@@ -311,7 +322,7 @@ class LoaderStream:
     resumes_within = False
 
     def __init__(self, loader: DataLoader[Any], *, name: str, keys: Sequence[str], seed: int) -> None:
-        self.loader, self.name, self.keys, self.seed = loader, name, keys, seed
+        self.loader, self.name, self.keys, self.seed, self.data = loader, name, keys, seed, loader.dataset
         try:
             self.total = len(loader)
         except TypeError as error:
@@ -323,6 +334,23 @@ class LoaderStream:
 
     def __len__(self) -> int:
         return self.total
+
+    def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        """The images and targets that come at these places in an evaluation."""
+        found, first = {}, 0
+        for batch in self.batches(0):
+            found |= {
+                i: (batch.images[i - first], batch.targets[i - first])
+                for i in indices
+                if i in range(first, first + len(batch.targets))
+            }
+            first += len(batch.targets)
+            if len(found) == len(set(indices)):
+                break
+        return [found[index] for index in indices]
+
+    def places(self, count: int) -> Tensor:
+        return torch.arange(count)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch; ``start`` is 0."""

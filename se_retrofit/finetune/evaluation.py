@@ -30,6 +30,7 @@ from .transforms import check_classes, class_names, class_names_of
 __all__ = ["ClassScores", "Evaluation", "check_targets", "evaluate", "hits", "measure"]
 
 MOST_LIKELY = 5  # classes of each image that are kept
+HARDEST = 16  # images with the highest losses, of which a run keeps a picture
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Evaluation:
         answers: the most likely classes of each image, the first first, (images, 5), fewer where there are fewer classes; with
             several labels the probabilities, (images, classes).
         targets: the classes, (images,); with several labels 0 and 1, (images, classes).
+        losses: of each image, (images,).
+        places: of each image in the data, (images,), of which several processes have each measured a part.
         split, about: which images of which data they are; empty where the data was not given by name.
     """
 
@@ -67,6 +70,8 @@ class Evaluation:
     multi_label: bool
     answers: Tensor = field(repr=False, compare=False)
     targets: Tensor = field(repr=False, compare=False)
+    losses: Tensor = field(repr=False, compare=False)
+    places: Tensor = field(repr=False, compare=False)
     split: str = ""
     about: str = ""
 
@@ -125,6 +130,20 @@ class Evaluation:
             raise RetrofitError("with several labels an image no class is taken for another; see classes")
         count = len(self.classes)
         return torch.bincount(self.targets * count + self.answers[:, 0], minlength=count**2).view(count, count)
+
+    def hardest(self, most: int = HARDEST) -> list[dict[str, Any]]:
+        """The images with the highest losses, the highest first, as plain data: ``image``, its place in the data, ``loss``, and
+        ``answer``, the classes that the network gives it."""
+        losses, order = self.losses.topk(min(most, self.images))
+        said = (
+            [row.nonzero().flatten() for row in self.answers[order] > 0.5]
+            if self.multi_label
+            else self.answers[order, :1]
+        )
+        return [
+            {"image": int(self.places[at]), "loss": float(loss), "answer": answer.tolist()}
+            for at, loss, answer in zip(order, losses, said, strict=True)
+        ]
 
     def scores(self) -> dict[str, float]:
         """All that is one number, such as ``accuracy`` and ``f1``."""
@@ -260,12 +279,14 @@ def measure(
         right = hits(logits, targets, multi_label) * counts
         # Not losses[counts], whose size the host would have to wait for
         totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
-        said.append((counts, *answer(logits.float(), targets, multi_label)))
+        said.append((counts, losses, *answer(logits.float(), targets, multi_label)))
     loss, right_count, seen = accelerator.reduce(totals, "sum").tolist()
-    counts, answers, targets = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
-    answers, targets = answers[counts], targets[counts]
+    counts, *kept = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
+    losses, answers, targets, places = (part[counts] for part in (*kept, data.places(len(counts))))
     each = scores_by_class(answers, targets, classes, multi_label, names)
-    return Evaluation(loss / max(seen, 1), right_count / max(seen, 1), each, multi_label, answers, targets)
+    return Evaluation(
+        loss / max(seen, 1), right_count / max(seen, 1), each, multi_label, answers, targets, losses, places
+    )
 
 
 def scores_by_class(

@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
@@ -23,8 +22,10 @@ from .criteria import Criterion
 from .data import Batch, Stream
 from .engine import called, logits_of, placed, share
 from .evaluation import check_targets, hits, measure
+from .learning import mixed
 from .log import listening, log_gates, news_of_saturation, saturated_sites
 from .parts import count, set_modes, trained_in
+from .pictures import draw_hardest
 from .randomness import UPDATE, seed_all
 from .run import Epoch, FinetuneResult, Run
 from .setup import Job, check, started
@@ -184,27 +185,6 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum(), ~images.isfinite().all()
 
 
-def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixed images and their soft labels. timm mixes pairs: the last image of an odd batch stays as it is."""
-    if images.dim() < 4 and mixup.cutmix_alpha:
-        raise RetrofitError(
-            f"cutmix cuts rectangles out of images of two dimensions or more, got inputs of shape {tuple(images.shape)}; "
-            "set cutmix=0, mixup takes inputs of every shape"
-        )
-    pairs = len(targets) // 2 * 2
-    parts = []
-    if pairs:
-        some = images[:pairs].clone()  # timm works in place
-        # and cuts the first two dimensions after the channels, where the area that it counts is the last two's
-        flat, labels = mixup(some.flatten(1, -3) if some.dim() > 4 else some, targets[:pairs])
-        parts.append((flat.view_as(some), labels))
-    if pairs < len(targets):
-        labels = mixup_target(targets[pairs:].repeat(2), mixup.num_classes, 1.0, mixup.label_smoothing)[:1]
-        parts.append((images[pairs:], labels))
-    inputs, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return inputs, labels
-
-
 def is_time_to_look(run: Run) -> bool:
     told = run.stop.is_set() and run.world == 1  # several processes stop together, at a look
     return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_in_epoch
@@ -264,6 +244,7 @@ def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
         raise RetrofitError(
             f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {len(found.classes)}"
         )
+    scores["hardest"] = found.hardest()
     if gates is not None:
         scores["gates"] = log_gates(gates, run.accelerator.trackers, run.progress.updates)
     return scores, saturated_sites(gates)
@@ -346,7 +327,7 @@ def finish(run: Run) -> FinetuneResult:
     """The result, after its last files and words."""
     result = run.result()
     run.log.history(run.progress.history)
-    run.log.pictures(run.progress.history)
+    run.log.pictures(run.progress.history, partial(draw_hardest, run))
     for line in str(result).splitlines():
         run.log.note(line)
     run.tell(run.callbacks.after_training, run.progress.epoch)

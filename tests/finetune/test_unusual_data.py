@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from se_retrofit import RetrofitError, add_se, load_retrofitted
 from se_retrofit.finetune import NamedData, engine, evaluate, finetune, parts, predict
+from se_retrofit.finetune.learning import mixed
 from se_retrofit.finetune.parts import layout_of
-from se_retrofit.finetune.train import mixed
 from se_retrofit.models import Base
 
 # Mixup and cutmix
