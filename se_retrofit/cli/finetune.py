@@ -14,7 +14,7 @@ from ..plaindata import parse_yaml
 from . import options
 from .app import app
 from .signals import Signals
-from .starting import Start, absolute, default_name, open_data, read_config
+from .starting import Start, absolute, check_outside, default_name, open_data, read_config
 
 RESUME_HELP = (
     "resume the run in this folder; all options are read from its run.yaml; a larger --epochs extends a finished run"
@@ -76,6 +76,8 @@ def finetune_command(
     if resume is None and output is None:
         details = [recipe.to_dict(), describe_run(network, parts.train, parts.val)]
         output = Path("runs") / default_name(command.start.model, command.data, details)
+    if output is not None:
+        check_outside(output, command.data)
     with Signals() as signals:
         finetune(
             network,

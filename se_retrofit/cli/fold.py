@@ -12,7 +12,7 @@ from ..finetune.config import FinetuneConfig
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .starting import open_data
+from .starting import check_outside, open_data
 
 
 @app.command("fold")
@@ -41,6 +41,8 @@ def fold_command(
     from ..saving.networks import write_network
     from ..saving.recipe import RECIPE, WEIGHTS
 
+    target = output or folder.with_name(f"{folder.name}-folded")
+    check_outside(target, data)
     config, network = FinetuneConfig(**options.recipe_fields(context)), load_retrofitted(folder)
     if json_file is not None:
         writable(json_file)
@@ -54,7 +56,6 @@ def fold_command(
         network, readable, tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, max_batches=batches, inplace=True
     )
     report: Any = folded.fold_report
-    target = output or folder.with_name(f"{folder.name}-folded")
     with replaced_directory(target, (WEIGHTS, RECIPE)) as fresh:
         write_network(folded, fresh)
     say(console, report)

@@ -52,6 +52,7 @@ def known_attention(name: str) -> str:
 WEIGHTS_OPTIONS: Options = {
     "pretrained": option(bool, False, "start from the library's own weights", "--pretrained"),
     "checkpoint": option(Path | None, None, "start from a checkpoint of the bare network"),
+    "remap": option(Literal["order"] | None, None, "load a checkpoint whose keys have other names by their order"),
 }
 START_OPTIONS: Options = {
     **WEIGHTS_OPTIONS,
@@ -169,6 +170,14 @@ def given(context: typer.Context) -> list[str]:
     """The options and arguments that stand on the command line, by their names in the code."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def check_weights(context: typer.Context) -> None:
+    """Raise where the options of the first weights contradict each other."""
+    if context.params["pretrained"] and context.params["checkpoint"] is not None:
+        raise typer.BadParameter("give --pretrained or --checkpoint, not both")
+    if context.params["remap"] and context.params["checkpoint"] is None:
+        raise typer.BadParameter("--remap says how a --checkpoint is read; give that, too")
 
 
 def refuse_for_folder(context: typer.Context, *more: str) -> None:

@@ -15,6 +15,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..errors import RetrofitError, brief
+from ..saving.base import base_of
+from ..saving.networks import without_name
 from ..surgery.record.copying import in_mode
 from .callbacks import Callbacks
 from .checkpoint import Folder, checked_folder, has_checkpoint, load_optimizer
@@ -241,6 +243,10 @@ def introduce(run: Run, remark: str) -> None:
     run.log.note(rates_in_words(run.learning.optimizer.param_groups, config.lr))
     if remark:
         run.log.note(remark)
+    if run.folder is not None and not progress.updates and not run.log.console.quiet:
+        base, note = base_of(model)
+        if base is None:
+            run.log.note(without_name(note))
     if progress.updates:
         run.log.note(f"resumed in epoch {min(progress.epoch + 1, run.epochs)}, after update {progress.updates}")
 

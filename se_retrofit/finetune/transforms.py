@@ -28,6 +28,7 @@ __all__ = [
     "note_images",
     "other_classes",
     "prepared_batches",
+    "settings_of",
     "transform_of",
     "transforms_for",
 ]
@@ -85,7 +86,7 @@ def note_images(model: nn.Module, data: Any, config: FinetuneConfig) -> None:
         vars(model).pop(IMAGES, None)
         return
     told = {"classes": class_names_of(data, config.keys), "multi_label": config.multi_label}
-    vars(model)[IMAGES] = {**_settings(model, config.image_size), **told}
+    vars(model)[IMAGES] = {**settings_of(model, config.image_size), **told}
 
 
 def check_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> None:
@@ -139,7 +140,7 @@ def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> 
     augmentation. Where the network does not tell them, ImageNet's usual ones."""
     augmentation = {**AUGMENTATION, **config.transform_options} if train else {}
     try:
-        return _transform(_settings(model, config.image_size), is_training=train, **augmentation)
+        return _transform(settings_of(model, config.image_size), is_training=train, **augmentation)
     except (AssertionError, TypeError, ValueError) as error:
         raise RetrofitError(
             f"timm makes no transform with transform_options={config.transform_options}: {error}"
@@ -185,7 +186,7 @@ def _in_colors(image: Image.Image, mode: str) -> Image.Image:
         return image.convert(mode)
 
 
-def _settings(model: nn.Module, image_size: int | None) -> dict[str, Any]:
+def settings_of(model: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Size, mean and the like, as plain data."""
     own = {name: value for name, value in _own_settings(model).items() if name in SETTINGS}
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)

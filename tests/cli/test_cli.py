@@ -95,8 +95,10 @@ def test_the_output_folder_loads_as_it_is_with_the_checkpoint_that_it_started_fr
     torch.manual_seed(0)
     weights, folder = tmp_path / "weights.pth", tmp_path / "se"
     original = Base.of(SMALL, num_classes=5).build()
-    torch.save(original.state_dict(), weights)
+    torch.save({f"net.{key}": value for key, value in original.state_dict().items()}, weights)
     options = ["--num-classes", "5", "--reduction", "4", "--checkpoint", str(weights), "--output", str(folder)]
+    assert "remap" in str(run("add", SMALL, *options).exception)
+    options += ["--remap", "order"]
     result = run("add", SMALL, *options)
     assert result.exit_code == 0, result.output
     assert "drawn at random" not in result.output  # the weights given are the ones that were checked
@@ -130,6 +132,8 @@ def test_what_cannot_be_done_is_an_error_with_the_reason(arguments: list[str], s
         ["add", SMALL, "--reduction", "0"],
         ["add", SMALL, "--reduction", "many"],
         ["add", SMALL, "--pretrained", "--checkpoint", "x.pth"],
+        ["add", SMALL, "--remap", "order"],
+        ["finetune", SMALL, "--data", "digits", "--pretrained", "--checkpoint", "x.pth"],
         ["add", SMALL, "--placement", "middle"],
         ["add", SMALL, "--gate", "tanh"],
         ["finetune", SMALL, "--data", "digits", "--gate", "tanh"],

@@ -75,7 +75,6 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
         (["resnet18", "--data", "digits", "--arg", "wings"], "NAME=VALUE"),
         (["resnet18", "--data", "digits", "--arg", "wings=2"], "resnet18 can't be built"),
         (["resnet18", "--data", "digits", "--config", "none.yaml"], "none.yaml can't be read"),
-        (["resnet18", "--data", "digits", "--pretrained", "--checkpoint", "x"], "--pretrained or --checkpoint"),
         (["--lr", "3", "--resume", str(tmp_path)], "remove lr, output"),
     ]:
         with pytest.raises(RetrofitError, match=says):
@@ -84,6 +83,11 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
         with pytest.raises(RetrofitError, match=says):
             run("finetune", "--resume", folder)
     assert not (tmp_path / "run").exists()
+    pictures = make_folder(tmp_path / "pictures")
+    for words in (["finetune", "test_resnet"], ["compare", "test_resnet"], ["fold", tmp_path]):
+        with pytest.raises(RetrofitError, match=r"pictures/runs/1 .*--output"):
+            run(*words, "--data", pictures, "--output", pictures / "runs" / "1")
+    assert not (pictures / "runs").exists()
 
 
 def test_another_experiment_gets_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

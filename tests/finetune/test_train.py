@@ -47,7 +47,7 @@ def test_it_learns_and_the_saved_result_predicts_with_the_same_accuracy(tmp_path
 def test_the_first_evaluation_is_that_of_the_network_before_the_retrofit(digits: NamedData) -> None:
     before = evaluate(network(se=False), digits.val, config=config())
     result = trained(network(), digits)
-    first = {name: value for name, value in result.history[0].items() if name != "gates"}
+    first = {name: value for name, value in result.history[0].items() if name not in ("gates", "hardest")}
     assert first == {"epoch": 0, **{f"val_{name}": value for name, value in before.scores().items()}}
 
 
@@ -204,6 +204,7 @@ def test_a_run_prints_a_table_and_writes_metrics_and_recipe(
     assert lines[0].startswith("ResNet, 4 SE modules; ")
     header = next(i for i, line in enumerate(lines) if "val acc" in line)
     assert [line.split()[0] for line in lines[header + 1 : header + 4]] == ["0", "1", "2"]
+    assert any("ResNet does not tell the name" in line and "base=network" in line for line in lines[:header])
     assert any(f"best validation accuracy {result.best_accuracy:.2%}" in line for line in lines)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == result.history
     updates = [json.loads(line) for line in (tmp_path / "updates.jsonl").read_text().splitlines()]
