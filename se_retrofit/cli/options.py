@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
 from ..plaindata import parse_yaml
 
@@ -145,7 +146,12 @@ def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...]
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(*args: Any, **kwargs: Any) -> None:
-            command(*args, **{name: value for name, value in kwargs.items() if name not in options})
+            try:
+                command(*args, **{name: value for name, value in kwargs.items() if name not in options})
+            except RetrofitError as error:
+                if not str(error).startswith(f"{kwargs.get('config')}: "):  # in a file, fields have their own names
+                    error.args = (as_options(str(error), signature.parameters),)
+                raise
 
         own = inspect.signature(command, eval_str=True)
         more = [
@@ -158,6 +164,25 @@ def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...]
         return run
 
     return decorate
+
+
+def as_options(text: str, names: Iterable[str]) -> str:
+    """An error that names arguments, ``batch_size`` or ``bad_images="skip"``, with the options of a command in their place,
+    ``--batch-size`` and ``--bad-images skip``."""
+
+    def replaced(found: re.Match[str]) -> str:
+        before, name, value = found.groups()
+        name = name.removesuffix("_dir").replace("_", "-")  # output_dir is --output
+        if value in ("=True", "=False"):
+            return f"{before}--{'no-' * (value == '=False')}{name}"
+        return " ".join([f"{before}--{name}", *filter(None, [value[1:].strip('"')])])
+
+    known = sorted({*names, "output_dir"}, key=len, reverse=True)
+    longer = "|".join(name for name in known if "_" in name)
+    value = r"=(?:\"[^\"]*\"|\{[^}]*\}|\.\.\.|[^\s,;:()]+)"
+    text = re.sub(rf"(?<![\w./-])()({'|'.join(known)})({value})", replaced, text)  # batch_size=8
+    text = re.sub(rf"(^|; )({'|'.join(known)})()(?=: )", replaced, text)  # lr: what is wrong with it
+    return re.sub(rf"(?<![\w./-])()({longer})()(?![\w/=]|\.\w)", replaced, text)
 
 
 def se_options(context: typer.Context) -> dict[str, Any]:
