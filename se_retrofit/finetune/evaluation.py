@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from ..saving.atomic import replaced_file
-from ..tables import aligned
+from ..tables import aligned, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
 from .datasets import Split, load_split
@@ -30,6 +30,7 @@ from .transforms import check_classes, class_names, class_names_of
 __all__ = ["ClassScores", "Evaluation", "check_targets", "evaluate", "hits", "measure"]
 
 MOST_LIKELY = 5  # classes of each image that are kept
+LONGEST_NAME = 32  # letters, in the picture of the confusion
 HARDEST = 16  # images with the highest losses, of which a run keeps a picture
 
 
@@ -178,10 +179,12 @@ class Evaluation:
         from sklearn.metrics import ConfusionMatrixDisplay
 
         confusion, size = self.confusion, len(self.classes)
-        side = min(max(3.5, 0.38 * size + 1.5), 30.0)
-        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-        names = [scores.name for scores in self.classes] if size <= 60 else None  # beyond that no name can be read
+        # of more than 60 no name can be read
+        names = [short(scores.name, LONGEST_NAME) for scores in self.classes] if size <= 60 else None
+        side = min(max(2.2, 0.38 * size), 30.0) + 0.8
+        room = 0.085 * max(map(len, names or [""]))  # inches, for names beside the matrix and below it
+        figure = Figure(figsize=(side + room + 0.8, side + room), layout="constrained")
         ConfusionMatrixDisplay(shares.numpy(), display_labels=names).plot(
             include_values=size <= 20, cmap="Blues", values_format=".0%", ax=figure.subplots(),
             xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1},

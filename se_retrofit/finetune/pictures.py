@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import RetrofitError
 from ..models import IMAGES
 from ..paths import save_figure, writable
+from ..tables import short
 from .config import FinetuneConfig
 from .data import name_of
 from .engine import placed
@@ -118,14 +119,9 @@ def drawn(images: Sequence[Tensor], titles: Sequence[str], model: nn.Module) -> 
     for axes in places:
         axes.set(xticks=[], yticks=[], frame_on=False)  # axis("off") would leave no room for the title
     for axes, colors, title in zip(figure.axes, in_colors(images, model), titles, strict=False):
-        axes.set_title("\n".join(map(short, title.splitlines())), fontsize=7, parse_math=False)
+        axes.set_title("\n".join(short(line, LETTERS) for line in title.splitlines()), fontsize=7, parse_math=False)
         axes.imshow(colors.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
     return figure
-
-
-def short(line: str) -> str:
-    """Without the middle of a long one."""
-    return line if len(line) <= LETTERS else f"{line[: LETTERS - 13]}...{line[-10:]}"
 
 
 def in_colors(images: Sequence[Tensor], model: nn.Module) -> list[Tensor]:

@@ -6,12 +6,15 @@ import copy
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sklearn.metrics
 import timm
 import torch
+from matplotlib.figure import Figure
 from pictures import make_folder
 from PIL import Image
 from tiny import config, network, trained
@@ -242,6 +245,32 @@ def test_scores_of_classes_agree_with_scikit_learn(loader: bool) -> None:
     softened = evaluate(Answers(), TensorDataset(logits[:, :, None, None], soft), config=CONFIG)
     assert softened.f1 == scores.f1
     assert softened.loss > scores.loss
+
+
+def test_the_confusion_of_classes_with_long_names_has_room_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, targets = one_class()
+    found = evaluate(Answers(), TensorDataset(logits[:, :, None, None], targets), config=CONFIG)
+    named = replace(
+        found, classes=tuple(replace(c, name=f"class {c.name} {'of a long name ' * 9}") for c in found.classes)
+    )
+    sizes = []
+
+    def look(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        save(figure, *args, **kwargs)
+        figure.draw_without_rendering()
+        axes = figure.axes[0]
+        sizes.append(axes.get_window_extent().width / figure.dpi)
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            assert all(figure.bbox.contains(*corner) for corner in label.get_window_extent().corners())
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", look)
+    for evaluation in (found, named):
+        evaluation.plot(tmp_path / "confusion.png")
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.25)
+    assert sizes[1] > 2.2
 
 
 def test_scores_of_several_labels_agree_with_scikit_learn() -> None:
