@@ -337,15 +337,14 @@ class LoaderStream:
 
     def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """The images and targets that come at these places in an evaluation."""
-        found, first = {}, 0
+        found: dict[int, tuple[Any, Any]] = {}
+        first = 0
         for batch in self.batches(0):
-            found |= {
-                i: (batch.images[i - first], batch.targets[i - first])
-                for i in indices
-                if i in range(first, first + len(batch.targets))
-            }
+            for index in indices:
+                if first <= index < first + len(batch.targets):
+                    found[index] = batch.images[index - first], batch.targets[index - first]
             first += len(batch.targets)
-            if len(found) == len(set(indices)):
+            if first > max(indices):
                 break
         return [found[index] for index in indices]
 
