@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -150,7 +152,7 @@ def _write(model: nn.Module, inputs: Tensors, format: str, dynamic: str, file: P
     for wanted in list(DYNAMIC)[list(DYNAMIC).index(dynamic) :]:
         example, others = (inputs, ()) if wanted == "none" else (two, (three,))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # on which a failing export prints its graph
                 run = write(model, example, _dynamic_shapes(example, wanted), file)
                 if run is not None:
                     for given in (example, *others):

@@ -191,25 +191,36 @@ def test_the_source_of_a_class_that_cannot_be_imported_is_refused(tmp_path: Path
 
 
 class Detector(nn.Module):
-    """Takes a list of images, and returns for each as many boxes as it finds."""
+    """Takes a list of images or a batch, and returns for each as many boxes as it finds, the best if they are many."""
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = NETWORKS["torchvision/resnet18"].build()
 
-    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        found = self.backbone(torch.stack(images))
-        return [{"scores": row[row > 0], "boxes": row[None].expand(4, -1)[:, row > 0].T} for row in found]
+    def forward(self, images: list[torch.Tensor] | torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        found = [scores[scores > 0] for scores in self.backbone(torch.stack(list(images)))]
+        found = [scores.topk(3).values if scores.numel() > 3 else scores for scores in found]
+        return [{"scores": scores, "boxes": scores[:, None].expand(-1, 4)} for scores in found]
 
 
-@pytest.mark.parametrize("ending", ["onnx", "pt2"])
-def test_a_detector_is_refused_in_three_lines_and_what_they_advise_works(ending: str, tmp_path: Path) -> None:
-    images = [torch.randn(3, 64, 64)] * 2
-    model = randomise_se(add_se(Detector().eval(), example_inputs=(images,)))
+@pytest.mark.parametrize(
+    ("ending", "inputs"),
+    [
+        ("pt2", torch.randn(2, 3, 64, 64)),
+        pytest.param("pt2", [torch.randn(3, 64, 64)] * 2, marks=pytest.mark.sweep),
+        pytest.param("onnx", torch.randn(2, 3, 64, 64), marks=pytest.mark.sweep),
+    ],
+)
+def test_a_detector_is_refused_in_three_lines_and_what_they_advise_works(
+    ending: str, inputs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = randomise_se(add_se(Detector().eval(), example_inputs=(inputs,)))
     with pytest.raises(RetrofitError, match="Detector can't be exported as") as refused:
-        export(model, tmp_path / f"net.{ending}")
+        export(model, tmp_path / f"net.{ending}", example_inputs=(inputs,))
     assert len(str(refused.value).splitlines()) == 3
+    assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
-    source = runpy.run_path(str(export(model, tmp_path / "net.py")))
+    source = runpy.run_path(str(export(model, tmp_path / "net.py", example_inputs=(inputs,))))
     again = source["load"](Detector())
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(model(images), again(images), strict=True) for key in a)
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(model(inputs), again(inputs), strict=True) for key in a)
+    assert export(model.backbone, tmp_path / "backbone.pt2", example_inputs=torch.randn(1, 3, 64, 64)).exists()
