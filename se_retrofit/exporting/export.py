@@ -152,7 +152,10 @@ def _write(model: nn.Module, inputs: Tensors, format: str, dynamic: str, file: P
     for wanted in list(DYNAMIC)[list(DYNAMIC).index(dynamic) :]:
         example, others = (inputs, ()) if wanted == "none" else (two, (three,))
         try:
-            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # on which a failing export prints its graph
+            with (
+                torch.no_grad(),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):  # on which a failing export prints its graph
                 run = write(model, example, _dynamic_shapes(example, wanted), file)
                 if run is not None:
                     for given in (example, *others):

@@ -43,6 +43,10 @@ def card_text(folder: Path, repo_id: str, license: str | None = None) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())
     table = "This network has no SE." if plan is None else f"Made by `add_se(model, {given})`:\n\n```text\n{plan}\n```"
     inserted = "Squeeze-and-Excitation" if plan is None or plan.what == "SE" else f"{plan.what} modules"
+    importing, using = "", ""
+    if images is not None:
+        importing = "from se_retrofit.finetune import predict\n"
+        using = 'print(*predict(model, ["image.jpg"], top=3))\n'
     rows = [*_about(base, images, (folder / WEIGHTS).stat().st_size, license), *_scores(measured)]
     facts = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     return f"""---
@@ -58,21 +62,14 @@ A copy{"" if base is None else f" of {base}"} with {inserted} in its convolution
 {facts}
 
 ```python
-from se_retrofit.saving import from_pretrained
+{importing}from se_retrofit.saving import from_pretrained
 
 model = from_pretrained("{repo_id}"{bare})
-{_PREDICTS if images is not None else ""}```
+{using}```
 
 {table}
 
 Saved with {versions}.
-"""
-
-
-_PREDICTS = """
-from se_retrofit.finetune import predict
-
-print(*predict(model, ["image.jpg"], top=3))
 """
 
 
