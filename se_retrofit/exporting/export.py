@@ -24,7 +24,7 @@ from ..surgery.record.runs import record
 from .images import metadata_of
 from .source import export_source
 
-__all__ = ["DYNAMIC", "FORMATS", "export"]
+__all__ = ["FORMATS", "export"]
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "source": ".py"}
 FORMATS = tuple(SUFFIXES)
@@ -152,15 +152,13 @@ def _write(model: nn.Module, inputs: Tensors, format: str, dynamic: str, file: P
     for wanted in list(DYNAMIC)[list(DYNAMIC).index(dynamic) :]:
         example, others = (inputs, ()) if wanted == "none" else (two, (three,))
         try:
-            with (
-                torch.no_grad(),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):  # on which a failing export prints its graph
+            # a failing torch.export prints its graph to stderr
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
                 run = write(model, example, _dynamic_shapes(example, wanted), file)
                 if run is not None:
                     for given in (example, *others):
                         _compare(model, run, given, format)
-            return wanted, "; ".join(failures[:1])
+            return wanted, next(iter(failures), "")
         except Exception as error:  # of every kind, from the exporters
             if isinstance(error, OSError) and error.errno is not None:
                 raise

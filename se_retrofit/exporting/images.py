@@ -31,6 +31,8 @@ def prepared(
 ) -> Tensor:
     """An image as the network takes it, (channels, height, width): resized, cropped in the middle, normalised."""
     channels, *size = input_size
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
+        image = image.convert("I").point(lambda value: value / 257 + 0.5)
     image = image.convert("L" if channels == 1 else "RGB")
     given, wanted = (image.height, image.width), [math.floor(n / crop_pct) for n in size]
     ratios = [have / want for have, want in zip(given, wanted, strict=True)]

@@ -125,6 +125,15 @@ def test_images_are_prepared_as_by_timm_bit_for_bit(crop_mode: str, size: tuple[
             assert torch.equal(prepared(image, **settings), transform_of(model)(image)), (told, given)
 
 
+def test_grey_of_16_bits_is_scaled_by_its_range(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 2**16, (61, 90), np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    settings = {name: value for name, value in TOLD.items() if name not in ("classes", "multi_label")}
+    wanted = prepared(Image.fromarray(np.rint(grey / 257).astype(np.uint8)), **settings)
+    with Image.open(tmp_path / "grey.png") as image:
+        assert torch.equal(prepared(image, **settings), wanted)
+
+
 def test_a_program_is_made_for_images_of_the_size_that_the_network_was_trained_on(tmp_path: Path) -> None:
     extra = {"metadata.json": ""}
     program = torch.export.load(str(export(classifier(multi_label=True), tmp_path / "net.pt2")), extra_files=extra)
