@@ -8,14 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..errors import RetrofitError, check_module
 from ..fusion.attention import FusedSEAttention
+from ..models import IMAGES
 from ..paths import writable
 from ..plan import Plan
 from ..retrofit import plan_of, warn_of_lost_sites
-from ..surgery.record.inputs import Inputs, described_inputs, given_inputs
+from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of
 from ..surgery.record.runs import record
 from .diff import diff_lines
 from .drawing import write
@@ -169,7 +171,8 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
         example_inputs: a tensor or a tuple of positional inputs, of which only shapes and dtypes are read: shapes and
-            multiply-adds are for these. Without it, inputs of the shapes that the model was retrofitted with.
+            multiply-adds are for these. Without it, images of the size that the model was fine-tuned at, or inputs of the shapes
+            that it was retrofitted with.
 
     Returns:
         One object for all views: ``report()``, ``graph()``, ``diff()``, ``draw()``, ``write_html()`` and, for what is made of
@@ -204,9 +207,11 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
 
 def _inputs(model: nn.Module, plan: Plan, example_inputs: Any) -> Inputs | None:
-    """The inputs given, or of the shapes that the model's plan was made on."""
+    """The inputs given, or of the size of the images that the model was fine-tuned on, or of the shapes that its plan was made on."""
     if example_inputs is not None:
         return given_inputs(example_inputs)
+    if (images := vars(model).get(IMAGES)) is not None:
+        return in_dtype_of(model, Inputs((torch.empty(2, *images["input_size"], device="meta"),)), None)
     try:
         return described_inputs(plan.inputs, model)
     except ValueError as error:
