@@ -28,7 +28,7 @@ from .learning import Learning, group_summary, length_of
 from .log import Log
 from .parts import choose_trainable, count, trained_in
 
-__all__ = ["Epoch", "FinetuneResult", "Run", "Stopped"]
+__all__ = ["Epoch", "FinetuneResult", "Run", "Stopped", "weights_of"]
 
 RATES = "Try a lower lr, clip_grad, a longer warmup, or precision fp32."
 PIXELS = "Look for NaN and infinities in the data, and for divisions in its transforms."
@@ -125,7 +125,7 @@ class Run:
         folder: where it is kept, None for nowhere.
         stop: the run ends after a checkpoint once this is set.
         trained: the part that is trained now.
-        best_weights: the state dict of the best epoch so far, on the CPU.
+        first_weights, best_weights: the state dicts of before the first update and of the best epoch so far, on the CPU.
         step_times: seconds of an update, one for each look.
     """
 
@@ -143,6 +143,7 @@ class Run:
     callbacks: Callbacks
     stop: threading.Event
     progress: Progress = field(default_factory=Progress)
+    first_weights: dict[str, Tensor] = field(default_factory=dict)
     best_weights: dict[str, Tensor] | None = None
     saved_at: float = field(default_factory=time.monotonic)
     step_times: list[float] = field(default_factory=list)
@@ -198,8 +199,7 @@ class Run:
 
     def keep_best(self) -> None:
         """Write ``best/``, and keep its weights in memory."""
-        state = self.tested.state_dict()
-        self.best_weights = {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+        self.best_weights = weights_of(self.tested)
         if self.folder is not None and self.rank == 0:
             self.folder.save_best(self.tested)
 
@@ -255,10 +255,14 @@ class Run:
                 self._diverged(f"{name} is no longer finite", 0, RATES)
 
     def _diverged(self, what: str, behind: int, cure: str) -> NoReturn:
+        """Raise; the network gets the last weights back that are known to be good."""
+        self.model.load_state_dict(self.best_weights or self.first_weights)
+        back = "the weights of its best epoch" if self.best_weights else "the weights that it began with"
         progress, step = self.progress, self.progress.step - behind
         raise RetrofitError(
             f"{what} in epoch {progress.epoch + 1 if step else progress.epoch}, update {progress.updates - behind}"
-            f"{f' (number {step} of the epoch)' if step else ''}. {cure}{self._kept(' The last good checkpoint is {}.')}"
+            f"{f' (number {step} of the epoch)' if step else ''}. {cure} The network has {back}."
+            f"{self._kept(' The last good checkpoint is {}.')}"
         )
 
     def _kept(self, sentence: str) -> str:
@@ -277,3 +281,8 @@ class Run:
             self.rank,
         )  # fmt: skip
         callback(facts)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict on the CPU."""
+    return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}

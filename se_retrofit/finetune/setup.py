@@ -42,7 +42,7 @@ from .parts import (
     trained_parts,
 )
 from .randomness import EPOCH, kept_randomness, seed_all
-from .run import Run
+from .run import Run, weights_of
 from .transforms import note_images, other_classes, transforms_for
 
 __all__ = ["Job", "batches_of", "check", "check_config", "started"]
@@ -115,6 +115,7 @@ def started(job: Job) -> Iterator[Run]:
                     restore(run)
                 if run.rank == 0:
                     run.folder.begin(job.command, resumed=resumed)
+            run.first_weights = weights_of(run.model)
             run.log.resume(run.progress.updates)
         with run.log, trackers(accelerator, job.config):
             introduce(run, remark)
