@@ -28,7 +28,7 @@ from .learning import Learning, group_summary, length_of
 from .log import Log
 from .parts import choose_trainable, count, trained_in
 
-__all__ = ["Epoch", "FinetuneResult", "Run", "Stopped", "weights_of"]
+__all__ = ["Epoch", "FinetuneResult", "Run", "Stopped"]
 
 RATES = "Try a lower lr, clip_grad, a longer warmup, or precision fp32."
 PIXELS = "Look for NaN and infinities in the data, and for divisions in its transforms."
@@ -248,10 +248,19 @@ class Run:
                 what = "the images hold values that are not finite" if broken else f"the loss became {loss / seen}"
                 self._diverged(what, len(sums) - number, PIXELS if broken else RATES)
 
+    def begin_with(self) -> None:
+        """Keep the weights that there are, and raise where they are no good."""
+        self.first_weights = weights_of(self.model)
+        parameters = dict(self.model.named_parameters())
+        for name in not_finite(self.model):
+            if name in parameters or self.first_weights[name].isnan().any():
+                raise RetrofitError(f"{name} of the network is not finite before any training: look at its weights")
+
     def check_weights(self) -> None:
         """Raise where a weight is no longer finite: a loss can be, and its gradient not; what is written must be good."""
-        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        for name in not_finite(self.model):
+            before = self.first_weights.get(name)
+            if before is None or before.isfinite().all():  # a mask of infinities was none before
                 self._diverged(f"{name} is no longer finite", 0, RATES)
 
     def _diverged(self, what: str, behind: int, cure: str) -> NoReturn:
@@ -286,3 +295,9 @@ class Run:
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict on the CPU."""
     return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of parameters and buffers of the state dict that hold NaN or an infinity."""
+    floating = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
+    return [name for name, t in floating.items() if not bool(torch.isfinite(t).all())]

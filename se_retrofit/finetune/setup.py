@@ -42,7 +42,7 @@ from .parts import (
     trained_parts,
 )
 from .randomness import EPOCH, kept_randomness, seed_all
-from .run import Run, weights_of
+from .run import Run
 from .transforms import note_images, other_classes, transforms_for
 
 __all__ = ["Job", "batches_of", "check", "check_config", "started"]
@@ -109,13 +109,12 @@ def started(job: Job) -> Iterator[Run]:
     ):  # fmt: skip
         with structure_kept(job.model):
             run, remark = build(job, accelerator, wanted)
-            if run.folder is not None:
-                resumed = job.resume and has_checkpoint(run.folder.path)
-                if resumed:
-                    restore(run)
-                if run.rank == 0:
-                    run.folder.begin(job.command, resumed=resumed)
-            run.first_weights = weights_of(run.model)
+            resumed = run.folder is not None and job.resume and has_checkpoint(run.folder.path)
+            if resumed:
+                restore(run)
+            run.begin_with()
+            if run.folder is not None and run.rank == 0:
+                run.folder.begin(job.command, resumed=resumed)
             run.log.resume(run.progress.updates)
         with run.log, trackers(accelerator, job.config):
             introduce(run, remark)

@@ -294,6 +294,8 @@ def test_mistakes_in_the_recipe_leave_the_network_as_it_was(
 
 
 LAZY = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(10))
+BROKEN = network()
+nn.init.constant_(BROKEN.fc.bias, math.nan)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,7 @@ LAZY = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(10))
         (LAZY, RetrofitError, r"2\.weight has no values", {}),
         (nn.Sequential(nn.Linear(2, 2, device="meta")), RetrofitError, r"0\.weight has no values", {}),
         (nn.Conv2d(3, 5, 3), RetrofitError, r"shape \(16, 5, 14, 14\)", {}),
+        (BROKEN, RetrofitError, r"fc\.bias .* before any training", {}),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
