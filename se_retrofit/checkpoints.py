@@ -15,9 +15,6 @@ from .surgery.splice.ways import SE_NAME
 
 __all__ = ["check_keys", "load_checkpoint"]
 
-COUNTERS = (
-    "num_batches_tracked"  # of batch norms, which older and converted checkpoints lack; nothing is computed by them
-)
 FIRST = 3  # pairs that an error shows
 
 
@@ -81,7 +78,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, remap: Literal["order
 
 def by_order(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> tuple[list[tuple[str, str]], str]:
     """The keys of a file and those of a network in pairs, none where they don't fit; and what is said of them."""
-    theirs, ours = ([key for key in keys if not key.endswith(COUNTERS)] for keys in (state, own))
+    # A batch norm's counter of batches is the one whole number; older and converted checkpoints lack it
+    theirs, ours = ([k for k, t in tensors.items() if t.dim() or t.is_floating_point()] for tensors in (state, own))
     if path.suffix == ".safetensors":
         return (
             [],

@@ -142,15 +142,16 @@ def test_checkpoints_as_people_save_them_load(tmp_path: Path, wrapper: str | Non
     )
 
 
-def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As another library has it: other names, and no counters."""
-    return {f"net/{number}": value for number, value in enumerate(state.values()) if value.dim()}
+def renamed(state: dict[str, torch.Tensor], counters: bool = False) -> dict[str, torch.Tensor]:
+    """As another library has it: other names, and perhaps no counters."""
+    return {f"net/{number}": value for number, value in enumerate(state.values()) if value.dim() or counters}
 
 
 def test_a_checkpoint_with_other_names_is_shown_and_loaded_by_order(tmp_path: Path) -> None:
     path, source, target = tmp_path / "c.pth", small(), small()
     nn.init.normal_(source[1].running_mean)
-    for state in (renamed(source.state_dict()), {k: v for k, v in source.state_dict().items() if v.dim()}):
+    own = source.state_dict()
+    for state in (renamed(own), renamed(own, counters=True), {k: v for k, v in own.items() if v.dim()}):
         torch.save(state, path)
         with pytest.raises(RetrofitError, match="missing"):
             load_checkpoint(target, path)
