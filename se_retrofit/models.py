@@ -16,7 +16,6 @@ from typing import Any
 
 import huggingface_hub
 import timm
-import torch
 import torchvision
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from timm.models import DefaultCfg, load_model_config_from_hf, load_state_dict_from_hf
@@ -24,11 +23,11 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from .building import check_arguments
+from .checkpoints import load_checkpoint
 from .errors import RetrofitError, brief
 from .retrofit import add_se
-from .surgery.splice.ways import SE_NAME
 
-__all__ = ["BASE", "IMAGES", "TIMM_PREFIX", "Base", "check_keys", "load_checkpoint", "own_images", "register_timm"]
+__all__ = ["BASE", "IMAGES", "TIMM_PREFIX", "Base", "load_checkpoint", "own_images", "register_timm"]
 
 LIBRARIES = ("timm", "torchvision")
 # timm's own prefixes, which it resolves itself; what follows them holds slashes of its own
@@ -237,57 +236,6 @@ def _check_hub(repository: str) -> None:
         ) from error
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load a checkpoint of the bare network into it, strictly.
-
-    Reads ``.safetensors`` and what ``torch.save`` wrote (without unpickling code): a state dict, or a dict that
-    contains one as ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, in this order. Prefixes left by
-    DistributedDataParallel and torch.compile are dropped.
-
-    Args:
-        model: the network; changed only if everything fits.
-        path: the file.
-
-    Raises:
-        RetrofitError: there is no such file, it can't be read, or its keys or shapes don't fit; the model is
-            unchanged.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from pathlib import Path
-        >>> from se_retrofit.models import load_checkpoint
-        >>> file = Path(tempfile.mkdtemp()) / "weights.pth"
-        >>> torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict()}, file)
-        >>> load_checkpoint(torch.nn.Linear(2, 2), file)
-        >>> load_checkpoint(torch.nn.Linear(2, 2, bias=False), file)
-        Traceback (most recent call last):
-            ...
-        se_retrofit.errors.RetrofitError: weights.pth does not fit the network; unexpected: bias
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise RetrofitError(
-            f"{path} is a folder, and a checkpoint is a file; a network that save_retrofitted or a fine-tune wrote is loaded by "
-            "load_retrofitted, and on the command line its folder goes in MODEL's place"
-        )
-    if not path.is_file():
-        raise RetrofitError(f"no checkpoint file {path}")
-    try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # torch, pickle, zipfile and safetensors raise a dozen types among them
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise RetrofitError(f"{path} can't be read as a checkpoint: {reason}") from error
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise RetrofitError(f"{path} does not hold a state dict (a mapping of names to tensors)")
-    own = model.state_dict()
-    unexpected = sorted(state.keys() - own.keys())
-    hint = ""
-    if any(SE_NAME in key.split(".") for key in unexpected):
-        hint = ". It holds SE: give its folder to load_retrofitted, or in MODEL's place on the command line"
-    check_keys(own, state, path.name, hint)
-    model.load_state_dict(state)
-
-
 def register_timm(*patterns: str) -> list[str]:
     """Register retrofitted networks with timm, so that ``timm.create_model`` and timm's scripts build them by name.
 
@@ -344,22 +292,6 @@ def _register(name: str) -> None:
         timm.models.register_model(build)
     finally:
         del sys.modules[home.__name__]
-
-
-def check_keys(own: dict[str, Any], state: dict[str, torch.Tensor], where: str, hint: str = "") -> None:
-    """Raise unless both state dicts have the same keys and shapes."""
-    problems = {
-        "missing": own.keys() - state.keys(),
-        "unexpected": state.keys() - own.keys(),
-        "other shapes": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
-    }
-    told = [
-        f"{what}: {', '.join(sorted(keys)[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-        for what, keys in problems.items()
-        if keys
-    ]
-    if told:
-        raise RetrofitError(f"{where} does not fit the network; {'; '.join(told)}{hint}")
 
 
 def _names(library: str) -> list[str]:

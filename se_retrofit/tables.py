@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["aligned", "as_html"]
+__all__ = ["aligned", "as_html", "short"]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: bool = False) -> list[str]:
@@ -34,6 +34,18 @@ def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: boo
         return "  ".join(cells).rstrip()
 
     return [line(row) for row in rows]
+
+
+def short(text: str, letters: int) -> str:
+    """A name without its middle where it is longer than so many letters.
+
+    Example:
+        >>> from se_retrofit.tables import short
+        >>> short("a_rather_long_file_name_7.jpg", 20)
+        'a_rather_...me_7.jpg'
+    """
+    end = (letters - 3) // 2
+    return text if len(text) <= letters else f"{text[: letters - 3 - end]}...{text[-end:]}"
 
 
 def as_html(

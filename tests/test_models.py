@@ -142,6 +142,52 @@ def test_checkpoints_as_people_save_them_load(tmp_path: Path, wrapper: str | Non
     )
 
 
+def renamed(state: dict[str, torch.Tensor], counters: bool = False) -> dict[str, torch.Tensor]:
+    """As another library has it: other names, and perhaps no counters."""
+    return {f"net/{number}": value for number, value in enumerate(state.values()) if value.dim() or counters}
+
+
+def test_a_checkpoint_with_other_names_is_shown_and_loaded_by_order(tmp_path: Path) -> None:
+    path, source, target = tmp_path / "c.pth", small(), small()
+    nn.init.normal_(source[1].running_mean)
+    own = source.state_dict()
+    for state in (renamed(own), renamed(own, counters=True), {k: v for k, v in own.items() if v.dim()}):
+        torch.save(state, path)
+        with pytest.raises(RetrofitError, match="missing"):
+            load_checkpoint(target, path)
+        load_checkpoint(target, path, remap="order")
+        assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+        assert torch.equal(source[1].running_mean, target[1].running_mean)
+        target = small()
+    torch.save(source.state_dict(), path)  # by names, where they agree
+    load_checkpoint(target, path, remap="order")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        (
+            "c.pth",
+            {},
+            r"net/0 \(4, 3, 3, 3\) and 0.weight \(4, 3, 3, 3\), net/1 \(4,\) and 0.bias .*, net/2 .* all 6 .*remap=\"order\"",
+        ),
+        ("c.pth", {"net/2": torch.ones(5)}, r"net/1 .*pair 3 has other shapes: net/2 \(5,\) and 1.weight \(4,\)$"),
+        ("c.pth", {"more": torch.ones(5)}, "7 of them in the file and 6 in"),
+        ("c.safetensors", {}, "order"),
+    ],
+)
+def test_a_checkpoint_whose_order_is_another_is_not_loaded_by_it(
+    file: str, changes: dict[str, torch.Tensor], said: str, tmp_path: Path
+) -> None:
+    state, model = {**renamed(small().state_dict()), **changes}, small()
+    (save_file if file.endswith("s") else torch.save)(state, tmp_path / file)
+    before = copy.deepcopy(model.state_dict())
+    for remap in (None, "order") if "all 6" not in said else (None,):
+        with pytest.raises(RetrofitError, match=said):
+            load_checkpoint(model, tmp_path / file, remap=remap)  # type: ignore[arg-type]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 class Exploit:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("raise SystemExit('code from a checkpoint ran')",)

@@ -42,8 +42,7 @@ def add(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="save the network into this folder")] = None,
 ) -> None:
     pretrained, checkpoint = context.params["pretrained"], context.params["checkpoint"]
-    if pretrained and checkpoint is not None:
-        raise typer.BadParameter("give --pretrained or --checkpoint, not both")
+    options.check_weights(context)
     if output is not None:
         check_output(output)
     from ..models import Base, load_checkpoint
@@ -54,7 +53,7 @@ def add(
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))
     original = base.build(pretrained)
     if checkpoint is not None:
-        load_checkpoint(original, checkpoint)
+        load_checkpoint(original, checkpoint, remap=context.params["remap"])
     inputs = prepared_for(original)
 
     retrofitted = add_se(original, **options.se_options(context))

@@ -10,7 +10,7 @@ import typer
 from . import options
 from .app import app
 from .signals import Signals
-from .starting import Start, default_name, open_data, read_config
+from .starting import Start, check_outside, default_name, open_data, read_config
 
 ARMS_HELP = (
     "plain and others, with commas: se, eca, cbam, static (a factor for each channel), sigmoid (SE with the paper's gate), "
@@ -48,6 +48,7 @@ def compare_command(
         weights = None if start.checkpoint is None else file_digest(Path(start.checkpoint))
         details = [start.model_dump(), weights, recipe.to_dict(), describe_data(parts.train), describe_data(parts.val)]
         output = Path("runs") / f"compare-{default_name(model, data, details)}"
+    check_outside(output, data)
     with Signals() as signals:
         comparison = compare(
             build,

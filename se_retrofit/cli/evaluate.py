@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +21,7 @@ SPLIT_HELP = "which images; by default all of a folder of classes, elsewhere val
 @options.takes(
     options.DATA_OPTIONS,
     options.RECIPE_FIELDS,
-    only=("data_root", "download", "image_size", "batch_size", "workers", "cpu"),
+    only=("data_root", "download", "limit", "image_size", "batch_size", "workers", "cpu", "bad_images"),
 )
 def evaluate_command(
     context: typer.Context,
@@ -40,7 +41,7 @@ def evaluate_command(
     classes that a run has split by itself, val is what it held out, and train what it was trained on.
     """
     from ..finetune import evaluate, load_split
-    from ..finetune.datasets import trained_on
+    from ..finetune.datasets import limited, trained_on
     from ..finetune.transforms import class_names
     from ..saving import load_retrofitted
     from ..saving.recipe import network_in
@@ -58,6 +59,9 @@ def evaluate_command(
     )
     if remark := trained_on(part, training_data_of(saved)):
         say(console, remark)
+    if (limit := context.params["limit"]) is not None:
+        few = limited(part.data, limit)
+        part = replace(part, data=few, about=f"{part.about}; {len(few):,} of them, at most {limit:,} of each class")
     found = evaluate(network, part, config=config)
     say(console, found)
     if confusion is not None:

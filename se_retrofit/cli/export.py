@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .app import app, say
 from .options import Folder, InputSize, example_of
+
+DYNAMIC_HELP = (
+    "sizes that onnx and pt2 take: any batch; any height and width as well, which can take minutes; or one size"
+)
 
 
 @app.command("export")
@@ -20,6 +26,7 @@ def export_command(
         typer.Option(help="format of the file; by default what OUTPUT ends in, or onnx"),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="the file; by default beside DIR, with its name")] = None,
+    dynamic: Annotated[Literal["batch", "all", "none"], typer.Option(help=DYNAMIC_HELP)] = "batch",
     input_size: InputSize = None,
     native: Annotated[
         bool, typer.Option("--native", help="convert the gates to the plain sigmoid first, which is exact")
@@ -36,7 +43,7 @@ def export_command(
     from ..folding import to_native
     from ..saving import load_retrofitted
 
-    example = None
+    example, console = None, Console()
     if input_size is not None:
         like = example_of(input_size)
         example = torch.rand(like.shape, generator=torch.Generator().manual_seed(0))
@@ -44,5 +51,17 @@ def export_command(
     if native:
         network = to_native(network)
     file = output or folder.with_name(folder.name + SUFFIXES[format or "onnx"])
-    export(network, file, format=format, example_inputs=example)
-    say(Console(), f"wrote {file}" + (f" and {file.with_suffix('.safetensors')}" if file.suffix == ".py" else ""))
+    doing = f"writing {file} and comparing its outputs"
+    shown = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with (
+        Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as progress,
+        warnings.catch_warnings(record=True) as notes,
+    ):
+        warnings.simplefilter("always")
+        if not console.is_terminal:
+            say(console, doing)
+        progress.add_task(doing)
+        export(network, file, format=format, dynamic=dynamic, example_inputs=example)
+    for note in notes:
+        say(console, f"note: {note.message}")
+    say(console, f"wrote {file}" + (f" and {file.with_suffix('.safetensors')}" if file.suffix == ".py" else ""))

@@ -20,7 +20,7 @@ from .starting import Start, open_data, read_config
     options.DATA_OPTIONS,
     options.SE_OPTIONS,
     options.RECIPE_OPTIONS,
-    without=("epochs", "lr", "patience"),
+    without=("epochs", "max_updates", "lr", "patience"),
 )
 def find_lr_command(
     context: typer.Context,

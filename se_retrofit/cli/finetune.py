@@ -14,10 +14,14 @@ from ..plaindata import parse_yaml
 from . import options
 from .app import app
 from .signals import Signals
-from .starting import Start, absolute, default_name, open_data, read_config
+from .starting import Start, absolute, check_outside, default_name, open_data, read_config
 
 RESUME_HELP = (
     "resume the run in this folder; all options are read from its run.yaml; a larger --epochs extends a finished run"
+)
+
+BATCH_HELP = (
+    "draw the first training images as the network will see them, with their labels, into this file, and train nothing"
 )
 
 
@@ -29,6 +33,7 @@ class Command(BaseModel):
     data: str
     data_root: str
     start: Start
+    limit: int | None = None
 
 
 @app.command("finetune")
@@ -40,6 +45,7 @@ def finetune_command(
     ] = None,
     data: Annotated[str | None, typer.Option(help=options.DATA_HELP)] = None,
     output: options.RunFolder = None,
+    show_batch: Annotated[Path | None, typer.Option(help=BATCH_HELP)] = None,
     resume: Annotated[Path | None, typer.Option(help=RESUME_HELP)] = None,
 ) -> None:
     """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network that add, finetune or
@@ -57,15 +63,21 @@ def finetune_command(
     else:
         start, recipe = Start.of(context), read_config(context)
         root = context.params["data_root"].resolve()
-        command = Command(data=absolute(data), data_root=str(root), start=start)
+        command = Command(data=absolute(data), data_root=str(root), start=start, limit=context.params["limit"])
     from ..finetune import finetune
+    from ..finetune import show_batch as draw_batch
     from ..finetune.experiment import describe_run
 
-    parts, recipe = open_data(context, command.data, recipe, Path(command.data_root))
+    parts, recipe = open_data(context, command.data, recipe, Path(command.data_root), command.limit)
     network = command.start.network(recipe)
+    if show_batch is not None:
+        typer.echo(f"wrote {draw_batch(network, parts.train, show_batch, config=recipe)}")
+        return
     if resume is None and output is None:
         details = [recipe.to_dict(), describe_run(network, parts.train, parts.val)]
         output = Path("runs") / default_name(command.start.model, command.data, details)
+    if output is not None:
+        check_outside(output, command.data)
     with Signals() as signals:
         finetune(
             network,

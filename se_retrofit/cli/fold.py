@@ -12,11 +12,13 @@ from ..finetune.config import FinetuneConfig
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .starting import open_data
+from .starting import check_outside, open_data
 
 
 @app.command("fold")
-@options.takes(options.DATA_OPTIONS, options.RECIPE_FIELDS, only=("data_root", "download", "image_size"))
+@options.takes(
+    options.DATA_OPTIONS, options.RECIPE_FIELDS, only=("data_root", "download", "limit", "image_size", "bad_images")
+)
 def fold_command(
     context: typer.Context,
     folder: options.Folder,
@@ -31,7 +33,7 @@ def fold_command(
 
     Which sites are folded is decided on the validation images. Load the result with load_retrofitted.
     """
-    from ..finetune.data import stream
+    from ..finetune.data import counted, stream
     from ..finetune.transforms import transforms_for
     from ..folding import fold_se
     from ..saving import load_retrofitted
@@ -39,21 +41,23 @@ def fold_command(
     from ..saving.networks import write_network
     from ..saving.recipe import RECIPE, WEIGHTS
 
+    target = output or folder.with_name(f"{folder.name}-folded")
+    check_outside(target, data)
     config, network = FinetuneConfig(**options.recipe_fields(context)), load_retrofitted(folder)
     if json_file is not None:
         writable(json_file)
     parts, _ = open_data(context, data, config)
-    transform = transforms_for(network, config, train=False)
-    images = stream(parts.val, name="val", train=False, batch_size=32, transform=transform)
+    transform, console = transforms_for(network, config, train=False), Console()
+    images = stream(
+        parts.val, name="val", train=False, batch_size=32, transform=transform, bad_images=config.bad_images
+    )
+    readable = counted(images.batches(0), lambda complaint: say(console, f"left out: {complaint}"))
     folded = fold_se(
-        network, images.batches(0), tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, max_batches=batches,
-        inplace=True,
-    )  # fmt: skip
+        network, readable, tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, max_batches=batches, inplace=True
+    )
     report: Any = folded.fold_report
-    target = output or folder.with_name(f"{folder.name}-folded")
     with replaced_directory(target, (WEIGHTS, RECIPE)) as fresh:
         write_network(folded, fresh)
-    console = Console()
     say(console, report)
     if json_file is not None:
         write_json(console, report.to_dict(), json_file)

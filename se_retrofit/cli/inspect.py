@@ -14,6 +14,7 @@ from ..errors import RetrofitError
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
+from .folders import run_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +61,9 @@ def inspect(
     check_targets(draw, html, json_file)
     from ..inspection import inspect_se
 
-    inspection = inspect_se(network_of(context, model), None if input_size is None else options.example_of(input_size))
+    network = network_of(context, model)
+    size = size_of_run(network, Path(model)) if input_size is None else input_size
+    inspection = inspect_se(network, None if size is None else options.example_of(size))
     if block is not None:
         inspection.block(block)  # one that is not there is told before anything is printed or written
     to_stdout = str(json_file) == "-"
@@ -115,6 +118,18 @@ def network_of(context: typer.Context, model: str) -> nn.Module:
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))
     example = None if size is None else options.example_of(size)
     return add_se(base.build(), **options.se_options(context), example_inputs=example, inplace=True)
+
+
+def size_of_run(network: nn.Module, folder: Path) -> str | None:
+    """The size of the images that the run in a folder was told to train at; None where there is none."""
+    from ..saving.recipe import network_in
+
+    side = run_settings(network_in(folder)).get("image_size") if folder.is_dir() else None
+    if side is None:
+        return None
+    from ..finetune.transforms import settings_of
+
+    return "x".join(map(str, settings_of(network, side)["input_size"]))
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
 from ..plaindata import parse_yaml
 
@@ -52,6 +53,7 @@ def known_attention(name: str) -> str:
 WEIGHTS_OPTIONS: Options = {
     "pretrained": option(bool, False, "start from the library's own weights", "--pretrained"),
     "checkpoint": option(Path | None, None, "start from a checkpoint of the bare network"),
+    "remap": option(Literal["order"] | None, None, "load a checkpoint whose keys have other names by their order"),
 }
 START_OPTIONS: Options = {
     **WEIGHTS_OPTIONS,
@@ -61,6 +63,7 @@ START_OPTIONS: Options = {
 # Beside --data
 DATA_OPTIONS: Options = {
     "data_root": option(Path, Path("data"), "where timm's datasets are stored"),
+    "limit": option(int | None, None, "only so many images of each class, always the same ones, for a dry run", min=1),
     "download": option(bool, False, "download timm's dataset if it is missing", "--download"),
 }
 
@@ -143,7 +146,12 @@ def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...]
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def run(*args: Any, **kwargs: Any) -> None:
-            command(*args, **{name: value for name, value in kwargs.items() if name not in options})
+            try:
+                command(*args, **{name: value for name, value in kwargs.items() if name not in options})
+            except RetrofitError as error:
+                if not str(error).startswith(f"{kwargs.get('config')}: "):  # in a file, fields have their own names
+                    error.args = (as_options(str(error), signature.parameters),)
+                raise
 
         own = inspect.signature(command, eval_str=True)
         more = [
@@ -158,6 +166,25 @@ def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...]
     return decorate
 
 
+def as_options(text: str, names: Iterable[str]) -> str:
+    """An error that names arguments, ``batch_size`` or ``bad_images="skip"``, with the options of a command in their place,
+    ``--batch-size`` and ``--bad-images skip``."""
+
+    def replaced(found: re.Match[str]) -> str:
+        before, name, value = found.groups()
+        name = name.removesuffix("_dir").replace("_", "-")  # output_dir is --output
+        if value in ("=True", "=False"):
+            return f"{before}--{'no-' * (value == '=False')}{name}"
+        return " ".join([f"{before}--{name}", *filter(None, [value[1:].strip('"')])])
+
+    known = sorted({*names, "output_dir"}, key=len, reverse=True)
+    longer = "|".join(name for name in known if "_" in name)
+    value = r"=(?:\"[^\"]*\"|\{[^}]*\}|\.\.\.|[^\s,;:()]+)"
+    text = re.sub(rf"(?<![\w./-])()({'|'.join(known)})({value})", replaced, text)  # batch_size=8
+    text = re.sub(rf"(^|; )({'|'.join(known)})()(?=: )", replaced, text)  # lr: what is wrong with it
+    return re.sub(rf"(?<![\w./-])()({longer})()(?![\w/=]|\.\w)", replaced, text)
+
+
 def se_options(context: typer.Context) -> dict[str, Any]:
     """The arguments of ``add_se`` that a command got."""
     values = {name: context.params[name] for name in SE_OPTIONS if name in context.params}
@@ -168,6 +195,14 @@ def given(context: typer.Context) -> list[str]:
     """The options and arguments that stand on the command line, by their names in the code."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def check_weights(context: typer.Context) -> None:
+    """Raise where the options of the first weights contradict each other."""
+    if context.params["pretrained"] and context.params["checkpoint"] is not None:
+        raise typer.BadParameter("give --pretrained or --checkpoint, not both")
+    if context.params["remap"] and context.params["checkpoint"] is None:
+        raise typer.BadParameter("--remap says how a --checkpoint is read; give that, too")
 
 
 def refuse_for_folder(context: typer.Context, *more: str) -> None:

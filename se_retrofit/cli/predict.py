@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
+from ..finetune.config import FinetuneConfig
+from . import options
 from .app import app
-from .options import Folder
 
 
 @app.command("predict")
+@options.takes(options.RECIPE_FIELDS, only=("bad_images",))
 def predict_command(
-    folder: Folder,
+    context: typer.Context,
+    folder: options.Folder,
     images: Annotated[list[Path], typer.Argument(help="files, or folders of them")],
     top: Annotated[int, typer.Option(min=1, help="classes per image")] = 1,
     output: Annotated[Path | None, typer.Option(help="write the CSV into this file instead of printing it")] = None,
@@ -23,7 +26,8 @@ def predict_command(
 ) -> None:
     """Classify images; prints CSV: file, class, probability.
 
-    Images are prepared as in the fine-tune's validation.
+    Images are prepared as in the fine-tune's validation. With --bad-images skip those that can't be read are named, and the command exits
+    with 1 after all others.
     """
     import torch
 
@@ -31,12 +35,17 @@ def predict_command(
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_file
 
+    recipe = FinetuneConfig(**options.recipe_fields(context))
     network = load_retrofitted(folder)
     if torch.accelerator.is_available() and not cpu:
         network.to(torch.accelerator.current_accelerator())
-    predictions = predict(network, images, top=top, batch_size=batch_size)
+    predictions = predict(network, images, top=top, batch_size=batch_size, bad_images=recipe.bad_images)
     if output is None:
-        write_predictions(predictions, sys.stdout, top)
-        return
-    with replaced_file(output) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
-        write_predictions(predictions, file, top)
+        errors = write_predictions(predictions, sys.stdout, top)
+    else:
+        with replaced_file(output) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
+            errors = write_predictions(predictions, file, top)
+    for error in errors:
+        print(error, file=sys.stderr)
+    if errors:
+        raise typer.Exit(1)

@@ -15,13 +15,22 @@ from .options import Folder
 def push_command(
     folder: Folder,
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="created if it does not exist")],
+    license: Annotated[str | None, typer.Option(help="what the card says, such as apache-2.0")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the card, and upload nothing")] = False,
     private: Annotated[bool | None, typer.Option(help="whether a newly created repository is private")] = None,
     revision: Annotated[str | None, typer.Option(help="the branch to push to")] = None,
 ) -> None:
-    """Upload a saved network to the Hugging Face hub, with a model card that contains the table of the plan.
+    """Upload a saved network to the Hugging Face hub, with a card: base, licence, size, classes, scores of its run, the plan.
 
     The account is that of `hf auth login`, or of the environment variable HF_TOKEN.
     """
-    from ..saving.hub import push_to_hub
+    from ..saving.hub import model_card, push_to_hub
 
-    say(Console(), f"uploaded to {push_to_hub(folder, repo, private=private, revision=revision)}")
+    if dry_run:
+        say(
+            Console(),
+            f"{model_card(folder, repo, license=license)}\nNothing was uploaded to {repo}: this was a dry run.",
+        )
+        return
+    url = push_to_hub(folder, repo, license=license, private=private, revision=revision)
+    say(Console(), f"uploaded to {url}")

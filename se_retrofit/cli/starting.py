@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from pydantic import BaseModel, ConfigDict
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
 from ..plaindata import parse_yaml
-from .options import recipe_fields, refuse_for_folder, se_options
+from .options import check_weights, recipe_fields, refuse_for_folder, se_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +31,7 @@ class Start(BaseModel):
     model: str
     pretrained: bool
     checkpoint: str | None
+    remap: Literal["order"] | None = None
     arg: list[str]
     plain: bool
     se: dict[str, Any]
@@ -39,13 +41,13 @@ class Start(BaseModel):
         options = context.params
         model, checkpoint = options["model"], options["checkpoint"]
         if Path(model).is_dir():
-            refuse_for_folder(context, "plain", "pretrained", "checkpoint", "arg")
-        if options["pretrained"] and checkpoint is not None:
-            raise RetrofitError("give --pretrained or --checkpoint, not both")
+            refuse_for_folder(context, "plain", "pretrained", "checkpoint", "remap", "arg")
+        check_weights(context)
         return cls(
             model=absolute(model),
             pretrained=options["pretrained"],
             checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
+            remap=options["remap"],
             arg=list(options["arg"] or []),
             plain=options.get("plain", False),
             se=se_options(context),
@@ -63,7 +65,7 @@ class Start(BaseModel):
         def build() -> nn.Module:
             network = built.build(self.pretrained)
             if self.checkpoint is not None:
-                load_checkpoint(network, Path(self.checkpoint))
+                load_checkpoint(network, Path(self.checkpoint), remap=self.remap)
             return network
 
         return build
@@ -88,6 +90,15 @@ def absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
+def check_outside(output: Path, data: str) -> None:
+    """Raise where a folder that is to be written is in that of the data, whose next reading would take it for a class."""
+    if Path(data).is_dir() and output.resolve().is_relative_to(Path(data).resolve()):
+        raise RetrofitError(
+            f"{output} is in the data folder {data}, where its pictures would be taken for those of a class; give a folder "
+            "elsewhere by --output"
+        )
+
+
 def named_values(settings: list[str]) -> dict[str, Any]:
     """``NAME=VALUE`` pairs of ``--arg``; values are read as YAML."""
     read = {}
@@ -107,15 +118,20 @@ def read_config(context: typer.Context) -> FinetuneConfig:
 
 
 def open_data(
-    context: typer.Context, data: str, recipe: FinetuneConfig, root: Path | None = None
+    context: typer.Context, data: str, recipe: FinetuneConfig, root: Path | None = None, limit: int | None = None
 ) -> tuple[NamedData, FinetuneConfig]:
     """The data, and the recipe with its number of classes."""
     from ..finetune import load_data
+    from ..finetune.datasets import limited
 
     where = {"root": root or context.params["data_root"], "download": context.params["download"]}
     parts = load_data(data, **where, image_size=recipe.image_size)
     if parts.note:
         typer.echo(parts.note)
+    if (limit := limit or context.params["limit"]) is not None:
+        parts = replace(parts, train=limited(parts.train, limit), val=limited(parts.val, limit))
+        few = f"{len(parts.train):,} images to train on, {len(parts.val):,} to validate on"
+        typer.echo(f"at most {limit:,} of each class are taken: {few}")
     if recipe.num_classes is None:
         if parts.num_classes is None:
             raise RetrofitError(f"the number of classes of {data} is not known: give it with --num-classes")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,17 +18,22 @@ from ..errors import RetrofitError, brief, check_module, check_values
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..surgery.record.copying import copied, in_mode
-from ..surgery.record.inputs import Inputs, described_inputs, float_dtype, given_inputs, tensors_in
+from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of, tensors_in
 from ..surgery.record.isolation import forked_randomness
 from ..surgery.record.runs import record
+from .images import metadata_of
 from .source import export_source
 
 __all__ = ["FORMATS", "export"]
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "source": ".py"}
 FORMATS = tuple(SUFFIXES)
+# which sizes of the inputs may change, the most first: where the network does not allow it, what follows is tried
+DYNAMIC = {"all": "all sizes dynamic", "batch": "a dynamic batch size", "none": "fixed sizes"}
+METADATA = "metadata.json"  # the file in a .pt2
 
-Run = Callable[[tuple[Tensor, ...]], list[Tensor]]  # an exported network
+Tensors = tuple[Tensor, ...]
+Run = Callable[[Tensors], list[Tensor]]  # an exported network
 
 
 def export(
@@ -33,22 +41,30 @@ def export(
     file: str | Path,
     *,
     format: str | None = None,
+    dynamic: str = "batch",
     example_inputs: Any = None,
 ) -> Path:
     """Export a network, retrofitted or folded, and check that the exported file computes the same.
 
+    A file holds what ``predict`` knows of a network that was fine-tuned on images, so that images can be prepared and classes named
+    where this package is not installed: ``classes``, ``mean``, ``std``, ``input_size``, ``interpolation``, ``crop_pct``, ``crop_mode`` and
+    ``multi_label``.
+
     Args:
         model: the network; it is exported in eval mode, from a copy on the CPU.
         file: where to write.
-        format: ``"onnx"`` (by torch.onnx, with dynamic batch and spatial sizes if the network allows it; compared by
-            onnxruntime, if it is installed), ``"pt2"`` (torch.export, with dynamic sizes as well), or ``"source"``: a Python
-            file with the changed classes and SE in plain PyTorch, which loads the weights from a ``.safetensors`` file of
-            the same name beside it and needs PyTorch, safetensors and the network's own library only; where it is not known how
-            the bare network is built (``save_retrofitted`` says when it is), ``load`` in the file takes that as an argument.
-            Without it, the format that the ending of ``file`` stands for: ``.onnx``, ``.pt2`` or ``.py``.
-        example_inputs: a tensor or a tuple of positional inputs, large enough that no feature map has a size of one,
-            which torch.export would specialise. Without it, inputs with the shapes that the network was retrofitted
-            with, or of a size that fits.
+        format: ``"onnx"`` (by torch.onnx; compared by onnxruntime, if it is installed; what is known of images in the metadata,
+            numbers and lists as JSON), ``"pt2"`` (torch.export; what is known of images in the extra file ``metadata.json``), or
+            ``"source"``: a Python file with the changed classes and SE in plain PyTorch, with ``CLASSES`` and
+            ``transform()``, which loads the weights from a ``.safetensors`` file of the same name beside it and needs
+            PyTorch, safetensors and the network's own library only; where it is not known how the bare network is built
+            (``save_retrofitted`` says when it is), ``load`` in the file takes that as an argument. Without it, the
+            format that the ending of ``file`` stands for: ``.onnx``, ``.pt2`` or ``.py``.
+        dynamic: which sizes of the inputs the program takes: ``"batch"``, any batch size; ``"all"``, any height and width as well, which
+            can take minutes; ``"none"``, those of the example alone. Of no meaning for the source.
+        example_inputs: a tensor or a tuple of positional inputs (of the source, any that the network takes), large enough that no
+            feature map has a size of one, which torch.export would specialise. Without it, one image of the size that
+            the network was fine-tuned on, one input of the shape that it was retrofitted with, or of a size that fits.
 
     Returns:
         The file.
@@ -57,6 +73,9 @@ def export(
         RetrofitError: the format or the ending is none of these, or the format can't represent this network (the message has the reason); the
             result does not compute the same. No file is written then.
         TypeError: ``model`` is not an nn.Module.
+
+    Warns:
+        UserWarning: fewer sizes are dynamic than was asked for, with the reason.
 
     Example:
         >>> import tempfile, timm, torch
@@ -71,28 +90,32 @@ def export(
     check_values(model)
     file = Path(file)
     format = _format_of(file) if format is None else format
-    if format not in SUFFIXES:
-        raise RetrofitError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {brief(format)}")
+    for name, value, allowed in (("format", format, SUFFIXES), ("dynamic", dynamic, DYNAMIC)):
+        if value not in allowed:
+            raise RetrofitError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {brief(value)}")
     with forked_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on formats
         copy = in_mode(copied(model, lambda t: t.detach().to("cpu", copy=True)), False)
         inputs = _example(copy, example_inputs)
         if format == "source":
             return export_source(model, copy, file, inputs)
-        write = {"onnx": _to_onnx, "pt2": _to_pt2}[format]
+        if inputs.kwargs or not all(isinstance(a, Tensor) for a in inputs.args):
+            raise _refusal(copy, format, "such a program takes tensors as positional inputs alone")
         with replaced_file(file) as fresh:
-            try:
-                with torch.no_grad():
-                    run = write(copy, inputs, fresh)
-            except RetrofitError:
-                raise
-            except Exception as error:  # of every kind, from the exporters
-                first = (str(error).strip().splitlines() or [""])[0]
-                raise RetrofitError(
-                    f"{type(model).__name__} can't be exported as {format}: {type(error).__name__}: {first}"
-                ) from error
-            _compare(copy, run, inputs, format)
+            done, reason = _write(copy, inputs.args, format, dynamic, fresh)
+    if done != dynamic:
+        sizes = ", ".join(str(tuple(t.shape)) for t in inputs.args)
+        only = f"{DYNAMIC[done]}, {sizes}" if done == "none" else DYNAMIC[done]
+        warnings.warn(f"{file.name} has {only}: {DYNAMIC[dynamic]} failed with {reason}", stacklevel=2)
     return file
+
+
+def _refusal(model: nn.Module, format: str, reason: str) -> RetrofitError:
+    return RetrofitError(
+        f"{type(model).__name__} can't be exported as {format}: {reason}.\n"
+        "Its source can, where its classes can be imported: plain PyTorch, by format='source' (--format source).\n"
+        f"Or export the part that takes and returns tensors, such as a detector's backbone: export(model.backbone, 'net{SUFFIXES[format]}')."
+    )
 
 
 def _format_of(file: Path) -> str:
@@ -103,36 +126,78 @@ def _format_of(file: Path) -> str:
     raise RetrofitError(f"{file.name} must end in one of {endings}, which tells the format; or say which with format=")
 
 
-def _example(model: nn.Module, example_inputs: Any) -> tuple[Tensor, ...]:
-    """Tensors with values, at least two in a batch: an exporter takes a size of one for a constant."""
+def _example(model: nn.Module, example_inputs: Any) -> Inputs:
+    """Inputs with values, on the CPU: those given, or a batch of one."""
     inputs: Inputs | None = None
     if example_inputs is not None:
         inputs = given_inputs(example_inputs)
+    elif size := metadata_of(model).get("input_size"):
+        inputs = Inputs((torch.empty(1, *size, device="meta"),))
     elif has_se(model):
         inputs = described_inputs(plan_of(model).inputs, model)
     if inputs is None or inputs.is_meta:
-        inputs = record(model, inputs).inputs.with_values(torch.Generator().manual_seed(0))
-    if inputs.kwargs or not all(isinstance(a, Tensor) for a in inputs.args):
-        raise RetrofitError(
-            "only networks that take tensors as positional inputs can be exported; pass such example_inputs"
-        )
-    dtype = float_dtype(model)
-    tensors = (t.detach().cpu() for t in inputs.args)
-    typed = (t.to(dtype) if t.is_floating_point() else t for t in tensors)
-    return tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in typed)
+        found = record(model, inputs).inputs
+        inputs = (found if example_inputs is not None else found.of_one()).with_values(torch.Generator().manual_seed(0))
+    on_cpu = copied(inputs, lambda t: t.detach().to("cpu"))
+    return in_dtype_of(model, on_cpu, None)
 
 
-def _free(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """All sizes but that of the channels may change, as far as the network allows it."""
-    auto = torch.export.Dim.AUTO
-    return tuple({d: auto for d in range(t.dim()) if d != 1} for t in inputs)
+def _write(model: nn.Module, inputs: Tensors, format: str, dynamic: str, file: Path) -> tuple[str, str]:
+    """Write and compare with the most dynamic sizes that work. Which, and why not those before them."""
+    write = {"onnx": _to_onnx, "pt2": _to_pt2}[format]
+    # an exporter takes a size of one for a constant
+    two = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
+    three = tuple(torch.cat([t, t[:1]]) if t.dim() else t for t in two)
+    failures: list[str] = []
+    for wanted in list(DYNAMIC)[list(DYNAMIC).index(dynamic) :]:
+        example, others = (inputs, ()) if wanted == "none" else (two, (three,))
+        try:
+            # a failing torch.export prints its graph to stderr
+            with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
+                run = write(model, example, _dynamic_shapes(example, wanted), file)
+                if run is not None:
+                    for given in (example, *others):
+                        _compare(model, run, given, format)
+            return wanted, next(iter(failures), "")
+        except Exception as error:  # of every kind, from the exporters
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            while error.__cause__ is not None:  # torch.onnx wraps what torch.export said
+                error = error.__cause__  # type: ignore[assignment]
+            first = (str(error).strip().splitlines() or [""])[0]
+            failures.append(f"{type(error).__name__}: {first[:300]}")
+    raise _refusal(model, format, failures[-1])
 
 
-def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run | None:
+def _dynamic_shapes(inputs: Tensors, dynamic: str) -> tuple[dict[int, str], ...]:
+    """The names of the sizes that may change; that of the channels is none."""
+
+    def named(dims: int) -> dict[int, str]:
+        space = ("height", "width") if dims == 4 else tuple(f"size_{d}" for d in range(2, dims))
+        names = {"all": ("batch", "", *space), "batch": ("batch",), "none": ()}[dynamic]
+        return {d: name for d, name in enumerate(names[:dims]) if name}
+
+    return tuple(named(t.dim()) for t in inputs)
+
+
+def _named(model: nn.Module, inputs: Tensors) -> dict[str, Any]:
+    """What the inputs and outputs of a classifier of images are called; those of others keep torch's names."""
+    outputs = tensors_in(model(*inputs))
+    named = {}
+    if len(inputs) == 1 and inputs[0].dim() == 4:
+        named["input_names"] = ["images"]
+    if len(outputs) == 1 and outputs[0].dim() == 2:
+        named["output_names"] = ["logits"]
+    return named
+
+
+def _to_onnx(model: nn.Module, inputs: Tensors, dynamic: tuple[dict[int, str], ...], file: Path) -> Run | None:
     program = torch.onnx.export(
-        model, inputs, dynamo=True, verbose=False, dynamic_shapes=_free(inputs), external_data=False
-    )
+        model, inputs, dynamo=True, verbose=False, dynamic_shapes=dynamic, external_data=False, **_named(model, inputs)
+    )  # fmt: skip
     assert program is not None
+    for name, value in metadata_of(model).items():
+        program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value)
     program.save(str(file))
     if importlib.util.find_spec("onnxruntime") is None:
         return None
@@ -141,24 +206,24 @@ def _to_onnx(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run | 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
 
-    def run(given: tuple[Tensor, ...]) -> list[Tensor]:
+    def run(given: Tensors) -> list[Tensor]:
         arrays = {name: t.numpy() for name, t in zip(names, given, strict=True)}
         return [torch.from_numpy(found) for found in session.run(None, arrays)]
 
     return run
 
 
-def _to_pt2(model: nn.Module, inputs: tuple[Tensor, ...], file: Path) -> Run:
-    torch.export.save(torch.export.export(model, inputs, dynamic_shapes=_free(inputs)), str(file))
+def _to_pt2(model: nn.Module, inputs: Tensors, dynamic: tuple[dict[int, str], ...], file: Path) -> Run:
+    shapes = tuple(dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in dynamic)
+    metadata = json.dumps({**metadata_of(model), **_named(model, inputs)})
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes)
+    torch.export.save(program, str(file), extra_files={METADATA: metadata})
     module = torch.export.load(str(file)).module()
     return lambda given: tensors_in(module(*given))
 
 
-def _compare(model: nn.Module, run: Run | None, inputs: tuple[Tensor, ...], format: str) -> None:
-    if run is None:
-        return
-    with torch.no_grad():
-        wanted, got = tensors_in(model(*inputs)), run(inputs)
+def _compare(model: nn.Module, run: Run, inputs: Tensors, format: str) -> None:
+    wanted, got = tensors_in(model(*inputs)), run(inputs)
     tolerance = 1e-3 if format == "onnx" else 1e-4
     close = len(got) == len(wanted) and all(
         a.shape == b.shape and float((a.double() - b.double()).norm()) <= tolerance * (1e-6 + float(b.double().norm()))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..errors import RetrofitError
 from ..models import Base
@@ -21,11 +21,12 @@ from ..saving.atomic import replaced_file
 from ..saving.base import base_of
 from ..saving.tensors import tensors_of, untied
 from ..surgery.record.copying import copied
-from ..surgery.record.inputs import tensors_in
+from ..surgery.record.inputs import Inputs, tensors_in
 from ..surgery.record.methods import unwrapped
 from ..surgery.splice.derived import Recipe, RetrofittedBlock
 from ..surgery.splice.undo import strip
 from .attentions import arguments_of, classes_text
+from .images import images_text
 
 __all__ = ["export_source"]
 
@@ -42,7 +43,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
-
+{images}
 
 {attentions}
 
@@ -92,7 +93,7 @@ def load({argument}) -> nn.Module:
 '''
 
 
-def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: tuple[Tensor, ...]) -> Path:
+def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs) -> Path:
     """Write the file and its weights, load them as a program would, and compare.
 
     Raises:
@@ -137,9 +138,11 @@ def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> st
     sites = {path: arguments_of(path, module) for path, module in inserted.items()}
     if base is not None:
         imports.add(base.library)
+    images, needed = images_text(model)
+    imports |= needed
     head = _HEAD.format(
         name=type(model).__name__, imports="".join(f"\nimport {m}" for m in sorted(imports)),
-        attentions=classes_text(inserted.values()),
+        attentions=classes_text(inserted.values()), images=images,
         what="Squeeze-and-Excitation" if plan is None or plan.what == "SE" else f"{plan.what} modules",
     )  # fmt: skip
     tail = _TAIL.format(
@@ -209,7 +212,7 @@ def _class_text(derived: type, recipe: Recipe, name: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _check(model: nn.Module, file: Path, base: Base | None, inputs: tuple[Tensor, ...]) -> None:
+def _check(model: nn.Module, file: Path, base: Base | None, inputs: Inputs) -> None:
     bare = []
     if base is None:
         bare = [copied(model)]
@@ -217,7 +220,7 @@ def _check(model: nn.Module, file: Path, base: Base | None, inputs: tuple[Tensor
     try:
         with torch.no_grad():
             loaded = runpy.run_path(str(file))["load"](*bare)
-            wanted, got = tensors_in(model(*inputs)), tensors_in(loaded(*inputs))
+            wanted, got = (tensors_in(net(*inputs.args, **inputs.kwargs)) for net in (model, loaded))
     except Exception as error:  # the file is code, which can raise anything
         raise RetrofitError(f"the exported source does not run: {type(error).__name__}: {error}") from error
     if not (len(wanted) == len(got) and all(map(torch.equal, wanted, got))):

@@ -9,7 +9,7 @@ Read ``train.py`` first: it is the training loop, top to bottom. What it calls i
   how images are prepared;
 - the network: ``parts.py`` what is trained when, ``learning.py`` how fast and by what, ``criteria.py`` losses, ``engine.py`` devices and
   precision;
-- what is asked of it: ``evaluation.py`` scores, ``predicting.py`` classes of new images, ``comparing.py`` whether SE helps, ``rates.py``
+- what is asked of it: ``evaluation.py`` scores, ``predicting.py`` classes of new images, ``pictures.py`` images as it sees them, ``comparing.py`` whether SE helps, ``rates.py``
   the learning rate.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation, evaluate
     from .learning import param_groups
     from .parts import new_head
+    from .pictures import show_batch
     from .predicting import Prediction, predict
     from .rates import LearningRates, find_lr
     from .run import FinetuneResult, Stopped
@@ -43,6 +44,7 @@ _MODULES = {
     "evaluation": ("Evaluation", "evaluate"),
     "learning": ("param_groups",),
     "parts": ("new_head",),
+    "pictures": ("show_batch",),
     "predicting": ("Prediction", "predict"),
     "rates": ("LearningRates", "find_lr"),
     "run": ("FinetuneResult", "Stopped"),
@@ -74,6 +76,7 @@ __all__ = [
     "new_head",
     "param_groups",
     "predict",
+    "show_batch",
     "transform_of",
 ]
 

@@ -46,7 +46,7 @@ class Progress:
         history: a row for each finished epoch; row 0 is the evaluation before training.
         best: the best validation score, and in which epoch (from 1).
         stale: epochs in a row that did not bring a better one.
-        finished: why the run is over: ``"epochs"`` or ``"early stop"``; None while it is not.
+        finished: why the run is over: ``"epochs"``, ``"updates"`` or ``"early stop"``; None while it is not.
         step_seconds: the median time of an update.
     """
 
@@ -163,7 +163,7 @@ class Folder:
         then = {**FinetuneConfig().to_dict(), **state["config"]}
         if type(then["epochs"]) is not int:
             raise RetrofitError(f"{self.last / STATE}: epochs must be a number, got {brief(then['epochs'])}")
-        if state["progress"]["finished"] and now["epochs"] > then["epochs"]:
+        if state["progress"]["finished"] not in (None, "updates") and now["epochs"] > then["epochs"]:
             free = free | {"epochs"}
             state["progress"]["finished"] = None
         changed = [k for k in now if k not in free and then[k] != now[k]]

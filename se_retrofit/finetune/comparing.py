@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..attention import ATTENTIONS
 from ..errors import RetrofitError, brief
+from ..paths import save_figure
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file
 from ..tables import aligned, as_html
@@ -200,6 +201,32 @@ class Comparison:
     def __str__(self) -> str:
         return "\n\n".join(["\n".join(aligned(self._rows(), left=1)), *map(str, self.contrasts)])
 
+    def plot(self, file: str | Path) -> Path:
+        """The differences between the arms with their intervals, and those of the single seeds, as a picture.
+
+        Raises:
+            RetrofitError: the file can't be written.
+        """
+        from matplotlib.figure import Figure
+
+        contrasts = self.contrasts
+        figure = Figure(figsize=(7, 1.2 + 0.5 * len(contrasts)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0.0, color="gray", linewidth=0.8)
+        for row, contrast in enumerate(contrasts):
+            points = [100 * difference for difference in contrast.differences]
+            axes.plot(points, [row + 0.22] * len(points), "o", color="tab:gray", alpha=0.6, markersize=4)
+            interval = contrast.interval or (contrast.difference, contrast.difference)
+            axes.plot([100 * end for end in interval], [row, row], color="tab:blue", linewidth=2.5)
+            axes.plot([100 * contrast.difference], [row], "D", color="tab:blue")
+        axes.set_yticks(range(len(contrasts)), [f"{contrast.name} - {contrast.other}" for contrast in contrasts])
+        axes.set_ylim(len(contrasts) - 0.5, -0.5)
+        interval_told = f" with {CONFIDENCE:.0%} interval" if len(self.seeds) > 1 else ""
+        axes.set_xlabel(f"accuracy, percentage points: mean{interval_told}, and each seed (gray)")
+        axes.grid(axis="x", alpha=0.3)
+        save_figure(figure, file)
+        return Path(file)
+
     def _repr_html_(self) -> str:
         return as_html(self._rows(), left=1, below=map(str, self.contrasts))
 
@@ -232,7 +259,7 @@ def compare(
         arms: the networks to compare: ``"plain"`` and one or more of the attentions ``"se"``, ``"eca"``, ``"cbam"`` and
             ``"static"`` (a learned factor for each channel in the same places), ``"sigmoid"`` (SE with the paper's gate), and the
             bare network with only its ``"norms"`` and head or only its ``"head"`` trained.
-        output_dir: folder for ``comparison.json`` and the runs, which go on when it is called again; None writes nothing.
+        output_dir: folder for ``comparison.json``, ``comparison.png`` and the runs, which go on when it is called again; None writes nothing.
         quiet, stop: as for ``finetune``.
 
     Raises:
@@ -263,6 +290,7 @@ def compare(
     if output is not None:
         with replaced_file(output / "comparison.json") as fresh:
             fresh.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+        comparison.plot(output / "comparison.png")
     return comparison
 
 

@@ -43,6 +43,8 @@ class FinetuneConfig(BaseModel):
 
     epochs: Count = 20
     """Passes over the training data."""
+    max_updates: Count | None = None
+    """The run ends after so many updates, within an epoch too: a few for a dry run. The schedule is that of the shorter run."""
     batch_size: Count = 64
     """Images in a batch, of one process."""
     grad_accum_steps: Count = 1
@@ -94,6 +96,8 @@ class FinetuneConfig(BaseModel):
     transform_options: dict[str, Any] = {}
     """Further arguments of timm's `create_transform` in training: `{"scale": [0.35, 1.0], "hflip": 0.5, "color_jitter": 0.0}` and no
     others by default."""
+    keys: Names = ()
+    """Of image and class in data whose items are dicts; usual ones, such as `image` and `label`, are found."""
     bad_images: Literal["error", "skip"] = "error"
     """What to do with an image that can't be read; it is named either way."""
     best_metric: Literal["accuracy", "loss", "top5", "precision", "recall", "f1", "map"] = "accuracy"
@@ -150,6 +154,8 @@ class FinetuneConfig(BaseModel):
             'balance="loss" goes with loss="bce" where multi_label=True, and with "cross_entropy" and "focal" elsewhere': (
                 self.balance == "loss" and (self.loss == "bce") != self.multi_label
             ),
+            f"keys must be that of the image and that of the class, got {list(self.keys)}": len(self.keys)
+            not in (0, 2),
             'best_metric="top5" is for one class an image; with multi_label=True take "map" or "f1"': (
                 self.best_metric == "top5" and self.multi_label
             ),

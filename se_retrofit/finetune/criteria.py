@@ -121,7 +121,7 @@ def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: An
     smoothing = 0.0 if config.mixup or config.cutmix or config.multi_label else config.label_smoothing
     weight = None
     if config.balance == "loss":
-        counts, images = class_counts(train_data, classes, config.multi_label)
+        counts, images = class_counts(train_data, classes, config.multi_label, config.keys)
         # of separate labels: how many images lack it for one that has it; of classes: as scikit-learn's "balanced"
         few = counts.clamp(min=1)
         weight = (images - counts) / few if config.multi_label else images / (len(counts) * few)

@@ -6,7 +6,7 @@ import itertools
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset, default_collate
 
+from ..batches import fields_of
 from ..errors import RetrofitError
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
 from .targets import class_numbers, image_weights, targets_together
 from .workers import begin_worker, told_plainly
 
-__all__ = ["Batch", "Stream", "stream"]
+__all__ = ["Batch", "Stream", "counted", "gives_images", "stream"]
 
 # What reading a broken image or a vanished file raises. Anything else is a bug in the data set, and passes as it is.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -47,6 +48,7 @@ def stream(
     transform: Callable[[Any], Any] | None,
     bad_images: str = "error",
     balanced: bool = False,
+    keys: Sequence[str] = (),
     seed: int = 0,
     workers: int | None = None,
     rank: int = 0,
@@ -56,7 +58,8 @@ def stream(
     """The batches of this process, from a Dataset or a DataLoader.
 
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
-    A DataLoader is taken as it is. What an item holds after image and class is passed over.
+    A DataLoader is taken as it is. What an item holds after image and class is passed over; in a dict they are found by ``keys``,
+    or by usual ones.
 
     Raises:
         RetrofitError: there is no image in it, it doesn't know its length, or there are several processes and it is a DataLoader.
@@ -66,7 +69,7 @@ def stream(
         if world > 1 or (balanced and train):
             what = f"{world} processes" if world > 1 else 'balance="sampling"'
             raise RetrofitError(f"{what} need a Dataset as {name}, got a DataLoader; give its data set")
-        return LoaderStream(data, name=name, seed=seed)
+        return LoaderStream(data, name=name, keys=keys, seed=seed)
     if isinstance(data, (str, bytes, IterableDataset)) or not hasattr(data, "__getitem__"):
         hint = "; se_retrofit.finetune.load_data finds data by name" if isinstance(data, str) else ""
         raise TypeError(
@@ -74,10 +77,10 @@ def stream(
         )
     order = Order(
         data, batch_size, name=name, train=train, seed=seed, rank=rank, world=world,
-        weights=image_weights(data) if balanced and train else None,
+        weights=image_weights(data, keys) if balanced and train else None,
     )  # fmt: skip
     workers = default_workers(data, world) if workers is None else workers
-    items = Items(data, transform, seed=seed, name=name)
+    items = Items(data, transform, keys=keys, seed=seed, name=name)
     return DatasetStream(items, order, bad_images=bad_images, workers=workers, pin_memory=pin_memory)
 
 
@@ -87,6 +90,15 @@ def default_workers(data: Any, world: int) -> int:
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return max(1, min(8, (os.cpu_count() or 1) // here))
+
+
+def counted(batches: Iterable[Batch], tell: Callable[[str], object]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and targets without those that don't count; of the unreadable ones ``tell`` is told."""
+    for batch in batches:
+        for complaint in batch.complaints:
+            tell(complaint)
+        if batch.counts.any():
+            yield batch.images[batch.counts], batch.targets[batch.counts]
 
 
 # Datasets
@@ -140,8 +152,10 @@ class Order(Sampler[list[Key]]):
 class Items(Dataset[tuple[Any, Any, bool, list[str]]]):
     """The caller's data set, with its randomness seeded item by item, and unreadable images replaced and named."""
 
-    def __init__(self, data: Any, transform: Callable[[Any], Any] | None, *, seed: int, name: str) -> None:
-        self.data, self.transform, self.seed, self.name = data, transform, seed, name
+    def __init__(
+        self, data: Any, transform: Callable[[Any], Any] | None, *, keys: Sequence[str], seed: int, name: str
+    ) -> None:
+        self.data, self.transform, self.keys, self.seed, self.name = data, transform, keys, seed, name
         if hasattr(data, "_max_retries"):
             data._max_retries = 1  # timm's ImageDataset would pass over unreadable images by itself
 
@@ -152,7 +166,7 @@ class Items(Dataset[tuple[Any, Any, bool, list[str]]]):
             at = (index + attempt) % len(self.data)
             seed_all(self.seed, SAMPLE, epoch, at)
             try:
-                image, target = pair_of(self.data[at], self.name)
+                image, target = pair_of(self.data[at], self.keys, self.name)
                 if self.transform is not None and isinstance(image, Image.Image):
                     image = self.transform(image)
             except RetrofitError:  # which is a ValueError, and has nothing to do with the image
@@ -181,12 +195,31 @@ def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[i
     return (data.tensors if type(data) is TensorDataset else ()), indices
 
 
-def pair_of(item: Any, name: str) -> tuple[Any, Any]:
+def pair_of(item: Any, keys: Sequence[str], name: str) -> tuple[Any, Any]:
     """Image and class of an item of a data set, or images and classes of a batch of a loader."""
-    if isinstance(item, (tuple, list)) and len(item) >= 2:
-        return item[0], item[1]
+    parts = fields_of(item, keys)
+    if len(parts) >= 2:
+        return parts[0], parts[1]
+    if isinstance(item, Mapping):
+        raise RetrofitError(
+            f"{name} gives dicts with the keys {', '.join(map(str, item))}: say which are image and class, such as "
+            'keys=("image", "label")'
+        )
     got = f"a {type(item).__name__}" + (f" of {len(item)}" if isinstance(item, (tuple, list)) else "")
     raise RetrofitError(f"{name} must give (image, class) pairs, got {got}")
+
+
+def gives_images(data: Any, keys: Sequence[str] = ()) -> bool:
+    """Whether the items of a data set are PIL images, which go through the transform."""
+    if isinstance(data, (DataLoader, IterableDataset, TensorDataset)) or not hasattr(data, "__len__"):
+        return False
+    for index in range(min(len(data), MOST_REPLACEMENTS)):
+        try:
+            item = data[index]
+        except UNREADABLE:
+            continue
+        return isinstance(fields_of(item, keys)[0], Image.Image)
+    return False
 
 
 def name_of(data: Any, index: int) -> str:
@@ -230,7 +263,7 @@ class DatasetStream:
     resumes_within = True
 
     def __init__(self, items: Items, order: Order, *, bad_images: str, workers: int, pin_memory: bool) -> None:
-        self.name, self.order, self.bad_images = items.name, order, bad_images
+        self.name, self.data, self.order, self.bad_images = items.name, items.data, order, bad_images
         self.named: set[str] = set()
         self.loader = DataLoader(
             items,
@@ -245,6 +278,17 @@ class DatasetStream:
     def __len__(self) -> int:
         """Batches an epoch."""
         return len(self.order)
+
+    def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        """Images, prepared, and targets of these places in the data."""
+        return [self.loader.dataset[0, index, True][:2] for index in indices]
+
+    def places(self, count: int) -> Tensor:
+        """Where in the data the images are that the batches of an evaluation held, those of one process after the other's."""
+        world = self.order.world
+        if world == 1:
+            return torch.arange(count)
+        return torch.arange(count).view(len(self), world, -1).transpose(0, 1).flatten()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number ``start`` on."""
@@ -277,8 +321,8 @@ class LoaderStream:
 
     resumes_within = False
 
-    def __init__(self, loader: DataLoader[Any], *, name: str, seed: int) -> None:
-        self.loader, self.name, self.seed = loader, name, seed
+    def __init__(self, loader: DataLoader[Any], *, name: str, keys: Sequence[str], seed: int) -> None:
+        self.loader, self.name, self.keys, self.seed, self.data = loader, name, keys, seed, loader.dataset
         try:
             self.total = len(loader)
         except TypeError as error:
@@ -291,6 +335,22 @@ class LoaderStream:
     def __len__(self) -> int:
         return self.total
 
+    def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
+        """The images and targets that come at these places in an evaluation."""
+        found: dict[int, tuple[Any, Any]] = {}
+        first = 0
+        for batch in self.batches(0):
+            for index in indices:
+                if first <= index < first + len(batch.targets):
+                    found[index] = batch.images[index - first], batch.targets[index - first]
+            first += len(batch.targets)
+            if first > max(indices):
+                break
+        return [found[index] for index in indices]
+
+    def places(self, count: int) -> Tensor:
+        return torch.arange(count)
+
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch; ``start`` is 0."""
         self.begin(epoch)
@@ -301,7 +361,7 @@ class LoaderStream:
                 batch = next(fetch, END)
             if batch is END:
                 raise RetrofitError(f"{self.name} promised {self.total} batches and gave {number}")
-            images, targets = pair_of(batch, self.name)
+            images, targets = pair_of(batch, self.keys, self.name)
             check_batch(images, targets, self.name)
             yield Batch(images, targets, torch.ones(len(targets), dtype=torch.bool), [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_dataset
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from ..errors import RetrofitError, brief
 from .experiment import describe_data, plain
@@ -29,8 +30,10 @@ from .folders import (
     readable,
     split_folders,
 )
+from .targets import targets_of
+from .transforms import class_names_of
 
-__all__ = ["NamedData", "Split", "digit_images", "load_data", "load_split", "trained_on"]
+__all__ = ["NamedData", "Split", "digit_images", "limited", "load_data", "load_split", "trained_on"]
 
 TIMM_PREFIXES = ("torch/", "hfds/")
 SPLITS = ("train", "val", "test", "all")
@@ -102,7 +105,8 @@ def load_data(
         return NamedData(digits[0], digits[1], 10)
     if is_of_timm(name):
         train, val = (_of_timm(str(name), split, root, download) for split in ("train", "val"))
-        return NamedData(train, val, _count_classes(train))
+        names = class_names_of(train)
+        return NamedData(train, val, len(names) if names else None)
     folder = data_folder(name)
     with readable(folder):
         parts, found = split_folders(folder), class_folders(folder)
@@ -179,6 +183,30 @@ def load_split(
         return replace(chosen, about="; ".join(filter(None, (chosen.about, *map(left_out, measured)))))
 
 
+def limited(data: Any, limit: int | None) -> Any:
+    """So many images of each class, or all where it has fewer, always the same ones; the data itself where ``limit`` is None.
+
+    Raises:
+        RetrofitError: the data does not tell the classes of its images, or an image may have several.
+    """
+    if limit is None:
+        return data
+    targets = targets_of(data)
+    if targets is None or targets.dim() != 1:
+        raise RetrofitError(
+            f"{type(data).__name__} does not tell the one class of each image, so there is no limit for it"
+        )
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    taken: Counter[int] = Counter()
+    kept = []
+    for index, target in zip(order.tolist(), targets[order].tolist(), strict=True):
+        taken[target] += 1
+        kept += [index] if taken[target] <= limit else []
+    if isinstance(data, Subset):  # whose own data set tells the classes
+        return Subset(data.dataset, sorted(data.indices[index] for index in kept))
+    return Subset(data, sorted(kept))
+
+
 def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
     """What is to be said where images are measured that a run was trained on; empty where none are.
 
@@ -229,19 +257,13 @@ def is_of_timm(name: str | Path) -> bool:
 def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
     called = "validation" if split == "val" else split
     try:
-        return create_dataset(name, root=str(root), split=called, is_training=split == "train", download=download)
+        # without a mode, the images come as they are, and the transform brings them into the network's
+        return create_dataset(
+            name, root=str(root), split=called, is_training=split == "train", download=download, input_img_mode=""
+        )
     except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
         hint = "" if download else "; --download (download=True) lets it be fetched"
         raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
-
-
-def _count_classes(data: Any) -> int | None:
-    for owner in (data, getattr(data, "reader", None)):
-        found = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)
-        if found:
-            return len(found)
-    features = getattr(getattr(getattr(data, "reader", None), "dataset", None), "features", None)  # Hugging Face
-    return next((int(f.num_classes) for f in (features or {}).values() if hasattr(f, "num_classes")), None)
 
 
 def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence[str] | None) -> Split:

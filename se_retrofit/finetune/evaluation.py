@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from ..saving.atomic import replaced_file
-from ..tables import aligned
+from ..tables import aligned, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
 from .datasets import Split, load_split
@@ -30,6 +30,8 @@ from .transforms import check_classes, class_names, class_names_of
 __all__ = ["ClassScores", "Evaluation", "check_targets", "evaluate", "hits", "measure"]
 
 MOST_LIKELY = 5  # classes of each image that are kept
+LONGEST_NAME = 32  # letters, in the picture of the confusion
+HARDEST = 16  # images with the highest losses, of which a run keeps a picture
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Evaluation:
         answers: the most likely classes of each image, the first first, (images, 5), fewer where there are fewer classes; with
             several labels the probabilities, (images, classes).
         targets: the classes, (images,); with several labels 0 and 1, (images, classes).
+        losses: of each image, (images,).
+        places: of each image in the data, (images,), of which several processes have each measured a part.
         split, about: which images of which data they are; empty where the data was not given by name.
     """
 
@@ -67,6 +71,8 @@ class Evaluation:
     multi_label: bool
     answers: Tensor = field(repr=False, compare=False)
     targets: Tensor = field(repr=False, compare=False)
+    losses: Tensor = field(repr=False, compare=False)
+    places: Tensor = field(repr=False, compare=False)
     split: str = ""
     about: str = ""
 
@@ -126,6 +132,20 @@ class Evaluation:
         count = len(self.classes)
         return torch.bincount(self.targets * count + self.answers[:, 0], minlength=count**2).view(count, count)
 
+    def hardest(self, most: int = HARDEST) -> list[dict[str, Any]]:
+        """The images with the highest losses, the highest first, as plain data: ``image``, its place in the data, ``loss``, and
+        ``answer``, the classes that the network gives it."""
+        losses, order = self.losses.topk(min(most, self.images))
+        said = (
+            [row.nonzero().flatten() for row in self.answers[order] > 0.5]
+            if self.multi_label
+            else self.answers[order, :1]
+        )
+        return [
+            {"image": int(self.places[at]), "loss": float(loss), "answer": answer.tolist()}
+            for at, loss, answer in zip(order, losses, said, strict=True)
+        ]
+
     def scores(self) -> dict[str, float]:
         """All that is one number, such as ``accuracy`` and ``f1``."""
         names = ("loss", "accuracy", "top5", "precision", "recall", "f1", "map")
@@ -159,10 +179,12 @@ class Evaluation:
         from sklearn.metrics import ConfusionMatrixDisplay
 
         confusion, size = self.confusion, len(self.classes)
-        side = min(max(3.5, 0.38 * size + 1.5), 30.0)
-        figure = Figure(figsize=(side + 0.8, side), layout="constrained")
         shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-        names = [scores.name for scores in self.classes] if size <= 60 else None  # beyond that no name can be read
+        # of more than 60 no name can be read
+        names = [short(scores.name, LONGEST_NAME) for scores in self.classes] if size <= 60 else None
+        side = min(max(2.2, 0.38 * size), 30.0) + 0.8
+        room = 0.085 * max(map(len, names or [""]))  # inches, for names beside the matrix and below it
+        figure = Figure(figsize=(side + room + 0.8, side + room), layout="constrained")
         ConfusionMatrixDisplay(shares.numpy(), display_labels=names).plot(
             include_values=size <= 20, cmap="Blues", values_format=".0%", ax=figure.subplots(),
             xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1},
@@ -205,11 +227,11 @@ def evaluate(
     check_network(model)
     check_config(config)
     part = _opened(data, split, model, config.image_size)
-    check_classes(model, part.data)
+    check_classes(model, part.data, config.keys)
     with as_found(model), kept_randomness(), engine(config) as accelerator:
         batches = batches_of("data", part.data, model, config, accelerator)
         to_device(model, accelerator.device)
-        names = class_names(model) or class_names_of(part.data) or []
+        names = class_names(model) or class_names_of(part.data, config.keys) or []
         found = measure(model, batches, accelerator, config.multi_label, Log(None, accelerator), names)
     assert found is not None  # only a stop ends it early
     return replace(found, split=part.name, about=part.about)
@@ -260,12 +282,14 @@ def measure(
         right = hits(logits, targets, multi_label) * counts
         # Not losses[counts], whose size the host would have to wait for
         totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
-        said.append((counts, *answer(logits.float(), targets, multi_label)))
+        said.append((counts, losses, *answer(logits.float(), targets, multi_label)))
     loss, right_count, seen = accelerator.reduce(totals, "sum").tolist()
-    counts, answers, targets = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
-    answers, targets = answers[counts], targets[counts]
+    counts, *kept = (gathered(list(part), accelerator) for part in zip(*said, strict=True))
+    losses, answers, targets, places = (part[counts] for part in (*kept, data.places(len(counts))))
     each = scores_by_class(answers, targets, classes, multi_label, names)
-    return Evaluation(loss / max(seen, 1), right_count / max(seen, 1), each, multi_label, answers, targets)
+    return Evaluation(
+        loss / max(seen, 1), right_count / max(seen, 1), each, multi_label, answers, targets, losses, places
+    )
 
 
 def scores_by_class(
@@ -340,11 +364,11 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
             raise RetrofitError("the labels of an image must be from 0 to 1")
         return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
-        hint = "; for several labels an image set multi_label=True in the config" if targets.dim() == 2 else ""
+        hint = "; for several labels an image set multi_label=True" if targets.dim() == 2 else ""
         raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:
         raise RetrofitError(
             f"the data has class {low if low < 0 else high}, and the network has classes 0 to {classes - 1}; "
-            "num_classes=... in the config gives it a new head"
+            "num_classes=... gives it a new head"
         )

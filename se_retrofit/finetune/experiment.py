@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def _content(data: Any, index: int) -> str:
 
 
 def _hash(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return digest({str(key): _hash(entry) for key, entry in value.items()})
     if isinstance(value, (tuple, list)):
         return digest([_hash(entry) for entry in value])
     if isinstance(value, Tensor):

@@ -15,6 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from ..errors import RetrofitError
+from .transforms import load_image
 
 __all__ = [
     "Joined", "Subfolder", "check_several", "class_folders", "class_sizes", "files_in", "held_out", "images_in", "is_image", "left_out", "numbers", "readable",
@@ -155,7 +156,7 @@ class Subfolder(ImageFolder):
         def counts(file: str) -> bool:
             return is_image(file) and not any(map(_is_hidden, file.removeprefix(root).split(os.sep)))
 
-        super().__init__(root, allow_empty=True, is_valid_file=counts)
+        super().__init__(root, allow_empty=True, is_valid_file=counts, loader=load_image)
         self.classes = list(class_to_idx)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:

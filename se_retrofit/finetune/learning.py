@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from .checkpoint import join, load_optimizer, split
@@ -55,6 +56,27 @@ def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: in
         ModelEmaV3(model, config.ema_decay, use_warmup=True) if config.ema_decay is not None else None,
         mixup if config.mixup or config.cutmix else None,
     )
+
+
+def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixed images and their soft labels. timm mixes pairs: the last image of an odd batch stays as it is."""
+    if images.dim() < 4 and mixup.cutmix_alpha:
+        raise RetrofitError(
+            f"cutmix cuts rectangles out of images of two dimensions or more, got inputs of shape {tuple(images.shape)}; "
+            "set cutmix=0, mixup takes inputs of every shape"
+        )
+    pairs = len(targets) // 2 * 2
+    parts = []
+    if pairs:
+        some = images[:pairs].clone()  # timm works in place
+        # and cuts the first two dimensions after the channels, where the area that it counts is the last two's
+        flat, labels = mixup(some.flatten(1, -3) if some.dim() > 4 else some, targets[:pairs])
+        parts.append((flat.view_as(some), labels))
+    if pairs < len(targets):
+        labels = mixup_target(targets[pairs:].repeat(2), mixup.num_classes, 1.0, mixup.label_smoothing)[:1]
+        parts.append((images[pairs:], labels))
+    inputs, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    return inputs, labels
 
 
 # Groups
@@ -195,12 +217,20 @@ def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: 
         raise RetrofitError(f"optimizer {config.optimizer!r} can't be made with {options}: {error}") from error
 
 
+def length_of(config: FinetuneConfig, updates_per_epoch: int) -> tuple[int, int]:
+    """How many epochs a run begins, and how many updates it makes."""
+    updates = config.epochs * updates_per_epoch
+    if config.max_updates is not None:
+        updates = min(updates, config.max_updates)
+    return math.ceil(updates / updates_per_epoch), updates
+
+
 def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
     said = f"schedule {config.schedule!r} can't be made with {config.schedule_options}"
-    warmup: Any = config.warmup_ratio * config.epochs  # timm says int, and takes fractions
+    epochs: Any = length_of(config, updates_per_epoch)[1] / updates_per_epoch  # timm says int, and takes fractions
     try:
         schedule, _ = create_scheduler_v2(
-            optimizer, config.schedule, num_epochs=config.epochs, warmup_epochs=warmup,
+            optimizer, config.schedule, num_epochs=epochs, warmup_epochs=config.warmup_ratio * epochs,
             warmup_lr=config.lr / 100, step_on_epochs=False, updates_per_epoch=updates_per_epoch,
             **config.schedule_options,
         )  # fmt: skip

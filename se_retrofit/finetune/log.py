@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .data import Batch
 
 __all__ = ["Log", "listening", "saturated_sites"]
 
-METRICS, UPDATES, CURVES, GATES = "metrics.jsonl", "updates.jsonl", "curves.png", "gates.png"
+METRICS, UPDATES, CURVES, GATES, HARDEST = "metrics.jsonl", "updates.jsonl", "curves.png", "gates.png", "hardest.png"
 PLAIN_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar in
 MANY = 0.1  # of a site's gates that are saturated: it is named
 
@@ -153,13 +153,14 @@ class Log:
             with replaced_file(self.output / METRICS) as fresh:
                 fresh.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
 
-    def pictures(self, history: list[dict[str, Any]]) -> None:
+    def pictures(self, history: list[dict[str, Any]], draw_hardest: Callable[[Path], None]) -> None:
         if self.output is not None:
             plot_curves(history, self.output / CURVES)
             epochs = {row["epoch"]: row["gates"] for row in history if row.get("gates")}
             if epochs:
                 with replaced_file(self.output / GATES) as fresh:
                     plot_gates(epochs, fresh)
+            draw_hardest(self.output / HARDEST)
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:

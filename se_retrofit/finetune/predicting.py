@@ -6,10 +6,9 @@ import csv
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -19,22 +18,29 @@ from .data import UNREADABLE
 from .engine import called
 from .folders import files_in, is_image
 from .parts import as_found
-from .transforms import class_names, has_several_labels, transform_of
+from .transforms import class_names, has_several_labels, load_image, transform_of
 
 __all__ = ["Prediction", "predict", "write_predictions"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of an image, with their probabilities; classes without names are numbers as text."""
+    """The most likely classes of an image, with their probabilities; classes without names are numbers as text. Of an image that
+    can't be read there are none, and ``error`` says why."""
 
     file: str
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
 
 
 def predict(
-    model: nn.Module, images: Iterable[str | Path], *, top: int = 1, batch_size: int = 64
+    model: nn.Module,
+    images: Iterable[str | Path],
+    *,
+    top: int = 1,
+    batch_size: int = 64,
+    bad_images: Literal["error", "skip"] = "error",
 ) -> Iterator[Prediction]:
     """Classify image files by a network that ``finetune`` trained on images, prepared as in its validation.
 
@@ -45,13 +51,14 @@ def predict(
         images: files, and folders, which stand for all images in them.
         top: how many classes of each image are told.
         batch_size: images that run together.
+        bad_images: ``"skip"`` to go on after an image that can't be read; its ``Prediction`` says why in ``error``.
 
     Yields:
         One ``Prediction`` for each image, in the order given; within a folder, sorted by name.
 
     Raises:
-        RetrofitError: a file is missing or is no image; the network does not tell how its images are prepared; ``top`` or
-            ``batch_size`` is below 1.
+        RetrofitError: a file is missing or, unless skipped, can't be read; the network does not tell how its images are prepared;
+            ``top`` or ``batch_size`` is below 1.
     """
     if top < 1 or batch_size < 1:
         raise RetrofitError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
@@ -59,14 +66,26 @@ def predict(
     files = list(_files(images))
     device = next(model.parameters()).device
     for start in range(0, len(files), batch_size):
-        chosen = files[start : start + batch_size]
-        batch = torch.stack([_read(file, transform) for file in chosen]).to(device)
-        with as_found(model), torch.no_grad():
-            logits, _ = called(in_mode(model, False), batch)
-            shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
-        values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
-        for file, best, numbers in zip(chosen, values.tolist(), indices.tolist(), strict=True):
+        read = [(file, _read(file, transform)) for file in files[start : start + batch_size]]
+        tensors = [image for _, image in read if isinstance(image, Tensor)]
+        answers = _answers(model, torch.stack(tensors).to(device), top) if tensors else iter(())
+        for file, image in read:
+            if isinstance(image, str):
+                if bad_images == "error":
+                    raise RetrofitError(f'{image}; bad_images="skip" goes on without it')
+                yield Prediction(str(file), error=image)
+                continue
+            best, numbers = next(answers)
             yield Prediction(str(file), tuple(names[n] if names else str(n) for n in numbers), tuple(best))
+
+
+def _answers(model: nn.Module, batch: Tensor, top: int) -> Iterator[tuple[list[float], list[int]]]:
+    """For each image the probabilities and the numbers of the most likely classes."""
+    with as_found(model), torch.no_grad():
+        logits, _ = called(in_mode(model, False), batch)
+        shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
+    values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
+    return zip(values.tolist(), indices.tolist(), strict=True)
 
 
 def _files(images: Iterable[str | Path]) -> Iterator[Path]:
@@ -82,23 +101,29 @@ def _files(images: Iterable[str | Path]) -> Iterator[Path]:
             raise RetrofitError(f"no file or folder {given}")
 
 
-def _read(file: Path, transform: Any) -> Tensor:
+def _read(file: Path, transform: Any) -> Tensor | str:
+    """The prepared image, or why it can't be read."""
     try:
-        with Image.open(file) as image:
-            tensor: Tensor = transform(image)
+        tensor: Tensor = transform(load_image(file))
     except UNREADABLE as error:
-        raise RetrofitError(f"{file} can't be read as an image: {error}") from error
+        return f"{file} can't be read as an image: {error}"
     return tensor
 
 
-def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1) -> None:
-    """Predictions as CSV: the file, and for each of the most likely classes its name and probability."""
+def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1) -> list[str]:
+    """Predictions as CSV: the file, and for each of the most likely classes its name and probability. What is returned are the errors
+    of the images that could not be read."""
     writer = csv.writer(file, lineterminator="\n")
     numbers = [""] if top == 1 else [f"_{number + 1}" for number in range(top)]
     header = ["file", *(f"{field}{number}" for number in numbers for field in ("class", "probability"))]
+    errors = []
     for found in predictions:
+        if found.error:
+            errors.append(found.error)
+            continue
         if header:  # not before the first answer, which may be an error
             writer.writerow(header)
             header = []
         cells = zip(found.classes, found.probabilities, strict=True)
         writer.writerow([found.file, *(cell for name, share in cells for cell in (name, f"{share:.6f}"))])
+    return errors

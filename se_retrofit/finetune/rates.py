@@ -64,7 +64,7 @@ class LearningRates:
         }  # fmt: skip
 
     def plot(self, file: str | Path) -> Path:
-        """The loss over the learning rate as a picture.
+        """The loss over the learning rate as a picture, without the part in which it is far above where it began.
 
         Raises:
             RetrofitError: the file can't be written.
@@ -77,6 +77,9 @@ class LearningRates:
         axes.plot(self.rates, self.smoothed, label="smoothed")
         if self.suggestion is not None:
             axes.axvline(self.suggestion, color="black", linestyle=":", label=f"suggestion {self.suggestion:.1e}")
+        low, high, last = self._that_matter()
+        axes.set_ylim(low, high)
+        axes.set_xlim(self.rates[0], self.rates[last])
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
         axes.set_ylabel("training loss")
@@ -84,6 +87,15 @@ class LearningRates:
         axes.legend()
         save_figure(figure, file)
         return Path(file)
+
+    def _that_matter(self) -> tuple[float, float, int]:
+        """The lowest and the highest loss that are drawn, and the last step: where the smoothed loss leaves the picture for good."""
+        bottom = int(np.argmin(self.smoothed))
+        top = max(self.smoothed[: bottom + 1])
+        margin = max(0.25 * (top - self.smoothed[bottom]), 0.02 * abs(top), 1e-9)
+        low, high = self.smoothed[bottom] - margin, top + margin
+        inside = [step for step, loss in enumerate(self.smoothed) if loss <= high]
+        return low, high, min(inside[-1] + 1, len(self.rates) - 1)
 
 
 def find_lr(
@@ -150,7 +162,9 @@ def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
     for rate, batches in zip(ramp, all_windows(run), strict=False):
         for group in run.learning.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        loss, _, seen = run.accelerator.reduce(update(run, batches), "sum").tolist()
+        loss, correct, seen, broken = run.accelerator.reduce(update(run, batches), "sum").tolist()
+        if broken:
+            run.check_losses([(loss, correct, seen, broken)])
         if not math.isfinite(loss):
             return losses, True
         losses.append(loss / seen)

@@ -6,6 +6,7 @@ import math
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -23,11 +24,14 @@ from .config import FinetuneConfig
 from .criteria import Losses
 from .data import Stream
 from .engine import Forward, TrainingForm
-from .learning import Learning, group_summary
+from .learning import Learning, group_summary, length_of
 from .log import Log
 from .parts import choose_trainable, count, trained_in
 
 __all__ = ["Epoch", "FinetuneResult", "Run", "Stopped"]
+
+RATES = "Try a lower lr, clip_grad, a longer warmup, or precision fp32."
+PIXELS = "Look for NaN and infinities in the data, and for divisions in its transforms."
 
 
 class Stopped(Exception):
@@ -44,7 +48,7 @@ class FinetuneResult:
         best_epoch: the epoch that was best by the config's ``best_metric``, from 1; None without validation data.
         best_score: the value of that metric then.
         best_accuracy: the validation accuracy then.
-        stopped: ``"epochs"`` when all were run, ``"early stop"`` when it no longer became better.
+        stopped: ``"epochs"`` when all were run, ``"updates"`` after ``max_updates``, ``"early stop"`` when it no longer became better.
         directory: ``output_dir/best``, which ``load_retrofitted`` loads; None where nothing was written.
         updates: how often the weights changed.
         step_seconds: median time of an update, loading included; None for runs too short to tell.
@@ -95,7 +99,7 @@ class Epoch:
         number: from 0.
         seen_before: images that were seen in it before the run was resumed.
         began, looked: when it began, and when the loss was last looked at.
-        pending: loss, correct and seen of updates that have not been looked at yet, on the device.
+        pending: what ``update`` gave of the updates that have not been looked at yet, on the device.
         saturated: the sites whose gates were last seen to be saturated, with the share.
     """
 
@@ -148,12 +152,18 @@ class Run:
         self.world: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.updates_per_epoch = math.ceil(len(self.train) / self.config.grad_accum_steps)
+        self.epochs, self.updates = length_of(self.config, self.updates_per_epoch)
         self.choose(trained_in(self.config, 0))
 
     @property
     def tested(self) -> nn.Module:
         """The network that is evaluated and kept: the average of the weights, where there is one."""
         return self.model if self.learning.ema is None else self.learning.ema.module
+
+    @property
+    def updates_in_epoch(self) -> int:
+        """Of the epoch that is under way, which may be cut short."""
+        return min(self.updates_per_epoch, self.updates - self.progress.epoch * self.updates_per_epoch)
 
     @property
     def lr(self) -> float:
@@ -231,24 +241,24 @@ class Run:
         self.log.note(said)
         raise Stopped(said)
 
-    def check_losses(self, losses: list[float]) -> None:
-        """Raise where one of the last updates had a loss that is not finite."""
-        for behind, loss in enumerate(reversed(losses)):
+    def check_losses(self, sums: Sequence[Sequence[float]]) -> None:
+        """Raise where one of the last updates had a loss that is not finite: of several, the first."""
+        for number, (loss, _, seen, broken) in enumerate(sums, 1):
             if not math.isfinite(loss):
-                self._diverged(f"the loss became {loss}", behind)
+                what = "the images hold values that are not finite" if broken else f"the loss became {loss / seen}"
+                self._diverged(what, len(sums) - number, PIXELS if broken else RATES)
 
     def check_weights(self) -> None:
         """Raise where a weight is no longer finite: a loss can be, and its gradient not; what is written must be good."""
         for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                self._diverged(f"{name} is no longer finite", 0)
+                self._diverged(f"{name} is no longer finite", 0, RATES)
 
-    def _diverged(self, what: str, behind: int) -> NoReturn:
+    def _diverged(self, what: str, behind: int, cure: str) -> NoReturn:
         progress, step = self.progress, self.progress.step - behind
         raise RetrofitError(
             f"{what} in epoch {progress.epoch + 1 if step else progress.epoch}, update {progress.updates - behind}"
-            f"{f' (number {step} of the epoch)' if step else ''}. Try a lower lr, clip_grad, a longer warmup, or precision "
-            f"fp32.{self._kept(' The last good checkpoint is {}.')}"
+            f"{f' (number {step} of the epoch)' if step else ''}. {cure}{self._kept(' The last good checkpoint is {}.')}"
         )
 
     def _kept(self, sentence: str) -> str:
@@ -263,7 +273,7 @@ class Run:
         rows = tuple(MappingProxyType(dict(row)) for row in self.progress.history)
         output = None if self.folder is None else self.folder.path
         facts = Facts(
-            self.model, self.tested, epoch, self.config.epochs, self.progress.updates, self.lr, loss, rows, output,
+            self.model, self.tested, epoch, self.epochs, self.progress.updates, self.lr, loss, rows, output,
             self.rank,
         )  # fmt: skip
         callback(facts)

@@ -15,6 +15,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..errors import RetrofitError, brief
+from ..saving.base import base_of
+from ..saving.networks import without_name
 from ..surgery.record.copying import in_mode
 from .callbacks import Callbacks
 from .checkpoint import Folder, checked_folder, has_checkpoint, load_optimizer
@@ -23,7 +25,7 @@ from .criteria import Criterion, Losses, check_criterion, criterion_of
 from .data import Stream, stream
 from .engine import TrainingForm, engine, recomputing, share
 from .experiment import describe_run
-from .learning import learning, rates_in_words, try_out
+from .learning import learning, length_of, rates_in_words, try_out
 from .lock import alone_in
 from .log import Log
 from .parts import (
@@ -148,9 +150,11 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
     folder = None
     if job.folder is not None:
         folder = Folder(job.folder, config, same_on_all(experiment, accelerator))
+    each = math.ceil(len(train) / config.grad_accum_steps)
+    epochs, updates = length_of(config, each)
     log = Log(
-        job.folder, accelerator, quiet=job.quiet, epochs=config.epochs,
-        updates=math.ceil(len(train) / config.grad_accum_steps), best_metric=None if val is None else config.best_metric,
+        job.folder, accelerator, quiet=job.quiet, epochs=epochs, updates=min(each, updates),
+        best_metric=None if val is None else config.best_metric,
     )  # fmt: skip
     losses = Losses(criterion, teacher, job.distillation, config.multi_label)
     form = TrainingForm(model, config.compile)
@@ -165,7 +169,7 @@ def batches_of(name: str, data: Any, model: nn.Module, config: FinetuneConfig, a
     train = name == "train_data"
     return stream(
         data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
-        balanced=config.balance == "sampling",
+        balanced=config.balance == "sampling", keys=config.keys,
         transform=transforms_for(model, config, train=train), seed=config.seed,
         workers=config.workers, rank=accelerator.process_index, world=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
@@ -176,7 +180,7 @@ def fit_head(model: nn.Module, train_data: Any, config: FinetuneConfig) -> tuple
     """Give the network the head of the config; the number of classes, where it is known, and what is to be said of it."""
     seed_all(config.seed, EPOCH)
     classes = head_size(model)
-    remark = other_classes(model, train_data)
+    remark = other_classes(model, train_data, config.keys)
     if config.num_classes is not None and (config.num_classes != classes or remark):
         new_head(model, config.num_classes)
     if remark and config.num_classes is None:
@@ -208,7 +212,7 @@ def restore(run: Run) -> None:
     """Put the checkpoint in its folder back in place. timm's schedules have no state: they go by the number of updates."""
     assert run.folder is not None
     run.progress, saved = run.folder.load(run.model)
-    run.choose(trained_in(run.config, min(run.progress.epoch, run.config.epochs - 1)))
+    run.choose(trained_in(run.config, min(run.progress.epoch, run.epochs - 1)))
     ema, scaler = run.learning.ema, run.accelerator.scaler
     try:
         load_optimizer(run.learning.optimizer, saved["optimizer"])
@@ -232,12 +236,19 @@ def introduce(run: Run, remark: str) -> None:
     run.log.note(f"{type(model).__name__}, {se}; {count(model):,} parameters, {count(model, True):,} of them trained")
     precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     processes = f", {run.world} processes" if run.world > 1 else ""
-    run.log.note(f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch")
+    ends = "" if config.max_updates is None else f", {run.updates:,} updates in all"
+    run.log.note(
+        f"{run.device}, {precision}{processes}; {len(run.train)} batches of {config.batch_size} an epoch{ends}"
+    )
     run.log.note(rates_in_words(run.learning.optimizer.param_groups, config.lr))
     if remark:
         run.log.note(remark)
+    if run.folder is not None and not progress.updates and not run.log.console.quiet:
+        base, note = base_of(model)
+        if base is None:
+            run.log.note(without_name(note))
     if progress.updates:
-        run.log.note(f"resumed in epoch {min(progress.epoch + 1, config.epochs)}, after update {progress.updates}")
+        run.log.note(f"resumed in epoch {min(progress.epoch + 1, run.epochs)}, after update {progress.updates}")
 
 
 @contextlib.contextmanager

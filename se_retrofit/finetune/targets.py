@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
+from ..batches import keys_in
 from ..errors import RetrofitError, brief
 
 __all__ = ["class_counts", "class_numbers", "image_weights", "targets_of", "targets_together"]
@@ -38,22 +39,28 @@ def class_numbers(targets: Tensor) -> Tensor:
     return targets.long()
 
 
-def targets_of(data: Any) -> Tensor | None:
+def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
     """The targets of all items, (images,) or (images, classes), where the data set tells them without loading images:
-    torchvision's data sets, ``TensorDataset``, and subsets and concatenations of such."""
+    torchvision's data sets, Hugging Face's, ``TensorDataset``, and subsets and concatenations of such."""
     if isinstance(data, DataLoader):
-        return targets_of(data.dataset)
+        return targets_of(data.dataset, keys)
     if isinstance(data, Subset):
-        inner = targets_of(data.dataset)
+        inner = targets_of(data.dataset, keys)
         return None if inner is None else inner[list(data.indices)]
     if isinstance(data, ConcatDataset):
-        parts = [targets_of(part) for part in data.datasets]
+        parts = [targets_of(part, keys) for part in data.datasets]
         return None if any(part is None for part in parts) else torch.cat([part for part in parts if part is not None])
     if type(data) is TensorDataset and len(data.tensors) > 1:
         return data.tensors[1].cpu()
-    for values in (getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
+    rows = getattr(
+        getattr(data, "reader", None), "dataset", data
+    )  # of timm's reader for Hugging Face's data sets, or one of these
+    columns = getattr(rows, "features", None)
+    key = keys_in(columns, keys)[1] if isinstance(columns, dict) else None
+    column = None if key is None else rows[key]
+    for values in (column, getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
         if values is not None and len(values) == len(data):
-            return torch.as_tensor(values)
+            return torch.as_tensor(values if isinstance(values, Tensor) else list(values))
     return None
 
 
@@ -64,13 +71,13 @@ def _samples(data: Any) -> list[Any]:
     return samples if fits else []  # type: ignore[return-value]
 
 
-def class_counts(data: Any, classes: int | None, multi_label: bool) -> tuple[Tensor, int]:
+def class_counts(data: Any, classes: int | None, multi_label: bool, keys: Sequence[str] = ()) -> tuple[Tensor, int]:
     """How many images each class has, (classes,), and how many there are.
 
     Raises:
         RetrofitError: the data does not tell.
     """
-    targets = targets_of(data)
+    targets = targets_of(data, keys)
     if targets is None or targets.dim() != (2 if multi_label else 1):
         kind = "a vector for each image" if multi_label else "one class number for each image"
         raise RetrofitError(
@@ -82,7 +89,7 @@ def class_counts(data: Any, classes: int | None, multi_label: bool) -> tuple[Ten
     return torch.bincount(targets.long(), minlength=classes or 0).float(), len(targets)
 
 
-def image_weights(data: Any) -> Tensor:
+def image_weights(data: Any, keys: Sequence[str] = ()) -> Tensor:
     """For each image one over the number of images of its class."""
-    counts, _ = class_counts(data, None, False)
-    return 1 / counts.double()[targets_of(data).long()]  # type: ignore[union-attr]
+    counts, _ = class_counts(data, None, False, keys)
+    return 1 / counts.double()[targets_of(data, keys).long()]  # type: ignore[union-attr]

@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import Mixup
-from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
@@ -23,8 +22,10 @@ from .criteria import Criterion
 from .data import Batch, Stream
 from .engine import called, logits_of, placed, share
 from .evaluation import check_targets, hits, measure
+from .learning import mixed
 from .log import listening, log_gates, news_of_saturation, saturated_sites
 from .parts import count, set_modes, trained_in
+from .pictures import draw_hardest
 from .randomness import UPDATE, seed_all
 from .run import Epoch, FinetuneResult, Run
 from .setup import Job, check, started
@@ -83,7 +84,7 @@ def finetune(
     check(job)
     with torch.inference_mode(False), torch.enable_grad(), started(job) as run:
         evaluate_before_training(run)
-        for number in range(run.progress.epoch, run.config.epochs):
+        for number in range(run.progress.epoch, run.epochs):
             if run.progress.finished is not None:
                 break
             epoch = begin_epoch(run, number)
@@ -118,8 +119,9 @@ def begin_epoch(run: Run, number: int) -> Epoch:
 def train_epoch(run: Run, epoch: Epoch) -> None:
     """All updates of an epoch that have not been made yet."""
     start = run.progress.step * run.config.grad_accum_steps
-    for batches in windows(run.train.batches(epoch.number, start), run.config.grad_accum_steps):
-        last = run.progress.step == run.updates_per_epoch - 1
+    every = windows(run.train.batches(epoch.number, start), run.config.grad_accum_steps)
+    for batches in itertools.islice(every, run.updates_in_epoch - run.progress.step):
+        last = run.progress.step == run.updates_in_epoch - 1
         unheard = run.val is None and not run.config.compile  # compiled code would not be heard
         with listening(run.model, last and unheard) as gates:
             tally = update(run, batches)
@@ -138,19 +140,20 @@ def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def update(run: Run, batches: list[Batch]) -> Tensor:
-    """One change of the weights; loss, correct and seen, summed over the batches, still on the device."""
+    """One change of the weights; loss, correct, seen and those batches whose images are not finite, summed over the batches,
+    still on the device."""
     seed_all(run.config.seed, UPDATE, run.rank, run.progress.updates)
     run.optimizer.zero_grad(set_to_none=True)
-    tally = torch.zeros(3, device=run.device)
+    tally = torch.zeros(4, device=run.device)
     for number, batch in enumerate(batches):
         run.log.complain(batch)
         last = number == len(batches) - 1
         # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
         with run.form, run.accelerator.no_sync(run.network) if not last else nullcontext():
-            loss, correct = loss_of(run, batch)
+            loss, correct, broken = loss_of(run, batch)
             run.accelerator.backward(loss / len(batches))
         seen = torch.full_like(correct, len(batch.targets))
-        tally += torch.stack([loss.detach() * len(batch.targets), correct, seen])
+        tally += torch.stack([loss.detach() * len(batch.targets), correct, seen, broken])
     if run.config.clip_grad is not None:
         run.accelerator.clip_grad_norm_(run.network.parameters(), run.config.clip_grad)
     run.optimizer.step()
@@ -163,8 +166,8 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
     return tally
 
 
-def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and how many of its images were classified correctly."""
+def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of a batch, how many of its images were classified correctly, and whether a value in them is not finite."""
     images, targets = placed(batch, run.device)
     inputs, labels = images, targets
     if run.learning.mixup is not None:
@@ -179,33 +182,12 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), run.accelerator.autocast():
             taught, _ = logits_of(run.losses.teacher(inputs))
     loss = run.losses(logits, auxiliary, labels, taught)
-    return loss, hits(logits.detach(), targets, run.config.multi_label).sum()
-
-
-def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixed images and their soft labels. timm mixes pairs: the last image of an odd batch stays as it is."""
-    if images.dim() < 4 and mixup.cutmix_alpha:
-        raise RetrofitError(
-            f"cutmix cuts rectangles out of images of two dimensions or more, got inputs of shape {tuple(images.shape)}; "
-            "set cutmix=0, mixup takes inputs of every shape"
-        )
-    pairs = len(targets) // 2 * 2
-    parts = []
-    if pairs:
-        some = images[:pairs].clone()  # timm works in place
-        # and cuts the first two dimensions after the channels, where the area that it counts is the last two's
-        flat, labels = mixup(some.flatten(1, -3) if some.dim() > 4 else some, targets[:pairs])
-        parts.append((flat.view_as(some), labels))
-    if pairs < len(targets):
-        labels = mixup_target(targets[pairs:].repeat(2), mixup.num_classes, 1.0, mixup.label_smoothing)[:1]
-        parts.append((images[pairs:], labels))
-    inputs, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    return inputs, labels
+    return loss, hits(logits.detach(), targets, run.config.multi_label).sum(), ~images.isfinite().all()
 
 
 def is_time_to_look(run: Run) -> bool:
     told = run.stop.is_set() and run.world == 1  # several processes stop together, at a look
-    return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_per_epoch
+    return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_in_epoch
 
 
 def look(run: Run, epoch: Epoch) -> None:
@@ -214,19 +196,19 @@ def look(run: Run, epoch: Epoch) -> None:
     progress = run.progress
     due = time.monotonic() - run.saved_at >= 60 * run.config.checkpoint_minutes
     sums, stop, due = agree(run, epoch, due)
-    run.check_losses([loss for loss, _, _ in sums])
-    for loss, correct, seen in sums:
+    run.check_losses(sums)
+    for loss, correct, seen, _ in sums:
         progress.loss += loss
         progress.correct += correct
         progress.seen += seen
     now = time.perf_counter()
-    images = sum(seen for _, _, seen in sums)
+    images = sum(seen for _, _, seen, _ in sums)
     if progress.step > run.config.log_every:  # the first look of an epoch includes the loaders' start
         run.step_times.append((now - epoch.looked) / len(sums))
     entry = {
         "update": progress.updates,
         "epoch": epoch.number + 1,
-        "loss": sum(loss for loss, _, _ in sums) / images,
+        "loss": sum(loss for loss, *_ in sums) / images,
         "lr": run.lr,
         "images_per_second": images / (now - epoch.looked),
     }
@@ -235,18 +217,18 @@ def look(run: Run, epoch: Epoch) -> None:
     epoch.pending = []
     if stop:
         run.leave()
-    if due and run.train.resumes_within and progress.step < run.updates_per_epoch:
+    if due and run.train.resumes_within and progress.step < run.updates_in_epoch:
         run.keep_checkpoint()
         now = time.perf_counter()
     epoch.looked = now
 
 
-def agree(run: Run, epoch: Epoch, due: bool) -> tuple[list[tuple[float, float, float]], bool, bool]:
+def agree(run: Run, epoch: Epoch, due: bool) -> tuple[list[list[float]], bool, bool]:
     """The sums of the last updates over all processes, and what all agree on: whether to stop, and whether to write a
     checkpoint."""
-    flags = torch.tensor([float(run.stop.is_set()), float(due and run.rank == 0), 0.0], device=run.device)
+    flags = torch.tensor([float(run.stop.is_set()), float(due and run.rank == 0), 0.0, 0.0], device=run.device)
     *sums, flags = run.accelerator.reduce(torch.stack([*epoch.pending, flags]), "sum").tolist()
-    return [(loss, correct, seen) for loss, correct, seen in sums], flags[0] > 0, flags[1] > 0
+    return sums, flags[0] > 0, flags[1] > 0
 
 
 def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
@@ -262,6 +244,7 @@ def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
         raise RetrofitError(
             f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {len(found.classes)}"
         )
+    scores["hardest"] = found.hardest()
     if gates is not None:
         scores["gates"] = log_gates(gates, run.accelerator.trackers, run.progress.updates)
     return scores, saturated_sites(gates)
@@ -334,8 +317,8 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
         progress.stale = 0 if improved else progress.stale + 1
     progress.epoch, progress.step = row["epoch"], 0
     progress.loss = progress.correct = progress.seen = 0.0
-    if progress.epoch == config.epochs:
-        progress.finished = "epochs"
+    if progress.epoch == run.epochs:
+        progress.finished = "epochs" if run.updates == config.epochs * run.updates_per_epoch else "updates"
     elif config.patience is not None and progress.stale >= config.patience:
         progress.finished = "early stop"
 
@@ -344,7 +327,7 @@ def finish(run: Run) -> FinetuneResult:
     """The result, after its last files and words."""
     result = run.result()
     run.log.history(run.progress.history)
-    run.log.pictures(run.progress.history)
+    run.log.pictures(run.progress.history, partial(draw_hardest, run))
     for line in str(result).splitlines():
         run.log.note(line)
     run.tell(run.callbacks.after_training, run.progress.epoch)

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torchvision
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
 
+from ..batches import BATCH_SIZE, keys_in
 from ..errors import RetrofitError
 from ..models import IMAGES, Base
 from .config import FinetuneConfig
-from .data import MOST_REPLACEMENTS, UNREADABLE
+from .data import counted, gives_images, stream
 
 __all__ = [
     "check_classes",
     "class_names",
     "class_names_of",
     "has_several_labels",
+    "load_image",
     "note_images",
     "other_classes",
+    "prepared_batches",
+    "settings_of",
     "transform_of",
     "transforms_for",
 ]
@@ -77,23 +82,23 @@ def has_several_labels(model: nn.Module) -> bool:
 
 def note_images(model: nn.Module, data: Any, config: FinetuneConfig) -> None:
     """Have the network tell how its images are prepared, where the data are PIL images."""
-    if not gives_images(data):
+    if not gives_images(data, config.keys):
         vars(model).pop(IMAGES, None)
         return
-    told = {"classes": class_names_of(data), "multi_label": config.multi_label}
-    vars(model)[IMAGES] = {**_settings(model, config.image_size), **told}
+    told = {"classes": class_names_of(data, config.keys), "multi_label": config.multi_label}
+    vars(model)[IMAGES] = {**settings_of(model, config.image_size), **told}
 
 
-def check_classes(model: nn.Module, data: Any) -> None:
+def check_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> None:
     """Raise where the data numbers its classes otherwise than the data that the network was fine-tuned on."""
-    if differing := other_classes(model, data):
+    if differing := other_classes(model, data, keys):
         raise RetrofitError(f"{differing}; their numbers must agree: give data with the same classes in the same order")
 
 
-def other_classes(model: nn.Module, data: Any) -> str:
+def other_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> str:
     """What sets the classes of the data apart from those that the head was trained on, by their names; empty where nothing
     does, or the names are not known."""
-    known, given = class_names(model), class_names_of(data)
+    known, given = class_names(model), class_names_of(data, keys)
     if known is None or given is None or known == given:
         return ""
     return f"the network was fine-tuned on the classes {_few(known)}, and the data has {_few(given)}"
@@ -103,23 +108,10 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def gives_images(data: Any) -> bool:
-    """Whether the items of a data set are PIL images, which go through the transform."""
-    if isinstance(data, (DataLoader, TensorDataset)):
-        return False
-    for index in range(min(len(data), MOST_REPLACEMENTS)):
-        try:
-            item = data[index]
-        except UNREADABLE:
-            continue
-        return isinstance(item, (tuple, list)) and len(item) > 0 and isinstance(item[0], Image.Image)
-    return False
-
-
-def class_names_of(data: Any) -> list[str] | None:
+def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
     """The names of a data set's classes in the order of their numbers, None where it does not tell."""
     for owner in (data, getattr(data, "reader", None), getattr(data, "dataset", None)):
-        names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)
+        names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None) or _names_in(owner, keys)
         if isinstance(names, dict):
             names = sorted(names, key=names.__getitem__)
         if isinstance(names, (list, tuple)):
@@ -127,12 +119,28 @@ def class_names_of(data: Any) -> list[str] | None:
     return None
 
 
+def _names_in(data: Any, keys: Sequence[str]) -> list[str] | None:
+    """Of the classes of a data set of Hugging Face's."""
+    features = getattr(data, "features", None)
+    if not isinstance(features, dict):
+        return None
+    return getattr(features.get(keys_in(features, keys)[1]), "names", None)
+
+
+def prepared_batches(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor]]:
+    """The PIL images of a data set in batches of 32, as in a validation of the network."""
+    transform = transforms_for(model, FinetuneConfig(), train=False)
+    return counted(
+        stream(data, name="data", train=False, batch_size=BATCH_SIZE, transform=transform, keys=keys).batches(0), print
+    )
+
+
 def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> Callable[[Any], Any]:
     """timm's transforms with the network's own size, mean, std and interpolation; for training, with the config's
     augmentation. Where the network does not tell them, ImageNet's usual ones."""
     augmentation = {**AUGMENTATION, **config.transform_options} if train else {}
     try:
-        return _transform(_settings(model, config.image_size), is_training=train, **augmentation)
+        return _transform(settings_of(model, config.image_size), is_training=train, **augmentation)
     except (AssertionError, TypeError, ValueError) as error:
         raise RetrofitError(
             f"timm makes no transform with transform_options={config.transform_options}: {error}"
@@ -155,10 +163,30 @@ class Prepared:
         self.transform, self.mode = transform, mode
 
     def __call__(self, image: Image.Image) -> Any:
-        return self.transform(image if image.mode == self.mode else image.convert(self.mode))
+        return self.transform(_in_colors(image, self.mode))
 
 
-def _settings(model: nn.Module, image_size: int | None) -> dict[str, Any]:
+def load_image(file: str | Path) -> Image.Image:
+    """A file as torchvision's own loader reads it: palettes as colours, what is transparent without its transparency. But 16-bit
+    grey is scaled by its range, where that loader would make all above 255 white."""
+    with Image.open(file) as image:
+        return _in_colors(image, "RGB")
+
+
+def _in_colors(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format == "PNG"
+    ):  # the latter in Pillow's older versions
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+    if image.mode == mode:
+        image.load()  # which may fail, and closes the file
+        return image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Pillow's remark on the transparency of palettes
+        return image.convert(mode)
+
+
+def settings_of(model: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Size, mean and the like, as plain data."""
     own = {name: value for name, value in _own_settings(model).items() if name in SETTINGS}
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)

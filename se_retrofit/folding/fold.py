@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from ..surgery.record.runs import record
 from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
 from .factors import Factors, Scaling
-from .measuring import Labelled, Reference, batches_of, outputs_of, relative_change
+from .measuring import Labelled, Reference, first_batches, outputs_of, relative_change
 from .result import FoldedSite, FoldReport
 
 __all__ = ["fold_se"]
@@ -36,6 +37,7 @@ def fold_se(
     tolerance: float = 0.01,
     max_accuracy_loss: float = 0.005,
     max_batches: int = 8,
+    keys: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> M:
     """Fold SE modules whose gates hardly depend on the input into the network's own weights.
@@ -49,11 +51,13 @@ def fold_se(
 
     Args:
         model: a network that ``add_se`` made.
-        data: a Dataset (in batches of 32), a DataLoader or any iterable of batches; a batch is a tensor, or a tuple or
-            list of inputs and labels. With integer labels, the accuracy is taken into account as well.
+        data: what ``finetune`` takes, a Dataset (in batches of 32, its PIL images prepared as for a validation) or a DataLoader, or
+            any iterable of batches; a batch is a tensor, a tuple or list of inputs and labels, or a dict of them. With integer
+            labels, the accuracy is taken into account as well.
         tolerance: the largest change of the outputs, as the norm of the difference relative to the norm of the outputs.
         max_accuracy_loss: by how much the accuracy on the data may drop, from 0 to 1, and always by one image; ignored without labels.
         max_batches: maximum number of batches. The network runs over them about twice per site.
+        keys: of inputs and labels in dicts; None for usual ones, such as ``"image"`` and ``"label"``.
         inplace: change the given model instead of a copy.
 
     Returns:
@@ -75,8 +79,7 @@ def fold_se(
     _check(model, tolerance, max_accuracy_loss, max_batches)
     sites = plan_of(model).sites
     check_gates({site.path: model.get_submodule(site.path) for site in sites}, "it can't be folded")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches = batches_of(data, max_batches, device)
+    batches = first_batches(model, data, keys or (), max_batches)
     work = in_mode(copied(model, independent=True), False)
     with isolated(model), forked_randomness(), torch.no_grad():
         ses = {site.path: work.get_submodule(site.path) for site in sites}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset
 
+from ..batches import batches_of, inputs_and_labels
 from ..errors import RetrofitError
-from ..inspection.gates import parted
 from ..surgery.record.isolation import forked_randomness
 
-__all__ = ["Labelled", "Reference", "batches_of", "outputs_of", "relative_change"]
-
-BATCH_SIZE = 32  # of a Dataset, which has none of its own
+__all__ = ["Labelled", "Reference", "first_batches", "outputs_of", "relative_change"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +26,7 @@ class Labelled:
     labels: Tensor | None
 
 
-def batches_of(data: Any, most: int, device: torch.device) -> list[Labelled]:
+def first_batches(model: nn.Module, data: Any, keys: Sequence[str], most: int) -> list[Labelled]:
     """The first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device.
 
     Raises:
@@ -38,10 +35,13 @@ def batches_of(data: Any, most: int, device: torch.device) -> list[Labelled]:
     """
     if isinstance(data, (Tensor, str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}")
-    loader: Iterable[Any] = DataLoader(data, BATCH_SIZE) if isinstance(data, Dataset) else data
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found = []
     with forked_randomness():  # a DataLoader draws a seed for its workers
-        found = [_batch(item, device) for item in islice(_items(loader), most)]
-    found = [batch for batch in found if len(batch.inputs)]
+        for batch in islice(_items(batches_of(model, data, keys)), most):
+            inputs, labels = inputs_and_labels(batch, keys)
+            if len(inputs):
+                found.append(Labelled(inputs.to(device), None if labels is None else labels.to(device)))
     if not found:
         raise RetrofitError("the data yields no batch, so there are no gates to measure; give at least one batch")
     return found
@@ -56,11 +56,6 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
         raise TypeError(
             f"the data set's items can't be collated into a batch; give it a transform that returns tensors: {error}"
         ) from None
-
-
-def _batch(item: Any, device: torch.device) -> Labelled:
-    inputs, labels = parted(item)
-    return Labelled(inputs.to(device), None if labels is None else labels.to(device))
 
 
 # Outputs --------------------------------------------------------------------------------------------------------------

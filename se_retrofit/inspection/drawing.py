@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem, is_parameter
+from .inspected import Inspected
 from .layout import layered
 from .network import JOINS, network_of
 from .picture import picture
 from .svg import BOLD, LETTER, RADIUS, Picture, arrow, box, file_of, join, text
-
-if TYPE_CHECKING:
-    from .inspection import Inspection
 
 __all__ = ["sides_of", "write"]
 
@@ -34,7 +31,7 @@ ROLES = (
 )
 
 
-def write(found: Inspection, block: BlockPair | None, path: Path) -> None:
+def write(found: Inspected, block: BlockPair | None, path: Path) -> None:
     """Write the picture of one block before and after; or of the whole network, with each distinct block."""
     groups = found.distinct() if block is None else [[block]]
     frames = [_frame(group) for group in groups]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import batches_of, inputs_and_labels
 from ..errors import RetrofitError
 from ..models import IMAGES
 from ..surgery.record.copying import has_values
 from ..tables import aligned
-from .gates import SiteGates, gated_modules, gates_over, parted
+from .gates import SiteGates, gated_modules, gates_over
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +84,9 @@ class Excitations:
         return plot_stages(self.stages, self.classes, path)
 
 
-def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | None = None) -> Excitations:
+def excitations(
+    model: nn.Module, data: Any, *, max_batches: int | None = None, keys: Sequence[str] | None = None
+) -> Excitations:
     """Run a retrofitted model over data in eval mode and gather what its gates do.
 
     The model is not changed: its training flags are put back, its norms' statistics are not updated, and the hooks that
@@ -91,13 +94,15 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
 
     Args:
         model: a model that ``add_se`` has retrofitted.
-        loader: yields batches: tensors, or tuples or lists of inputs and labels (and more, which is ignored). Integer
+        data: what ``finetune`` takes, or another iterable of batches: tensors, tuples or lists of inputs and labels (and more, which
+            is ignored), or dicts of them. A Dataset comes in batches of 32, its PIL images prepared as for a validation. Integer
             labels, one for each input, give statistics by class.
         max_batches: stop after so many.
+        keys: of inputs and labels in dicts; None for usual ones, such as ``"image"`` and ``"label"``.
 
     Raises:
         RetrofitError: the model has no SE that ``add_se`` put in, modules without gates for each channel (CBAM), or no values (on
-            the meta device, or of fake tensors); or the loader yields nothing.
+            the meta device, or of fake tensors); or the data yields nothing.
         TypeError: the model is none, or a batch is neither a tensor nor begins with one.
 
     Example:
@@ -117,27 +122,28 @@ def excitations(model: nn.Module, loader: Iterable[Any], *, max_batches: int | N
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     inputs = 0
 
-    def batches() -> Iterable[tuple[Tensor, Tensor | None]]:
+    def labelled() -> Iterable[tuple[Tensor, Tensor | None]]:
         nonlocal inputs
-        for data, labels in map(parted, islice(loader, max_batches)):
-            inputs += len(data)
-            yield data.to(device), labels
+        for batch in islice(batches_of(model, data, keys or ()), max_batches):
+            images, labels = inputs_and_labels(batch, keys or ())
+            inputs += len(images)
+            yield images.to(device), labels
 
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.random.fork_rng(devices=[]):
-            found = gates_over(model, ses, batches())
+            found = gates_over(model, ses, labelled())
     finally:
         for module, flag in training:
             module.training = flag
     if not inputs:
-        raise RetrofitError("the loader yields no batch, so there are no gates to look at")
+        raise RetrofitError("the data yields no batch, so there are no gates to look at")
     missed = tuple(path for path in ses if path not in found)
-    return Excitations(tuple(found.values()), inputs, missed, _class_names(model, loader))
+    return Excitations(tuple(found.values()), inputs, missed, _class_names(model, data))
 
 
-def _class_names(model: nn.Module, loader: Any) -> tuple[str, ...]:
+def _class_names(model: nn.Module, data: Any) -> tuple[str, ...]:
     """The names of the classes, where the network or the data set tells them."""
-    names = vars(model).get(IMAGES, {}).get("classes") or getattr(getattr(loader, "dataset", None), "classes", ())
+    names = vars(model).get(IMAGES, {}).get("classes") or getattr(getattr(data, "dataset", data), "classes", ())
     return tuple(map(str, names))

@@ -16,7 +16,7 @@ from ..attention import check_gates
 from ..errors import check_module
 from ..retrofit import plan_of
 
-__all__ = ["GateLogger", "Moments", "SiteGates", "gated_modules", "gates_over", "parted", "saturation_limits"]
+__all__ = ["GateLogger", "Moments", "SiteGates", "gated_modules", "gates_over", "saturation_limits"]
 
 HARDLY = 0.01  # a gate that varies by less than this, as a standard deviation over inputs, is as good as constant
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -221,22 +221,6 @@ def gates_over(
         for hook in hooks:
             hook.remove()
     return {path: SiteGates.of(path, m, sizes[path], classes[path]) for path, m in seen.items() if m.rows}
-
-
-def parted(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """The inputs of a batch, and its labels if there are any that name classes.
-
-    Raises:
-        TypeError: it is neither a tensor nor begins with one.
-    """
-    inputs, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
-    if not isinstance(inputs, Tensor):
-        kind = type(inputs).__name__
-        raise TypeError(f"each batch must be a tensor, or a tuple or list that begins with one, got {kind}")
-    labels = rest[0] if rest else None
-    if isinstance(labels, Tensor) and labels.shape == inputs.shape[:1] and not labels.is_floating_point():
-        return inputs, labels
-    return inputs, None
 
 
 def gated_modules(model: nn.Module) -> dict[str, Any]:

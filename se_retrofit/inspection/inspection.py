@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..errors import RetrofitError, check_module
 from ..fusion.attention import FusedSEAttention
+from ..models import IMAGES
 from ..paths import writable
 from ..plan import Plan
 from ..retrofit import plan_of, warn_of_lost_sites
-from ..surgery.record.graph import Record
-from ..surgery.record.inputs import Inputs, described_inputs, given_inputs
+from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of
 from ..surgery.record.runs import record
-from .blocks import BlockPair
 from .diff import diff_lines
 from .drawing import write
 from .graphs import blocks_of
+from .inspected import Inspected
 from .lines import Line, Lines
 from .printing import block_lines, network_lines
 from .report import Report, report_of
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Inspection", "inspect_se"]
 
 
-@dataclass(eq=False, repr=False)
-class Inspection:
+class Inspection(Inspected):
     """What ``inspect_se`` found. ``print(inspection)`` prints the report, ``rich.print(inspection)`` prints it in colour.
 
     Where a view takes a ``block``, it is the path of a block, such as ``"layer1.0"``, of a module in it (its SE, say), or of
@@ -72,11 +72,6 @@ class Inspection:
         'resnet18.html'
     """
 
-    model: nn.Module
-    plan: Plan
-    record: Record
-    blocks: list[BlockPair]
-
     @cached_property
     def _report(self) -> Report:
         return report_of(self)
@@ -84,34 +79,6 @@ class Inspection:
     def report(self) -> Report:
         """What was put where, and what it costs: a row for each site, and totals."""
         return self._report
-
-    def distinct(self) -> list[list[BlockPair]]:
-        """The blocks in groups of the same structure, the one that shows it best first: of dense layers, the first that
-        is given several feature maps."""
-        groups: dict[tuple[Any, ...], list[BlockPair]] = {}
-        for block in self.blocks:
-            groups.setdefault(block.signature(), []).append(block)
-        return [sorted(group, key=lambda pair: pair.inputs < 2) for group in groups.values()]
-
-    def block(self, path: str) -> BlockPair:
-        """A block: its ``before.graph`` and ``after.graph``, and its ``sites``.
-
-        Raises:
-            RetrofitError: there is no such block.
-        """
-        exact = [pair for pair in self.blocks if path == pair.path or path in [site.path for site in pair.sites]]
-        known = path and path in dict(self.model.named_modules())
-        around = [pair for pair in self.blocks if known and pair.path and path.startswith(f"{pair.path}.")]
-        within = [pair for pair in self.blocks if known and pair.path.startswith(f"{path}.")]
-        if exact or around:
-            return exact[0] if exact else max(around, key=lambda pair: len(pair.path))
-        if len(within) == 1:
-            return within[0]
-        paths = [pair.path for pair in within or self.blocks]
-        few = ", ".join(paths[:6]) + (f", ... ({len(paths)} in all)" if len(paths) > 6 else "")
-        if within:
-            raise RetrofitError(f"{len(within)} blocks with SE are in {path!r}, name one: {few}")
-        raise RetrofitError(f"no block with SE that runs on these inputs is {path!r}; those that do are {few}")
 
     def graph(self, block: str | None = None) -> Lines:
         """The network at the level of its blocks: what each of them is, gives and takes; or the torch.fx graph of one block.
@@ -204,7 +171,8 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
     Args:
         model: a model that ``add_se`` has retrofitted; it is not touched.
         example_inputs: a tensor or a tuple of positional inputs, of which only shapes and dtypes are read: shapes and
-            multiply-adds are for these. Without it, inputs of the shapes that the model was retrofitted with.
+            multiply-adds are for these. Without it, images of the size that the model was fine-tuned at, or inputs of the shapes
+            that it was retrofitted with.
 
     Returns:
         One object for all views: ``report()``, ``graph()``, ``diff()``, ``draw()``, ``write_html()`` and, for what is made of
@@ -239,9 +207,11 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
 
 def _inputs(model: nn.Module, plan: Plan, example_inputs: Any) -> Inputs | None:
-    """The inputs given, or of the shapes that the model's plan was made on."""
+    """The inputs given, or of the size of the images that the model was fine-tuned on, or of the shapes that its plan was made on."""
     if example_inputs is not None:
         return given_inputs(example_inputs)
+    if (images := vars(model).get(IMAGES)) is not None:
+        return in_dtype_of(model, Inputs((torch.empty(2, *images["input_size"], device="meta"),)), None)
     try:
         return described_inputs(plan.inputs, model)
     except ValueError as error:

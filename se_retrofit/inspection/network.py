@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -12,9 +11,7 @@ from ..surgery.record.graph import Call, Op
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name, describe, join
 from .graphs import call_graph
-
-if TYPE_CHECKING:
-    from .inspection import Inspection
+from .inspected import Inspected
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
 
@@ -69,7 +66,7 @@ class Network:
     edges: list[Edge]
 
 
-def network_of(found: Inspection) -> Network:
+def network_of(found: Inspected) -> Network:
     """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
     called = {pair.path for pair in found.blocks if not pair.is_part}
     opened = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import extra
 from ..plan import folded
@@ -11,6 +11,7 @@ from .blocks import BlockPair
 from .costs import human
 from .diff import diff_lines
 from .drawing import sides_of
+from .inspected import Inspected
 from .lines import Line
 from .network import network_of
 from .picture import picture
@@ -20,15 +21,12 @@ from .report import NUMBERS, OPTIONAL, Report, percent
 with extra("inspect"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-if TYPE_CHECKING:
-    from .inspection import Inspection
-
 __all__ = ["page"]
 
 _CLASSES = {"green": "add", "red": "del", "cyan": "head", "bold": "head"}
 
 
-def page(found: Inspection, report: Report) -> str:
+def page(found: Inspected, report: Report) -> str:
     """The page about an inspected model."""
     from .. import __version__
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.fx.node import map_arg
 
@@ -11,16 +11,14 @@ from ..plan import Site
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned
 from .blocks import BlockPair, class_name, describe
+from .inspected import Inspected
 from .lines import Line
 from .network import Node, network_of
-
-if TYPE_CHECKING:
-    from .inspection import Inspection
 
 __all__ = ["block_lines", "headline", "network_lines"]
 
 
-def network_lines(found: Inspection) -> list[Line]:
+def network_lines(found: Inspected) -> list[Line]:
     """The blocks of an inspected model and what is between them."""
     names: dict[Node, str] = {}
     seen: Counter[str] = Counter()

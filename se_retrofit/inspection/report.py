@@ -14,11 +14,11 @@ from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned, as_html
 from .blocks import BlockPair, class_name
 from .costs import NOT_CALLED, SiteCost, human, multiply_adds, one_input, resized, site_costs
+from .inspected import Inspected
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from .inspection import Inspection
 
 __all__ = ["NUMBERS", "OPTIONAL", "Report", "Row", "percent", "report_of"]
 
@@ -181,7 +181,7 @@ def _change(before: int, after: int) -> str:
     return f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})"
 
 
-def report_of(found: Inspection) -> Report:
+def report_of(found: Inspected) -> Report:
     """The report on an inspected model."""
     model, plan, sites = found.model, found.plan, site_costs(found.record)
     modules = dict(model.named_modules())

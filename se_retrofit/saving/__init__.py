@@ -8,8 +8,8 @@ A folder that ``save_retrofitted`` writes holds two files and no pickle::
 ``save_se`` writes one file, the SE modules alone: a few percent of the network, to be put on the same base again.
 """
 
-from .hub import from_pretrained, push_to_hub
+from .hub import from_pretrained, model_card, push_to_hub
 from .modules import load_se, save_se
 from .networks import load_retrofitted, save_retrofitted
 
-__all__ = ["from_pretrained", "load_retrofitted", "load_se", "push_to_hub", "save_retrofitted", "save_se"]
+__all__ = ["from_pretrained", "load_retrofitted", "load_se", "model_card", "push_to_hub", "save_retrofitted", "save_se"]

@@ -15,13 +15,12 @@ from torch import nn
 from ..attention import Attention
 from ..errors import RetrofitError, brief
 from ..models import Base
-from ..plan import Plan
 from .atomic import settled
-from .base import named_base
+from .card import card_text
 from .networks import load_retrofitted, save_retrofitted
-from .recipe import RECIPE, WEIGHTS, network_in, read_recipe
+from .recipe import RECIPE, WEIGHTS, network_in
 
-__all__ = ["from_pretrained", "push_to_hub"]
+__all__ = ["from_pretrained", "model_card", "push_to_hub"]
 
 CARD = "README.md"
 
@@ -30,18 +29,20 @@ def push_to_hub(
     model: nn.Module | str | Path,
     repo_id: str,
     *,
+    license: str | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload a retrofitted network",
 ) -> str:
-    """Upload a retrofitted network to the Hugging Face hub: weights, recipe, and a model card with the plan's table.
+    """Upload a retrofitted network to the Hugging Face hub: weights, recipe, and the card that ``model_card`` gives.
 
     All files are uploaded in one commit. An existing card is kept.
 
     Args:
         model: a network that ``add_se`` made, or the folder that ``save_retrofitted`` or a fine-tune wrote.
         repo_id: ``"user/name"``; the repository is created if it does not exist.
+        license: what the card says, such as ``"apache-2.0"``.
         private: whether a newly created repository is private; None for the account's default.
         token: access token of the account; None for the one that ``hf auth login`` stored.
         revision: the branch; None for the main one.
@@ -63,25 +64,55 @@ def push_to_hub(
         >>> push_to_hub(model, "me/resnet10t-se")  # doctest: +SKIP
         'https://huggingface.co/me/resnet10t-se'
     """
-    if not isinstance(model, (nn.Module, str, Path)):
-        raise TypeError(f"model must be an nn.Module or a folder, got {brief(model)} of type {type(model).__name__}")
     api = huggingface_hub.HfApi(token=token, library_name="se_retrofit")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "network"
-        if isinstance(model, nn.Module):
-            save_retrofitted(model, folder)
-        else:
-            saved = settled(network_in(Path(model)))
-            read_recipe(saved)
-            folder.mkdir()
-            for name in (WEIGHTS, RECIPE):
-                shutil.copy(saved / name, folder / name)
+    with _saved(model) as saved, tempfile.TemporaryDirectory() as temporary:
+        folder, card = Path(temporary), card_text(saved, repo_id, license)
+        for name in (WEIGHTS, RECIPE):
+            shutil.copy(saved / name, folder / name)
         with _hub_errors(f"{repo_id} can't be uploaded"):
             url = str(api.create_repo(repo_id, private=private, exist_ok=True))
             if not api.file_exists(repo_id, CARD, revision=revision):
-                (folder / CARD).write_text(_card(folder, repo_id), encoding="utf-8")
+                (folder / CARD).write_text(card, encoding="utf-8")
             api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
     return url
+
+
+def model_card(model: nn.Module | str | Path, repo_id: str, *, license: str | None = None) -> str:
+    """The card that ``push_to_hub`` would upload. Nothing is sent.
+
+    It has the base, the licence if it is given, the size of the weights, classes and how images are prepared, the scores of the best
+    epoch where the folder is that of a run, how to load the network, and the table of the plan.
+
+    Args:
+        model, repo_id, license: as for ``push_to_hub``.
+
+    Raises:
+        RetrofitError, TypeError: as for ``push_to_hub``; ``repo_id`` is no name for a repository.
+
+    Example:
+        >>> import timm
+        >>> from se_retrofit import add_se
+        >>> from se_retrofit.saving import model_card
+        >>> card = model_card(add_se(timm.create_model("resnet10t")), "me/resnet10t-se", license="mit")
+        >>> [line for line in card.splitlines() if "licen" in line]
+        ['license: mit', '| licence | mit |']
+    """
+    with _hub_errors(f"{repo_id} can't be uploaded"):
+        huggingface_hub.utils.validate_repo_id(repo_id)
+    with _saved(model) as saved:
+        return card_text(saved, repo_id, license)
+
+
+@contextmanager
+def _saved(model: nn.Module | str | Path) -> Iterator[Path]:
+    """The folder of a saved network, made for the while where the network itself is given."""
+    if isinstance(model, nn.Module):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield save_retrofitted(model, Path(temporary) / "network")
+    elif isinstance(model, (str, Path)):
+        yield settled(network_in(Path(model)))
+    else:
+        raise TypeError(f"model must be an nn.Module or a folder, got {brief(model)} of type {type(model).__name__}")
 
 
 def from_pretrained(
@@ -136,41 +167,3 @@ def _hub_errors(what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RetrofitError(f"{what}: {reason}") from error
-
-
-def _card(folder: Path, repo_id: str) -> str:
-    recipe = read_recipe(folder)
-    plan = None if recipe["plan"] is None else Plan.from_dict({**recipe["plan"], "options": recipe["add_se"]})
-    base = named_base(recipe, folder)
-    data = huggingface_hub.ModelCardData(
-        library_name="se_retrofit",
-        tags=["squeeze-and-excitation", "channel-attention", "pytorch"],
-        base_model=str(base) if base is not None and base.library == "timm" and "." in base.name else None,
-    )
-    of = "" if base is None else f" of {base}"
-    bare = "" if base is not None else ", base=the_bare_network"
-    attention = (recipe["add_se"] or {}).get("attention")
-    bare += ", attention=the_same" if isinstance(attention, dict) else ""
-    options = {key: value for key, value in (recipe["add_se"] or {}).items() if value not in (None, [])}
-    given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    versions = ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())
-    table = "This network has no SE." if plan is None else f"Made by `add_se(model, {given})`:\n\n```text\n{plan}\n```"
-    inserted = "Squeeze-and-Excitation" if plan is None or plan.what == "SE" else f"{plan.what} modules"
-    return f"""---
-{data.to_yaml()}
----
-
-# {repo_id.rpartition("/")[2]}
-
-A copy{of} with {inserted} in its convolutional blocks.
-
-```python
-from se_retrofit.saving import from_pretrained
-
-model = from_pretrained("{repo_id}"{bare})
-```
-
-{table}
-
-Saved with {versions}.
-"""

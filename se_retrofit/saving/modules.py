@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch import nn
 
 from ..attention import Attention
+from ..checkpoints import check_keys
 from ..errors import RetrofitError, check_module
-from ..models import check_keys
 from ..plaindata import parse_json
 from ..plan import Plan
 from ..retrofit import has_se, plan_of

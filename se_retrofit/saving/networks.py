@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
             can't be written.
         TypeError: ``model`` is not an nn.Module, or ``base`` neither a name nor a ``Base``.
 
+    Warns:
+        UserWarning: where the network came from is not known, so whoever loads it must have the bare one.
+
     Example:
         >>> import tempfile, timm
         >>> from se_retrofit import add_se, load_retrofitted, save_retrofitted
@@ -60,7 +64,9 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
             "add_se returns the retrofitted network: model = add_se(model)"
         )
     with replaced_directory(Path(directory), (WEIGHTS, RECIPE)) as fresh:
-        write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
+        note = write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
+    if note:
+        warnings.warn(f"{directory}: {note}", stacklevel=2)
     return Path(directory)
 
 
@@ -117,8 +123,9 @@ def load_retrofitted(
     return in_mode(model, False)
 
 
-def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -> None:
-    """Write weights and recipe of a network, retrofitted or not, into an existing folder."""
+def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -> str:
+    """Write weights and recipe of a network, retrofitted or not, into an existing folder. What is returned says that the folder does
+    not tell how to build it, where that is so."""
     state, images = tensors_of(model), vars(model).get(IMAGES)
     plan = plan_of(model) if has_se(model) else None
     note = ""
@@ -147,6 +154,12 @@ def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -
         ) from error
     write_tensors(stored, folder / WEIGHTS, {"format": "pt"})
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+    return without_name(note) if base is None else ""
+
+
+def without_name(note: str) -> str:
+    """What is said of a network that can't be built by its name."""
+    return f"{note}; to load it, give the bare network: load_retrofitted(folder, base=network)"
 
 
 def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..checkpoints import check_keys
 from ..errors import RetrofitError
-from ..models import check_keys
 from ..surgery.record.copying import has_values
 
 __all__ = [

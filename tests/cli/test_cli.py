@@ -95,8 +95,10 @@ def test_the_output_folder_loads_as_it_is_with_the_checkpoint_that_it_started_fr
     torch.manual_seed(0)
     weights, folder = tmp_path / "weights.pth", tmp_path / "se"
     original = Base.of(SMALL, num_classes=5).build()
-    torch.save(original.state_dict(), weights)
+    torch.save({f"net.{key}": value for key, value in original.state_dict().items()}, weights)
     options = ["--num-classes", "5", "--reduction", "4", "--checkpoint", str(weights), "--output", str(folder)]
+    assert "remap" in str(run("add", SMALL, *options).exception)
+    options += ["--remap", "order"]
     result = run("add", SMALL, *options)
     assert result.exit_code == 0, result.output
     assert "drawn at random" not in result.output  # the weights given are the ones that were checked
@@ -130,6 +132,8 @@ def test_what_cannot_be_done_is_an_error_with_the_reason(arguments: list[str], s
         ["add", SMALL, "--reduction", "0"],
         ["add", SMALL, "--reduction", "many"],
         ["add", SMALL, "--pretrained", "--checkpoint", "x.pth"],
+        ["add", SMALL, "--remap", "order"],
+        ["finetune", SMALL, "--data", "digits", "--pretrained", "--checkpoint", "x.pth"],
         ["add", SMALL, "--placement", "middle"],
         ["add", SMALL, "--gate", "tanh"],
         ["finetune", SMALL, "--data", "digits", "--gate", "tanh"],
@@ -217,5 +221,5 @@ def test_options_of_the_recipe_are_its_fields(name: str) -> None:
         words = ["resnet18", "--data", "digits", "--batch-size", "8", "--seed", "3", "--compile", "--precision", "bf16"]
         with command.make_context(name, words, parent=parent) as context:
             assert recipe_fields(context) == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
-    without = {"compare": {"patience"}, "find-lr": {"epochs", "lr", "patience"}, "finetune": set()}[name]
+    without = {"compare": {"patience"}, "find-lr": {"epochs", "max_updates", "lr", "patience"}, "finetune": set()}[name]
     assert set(FinetuneConfig.model_fields) - {p.name for p in command.params} == without

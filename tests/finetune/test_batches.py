@@ -79,10 +79,13 @@ def test_two_processes_share_the_batches_of_one_with_the_doubled_size() -> None:
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15])
 def test_in_an_evaluation_by_three_processes_each_image_counts_once(length: int) -> None:
-    shares = [list(of(Numbers(length), train=False, batch_size=2, rank=r, world=3).batches(0)) for r in range(3)]
+    streams = [of(Numbers(length), train=False, batch_size=2, rank=r, world=3) for r in range(3)]
+    shares = [list(each.batches(0)) for each in streams]
     assert len({len(share) for share in shares}) == 1  # or some would wait for the others for ever
     counted = [int(i) for share in shares for batch in share for i in batch.images[batch.counts][:, 0]]
     assert sorted(counted) == list(range(length))
+    counts = torch.cat([batch.counts for share in shares for batch in share])
+    assert streams[0].places(len(counts))[counts].tolist() == counted
 
 
 def test_less_data_than_a_batch_makes_one_smaller_batch() -> None:

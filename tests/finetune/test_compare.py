@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from sweeps import swept
 from tiny import config, network, trained
 
 from se_retrofit import RetrofitError, has_se
-from se_retrofit.finetune import Comparison, Contrast, NamedData, compare
+from se_retrofit.finetune import Comparison, Contrast, NamedData, compare, comparing
 from se_retrofit.finetune.comparing import Arm
 
 
@@ -88,6 +89,21 @@ def test_se_is_compared_with_as_many_places_without_a_squeeze() -> None:
         assert said in contrast.verdict
 
 
+def test_the_intervals_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(comparing, "save_figure", lambda figure, file: figures.append(figure))
+    found = comparison([0.90, 0.91, 0.92], [0.95, 0.96, 0.971], static=[0.949, 0.955, 0.970])
+    found.plot(tmp_path / "comparison.png")
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["se - plain", "static - plain", "se - static"]
+    lines = [line.get_xdata().tolist() for line in axes.get_lines()[1:]]
+    for row, contrast in enumerate(found.contrasts):
+        seeds, interval, mean = lines[3 * row : 3 * row + 3]
+        assert seeds == pytest.approx([100 * difference for difference in contrast.differences])
+        assert interval == pytest.approx([100 * end for end in contrast.interval or ()])
+        assert mean == pytest.approx([100 * contrast.difference])
+
+
 @pytest.mark.parametrize("seeds", swept([1], [2]))
 def test_all_arms_start_from_the_same_weights_take_as_many_steps_and_go_on_where_they_were(
     digits: NamedData, tmp_path: Path, seeds: int
@@ -113,6 +129,7 @@ def test_all_arms_start_from_the_same_weights_take_as_many_steps_and_go_on_where
     assert first[0] == first[1] == first[2]  # the evaluation before any step
     assert gates[0] is None
     assert gates[1] == gates[2]  # all 1
+    assert (tmp_path / "comparison.png").exists()
     assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(found.to_dict()))
     alone = trained(network(se=False), digits, recipe={"seed": found.seeds[-1]})
     assert alone.best_accuracy == found.arms["plain"].accuracies[-1]

@@ -6,12 +6,15 @@ import copy
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sklearn.metrics
 import timm
 import torch
+from matplotlib.figure import Figure
 from pictures import make_folder
 from PIL import Image
 from tiny import config, network, trained
@@ -110,6 +113,35 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     shutil.copytree(pictures / "val", tmp_path / "more")
     shutil.copytree(pictures / "val", tmp_path / "more" / "red" / ".ipynb_checkpoints")
     assert len(list(predict(model, [tmp_path / "more"], batch_size=3))) == 10
+
+
+def test_images_that_cannot_be_read_are_named_and_skipped_where_so_asked(
+    result: Path, pictures: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    bad = folder / "val" / "blue" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    for command in (
+        ("predict", result, folder / "val", "--batch-size", "2"), ("evaluate", result, "--data", folder, "--workers", "0"),
+        ("fold", result, "--data", folder, "--tolerance", "100", "--json", tmp_path / "fold.json"),
+    ):  # fmt: skip
+        with pytest.raises(RetrofitError, match=rf"{bad}.*skip"):
+            raise run(*command).exception or AssertionError(command)
+        said = run(*command, "--bad-images", "skip")
+        assert said.output.count(str(bad)) == 1
+        assert said.exit_code == (command[0] == "predict")  # which could not do all
+        if command[0] == "evaluate":
+            assert "9 images: accuracy" in said.output
+        if command[0] == "predict":
+            rows = list(csv.DictReader(said.stdout.splitlines()))
+            assert [Path(row["file"]).name for row in rows] == ["0.jpg", "2.jpg", "3.png", "4.jpg"] + [
+                "0.jpg",
+                "1.png",
+                "2.jpg",
+                "3.png",
+                "4.jpg",
+            ]
+    assert json.loads((tmp_path / "fold.json").read_text())["inputs"] == 9
 
 
 @pytest.mark.parametrize(
@@ -213,6 +245,32 @@ def test_scores_of_classes_agree_with_scikit_learn(loader: bool) -> None:
     softened = evaluate(Answers(), TensorDataset(logits[:, :, None, None], soft), config=CONFIG)
     assert softened.f1 == scores.f1
     assert softened.loss > scores.loss
+
+
+def test_the_confusion_of_classes_with_long_names_has_room_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, targets = one_class()
+    found = evaluate(Answers(), TensorDataset(logits[:, :, None, None], targets), config=CONFIG)
+    named = replace(
+        found, classes=tuple(replace(c, name=f"class {c.name} {'of a long name ' * 9}") for c in found.classes)
+    )
+    sizes = []
+
+    def look(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        save(figure, *args, **kwargs)
+        figure.draw_without_rendering()
+        axes = figure.axes[0]
+        sizes.append(axes.get_window_extent().width / figure.dpi)
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            assert all(figure.bbox.contains(*corner) for corner in label.get_window_extent().corners())
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", look)
+    for evaluation in (found, named):
+        evaluation.plot(tmp_path / "confusion.png")
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.25)
+    assert sizes[1] > 2.2
 
 
 def test_scores_of_several_labels_agree_with_scikit_learn() -> None:

@@ -61,7 +61,9 @@ def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None
     assert type(load_retrofitted(output / "best")).__name__ == "SqueezeNet"
 
 
-def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
+def test_mistakes_are_one_clear_error_that_names_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("batch_size: 0\nlr: 0.0\n")
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "run.yaml").write_text("command: null\n")
     (tmp_path / "odd").mkdir()
@@ -70,12 +72,14 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
         (["nosuchnet", "--data", "digits"], "'nosuchnet'"),
         (["resnet18", "--data", "digit"], "'digit'"),
         (["resnet18"], "--data"),
-        (["resnet18", "--data", "digits", "--epochs", "0"], "epochs: .*got 0"),
-        (["resnet18", "--data", "digits", "--optimizer-options", "3"], "optimizer_options: .*got 3"),
+        (["resnet18", "--data", "digits", "--epochs", "0"], "^--epochs: .*got 0"),
+        (["resnet18", "--data", "digits", "--optimizer-options", "3"], "^--optimizer-options: .*got 3"),
         (["resnet18", "--data", "digits", "--arg", "wings"], "NAME=VALUE"),
         (["resnet18", "--data", "digits", "--arg", "wings=2"], "resnet18 can't be built"),
+        (["resnet18", "--data", "digits", "--batch-size", "3", "--mixup", "1"], "--batch-size must be even"),
+        (["resnet18", "--data", "digits", "--multi-label"], "^--multi-label needs --loss bce or"),
+        (["resnet18", "--data", "digits", "--config", "bad.yaml"], r"bad.yaml: batch_size: .*; lr: "),
         (["resnet18", "--data", "digits", "--config", "none.yaml"], "none.yaml can't be read"),
-        (["resnet18", "--data", "digits", "--pretrained", "--checkpoint", "x"], "--pretrained or --checkpoint"),
         (["--lr", "3", "--resume", str(tmp_path)], "remove lr, output"),
     ]:
         with pytest.raises(RetrofitError, match=says):
@@ -84,6 +88,11 @@ def test_mistakes_are_one_clear_error(tmp_path: Path) -> None:
         with pytest.raises(RetrofitError, match=says):
             run("finetune", "--resume", folder)
     assert not (tmp_path / "run").exists()
+    pictures = make_folder(tmp_path / "pictures")
+    for words in (["finetune", "test_resnet"], ["compare", "test_resnet"], ["fold", tmp_path]):
+        with pytest.raises(RetrofitError, match=r"pictures/runs/1 .*--output"):
+            run(*words, "--data", pictures, "--output", pictures / "runs" / "1")
+    assert not (pictures / "runs").exists()
 
 
 def test_another_experiment_gets_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tiny import config, network, same, state_of
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from se_retrofit import RetrofitError
 from se_retrofit.finetune import FinetuneConfig, NamedData, find_lr, finetune, load_data
+from se_retrofit.finetune import rates as rates_module
 from se_retrofit.finetune.rates import learning_rates
 
 PLAIN = FinetuneConfig(
@@ -92,6 +94,15 @@ def test_the_suggestion_is_where_the_loss_falls_fastest_whatever_comes_after() -
     noise = 0.01 * np.random.default_rng(0).normal(size=121)
     found = learning_rates(rates.tolist(), (fall + rise + noise).tolist(), True)
     assert found.suggestion == pytest.approx(0.01, rel=0.5)
+    with pytest.MonkeyPatch.context() as patch:  # the fall fills the picture, whatever the rise
+        drawn: list[Figure] = []
+        patch.setattr(rates_module, "save_figure", lambda figure, file: drawn.append(figure))
+        found.plot("lr.png")
+    (axes,) = drawn[0].axes
+    low, high = axes.get_ylim()
+    assert max(found.losses) > 5 * high
+    assert low < 0.5 < 2 < high < 3
+    assert 0.5 < axes.get_xlim()[1] < 2
 
 
 def test_there_is_no_suggestion_where_the_loss_hardly_falls() -> None:

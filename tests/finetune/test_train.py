@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -46,7 +47,7 @@ def test_it_learns_and_the_saved_result_predicts_with_the_same_accuracy(tmp_path
 def test_the_first_evaluation_is_that_of_the_network_before_the_retrofit(digits: NamedData) -> None:
     before = evaluate(network(se=False), digits.val, config=config())
     result = trained(network(), digits)
-    first = {name: value for name, value in result.history[0].items() if name != "gates"}
+    first = {name: value for name, value in result.history[0].items() if name not in ("gates", "hardest")}
     assert first == {"epoch": 0, **{f"val_{name}": value for name, value in before.scores().items()}}
 
 
@@ -203,6 +204,7 @@ def test_a_run_prints_a_table_and_writes_metrics_and_recipe(
     assert lines[0].startswith("ResNet, 4 SE modules; ")
     header = next(i for i, line in enumerate(lines) if "val acc" in line)
     assert [line.split()[0] for line in lines[header + 1 : header + 4]] == ["0", "1", "2"]
+    assert any("ResNet does not tell the name" in line and "base=network" in line for line in lines[:header])
     assert any(f"best validation accuracy {result.best_accuracy:.2%}" in line for line in lines)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == result.history
     updates = [json.loads(line) for line in (tmp_path / "updates.jsonl").read_text().splitlines()]
@@ -315,9 +317,7 @@ def test_what_cannot_be_trained_is_refused(
         finetune(model, **{"train_data": digits.train, "config": config(), "quiet": True, **options})
 
 
-def test_a_loss_that_is_no_longer_finite_stops_and_keeps_the_last_good_checkpoint(
-    digits: NamedData, tmp_path: Path
-) -> None:
+def test_images_that_are_not_finite_stop_the_run_at_the_last_good_checkpoint(digits: NamedData, tmp_path: Path) -> None:
     class Explodes(torch.utils.data.Dataset[Any]):
         """Its 12th batch holds a value that is not finite."""
 
@@ -331,11 +331,39 @@ def test_a_loss_that_is_no_longer_finite_stops_and_keeps_the_last_good_checkpoin
 
         asked = 0
 
-    with pytest.raises(RetrofitError, match=r"nan in epoch 2, update 12 \(number 4 of the epoch\).*last"):
-        trained(network(), Explodes(), recipe={"epochs": 3}, output_dir=tmp_path)
+    with pytest.raises(RetrofitError, match=r"images .* in epoch 2, update 12 \(number 4 of the epoch\).*last"):
+        trained(network(), Explodes(), recipe={"epochs": 3, "log_every": 6}, output_dir=tmp_path)
     kept = load_retrofitted(tmp_path / "last", base=network(se=False))
     assert all(torch.isfinite(p).all() for p in kept.parameters())
     assert json.loads((tmp_path / "last" / "training.json").read_text())["progress"]["updates"] == 8
+
+
+@pytest.mark.parametrize(
+    ("most", "accumulated", "lengths"), [(3, 1, [3]), (12, 1, [8, 4]), (6, 2, [4, 2]), (99, 1, [8] * 3)]
+)
+def test_a_run_ends_after_max_updates_and_its_schedule_with_it(
+    most: int, accumulated: int, lengths: list[int], digits: NamedData, tmp_path: Path
+) -> None:
+    recipe = {"epochs": 3, "max_updates": most, "grad_accum_steps": accumulated, "warmup_ratio": 0.0}
+    result = trained(network(), digits, recipe=recipe, output_dir=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "updates.jsonl").read_text().splitlines()]
+    assert [sum(row["epoch"] == epoch + 1 for row in rows) for epoch in range(len(lengths))] == lengths
+    assert (result.updates, len(result.history)) == (sum(lengths), len(lengths) + 1)
+    assert result.stopped == ("updates" if most < 99 else "epochs")
+    assert rows[0]["lr"] == pytest.approx(5e-4 * (1 + math.cos(math.pi / sum(lengths))), rel=1e-6)
+    assert rows[-1]["lr"] == pytest.approx(0)
+    again = trained(network(), digits, recipe=recipe, output_dir=tmp_path, resume=True)
+    assert again.history == result.history
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_update_whenever_it_is_looked_at(digits: NamedData) -> None:
+    calls = itertools.count(1)
+
+    def criterion(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits.mean() * (math.nan if next(calls) >= 3 else 1)
+
+    with pytest.raises(RetrofitError, match=r"loss became nan in epoch 1, update 3 .*lower lr"):
+        trained(network(), digits.train, recipe={"log_every": 100}, criterion=criterion)
 
 
 def test_weights_that_are_no_longer_finite_are_not_kept(digits: NamedData, tmp_path: Path) -> None:

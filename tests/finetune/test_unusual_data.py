@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from se_retrofit import RetrofitError, add_se, load_retrofitted
 from se_retrofit.finetune import NamedData, engine, evaluate, finetune, parts, predict
+from se_retrofit.finetune.learning import mixed
 from se_retrofit.finetune.parts import layout_of
-from se_retrofit.finetune.train import mixed
 from se_retrofit.models import Base
 
 # Mixup and cutmix
@@ -91,11 +91,14 @@ PLAIN = TensorDataset(torch.zeros(8, 3, 16, 16), torch.zeros(8).long())
     [
         (RAGGED, {}, r"\(3, 16, 16\), \(3, 17, 16\)"),
         (RAGGED, {"workers": 1}, r"^the images of a batch .*\(3, 16, 16\), \(3, 17, 16\)$"),  # and no traceback
-        ([{"image": torch.zeros(3, 16, 16), "label": 0}] * 8, {}, r"^train_data .*\(image, class\) pairs.*dict"),
+        ([torch.zeros(3, 16, 16)] * 8, {}, r"^train_data .*\(image, class\) pairs.*Tensor"),
+        ([{"photo": torch.zeros(3, 16, 16), "label": 0}] * 8, {}, r"keys photo, label.*keys="),
+        ([{"image": torch.zeros(3, 16, 16), "name": "a"}] * 8, {}, r"^train_data .*keys image, name.*keys="),
+        ([{"image": torch.zeros(3, 16, 16), "label": 0}] * 8, {"keys": ["image", "kind"]}, "not kind"),
         (DataLoader(PLAIN, batch_size=None), {}, r"train_data .*\(3, 16, 16\) and shape \(\)"),
         (Subset(PLAIN, [0]), {}, "freeze_bn=True"),  # too small for a batch norm
     ],
-    ids=["shapes", "in a loading process", "dicts", "no batches", "one image"],
+    ids=["shapes", "in a loading process", "no pairs", "photo", "no class", "keys", "no batches", "one image"],
 )
 def test_data_that_make_no_batches_are_refused_in_words(data: Any, fields: dict[str, Any], says: str) -> None:
     with pytest.raises(RetrofitError, match=says):

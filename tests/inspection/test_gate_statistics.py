@@ -139,8 +139,8 @@ def test_plot_has_a_row_a_stage_and_lines_with_the_names_of_classes(found: Excit
 def test_mistakes_in_data_and_models() -> None:
     with pytest.raises(RetrofitError, match="no batch"):
         excitations(network(), [])
-    with pytest.raises(TypeError, match="dict"):
-        excitations(network(), [{"image": torch.randn(1, 3, 32, 32)}])
+    with pytest.raises(TypeError, match="got str"):
+        excitations(network(), {"image": torch.randn(1, 3, 32, 32)})
     for look in (lambda model: excitations(model, BATCHES), GateLogger):
         with pytest.raises(RetrofitError, match="no SE"):
             look(small_resnet())

