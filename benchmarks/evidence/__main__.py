@@ -5,6 +5,10 @@ folder of their own:
 
     python -m benchmarks.evidence --jobs 2
     python -m benchmarks.evidence --data path/to/images --image-size 64 --folder evidence-on-mine --page mine.md
+
+The second part, a pretrained network on pictures that others made, has results of its own, ``real.jsonl``:
+
+    python -m benchmarks.evidence --real
 """
 
 from __future__ import annotations
@@ -16,7 +20,15 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 
 from .arms import ARMS
 from .networks import NETWORKS
@@ -48,6 +60,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=setting.image_size, help="of --data")
     parser.add_argument("--folder", type=Path, default=HERE, help="of results.jsonl and of the trained bases")
     parser.add_argument("--page", type=Path, default=HERE.parents[1] / "docs" / "evidence.md")
+    parser.add_argument(
+        "--real", action="store_true", help="the second part; of the other options, --seeds, --folder and --page hold"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, each with one thread")
     parser.add_argument("--only-page", action="store_true", help="run nothing; write the page from what there is")
     return parser.parse_args()
@@ -85,8 +100,35 @@ def run(units: list[Unit], jobs: int) -> None:
                 progress.advance(bar)
 
 
+def run_real(folder: Path, page: Path, seeds: int, only_page: bool) -> None:
+    """The second part, in one process with one thread."""
+    import torch
+
+    from .real import CELLS, RealBench, cell_runs
+    from .real_page import write_real
+    from .results import Results
+    from .robustness import grid_runs
+    from .scratch import scratch_runs
+
+    results = Results(folder / "real.jsonl")
+    if not only_page:
+        torch.set_num_threads(1)
+        bench = RealBench(results, folder / "packages")
+        studies = {name: cell_runs(bench, cell, seeds) for name, cell in CELLS.items()}
+        studies |= {"from scratch": scratch_runs(bench, seeds)}
+        studies |= {f"learning rates, {optimizer}": grid_runs(bench, optimizer) for optimizer in ("adamw", "sgd")}
+        for name, runs in studies.items():
+            for _ in track(runs, name):
+                pass
+    write_real(page, RealBench(results), seeds)
+
+
 def main() -> int:
     options = arguments()
+    if options.real:
+        run_real(options.folder, options.page, options.seeds, options.only_page)
+        print(f"{options.page} written")
+        return 0
     fields = ("train", "test", "base_epochs", "epochs", "data", "image_size")
     bench = Bench(options.folder, Setting(**{name: getattr(options, name) for name in fields}))
     tasks = [options.data] if options.data else options.tasks

@@ -26,11 +26,13 @@ class Arm:
     Attributes:
         build: makes the network of the arm from a copy of the base, on an input of the given shape.
         trains: which modules are trained: ``"all"``, ``"se"``, ``"norms"`` or ``"head"``; the head always is.
+        keeps_statistics: whether norms that are trained keep their running statistics; those that are frozen always do.
     """
 
     name: str
     build: Callable[[nn.Module, torch.Tensor], nn.Module]
     trains: str = "all"
+    keeps_statistics: bool = False
 
     def prepare(self, base: nn.Module, example: torch.Tensor, seed: int) -> nn.Module:
         """The network of the arm; the base is left as it is."""
@@ -42,9 +44,9 @@ class Arm:
         return model
 
     def set_modes(self, model: nn.Module) -> None:
-        """Train mode, but for frozen norms, whose statistics stay as they are."""
+        """Train mode, but for norms whose statistics stay as they are."""
         model.train()
-        if self.trains in ("se", "head"):
+        if self.keeps_statistics or self.trains in ("se", "head"):
             for module in model.modules():
                 if is_norm(module):
                     module.eval()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +21,7 @@ from .sites import DEPTH, Scored, rank_correlation, scored
 from .studies import GRADMAX_TASKS, NETWORK, SEEDS
 from .study import RATES, Bench, Missing
 
-__all__ = ["Selection", "write_page"]
+__all__ = ["Selection", "fill", "table", "write_page"]
 
 T = TypeVar("T")
 
@@ -87,16 +88,21 @@ def write_page(page: Path, chosen: Selection, *, pictures: bool = True) -> None:
         "choices": _choices,
         "gradmax": _gradmax,
     }
+    fill(page, {name: partial(make, chosen) for name, make in parts.items()})
+    if pictures:
+        _draw(page, chosen)
+
+
+def fill(page: Path, parts: Mapping[str, Callable[[], str]]) -> None:
+    """Make each part that the page has between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. A page that is missing is made."""
     text = page.read_text(encoding="utf-8") if page.exists() else _skeleton(list(parts))
     for name, make in parts.items():
         marks = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if marks.search(text):
-            made = make(chosen)
+            made = make()
             text = marks.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)  # type: ignore[misc]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")
-    if pictures:
-        _draw(page, chosen)
 
 
 def _draw(page: Path, chosen: Selection) -> None:
@@ -135,7 +141,7 @@ def _against(chosen: Selection, arms: list[str], control: str) -> str:
         rows.append([network, task, f"{level:.1f}", *(str(column[f"{network}, {task}"]) for column in columns)])
     if len(rows) > 1:
         rows.append(["all", f"{len(rows)} rows", "", *(str(column["all"]) for column in columns)])
-    return _table(["network", "task", f"{control}, %", *arms], rows)
+    return table(["network", "task", f"{control}, %", *arms], rows)
 
 
 def _costs(chosen: Selection) -> str:
@@ -150,7 +156,7 @@ def _costs(chosen: Selection) -> str:
         time = fmean(run["cpu_seconds"] / other["cpu_seconds"] for run, other in zip(runs, plain, strict=True))
         start, after = (100 * fmean(run[name] for run in runs) for name in ("start_accuracy", "accuracy"))
         rows.append([arm, f"{start:.1f}", f"{after:.1f}", f"{time:.2f}"])
-    return _table(["arm", "accuracy before, %", "after, %", f"time of training / {chosen.arms[0]}"], rows)
+    return table(["arm", "accuracy before, %", "after, %", f"time of training / {chosen.arms[0]}"], rows)
 
 
 def _sites(chosen: Selection) -> str:
@@ -172,7 +178,7 @@ def _sites(chosen: Selection) -> str:
         rows.append(["gains with another base", *(f"{mean:+.2f}" for mean in means), f"{fmean(means):+.2f}"])
     largest = [fmean(max(base.gains) for base in bases) for bases in found.values()]
     rows.append(["largest gain of a site, nats", *(f"{gain:.3f}" for gain in largest), f"{fmean(largest):.3f}"])
-    return _table(["score", *found, f"all {sum(map(len, found.values()))} bases"], rows)
+    return table(["score", *found, f"all {sum(map(len, found.values()))} bases"], rows)
 
 
 def _choices(chosen: Selection) -> str:
@@ -196,7 +202,7 @@ def _choices(chosen: Selection) -> str:
         return "No results yet."
     rows = [[*_row(name, by_task), f"{fmean(parameters[name]):,.0f}"] for name, by_task in found.items()]
     tasks = next(iter(found.values()))
-    return _table(["sites", *tasks, f"all {sum(map(len, tasks.values()))} bases", "parameters"], rows)
+    return table(["sites", *tasks, f"all {sum(map(len, tasks.values()))} bases", "parameters"], rows)
 
 
 def _row(name: str, by_task: dict[str, list[float]]) -> list[str]:
@@ -225,7 +231,7 @@ def _gradmax(chosen: Selection) -> str:
     if not rows:
         return "No results yet."
     rows.append(["all", *(str(Difference.of(values)) for values in everything.values())])
-    return _table(["task", *(f"after {n} epoch{'s' * (n > 1)}" for n in EPOCHS)], rows)
+    return table(["task", *(f"after {n} epoch{'s' * (n > 1)}" for n in EPOCHS)], rows)
 
 
 def _present(of_seed: Callable[[int], T]) -> Iterator[T]:
@@ -237,7 +243,8 @@ def _present(of_seed: Callable[[int], T]) -> Iterator[T]:
             continue
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([lines[0], f"|{' --- |' * len(header)}", *lines[1:]])

@@ -17,8 +17,8 @@ CLEAR, UNCLEAR = "#c0392b", "#7f8c8d"
 
 
 def draw_differences(compared: dict[str, dict[str, Difference]], path: Path) -> None:
-    """One panel for each comparison, one interval for each row; those that leave zero out stand out."""
-    names = list(next(iter(compared.values())))
+    """One panel for each comparison, one interval for each row that it has; those that leave zero out stand out."""
+    names = list(dict.fromkeys(name for found in compared.values() for name in found))
     # the same bytes each time, so that a page that did not change shows no difference
     with plt.rc_context({"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure, panels = plt.subplots(
@@ -26,7 +26,8 @@ def draw_differences(compared: dict[str, dict[str, Difference]], path: Path) -> 
         )
         for panel, (title, found) in zip(panels[0], compared.items(), strict=True):
             for row, name in enumerate(names):
-                difference = found[name]
+                if (difference := found.get(name)) is None:
+                    continue
                 panel.errorbar(
                     difference.mean, row, xerr=difference.half, fmt="D" if name == "all" else "o", markersize=4,
                     capsize=2, color=CLEAR if difference.clear else UNCLEAR,

@@ -23,7 +23,6 @@ from .parts import head_of, se_modules
 
 __all__ = ["Learning", "fan_in_scales", "learning", "param_groups", "rates_in_words", "try_out"]
 
-FULL_RATE = 16  # inputs up to which a layer of an SE module learns at the full rate
 HAVE_FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
 
@@ -93,8 +92,8 @@ def param_groups(
         model: of it, what requires a gradient is in the groups.
         lr: of the body.
         weight_decay: of the weights; norms and biases get none.
-        se_lr_scale: multiplies ``lr`` for the SE modules, whose layers with more than 16 inputs have it times 16 / inputs, so
-            that gates move alike at every width (in proportion to the fan-in, as in muP, Yang et al., arXiv:2203.03466).
+        se_lr_scale: multiplies ``lr`` for the SE modules, whose layers have it divided by their number of inputs, so that gates move
+            alike at every width (as in muP, Yang et al., arXiv:2203.03466), and no faster than a norm's scales.
         head_lr_scale: multiplies ``lr`` for the classifier; take 1 where it is not new.
         layer_decay: multiplies ``lr`` once more for each layer further from the head.
 
@@ -108,8 +107,8 @@ def param_groups(
         >>> model = add_se(timm.create_model("resnet18", num_classes=10))
         >>> groups = param_groups(model, lr=1e-3)
         >>> optimizer = torch.optim.AdamW(groups)
-        >>> [f"{group['lr']:.5f}" for group in groups if group["name"] == "se"]
-        ['0.00025', '0.00100', '0.00013', '0.00006', '0.00050', '0.00003']
+        >>> [f"1e-3 / {1e-3 / group['lr']:.0f}" for group in groups if group["name"] == "se"]
+        ['1e-3 / 64', '1e-3 / 8', '1e-3 / 128', '1e-3 / 16', '1e-3 / 256', '1e-3 / 32', '1e-3 / 512']
     """
     groups = scaled_groups(model, weight_decay, se_lr_scale, head_lr_scale, layer_decay)
     return [{"lr": lr * group.pop("lr_scale"), **group} for group in groups]
@@ -159,25 +158,26 @@ def scales_by_layer(model: nn.Module, layer_decay: float) -> dict[int, float]:
 
 
 def fan_in_scales(module: nn.Module) -> dict[int, float]:
-    """What the learning rate of each parameter is multiplied by, ``min(1, 16 / fan_in)`` of its layer, by the parameter's id.
+    """What the learning rate of each parameter is multiplied by, ``1 / fan_in`` of its layer, by the parameter's id.
 
     Under Adam each weight moves by about the learning rate, whatever its gradient, so what a layer gives out moves by that times
-    its number of inputs. In a pretrained network a gate behind a wide layer is saturated after a few updates, and
-    has no gradient from then on. With rates in proportion to 1 / fan_in, the way in which hidden layers are scaled in muP (Yang et
-    al., arXiv:2203.03466), gates move alike at every width. A bias has the rate of its layer; parameters of a layer
-    without a weight of two dims or more (a static factor, a norm) have the full one.
+    its number of inputs: in a pretrained network, gates behind wide layers are far from 1 after a few updates, those of all blocks at
+    once, and the network has forgotten what it knew. With rates in proportion to 1 / fan_in, the way in which hidden layers are scaled
+    in muP (Yang et al., arXiv:2203.03466), gates move alike at every width; divided by the fan-in as it is, about as a static factor
+    or a norm's scale does. A bias has the rate of its layer; parameters of a layer without a weight of two dims or more (a
+    static factor, a norm) have the full one.
 
     Example:
         >>> from torch import nn
         >>> from se_retrofit.finetune.learning import fan_in_scales
         >>> list(fan_in_scales(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64))).values())
-        [0.25, 0.25, 1.0, 1.0]
+        [0.015625, 0.015625, 0.125, 0.125]
     """
     scales = {}
     for layer in module.modules():
         own = list(layer.parameters(recurse=False))
         fan_in = max((weight.numel() // max(len(weight), 1) for weight in own if weight.dim() > 1), default=1)
-        scales.update({id(parameter): min(1.0, FULL_RATE / max(fan_in, 1)) for parameter in own})
+        scales.update({id(parameter): 1 / max(fan_in, 1) for parameter in own})
     return scales
 
 

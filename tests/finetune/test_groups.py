@@ -18,10 +18,13 @@ from se_retrofit.finetune.learning import fan_in_scales, scaled_groups
 
 
 def wide_network(attention: str = "se") -> nn.Module:
-    """Blocks of 8, 8, 16 and 64 channels; the layers of the last one's SE have 64 and 32 inputs, all others 16 or fewer."""
+    """Blocks of 8, 8, 16 and 64 channels; their SE's layers have as many inputs, and half as many."""
     torch.manual_seed(0)
     model = ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 64), num_classes=10, zero_init_last=False)
     return add_se(model, reduction=2, attention=attention)
+
+
+LR = 3e-3
 
 
 def movement(channels: int, scaled: bool) -> float:
@@ -30,7 +33,7 @@ def movement(channels: int, scaled: bool) -> float:
     se = SEAttention(channels, reduction=8, gate="identity")
     groups = scaled_groups(se, 0.0, 1.0, 1.0)
     optimizer = torch.optim.Adam(
-        [{"params": group["params"], "lr": 3e-3 * (group["lr_scale"] if scaled else 1.0)} for group in groups]
+        [{"params": group["params"], "lr": LR * (group["lr_scale"] if scaled else 1.0)} for group in groups]
     )
     x = torch.rand(8, channels, 2, 2)
     for _ in range(2):
@@ -40,9 +43,10 @@ def movement(channels: int, scaled: bool) -> float:
     return float((se.gates(x).detach() - 1).abs().mean())
 
 
-def test_gates_move_alike_at_every_width() -> None:
+def test_gates_move_alike_at_every_width_and_no_faster_than_a_norm_s_scale() -> None:
     narrow, wide = (movement(channels, scaled=True) for channels in (128, 4096))
     assert wide == pytest.approx(narrow, rel=0.2)
+    assert narrow < 2 * LR  # as far as two updates move a scale
     assert movement(4096, scaled=False) > 0.9  # of at most 1: saturated by two updates
 
 
@@ -59,8 +63,8 @@ def test_a_layer_is_scaled_by_its_own_fan_in_whatever_module_it_is_in() -> None:
     scales = fan_in_scales(attention)
     by_name = {name: scales[id(parameter)] for name, parameter in attention.named_parameters()}
     assert by_name == {
-        "factor": 1.0, "eca.weight": 1.0, "spatial.weight": 16 / 98, "spatial.bias": 16 / 98,
-        "wide.weight": 0.25, "wide.bias": 0.25, "norm.weight": 1.0, "norm.bias": 1.0,
+        "factor": 1.0, "eca.weight": 1 / 5, "spatial.weight": 1 / 98, "spatial.bias": 1 / 98,
+        "wide.weight": 1 / 64, "wide.bias": 1 / 64, "norm.weight": 1.0, "norm.bias": 1.0,
     }  # fmt: skip
 
 
@@ -74,10 +78,10 @@ def test_layers_of_one_rate_share_a_group_and_the_run_tells_the_rates(
 ) -> None:
     result = trained(wide_network(), digits.val, recipe={"se_lr_scale": 2.0, "head_lr_scale": 5.0}, quiet=False)
     se = {group["lr_scale"]: group["tensors"] for group in result.groups if group["name"] == "se"}
-    assert se == {2.0: 6, 1.0: 1, 0.5: 1}
-    assert Counter(group["name"] for group in result.groups) == {"se": 3, "head": 2, "body": 2}
+    assert se == {2 / inputs: tensors for inputs, tensors in {4: 2, 8: 3, 16: 1, 32: 1, 64: 1}.items()}
+    assert Counter(group["name"] for group in result.groups) == {"se": 5, "head": 2, "body": 2}
     assert sum(group["tensors"] for group in result.groups) == len(list(result.model.parameters()))
-    told = "learning rates at their peak: body 1.00e-03; head 5.00e-03; SE 5.00e-04 to 2.00e-03, by the fan-in of its layers"
+    told = "learning rates at their peak: body 1.00e-03; head 5.00e-03; SE 3.13e-05 to 5.00e-04, by the fan-in of its layers"
     assert told in capsys.readouterr().out.splitlines()
 
 
@@ -92,17 +96,17 @@ def test_find_lr_trains_each_layer_at_its_part_of_the_rate(digits: NamedData, mo
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     found = find_lr(wide_network(), digits.val, config=config(trainable="se"), steps=10)
     for rate, groups in zip(found.rates, seen[-10:], strict=True):
-        assert groups == {(scale, rate * scale) for scale in (1.0, 0.5, 0.25)}
+        assert groups == {(scale, rate * scale) for scale in (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)}
 
 
 def test_a_run_whose_parameters_were_divided_otherwise_is_not_resumed(digits: NamedData, tmp_path: Path) -> None:
     trained(wide_network(), digits.val, output_dir=tmp_path)
     file = tmp_path / "last" / "training.json"
     whole, model = file.read_text(), wide_network()
-    file.write_text(whole.replace("se at 0.25 lr", "se at 5 lr"))  # as an earlier version had it
+    file.write_text(whole.replace("se at 0.01562 lr", "se at 5 lr"))  # as an earlier version had it
     assert file.read_text() != whole
     before = state_of(model)
-    with pytest.raises(RetrofitError, match=r"parameter groups, se at 0\.25 lr.*None then, 1 now.*se at 5 lr"):
+    with pytest.raises(RetrofitError, match=r"parameter groups, se at 0\.01562 lr.*None then, 1 now.*se at 5 lr"):
         trained(model, digits.val, recipe={"epochs": 2}, output_dir=tmp_path, resume=True)
     assert same(before, model.state_dict())
 
@@ -112,7 +116,9 @@ def test_se_and_head_have_their_own_learning_rate_and_norms_no_decay() -> None:
     groups = scaled_groups(model, weight_decay=0.1, se_lr_scale=5.0, head_lr_scale=2.0)
     by_kind = {(g["name"], g["weight_decay"]): g for g in groups}
     assert set(by_kind) == {("se", 0.1), ("head", 0.1), ("head", 0.0), ("body", 0.1), ("body", 0.0)}
-    assert [by_kind[k]["lr_scale"] for k in (("se", 0.1), ("head", 0.0), ("body", 0.1))] == [5.0, 2.0, 1.0]
+    assert [by_kind[k]["lr_scale"] for k in (("head", 0.0), ("body", 0.1))] == [2.0, 1.0]
+    scales = fan_in_scales(model)
+    assert all(g["lr_scale"] == 5.0 * scales[id(p)] for g in groups if g["name"] == "se" for p in g["params"])
     assert all(p.ndim == 1 for p in by_kind["body", 0.0]["params"])
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
@@ -136,6 +142,6 @@ def test_with_layer_decay_layers_learn_the_more_slowly_the_further_they_are_from
     depths = [model.conv1, *(layer[0].conv1 for layer in (model.layer1, model.layer2, model.layer3, model.layer4))]
     assert [scale[id(conv.weight)] for conv in depths] == [0.5 ** (5 - depth) for depth in range(5)]
     se = next(p for n, p in model.layer2.named_parameters() if "se_attention" in n)
-    assert scale[id(se)] == 5.0 * scale[id(model.layer2[0].conv1.weight)]
+    assert scale[id(se)] == 5.0 / se.shape[1] * scale[id(model.layer2[0].conv1.weight)]
     with pytest.raises(RetrofitError, match="no layers in Sequential"):
         scaled_groups(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), 0.1, 1.0, 1.0, layer_decay=0.7)

@@ -1,0 +1,161 @@
+"""The tables and the picture of the second part of docs/evidence.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .difference import Difference
+from .page import fill, table
+from .pictures import draw_differences
+from .real import CELLS, KEPT, Cell, RealBench
+from .robustness import EPOCHS, GRID_RATES, GRID_SEEDS, REDUCTIONS, SCOPES, grid
+from .scratch import SCRATCH_ARMS, scratch_run, searched
+from .study import Missing
+
+__all__ = ["write_real"]
+
+NAMES = {"head": "head only", "static": "static factors"}
+
+
+def write_real(page: Path, bench: RealBench, seeds: int, *, pictures: bool = True) -> None:
+    """Fill in the second part's tables, and draw its picture beside the page.
+
+    Args:
+        page: a Markdown file.
+        bench: what has not been run is left out.
+        seeds: of each cell.
+        pictures: whether it is drawn.
+    """
+    done = {name: cell for name, cell in CELLS.items() if _is_complete(bench, cell, seeds)}
+    frozen, whole = (
+        {n: c for n, c in done.items() if (c.arms[0] == "head") == is_frozen} for is_frozen in (True, False)
+    )
+    fill(
+        page,
+        {
+            "real-frozen": partial(_cells, bench, frozen, seeds),
+            "real-all": partial(_cells, bench, whole, seeds),
+            "real-scratch": partial(_scratch, bench, seeds),
+            "robustness": partial(_robustness, bench),
+        },
+    )
+    if pictures and done:
+        arms = list(dict.fromkeys(_short(arm) for cell in done.values() for arm in cell.arms[1:]))
+        compared: dict[str, dict[str, Difference]] = {arm: {} for arm in reversed(arms)}
+        for name, cell in done.items():
+            for arm in cell.arms[1:]:
+                compared[_short(arm)][name] = _difference(bench, cell, arm, seeds)
+        titled = {f"{arm} - {'head' if arm == 'norms' else 'head or plain'}": found for arm, found in compared.items()}
+        draw_differences(titled, page.with_name(f"{page.stem}-real.svg"))
+
+
+def _short(arm: str) -> str:
+    name = arm.removesuffix(KEPT).removesuffix(", all")
+    return NAMES.get(name, name)
+
+
+def _run(bench: RealBench, cell: Cell, arm: str, seed: int) -> dict[str, Any]:
+    return bench.run(cell.tuning(arm, bench.search(cell, arm), seed))
+
+
+def _is_complete(bench: RealBench, cell: Cell, seeds: int) -> bool:
+    try:
+        for arm in cell.arms:
+            for seed in range(seeds):
+                _run(bench, cell, arm, seed)
+    except Missing:
+        return False
+    return True
+
+
+def _difference(bench: RealBench, cell: Cell, arm: str, seeds: int) -> Difference:
+    """The accuracy of an arm above that of the cell's first, in points, paired by seed."""
+    pairs = ((_run(bench, cell, arm, seed), _run(bench, cell, cell.arms[0], seed)) for seed in range(seeds))
+    return Difference.of([100 * (run["accuracy"] - other["accuracy"]) for run, other in pairs])
+
+
+def _cells(bench: RealBench, cells: dict[str, Cell], seeds: int) -> str:
+    """One row per cell, the mean over them, and the parameters that are trained."""
+    if not cells:
+        return "No results yet."
+    rows, means = [], []
+    arms = next(iter(cells.values())).arms
+    for name, cell in cells.items():
+        level = 100 * fmean(_run(bench, cell, cell.arms[0], seed)["accuracy"] for seed in range(seeds))
+        found = [_difference(bench, cell, arm, seeds) for arm in cell.arms[1:]]
+        means.append([difference.mean for difference in found])
+        rows.append([name, f"{level:.1f}", *map(str, found)])
+    if len(rows) > 1:
+        rows.append(["all", "", *(str(Difference.of(column)) for column in zip(*means, strict=True))])
+    first = next(iter(cells.values()))
+    counts = [_run(bench, first, arm, 0)["parameters"] for arm in first.arms]
+    rows.append(["parameters trained", f"{counts[0]:,}", *(f"{count:,}" for count in counts[1:])])
+    return table(["cell", f"{_short(arms[0])}, %", *map(_short, arms[1:])], rows)
+
+
+def _scratch(bench: RealBench, seeds: int) -> str:
+    rows = []
+    try:
+        plain = [scratch_run(bench, "plain", searched(bench, "plain"), seed) for seed in range(seeds)]
+        for arm in SCRATCH_ARMS:
+            lr = searched(bench, arm)
+            runs = [scratch_run(bench, arm, lr, seed) for seed in range(seeds)]
+            above = Difference.of([100 * (a["accuracy"] - b["accuracy"]) for a, b in zip(runs, plain, strict=True)])
+            level = 100 * fmean(run["accuracy"] for run in runs)
+            rows.append(
+                [arm, f"{level:.1f}", "" if arm == "plain" else str(above), f"{lr:g}", f"{runs[0]['parameters']:,}"]
+            )
+    except Missing:
+        return "No results yet."
+    return table(["trained from scratch", "accuracy, %", "above plain", "learning rate", "parameters"], rows)
+
+
+def _robustness(bench: RealBench) -> str:
+    """A row for each setting of which anything was run."""
+    heads = ["trained", "optimizer", "lr", "pictures", "without SE", *(f"SE, r = {r}" for r in REDUCTIONS)]
+    before = ["before: 16 lr / inputs", "before: lr"]
+    rows = []
+    for optimizer in ("adamw", "sgd"):
+        for scope in SCOPES:
+            for lr in sorted(GRID_RATES, reverse=True):
+                for task in EPOCHS:
+                    found = _levels(bench, optimizer, scope, task, lr)
+                    if not any(found.values()):
+                        continue
+                    now = [_spread(found.get(f"r = {r}, lr / inputs", [])) for r in REDUCTIONS]
+                    once = [
+                        " / ".join(_spread(found[key]) for r in REDUCTIONS if found.get(key := f"r = {r}, {rates}"))
+                        for rates in ("16 lr / inputs", "lr")
+                    ]
+                    without = " / ".join(_spread(found[control]) for control in SCOPES[scope][0] if found[control])
+                    rows.append(
+                        [scope, {"adamw": "AdamW", "sgd": "SGD"}[optimizer], f"{lr:g}", task, without, *now, *once]
+                    )
+    return table([*heads, *before], rows) if rows else "No results yet."
+
+
+def _levels(bench: RealBench, optimizer: str, scope: str, task: str, lr: float) -> dict[str, list[float]]:
+    """The accuracies of each seed that has been run, in percent."""
+    found: dict[str, list[float]] = {}
+    for seed in range(GRID_SEEDS):
+        for name, tuning in grid(optimizer, scope, task, lr, seed).items():
+            found.setdefault(name, []).extend(_present(bench, tuning))
+    return found
+
+
+def _present(bench: RealBench, tuning: Any) -> Iterator[float]:
+    try:
+        yield 100 * bench.run(tuning)["accuracy"]
+    except Missing:
+        return
+
+
+def _spread(levels: list[float]) -> str:
+    """The mean and, of several, the lowest."""
+    if not levels:
+        return ""
+    return f"{fmean(levels):.0f}" + (f" ({min(levels):.0f})" if len(levels) > 1 else "")

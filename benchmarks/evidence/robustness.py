@@ -1,0 +1,48 @@
+"""Which learning rates does SE bear? The same fine-tunes at several of them, without SE, and with SE whose layers learn at several
+parts of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from .real import KEPT, RealBench, Tuning
+
+__all__ = ["GRID_RATES", "GRID_SEEDS", "grid", "grid_runs"]
+
+GRID_RATES = (1e-3, 3e-3, 1e-2)
+GRID_SEEDS = 4
+SEEDS = {"lr / inputs": 4, "16 lr / inputs": 4, "lr": 1}  # by the rates of SE's layers
+SEEDS_SGD = {"lr / inputs": 4}
+EPOCHS = {"emoji": 2, "Fashion-MNIST": 2}
+REDUCTIONS = (4, 8, 32)
+# the arms without SE, and what the names of those with SE end with
+SCOPES = {"frozen": (("norms", f"norms{KEPT}"), ""), "all trained": (("plain, all",), ", all")}
+
+
+def grid(optimizer: str, scope: str, task: str, lr: float, seed: int) -> dict[str, Tuning]:
+    """The fine-tunes that are compared with each other, by what they show: the arms without SE by their names, and those with
+    it as ``"r = 8, lr / inputs"``, where they are run with such a seed."""
+    controls, suffix = SCOPES[scope]
+    found = {control: Tuning(task, control, lr, seed, EPOCHS[task], optimizer) for control in controls}
+    for rates, seeds in (SEEDS if optimizer == "adamw" else SEEDS_SGD).items():
+        for r in REDUCTIONS if seed < seeds else ():
+            arm = f"SE, r = {r}{suffix}"
+            found[f"r = {r}, {rates}"] = Tuning(task, arm, lr, seed, EPOCHS[task], optimizer, rates)
+    return found
+
+
+def grid_runs(
+    bench: RealBench,
+    optimizer: str,
+    scopes: Iterable[str] = tuple(SCOPES),
+    rates: Iterable[float] = GRID_RATES,
+    seeds: int = GRID_SEEDS,
+) -> Iterator[None]:
+    """All of them, seed by seed; yields after every run."""
+    for seed in range(seeds):
+        for lr in sorted(rates, reverse=True):
+            for scope in scopes:
+                for task in EPOCHS:
+                    for tuning in grid(optimizer, scope, task, lr, seed).values():
+                        bench.run(tuning)
+                        yield
