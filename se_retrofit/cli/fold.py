@@ -33,8 +33,7 @@ def fold_command(
 
     Which sites are folded is decided on the validation images. Load the result with load_retrofitted.
     """
-    from ..finetune.data import counted, stream
-    from ..finetune.transforms import transforms_for
+    from ..finetune.transforms import prepared_batches
     from ..folding import fold_se
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_directory
@@ -47,13 +46,10 @@ def fold_command(
     if json_file is not None:
         writable(json_file)
     parts, _ = open_data(context, data, config)
-    transform, console = transforms_for(network, config, train=False), Console()
-    images = stream(
-        parts.val, name="val", train=False, batch_size=32, transform=transform, bad_images=config.bad_images
-    )
-    readable = counted(images.batches(0), lambda complaint: say(console, f"left out: {complaint}"))
+    console = Console()
+    images = prepared_batches(network, parts.val, config, lambda complaint: say(console, f"left out: {complaint}"))
     folded = fold_se(
-        network, readable, tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, max_batches=batches, inplace=True
+        network, images, tolerance=tolerance, max_accuracy_loss=max_accuracy_loss, max_batches=batches, inplace=True
     )
     report: Any = folded.fold_report
     with replaced_directory(target, (WEIGHTS, RECIPE)) as fresh:

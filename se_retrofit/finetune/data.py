@@ -6,7 +6,7 @@ import itertools
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
 from .targets import class_numbers, image_weights, targets_together
 from .workers import begin_worker, told_plainly
 
-__all__ = ["Batch", "Stream", "counted", "gives_images", "stream"]
+__all__ = ["Batch", "Stream", "gives_images", "stream"]
 
 # What reading a broken image or a vanished file raises. Anything else is a bug in the data set, and passes as it is.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -90,15 +90,6 @@ def default_workers(data: Any, world: int) -> int:
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return max(1, min(8, (os.cpu_count() or 1) // here))
-
-
-def counted(batches: Iterable[Batch], tell: Callable[[str], object]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and targets without those that don't count; of the unreadable ones ``tell`` is told."""
-    for batch in batches:
-        for complaint in batch.complaints:
-            tell(complaint)
-        if batch.counts.any():
-            yield batch.images[batch.counts], batch.targets[batch.counts]
 
 
 # Datasets

@@ -125,7 +125,7 @@ class Run:
         folder: where it is kept, None for nowhere.
         stop: the run ends after a checkpoint once this is set.
         trained: the part that is trained now.
-        best_weights: the state dict of the best epoch so far, on the CPU.
+        first_weights, best_weights: the state dicts of before the first update and of the best epoch so far, on the CPU.
         step_times: seconds of an update, one for each look.
     """
 
@@ -143,6 +143,7 @@ class Run:
     callbacks: Callbacks
     stop: threading.Event
     progress: Progress = field(default_factory=Progress)
+    first_weights: dict[str, Tensor] = field(default_factory=dict)
     best_weights: dict[str, Tensor] | None = None
     saved_at: float = field(default_factory=time.monotonic)
     step_times: list[float] = field(default_factory=list)
@@ -198,8 +199,7 @@ class Run:
 
     def keep_best(self) -> None:
         """Write ``best/``, and keep its weights in memory."""
-        state = self.tested.state_dict()
-        self.best_weights = {key: value.detach().to("cpu", copy=True) for key, value in state.items()}
+        self.best_weights = weights_of(self.tested)
         if self.folder is not None and self.rank == 0:
             self.folder.save_best(self.tested)
 
@@ -248,17 +248,30 @@ class Run:
                 what = "the images hold values that are not finite" if broken else f"the loss became {loss / seen}"
                 self._diverged(what, len(sums) - number, PIXELS if broken else RATES)
 
+    def begin_with(self) -> None:
+        """Keep the weights that there are, and raise where they are no good."""
+        self.first_weights = weights_of(self.model)
+        parameters = dict(self.model.named_parameters())
+        for name in not_finite(self.model):
+            if name in parameters or self.first_weights[name].isnan().any():
+                raise RetrofitError(f"{name} of the network is not finite before any training: look at its weights")
+
     def check_weights(self) -> None:
         """Raise where a weight is no longer finite: a loss can be, and its gradient not; what is written must be good."""
-        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        for name in not_finite(self.model):
+            before = self.first_weights.get(name)
+            if before is None or before.isfinite().all():  # a mask of infinities was none before
                 self._diverged(f"{name} is no longer finite", 0, RATES)
 
     def _diverged(self, what: str, behind: int, cure: str) -> NoReturn:
+        """Raise; the network gets the last weights back that are known to be good."""
+        self.model.load_state_dict(self.best_weights or self.first_weights)
+        back = "the weights of its best epoch" if self.best_weights else "the weights that it began with"
         progress, step = self.progress, self.progress.step - behind
         raise RetrofitError(
             f"{what} in epoch {progress.epoch + 1 if step else progress.epoch}, update {progress.updates - behind}"
-            f"{f' (number {step} of the epoch)' if step else ''}. {cure}{self._kept(' The last good checkpoint is {}.')}"
+            f"{f' (number {step} of the epoch)' if step else ''}. {cure} The network has {back}."
+            f"{self._kept(' The last good checkpoint is {}.')}"
         )
 
     def _kept(self, sentence: str) -> str:
@@ -277,3 +290,14 @@ class Run:
             self.rank,
         )  # fmt: skip
         callback(facts)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict on the CPU."""
+    return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The names of parameters and buffers of the state dict that hold NaN or an infinity."""
+    floating = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
+    return [name for name, t in floating.items() if not bool(torch.isfinite(t).all())]

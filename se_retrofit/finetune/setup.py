@@ -109,12 +109,12 @@ def started(job: Job) -> Iterator[Run]:
     ):  # fmt: skip
         with structure_kept(job.model):
             run, remark = build(job, accelerator, wanted)
-            if run.folder is not None:
-                resumed = job.resume and has_checkpoint(run.folder.path)
-                if resumed:
-                    restore(run)
-                if run.rank == 0:
-                    run.folder.begin(job.command, resumed=resumed)
+            resumed = run.folder is not None and job.resume and has_checkpoint(run.folder.path)
+            if resumed:
+                restore(run)
+            run.begin_with()
+            if run.folder is not None and run.rank == 0:
+                run.folder.begin(job.command, resumed=resumed)
             run.log.resume(run.progress.updates)
         with run.log, trackers(accelerator, job.config):
             introduce(run, remark)

@@ -17,7 +17,7 @@ from ..batches import BATCH_SIZE, keys_in
 from ..errors import RetrofitError
 from ..models import IMAGES, Base
 from .config import FinetuneConfig
-from .data import counted, gives_images, stream
+from .data import gives_images, stream
 
 __all__ = [
     "check_classes",
@@ -127,12 +127,20 @@ def _names_in(data: Any, keys: Sequence[str]) -> list[str] | None:
     return getattr(features.get(keys_in(features, keys)[1]), "names", None)
 
 
-def prepared_batches(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterator[tuple[Tensor, Tensor]]:
-    """The PIL images of a data set in batches of 32, as in a validation of the network."""
-    transform = transforms_for(model, FinetuneConfig(), train=False)
-    return counted(
-        stream(data, name="data", train=False, batch_size=BATCH_SIZE, transform=transform, keys=keys).batches(0), print
-    )
+def prepared_batches(
+    model: nn.Module, data: Any, config: FinetuneConfig, tell: Callable[[str], object]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and targets of a data set in batches of 32, as in a validation of the network; ``tell`` hears of those that can't be
+    read, where the config skips them."""
+    images = stream(
+        data, name="data", train=False, batch_size=BATCH_SIZE, transform=transforms_for(model, config, train=False),
+        bad_images=config.bad_images, keys=config.keys,
+    )  # fmt: skip
+    for batch in images.batches(0):
+        for complaint in batch.complaints:
+            tell(complaint)
+        if batch.counts.any():
+            yield batch.images[batch.counts], batch.targets[batch.counts]
 
 
 def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> Callable[[Any], Any]:

@@ -132,6 +132,7 @@ def test_grey_of_16_bits_is_scaled_by_its_range(tmp_path: Path) -> None:
     wanted = prepared(Image.fromarray(np.rint(grey / 257).astype(np.uint8)), **settings)
     with Image.open(tmp_path / "grey.png") as image:
         assert torch.equal(prepared(image, **settings), wanted)
+        assert torch.equal(transform_of(classifier())(image), wanted)
 
 
 def test_a_program_is_made_for_images_of_the_size_that_the_network_was_trained_on(tmp_path: Path) -> None:

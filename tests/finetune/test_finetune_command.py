@@ -88,7 +88,7 @@ def test_mistakes_are_one_clear_error_that_names_options(tmp_path: Path, monkeyp
         with pytest.raises(RetrofitError, match=says):
             run("finetune", "--resume", folder)
     assert not (tmp_path / "run").exists()
-    pictures = make_folder(tmp_path / "pictures")
+    pictures = make_folder(Path("pictures"))
     for words in (["finetune", "test_resnet"], ["compare", "test_resnet"], ["fold", tmp_path]):
         with pytest.raises(RetrofitError, match=r"pictures/runs/1 .*--output"):
             run(*words, "--data", pictures, "--output", pictures / "runs" / "1")

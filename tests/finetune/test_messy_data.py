@@ -28,13 +28,13 @@ from se_retrofit.inspection import excitations
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_grey_pictures_of_16_bits_are_scaled_by_their_range(ending: str, tmp_path: Path) -> None:
-    values = np.arange(256, dtype=np.uint16)[None].repeat(8, 0) * 257
+    values = np.linspace(0, 65535, 320).astype(np.uint16).reshape(8, 40)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for number in range(2):
             Image.fromarray(values).save(tmp_path / name / f"{number}.{ending}")
     image = load_data(tmp_path).train[0][0]
-    assert np.array_equal(np.asarray(image), (values // 257).astype(np.uint8)[..., None].repeat(3, 2))
+    assert np.allclose(np.asarray(image), values[..., None].repeat(3, 2) / 65535 * 255, rtol=0, atol=0.5001)
     prepare = transforms_for(network(), FinetuneConfig(image_size=8), train=False)
     with Image.open(tmp_path / "a" / f"0.{ending}") as unread:  # as a data set of one's own may hand it on
         assert torch.equal(prepare(unread), prepare(image))
@@ -68,8 +68,9 @@ def test_a_limit_takes_so_many_images_of_each_class_everywhere(tmp_path: Path) -
         assert says in said.output, said.output
     whole = load_data(folder / "train")  # which is split by the folder of a run, and then cut
     for part in (whole.train, whole.val):
-        few = limited(part, 2)
-        assert [whole.train.dataset.targets[index] for index in few.indices] == [0, 0, 1, 1]
+        for most in (1, 2):
+            few = limited(part, most)
+            assert [whole.train.dataset.targets[index] for index in few.indices] == [0] * most + [1] * most
         assert few.indices == limited(part, 2).indices
         assert {*few.indices} <= {*part.indices}
         assert class_names_of(few) == ["blue", "red"]

@@ -294,6 +294,8 @@ def test_mistakes_in_the_recipe_leave_the_network_as_it_was(
 
 
 LAZY = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(10))
+BROKEN = network()
+nn.init.constant_(BROKEN.fc.bias, math.nan)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,7 @@ LAZY = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(10))
         (LAZY, RetrofitError, r"2\.weight has no values", {}),
         (nn.Sequential(nn.Linear(2, 2, device="meta")), RetrofitError, r"0\.weight has no values", {}),
         (nn.Conv2d(3, 5, 3), RetrofitError, r"shape \(16, 5, 14, 14\)", {}),
+        (BROKEN, RetrofitError, r"fc\.bias .* before any training", {}),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
@@ -331,10 +334,11 @@ def test_images_that_are_not_finite_stop_the_run_at_the_last_good_checkpoint(dig
 
         asked = 0
 
+    model = network()
     with pytest.raises(RetrofitError, match=r"images .* in epoch 2, update 12 \(number 4 of the epoch\).*last"):
-        trained(network(), Explodes(), recipe={"epochs": 3, "log_every": 6}, output_dir=tmp_path)
+        trained(model, Explodes(), recipe={"epochs": 3, "log_every": 6}, output_dir=tmp_path)
     kept = load_retrofitted(tmp_path / "last", base=network(se=False))
-    assert all(torch.isfinite(p).all() for p in kept.parameters())
+    assert all(torch.isfinite(p).all() for net in (kept, model) for p in net.state_dict().values())
     assert json.loads((tmp_path / "last" / "training.json").read_text())["progress"]["updates"] == 8
 
 
@@ -368,9 +372,12 @@ def test_a_loss_that_is_not_finite_is_told_with_its_update_whenever_it_is_looked
 
 def test_weights_that_are_no_longer_finite_are_not_kept(digits: NamedData, tmp_path: Path) -> None:
     recipe = {"optimizer": "sgd", "lr": 1e30, "clip_grad": None, "warmup_ratio": 0.0, "schedule": "constant"}
-    with pytest.raises(RetrofitError, match="lower lr"):
-        trained(network(), digits.train, recipe=recipe, output_dir=tmp_path)
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(RetrofitError, match=r"lower lr.* began with"):
+        trained(model, digits.train, recipe=recipe, output_dir=tmp_path)
     assert not (tmp_path / "last").exists()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_network_and_a_teacher_whose_train_returns_nothing_are_trained_with(digits: NamedData) -> None:
