@@ -133,7 +133,9 @@ def main() -> None:
     options.network = "resnet18" if options.small else "resnet50"
     written(options.page.read_text(encoding="utf-8"), "")  # rather now than after the measurements
     began = time.perf_counter()
-    parts = [f"{machine(options.device)}; {options.network}, batch {options.batch}, {options.size}x{options.size}, bfloat16, {LAYOUT}"]
+    parts = [
+        f"{machine(options.device)}; {options.network}, batch {options.batch}, {options.size}x{options.size}, bfloat16, {LAYOUT}"
+    ]
     left_out = 0
     for section in sections(options):
         if time.perf_counter() - began > options.seconds:
