@@ -46,14 +46,14 @@ def tests(options: argparse.Namespace) -> str:
 
 
 def train_rows(options: argparse.Namespace, compiled: bool) -> str:
-    models, _ = training.variants("resnet50")
+    models, _ = training.variants(options.network)
     header = ("", "ms", "/ plain", "saved MiB", "saved / plain", "peak MiB above the weights")
     rows = training.measure(models, compiled, DTYPE, LAYOUT, options)
     return f"Forward and backward, {'compiled' if compiled else 'eager'}:\n\n{table(header, rows)}"
 
 
 def inference(options: argparse.Namespace, compiled: bool) -> str:
-    models, _ = training.variants("resnet50")
+    models, _ = training.variants(options.network)
     for model in models.values():
         model.to(options.device, memory_format=LAYOUTS[LAYOUT])
     x = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
@@ -76,7 +76,7 @@ def resumed(options: argparse.Namespace) -> str:
 
     def network() -> nn.Module:
         torch.manual_seed(0)
-        return add_se(timm.create_model("resnet50", num_classes=10))
+        return add_se(timm.create_model(options.network, num_classes=10))
 
     whole = finetune(network(), data, config=config, quiet=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,7 @@ def resumed(options: argparse.Namespace) -> str:
 def against_bare(options: argparse.Namespace) -> str:
     count = options.batch * options.updates
     images, targets = torch.randn(count, 3, options.size, options.size), torch.arange(count) % 10
-    model = add_se(timm.create_model("resnet50", num_classes=10))
+    model = add_se(timm.create_model(options.network, num_classes=10))
     options.precision = "bf16"
     found = loop.seconds_of(model, images, targets, time.perf_counter, options)
     return f"The loop reaches {ratio(found['bare'], found['finetune'])} of a bare PyTorch loop's images a second."
@@ -123,16 +123,19 @@ def written(page: str, text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--small", action="store_true", help="tiny batches of tiny images, eager only")
+    parser.add_argument("--small", action="store_true", help="a small network, tiny batches of tiny images, eager only")
     parser.add_argument("--page", type=Path, default=PAGE, help="where the Markdown goes, between the markers")
     parser.add_argument("--seconds", type=float, default=330, help="nothing new is begun after so many")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device; --device cpu --small tries the script without one")
     options.batch, options.size, options.rounds, options.updates = (2, 32, 1, 2) if options.small else (256, 224, 10, 8)
+    options.network = "resnet18" if options.small else "resnet50"
     written(options.page.read_text(encoding="utf-8"), "")  # rather now than after the measurements
     began = time.perf_counter()
-    parts = [f"{machine(options.device)}; batch {options.batch}, {options.size}x{options.size}, bfloat16, {LAYOUT}"]
+    parts = [
+        f"{machine(options.device)}; {options.network}, batch {options.batch}, {options.size}x{options.size}, bfloat16, {LAYOUT}"
+    ]
     left_out = 0
     for section in sections(options):
         if time.perf_counter() - began > options.seconds:

@@ -21,13 +21,8 @@ from torch import Tensor, nn
 from se_retrofit import add_se, fuse_se
 from se_retrofit.fusion import plan_fusion
 
-# timm's networks, and the same with SE where timm has one
-NETWORKS = {
-    "resnet50": "seresnet50",
-    "resnext50_32x4d": "seresnext50_32x4d",
-    "mobilenetv2_100": None,
-    "convnext_tiny": None,
-}
+# timm's networks; where timm has one with "se" before its name, that is measured as well
+NETWORKS = ["resnet50", "resnext50_32x4d", "mobilenetv2_100", "convnext_tiny"]
 
 
 def variants(name: str) -> tuple[dict[str, nn.Module], str]:
@@ -40,8 +35,8 @@ def variants(name: str) -> tuple[dict[str, nn.Module], str]:
         models["fused"] = fuse_se(models["retrofitted"])
     else:
         remark = f"{name} has no SE that can be fused: {fusion.skipped[0].reason}."
-    native = NETWORKS.get(name)
-    if native is not None:
+    native = f"se{name}"
+    if timm.is_model(native):
         models["native SE"] = timm.create_model(native)
     return models, remark
 
@@ -103,7 +98,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="of timm")
+    parser.add_argument("--networks", nargs="*", default=NETWORKS, help="of timm")
     parser.add_argument("--modes", nargs="*", default=["eager", "compiled"], choices=("eager", "compiled"))
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], help="of the autocast")
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))

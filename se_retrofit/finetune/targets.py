@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,15 +22,21 @@ def targets_together(targets: Sequence[Any]) -> Tensor:
     Raises:
         RetrofitError: they are neither numbers nor vectors of one length.
     """
-    try:
+    with _told(targets):
         together = torch.stack([torch.as_tensor(target) for target in targets])
+    if together.dim() == 2 and together.shape[1] == 1 and not together.is_floating_point():
+        together = together[:, 0]
+    return class_numbers(together)
+
+
+@contextmanager
+def _told(targets: Sequence[Any]) -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError, RuntimeError) as error:
         raise RetrofitError(
             f"targets must be class numbers, or vectors of one length, got {', '.join(map(brief, targets[:3]))}"
         ) from error
-    if together.dim() == 2 and together.shape[1] == 1 and not together.is_floating_point():
-        together = together[:, 0]
-    return class_numbers(together)
 
 
 def class_numbers(targets: Tensor) -> Tensor:
@@ -41,7 +48,11 @@ def class_numbers(targets: Tensor) -> Tensor:
 
 def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
     """The targets of all items, (images,) or (images, classes), where the data set tells them without loading images:
-    torchvision's data sets, Hugging Face's, ``TensorDataset``, and subsets and concatenations of such."""
+    torchvision's data sets, Hugging Face's, ``TensorDataset``, and subsets and concatenations of such.
+
+    Raises:
+        RetrofitError: they are neither numbers nor vectors of one length.
+    """
     if isinstance(data, DataLoader):
         return targets_of(data.dataset, keys)
     if isinstance(data, Subset):
@@ -52,15 +63,16 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
         return None if any(part is None for part in parts) else torch.cat([part for part in parts if part is not None])
     if type(data) is TensorDataset and len(data.tensors) > 1:
         return data.tensors[1].cpu()
-    rows = getattr(
-        getattr(data, "reader", None), "dataset", data
-    )  # of timm's reader for Hugging Face's data sets, or one of these
+    # of timm's reader for Hugging Face's data sets, or one of these
+    rows = getattr(getattr(data, "reader", None), "dataset", data)
     columns = getattr(rows, "features", None)
     key = keys_in(columns, keys)[1] if isinstance(columns, dict) else None
     column = None if key is None else rows[key]
     for values in (column, getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
         if values is not None and len(values) == len(data):
-            return torch.as_tensor(values if isinstance(values, Tensor) else list(values))
+            values = values if isinstance(values, Tensor) else list(values)
+            with _told(values):
+                return torch.as_tensor(values)
     return None
 
 

@@ -197,6 +197,9 @@ def test_targets_are_found_without_images() -> None:
         assert targets_of(data).tolist() == found  # type: ignore[union-attr]
     assert class_counts(folder, 4, False)[0].tolist() == [1, 0, 2, 0]
     assert targets_of([(torch.zeros(1), 0)]) is None
+    folder.targets = ["cat", "dog", "cat"]  # type: ignore[attr-defined]
+    with pytest.raises(RetrofitError, match="'cat', 'dog'"):
+        targets_of(folder)
 
 
 def test_balanced_sampling_draws_each_class_equally_often_and_alike_on_resume() -> None:
