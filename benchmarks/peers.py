@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import operator
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,10 +18,10 @@ from typing import Any
 import timm
 import torch
 from rich.progress import track
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from se_retrofit import SEAttention, add_se, plan_se
+from se_retrofit import plan_se
 from se_retrofit.errors import RetrofitError
 from tools.zoo import entries, read_rows, smallest
 from tools.zoo.check import CONVERTED
@@ -30,6 +29,7 @@ from tools.zoo.check import CONVERTED
 from .evidence.page import fill, table
 from .evidence.results import Results
 from .peers_networks import OWN
+from .peers_ways import LANDING, SE_CLASSES, WAYS
 
 __all__ = ["NATIVE", "PROMISES", "WAYS", "landed", "outcome", "write_page"]
 
@@ -38,117 +38,10 @@ PAGE = HERE.parent / "docs" / "peers.md"
 ZOO = 60
 COMPILED = 500_000  # parameters up to which compiling and exporting are tried; it takes seconds each
 NATIVE = {  # of timm's networks without SE, their siblings whose authors wrote it into the source
-    "resnet18": "seresnet18", "resnet50": "seresnet50", "resnext50_32x4d": "seresnext50_32x4d", "mnasnet_100": "semnasnet_100",
-    "darknet21": "sedarknet21", "resnet33ts": "seresnet33ts", "resnext26ts": "seresnext26ts",
+    "resnet18": "seresnet18", "resnet50": "seresnet50", "resnext50_32x4d": "seresnext50_32x4d", "resnext26ts": "seresnext26ts",
+    "resnet33ts": "seresnet33ts", "darknet21": "sedarknet21", "cs3darknet_l": "cs3sedarknet_l", "regnetx_002": "regnety_002",
+    "vovnet39a": "ese_vovnet39b",
 }  # fmt: skip
-
-
-# The ways. Each takes a network, an input and the paths of its blocks, and returns a network with SE; all but Composer's get an SE
-# whose gates are exactly 1.0 at first, so that what is lost is lost by the surgery.
-
-
-class SqueezeExcite2d(nn.Module):
-    """Composer's: a gate between 0 and 1, from 64 hidden channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.pool_and_mlp = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 64, bias=False), nn.ReLU(),
-            nn.Linear(64, channels, bias=False), nn.Sigmoid(),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.pool_and_mlp(x)[:, :, None, None]
-
-
-class SqueezeExciteConv2d(nn.Module):
-    """Composer's wrapper."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv, self.se = conv, SqueezeExcite2d(conv.out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.se(self.conv(x))  # type: ignore[no-any-return]
-
-
-SE_CLASSES = (SEAttention, SqueezeExcite2d)
-
-
-def with_add_se(model: nn.Module, inputs: tuple[Any, ...], blocks: list[str]) -> nn.Module:
-    return add_se(model, example_inputs=inputs)
-
-
-def with_hooks(model: nn.Module, inputs: tuple[Any, ...], blocks: list[str]) -> nn.Module:
-    for path, channels in widths(model, inputs, blocks).items():
-        block = model.get_submodule(path)
-        block.hooked_se = SEAttention(channels, gate="identity")  # not se: timm's blocks would call that, too
-        block.register_forward_hook(scale_output)
-    return model
-
-
-def scale_output(block: nn.Module, given: Any, output: Tensor) -> Any:
-    return block.hooked_se(output)  # type: ignore[operator]
-
-
-def with_sequential(model: nn.Module, inputs: tuple[Any, ...], blocks: list[str]) -> nn.Module:
-    for path, channels in widths(model, inputs, blocks).items():
-        model.set_submodule(path, nn.Sequential(model.get_submodule(path), SEAttention(channels, gate="identity")))
-    return model
-
-
-def with_fx(model: nn.Module, inputs: tuple[Any, ...], blocks: list[str]) -> nn.Module:
-    """On what a norm or a convolution gives to an add."""
-    traced = fx.symbolic_trace(model)
-    modules = dict(traced.named_modules())
-    for node in list(traced.graph.nodes):
-        if node.target not in (operator.add, operator.iadd, torch.add):
-            continue
-        for branch in node.args:
-            module = modules.get(branch.target) if isinstance(branch, fx.Node) and branch.op == "call_module" else None
-            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd)):
-                channels = getattr(module, "num_features", None) or module.out_channels
-                name = f"se_{node.name}"
-                traced.add_submodule(name, SEAttention(int(channels), gate="identity"))
-                with traced.graph.inserting_after(branch):
-                    made = traced.graph.call_module(name, (branch,))
-                node.replace_input_with(branch, made)
-                break
-    traced.recompile()
-    return traced
-
-
-def with_composer(model: nn.Module, inputs: tuple[Any, ...], blocks: list[str]) -> nn.Module:
-    """On each ``Conv2d`` of 128 channels or more."""
-    for path, module in list(model.named_modules()):
-        if type(module) is nn.Conv2d and min(module.in_channels, module.out_channels) >= 128:
-            model.set_submodule(path, SqueezeExciteConv2d(module))
-    return model
-
-
-WAYS: dict[str, Callable[[nn.Module, tuple[Any, ...], list[str]], nn.Module]] = {
-    "`add_se`": with_add_se,
-    "forward hooks": with_hooks,
-    "`nn.Sequential(block, SE)`": with_sequential,
-    "`symbolic_trace`, node inserted": with_fx,
-    "Composer's SqueezeExcite": with_composer,
-}
-
-
-def widths(model: nn.Module, inputs: tuple[Any, ...], blocks: list[str]) -> dict[str, int]:
-    """The channels that the blocks give, of those that give one value with channels in the second dim."""
-    found: dict[str, int] = {}
-
-    def note(path: str, module: nn.Module, given: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() > 2:
-            found[path] = output.shape[1]
-
-    hooks = [model.get_submodule(p).register_forward_hook(partial(note, p)) for p in blocks if p]
-    with torch.no_grad():
-        model(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 # What is looked at
@@ -258,7 +151,7 @@ def landed(base: str, native: str, way: str) -> dict[str, Any]:
     each has."""
     reference = randomised(timm.create_model(native)).eval()
     for path, module in list(reference.named_modules()):
-        if type(module).__name__ in ("SEModule", "SqueezeExcite"):
+        if type(module).__name__ in ("SEModule", "EffectiveSEModule"):
             reference.set_submodule(path, Listening())
     state = reference.state_dict()
     model = timm.create_model(base).eval()
@@ -267,7 +160,7 @@ def landed(base: str, native: str, way: str) -> dict[str, Any]:
     blocks = list(dict.fromkeys(site.block for site in plan_se(model, example_inputs=inputs).sites))
     wanted = heard(reference, (Listening,), inputs)
     try:
-        found = heard(WAYS[way](model, inputs, blocks), SE_CLASSES, inputs)
+        found = heard(LANDING[way](model, inputs, blocks), SE_CLASSES, inputs)
     except Exception as error:
         return {"native": len(wanted), "own": 0, "both": 0, "error": f"{type(error).__name__}: {error}"[:200]}
     both = sum(any(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for b in found) for a in wanted)
@@ -334,7 +227,7 @@ def steps(results: Results) -> Iterator[Callable[[], None]]:
                 if run not in results:
                     yield lambda run=run, build=build, way=way: results.add(run, outcome(build, way))  # type: ignore[misc]
     for base, native in NATIVE.items():
-        for way in WAYS:
+        for way in LANDING:
             run = {"study": "landed", "network": native, "way": way}
             if run not in results:
                 yield lambda run=run, pair=(base, native), way=way: results.add(run, landed(*pair, way))  # type: ignore[misc]
@@ -366,9 +259,9 @@ def _landed(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     for native in NATIVE.values():
         cells = {run["way"]: what for run, what in rows if run["network"] == native}
         if cells:
-            shown = [f"{cells[way]['both']} ({cells[way]['own']})" for way in WAYS]
+            shown = [f"{cells[way]['both']} ({cells[way]['own']})" for way in LANDING]
             lines.append([native, str(next(iter(cells.values()))["native"]), *shown])
-    return table(["network", "its SE", *WAYS], lines)
+    return table(["network", "its SE", *LANDING], lines)
 
 
 def main() -> None:

@@ -22,7 +22,13 @@ def draw_differences(compared: dict[str, dict[str, Difference]], path: Path) -> 
     # the same bytes each time, so that a page that did not change shows no difference
     with plt.rc_context({"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure, panels = plt.subplots(
-            1, len(compared), figsize=(9, 1 + 0.27 * len(names)), sharey=True, squeeze=False, layout="constrained"
+            1,
+            len(compared),
+            figsize=(9, 1 + 0.27 * len(names)),
+            sharex=True,
+            sharey=True,
+            squeeze=False,
+            layout="constrained",
         )
         for panel, (title, found) in zip(panels[0], compared.items(), strict=True):
             for row, name in enumerate(names):

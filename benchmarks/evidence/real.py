@@ -129,7 +129,6 @@ REAL_ARMS = {
         Arm(f"norms{KEPT}", unchanged, "norms", keeps_statistics=True),
         *(Arm(name, build, "se") for name, build in WITH.items() if name != "plain"),
         *(Arm(f"{name}, all", build) for name, build in WITH.items()),
-        *(Arm(f"{name}, all{KEPT}", build, keeps_statistics=True) for name, build in WITH.items()),
     )
 }
 
@@ -286,7 +285,7 @@ class Cell:
 
 
 FROZEN = ("head", f"norms{KEPT}", "static", "SE, r = 8")
-WHOLE = tuple(f"{name}, all{KEPT}" for name in ("plain", "static", "SE, r = 8"))
+WHOLE = ("plain, all", "static, all", "SE, r = 8, all")
 CELLS = {
     "emoji, frozen": Cell("emoji", FROZEN, 4),
     "Fashion-MNIST, frozen": Cell("Fashion-MNIST", FROZEN, 4),

@@ -49,8 +49,9 @@ def write_real(page: Path, bench: RealBench, seeds: int, *, pictures: bool = Tru
         for name, cell in done.items():
             for arm in cell.arms[1:]:
                 compared[_short(arm)][name] = _difference(bench, cell, arm, seeds)
-        titled = {f"{arm} - {'head' if arm == 'norms' else 'head or plain'}": found for arm, found in compared.items()}
-        draw_differences(titled, page.with_name(f"{page.stem}-real.svg"))
+        draw_differences(
+            {f"{arm} - without": found for arm, found in compared.items()}, page.with_name(f"{page.stem}-real.svg")
+        )
 
 
 def _short(arm: str) -> str:

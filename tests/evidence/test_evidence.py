@@ -19,6 +19,8 @@ from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.difference import Difference
 from benchmarks.evidence.networks import NETWORKS
 from benchmarks.evidence.page import Selection, write_page
+from benchmarks.evidence.real import RealBench
+from benchmarks.evidence.real_page import write_real
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.scores import SCORES
 from benchmarks.evidence.signals import Signals, collect
@@ -36,9 +38,11 @@ def test_the_tables_of_the_page_are_those_of_the_committed_results(tmp_path: Pat
     committed = (ROOT / "docs" / "evidence.md").read_text()
     page = tmp_path / "evidence.md"
     page.write_text(TABLE.sub(r"<!-- begin \1 -->\nold\n<!-- end \1 -->", committed))
-    bench = Bench(ROOT / "benchmarks" / "evidence", Setting(), only_reads=True)
+    folder = ROOT / "benchmarks" / "evidence"
+    bench = Bench(folder, Setting(), only_reads=True)
     write_page(page, Selection(bench, [*GENERATED, "digits"], list(NETWORKS), 5, list(ARMS)), pictures=False)
-    assert len(TABLE.findall(committed)) == 8
+    write_real(page, RealBench(Results(folder / "real.jsonl")), 5, pictures=False)
+    assert len(TABLE.findall(committed)) == 12
     assert page.read_text() == committed
 
 
