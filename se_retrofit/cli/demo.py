@@ -79,7 +79,7 @@ def demo(
         train(console, name, network, digits.train, epochs=epochs, lr=2e-4, seed=seed + 1)
         results[f"fine-tuned {name}"] = parameters(network), right(network, digits.val)
     low, high = gate_range(retrofitted, images)
-    say(console, f"Gates: from {low:.2f} to {high:.2f}.")
+    say(console, f"Gates: from {low:.3f} to {high:.3f}.")
 
     heading(console, "5. Result")
     rows = [("", "parameters", "right", "accuracy")]
