@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import threading
@@ -293,8 +294,9 @@ class Run:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict on the CPU."""
-    return {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+    """A copy of the state dict on the CPU; of the extra state of modules as well, which may be of any type."""
+    state = model.state_dict().items()
+    return {key: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else copy.deepcopy(v) for key, v in state}
 
 
 def not_finite(model: nn.Module) -> list[str]:

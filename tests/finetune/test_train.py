@@ -370,6 +370,29 @@ def test_a_loss_that_is_not_finite_is_told_with_its_update_whenever_it_is_looked
         trained(network(), digits.train, recipe={"log_every": 100}, criterion=criterion)
 
 
+def test_masks_of_infinities_and_extra_state_stay_as_they_are(digits: NamedData) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.state = network(), {"seen": 3}
+            self.register_buffer("mask", torch.full((2,), -math.inf))
+            self.register_buffer("scratch", torch.full((2,), math.nan), persistent=False)
+
+        def get_extra_state(self) -> Any:
+            return self.state
+
+        def set_extra_state(self, state: Any) -> None:
+            self.state = state
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+    model = Masked()
+    trained(model, digits, recipe={"epochs": 1, "max_updates": 2})
+    assert model.mask.tolist() == [-math.inf] * 2
+    assert model.state == {"seen": 3}
+
+
 def test_weights_that_are_no_longer_finite_are_not_kept(digits: NamedData, tmp_path: Path) -> None:
     recipe = {"optimizer": "sgd", "lr": 1e30, "clip_grad": None, "warmup_ratio": 0.0, "schedule": "constant"}
     model = network()
