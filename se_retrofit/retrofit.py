@@ -19,6 +19,7 @@ from .surgery.arguments import Options, Patterns, check_arguments
 from .surgery.blocks import Recognise
 from .surgery.planning import fitted, planned
 from .surgery.record.copying import copied
+from .surgery.record.isolation import without_collections
 from .surgery.splice.carry import carry_out, structure_of
 from .surgery.splice.derived import RetrofittedBlock
 from .surgery.splice.undo import is_retrofitted, lost_sites, strip
@@ -101,7 +102,10 @@ def add_se(
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
     check_arguments(model, options, example_inputs, plan)
-    with told_as_fault():
+    with (
+        told_as_fault(),
+        without_collections(),
+    ):  # which would take the classes that were derived to see whether they can be
         if plan is None:
             plan = planned(model, options, example_inputs)
         else:

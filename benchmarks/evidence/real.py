@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from se_retrofit import add_se
 from se_retrofit.attention import Inserted
 from se_retrofit.finetune import param_groups
+from se_retrofit.finetune.learning import fans_in
 
 from .arms import Arm, head_of, unchanged
 from .packages import clip_art, emoji, fashion, lite0
@@ -117,10 +118,15 @@ def attention(base: nn.Module, example: Tensor, **options: Any) -> nn.Module:
     return add_se(base, example_inputs=example, inplace=True, **options)
 
 
-WITH = {"plain": unchanged, "static": partial(attention, attention="static")} | {
-    f"SE, r = {r}": partial(attention, reduction=r) for r in (4, 8, 32)
+WITH: dict[str, Callable[..., nn.Module]] = {
+    "plain": unchanged,
+    "static": partial(attention, attention="static"),
+    "ECA": partial(attention, attention="eca"),
+    "CBAM": partial(attention, attention="cbam"),
+    **{f"SE, r = {r}": partial(attention, reduction=r) for r in (4, 8, 32)},
 }
 KEPT = ", statistics kept"
+RATES_OF_SE = "16 lr / inputs, 0.01 / inputs at most"
 REAL_ARMS = {
     arm.name: arm
     for arm in (
@@ -144,8 +150,8 @@ class Tuning:
         seed: of the training images, the new head, SE's first layers and the order of the images.
         epochs: passes over the training images.
         optimizer: ``"adamw"`` or ``"sgd"``.
-        rates: at which SE's layers learn: ``"lr / inputs"``, as ``param_groups`` has it, ``"16 lr / inputs"`` (``lr`` at most), or
-            ``"lr"``.
+        rates: at which SE's layers learn: :data:`RATES_OF_SE`, as ``param_groups`` has it; ``"lr"``, as it was before; or others that
+            were tried, ``"lr / inputs"`` and ``"16 lr / inputs"`` (``lr`` at most).
     """
 
     task: str
@@ -154,7 +160,7 @@ class Tuning:
     seed: int
     epochs: int
     optimizer: str = "adamw"
-    rates: str = "lr / inputs"
+    rates: str = RATES_OF_SE
 
     @property
     def recipe(self) -> Recipe:
@@ -167,10 +173,11 @@ class Tuning:
 def groups(model: nn.Module, lr: float, rates: str) -> list[dict[str, Any]]:
     """As ``finetune`` makes them, with the new head at the rate of the rest: at the highest rates it would spoil all arms."""
     made = param_groups(model, lr, head_lr_scale=1.0)
+    inputs = fans_in(model)
     for group in made:
-        inputs = lr / group["lr"]  # 1 of what has no layers, as static factors
-        if group["name"] == "se" and rates != "lr / inputs":
-            group["lr"] = lr * (min(1.0, 16 / inputs) if rates == "16 lr / inputs" else 1.0)
+        if group["name"] == "se" and rates != RATES_OF_SE:
+            fan_in = inputs[id(group["params"][0])]
+            group["lr"] = {"lr": lr, "lr / inputs": lr / fan_in, "16 lr / inputs": min(lr, 16 * lr / fan_in)}[rates]
     return made
 
 
@@ -203,17 +210,22 @@ class RealBench:
         return self.outcome({"study": "real", **asdict(tuning)}, partial(tune, tuning))
 
     def search(self, cell: Cell, arm: str) -> float:
-        """The learning rate with the highest accuracy on the validation images of one further seed; of several, the lowest loss.
-        Neighbours of the best are tried until it has one on each side, or there is none left."""
-        tried: dict[float, tuple[float, float]] = {}
-        wanted = set(RATES[1:4])
-        while wanted - tried.keys():
-            for lr in sorted(wanted - tried.keys()):
-                run = self.run(cell.tuning(arm, lr, SEARCH_SEED))
-                tried[lr] = run["accuracy"], -run["loss"]
-            at = RATES.index(max(tried, key=lambda lr: tried[lr]))
-            wanted |= set(RATES[max(at - 1, 0) : at + 2])
-        return max(tried, key=lambda lr: tried[lr])
+        """The learning rate that is best for one further seed."""
+        return best_rate(RATES, lambda lr: self.run(cell.tuning(arm, lr, SEARCH_SEED)))
+
+
+def best_rate(rates: Sequence[float], run: Callable[[float], Mapping[str, Any]]) -> float:
+    """Of five learning rates that with the highest accuracy; of several, the lowest loss. The three in the middle are tried, then
+    neighbours of the best until it has one on each side, or there is none left."""
+    tried: dict[float, tuple[float, float]] = {}
+    wanted = set(rates[1:4])
+    while wanted - tried.keys():
+        for lr in sorted(wanted - tried.keys()):
+            outcome = run(lr)
+            tried[lr] = outcome["accuracy"], -outcome["loss"]
+        at = rates.index(max(tried, key=lambda lr: tried[lr]))
+        wanted |= set(rates[max(at - 1, 0) : at + 2])
+    return max(tried, key=lambda lr: tried[lr])
 
 
 def tune(tuning: Tuning, packages: Path) -> dict[str, Any]:
@@ -284,12 +296,15 @@ class Cell:
         return Tuning(self.task, arm, lr, seed, self.epochs)
 
 
-FROZEN = ("head", f"norms{KEPT}", "static", "SE, r = 8")
+LONG = ("head", f"norms{KEPT}", "static", "SE, r = 8")
+FROZEN = (*LONG, "ECA", "CBAM")
 WHOLE = ("plain, all", "static, all", "SE, r = 8, all")
 CELLS = {
     "emoji, frozen": Cell("emoji", FROZEN, 4),
     "Fashion-MNIST, frozen": Cell("Fashion-MNIST", FROZEN, 4),
     "three domains, frozen": Cell("three domains", FROZEN, 2),
+    "emoji, frozen, ten times longer": Cell("emoji", LONG, 40),
+    "Fashion-MNIST with 4,000 images, frozen": Cell("Fashion-MNIST, 4,000 images", LONG, 1),
     "emoji, all trained": Cell("emoji", WHOLE, 3),
     "Fashion-MNIST, all trained": Cell("Fashion-MNIST", WHOLE, 3),
     "three domains, all trained": Cell("three domains", WHOLE, 2),

@@ -12,7 +12,7 @@ from .difference import Difference
 from .page import fill, table
 from .pictures import draw_differences
 from .real import CELLS, KEPT, Cell, RealBench
-from .robustness import EPOCHS, GRID_RATES, GRID_SEEDS, REDUCTIONS, SCOPES, grid
+from .robustness import EPOCHS, GRID_RATES, GRID_SEEDS, NOW_AND_BEFORE, REDUCTIONS, SCOPES, grid
 from .scratch import SCRATCH_ARMS, scratch_run, searched
 from .study import Missing
 
@@ -80,22 +80,21 @@ def _difference(bench: RealBench, cell: Cell, arm: str, seeds: int) -> Differenc
 
 
 def _cells(bench: RealBench, cells: dict[str, Cell], seeds: int) -> str:
-    """One row per cell, the mean over them, and the parameters that are trained."""
+    """One row per cell, the mean over them, and the parameters that are trained; a cell may lack some of the arms."""
     if not cells:
         return "No results yet."
-    rows, means = [], []
-    arms = next(iter(cells.values())).arms
+    first, *others = dict.fromkeys(arm for cell in cells.values() for arm in cell.arms)
+    rows = []
     for name, cell in cells.items():
-        level = 100 * fmean(_run(bench, cell, cell.arms[0], seed)["accuracy"] for seed in range(seeds))
-        found = [_difference(bench, cell, arm, seeds) for arm in cell.arms[1:]]
-        means.append([difference.mean for difference in found])
-        rows.append([name, f"{level:.1f}", *map(str, found)])
+        level = 100 * fmean(_run(bench, cell, first, seed)["accuracy"] for seed in range(seeds))
+        found = [str(_difference(bench, cell, arm, seeds)) if arm in cell.arms else "" for arm in others]
+        rows.append([name, f"{level:.1f}", *found])
     if len(rows) > 1:
-        rows.append(["all", "", *(str(Difference.of(column)) for column in zip(*means, strict=True))])
-    first = next(iter(cells.values()))
-    counts = [_run(bench, first, arm, 0)["parameters"] for arm in first.arms]
-    rows.append(["parameters trained", f"{counts[0]:,}", *(f"{count:,}" for count in counts[1:])])
-    return table(["cell", f"{_short(arms[0])}, %", *map(_short, arms[1:])], rows)
+        means = ([_difference(bench, c, arm, seeds).mean for c in cells.values() if arm in c.arms] for arm in others)
+        rows.append(["all", "", *(str(Difference.of(column)) for column in means)])
+    widest = next(iter(cells.values()))
+    rows.append(["parameters trained", *(f"{_run(bench, widest, arm, 0)['parameters']:,}" for arm in (first, *others))])
+    return table(["cell", f"{_short(first)}, %", *map(_short, others)], rows)
 
 
 def _scratch(bench: RealBench, seeds: int) -> str:
@@ -117,8 +116,7 @@ def _scratch(bench: RealBench, seeds: int) -> str:
 
 def _robustness(bench: RealBench) -> str:
     """A row for each setting of which anything was run."""
-    heads = ["trained", "optimizer", "lr", "pictures", "without SE", *(f"SE, r = {r}" for r in REDUCTIONS)]
-    before = ["before: 16 lr / inputs", "before: lr"]
+    heads = ["trained", "optimizer", "lr", "pictures", "without SE", "SE now", "SE before", "now - before"]
     rows = []
     for optimizer in ("adamw", "sgd"):
         for scope in SCOPES:
@@ -127,16 +125,18 @@ def _robustness(bench: RealBench) -> str:
                     found = _levels(bench, optimizer, scope, task, lr)
                     if not any(found.values()):
                         continue
-                    now = [_spread(found.get(f"r = {r}, lr / inputs", [])) for r in REDUCTIONS]
-                    once = [
-                        " / ".join(_spread(found[key]) for r in REDUCTIONS if found.get(key := f"r = {r}, {rates}"))
-                        for rates in ("16 lr / inputs", "lr")
+                    without = [found[control] for control in SCOPES[scope][0]]
+                    now, before = ([found[f"r = {r}, {rates}"] for r in REDUCTIONS] for rates in NOW_AND_BEFORE)
+                    differences = [
+                        str(Difference.of([x - y for x, y in zip(*pair, strict=True)]))
+                        if len(pair[0]) == len(pair[1]) > 0
+                        else ""
+                        for pair in zip(now, before, strict=True)
                     ]
-                    without = " / ".join(_spread(found[control]) for control in SCOPES[scope][0] if found[control])
-                    rows.append(
-                        [scope, {"adamw": "AdamW", "sgd": "SGD"}[optimizer], f"{lr:g}", task, without, *now, *once]
-                    )
-    return table([*heads, *before], rows) if rows else "No results yet."
+                    shown = (" / ".join(map(_spread, levels)) for levels in (without, now, before))
+                    name = {"adamw": "AdamW", "sgd": "SGD"}[optimizer]
+                    rows.append([scope, name, f"{lr:g}", task, *shown, " / ".join(differences)])
+    return table(heads, rows) if rows else "No results yet."
 
 
 def _levels(bench: RealBench, optimizer: str, scope: str, task: str, lr: float) -> dict[str, list[float]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .real import KEPT, RealBench, Tuning
+from .real import KEPT, RATES_OF_SE, RealBench, Tuning
 
-__all__ = ["GRID_RATES", "GRID_SEEDS", "grid", "grid_runs"]
+__all__ = ["EPOCHS", "GRID_RATES", "GRID_SEEDS", "NOW_AND_BEFORE", "REDUCTIONS", "SCOPES", "grid", "grid_runs"]
 
 GRID_RATES = (1e-3, 3e-3, 1e-2)
 GRID_SEEDS = 4
-SEEDS = {"lr / inputs": 4, "16 lr / inputs": 4, "lr": 1}  # by the rates of SE's layers
-SEEDS_SGD = {"lr / inputs": 4}
+NOW_AND_BEFORE = (RATES_OF_SE, "lr")
 EPOCHS = {"emoji": 2, "Fashion-MNIST": 2}
 REDUCTIONS = (4, 8, 32)
 # the arms without SE, and what the names of those with SE end with
@@ -21,11 +20,11 @@ SCOPES = {"frozen": (("norms", f"norms{KEPT}"), ""), "all trained": (("plain, al
 
 def grid(optimizer: str, scope: str, task: str, lr: float, seed: int) -> dict[str, Tuning]:
     """The fine-tunes that are compared with each other, by what they show: the arms without SE by their names, and those with
-    it as ``"r = 8, lr / inputs"``, where they are run with such a seed."""
+    it by reduction and rates, as ``"r = 8, lr"``."""
     controls, suffix = SCOPES[scope]
     found = {control: Tuning(task, control, lr, seed, EPOCHS[task], optimizer) for control in controls}
-    for rates, seeds in (SEEDS if optimizer == "adamw" else SEEDS_SGD).items():
-        for r in REDUCTIONS if seed < seeds else ():
+    for rates in NOW_AND_BEFORE:
+        for r in REDUCTIONS:
             arm = f"SE, r = {r}{suffix}"
             found[f"r = {r}, {rates}"] = Tuning(task, arm, lr, seed, EPOCHS[task], optimizer, rates)
     return found

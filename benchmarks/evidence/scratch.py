@@ -17,7 +17,7 @@ from se_retrofit.finetune import param_groups
 from .arms import with_se
 from .networks import residual
 from .packages import fashion
-from .real import RealBench, resized
+from .real import RATES_OF_SE, RealBench, best_rate, resized
 from .study import SEARCH_SEED
 from .tasks import Part, Task
 from .training import Recipe, measured, train
@@ -26,7 +26,7 @@ __all__ = ["SCRATCH_ARMS", "scratch_run", "scratch_runs", "searched"]
 
 EPOCHS = 6
 TRAIN, TEST = 2000, 2000
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def equal(model: nn.Module, lr: float) -> list[dict[str, Any]]:
 def scratch_run(bench: RealBench, arm: str, lr: float, seed: int) -> dict[str, Any]:
     """One training from scratch, or what came of it before."""
     described = {"study": "scratch", "arm": arm, "lr": lr, "seed": seed, "epochs": EPOCHS, "train": TRAIN, "test": TEST}
+    if SCRATCH_ARMS[arm].retrofit:
+        described["rates"] = RATES_OF_SE
     return bench.outcome(described, partial(carry_out, arm, lr, seed))
 
 
@@ -95,9 +97,8 @@ def carry_out(arm: str, lr: float, seed: int, packages: Path) -> dict[str, Any]:
 
 
 def searched(bench: RealBench, arm: str) -> float:
-    """The learning rate with the highest accuracy on the validation images of one further seed."""
-    runs = {lr: scratch_run(bench, arm, lr, SEARCH_SEED) for lr in RATES}
-    return max(RATES, key=lambda lr: (runs[lr]["accuracy"], -runs[lr]["loss"]))
+    """The learning rate that is best for one further seed."""
+    return best_rate(RATES, lambda lr: scratch_run(bench, arm, lr, SEARCH_SEED))
 
 
 def scratch_runs(bench: RealBench, seeds: int) -> Iterator[None]:

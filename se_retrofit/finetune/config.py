@@ -56,7 +56,7 @@ class FinetuneConfig(BaseModel):
     lr: Positive = 2e-4
     """Learning rate at its peak: low, because the weights are good already; from scratch take 1e-3."""
     se_lr_scale: NotNegative = 1.0
-    """Multiplies `lr` for the SE modules, whose layers have it divided by their number of inputs."""
+    """Multiplies `lr` for the SE modules, whose layers have it times 16 / inputs, and 0.01 / inputs at most."""
     head_lr_scale: NotNegative = 5.0
     """Multiplies `lr` for the classifier, which most fine-tunes begin anew; take 1 where it is kept."""
     layer_decay: Annotated[Positive, Field(le=1)] | None = None

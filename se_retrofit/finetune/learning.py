@@ -21,8 +21,9 @@ from .checkpoint import join, load_optimizer, split
 from .config import FinetuneConfig
 from .parts import head_of, se_modules
 
-__all__ = ["Learning", "fan_in_scales", "learning", "param_groups", "rates_in_words", "try_out"]
+__all__ = ["Learning", "fans_in", "learning", "param_groups", "rates_in_words", "se_pace", "try_out"]
 
+FASTEST = 0.01  # the learning rate of an SE layer times its number of inputs, at most
 HAVE_FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
 
@@ -47,7 +48,9 @@ def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: in
     """What a network learns by, on its device, with so many batches an epoch."""
     if (config.mixup or config.cutmix) and classes is None:
         raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
-    groups = scaled_groups(model, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay)
+    groups = scaled_groups(
+        model, config.lr, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay
+    )
     optimizer = make_optimizer(groups, config, fused=next(model.parameters()).device.type == "cuda")
     mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes or 0)
     return Learning(
@@ -92,8 +95,8 @@ def param_groups(
         model: of it, what requires a gradient is in the groups.
         lr: of the body.
         weight_decay: of the weights; norms and biases get none.
-        se_lr_scale: multiplies ``lr`` for the SE modules, whose layers have it divided by their number of inputs, so that gates move
-            alike at every width (as in muP, Yang et al., arXiv:2203.03466), and no faster than a norm's scales.
+        se_lr_scale: multiplies ``lr`` for the SE modules, whose layers have it times 16 / inputs, and 0.01 / inputs at most, so that
+            gates move alike at every width (as in muP, Yang et al., arXiv:2203.03466), and at high rates no faster than norms' scales.
         head_lr_scale: multiplies ``lr`` for the classifier; take 1 where it is not new.
         layer_decay: multiplies ``lr`` once more for each layer further from the head.
 
@@ -107,40 +110,43 @@ def param_groups(
         >>> model = add_se(timm.create_model("resnet18", num_classes=10))
         >>> groups = param_groups(model, lr=1e-3)
         >>> optimizer = torch.optim.AdamW(groups)
-        >>> [f"1e-3 / {1e-3 / group['lr']:.0f}" for group in groups if group["name"] == "se"]
-        ['1e-3 / 64', '1e-3 / 8', '1e-3 / 128', '1e-3 / 16', '1e-3 / 256', '1e-3 / 32', '1e-3 / 512']
+        >>> [f"0.01 / {0.01 / group['lr']:.0f}" for group in groups if group["name"] == "se"]
+        ['0.01 / 64', '0.01 / 10', '0.01 / 128', '0.01 / 16', '0.01 / 256', '0.01 / 32', '0.01 / 512']
     """
-    groups = scaled_groups(model, weight_decay, se_lr_scale, head_lr_scale, layer_decay)
-    return [{"lr": lr * group.pop("lr_scale"), **group} for group in groups]
+    groups = scaled_groups(model, lr, weight_decay, se_lr_scale, head_lr_scale, layer_decay)
+    return [{"lr": lr * group.pop("lr_scale"), **group} for group in groups if group.pop("fan_in")]
 
 
 def scaled_groups(
-    model: nn.Module, weight_decay: float, se_lr_scale: float, head_lr_scale: float, layer_decay: float | None = None
-) -> list[dict[str, Any]]:
+    model: nn.Module, lr: float, weight_decay: float, se_lr_scale: float, head_lr_scale: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:  # fmt: skip
     """Parameters that require a gradient, in groups: SE, head and body, each with and without weight decay; SE by the fan-in of
-    its layers, too (see ``fan_in_scales``).
+    its layers, too (see ``se_pace``).
 
-    ``lr_scale`` is read by timm's schedulers. No decay for norms and biases (all with one dim), nor for what the
+    ``lr_scale`` is read by timm's schedulers, and is that for ``lr`` at the schedule's peak. No decay for norms and biases (all with one dim), nor for what the
     network's own ``no_weight_decay`` names. With ``layer_decay`` (timm's layers, from the head down; SE is of its block's)
     each group is split by layer.
     """
-    se = {key: scale for module in se_modules(model) for key, scale in fan_in_scales(module).items()}
+    se = {key: fan_in for module in se_modules(model) for key, fan_in in fans_in(module).items()}
     head = {id(p) for module in head_of(model) for p in module.parameters()}
     no_weight_decay = getattr(model, "no_weight_decay", None)
     exempt = set(no_weight_decay()) if callable(no_weight_decay) else set()
     layer_scales = {} if layer_decay is None else scales_by_layer(model, layer_decay)
-    groups: dict[tuple[str, bool, float], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, int, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         kind = "se" if id(parameter) in se else "head" if id(parameter) in head else "body"
         decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
-        scale = {"se": se_lr_scale * se.get(id(parameter), 1.0), "head": head_lr_scale, "body": 1.0}[kind]
+        fan_in = se.get(id(parameter), 1)
+        scale = {"se": se_lr_scale * se_pace(fan_in, lr), "head": head_lr_scale, "body": 1.0}[kind]
         scale *= layer_scales.get(id(parameter), 1.0)
         group = groups.setdefault(
-            (kind, decays, scale),
-            {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale, "name": kind},
-        )
+            (kind, decays, fan_in, scale),
+            {
+                "params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale, "fan_in": fan_in, "name": kind
+            },
+        )  # fmt: skip
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -157,28 +163,40 @@ def scales_by_layer(model: nn.Module, layer_decay: float) -> dict[int, float]:
     return scales
 
 
-def fan_in_scales(module: nn.Module) -> dict[int, float]:
-    """What the learning rate of each parameter is multiplied by, ``1 / fan_in`` of its layer, by the parameter's id.
+def se_pace(fan_in: int, lr: float) -> float:
+    """What ``lr`` is multiplied by for an SE module's layer: 16 / fan-in, and at high rates less, so that it learns at 0.01 / fan-in
+    at most; between 1 / fan-in and 1.
 
     Under Adam each weight moves by about the learning rate, whatever its gradient, so what a layer gives out moves by that times
     its number of inputs: in a pretrained network, gates behind wide layers are far from 1 after a few updates, those of all blocks at
-    once, and the network has forgotten what it knew. With rates in proportion to 1 / fan_in, the way in which hidden layers are scaled
-    in muP (Yang et al., arXiv:2203.03466), gates move alike at every width; divided by the fan-in as it is, about as a static factor
-    or a norm's scale does. A bias has the rate of its layer; parameters of a layer without a weight of two dims or more (a
-    static factor, a norm) have the full one.
+    once, and the network has forgotten what it knew. With rates in proportion to 1 / fan-in, the way in which hidden layers are scaled
+    in muP (Yang et al., arXiv:2203.03466), gates move alike at every width. At low rates 16 / fan-in lets them move at all in a short run;
+    at 0.01 and beyond, 1 / fan-in moves them no faster than a norm's scale. docs/evidence.md has what was measured.
+
+    Example:
+        >>> from se_retrofit.finetune.learning import se_pace
+        >>> [round(64 * se_pace(64, lr), 2) for lr in (2e-4, 1e-3, 3e-3, 1e-2)]
+        [16.0, 10.0, 3.33, 1.0]
+    """
+    return min(1.0, min(16.0, max(1.0, FASTEST / lr)) / fan_in)
+
+
+def fans_in(module: nn.Module) -> dict[int, int]:
+    """The number of inputs of each parameter's layer, by the parameter's id. A bias has that of its layer; parameters of a layer
+    without a weight of two dims or more (a static factor, a norm) have 1.
 
     Example:
         >>> from torch import nn
-        >>> from se_retrofit.finetune.learning import fan_in_scales
-        >>> list(fan_in_scales(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64))).values())
-        [0.015625, 0.015625, 0.125, 0.125]
+        >>> from se_retrofit.finetune.learning import fans_in
+        >>> list(fans_in(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64))).values())
+        [64, 64, 8, 8]
     """
-    scales = {}
+    found = {}
     for layer in module.modules():
         own = list(layer.parameters(recurse=False))
         fan_in = max((weight.numel() // max(len(weight), 1) for weight in own if weight.dim() > 1), default=1)
-        scales.update({id(parameter): 1 / max(fan_in, 1) for parameter in own})
-    return scales
+        found.update({id(parameter): max(fan_in, 1) for parameter in own})
+    return found
 
 
 def group_summary(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

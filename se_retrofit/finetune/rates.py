@@ -18,6 +18,7 @@ from ..paths import save_figure
 from .config import FinetuneConfig
 from .criteria import Criterion
 from .data import Batch
+from .learning import se_pace
 from .run import Run
 from .setup import Job, check, started
 from .train import begin_epoch, update, windows
@@ -161,7 +162,10 @@ def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
     mean = lowest = math.inf
     for rate, batches in zip(ramp, all_windows(run), strict=False):
         for group in run.learning.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
+            peak = group["lr_scale"] / se_pace(
+                group["fan_in"], run.config.lr
+            )  # without SE's pace, which depends on the rate
+            group["lr"] = rate * peak * se_pace(group["fan_in"], rate)
         loss, correct, seen, broken = run.accelerator.reduce(update(run, batches), "sum").tolist()
         if broken:
             run.check_losses([(loss, correct, seen, broken)])

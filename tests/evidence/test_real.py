@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.evidence import real
 from benchmarks.evidence.packages import emoji
-from benchmarks.evidence.real import CELLS, REAL_ARMS, Cell, RealBench, Tuning, cell_runs, features, split
+from benchmarks.evidence.real import CELLS, RATES_OF_SE, REAL_ARMS, Cell, RealBench, Tuning, cell_runs, features, split
 from benchmarks.evidence.real_page import write_real
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.robustness import grid
@@ -97,11 +97,12 @@ def test_the_rates_that_are_compared_are_those_of_se_alone() -> None:
     assert arms == {"norms", "norms, statistics kept", "SE, r = 4", "SE, r = 8", "SE, r = 32"}
     model = REAL_ARMS["SE, r = 8"].prepare(timm.create_model("test_resnet"), torch.zeros(1, 3, SIZE, SIZE), 0)
     found: dict[str, dict[str, set[int]]] = {}
-    for rates in ("lr / inputs", "16 lr / inputs", "lr"):
-        for group in Tuning("emoji", "", 1e-3, 0, 1, rates=rates).recipe.groups(model, 1e-3):
-            found.setdefault(rates, {}).setdefault(group["name"], set()).add(round(1e-3 / group["lr"], 3))
+    for rates in (RATES_OF_SE, "lr / inputs", "16 lr / inputs", "lr"):
+        for group in Tuning("emoji", "", 1e-2, 0, 1, rates=rates).recipe.groups(model, 1e-2):
+            found.setdefault(rates, {}).setdefault(group["name"], set()).add(round(1e-2 / group["lr"], 3))
     assert all(of["head"] == {1} for of in found.values())
     assert found["lr"]["se"] == {1}
+    assert found[RATES_OF_SE]["se"] == found["lr / inputs"]["se"]  # at 0.01
     assert max(found["lr / inputs"]["se"]) == 16 * max(found["16 lr / inputs"]["se"]) > 16
     assert min(found["16 lr / inputs"]["se"]) == 1
 
