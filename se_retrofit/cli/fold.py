@@ -12,6 +12,7 @@ from ..finetune.config import FinetuneConfig
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
+from .folders import beside
 from .starting import check_outside, open_data
 
 
@@ -36,12 +37,13 @@ def fold_command(
     from ..finetune.transforms import prepared_batches
     from ..folding import fold_se
     from ..saving import load_retrofitted
-    from ..saving.atomic import replaced_directory
+    from ..saving.atomic import check_replaceable, replaced_directory
     from ..saving.networks import write_network
     from ..saving.recipe import RECIPE, WEIGHTS
 
-    target = output or folder.with_name(f"{folder.name}-folded")
+    target = output or beside(folder, "-folded")
     check_outside(target, data)
+    check_replaceable(target, (WEIGHTS, RECIPE))
     config, network = FinetuneConfig(**options.recipe_fields(context)), load_retrofitted(folder)
     if json_file is not None:
         writable(json_file)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
 from ..plaindata import parse_yaml, read_json
-from ..saving.atomic import replaced_directory, replaced_file, settled
+from ..saving.atomic import check_replaceable, replaced_directory, replaced_file, settled
 from ..saving.networks import write_network
 from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_recipe
 from ..saving.tensors import load_strictly, read_weights, save_tensors, tie
@@ -188,14 +188,7 @@ def checked_folder(path: Path, resume: bool) -> Path:
     except OSError as error:
         raise RetrofitError(f"{path} can't be made: {error.strerror or error}") from error
     for folder, ours in ((path / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)), (path / BEST, (WEIGHTS, RECIPE))):
-        if folder.exists() and not folder.is_dir():
-            raise RetrofitError(f"{folder} is a file, and the run writes a folder there; give another output folder")
-        foreign = sorted(f.name for f in folder.iterdir() if f.name not in ours) if folder.is_dir() else []
-        if foreign:
-            raise RetrofitError(
-                f"{folder} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; "
-                "give another output folder"
-            )
+        check_replaceable(folder, ours)
     return path
 
 

@@ -148,12 +148,18 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
-def test_an_output_that_is_in_the_way_is_refused_before_the_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    result = run("add", SMALL, "--output", str(tmp_path / "file"))
-    assert result.exit_code == 1
-    assert "exists and is a file" in str(result.exception)
-    assert (tmp_path / "file").read_text() == "mine"
+@pytest.mark.parametrize(("output", "said"), [("file", "is a file"), ("folder", "mine"), (".", "as a whole"), ("..", "as a whole")])
+def test_an_output_that_is_in_the_way_is_refused_before_the_work(
+    output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for file in (tmp_path / "file", tmp_path / "folder" / "mine"):
+        file.write_text("mine")
+    monkeypatch.chdir(tmp_path / "folder" if output == ".." else tmp_path)
+    result = run("add", SMALL, "--output", output)
+    assert (result.exit_code, result.output) == (1, "")
+    assert said in str(result.exception)
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine", "mine"]
 
 
 def test_help_is_quick_and_shows_examples_and_the_recipes_fields() -> None:
