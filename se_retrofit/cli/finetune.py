@@ -103,8 +103,8 @@ def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
         raise RetrofitError(f"--resume reads every option but --epochs from {file}; remove {names}")
     try:
         content = parse_yaml(file.read_text(encoding="utf-8"), file)
-    except OSError as error:
-        raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error}") from error
     try:
         if content["command"] is None:
             raise RetrofitError(

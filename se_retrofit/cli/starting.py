@@ -87,7 +87,7 @@ class Start(BaseModel):
 
 def absolute(name: str) -> str:
     """A folder by its absolute path, any other name as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def check_outside(output: Path, data: str) -> None:
