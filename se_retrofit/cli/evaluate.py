@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from ..finetune.config import FinetuneConfig
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
@@ -51,7 +50,7 @@ def evaluate_command(
         writable(confusion)
     saved, console = network_in(folder), Console()
     network = load_retrofitted(saved)
-    config = FinetuneConfig(**{**run_settings(saved), **options.recipe_fields(context)})
+    config = options.recipe_of(context, run_settings(saved))
     part = load_split(
         data,
         split,

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..finetune.config import FinetuneConfig
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
@@ -44,7 +43,7 @@ def fold_command(
     target = output or beside(folder, "-folded")
     check_outside(target, data)
     check_replaceable(target, (WEIGHTS, RECIPE))
-    config, network = FinetuneConfig(**options.recipe_fields(context)), load_retrofitted(folder)
+    config, network = options.recipe_of(context, {}), load_retrofitted(folder)
     if json_file is not None:
         writable(json_file)
     parts, _ = open_data(context, data, config)

@@ -148,7 +148,9 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
-@pytest.mark.parametrize(("output", "said"), [("file", "is a file"), ("folder", "mine"), (".", "as a whole"), ("..", "as a whole")])
+@pytest.mark.parametrize(
+    ("output", "said"), [("file", "is a file"), ("folder", "mine"), (".", "as a whole"), ("..", "as a whole")]
+)
 def test_an_output_that_is_in_the_way_is_refused_before_the_work(
     output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,14 +192,26 @@ def test_ctrl_c_while_it_starts_exits_with_130(monkeypatch: pytest.MonkeyPatch, 
     assert ended.value.code == 130
 
 
-def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["se-retrofit", "add", "resnet[bold]50"])
+@pytest.mark.parametrize(
+    ("arguments", "says", "code"),
+    [
+        (["add", "resnet[bold]50"], "no model 'resnet[bold]50' in timm or torchvision", 1),
+        (["finetune"], "give a MODEL and --data", 2),
+        (["finetune", SMALL, "--data", "digits", "--epochs", "0"], "--epochs: ", 2),
+        (["finetune", "--resume", "run", "--lr", "1"], "--resume reads", 2),
+        (["find-lr", SMALL, "--data", "digits", "--arg", "x"], "--arg takes NAME=VALUE", 2),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], says: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["se-retrofit", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 1
+    assert exit_.value.code == code
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("error: no model 'resnet[bold]50' in timm or torchvision")
+    assert said.err.startswith(f"error: {says}")
     assert said.err.count("\n") == 1
 
 
