@@ -169,6 +169,8 @@ def test_criteria_and_teachers_that_are_none_are_refused(digits: NamedData) -> N
     model = network()
     for error, says, options in (
         (TypeError, "function", {"criterion": "focal"}),
+        (TypeError, "function", {"criterion": nn.CrossEntropyLoss}),
+        (RetrofitError, "distillation .*'half'", {"teacher": network(), "distillation": "half"}),
         (RetrofitError, "has parameters", {"criterion": nn.Bilinear(2, 2, 1)}),
         (RetrofitError, "own teacher", {"teacher": model}),
         (RetrofitError, r"distillation .*1\.5", {"teacher": network(), "distillation": (1.5, 4.0)}),
