@@ -33,7 +33,7 @@ def fold_command(
 
     Which sites are folded is decided on the validation images. Load the result with load_retrofitted.
     """
-    from ..finetune.transforms import prepared_batches
+    from ..finetune.transforms import check_classes, prepared_batches
     from ..folding import fold_se
     from ..saving import load_retrofitted
     from ..saving.atomic import check_replaceable, replaced_directory
@@ -47,6 +47,7 @@ def fold_command(
     if json_file is not None:
         writable(json_file)
     parts, _ = open_data(context, data, config)
+    check_classes(network, parts.val)
     console = Console()
     images = prepared_batches(network, parts.val, config, lambda complaint: say(console, f"left out: {complaint}"))
     folded = fold_se(

@@ -155,6 +155,7 @@ def test_images_that_cannot_be_read_are_named_and_skipped_where_so_asked(
         (("predict", "RUN", "empty"), "empty holds no images", 1),
         (("evaluate", "empty", "--data", "digits"), "empty holds no network", 1),
         (("evaluate", "RUN", "--data", "others"), "classes blue, red, .* green, red", 1),
+        (("fold", "RUN", "--data", "others"), "classes blue, red, .* green, red", 1),
         (("evaluate", "RUN", "--data", "digits", "--split", "tests"), "--split", 2),
         (("predict", "RUN", "README", "--top", "0"), "--top", 2),
     ],
@@ -167,7 +168,8 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "README").write_text("no image")
     for name in ("green", "red"):
-        shutil.copytree(pictures / "val" / "red", tmp_path / "others" / "val" / name)
+        for split in ("train", "val"):
+            shutil.copytree(pictures / split / "red", tmp_path / "others" / split / name)
     found = run(*(result if argument == "RUN" else argument for argument in arguments))
     if code == 2:
         assert found.exit_code == 2
