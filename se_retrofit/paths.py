@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from .errors import RetrofitError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["save_figure", "writable"]
+__all__ = ["as_written", "save_figure", "writable"]
 
 
 def writable(path: str | Path, *suffixes: str) -> Path:
@@ -44,15 +45,26 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         path: where to write it; the suffix names the format.
 
     Raises:
-        RetrofitError: the folder does not exist, or matplotlib writes no such format.
+        RetrofitError: the folder does not exist, the file can't be written, or matplotlib writes no such format. What was at
+            ``path`` is still there.
 
     Example:
         >>> from matplotlib.figure import Figure
         >>> from se_retrofit.paths import save_figure
         >>> save_figure(Figure(), "empty.svg")
     """
+    from .saving.atomic import replaced_file  # with torch behind it, which paths alone don't need
+
     path = writable(path)
     formats = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:
         raise RetrofitError(f"{path} has no suffix that matplotlib writes: {', '.join(formats)}")
-    figure.savefig(path, dpi=120)
+    with replaced_file(path) as fresh, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter of a class's name that the font lacks
+        figure.savefig(fresh, dpi=120)
+
+
+def as_written(name: str) -> str:
+    """A name for a figure of matplotlib, which takes what is between two dollar signs for a formula, and leaves a name that
+    begins with an underscore out of a legend."""
+    return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")

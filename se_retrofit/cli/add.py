@@ -143,5 +143,7 @@ def first_line(error: Exception) -> str:
 
 def check_output(output: Path) -> None:
     """Find out before the work, not after it, that the result can't be written."""
-    if writable(output).is_file():
-        raise RetrofitError(f"{output} exists and is a file; give the name of a folder")
+    from ..saving.atomic import check_replaceable
+    from ..saving.recipe import RECIPE, WEIGHTS
+
+    check_replaceable(writable(output), (WEIGHTS, RECIPE))

@@ -14,6 +14,11 @@ from rich.markup import escape
 from .. import __version__
 from ..errors import RetrofitError
 
+
+class WrongUsage(RetrofitError):
+    """Options that no network and no data could make right."""
+
+
 app = typer.Typer(
     name="se-retrofit",
     help="Retrofit Squeeze-and-Excitation into existing convolutional networks.",
@@ -62,4 +67,4 @@ def run(application: typer.Typer = app) -> None:
         raise
     except RetrofitError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, WrongUsage) else 1)

@@ -31,7 +31,7 @@ Examples:
 
 @app.command("demo", help=HELP)
 def demo(
-    seed: int = typer.Option(0, min=0, help="Random seed, of the weights and of the order of the images."),
+    seed: int = typer.Option(0, min=0, max=2**62, help="Random seed, of the weights and of the order of the images."),
     epochs: int = typer.Option(5, min=1, help="Epochs of the first training, and of the fine-tuning after it."),
     reduction: int = typer.Option(8, min=1, help="SE's reduction ratio."),
 ) -> None:

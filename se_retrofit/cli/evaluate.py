@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from ..finetune.config import FinetuneConfig
+from ..paths import writable
 from . import options
 from .app import app, say, write_json
 from .folders import run_settings, training_data_of
@@ -46,9 +46,11 @@ def evaluate_command(
     from ..saving import load_retrofitted
     from ..saving.recipe import network_in
 
+    if confusion is not None:
+        writable(confusion)
     saved, console = network_in(folder), Console()
     network = load_retrofitted(saved)
-    config = FinetuneConfig(**{**run_settings(saved), **options.recipe_fields(context)})
+    config = options.recipe_of(context, run_settings(saved))
     part = load_split(
         data,
         split,

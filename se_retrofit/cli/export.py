@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .app import app, say
+from .folders import beside
 from .options import Folder, InputSize, example_of
 
 DYNAMIC_HELP = (
@@ -50,7 +51,7 @@ def export_command(
     network = load_retrofitted(folder)
     if native:
         network = to_native(network)
-    file = output or folder.with_name(folder.name + SUFFIXES[format or "onnx"])
+    file = output or beside(folder, SUFFIXES[format or "onnx"])
     doing = f"writing {file} and comparing its outputs"
     shown = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (

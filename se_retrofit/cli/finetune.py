@@ -12,7 +12,7 @@ from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
 from ..plaindata import parse_yaml
 from . import options
-from .app import app
+from .app import WrongUsage, app
 from .signals import Signals
 from .starting import Start, absolute, check_outside, default_name, open_data, read_config
 
@@ -59,7 +59,7 @@ def finetune_command(
         if (epochs := context.params["epochs"]) is not None:  # to extend a run that is over
             recipe = recipe.replace(epochs=epochs)
     elif model is None or data is None:
-        raise RetrofitError("give a MODEL and --data, or --resume FOLDER to resume a run")
+        raise WrongUsage("give a MODEL and --data, or --resume FOLDER to resume a run")
     else:
         start, recipe = Start.of(context), read_config(context)
         root = context.params["data_root"].resolve()
@@ -100,11 +100,11 @@ def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
     file = folder / "run.yaml"
     if repeated := sorted({*given} - {"resume", "download", "epochs"}):
         names = ", ".join(name.replace("_", "-") for name in repeated)
-        raise RetrofitError(f"--resume reads every option but --epochs from {file}; remove {names}")
+        raise WrongUsage(f"--resume reads every option but --epochs from {file}; remove {names}")
     try:
         content = parse_yaml(file.read_text(encoding="utf-8"), file)
-    except OSError as error:
-        raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error}") from error
     try:
         if content["command"] is None:
             raise RetrofitError(

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..finetune.config import FinetuneConfig
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
+from .folders import beside
 from .starting import check_outside, open_data
 
 
@@ -33,19 +33,21 @@ def fold_command(
 
     Which sites are folded is decided on the validation images. Load the result with load_retrofitted.
     """
-    from ..finetune.transforms import prepared_batches
+    from ..finetune.transforms import check_classes, prepared_batches
     from ..folding import fold_se
     from ..saving import load_retrofitted
-    from ..saving.atomic import replaced_directory
+    from ..saving.atomic import check_replaceable, replaced_directory
     from ..saving.networks import write_network
     from ..saving.recipe import RECIPE, WEIGHTS
 
-    target = output or folder.with_name(f"{folder.name}-folded")
+    target = output or beside(folder, "-folded")
     check_outside(target, data)
-    config, network = FinetuneConfig(**options.recipe_fields(context)), load_retrofitted(folder)
+    check_replaceable(target, (WEIGHTS, RECIPE))
+    config, network = options.recipe_of(context, {}), load_retrofitted(folder)
     if json_file is not None:
         writable(json_file)
     parts, _ = open_data(context, data, config)
+    check_classes(network, parts.val)
     console = Console()
     images = prepared_batches(network, parts.val, config, lambda complaint: say(console, f"left out: {complaint}"))
     folded = fold_se(

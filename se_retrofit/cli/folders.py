@@ -1,14 +1,20 @@
-"""What the folder of a run tells of the network in it."""
+"""The folder of a saved network: what is written beside it, and what that of a run tells of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_settings", "training_data_of"]
+__all__ = ["beside", "run_settings", "training_data_of"]
 
 # of a run's recipe: what decides how its network is evaluated
 SETTINGS = ("image_size", "batch_size", "precision", "multi_label")
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A path next to a folder, of its name and an ending; the folder may be given as ``.``."""
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    return named.with_name(named.name + ending)
 
 
 def run_settings(saved: Path) -> dict[str, Any]:

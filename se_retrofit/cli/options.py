@@ -15,6 +15,7 @@ import typer
 from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
 from ..plaindata import parse_yaml
+from .app import WrongUsage
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +128,14 @@ RECIPE_OPTIONS: Options = {
     "config": option(Path | None, None, "the recipe as YAML; options override it", rich_help_panel="Recipe"),
     **RECIPE_FIELDS,
 }
+
+
+def recipe_of(context: typer.Context, fields: dict[str, Any]) -> FinetuneConfig:
+    """The recipe of some fields and, above them, of the options."""
+    try:
+        return FinetuneConfig(**{**fields, **recipe_fields(context)})
+    except RetrofitError as error:
+        raise WrongUsage(str(error)) from error
 
 
 def recipe_fields(context: typer.Context) -> dict[str, Any]:

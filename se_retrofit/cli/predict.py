@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ..finetune.config import FinetuneConfig
 from . import options
 from .app import app
 
@@ -35,7 +34,7 @@ def predict_command(
     from ..saving import load_retrofitted
     from ..saving.atomic import replaced_file
 
-    recipe = FinetuneConfig(**options.recipe_fields(context))
+    recipe = options.recipe_of(context, {})
     network = load_retrofitted(folder)
     if torch.accelerator.is_available() and not cpu:
         network.to(torch.accelerator.current_accelerator())

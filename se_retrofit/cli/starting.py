@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
 from ..plaindata import parse_yaml
-from .options import check_weights, recipe_fields, refuse_for_folder, se_options
+from .app import WrongUsage
+from .options import check_weights, recipe_of, refuse_for_folder, se_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +88,7 @@ class Start(BaseModel):
 
 def absolute(name: str) -> str:
     """A folder by its absolute path, any other name as it is."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def check_outside(output: Path, data: str) -> None:
@@ -105,7 +106,7 @@ def named_values(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         name, separator, value = setting.partition("=")
         if not separator:
-            raise RetrofitError(f"--arg takes NAME=VALUE, got {setting!r}")
+            raise WrongUsage(f"--arg takes NAME=VALUE, got {setting!r}")
         read[name.strip().replace("-", "_")] = parse_yaml(value, f"the value of --arg {setting!r}")
     return read
 
@@ -114,7 +115,7 @@ def read_config(context: typer.Context) -> FinetuneConfig:
     """The recipe: from the file, then the options."""
     file = context.params["config"]
     fields = FinetuneConfig.from_yaml(file).to_dict() if file is not None else {}
-    return FinetuneConfig(**{**fields, **recipe_fields(context)})
+    return recipe_of(context, fields)
 
 
 def open_data(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import fx, nn
 
 from ..errors import RetrofitError
@@ -19,7 +18,7 @@ from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..saving.base import base_of
-from ..saving.tensors import tensors_of, untied
+from ..saving.tensors import save_tensors, tensors_of, untied
 from ..surgery.record.copying import copied
 from ..surgery.record.inputs import Inputs, tensors_in
 from ..surgery.record.methods import unwrapped
@@ -105,7 +104,7 @@ def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs)
     base, _ = base_of(model)
     text = source_text(copy, base, tied)
     with replaced_file(file) as fresh, replaced_file(file.with_suffix(".safetensors")) as weights:
-        save_file(stored, weights, {"format": "pt"})
+        save_tensors(stored, weights, {"format": "pt"})
         fresh.write_text(text, encoding="utf-8")
         _check(copy, fresh, base, inputs)
     return file

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
 from ..plaindata import parse_yaml, read_json
-from ..saving.atomic import replaced_directory, replaced_file, settled
+from ..saving.atomic import check_replaceable, replaced_directory, replaced_file, settled
 from ..saving.networks import write_network
 from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_recipe
 from ..saving.tensors import load_strictly, read_weights, save_tensors, tie
 from .config import FinetuneConfig
 from .experiment import check_same
+from .log import METRICS
 
 __all__ = ["BEST", "LAST", "RUN", "Folder", "Progress", "join", "load_optimizer", "split", "written"]
 
@@ -178,24 +179,23 @@ def checked_folder(path: Path, resume: bool) -> Path:
     """The path of a folder in which a run may begin, or go on with ``resume``; it is made where it is missing.
 
     Raises:
-        RetrofitError: it holds a run already, can't be made, or holds files in ``last/`` or ``best/`` that a checkpoint would
-            delete.
+        RetrofitError: it holds a run already, or a result whose ``last/`` is gone; it can't be made, or holds files in ``last/`` or
+            ``best/`` that a checkpoint would delete.
     """
-    if has_checkpoint(path) and not resume:
+    begun, result = has_checkpoint(path), (settled(path / BEST) / RECIPE).is_file()
+    if (begun or result) and not resume:
         raise RetrofitError(f"{path} holds a run already; go on with it (resume=True), or give another folder")
+    if result and not begun and has_epochs(path / METRICS):  # of a first epoch that was killed there are none
+        raise RetrofitError(
+            f"{path} holds the result of a run in {BEST}/, but no {LAST}/ to go on from; give another folder, in which a new run "
+            "does not replace it"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RetrofitError(f"{path} can't be made: {error.strerror or error}") from error
     for folder, ours in ((path / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)), (path / BEST, (WEIGHTS, RECIPE))):
-        if folder.exists() and not folder.is_dir():
-            raise RetrofitError(f"{folder} is a file, and the run writes a folder there; give another output folder")
-        foreign = sorted(f.name for f in folder.iterdir() if f.name not in ours) if folder.is_dir() else []
-        if foreign:
-            raise RetrofitError(
-                f"{folder} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; "
-                "give another output folder"
-            )
+        check_replaceable(folder, ours)
     return path
 
 
@@ -204,6 +204,14 @@ def has_checkpoint(path: Path) -> bool:
     folder = settled(path / LAST)
     # Of an incomplete one, reading it says what is missing
     return any((folder / name).is_file() for name in (WEIGHTS, RECIPE, TENSORS, STATE))
+
+
+def has_epochs(file: Path) -> bool:
+    """Whether a ``metrics.jsonl`` tells of an epoch that is over."""
+    try:
+        return any(json.loads(line)["epoch"] for line in file.read_text(encoding="utf-8").splitlines())
+    except (OSError, LookupError, TypeError, ValueError):
+        return False
 
 
 def written(file: Path) -> dict[str, Any]:

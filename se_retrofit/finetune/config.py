@@ -118,7 +118,7 @@ class FinetuneConfig(BaseModel):
     """Stay on the CPU."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that load data; none for as many as cores, at most 8, and for tensors in memory 0."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of all that is random."""
     checkpoint_minutes: NotNegative = 10.0
     """At least so often is a checkpoint written within an epoch; 0 for at every look at the loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,7 @@ def checked_loss(loss: Any) -> Tensor:
 
 def check_criterion(given: Any, teacher: Any, distillation: tuple[float, float], model: nn.Module) -> None:
     """Raise where a criterion or a teacher is none."""
-    if given is not None and not callable(given):
+    if given is not None and (not callable(given) or isinstance(given, type)):
         raise TypeError(
             f"criterion must be a function of (logits, targets), got {brief(given)}; a loss by name is the config's: "
             'FinetuneConfig(loss="focal")'
@@ -179,8 +180,13 @@ def check_criterion(given: Any, teacher: Any, distillation: tuple[float, float],
         check_module(teacher, "teacher")
     if teacher is model:
         raise RetrofitError("the network can't be its own teacher; give a copy (copy.deepcopy)")
-    part, temperature = distillation
-    if not (0 <= part <= 1 and temperature > 0):
+    try:
+        part, temperature = distillation
+        fits = 0 <= part <= 1 and 0 < temperature < math.inf
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
         raise RetrofitError(
-            f"distillation must be the teacher's part in the loss, from 0 to 1, and a temperature above 0, got {distillation}"
+            "distillation must be the teacher's part in the loss, from 0 to 1, and a temperature above 0, got "
+            f"{brief(distillation)}"
         )

@@ -67,8 +67,8 @@ def stream(
     """
     if isinstance(data, DataLoader):
         if world > 1 or (balanced and train):
-            what = f"{world} processes" if world > 1 else 'balance="sampling"'
-            raise RetrofitError(f"{what} need a Dataset as {name}, got a DataLoader; give its data set")
+            what = f"{world} processes need" if world > 1 else 'balance="sampling" needs'
+            raise RetrofitError(f"{what} a Dataset as {name}, got a DataLoader; give its data set")
         return LoaderStream(data, name=name, keys=keys, seed=seed)
     if isinstance(data, (str, bytes, IterableDataset)) or not hasattr(data, "__getitem__"):
         hint = "; se_retrofit.finetune.load_data finds data by name" if isinstance(data, str) else ""

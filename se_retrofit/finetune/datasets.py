@@ -262,7 +262,7 @@ def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
             name, root=str(root), split=called, is_training=split == "train", download=download, input_img_mode=""
         )
     except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
-        hint = "" if download else "; --download (download=True) lets it be fetched"
+        hint = "" if download else "; download=True lets it be fetched"
         raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
 
 
@@ -318,7 +318,7 @@ def data_folder(name: str | Path) -> Path:
     Raises:
         RetrofitError: there is none.
     """
-    if not Path(name).is_dir():
+    if not str(name) or not Path(name).is_dir():  # "" would be the folder that one is in
         raise RetrofitError(
             f"no data {str(name)!r}: give digits, a folder with train/ and val/, or a name of timm's dataset factory "
             f"({', '.join(TIMM_PREFIXES)}...)"

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
-from ..saving.atomic import replaced_file
+from ..paths import as_written, save_figure
 from ..tables import aligned, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
@@ -181,7 +181,7 @@ class Evaluation:
         confusion, size = self.confusion, len(self.classes)
         shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
         # of more than 60 no name can be read
-        names = [short(scores.name, LONGEST_NAME) for scores in self.classes] if size <= 60 else None
+        names = [as_written(short(scores.name, LONGEST_NAME)) for scores in self.classes] if size <= 60 else None
         side = min(max(2.2, 0.38 * size), 30.0) + 0.8
         room = 0.085 * max(map(len, names or [""]))  # inches, for names beside the matrix and below it
         figure = Figure(figsize=(side + room + 0.8, side + room), layout="constrained")
@@ -189,8 +189,7 @@ class Evaluation:
             include_values=size <= 20, cmap="Blues", values_format=".0%", ax=figure.subplots(),
             xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1},
         )  # fmt: skip
-        with replaced_file(Path(file)) as fresh:
-            figure.savefig(fresh, dpi=120)
+        save_figure(figure, file)
         return Path(file)
 
 

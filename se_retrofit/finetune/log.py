@@ -19,6 +19,7 @@ from ..attention import has_gates
 from ..errors import RetrofitError
 from ..inspection.gate_plots import plot_gates
 from ..inspection.gates import GateLogger, saturation_limits
+from ..paths import save_figure
 from ..saving.atomic import replaced_file
 from ..surgery.splice.undo import is_retrofitted
 from .data import Batch
@@ -158,8 +159,7 @@ class Log:
             plot_curves(history, self.output / CURVES)
             epochs = {row["epoch"]: row["gates"] for row in history if row.get("gates")}
             if epochs:
-                with replaced_file(self.output / GATES) as fresh:
-                    plot_gates(epochs, fresh)
+                plot_gates(epochs, self.output / GATES)
             draw_hardest(self.output / HARDEST)
 
 
@@ -179,8 +179,7 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(what)
         axes.grid(alpha=0.3)
-    with replaced_file(path) as fresh:
-        figure.savefig(fresh, dpi=120)
+    save_figure(figure, path)
 
 
 def _width(name: str) -> int:

@@ -62,7 +62,7 @@ def predict(
     """
     if top < 1 or batch_size < 1:
         raise RetrofitError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
-    transform, names = transform_of(model), class_names(model)
+    transform, names = transform_of(model), class_names(model) or []
     files = list(_files(images))
     device = next(model.parameters()).device
     for start in range(0, len(files), batch_size):
@@ -76,7 +76,7 @@ def predict(
                 yield Prediction(str(file), error=image)
                 continue
             best, numbers = next(answers)
-            yield Prediction(str(file), tuple(names[n] if names else str(n) for n in numbers), tuple(best))
+            yield Prediction(str(file), tuple(names[n] if n < len(names) else str(n) for n in numbers), tuple(best))
 
 
 def _answers(model: nn.Module, batch: Tensor, top: int) -> Iterator[tuple[list[float], list[int]]]:

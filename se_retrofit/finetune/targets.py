@@ -70,6 +70,9 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
     column = None if key is None else rows[key]
     for values in (column, getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
         if values is not None and len(values) == len(data):
+            if (changed := getattr(data, "target_transform", None)) is not None:
+                plain = values.tolist() if isinstance(values, Tensor) else values
+                return targets_together([changed(value) for value in plain])
             if isinstance(values, Tensor):
                 return values
             with _told(list(values)):

@@ -18,6 +18,7 @@ from ..errors import RetrofitError
 from ..models import IMAGES, Base
 from .config import FinetuneConfig
 from .data import gives_images, stream
+from .randomness import kept_randomness
 
 __all__ = [
     "check_classes",
@@ -109,8 +110,11 @@ def _few(names: list[str]) -> str:
 
 
 def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
-    """The names of a data set's classes in the order of their numbers, None where it does not tell."""
+    """The names of a data set's classes in the order of their numbers, None where it does not tell, or gives them other numbers by a
+    ``target_transform``."""
     for owner in (data, getattr(data, "reader", None), getattr(data, "dataset", None)):
+        if getattr(owner, "target_transform", None) is not None:
+            return None
         names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None) or _names_in(owner, keys)
         if isinstance(names, dict):
             names = sorted(names, key=names.__getitem__)
@@ -145,14 +149,21 @@ def prepared_batches(
 
 def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> Callable[[Any], Any]:
     """timm's transforms with the network's own size, mean, std and interpolation; for training, with the config's
-    augmentation. Where the network does not tell them, ImageNet's usual ones."""
+    augmentation. Where the network does not tell them, ImageNet's usual ones.
+
+    Raises:
+        RetrofitError: there is no such transform, or it fails on a black image.
+    """
     augmentation = {**AUGMENTATION, **config.transform_options} if train else {}
     try:
-        return _transform(settings_of(model, config.image_size), is_training=train, **augmentation)
-    except (AssertionError, TypeError, ValueError) as error:
+        transform = _transform(settings_of(model, config.image_size), is_training=train, **augmentation)
+        with kept_randomness():
+            transform(Image.new("RGB", (64, 64)))  # most values are looked at only then
+    except Exception as error:  # timm, torchvision and Pillow raise of every kind
         raise RetrofitError(
             f"timm makes no transform with transform_options={config.transform_options}: {error}"
         ) from error
+    return transform
 
 
 def _transform(settings: dict[str, Any], **options: Any) -> Callable[[Any], Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RetrofitError, extra
-from ..paths import save_figure
+from ..paths import as_written, save_figure
 from .gates import SiteGates
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _plot_site(axes: Axes, site: SiteGates, classes: Sequence[str]) -> None:
     style: dict[str, Any] = {"color": "#cbd5e1", "alpha": 0.6, "linewidth": 0}
     axes.fill_between(channels, mean - std, mean + std, label="± std over inputs", **style)
     for label in sorted(site.class_means)[:MOST_CLASSES]:
-        name = classes[label] if 0 <= label < len(classes) else f"class {label}"
+        name = as_written(classes[label]) if 0 <= label < len(classes) else f"class {label}"
         axes.plot(channels, site.class_means[label][order].numpy(), linewidth=0.9, alpha=0.9, label=name)
     axes.plot(channels, mean, color="#1e293b", linewidth=1.4, label="all")
     axes.set_title(f"{site.name}: gate by channel, sorted by mean", fontsize=9)
@@ -87,7 +87,7 @@ def plot_gates(epochs: Mapping[int, Mapping[str, Any]], path: str | Path | None 
         The matplotlib ``Figure``.
 
     Raises:
-        RetrofitError: no epoch has gates, or matplotlib is not installed.
+        RetrofitError: no epoch has gates, matplotlib is not installed, or the picture can't be written.
     """
     with extra("inspect"):
         from matplotlib.figure import Figure
@@ -113,7 +113,7 @@ def plot_gates(epochs: Mapping[int, Mapping[str, Any]], path: str | Path | None 
     style: dict[str, Any] = {"ncols": 3, "fontsize": 8, "frameon": False, "title": title, "title_fontsize": 8}
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper center", **style)
     if path is not None:
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path)
     return figure
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import RetrofitError
 
-__all__ = ["replaced_directory", "replaced_file", "settled", "sync"]
+__all__ = ["check_replaceable", "replaced_directory", "replaced_file", "settled", "sync"]
 
 
 @contextlib.contextmanager
@@ -24,21 +24,14 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
         ours: the file names that a folder of this kind may hold.
 
     Raises:
-        RetrofitError: ``path`` holds files of other names (replacing it would delete them), or can't be written. What
-            was at ``path`` is still there.
+        RetrofitError: as ``check_replaceable``, or ``path`` can't be written. What was at ``path`` is still there.
     """
     fresh, aside = _fresh(path), _aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_dir():
-            raise RetrofitError(f"{path} is a file; give the path of a folder")
         if aside.exists() and not path.exists():
             aside.rename(path)
-        foreign = sorted(f.name for f in path.iterdir() if f.name not in ours) if path.exists() else []
-        if foreign:
-            raise RetrofitError(
-                f"{path} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; give a new folder"
-            )
+        check_replaceable(path, ours)
         _remove(fresh)
         fresh.mkdir()
         yield fresh
@@ -62,6 +55,27 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
         raise
 
 
+def check_replaceable(path: Path, ours: Collection[str]) -> None:
+    """Raise where ``replaced_directory`` would refuse a path.
+
+    Raises:
+        RetrofitError: it is a file, a folder that can't be read or that holds files of other names (which would be lost), or the
+            folder in which one is (whose place another would take).
+    """
+    if path.name in ("", ".."):
+        raise RetrofitError(f"'{path}' can't be replaced as a whole; give the name of a folder in it")
+    if path.exists() and not path.is_dir():
+        raise RetrofitError(f"{path} exists and is a file; give the name of a folder")
+    try:
+        foreign = sorted(f.name for f in path.iterdir() if f.name not in ours) if path.exists() else []
+    except OSError as error:
+        raise RetrofitError(f"{path} can't be read: {error.strerror or error}") from error
+    if foreign:
+        raise RetrofitError(
+            f"{path} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; give a new folder"
+        )
+
+
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Write to a fresh file beside ``path``, which takes its place when the body is through.
@@ -70,7 +84,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
         RetrofitError: the file can't be written. What was at ``path`` is still there.
     """
     # The suffix stays: writers that go by it (matplotlib) must see it.
-    fresh = path.with_name(f".{path.stem}.new{path.suffix}")
+    fresh = path.parent / f".{path.stem}.new{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield fresh
@@ -101,11 +115,11 @@ def sync(path: Path) -> None:
 
 
 def _fresh(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
+    return path.parent / f".{path.name}.new"  # with_name would refuse "."
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.previous")
+    return path.parent / f".{path.name}.previous"
 
 
 def _remove(path: Path) -> None:

@@ -148,12 +148,20 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 
 
-def test_an_output_that_is_in_the_way_is_refused_before_the_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    result = run("add", SMALL, "--output", str(tmp_path / "file"))
-    assert result.exit_code == 1
-    assert "exists and is a file" in str(result.exception)
-    assert (tmp_path / "file").read_text() == "mine"
+@pytest.mark.parametrize(
+    ("output", "said"), [("file", "is a file"), ("folder", "mine"), (".", "as a whole"), ("..", "as a whole")]
+)
+def test_an_output_that_is_in_the_way_is_refused_before_the_work(
+    output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for file in (tmp_path / "file", tmp_path / "folder" / "mine"):
+        file.write_text("mine")
+    monkeypatch.chdir(tmp_path / "folder" if output == ".." else tmp_path)
+    result = run("add", SMALL, "--output", output)
+    assert (result.exit_code, result.output) == (1, "")
+    assert said in str(result.exception)
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine", "mine"]
 
 
 def test_help_is_quick_and_shows_examples_and_the_recipes_fields() -> None:
@@ -184,14 +192,26 @@ def test_ctrl_c_while_it_starts_exits_with_130(monkeypatch: pytest.MonkeyPatch, 
     assert ended.value.code == 130
 
 
-def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["se-retrofit", "add", "resnet[bold]50"])
+@pytest.mark.parametrize(
+    ("arguments", "says", "code"),
+    [
+        (["add", "resnet[bold]50"], "no model 'resnet[bold]50' in timm or torchvision", 1),
+        (["finetune"], "give a MODEL and --data", 2),
+        (["finetune", SMALL, "--data", "digits", "--epochs", "0"], "--epochs: ", 2),
+        (["finetune", "--resume", "run", "--lr", "1"], "--resume reads", 2),
+        (["find-lr", SMALL, "--data", "digits", "--arg", "x"], "--arg takes NAME=VALUE", 2),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], says: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["se-retrofit", *arguments])
     with pytest.raises(SystemExit) as exit_:
         main()
-    assert exit_.value.code == 1
+    assert exit_.value.code == code
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("error: no model 'resnet[bold]50' in timm or torchvision")
+    assert said.err.startswith(f"error: {says}")
     assert said.err.count("\n") == 1
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -168,6 +170,19 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.sweep
+def test_a_full_disk_leaves_neither_source_nor_weights(tmp_path: Path) -> None:
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = retrofitted()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+        with pytest.raises(RetrofitError, match=r"can't be written: .*File too large"):
+            export(model, tmp_path / "net.py", example_inputs=X)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_format_cannot_represent_is_an_error_and_nothing_is_written(tmp_path: Path) -> None:
     broken = nn.Sequential(nn.Conv2d(3, 8, 3), OnlyInEager())
     with pytest.raises(RetrofitError, match="Sequential can't be exported as pt2"):

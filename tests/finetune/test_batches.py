@@ -232,7 +232,7 @@ def test_data_that_is_not_there_is_named(folder: Path, tmp_path: Path) -> None:
     image(folder / "too" / "high" / "red")
     image(folder / "val" / "green")
     for name, says in (
-        ("digit", "'digit'"), (folder / "odd", "it holds test"), ("torch/cifar10", "'torch/cifar10'.*--download"),
+        ("digit", "'digit'"), ("", "no data ''"), (folder / "odd", "it holds test"), ("torch/cifar10", "'torch/cifar10'.*download=True"),
         (folder / "too", "single class, high"), (folder, "lacks: green"),
     ):  # fmt: skip
         with pytest.raises(RetrofitError, match=says):

@@ -21,6 +21,7 @@ from se_retrofit.finetune import NamedData, evaluate, finetune
 from se_retrofit.finetune.criteria import FocalLoss, MultiLabelFocalLoss, criterion_of
 from se_retrofit.finetune.data import Order
 from se_retrofit.finetune.targets import class_counts, image_weights, targets_of
+from se_retrofit.finetune.transforms import class_names_of
 
 
 def imbalanced(images: int, seed: int) -> TensorDataset:
@@ -168,6 +169,8 @@ def test_criteria_and_teachers_that_are_none_are_refused(digits: NamedData) -> N
     model = network()
     for error, says, options in (
         (TypeError, "function", {"criterion": "focal"}),
+        (TypeError, "function", {"criterion": nn.CrossEntropyLoss}),
+        (RetrofitError, "distillation .*'half'", {"teacher": network(), "distillation": "half"}),
         (RetrofitError, "has parameters", {"criterion": nn.Bilinear(2, 2, 1)}),
         (RetrofitError, "own teacher", {"teacher": model}),
         (RetrofitError, r"distillation .*1\.5", {"teacher": network(), "distillation": (1.5, 4.0)}),
@@ -197,6 +200,11 @@ def test_targets_are_found_without_images() -> None:
         assert targets_of(data).tolist() == found  # type: ignore[union-attr]
     assert class_counts(folder, 4, False)[0].tolist() == [1, 0, 2, 0]
     assert targets_of([(torch.zeros(1), 0)]) is None
+    folder.classes, folder.target_transform = ["a", "b", "c"], lambda number: number // 2  # type: ignore[attr-defined]
+    assert targets_of(Subset(folder, [1, 2])).tolist() == [0, 1]  # type: ignore[union-attr]
+    assert class_names_of(folder) is class_names_of(Subset(folder, [1])) is None  # of other numbers
+    folder.target_transform = None  # type: ignore[attr-defined]
+    assert class_names_of(folder) == ["a", "b", "c"]
     folder.targets = ["cat", "dog", "cat"]  # type: ignore[attr-defined]
     with pytest.raises(RetrofitError, match="'cat', 'dog'"):
         targets_of(folder)

@@ -26,6 +26,7 @@ from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of, save_r
 from se_retrofit.cli.commands import app
 from se_retrofit.cli.folders import run_settings
 from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, load_data, predict, transform_of
+from se_retrofit.models import IMAGES
 
 
 def run(*arguments: object) -> Result:
@@ -113,6 +114,8 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     shutil.copytree(pictures / "val", tmp_path / "more")
     shutil.copytree(pictures / "val", tmp_path / "more" / "red" / ".ipynb_checkpoints")
     assert len(list(predict(model, [tmp_path / "more"], batch_size=3))) == 10
+    vars(model)[IMAGES]["classes"] = ["blue"]  # fewer than the head has, as where a head of 1000 is kept
+    assert {*next(predict(model, [one], top=2)).classes} == {"blue", "1"}
 
 
 def test_images_that_cannot_be_read_are_named_and_skipped_where_so_asked(
@@ -152,6 +155,7 @@ def test_images_that_cannot_be_read_are_named_and_skipped_where_so_asked(
         (("predict", "RUN", "empty"), "empty holds no images", 1),
         (("evaluate", "empty", "--data", "digits"), "empty holds no network", 1),
         (("evaluate", "RUN", "--data", "others"), "classes blue, red, .* green, red", 1),
+        (("fold", "RUN", "--data", "others"), "classes blue, red, .* green, red", 1),
         (("evaluate", "RUN", "--data", "digits", "--split", "tests"), "--split", 2),
         (("predict", "RUN", "README", "--top", "0"), "--top", 2),
     ],
@@ -164,7 +168,8 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty").mkdir()
     (tmp_path / "README").write_text("no image")
     for name in ("green", "red"):
-        shutil.copytree(pictures / "val" / "red", tmp_path / "others" / "val" / name)
+        for split in ("train", "val"):
+            shutil.copytree(pictures / split / "red", tmp_path / "others" / split / name)
     found = run(*(result if argument == "RUN" else argument for argument in arguments))
     if code == 2:
         assert found.exit_code == 2
@@ -247,13 +252,13 @@ def test_scores_of_classes_agree_with_scikit_learn(loader: bool) -> None:
     assert softened.loss > scores.loss
 
 
-def test_the_confusion_of_classes_with_long_names_has_room_for_them(
+def test_the_confusion_of_classes_with_long_and_odd_names_has_room_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, targets = one_class()
     found = evaluate(Answers(), TensorDataset(logits[:, :, None, None], targets), config=CONFIG)
     named = replace(
-        found, classes=tuple(replace(c, name=f"class {c.name} {'of a long name ' * 9}") for c in found.classes)
+        found, classes=tuple(replace(c, name=f"$class_{{$ {c.name} {'of a long name ' * 9}") for c in found.classes)
     )
     sizes = []
 

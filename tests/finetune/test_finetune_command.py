@@ -66,6 +66,8 @@ def test_mistakes_are_one_clear_error_that_names_options(tmp_path: Path, monkeyp
     Path("bad.yaml").write_text("batch_size: 0\nlr: 0.0\n")
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "run.yaml").write_text("command: null\n")
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary" / "run.yaml").write_bytes(b"\xff\xfe")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "run.yaml").write_text("command: {data: 3}\nconfig: {}\n")
     for arguments, says in [
@@ -84,9 +86,9 @@ def test_mistakes_are_one_clear_error_that_names_options(tmp_path: Path, monkeyp
     ]:
         with pytest.raises(RetrofitError, match=says):
             run("finetune", *arguments, "--output", tmp_path / "run")
-    for folder, says in ((tmp_path, "no run"), (tmp_path / "python", "from Python"), (tmp_path / "odd", "run.yaml")):
+    for folder, says in ((".", "no run"), ("python", "from Python"), ("binary", "run.yaml"), ("odd", "run.yaml")):
         with pytest.raises(RetrofitError, match=says):
-            run("finetune", "--resume", folder)
+            run("finetune", "--resume", tmp_path / folder)
     assert not (tmp_path / "run").exists()
     pictures = make_folder(Path("pictures"))
     for words in (["finetune", "test_resnet"], ["compare", "test_resnet"], ["fold", tmp_path]):

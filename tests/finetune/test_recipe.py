@@ -33,7 +33,7 @@ def test_yaml_reads_numbers_without_a_point_and_an_empty_file_as_the_defaults(tm
     [
         {"epochs": 0}, {"lr": 0.0}, {"lr": float("inf")}, {"label_smoothing": 1.0}, {"ema_decay": 1.0}, {"warmup_ratio": -0.1},
         {"layer_decay": 1.5}, {"trainable": "body"}, {"precision": "fp8"}, {"bad_images": "ignore"}, {"loss": "hinge"},
-        {"best_metric": "auc"}, {"epochs": 1.5}, {"epochs": True}, {"lr": "fast"}, {"freeze_bn": 1}, {"trackers": "wandb"},
+        {"best_metric": "auc"}, {"epochs": 1.5}, {"epochs": True}, {"lr": "fast"}, {"freeze_bn": 1}, {"seed": 2**63}, {"trackers": "wandb"},
         {"patience": "3"}, {"optimizer_options": 3},
     ],
     ids=str,

@@ -238,6 +238,19 @@ def test_files_that_only_tell_of_a_run_may_be_broken_or_lost(run: Path, digits: 
     assert yaml.safe_load((run / "run.yaml").read_text())["config"]["epochs"] == 2
 
 
+def test_a_result_whose_checkpoint_was_deleted_is_not_replaced(run: Path, digits: NamedData) -> None:
+    weights, metrics = run / "best" / "weights.safetensors", run / "metrics.jsonl"
+    shutil.rmtree(run / "last")
+    before = weights.read_bytes()
+    for resume in (False, True):
+        with pytest.raises(RetrofitError, match="another folder"):
+            trained(network(), digits, output_dir=run, resume=resume)
+    assert weights.read_bytes() == before
+    metrics.write_text(metrics.read_text().splitlines()[0])  # killed between the first epoch's best/ and last/
+    trained(network(), digits, recipe={"max_updates": 1}, output_dir=run, resume=True)
+    assert weights.read_bytes() != before
+
+
 def test_what_split_takes_apart_join_puts_together() -> None:
     tree = {"a": {0: {"step": torch.tensor(3.0), "betas": (0.9, 0.95)}, 7: []}, "b": [1, None, "x", True, float("inf")]}
     plain, tensors = split(tree)

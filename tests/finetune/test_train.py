@@ -279,6 +279,7 @@ def test_auxiliary_classifiers_are_trained_too() -> None:
         ({"schedule": "plateau"}, "'plateau'"),
         ({"schedule": "step", "schedule_options": {"decay_epochs": 0}}, "'step' fails.*ZeroDivisionError"),
         ({"transform_options": {"wings": 2}}, "transform_options.*wings"),
+        ({"transform_options": {"scale": "small"}}, "transform_options.*small"),
         ({"patience": 2}, "patience"),
         ({"trackers": ["nosuchtracker"]}, "nosuchtracker"),
     ],

@@ -29,10 +29,13 @@ def folder(tmp_path: Path) -> Path:
     return save_retrofitted(model, tmp_path / "net")
 
 
-def test_fold_saves_a_network_without_se_that_computes_the_same(folder: Path, tmp_path: Path) -> None:
+def test_fold_saves_a_network_without_se_that_computes_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
     report = tmp_path / "fold.json"
     arguments = ("--image-size", "32", "--batches", "2", "--json", str(report))
-    result = run("fold", str(folder), "--data", "digits", *arguments)
+    result = run("fold", ".", "--data", "digits", *arguments)
     assert result.exit_code == 0, result.output
     assert "sites folded" in result.output
     assert "accuracy: " in result.output
