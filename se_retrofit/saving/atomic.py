@@ -101,11 +101,16 @@ def sync(path: Path) -> None:
 
 
 def _fresh(path: Path) -> Path:
-    return path.with_name(f".{path.name}.new")
+    return _beside(path, "new")
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.previous")
+    return _beside(path, "previous")
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    whole = Path(os.path.abspath(path))  # "." has no name
+    return whole.parent / f".{whole.name}.{suffix}"
 
 
 def _remove(path: Path) -> None:
