@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["RetrofitError", "brief", "check_module", "check_values", "extra", "told_as_fault"]
+__all__ = ["RetrofitError", "brief", "check_flag", "check_module", "check_values", "extra", "told_as_fault"]
 
 
 class RetrofitError(ValueError):
@@ -88,6 +88,12 @@ def check_module(value: object, name: str = "model") -> None:
         )
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, got {brief(value)} of type {type(value).__name__}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {brief(value)}")
 
 
 def check_values(model: Any) -> None:

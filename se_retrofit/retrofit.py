@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .attention import Attention
-from .errors import RetrofitError, check_module, told_as_fault
+from .errors import RetrofitError, check_flag, check_module, told_as_fault
 from .plan import Plan, Site
 from .surgery.arguments import Options, Patterns, check_arguments
 from .surgery.blocks import Recognise
@@ -102,10 +102,11 @@ def add_se(
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
     check_arguments(model, options, example_inputs, plan)
+    check_flag("inplace", inplace)
     with (
         told_as_fault(),
         without_collections(),
-    ):  # which would take the classes that were derived to see whether they can be
+    ):  # a collection would take the classes derived to see whether they can be
         if plan is None:
             plan = planned(model, options, example_inputs)
         else:
@@ -157,6 +158,7 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
 
     Raises:
         RetrofitError: there is no retrofitted SE in the model, or the classes of its blocks were changed since.
+        TypeError: an argument is of the wrong type.
 
     Example:
         >>> import timm
@@ -166,6 +168,7 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
         True
     """
     check_module(model)
+    check_flag("inplace", inplace)
     if not has_se(model):
         raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to remove")
     check_removable(model, "remove_se")
@@ -188,6 +191,9 @@ def check_removable(model: nn.Module, caller: str) -> None:
 def has_se(model: nn.Module) -> bool:
     """Whether ``add_se`` has put SE into this model (a network's own, native SE does not count).
 
+    Raises:
+        TypeError: it is not an nn.Module.
+
     Warns:
         UserWarning: modules that contained SE were replaced after the retrofit, so their SE is gone; the warning names the sites.
 
@@ -198,6 +204,7 @@ def has_se(model: nn.Module) -> bool:
         >>> has_se(model), has_se(add_se(model))
         (False, True)
     """
+    check_module(model)
     warn_of_lost_sites(model)
     return any(map(is_retrofitted, model.modules()))
 
@@ -219,6 +226,7 @@ def plan_of(model: nn.Module) -> Plan:
 
     Raises:
         RetrofitError: the model is not retrofitted.
+        TypeError: it is not an nn.Module.
 
     Example:
         >>> import timm
@@ -226,6 +234,7 @@ def plan_of(model: nn.Module) -> Plan:
         >>> plan_of(add_se(timm.create_model("resnet18"), reduction=16)).options["reduction"]
         16
     """
+    check_module(model)
     ses = [(path, module) for path, module in model.named_modules() if is_retrofitted(module)]
     if not ses:
         raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se")

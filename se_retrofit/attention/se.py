@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, brief, check_flag
 from .inserted import Inserted
 from .parts import TwiceSigmoid, check_positive, hidden_width, init_bottleneck, undrawn
 
@@ -114,8 +114,7 @@ def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> Non
     """Raise unless these are options that an SE module can be built with."""
     check_positive("reduction", reduction)
     check_positive("min_hidden", min_hidden)
-    if not isinstance(bias, bool):
-        raise TypeError(f"bias must be True or False, got {brief(bias)}")
+    check_flag("bias", bias)
     if not isinstance(gate, str):
         raise TypeError(f"gate must be a string, got {brief(gate)}")
     if gate not in GATES:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import Inserted, StaticFactor, check_gates
 from ..attention.parts import check_positive
-from ..errors import RetrofitError, brief, check_module, check_values
+from ..errors import RetrofitError, brief, check_flag, check_module, check_values
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Skipped
 from ..retrofit import check_removable, has_se, plan_of
@@ -77,6 +77,7 @@ def fold_se(
         (8, 'BasicBlock')
     """
     _check(model, tolerance, max_accuracy_loss, max_batches)
+    check_flag("inplace", inplace)
     sites = plan_of(model).sites
     check_gates({site.path: model.get_submodule(site.path) for site in sites}, "it can't be folded")
     batches = first_batches(model, data, keys or (), max_batches)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..attention import SEAttention
-from ..errors import RetrofitError, check_module
+from ..errors import RetrofitError, check_flag, check_module
 from ..plan import Skipped
 from ..surgery.record.copying import copied
 from ..surgery.record.methods import unwrapped
@@ -105,6 +105,7 @@ def fuse_se(model: M, *, inplace: bool = False) -> M:
         >>> type(model.layer1[0].se_attention).__name__
         'FusedSEAttention'
     """
+    check_flag("inplace", inplace)
     fusion = plan_fusion(model)
     if not fusion.fused:
         reason = f": {fusion.skipped[0].block}: {fusion.skipped[0].reason}" if fusion.skipped else "; call add_se first"
@@ -132,6 +133,7 @@ def unfuse_se(model: M, *, inplace: bool = False) -> M:
         >>> type(model.layer1[0].se_attention).__name__
         'SEAttention'
     """
+    check_flag("inplace", inplace)
     if not isinstance(model, nn.Module) or not any(isinstance(m, FusedSEAttention) for m in model.modules()):
         raise RetrofitError(f"{type(model).__name__} has no SE that fuse_se has fused, so there is nothing to undo")
     target = model if inplace else copied(model)

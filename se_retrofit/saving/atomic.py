@@ -115,11 +115,16 @@ def sync(path: Path) -> None:
 
 
 def _fresh(path: Path) -> Path:
-    return path.parent / f".{path.name}.new"  # with_name would refuse "."
+    return _beside(path, "new")
 
 
 def _aside(path: Path) -> Path:
-    return path.parent / f".{path.name}.previous"
+    return _beside(path, "previous")
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    whole = Path(os.path.abspath(path))  # "." has no name
+    return whole.parent / f".{whole.name}.{suffix}"
 
 
 def _remove(path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from networks import assert_untouched, random_states, snapshot
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from se_retrofit import InsertSE, RetrofitError, SEAttention, add_se, has_se, plan_of, plan_se, remove_se
+from se_retrofit import InsertSE, RetrofitError, SEAttention, add_se, has_se, plan_of, plan_se, record, remove_se
 
 
 def _network() -> nn.Module:
@@ -44,8 +46,21 @@ def _refused(model: Any, error: type[Exception], message: str, **options: Any) -
 def test_what_is_no_module(model: Any) -> None:
     fact = rf"nn\.Module.* {type(model).__name__}"
     _refused(model, TypeError, fact)
-    with pytest.raises(TypeError, match=fact):
-        remove_se(model)
+    for call in (remove_se, has_se, plan_of, record):
+        with pytest.raises(TypeError, match=fact):
+            call(model)
+
+
+def test_what_is_no_flag() -> None:
+    model = add_se(_network())
+    calls: tuple[Callable[..., Any], ...] = (
+        lambda inplace: add_se(_network(), inplace=inplace),
+        partial(remove_se, model),
+    )
+    for call, flag in itertools.product(calls, ("no", 1, torch.zeros(2))):
+        with pytest.raises(TypeError, match="inplace must be True or False"):
+            call(inplace=flag)
+    assert has_se(model)
 
 
 class _Broken(nn.Module):

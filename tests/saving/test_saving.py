@@ -320,6 +320,14 @@ def test_a_disk_that_refuses_leaves_the_old_network(saved: Path, monkeypatch: py
     assert_same(load_retrofitted(saved), old)
 
 
+def test_the_folder_that_one_is_in_loads_and_is_not_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved)
+    model = load_retrofitted(".")
+    with pytest.raises(RetrofitError, match="can't be written"):
+        save_retrofitted(model, ".")
+    assert has_se(load_retrofitted("."))
+
+
 def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RetrofitError, match=r"is a file"):

@@ -19,6 +19,7 @@ CHAIN, LONE = (
     "a convolution without a non-linearity: name it in include",
 )
 OUTPUT = "no learned layer takes its output: a prediction, or not used"
+SAMPLING = "another value is sampled by its output: a prediction"
 
 
 class ResUNet(nn.Module):
@@ -110,6 +111,49 @@ class OddOne(nn.Module):
         return self.head(x + torch.relu(self.odd(x)))
 
 
+class Siamese(nn.Module):
+    """Two pictures through one encoder: its stem runs twice, beside blocks in the same sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(*convs(3, 8), BasicBlock(8, 8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.encoder(x), self.encoder(x.flip(-1))
+        return self.head((first - second).abs().mean((2, 3)))
+
+
+class Rows(nn.Module):
+    """A convolution whose output is written into a part of a map, which another one takes; and one for a case of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.part = nn.Sequential(nn.Conv2d(3, 8, 1), BasicBlock(8, 8)), nn.Conv2d(4, 4, 3, padding=1)
+        self.large, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        out = x.clone()
+        out[:, :4] = torch.relu(self.part(x[:, :4]))
+        return self.head(self.large(out) if x.shape[-1] > 224 else out)
+
+
+class Warped(nn.Module):
+    """Features that are moved by a flow, which goes into the next layer as well (RAFT, Teed and Deng, arXiv:2003.12039)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.motion = nn.Sequential(nn.Conv2d(3, 8, 1), BasicBlock(8, 8)), nn.Sequential(*convs(8, 8))
+        self.flow, self.head = nn.Conv2d(8, 2, 3, padding=1), nn.Conv2d(10, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        flow = self.flow(self.motion(x))
+        moved = F.grid_sample(x, flow.permute(0, 2, 3, 1), align_corners=False)
+        return self.head(torch.cat([moved, flow], 1))
+
+
 def left(plan: Plan) -> dict[str, str]:
     return {skip.block: skip.reason for skip in plan.skipped}
 
@@ -128,9 +172,12 @@ def left(plan: Plan) -> dict[str, str]:
             Detector,
             ["fpn*", "head"],
             ["fpn.layer_blocks.1", "fpn.layer_blocks.0", "head"],
-            {"scores": OUTPUT, "boxes": OUTPUT, "body.1": "not included"},
+            {"scores": OUTPUT, "boxes": SAMPLING, "body.1": "not included"},
         ),
         (Dilated, "aspp.*", ["aspp.0", "aspp.1", "aspp.2"], {"body.1": "not included"}),
+        (Siamese, "encoder.0", ["encoder.0"], {"encoder.3": "not included"}),
+        (Warped, "*", ["body.1", "motion"], {"flow": SAMPLING}),
+        (Rows, "part", ["part"], {"large": "no recorded call runs it: give example_inputs with which one does"}),
         # a block is never a chain as well
         (ResUNet, "*", ["stem", "encoder.0", "encoder.1", *["decoder.0.net"] * 2, *["decoder.1.net"] * 2], {}),
     ],

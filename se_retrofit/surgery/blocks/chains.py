@@ -10,7 +10,7 @@ from .attended import adds_positions
 from .block import Block, Target
 from .questions import TRANSPARENT, activation_after, is_pointwise, next_after
 
-__all__ = ["covers_its_input", "is_feature", "lone_convolutions", "plain_chains"]
+__all__ = ["covers_its_input", "is_feature", "lone_convolutions", "plain_chains", "tells_where"]
 
 
 def plain_chains(record: Record) -> Iterator[Block]:
@@ -89,18 +89,31 @@ def _is_activated_later(conv: Op) -> bool:
 
 
 def is_feature(op: Op, pooled: bool = False) -> bool:
-    """Whether a learned layer takes a value, so that it is no prediction; or a pool, if that counts. Offsets, boxes and flows,
-    by which another value is sampled, are predictions."""
+    """Whether a learned layer takes a value, so that it is no prediction; or a pool, if that counts."""
+    return any(learned for _, _, learned in _takers(op, pooled)) and not tells_where(op)
+
+
+def tells_where(op: Op) -> bool:
+    """Whether another value is sampled by this one (boxes, offsets, flows), so that it is a prediction, whatever else takes it."""
+    return any(user.name in _SAMPLING and not first for user, first, _ in _takers(op))
+
+
+_SAMPLING = ("grid_sampler_2d", "grid_sampler_3d", "deform_conv2d", "roi_align", "roi_pool", "ps_roi_align")
+
+
+def _takers(op: Op, pooled: bool = False) -> Iterator[tuple[Op, bool, bool]]:
+    """What takes a value, up to the first learned layers (or pools): each operation, whether it takes it first, as its data,
+    and whether it is such a layer."""
     reached, waiting = {op}, [op]
     for value in waiting:
         for user in real_users(value):
             first = user.data[0] is value
-            if user.role == "linear" or (first and (_is_learned(user) or (pooled and user.role == "pool"))):
-                return True
-            if user not in reached and (first or user.role in ("add", "mul", "cat", "shape")):
+            learned = user.role == "linear" or (first and (_is_learned(user) or (pooled and user.role == "pool")))
+            yield user, first, learned
+            joined = user.role in ("add", "mul", "cat", "shape") or user.name == "write"
+            if not learned and user not in reached and (first or joined):
                 reached.add(user)
                 waiting.append(user)
-    return False
 
 
 def _is_learned(op: Op) -> bool:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from ..record.graph import Call, Op, Record
 from .block import Block, Target
-from .names import name_of
+from .names import conv_paths, name_of, path_of
 from .place import Found, Place, problem_of
 from .placements import PLACEMENTS
 from .questions import gated_after, is_gate
@@ -46,9 +46,10 @@ class _Finder:
         self.covered = 0  # the bits of the blocks that get SE
         # blocks for which there is no place, with the reason and their bits; one around them may have one
         self.unplaced: dict[str, tuple[str, int]] = {}
-        self.masks: dict[int, int] = {}  # the bits of all calls of a module
-        for call in record.calls:
-            self.masks[id(call.module)] = self.masks.get(id(call.module), 0) | call.mask
+        self.calls: dict[str, int] = {}  # by the path of a convolution, the bits of all its calls
+        for op in record.ops:
+            if op.conv is not None and (path := path_of(op)):
+                self.calls[path] = self.calls.get(path, 0) | op.bit
 
     def few_beside(self, blocks: list[Block]) -> bool:
         """Whether what was found so far holds next to none of the spatial convolutions beside these blocks. A lone stem is no
@@ -70,9 +71,9 @@ class _Finder:
                 self.add(block, aside)
 
     def is_free(self, block: Block) -> bool:
-        """Whether no part of a block belongs to those found so far, in this call of its module or another."""
-        elsewhere = self.masks[id(block.call.module)] & ~block.call.mask
-        return not (block.region | elsewhere) & self.taken
+        """Whether no part of a block belongs to those found so far, and none of its convolutions does in another call."""
+        calls = [self.calls[path] for path in conv_paths(self.record, block)]
+        return not any(bits & self.taken for bits in (block.region, *calls))
 
     def add(self, block: Block, aside: str) -> None:
         """Note the place for a block, or why there is none."""

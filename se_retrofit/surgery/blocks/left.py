@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from ..record.graph import Op, Record
-from .chains import covers_its_input, is_feature
+from .chains import covers_its_input, is_feature, tells_where
 from .names import path_of
 from .place import Found, Place
 from .questions import TRANSPARENT, next_after
@@ -44,14 +46,21 @@ def left_out(
             found.regions.setdefault(path, op.bit)
     order = {block: found.regions.get(block, 0) & -found.regions.get(block, 0) for block in left}
     ordered = sorted(left, key=lambda block: order[block] or 1 << len(record.ops))
-    more = _in_training_alone(record, training) if everything and training is not None else []
-    return [*((block, *left[block]) for block in ordered), *more]
+    more = _not_evaluated(record, training) if everything else {}
+    return [*((block, *left[block]) for block in ordered), *((path, reason, (path,)) for path, reason in more.items())]
 
 
-def _in_training_alone(record: Record, training: Record) -> list[tuple[str, str, tuple[str, ...]]]:
+def _not_evaluated(record: Record, training: Record | None) -> dict[str, str]:
+    """The convolutions over space that did not run in eval mode, and why they get no SE."""
+    trained = [] if training is None else training.ops
+    found = {_path_of(op): "it runs in train mode alone" for op in trained if op.conv is not None and op.conv.spatial}
+    used = {op.path for op in (*record.ops, *trained)}
+    for path, module in record.model.named_modules():
+        spatial = isinstance(module, nn.modules.conv._ConvNd) and any(k > 1 for k in module.kernel_size)
+        if spatial and used.isdisjoint((path, f"{path}.weight")):
+            found.setdefault(path, "no recorded call runs it: give example_inputs with which one does")
     run = {_path_of(op) for op in record.ops if op.conv is not None}
-    found = dict.fromkeys(_path_of(op) for op in training.ops if op.conv is not None and op.conv.spatial)
-    return [(path, "it runs in train mode alone", (path,)) for path in found if path not in run]
+    return {path: reason for path, reason in found.items() if path not in run}
 
 
 def _convolutions(record: Record, region: int) -> list[str]:
@@ -67,6 +76,8 @@ def _why_in_no_block(conv: Op) -> str:
         return "it runs over what was pooled, not over space"
     if covers_its_input(conv):
         return "its kernel covers its whole input: a fully-connected layer"
+    if tells_where(conv):
+        return "another value is sampled by its output: a prediction"
     if not is_feature(conv, pooled=True):
         return "no learned layer takes its output: a prediction, or not used"
     following = next_after(conv, TRANSPARENT)

@@ -9,7 +9,7 @@ from ..record.roles import is_sequential
 from .block import Block
 from .questions import prefix_of
 
-__all__ = ["name_of", "path_of"]
+__all__ = ["conv_paths", "name_of", "path_of"]
 
 
 def name_of(record: Record, block: Block) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...errors import RetrofitError
+from ...errors import RetrofitError, check_module
 from .copying import copied, in_mode, on_cpu, on_meta
 from .facts import read
 from .graph import Record
@@ -36,6 +36,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
 
     Raises:
         RetrofitError: the model can't be copied, or run on the inputs.
+        TypeError: it is not an nn.Module, or the inputs hold no tensor.
 
     Example:
         >>> import timm
@@ -44,6 +45,7 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
         >>> [node.name for node in graph.nodes][:5]
         ['input_1', 'conv1', 'bn1', 'act1', 'maxpool']
     """
+    check_module(model)
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         return read(Runs.find(model, example_inputs, clean, training=False).evaluation)
 
