@@ -103,10 +103,8 @@ def add_se(
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
     check_arguments(model, options, example_inputs, plan)
     check_flag("inplace", inplace)
-    with (
-        told_as_fault(),
-        without_collections(),
-    ):  # a collection would take the classes derived to see whether they can be
+    # a collection would take the classes that were derived to see whether they can be
+    with told_as_fault(), without_collections():
         if plan is None:
             plan = planned(model, options, example_inputs)
         else:

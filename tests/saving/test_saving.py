@@ -323,7 +323,7 @@ def test_a_disk_that_refuses_leaves_the_old_network(saved: Path, monkeypatch: py
 def test_the_folder_that_one_is_in_loads_and_is_not_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved)
     model = load_retrofitted(".")
-    with pytest.raises(RetrofitError, match="can't be written"):
+    with pytest.raises(RetrofitError, match="is replaced|be replaced as a whole"):
         save_retrofitted(model, ".")
     assert has_se(load_retrofitted("."))
 
