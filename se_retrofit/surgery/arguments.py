@@ -93,11 +93,12 @@ class Options:
                 f"reduction must be a positive int, got {brief(self.reduction)}; inputs are given by name: example_inputs=..."
             )
         check_attention(self.attention)
-        at = [patterns_of(name, getattr(self, name)) for name in ("include", "exclude", "at")][-1]
+        include, _, at = (patterns_of(name, getattr(self, name)) for name in ("include", "exclude", "at"))
         if self.auto is not None and not isinstance(self.auto, bool):
             raise TypeError(f"auto must be True, False or None, got {brief(self.auto)}")
-        if self.at is not None and not at:
-            raise RetrofitError("at is empty; name modules, or leave it out")
+        for name, what, patterns in (("include", "blocks", include), ("at", "modules", at)):
+            if getattr(self, name) is not None and not patterns:
+                raise RetrofitError(f"{name} is empty; name {what}, or leave it out")
         if self.auto is False and not at:
             raise RetrofitError("auto=False leaves nothing to retrofit unless at names modules")
         if at and not self.auto and self.placement != "auto":

@@ -109,6 +109,7 @@ def test_a_plan_with_named_places_is_carried_out_from_its_json() -> None:
         ({"at": "stem", "exclude": "block"}, RetrofitError, "with at alone"),
         ({"at": "stem", "placement": "pre"}, RetrofitError, "auto=True"),
         ({"at": []}, RetrofitError, "at is empty"),
+        ({"include": []}, RetrofitError, "include is empty"),
         ({"auto": False}, RetrofitError, "auto=False"),
         ({"at": 3}, TypeError, "at must be"),
     ],
