@@ -14,20 +14,7 @@ __all__ = ["save_figure", "writable"]
 
 
 def writable(path: str | Path, *suffixes: str) -> Path:
-    """The path of a file or folder to write.
-
-    Args:
-        path: where it is to be; the folder that it goes into must exist.
-        suffixes: what it may end in; anything if none is given.
-
-    Raises:
-        RetrofitError: that folder does not exist, or the path ends otherwise.
-
-    Example:
-        >>> from se_retrofit.paths import writable
-        >>> writable("report.json").name
-        'report.json'
-    """
+    """The path of a file or folder to write, whose own folder must exist; it must end in one of the suffixes, if any are given."""
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise RetrofitError(f"{path} does not end in {' or '.join(suffixes)}, which is what is written")
@@ -37,20 +24,7 @@ def writable(path: str | Path, *suffixes: str) -> Path:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a matplotlib figure.
-
-    Args:
-        figure: the figure.
-        path: where to write it; the suffix names the format.
-
-    Raises:
-        RetrofitError: the folder does not exist, or matplotlib writes no such format.
-
-    Example:
-        >>> from matplotlib.figure import Figure
-        >>> from se_retrofit.paths import save_figure
-        >>> save_figure(Figure(), "empty.svg")
-    """
+    """Write a matplotlib figure; the suffix names the format."""
     path = writable(path)
     formats = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:

@@ -22,6 +22,7 @@ from .surgery.record.copying import copied
 from .surgery.splice.carry import carry_out, structure_of
 from .surgery.splice.derived import RetrofittedBlock
 from .surgery.splice.undo import is_retrofitted, lost_sites, strip
+from .tables import few
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
@@ -181,9 +182,8 @@ def warn_of_lost_sites(model: nn.Module) -> None:
     """Warn where modules with SE in them were replaced after the retrofit (VGG's ReLU by a GELU, say)."""
     lost = lost_sites(model)
     if lost:
-        names = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
         warnings.warn(
-            f"{len(lost)} SE modules that add_se put into {type(model).__name__} are gone ({names}): the modules that held "
+            f"{len(lost)} SE modules that add_se put into {type(model).__name__} are gone ({few(lost)}): the modules that held "
             "them were replaced after the retrofit. Replace modules first, then call add_se",
             stacklevel=3,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,13 +79,9 @@ def inspect(
             console.print()
         inspection.diff(block).show(console=console)
     if draw is not None:
-        with writing(draw):
-            inspection.draw(draw, block)
-        say(console, f"drew {draw}")
+        say(console, f"drew {inspection.draw(draw, block)}")
     if html is not None:
-        with writing(html):
-            inspection.write_html(html)
-        say(console, f"wrote {html}")
+        say(console, f"wrote {inspection.write_html(html)}")
     if json_file is not None:
         write_json(console, {"network": model, **inspection.to_dict()}, json_file)
 
@@ -130,11 +124,3 @@ def size_of_run(network: nn.Module, folder: Path) -> str | None:
     from ..finetune.transforms import settings_of
 
     return "x".join(map(str, settings_of(network, side)["input_size"]))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RetrofitError(f"{path} can't be written: {error.strerror or error}") from error

@@ -92,11 +92,7 @@ class Name(str):
 
 
 def arguments_of(path: str, module: nn.Module) -> tuple[Any, ...]:
-    """The class that stands for an inserted module in the file, and the arguments of its constructor.
-
-    Raises:
-        RetrofitError: it is none of the built-in attentions.
-    """
+    """The class that stands for an inserted module in the file, and the arguments of its constructor."""
     if type(module) not in _CLASSES:
         words = getattr(module, "summary", lambda: type(module).__name__)()
         raise RetrofitError(

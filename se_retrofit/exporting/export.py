@@ -76,7 +76,7 @@ def export(
         torch.Size([5, 10])
     """
     check_module(model)
-    check_values(model)
+    check_values(model.named_parameters())
     file = Path(file)
     format = _format_of(file, format)
     if dynamic not in DYNAMIC:

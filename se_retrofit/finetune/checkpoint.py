@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
 from ..plaindata import parse_yaml, read_json
-from ..saving.atomic import replaced_directory, replaced_file, settled
+from ..saving.atomic import check_replaceable, replaced_directory, replaced_file, settled
 from ..saving.networks import write_network
 from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_recipe
 from ..saving.tensors import load_strictly, read_weights, save_tensors, tie
@@ -39,13 +39,10 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        epoch: the epoch that is under way, from 0.
-        step: updates done in it.
-        updates: updates done in all.
+        epoch, step, updates: the epoch that is under way, from 0; the updates done in it, and in all.
         loss, correct, seen: sums over the epoch so far, over all processes.
         history: a row for each finished epoch; row 0 is the evaluation before training.
-        best: the best validation score, and in which epoch (from 1).
-        stale: epochs in a row that did not bring a better one.
+        best, best_epoch, stale: the best validation score, its epoch (from 1), and epochs in a row without a better one.
         finished: why the run is over: ``"epochs"``, ``"updates"`` or ``"early stop"``; None while it is not.
         step_seconds: the median time of an update.
     """
@@ -76,12 +73,7 @@ STATE_FIELDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of a run.
-
-    Attributes:
-        path: of the folder.
-        config, experiment: which run it is; ``experiment`` as ``describe_run`` gives it.
-    """
+    """The folder of a run; config and experiment (of ``describe_run``) say which run it is."""
 
     path: Path
     config: FinetuneConfig
@@ -174,29 +166,16 @@ class Folder:
             )
 
 
-def checked_folder(path: Path, resume: bool) -> Path:
-    """The path of a folder in which a run may begin, or go on with ``resume``; it is made where it is missing.
-
-    Raises:
-        RetrofitError: it holds a run already, can't be made, or holds files in ``last/`` or ``best/`` that a checkpoint would
-            delete.
-    """
+def check_folder(path: Path, resume: bool) -> None:
+    """Make a folder where it is missing, and raise unless a run may begin in it, or go on with ``resume``."""
     if has_checkpoint(path) and not resume:
         raise RetrofitError(f"{path} holds a run already; go on with it (resume=True), or give another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RetrofitError(f"{path} can't be made: {error.strerror or error}") from error
-    for folder, ours in ((path / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)), (path / BEST, (WEIGHTS, RECIPE))):
-        if folder.exists() and not folder.is_dir():
-            raise RetrofitError(f"{folder} is a file, and the run writes a folder there; give another output folder")
-        foreign = sorted(f.name for f in folder.iterdir() if f.name not in ours) if folder.is_dir() else []
-        if foreign:
-            raise RetrofitError(
-                f"{folder} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; "
-                "give another output folder"
-            )
-    return path
+    check_replaceable(path / LAST, (WEIGHTS, RECIPE, TENSORS, STATE))
+    check_replaceable(path / BEST, (WEIGHTS, RECIPE))
 
 
 def has_checkpoint(path: Path) -> bool:

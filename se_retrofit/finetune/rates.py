@@ -182,11 +182,7 @@ def all_windows(run: Run) -> Iterator[list[Batch]]:
 
 
 def learning_rates(rates: list[float], losses: list[float], diverged: bool) -> LearningRates:
-    """The losses smoothed, and the rate at which they fall fastest.
-
-    Raises:
-        RetrofitError: there are too few of them.
-    """
+    """The losses smoothed, and the rate at which they fall fastest."""
     if len(losses) < FEWEST_STEPS:
         raise RetrofitError(
             f"the loss diverged after {len(losses)} steps, at a learning rate of "

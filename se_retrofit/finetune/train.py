@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -302,7 +303,8 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
     """Add an epoch to the history, and see whether it was the best, and the last."""
     progress, config = run.progress, run.config
     progress.history.append(row)
-    run.note_pace()
+    if run.step_times:
+        progress.step_seconds = statistics.median(run.step_times)
     if run.val is not None:
         score = row[f"val_{config.best_metric}"]
         sign = -1 if config.best_metric == "loss" else 1

@@ -21,6 +21,7 @@ from ..surgery.record.isolation import forked_randomness, isolated
 from ..surgery.record.runs import record
 from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
+from ..tables import few
 from .factors import Factors, Scaling
 from .measuring import Labelled, Reference, first_batches, outputs_of, relative_change
 from .result import FoldedSite, FoldReport
@@ -113,7 +114,7 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any)
         if not value >= 0:
             raise RetrofitError(f"{name} must be at least 0, got {value}")
     check_positive("max_batches", max_batches)
-    check_values(model)
+    check_values(model.named_parameters())
 
 
 # Which gates may be constant ------------------------------------------------------------------------------------------
@@ -156,13 +157,8 @@ def _greedy(
 
 @dataclass(frozen=True)
 class Todo:
-    """What is to be done to a network.
-
-    Attributes:
-        scalings: of its parameters.
-        gone: paths of the SE modules that go, with the scalings that stand for them.
-        factors: paths of those in whose place a constant factor comes, with its values.
-    """
+    """What is to be done to a network: the scalings of its parameters, the SE modules that are ``gone`` with those that stand for
+    them, and the ``factors`` in the place of others, by path."""
 
     scalings: list[Scaling] = field(default_factory=list)
     gone: dict[str, list[Scaling]] = field(default_factory=dict)
@@ -212,8 +208,8 @@ def absorb(
 def _check_progress(todo: Todo, ses: dict[str, nn.Module]) -> None:
     if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
         raise RetrofitError(
-            f"there is nothing left to fold: all that is left, {', '.join(list(ses)[:3])}{', ...' if len(ses) > 3 else ''}, is "
-            "constant factors already, which can't be folded into any weight"
+            f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be folded into "
+            "any weight"
         )
 
 

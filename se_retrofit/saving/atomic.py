@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import RetrofitError
 
-__all__ = ["replaced_directory", "replaced_file", "settled", "sync"]
+__all__ = ["check_replaceable", "replaced_directory", "replaced_file", "settled", "sync"]
 
 
 @contextlib.contextmanager
@@ -30,15 +30,9 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
     fresh, aside = _fresh(path), _aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_dir():
-            raise RetrofitError(f"{path} is a file; give the path of a folder")
         if aside.exists() and not path.exists():
             aside.rename(path)
-        foreign = sorted(f.name for f in path.iterdir() if f.name not in ours) if path.exists() else []
-        if foreign:
-            raise RetrofitError(
-                f"{path} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; give a new folder"
-            )
+        check_replaceable(path, ours)
         _remove(fresh)
         fresh.mkdir()
         yield fresh
@@ -60,6 +54,17 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
     except BaseException:
         _remove(fresh)
         raise
+
+
+def check_replaceable(path: Path, ours: Collection[str]) -> None:
+    """Raise where a folder can't be replaced: it is a file, or holds files that would be lost."""
+    if path.exists() and not path.is_dir():
+        raise RetrofitError(f"{path} is a file; give the path of a folder")
+    foreign = sorted(f.name for f in path.iterdir() if f.name not in ours) if path.exists() else []
+    if foreign:
+        raise RetrofitError(
+            f"{path} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; give a new folder"
+        )
 
 
 @contextlib.contextmanager
