@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["aligned", "as_html", "few", "short"]
+__all__ = ["Name", "aligned", "as_html", "few", "short"]
+
+
+class Name(str):
+    """A name that is written without quotes, in lists and tuples, too."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: bool = False) -> list[str]:

@@ -45,13 +45,6 @@ def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, t
 
     The networks and the global random state are as before afterwards: in train mode, where running statistics move,
     copies are run.
-
-    Example:
-        >>> import torch
-        >>> from se_retrofit.verify import agreement
-        >>> net = torch.nn.Linear(4, 2)
-        >>> agreement(net, net, (torch.randn(3, 4),))
-        Agreement(equal=True, values=6, difference=0.0, finite=True)
     """
     wanted, got = (tensors_in(_run(net, inputs, training)) for net in (first, second))
     alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]

@@ -43,8 +43,8 @@ def add(
 ) -> None:
     pretrained, checkpoint = context.params["pretrained"], context.params["checkpoint"]
     options.check_weights(context)
-    if output is not None:
-        check_output(output)
+    if output is not None and writable(output).is_file():  # before the work, not after it
+        raise RetrofitError(f"{output} exists and is a file; give the name of a folder")
     from ..models import Base, load_checkpoint
     from ..retrofit import add_se, plan_of
     from ..verify import prepared_for
@@ -139,9 +139,3 @@ def check(
 
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:120] or type(error).__name__
-
-
-def check_output(output: Path) -> None:
-    """Find out before the work, not after it, that the result can't be written."""
-    if writable(output).is_file():
-        raise RetrofitError(f"{output} exists and is a file; give the name of a folder")

@@ -56,7 +56,10 @@ def inspect(
     input_size: options.InputSize = None,
     num_classes: options.NumClasses = None,
 ) -> None:
-    check_targets(draw, html, json_file)
+    # before the work, not after it
+    for file, endings in ((draw, (".svg",)), (html, (".html", ".htm")), (json_file, ())):
+        if file is not None and str(file) != "-":
+            writable(file, *endings)
     from ..inspection import inspect_se
 
     network = network_of(context, model)
@@ -84,16 +87,6 @@ def inspect(
         say(console, f"wrote {inspection.write_html(html)}")
     if json_file is not None:
         write_json(console, {"network": model, **inspection.to_dict()}, json_file)
-
-
-def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) -> None:
-    """Find out before the work, not after it, that a result can't be written."""
-    if draw is not None:
-        writable(draw, ".svg")
-    if html is not None:
-        writable(html, ".html", ".htm")
-    if json_file is not None and str(json_file) != "-":
-        writable(json_file)
 
 
 def network_of(context: typer.Context, model: str) -> nn.Module:

@@ -12,6 +12,7 @@ from ..attention import CBAM, ECA, SEAttention, StaticFactor
 from ..attention.cbam import over_channels, scale_positions
 from ..attention.parts import broadcast, scale, squeeze
 from ..errors import RetrofitError
+from ..tables import Name
 
 __all__ = ["arguments_of", "classes_text"]
 
@@ -82,13 +83,6 @@ _CLASSES: dict[type, tuple[str, str, tuple[Any, ...]]] = {
     CBAM: ("ConvolutionalBlockAttention", _CBAM, (squeeze, broadcast, scale, over_channels, scale_positions)),
     StaticFactor: ("StaticFactor", _STATIC, (broadcast, scale)),
 }
-
-
-class Name(str):
-    """A name in the source, which is not quoted."""
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def arguments_of(path: str, module: nn.Module) -> tuple[Any, ...]:

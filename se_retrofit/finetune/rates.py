@@ -121,9 +121,6 @@ def find_lr(
         steps: how many there are, each an update; short data is passed through several times.
         train_data, criterion, teacher, distillation: as for ``finetune``.
 
-    Returns:
-        The loss at each rate, and the suggestion.
-
     Raises:
         RetrofitError: the rates don't rise; there are too few steps; config, data and network don't fit together.
         TypeError: an argument is of the wrong type.

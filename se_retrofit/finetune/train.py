@@ -69,9 +69,6 @@ def finetune(
         callbacks: functions of yours; not part of the experiment.
         stop: once it is set, the run finishes the update under way, writes a checkpoint and raises ``Stopped``.
 
-    Returns:
-        The network and its history.
-
     Raises:
         RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run
             (the message names what differs); an image can't be read; the loss is no longer finite.

@@ -72,9 +72,6 @@ class Excitations:
         Args:
             path: where to save it, as an image of any format that matplotlib writes; None not to.
 
-        Returns:
-            The matplotlib ``Figure``.
-
         Raises:
             RetrofitError: the folder does not exist, matplotlib writes no such format or is not installed.
         """

@@ -118,9 +118,6 @@ class Inspection(Inspected):
                 ``.png`` or ``.pdf`` of it.
             block: the one block to draw.
 
-        Returns:
-            The path that was written.
-
         Raises:
             RetrofitError: the path ends otherwise, its folder does not exist, or there is no such block. Nothing is written then.
         """
@@ -137,9 +134,6 @@ class Inspection(Inspected):
 
         Args:
             path: the file to write, which ends in ``.html`` or ``.htm``.
-
-        Returns:
-            The path that was written.
 
         Raises:
             RetrofitError: the path ends otherwise, or its folder does not exist. Nothing is written then.
