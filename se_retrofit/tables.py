@@ -46,10 +46,11 @@ def short(text: str, letters: int) -> str:
 
 
 def few(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many there are more: ``layer1.0, layer1.1 and 1 more``."""
+    """The first names, and how many there are more: ``layer1.0, layer1.1 and 2 more``."""
     names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    if len(names) <= most + 1:  # one more takes as much room as its name
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most:,} more"
 
 
 def as_html(

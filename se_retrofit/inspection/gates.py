@@ -265,18 +265,17 @@ class GateLogger:
         """Forget what was gathered, for the next epoch."""
         self._moments = {path: Moments(se.channel, limits=saturation_limits(se)) for path, se in self._ses.items()}
 
-    def write(self, writer: Any, step: int, *, tag: str = "gates") -> None:
-        """Write the summary to TensorBoard: for each site a histogram of its channels' mean gates, and the variation
-        between inputs as a scalar.
+    def write(self, writer: Any, step: int) -> None:
+        """Write the summary to TensorBoard: for each site a histogram of its channels' mean gates, ``gates/PATH``, and the
+        variation between inputs as a scalar, ``gates_variation/PATH``.
 
         Args:
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_histogram`` and ``add_scalar``.
             step: of the training, on the axis.
-            tag: what the names begin with: ``gates/PATH`` and ``gates_variation/PATH``.
         """
         for path, seen in self.summary().items():
-            writer.add_histogram(f"{tag}/{path}", seen.mean, step)
-            writer.add_scalar(f"{tag}_variation/{path}", seen.variation, step)
+            writer.add_histogram(f"gates/{path}", seen.mean, step)
+            writer.add_scalar(f"gates_variation/{path}", seen.variation, step)
 
     def close(self) -> None:
         """Stop listening; what was gathered stays."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import called
-from networks import NETWORKS, assert_untouched, random_states, randomise_se, snapshot
+from networks import NETWORKS, assert_untouched, narrow_resnet, random_states, randomise_se, snapshot
 from torch import nn
 
 from se_retrofit import RetrofitError, add_se, export, fold_se, save_retrofitted
@@ -188,7 +188,7 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = NETWORKS["torchvision/resnet18"].build()
+        self.backbone = narrow_resnet()
 
     def forward(self, images: list[torch.Tensor] | torch.Tensor) -> list[dict[str, torch.Tensor]]:
         found = [scores[scores > 0] for scores in self.backbone(torch.stack(list(images)))]
