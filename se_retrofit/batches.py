@@ -21,9 +21,6 @@ BATCH_SIZE = 32  # of a Dataset, which has none of its own
 def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | None]:
     """The keys of inputs and labels among the names in a dict: those that are given, or the usual ones; None for labels that are
     not there.
-
-    Raises:
-        RetrofitError: one that is given is not there, or no usual one of the inputs is.
     """
     names = list(names)
     there = f"the data's dicts have the keys {', '.join(map(str, names))}"
@@ -38,23 +35,14 @@ def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | 
 
 
 def fields_of(item: Any, keys: Sequence[str] = ()) -> Sequence[Any]:
-    """Inputs, and what follows them, of an item or a batch: its parts in order, or by the keys of a dict.
-
-    Raises:
-        RetrofitError: a dict lacks the keys.
-    """
+    """Inputs, and what follows them, of an item or a batch: its parts in order, or by the keys of a dict."""
     if isinstance(item, Mapping):
         return [item[key] for key in keys_in(item, keys) if key is not None]
     return item if isinstance(item, (tuple, list)) and item else (item,)
 
 
 def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Tensor | None]:
-    """The inputs of a batch, and its labels if there are any that name classes.
-
-    Raises:
-        RetrofitError: a dict lacks the keys.
-        TypeError: it is neither a tensor nor begins with one.
-    """
+    """The inputs of a batch, and its labels if there are any that name classes."""
     inputs, *rest = fields_of(batch, keys)
     if not isinstance(inputs, Tensor):
         kind = type(inputs).__name__

@@ -83,24 +83,8 @@ DEEPEST = 4
 
 
 def check_arguments(network: str, arguments: dict[str, Any]) -> None:
-    """Raise unless all arguments say how a network is built, by plain values: numbers, switches, None, short names, and lists
-    and dicts of these.
-
-    Args:
-        network: the name for the message.
-        arguments: what its builder is to be called with.
-
-    Raises:
-        RetrofitError: one is of another kind; the message names it.
-
-    Example:
-        >>> from se_retrofit.building import check_arguments
-        >>> check_arguments("timm/resnet18", {"num_classes": 10, "act_layer": "gelu", "block_args": {"attn_layer": "se"}})
-        >>> check_arguments("timm/resnet18", {"checkpoint_path": "extra.pth"})  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        se_retrofit.errors.RetrofitError: timm/resnet18 can't be built with checkpoint_path='extra.pth': checkpoint_path is ...
-    """
+    """Raise unless all arguments of the builder of a network say how it is built, by plain values: numbers, switches, None, short
+    names, and lists and dicts of these."""
     for name, value in arguments.items():
         if name in NOTHING and value is None:
             continue

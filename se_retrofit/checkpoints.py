@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import RetrofitError
 from .surgery.splice.ways import SE_NAME
+from .tables import few
 
 __all__ = ["check_keys", "load_checkpoint"]
 
@@ -107,10 +108,6 @@ def check_keys(own: dict[str, Any], state: dict[str, torch.Tensor], where: str, 
         "unexpected": state.keys() - own.keys(),
         "other shapes": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
     }
-    told = [
-        f"{what}: {', '.join(sorted(keys)[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-        for what, keys in problems.items()
-        if keys
-    ]
+    told = [f"{what}: {few(sorted(keys))}" for what, keys in problems.items() if keys]
     if told:
         raise RetrofitError(f"{where} does not fit the network; {'; '.join(told)}{hint}")

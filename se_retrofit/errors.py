@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,19 +20,7 @@ class RetrofitError(ValueError):
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Imports inside it are of packages that an extra installs.
-
-    Args:
-        name: of the extra in ``pyproject.toml``: ``"finetune"``, ``"inspect"`` or ``"cli"``.
-
-    Raises:
-        RetrofitError: a package is missing; the message names it and the extra.
-
-    Example:
-        >>> from se_retrofit.errors import extra
-        >>> with extra("inspect"):
-        ...     import jinja2
-    """
+    """Imports inside it are of packages that an extra installs: ``"finetune"``, ``"inspect"`` or ``"cli"``."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -61,25 +49,14 @@ def told_as_fault() -> Iterator[None]:
 
 
 def brief(value: object) -> str:
-    """A value for an error message: its repr in one line, cut short where it is long, as those of networks and tensors are.
-
-    Example:
-        >>> import torch
-        >>> from se_retrofit.errors import brief
-        >>> brief("three"), brief(torch.zeros(2, 2))
-        ("'three'", 'tensor([[0., 0.], [0., 0.]])')
-    """
+    """A value for an error message: its repr in one line, cut short where it is long, as those of networks and tensors are."""
     shorten = reprlib.Repr()
     shorten.maxother = shorten.maxstring = 60
     return " ".join(shorten.repr(value).split())
 
 
 def check_module(value: object, name: str = "model") -> None:
-    """Refuse an argument that is not an nn.Module.
-
-    Raises:
-        TypeError: it is none; the message has its name, what it is, and its type.
-    """
+    """Refuse an argument that is not an nn.Module."""
     from torch import nn
 
     if isinstance(value, type):
@@ -96,7 +73,11 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {brief(value)}")
 
 
-def check_values(model: Any) -> None:
-    """Refuse a model whose parameters are on the meta device."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise RetrofitError("the model is on the meta device and has no values; load weights first")
+def check_values(tensors: Iterable[tuple[str, Any]]) -> None:
+    """Refuse tensors, given with their names, that have a shape and a dtype alone."""
+    from .surgery.record.copying import has_values
+
+    for name, tensor in tensors:
+        if not has_values(tensor):
+            kind = "on the meta device" if tensor.is_meta else "a fake tensor"
+            raise RetrofitError(f"{name} is {kind} and has no values; load weights first")

@@ -15,20 +15,7 @@ __all__ = ["as_written", "save_figure", "writable"]
 
 
 def writable(path: str | Path, *suffixes: str) -> Path:
-    """The path of a file or folder to write.
-
-    Args:
-        path: where it is to be; the folder that it goes into must exist.
-        suffixes: what it may end in; anything if none is given.
-
-    Raises:
-        RetrofitError: that folder does not exist, or the path ends otherwise.
-
-    Example:
-        >>> from se_retrofit.paths import writable
-        >>> writable("report.json").name
-        'report.json'
-    """
+    """The path of a file or folder to write, whose own folder must exist; it must end in one of the suffixes, if any are given."""
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise RetrofitError(f"{path} does not end in {' or '.join(suffixes)}, which is what is written")
@@ -38,21 +25,7 @@ def writable(path: str | Path, *suffixes: str) -> Path:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a matplotlib figure.
-
-    Args:
-        figure: the figure.
-        path: where to write it; the suffix names the format.
-
-    Raises:
-        RetrofitError: the folder does not exist, the file can't be written, or matplotlib writes no such format. What was at
-            ``path`` is still there.
-
-    Example:
-        >>> from matplotlib.figure import Figure
-        >>> from se_retrofit.paths import save_figure
-        >>> save_figure(Figure(), "empty.svg")
-    """
+    """Write a matplotlib figure; the suffix names the format."""
     from .saving.atomic import replaced_file  # with torch behind it, which paths alone don't need
 
     path = writable(path)

@@ -15,11 +15,7 @@ MOST = 100_000  # values in YAML, in which a few lines of aliases can stand for 
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        RetrofitError: as ``parse_json``; or the file is missing or can't be read.
-    """
+    """What a JSON file holds."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -49,11 +45,7 @@ def parse_json(text: str, where: object) -> Any:
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """What YAML text that comes from ``where`` holds, of plain data alone.
-
-    Raises:
-        RetrofitError: as ``parse_json``; or it holds too much.
-    """
+    """What YAML text that comes from ``where`` holds, of plain data alone."""
     import yaml  # of the extra "finetune"
 
     class Loader(yaml.SafeLoader):

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .attention import name_of
 from .errors import RetrofitError, brief
 from .plaindata import parse_json
-from .tables import aligned, as_html
+from .tables import aligned, as_html, few
 
 __all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "folded", "noted_options"]
 
@@ -210,16 +210,12 @@ class Plan:
         return as_html(self._rows(), left=3, below=self._notes())
 
 
-def folded(skipped: Iterable[Skipped], most: int = 3) -> list[tuple[str, str]]:
+def folded(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
     """What was skipped, with one line for each reason: the names of the first blocks and how many there are more, and the reason."""
     by_reason: dict[str, list[str]] = {}
     for skip in skipped:
         by_reason.setdefault(skip.reason, []).append(skip.block or "(model)")
-    for blocks in by_reason.values():
-        if len(blocks) > most + 1:
-            blocks[most:] = [f"{len(blocks) - most} more"]
-            blocks[most - 1 :] = [" and ".join(blocks[most - 1 :])]
-    return [(", ".join(blocks), reason) for reason, blocks in by_reason.items()]
+    return [(few(blocks), reason) for reason, blocks in by_reason.items()]
 
 
 def noted_options(options: dict[str, Any]) -> dict[str, Any]:

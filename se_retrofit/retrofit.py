@@ -23,6 +23,7 @@ from .surgery.record.isolation import without_collections
 from .surgery.splice.carry import carry_out, structure_of
 from .surgery.splice.derived import RetrofittedBlock
 from .surgery.splice.undo import is_retrofitted, lost_sites, strip
+from .tables import few
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
@@ -47,51 +48,33 @@ def add_se(
     plan: Plan | None = None,
     inplace: bool = False,
 ) -> M:
-    """Put Squeeze-and-Excitation into each convolutional block of a network, where the SE paper puts it.
+    """Put Squeeze-and-Excitation (arXiv:1709.01507) into each convolutional block of a network, where the paper puts it.
 
-    The result is of the same class, has the same methods, parameters and checkpoint keys (plus those of the SE modules),
-    and, with the default gate, gives the same outputs bit for bit until it is trained.
+    The result has the same class, methods, parameters and checkpoint keys (plus those of SE) and, with the default gate, gives
+    the same outputs bit for bit until it is trained.
 
     Args:
         model: a network from torchvision, timm or your own code. It is not changed unless ``inplace``.
-        reduction: the bottleneck of SE and CBAM has ``channels // reduction`` units (the paper's r).
-        attention: what is inserted. ``"se"``; ``"eca"`` (arXiv:1910.03151); ``"cbam"`` (arXiv:1807.06521); ``"static"``, a
-            learned factor for each channel, as a control; a class, built as ``cls(channels)``, or a ``functools.partial`` of one;
-            or a factory ``(slot) -> nn.Module``. What a class or factory makes is inserted as the step
-            ``x + alpha * (f(x) - x)`` (``FromIdentity``), unless it is an ``Inserted`` itself. It is called twice for each
-            site: on the meta device, to count its parameters, and to build it.
-        placement: ``"auto"``, or for residual units one of the paper's others: ``"standard"``, ``"pre"``, ``"post"``,
-            ``"identity"``, ``"3x3"`` (section 6.4, figure 5).
-        gate: ``"identity"``, ``2 * sigmoid`` that starts at exactly 1; or ``"sigmoid"``, the paper's, which starts at
-            about 1/2 and so is for training from scratch and for loading the weights of a native SE network.
+        reduction: the bottleneck of SE and CBAM has ``max(channels // reduction, min_hidden)`` units.
+        attention: ``"se"``, ``"eca"``, ``"cbam"``, ``"static"`` (a factor for each channel, as a control), a class that is
+            built as ``cls(channels)``, or a factory ``(slot) -> nn.Module``; see docs/attentions.md.
+        placement: ``"auto"``, or for residual units the paper's ``"standard"``, ``"pre"``, ``"post"``, ``"identity"``, ``"3x3"``.
+        gate: ``"identity"``, ``2 * sigmoid`` that starts at exactly 1; or ``"sigmoid"``, the paper's, which starts at 1/2.
         bias: whether the bottleneck's layers have biases.
-        min_hidden: minimum number of units in the bottleneck.
-        include, exclude: one or several patterns of block paths (``"layer4.*"``): retrofit only matching blocks, or all others.
-            What ``include`` names gets SE also where it is a plain chain beside other blocks (``"decoder.*"`` of a U-Net).
-        at: one or several patterns of module paths (``"decoder.blocks.*.conv2"``): put SE on what these modules return, instead
-            of into the blocks found.
-        auto: put SE into the blocks found as well; by default only without ``at``.
+        include, exclude: patterns of block paths (``"layer4.*"``): matching blocks alone, plain chains among them; or all others.
+        at: patterns of module paths: SE goes on what these modules return, and into the blocks found only with ``auto=True``.
         recognisers: further functions ``(record) -> Iterable[Block]``, asked before those of the package.
-        example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, ``(args, kwargs)``, or any
-            other object that the model takes. Only shapes and dtypes are read, unless the forward itself looks at values.
-            Without it the model's config, sizes in its own attributes and then usual sizes are tried.
-        plan: a plan from ``plan_se``, for this model or one built alike, which is carried out instead of the options above.
-            Sites may have been taken out of it (``dataclasses.replace(plan, sites=...)``). Where the model has other modules,
-            or the source of a method has changed, the plan is made again and must have the same sites. Where its attention
-            was a class or factory, and the plan was saved in between or taken from a model, that is given again: ``attention=``.
-        inplace: change the given model; its parameters stay the same objects, so an optimizer stays bound to them.
-
-    Returns:
-        The retrofitted network: a deep copy, or ``model`` itself if ``inplace``.
+        example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs or ``(args, kwargs)``, of which only
+            shapes and dtypes are read. By default the model's config and usual sizes are tried.
+        plan: one from ``plan_se``, which is carried out instead of the options above; see docs/how-it-works.md.
+        inplace: change the given model, not a deep copy; its parameters stay the same objects.
 
     Raises:
-        RetrofitError: nothing can be retrofitted, an option is invalid, the plan does not fit, or what a class or factory makes
-            can't be inserted; the model is unchanged.
-        TypeError: an argument is of the wrong type; the model is unchanged.
+        RetrofitError: nothing can be retrofitted, or an option, the plan or what a factory makes does not fit.
+        TypeError: an argument is of the wrong type. Whatever is raised, the model is unchanged.
 
     Warns:
-        UserWarning: what a class or factory makes draws random numbers in train mode, which moves the network's own draws; or
-            the source of a method has changed since the plan was made, and its sites are there all the same.
+        UserWarning: a factory's module draws random numbers in train mode; or a method's source is not the plan's any more.
 
     Example:
         >>> import timm
@@ -105,12 +88,9 @@ def add_se(
     check_flag("inplace", inplace)
     # a collection would take the classes that were derived to see whether they can be
     with told_as_fault(), without_collections():
-        if plan is None:
-            plan = planned(model, options, example_inputs)
-        else:
-            plan = fitted(model, plan, options, example_inputs)
+        made = planned(model, options, example_inputs) if plan is None else fitted(model, plan, options, example_inputs)
         target = model if inplace else copied(model)
-        carry_out(target, plan)
+        carry_out(target, made)
         return target
 
 
@@ -211,9 +191,8 @@ def warn_of_lost_sites(model: nn.Module) -> None:
     """Warn where modules with SE in them were replaced after the retrofit (VGG's ReLU by a GELU, say)."""
     lost = lost_sites(model)
     if lost:
-        names = ", ".join(lost[:3]) + (", ..." if len(lost) > 3 else "")
         warnings.warn(
-            f"{len(lost)} SE modules that add_se put into {type(model).__name__} are gone ({names}): the modules that held "
+            f"{len(lost)} SE modules that add_se put into {type(model).__name__} are gone ({few(lost)}): the modules that held "
             "them were replaced after the retrofit. Replace modules first, then call add_se",
             stacklevel=3,
         )

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["aligned", "as_html", "short"]
+__all__ = ["Name", "aligned", "as_html", "few", "short"]
+
+
+class Name(str):
+    """A name that is written without quotes, in lists and tuples, too."""
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: bool = False) -> list[str]:
-    """Rows of cells as lines of text, with two spaces between the columns.
-
-    Args:
-        rows: as many cells in each.
-        left: so many columns are aligned to the left, the others, of numbers, to the right; None for all.
-        rule: draw a line under the first row.
+    """Rows of as many cells as lines of text, with two spaces between the columns. The first ``left`` columns are aligned to the
+    left, the others, of numbers, to the right; ``rule`` draws a line under the first row.
 
     Example:
         >>> from se_retrofit.tables import aligned
@@ -37,15 +40,17 @@ def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: boo
 
 
 def short(text: str, letters: int) -> str:
-    """A name without its middle where it is longer than so many letters.
-
-    Example:
-        >>> from se_retrofit.tables import short
-        >>> short("a_rather_long_file_name_7.jpg", 20)
-        'a_rather_...me_7.jpg'
-    """
+    """A name without its middle where it is longer than so many letters: ``a_rather_...me_7.jpg``."""
     end = (letters - 3) // 2
     return text if len(text) <= letters else f"{text[: letters - 3 - end]}...{text[-end:]}"
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and how many there are more: ``layer1.0, layer1.1 and 2 more``."""
+    names = list(names)
+    if len(names) <= most + 1:  # one more takes as much room as its name
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most:,} more"
 
 
 def as_html(

@@ -45,19 +45,6 @@ def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, t
 
     The networks and the global random state are as before afterwards: in train mode, where running statistics move,
     copies are run.
-
-    Args:
-        first: the network that counts as right.
-        second: the one to compare with it.
-        inputs: positional arguments of both.
-        training: run in train mode (dropout draws, batch norms use the batch) instead of eval mode.
-
-    Example:
-        >>> import torch
-        >>> from se_retrofit.verify import agreement
-        >>> net = torch.nn.Linear(4, 2)
-        >>> agreement(net, net, (torch.randn(3, 4),))
-        Agreement(equal=True, values=6, difference=0.0, finite=True)
     """
     wanted, got = (tensors_in(_run(net, inputs, training)) for net in (first, second))
     alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]
@@ -69,28 +56,16 @@ def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, t
     )
 
 
-def se_matters(model: nn.Module, inputs: tuple[Any, ...], *, seed: int = 0) -> Agreement:
+def se_matters(model: nn.Module, inputs: tuple[Any, ...]) -> Agreement:
     """Compare the network with itself under random gates: the counter-check to an identity.
 
     Where SE takes no part in the computation, inserting it changes nothing either; here such a network shows up as
     equal. Both are copies with vectors drawn anew, lest a branch that is zero as yet hide its SE.
-
-    Args:
-        model: a retrofitted network.
-        inputs: its positional arguments.
-        seed: of the random gates.
-
-    Example:
-        >>> import torch
-        >>> from se_retrofit import SEAttention
-        >>> from se_retrofit.verify import se_matters
-        >>> se_matters(SEAttention(8, gate="identity"), (torch.randn(1, 8, 4, 4),)).equal
-        False
     """
     model = copy.deepcopy(model)
-    redraw_vectors(model, seed)
+    redraw_vectors(model)
     scrambled = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for module in scrambled.modules():
         if isinstance(module, Inserted):
             _scramble(module, generator)
@@ -118,27 +93,15 @@ class _FixedGates(nn.Sequential):
         return self.gates.to(squeezed).expand_as(squeezed)
 
 
-def redraw_vectors(model: nn.Module, seed: int = 0) -> None:
-    """Draw every vector among the parameters and buffers anew: norms' scales, shifts and running statistics, biases,
+def redraw_vectors(model: nn.Module) -> None:
+    """Draw every vector among the parameters and buffers anew, in place: norms' scales, shifts and running statistics, biases,
     layer scales.
 
     A fresh network's norms are mostly ones and zeros, and often the last norm of every branch is zero: a fault in
     that branch would not show in the outputs. Scales and variances become uniform in (0.5, 1.5), shifts and means
     normal with a standard deviation of 0.1.
-
-    Args:
-        model: changed in place.
-        seed: of the draw.
-
-    Example:
-        >>> import torch
-        >>> from se_retrofit.verify import redraw_vectors
-        >>> norm = torch.nn.BatchNorm2d(3)
-        >>> redraw_vectors(norm)
-        >>> bool((norm.running_var != 1).all())
-        True
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not tensor.is_floating_point() or tensor.numel() != max(tensor.shape, default=1):
@@ -170,13 +133,7 @@ def _relative_difference(wanted: Tensor, got: Tensor) -> float:
 
 
 def photographs() -> list[Any]:
-    """The photographs that scikit-learn ships, a temple in China and a flower, 640x427, as PIL images.
-
-    Example:
-        >>> from se_retrofit.verify import photographs
-        >>> [image.size for image in photographs()]
-        [(640, 427), (640, 427)]
-    """
+    """The photographs that scikit-learn ships, a temple in China and a flower, 640x427, as PIL images."""
     from PIL import Image
 
     with extra("cli"):
@@ -186,21 +143,9 @@ def photographs() -> list[Any]:
 
 
 def prepared_for(model: nn.Module) -> tuple[Any, ...]:
-    """Both photographs as the positional arguments of ``model``, resized and normalised by its library's own rules.
-
-    Args:
-        model: a network that ``Base`` has built; its library and its task say what it takes: a batch of images, a list of
-            images for detection, films that stand still for video, and the photographs as two frames for optical flow.
-
-    Raises:
-        RetrofitError: the model takes something else than images, or does not tell which network it is.
-
-    Example:
-        >>> from se_retrofit.models import Base
-        >>> from se_retrofit.verify import prepared_for
-        >>> [x.shape for x in prepared_for(Base.of("torchvision/resnet18").build())]
-        [torch.Size([2, 3, 224, 224])]
-    """
+    """Both photographs as the positional arguments of a network that ``Base`` has built, resized and normalised by its library's
+    own rules: a batch of images, a list of images for detection, films that stand still for video, and two frames for optical
+    flow."""
     images, base = photographs(), Base.noted(model)
     if base is None:
         raise RetrofitError(

@@ -49,6 +49,13 @@ def fixed_seed() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def timm_registry_as_before() -> Iterator[None]:
     """timm's registry is global: what a test adds goes again."""
     from timm.models import _registry

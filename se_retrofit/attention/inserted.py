@@ -125,15 +125,7 @@ def has_gates(module: nn.Module) -> bool:
 
 
 def check_gates(modules: Mapping[str, nn.Module], what: str) -> None:
-    """Refuse inserted modules that have no gates for each channel.
-
-    Args:
-        modules: by path.
-        what: can't be had then: ``"they can't be folded"``.
-
-    Raises:
-        RetrofitError: one of them has none.
-    """
+    """Refuse inserted modules, by path, that have no gates for each channel; ``what`` says what can't be had then."""
     for path, module in modules.items():
         if not has_gates(module):
             words = module.summary() if isinstance(module, Inserted) else type(module).__name__

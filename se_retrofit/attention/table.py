@@ -65,9 +65,6 @@ def name_of(attention: Attention) -> str:
 def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inserted:
     """The module for a place: with values that are drawn from torch's global generator; without values, if that can be, where the
     slot's device is meta.
-
-    Raises:
-        RetrofitError: what a class or factory of the user's raises, or gives, can't be inserted.
     """
     if isinstance(attention, str):
         return ATTENTIONS[attention](slot, options)

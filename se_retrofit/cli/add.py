@@ -43,12 +43,14 @@ def add(
 ) -> None:
     pretrained, checkpoint = context.params["pretrained"], context.params["checkpoint"]
     options.check_weights(context)
-    if output is not None:
-        check_output(output)
     from ..models import Base, load_checkpoint
     from ..retrofit import add_se, plan_of
+    from ..saving.atomic import check_replaceable
+    from ..saving.recipe import RECIPE, WEIGHTS
     from ..verify import prepared_for
 
+    if output is not None:  # before the work, not after it
+        check_replaceable(writable(output), (WEIGHTS, RECIPE))
     console = Console()
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))
     original = base.build(pretrained)
@@ -139,11 +141,3 @@ def check(
 
 def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:120] or type(error).__name__
-
-
-def check_output(output: Path) -> None:
-    """Find out before the work, not after it, that the result can't be written."""
-    from ..saving.atomic import check_replaceable
-    from ..saving.recipe import RECIPE, WEIGHTS
-
-    check_replaceable(writable(output), (WEIGHTS, RECIPE))

@@ -30,19 +30,8 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network for 8x8 images: a stem, three stages, a linear classifier.
-
-    Args:
-        widths: channels of each stage; every stage but the first halves the resolution.
-        depth: blocks per stage.
-        classes: how many classes it tells apart.
-
-    Example:
-        >>> import torch
-        >>> from se_retrofit.cli.demo_network import SmallResNet
-        >>> SmallResNet()(torch.randn(2, 3, 8, 8)).shape
-        torch.Size([2, 10])
-    """
+    """A residual network for 8x8 images: a stem, a stage for each of the widths, and a linear classifier. Every stage but the first
+    halves the resolution."""
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64), depth: int = 2, classes: int = 10) -> None:
         super().__init__()

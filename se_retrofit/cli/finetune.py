@@ -92,11 +92,7 @@ def finetune_command(
 
 
 def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
-    """The command and the recipe that ``run.yaml`` holds.
-
-    Raises:
-        RetrofitError: there is no run that the command line began, or options are repeated that it holds.
-    """
+    """The command and the recipe that ``run.yaml`` holds."""
     file = folder / "run.yaml"
     if repeated := sorted({*given} - {"resume", "download", "epochs"}):
         names = ", ".join(name.replace("_", "-") for name in repeated)

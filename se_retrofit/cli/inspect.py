@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +56,10 @@ def inspect(
     input_size: options.InputSize = None,
     num_classes: options.NumClasses = None,
 ) -> None:
-    check_targets(draw, html, json_file)
+    # before the work, not after it
+    for file, endings in ((draw, (".svg",)), (html, (".html", ".htm")), (json_file, ())):
+        if file is not None and str(file) != "-":
+            writable(file, *endings)
     from ..inspection import inspect_se
 
     network = network_of(context, model)
@@ -81,25 +82,11 @@ def inspect(
             console.print()
         inspection.diff(block).show(console=console)
     if draw is not None:
-        with writing(draw):
-            inspection.draw(draw, block)
-        say(console, f"drew {draw}")
+        say(console, f"drew {inspection.draw(draw, block)}")
     if html is not None:
-        with writing(html):
-            inspection.write_html(html)
-        say(console, f"wrote {html}")
+        say(console, f"wrote {inspection.write_html(html)}")
     if json_file is not None:
         write_json(console, {"network": model, **inspection.to_dict()}, json_file)
-
-
-def check_targets(draw: Path | None, html: Path | None, json_file: Path | None) -> None:
-    """Find out before the work, not after it, that a result can't be written."""
-    if draw is not None:
-        writable(draw, ".svg")
-    if html is not None:
-        writable(html, ".html", ".htm")
-    if json_file is not None and str(json_file) != "-":
-        writable(json_file)
 
 
 def network_of(context: typer.Context, model: str) -> nn.Module:
@@ -130,11 +117,3 @@ def size_of_run(network: nn.Module, folder: Path) -> str | None:
     from ..finetune.transforms import settings_of
 
     return "x".join(map(str, settings_of(network, side)["input_size"]))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RetrofitError(f"{path} can't be written: {error.strerror or error}") from error

@@ -12,6 +12,7 @@ from ..attention import CBAM, ECA, SEAttention, StaticFactor
 from ..attention.cbam import over_channels, scale_positions
 from ..attention.parts import broadcast, scale, squeeze
 from ..errors import RetrofitError
+from ..tables import Name
 
 __all__ = ["arguments_of", "classes_text"]
 
@@ -84,19 +85,8 @@ _CLASSES: dict[type, tuple[str, str, tuple[Any, ...]]] = {
 }
 
 
-class Name(str):
-    """A name in the source, which is not quoted."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 def arguments_of(path: str, module: nn.Module) -> tuple[Any, ...]:
-    """The class that stands for an inserted module in the file, and the arguments of its constructor.
-
-    Raises:
-        RetrofitError: it is none of the built-in attentions.
-    """
+    """The class that stands for an inserted module in the file, and the arguments of its constructor."""
     if type(module) not in _CLASSES:
         words = getattr(module, "summary", lambda: type(module).__name__)()
         raise RetrofitError(

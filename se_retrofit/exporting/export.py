@@ -46,32 +46,21 @@ def export(
 ) -> Path:
     """Export a network, retrofitted or folded, and check that the exported file computes the same.
 
-    A file holds what ``predict`` knows of a network that was fine-tuned on images, so that images can be prepared and classes named
-    where this package is not installed: ``classes``, ``mean``, ``std``, ``input_size``, ``interpolation``, ``crop_pct``, ``crop_mode`` and
-    ``multi_label``.
+    What a file of each format holds and needs is in docs/folding.md.
 
     Args:
         model: the network; it is exported in eval mode, from a copy on the CPU.
         file: where to write.
-        format: ``"onnx"`` (by torch.onnx; compared by onnxruntime, if it is installed; what is known of images in the metadata,
-            numbers and lists as JSON), ``"pt2"`` (torch.export; what is known of images in the extra file ``metadata.json``), or
-            ``"source"``: a Python file with the changed classes and SE in plain PyTorch, with ``CLASSES`` and
-            ``transform()``, which loads the weights from a ``.safetensors`` file of the same name beside it and needs
-            PyTorch, safetensors and the network's own library only; where it is not known how the bare network is built
-            (``save_retrofitted`` says when it is), ``load`` in the file takes that as an argument. Without it, the
-            format that the ending of ``file`` stands for: ``.onnx``, ``.pt2`` or ``.py``.
-        dynamic: which sizes of the inputs the program takes: ``"batch"``, any batch size; ``"all"``, any height and width as well, which
-            can take minutes; ``"none"``, those of the example alone. Of no meaning for the source.
+        format: ``"onnx"`` (compared by onnxruntime, if it is installed), ``"pt2"`` (torch.export) or ``"source"``, a Python
+            file with weights of the same name beside it. By default what the ending says: ``.onnx``, ``.pt2`` or ``.py``.
+        dynamic: which sizes of the inputs a program takes: ``"batch"``, any batch size; ``"all"``, any height and width as
+            well, which can take minutes; ``"none"``, the example's.
         example_inputs: a tensor or a tuple of positional inputs (of the source, any that the network takes), large enough that no
-            feature map has a size of one, which torch.export would specialise. Without it, one image of the size that
-            the network was fine-tuned on, one input of the shape that it was retrofitted with, or of a size that fits.
-
-    Returns:
-        The file.
+            feature map has a size of one. By default one image of the size that the network was fine-tuned on, or one
+            input of the shape that it was retrofitted with.
 
     Raises:
-        RetrofitError: the format or the ending is none of these, or the format can't represent this network (the message has the reason); the
-            result does not compute the same. No file is written then.
+        RetrofitError: the format can't represent this network, or the result does not compute the same; no file is written.
         TypeError: ``model`` is not an nn.Module.
 
     Warns:
@@ -87,12 +76,11 @@ def export(
         torch.Size([5, 10])
     """
     check_module(model)
-    check_values(model)
+    check_values(model.named_parameters())
     file = Path(file)
-    format = _format_of(file) if format is None else format
-    for name, value, allowed in (("format", format, SUFFIXES), ("dynamic", dynamic, DYNAMIC)):
-        if value not in allowed:
-            raise RetrofitError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {brief(value)}")
+    format = _format_of(file, format)
+    if dynamic not in DYNAMIC:
+        raise RetrofitError(f"dynamic must be one of {', '.join(map(repr, DYNAMIC))}, got {brief(dynamic)}")
     with forked_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on formats
         copy = in_mode(copied(model, lambda t: t.detach().to("cpu", copy=True)), False)
@@ -118,10 +106,15 @@ def _refusal(model: nn.Module, format: str, reason: str) -> RetrofitError:
     )
 
 
-def _format_of(file: Path) -> str:
-    for format, suffix in SUFFIXES.items():
+def _format_of(file: Path, format: str | None) -> str:
+    """The format that was asked for, or that the ending of the file tells."""
+    if format in SUFFIXES:
+        return str(format)
+    if format is not None:
+        raise RetrofitError(f"format must be one of {', '.join(map(repr, SUFFIXES))}, got {brief(format)}")
+    for known, suffix in SUFFIXES.items():
         if file.suffix == suffix:
-            return format
+            return known
     endings = ", ".join(SUFFIXES.values())
     raise RetrofitError(f"{file.name} must end in one of {endings}, which tells the format; or say which with format=")
 

@@ -40,13 +40,10 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        epoch: the epoch that is under way, from 0.
-        step: updates done in it.
-        updates: updates done in all.
+        epoch, step, updates: the epoch that is under way, from 0; the updates done in it, and in all.
         loss, correct, seen: sums over the epoch so far, over all processes.
         history: a row for each finished epoch; row 0 is the evaluation before training.
-        best: the best validation score, and in which epoch (from 1).
-        stale: epochs in a row that did not bring a better one.
+        best, best_epoch, stale: the best validation score, its epoch (from 1), and epochs in a row without a better one.
         finished: why the run is over: ``"epochs"``, ``"updates"`` or ``"early stop"``; None while it is not.
         step_seconds: the median time of an update.
     """
@@ -77,12 +74,7 @@ STATE_FIELDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of a run.
-
-    Attributes:
-        path: of the folder.
-        config, experiment: which run it is; ``experiment`` as ``describe_run`` gives it.
-    """
+    """The folder of a run; config and experiment (of ``describe_run``) say which run it is."""
 
     path: Path
     config: FinetuneConfig
@@ -175,13 +167,8 @@ class Folder:
             )
 
 
-def checked_folder(path: Path, resume: bool) -> Path:
-    """The path of a folder in which a run may begin, or go on with ``resume``; it is made where it is missing.
-
-    Raises:
-        RetrofitError: it holds a run already, or a result whose ``last/`` is gone; it can't be made, or holds files in ``last/`` or
-            ``best/`` that a checkpoint would delete.
-    """
+def check_folder(path: Path, resume: bool) -> None:
+    """Make a folder where it is missing, and raise unless a run may begin in it, or go on with ``resume``."""
     begun, result = has_checkpoint(path), (settled(path / BEST) / RECIPE).is_file()
     if (begun or result) and not resume:
         raise RetrofitError(f"{path} holds a run already; go on with it (resume=True), or give another folder")
@@ -194,9 +181,8 @@ def checked_folder(path: Path, resume: bool) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RetrofitError(f"{path} can't be made: {error.strerror or error}") from error
-    for folder, ours in ((path / LAST, (WEIGHTS, RECIPE, TENSORS, STATE)), (path / BEST, (WEIGHTS, RECIPE))):
-        check_replaceable(folder, ours)
-    return path
+    check_replaceable(path / LAST, (WEIGHTS, RECIPE, TENSORS, STATE))
+    check_replaceable(path / BEST, (WEIGHTS, RECIPE))
 
 
 def has_checkpoint(path: Path) -> bool:

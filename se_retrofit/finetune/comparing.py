@@ -246,8 +246,8 @@ def compare(
 ) -> Comparison:
     """Fine-tune a network without and with SE, by the same recipe, with the same seeds.
 
-    For each seed, all networks start from the same weights, see the same images in the same order, and take the same number
-    of steps; so they are compared seed by seed, which takes out what varies between seeds.
+    For each seed, all networks start from the same weights, see the same images in the same order, and take as many steps; so
+    they are compared seed by seed, which takes out what varies between seeds.
 
     Args:
         model: the bare network, copied for each run; or a function that makes one, called with torch's generator seeded, so
@@ -256,10 +256,9 @@ def compare(
         config: the recipe; its seed is the first one. With ``trainable="se+head"``, the plain network trains its head.
         seeds: how many.
         se_options: for ``add_se``, such as ``{"reduction": 16}``.
-        arms: the networks to compare: ``"plain"`` and one or more of the attentions ``"se"``, ``"eca"``, ``"cbam"`` and
-            ``"static"`` (a learned factor for each channel in the same places), ``"sigmoid"`` (SE with the paper's gate), and the
-            bare network with only its ``"norms"`` and head or only its ``"head"`` trained.
-        output_dir: folder for ``comparison.json``, ``comparison.png`` and the runs, which go on when it is called again; None writes nothing.
+        arms: ``"plain"`` and one or more of the attentions ``"se"``, ``"eca"``, ``"cbam"`` and ``"static"``, ``"sigmoid"`` (SE with
+            the paper's gate), and the bare network with only its ``"norms"`` and head or only its ``"head"`` trained.
+        output_dir: folder for ``comparison.json``, ``comparison.png`` and the runs, which go on when it is called again.
         quiet, stop: as for ``finetune``.
 
     Raises:

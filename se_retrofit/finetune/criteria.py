@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
 
 from ..errors import RetrofitError, brief, check_module
 from .config import FinetuneConfig
@@ -25,14 +27,8 @@ AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's and Inception's auxiliary losses, as in
 
 @dataclass(frozen=True)
 class Losses:
-    """What is minimised.
-
-    Attributes:
-        criterion: a function of logits and targets.
-        teacher: whose answers are learned, too; None for none.
-        distillation: their part in the loss, and the temperature.
-        multi_label: whether an image may have several classes.
-    """
+    """What is minimised: a criterion, and how far the answers are from a teacher's; ``distillation`` is the part of these in the loss,
+    and the temperature."""
 
     criterion: Criterion
     teacher: nn.Module | None
@@ -88,34 +84,14 @@ class FocalLoss(nn.Module):
         if targets.dim() == 1:
             labels = labels * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[1]
         log_p = F.log_softmax(logits, dim=1)
-        losses = (-labels * _focus(1 - log_p.exp(), self.gamma) * log_p).sum(1)
+        # below gamma 1 the slope at 0 would be infinite
+        wrong = (1 - log_p.exp()).clamp(min=torch.finfo(log_p.dtype).tiny)
+        losses = (-labels * wrong**self.gamma * log_p).sum(1)
         return (weights * losses).sum() / weights.sum()
 
 
-class MultiLabelFocalLoss(nn.Module):
-    """The focal loss of each label by itself, averaged over labels and images."""
-
-    def __init__(self, gamma: float) -> None:
-        super().__init__()
-        self.gamma = gamma
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        p = logits.sigmoid()
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return (_focus(p * (1 - targets) + (1 - p) * targets, self.gamma) * losses).mean()
-
-
-def _focus(wrong: Tensor, gamma: float) -> Tensor:
-    """The factor of the loss for the probability of another answer; below gamma 1 its slope at 0 would be infinite."""
-    return wrong.clamp(min=torch.finfo(wrong.dtype).tiny) ** gamma
-
-
 def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: Any, classes: int | None) -> Criterion:
-    """The loss of a run: the caller's own, or that of the config.
-
-    Raises:
-        RetrofitError: the classes are to be balanced, and the data does not tell how many images each has.
-    """
+    """The loss of a run: the caller's own, or that of the config."""
     if given is not None:
         return given
     # mixup smooths the labels itself; yes and no of separate labels are not smoothed
@@ -133,7 +109,7 @@ def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: An
             return nn.BCEWithLogitsLoss(pos_weight=weight)
         return BinaryCrossEntropy(smoothing=smoothing)
     if config.multi_label:
-        return MultiLabelFocalLoss(FOCAL_GAMMA)
+        return partial(sigmoid_focal_loss, alpha=-1, gamma=FOCAL_GAMMA, reduction="mean")
     gamma = FOCAL_GAMMA if config.loss == "focal" else 0.0  # which is cross-entropy
     return FocalLoss(gamma, weight, smoothing)
 

@@ -60,10 +60,6 @@ def stream(
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
     A DataLoader is taken as it is. What an item holds after image and class is passed over; in a dict they are found by ``keys``,
     or by usual ones.
-
-    Raises:
-        RetrofitError: there is no image in it, it doesn't know its length, or there are several processes and it is a DataLoader.
-        TypeError: it is neither a Dataset with indices nor a DataLoader.
     """
     if isinstance(data, DataLoader):
         if world > 1 or (balanced and train):
@@ -245,13 +241,9 @@ def images_together(images: Sequence[Any]) -> Any:
 
 
 class DatasetStream:
-    """The batches of a data set with indices, epoch by epoch.
+    """The batches of a data set with indices, epoch by epoch."""
 
-    Attributes:
-        resumes_within: whether an epoch can begin in the middle, with the batches that it has there in any case.
-    """
-
-    resumes_within = True
+    resumes_within = True  # an epoch can begin in the middle, with the batches that it has there in any case
 
     def __init__(self, items: Items, order: Order, *, bad_images: str, workers: int, pin_memory: bool) -> None:
         self.name, self.data, self.order, self.bad_images = items.name, items.data, order, bad_images

@@ -184,11 +184,7 @@ def load_split(
 
 
 def limited(data: Any, limit: int | None) -> Any:
-    """So many images of each class, or all where it has fewer, always the same ones; the data itself where ``limit`` is None.
-
-    Raises:
-        RetrofitError: the data does not tell the classes of its images, or an image may have several.
-    """
+    """So many images of each class, or all where it has fewer, always the same ones; the data itself where ``limit`` is None."""
     if limit is None:
         return data
     targets = targets_of(data)
@@ -208,12 +204,8 @@ def limited(data: Any, limit: int | None) -> Any:
 
 
 def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
-    """What is to be said where images are measured that a run was trained on; empty where none are.
-
-    Args:
-        part: the images.
-        training: what ``describe_data`` gave for the run's training data; None where it is not known.
-    """
+    """What is to be said where images are measured that a run was trained on, by what ``describe_data`` gave of its training data;
+    empty where none are, or that is not known."""
     if training is None:
         return ""
     known = {field: value for field, value in training.items() if field != "batch size"}
@@ -291,11 +283,7 @@ def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence
 
 
 def _chosen(origin: object, split: str | None, parts: Mapping[str, Callable[[], Any]]) -> Split:
-    """The split that was asked for, or the one that is meant; only what is measured is opened.
-
-    Raises:
-        RetrofitError: the data has no such split.
-    """
+    """The split that was asked for, or the one that is meant; only what is measured is opened."""
     wanted = ("val", "test") if split is None else (split,)
     chosen = next((name for name in wanted if name == "all" or name in parts), None)
     if chosen is None:
@@ -313,11 +301,7 @@ def _chosen(origin: object, split: str | None, parts: Mapping[str, Callable[[], 
 
 
 def data_folder(name: str | Path) -> Path:
-    """The folder of this name.
-
-    Raises:
-        RetrofitError: there is none.
-    """
+    """The folder of this name."""
     if not str(name) or not Path(name).is_dir():  # "" would be the folder that one is in
         raise RetrofitError(
             f"no data {str(name)!r}: give digits, a folder with train/ and val/, or a name of timm's dataset factory "

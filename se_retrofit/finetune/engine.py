@@ -28,12 +28,7 @@ SWITCH = "grad_checkpointing"  # the attribute by which timm's networks are told
 
 @contextlib.contextmanager
 def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[Accelerator]:
-    """An Accelerator for this run. Under ``torchrun`` and ``accelerate launch`` it joins the other processes.
-
-    Raises:
-        RetrofitError: a tracker is not installed, this precision is not available, or the parameters are to be spread over the
-            processes.
-    """
+    """An Accelerator for this run. Under ``torchrun`` and ``accelerate launch`` it joins the other processes."""
     # Without an accelerator Accelerate must be told that it is on the CPU, or it overlooks torchrun.
     cpu = config.cpu or not torch.accelerator.is_available()
     ours = not AcceleratorState._shared_state  # the caller may have an Accelerator of their own
@@ -133,11 +128,7 @@ class Forward(nn.Module):
 
 
 def logits_of(output: Any) -> tuple[Tensor, list[Tensor]]:
-    """Logits and auxiliary logits (of GoogLeNet and Inception in training mode) from what a network returns.
-
-    Raises:
-        RetrofitError: it is something else: fine-tuning is for classifiers.
-    """
+    """Logits and auxiliary logits (of GoogLeNet and Inception in training mode) from what a network returns."""
     auxiliary: list[Tensor] = []
     if isinstance(output, tuple) and hasattr(output, "logits"):
         auxiliary = [t for name, t in output._asdict().items() if name != "logits" and t is not None]  # type: ignore[attr-defined]
@@ -149,11 +140,7 @@ def logits_of(output: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def called(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """``logits_of`` what the network returns.
-
-    Raises:
-        RetrofitError: it is something else, or PyTorch refuses these images: in most cases their shape or dtype.
-    """
+    """``logits_of`` what the network returns."""
     try:
         return logits_of(network(images))
     except (RuntimeError, ValueError) as error:
@@ -196,11 +183,7 @@ class TrainingForm:
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """In the body the network computes its activations once more in the backward pass, by its own ``set_grad_checkpointing``.
-
-    Raises:
-        RetrofitError: it has none, or none that does something.
-    """
+    """In the body the network computes its activations once more in the backward pass, by its own ``set_grad_checkpointing``."""
 
     def on() -> bool:
         return any(getattr(module, SWITCH, False) is True for module in model.modules())

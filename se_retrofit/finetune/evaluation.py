@@ -132,10 +132,10 @@ class Evaluation:
         count = len(self.classes)
         return torch.bincount(self.targets * count + self.answers[:, 0], minlength=count**2).view(count, count)
 
-    def hardest(self, most: int = HARDEST) -> list[dict[str, Any]]:
+    def hardest(self) -> list[dict[str, Any]]:
         """The images with the highest losses, the highest first, as plain data: ``image``, its place in the data, ``loss``, and
         ``answer``, the classes that the network gives it."""
-        losses, order = self.losses.topk(min(most, self.images))
+        losses, order = self.losses.topk(min(HARDEST, self.images))
         said = (
             [row.nonzero().flatten() for row in self.answers[order] > 0.5]
             if self.multi_label

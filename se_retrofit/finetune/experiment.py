@@ -130,11 +130,7 @@ def _short(content: bytes) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """A hash of a file's content.
-
-    Raises:
-        RetrofitError: it can't be read.
-    """
+    """A hash of a file's content."""
     try:
         return _short(file.read_bytes())
     except OSError as error:
@@ -164,11 +160,7 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    """Raise where a folder holds another experiment.
-
-    Raises:
-        RetrofitError: it does; the message names each field that differs.
-    """
+    """Raise where a folder holds another experiment."""
     differs = changes(saved, now)
     if not differs:
         return

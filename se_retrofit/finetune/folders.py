@@ -15,6 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from ..errors import RetrofitError
+from ..tables import few
 from .transforms import load_image
 
 __all__ = [
@@ -68,25 +69,17 @@ def left_out(folder: Path) -> str:
     empty = sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name not in classes and not _is_hidden(e.name))
     files = (file for name in (*sorted(classes), *empty) for file in files_in(folder / name))
     endings = Counter(Path(file).suffix.lower() or "without ending" for file in files if not is_image(file))
-    parts = (
-        [f"files that are no images ({_few(f'{count:,} {end}' for end, count in endings.most_common())})"]
-        if endings
-        else []
-    )
-    parts += [f"folders without images ({_few(empty)})"] if empty else []
+    files_told = few((f"{count:,} {end}" for end, count in endings.most_common()), 5)
+    parts = [f"files that are no images ({files_told})"] if endings else []
+    parts += [f"folders without images ({few(empty, 5)})"] if empty else []
     return f"left out of {folder}: {', '.join(parts)}" if parts else ""
-
-
-def _few(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def class_sizes(images: ImageFolder) -> str:
     """How many images each class has, and what to do where they differ much."""
     counts = Counter(images.targets)
     least, most = min(counts.values()), max(counts.values())
-    told = "images: " + _few((f"{name} {counts[n]:,}" for n, name in enumerate(images.classes)), MOST_CLASSES)
+    told = "images: " + few((f"{name} {counts[n]:,}" for n, name in enumerate(images.classes)), MOST_CLASSES)
     if len(counts) > MOST_CLASSES:
         told += f" ({len(counts)} classes of {least:,} to {most:,})"
     if most > MUCH * least:
@@ -122,11 +115,7 @@ def check_several(classes: list[str], folder: Path) -> None:
 
 
 def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Subset[Any], Subset[Any]]:
-    """What is left for training, and a part of each class for validation: the same images in every run.
-
-    Raises:
-        RetrofitError: a class has too few images.
-    """
+    """What is left for training, and a part of each class for validation: the same images in every run."""
     if not 0 < val_fraction < 1:
         raise RetrofitError(f"val_fraction must be above 0 and below 1, got {val_fraction}")
     train: list[int] = []

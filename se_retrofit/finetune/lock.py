@@ -24,9 +24,6 @@ def alone_in(folder: Path | None) -> Iterator[None]:
     """Keep other processes from running in the same folder, on systems with ``fcntl``; None is no folder.
 
     The lock belongs to this process alone, not to the loading processes that it starts, and ends with it however it ends.
-
-    Raises:
-        RetrofitError: another process runs there, or the folder can't be written.
     """
     if fcntl is None or folder is None:
         yield

@@ -52,13 +52,6 @@ class Log:
     """Prints and writes for the main process; of the others only warnings are heard.
 
     In a terminal it draws a progress bar under the table; elsewhere it prints a line now and then.
-
-    Args:
-        output: the run's folder; None for none.
-        accelerator: of the run.
-        quiet: print nothing.
-        epochs, updates: how many epochs there are, and updates in each.
-        best_metric: by which the best epoch is chosen; None without validation data.
     """
 
     def __init__(

@@ -142,11 +142,7 @@ def trained_in(config: FinetuneConfig, epoch: int | None) -> str:
 
 
 def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
-    """The modules that ``part`` names.
-
-    Raises:
-        RetrofitError: there is nothing of that kind in the network.
-    """
+    """The modules that ``part`` names."""
     if part == "all":
         return [model]
     name, heads = type(model).__name__, head_of(model)

@@ -122,9 +122,6 @@ def find_lr(
         steps: how many there are, each an update; short data is passed through several times.
         train_data, criterion, teacher, distillation: as for ``finetune``.
 
-    Returns:
-        The loss at each rate, and the suggestion.
-
     Raises:
         RetrofitError: the rates don't rise; there are too few steps; config, data and network don't fit together.
         TypeError: an argument is of the wrong type.
@@ -186,11 +183,7 @@ def all_windows(run: Run) -> Iterator[list[Batch]]:
 
 
 def learning_rates(rates: list[float], losses: list[float], diverged: bool) -> LearningRates:
-    """The losses smoothed, and the rate at which they fall fastest.
-
-    Raises:
-        RetrofitError: there are too few of them.
-    """
+    """The losses smoothed, and the rate at which they fall fastest."""
     if len(losses) < FEWEST_STEPS:
         raise RetrofitError(
             f"the loss diverged after {len(losses)} steps, at a learning rate of "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import threading
 import time
 from collections.abc import Sequence
@@ -120,12 +119,9 @@ class Run:
         model: the caller's network; ``network`` is what is called in training, wrapped for devices and processes.
         wanted: the network's own ``requires_grad`` flags.
         train, val: this process's batches.
-        learning: the optimizer and what else the network learns by; ``optimizer`` is wrapped by Accelerate.
-        losses: what is minimised.
+        optimizer: that of ``learning``, wrapped by Accelerate.
         form: the classes that modules have during a training step.
-        folder: where it is kept, None for nowhere.
         stop: the run ends after a checkpoint once this is set.
-        trained: the part that is trained now.
         first_weights, best_weights: the state dicts of before the first update and of the best epoch so far, on the CPU.
         step_times: seconds of an update, one for each look.
     """
@@ -226,11 +222,6 @@ class Run:
             trained_parameters=count(self.model, trainable=True),
             groups=group_summary(self.learning.optimizer.param_groups),
         )
-
-    def note_pace(self) -> None:
-        """The median time of an update so far, for the result."""
-        if self.step_times:
-            self.progress.step_seconds = statistics.median(self.step_times)
 
     # What ends it
 

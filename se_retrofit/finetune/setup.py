@@ -19,7 +19,7 @@ from ..saving.base import base_of
 from ..saving.networks import without_name
 from ..surgery.record.copying import in_mode
 from .callbacks import Callbacks
-from .checkpoint import Folder, checked_folder, has_checkpoint, load_optimizer
+from .checkpoint import Folder, check_folder, has_checkpoint, load_optimizer
 from .config import FinetuneConfig
 from .criteria import Criterion, Losses, check_criterion, criterion_of
 from .data import Stream, stream
@@ -83,7 +83,7 @@ def check(job: Job) -> None:
     if job.config.patience is not None and job.val_data is None:
         raise RetrofitError("patience needs validation data")
     if job.folder is not None:
-        checked_folder(job.folder, job.resume)
+        check_folder(job.folder, job.resume)
     elif job.resume:
         raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
 
@@ -149,7 +149,8 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
     }
     folder = None
     if job.folder is not None:
-        folder = Folder(job.folder, config, same_on_all(experiment, accelerator))
+        # as the main process says: the others may have drawn other first weights
+        folder = Folder(job.folder, config, broadcast_object_list([experiment])[0])
     each = math.ceil(len(train) / config.grad_accum_steps)
     epochs, updates = length_of(config, each)
     log = Log(
@@ -198,14 +199,6 @@ def groups_told(groups: list[dict[str, Any]]) -> dict[str, int]:
         name = f"{group['name']} at {group['lr_scale']:.4g} lr, decay {group['weight_decay']:.4g}"
         told[name] = told.get(name, 0) + len(group["params"])
     return told
-
-
-def same_on_all(value: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    """What the main process says: the others may have drawn other first weights."""
-    if accelerator.num_processes == 1:
-        return value
-    said: dict[str, Any] = broadcast_object_list([value])[0]
-    return said
 
 
 def restore(run: Run) -> None:

@@ -17,11 +17,7 @@ __all__ = ["class_counts", "class_numbers", "image_weights", "targets_of", "targ
 
 
 def targets_together(targets: Sequence[Any]) -> Tensor:
-    """Class numbers as (N,), vectors as (N, classes). One whole number in a list, as some data sets have it, is a class.
-
-    Raises:
-        RetrofitError: they are neither numbers nor vectors of one length.
-    """
+    """Class numbers as (N,), vectors as (N, classes). One whole number in a list, as some data sets have it, is a class."""
     with _told(targets):
         together = torch.stack([torch.as_tensor(target) for target in targets])
     if together.dim() == 2 and together.shape[1] == 1 and not together.is_floating_point():
@@ -49,9 +45,6 @@ def class_numbers(targets: Tensor) -> Tensor:
 def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
     """The targets of all items, (images,) or (images, classes), where the data set tells them without loading images:
     torchvision's data sets, Hugging Face's, ``TensorDataset``, and subsets and concatenations of such.
-
-    Raises:
-        RetrofitError: they are neither numbers nor vectors of one length.
     """
     if isinstance(data, DataLoader):
         return targets_of(data.dataset, keys)
@@ -88,11 +81,7 @@ def _samples(data: Any) -> list[Any]:
 
 
 def class_counts(data: Any, classes: int | None, multi_label: bool, keys: Sequence[str] = ()) -> tuple[Tensor, int]:
-    """How many images each class has, (classes,), and how many there are.
-
-    Raises:
-        RetrofitError: the data does not tell.
-    """
+    """How many images each class has, (classes,), and how many there are."""
     targets = targets_of(data, keys)
     if targets is None or targets.dim() != (2 if multi_label else 1):
         kind = "a vector for each image" if multi_label else "one class number for each image"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -67,9 +68,6 @@ def finetune(
         distillation: the teacher's part in the loss, and the temperature by which the logits of both are divided.
         callbacks: functions of yours; not part of the experiment.
         stop: once it is set, the run finishes the update under way, writes a checkpoint and raises ``Stopped``.
-
-    Returns:
-        The network and its history.
 
     Raises:
         RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run
@@ -302,7 +300,8 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
     """Add an epoch to the history, and see whether it was the best, and the last."""
     progress, config = run.progress, run.config
     progress.history.append(row)
-    run.note_pace()
+    if run.step_times:
+        progress.step_seconds = statistics.median(run.step_times)
     if run.val is not None:
         score = row[f"val_{config.best_metric}"]
         sign = -1 if config.best_metric == "loss" else 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..batches import BATCH_SIZE, keys_in
 from ..errors import RetrofitError
 from ..models import IMAGES, Base
+from ..tables import few
 from .config import FinetuneConfig
 from .data import gives_images, stream
 from .randomness import kept_randomness
@@ -102,11 +103,7 @@ def other_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> str:
     known, given = class_names(model), class_names_of(data, keys)
     if known is None or given is None or known == given:
         return ""
-    return f"the network was fine-tuned on the classes {_few(known)}, and the data has {_few(given)}"
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"the network was fine-tuned on the classes {few(known, 5)}, and the data has {few(given, 5)}"
 
 
 def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:

@@ -49,13 +49,8 @@ class Scaling:
 
 
 class Factors:
-    """Answers for one network where factors can go.
-
-    Args:
-        model: the network, with values.
-        record: of a copy of it, read.
-        transparent: paths of SE modules that have constant gates by now.
-    """
+    """Answers for one network, by a record of a copy of it, where factors can go; the SE modules at the paths in ``transparent``
+    have constant gates by now."""
 
     def __init__(self, model: nn.Module, record: Record, transparent: Iterable[str] = ()) -> None:
         self.model = model

@@ -13,7 +13,7 @@ from ..attention import Inserted, StaticFactor, check_gates
 from ..attention.parts import check_positive
 from ..errors import RetrofitError, brief, check_flag, check_module, check_values
 from ..inspection.gates import SiteGates, gates_over
-from ..plan import FOLDED, Skipped
+from ..plan import FOLDED, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
 from ..surgery.record.inputs import Inputs
@@ -21,6 +21,7 @@ from ..surgery.record.isolation import forked_randomness, isolated
 from ..surgery.record.runs import record
 from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
+from ..tables import few
 from .factors import Factors, Scaling
 from .measuring import Labelled, Reference, first_batches, outputs_of, relative_change
 from .result import FoldedSite, FoldReport
@@ -40,33 +41,24 @@ def fold_se(
     keys: Sequence[str] | None = None,
     inplace: bool = False,
 ) -> M:
-    """Fold SE modules whose gates hardly depend on the input into the network's own weights.
+    """Fold SE modules whose gates hardly depend on the input into the network's own weights (docs/folding.md).
 
-    The gates of each site are replaced by their means over the data, starting with the smallest effect on the
-    outputs, as long as the outputs stay within ``tolerance``. The means are then folded into the weights and biases
-    of the norms or convolutions before SE (through ReLU, LeakyReLU and other operations that commute with a factor),
-    or else into the weights of the convolutions after it. A block without SE gets its original class back. If all
-    sites are folded, the result is a plain network with the keys of the original. A factor that can't be folded into
-    any weight remains as a ``StaticFactor``.
+    A block without SE gets its original class back; a factor that no weight can take remains as a ``StaticFactor``. The
+    attribute ``fold_report`` of the result, a ``FoldReport``, has spread, effect and verdict of each site.
 
     Args:
         model: a network that ``add_se`` made.
-        data: what ``finetune`` takes, a Dataset (in batches of 32, its PIL images prepared as for a validation) or a DataLoader, or
-            any iterable of batches; a batch is a tensor, a tuple or list of inputs and labels, or a dict of them. With integer
-            labels, the accuracy is taken into account as well.
-        tolerance: the largest change of the outputs, as the norm of the difference relative to the norm of the outputs.
-        max_accuracy_loss: by how much the accuracy on the data may drop, from 0 to 1, and always by one image; ignored without labels.
-        max_batches: maximum number of batches. The network runs over them about twice per site.
+        data: what ``finetune`` takes, or any iterable of batches: tensors, tuples or lists of inputs and labels, or dicts of
+            them. With integer labels, the accuracy is taken into account as well.
+        tolerance: the largest change of the outputs, as the norm of the difference relative to that of the outputs.
+        max_accuracy_loss: by how much the accuracy may drop, from 0 to 1, and always by one image; ignored without labels.
+        max_batches: how many are used at most; the network runs over them about twice per site.
         keys: of inputs and labels in dicts; None for usual ones, such as ``"image"`` and ``"label"``.
         inplace: change the given model instead of a copy.
 
-    Returns:
-        The folded network. Its attribute ``fold_report``, a ``FoldReport``, has spread, effect and verdict of each site.
-
     Raises:
-        RetrofitError: the model has no SE inserted by ``add_se`` (it may be folded already), only factors that can't be
-            folded, or modules without gates for each channel (CBAM); the data is empty. The model is unchanged.
-        TypeError: an argument is of the wrong type; the model is unchanged.
+        RetrofitError: the model has no SE, only factors that can't be folded, or modules without gates (CBAM); no data.
+        TypeError: an argument is of the wrong type. Whatever is raised, the model is unchanged.
 
     Example:
         >>> import timm, torch
@@ -94,19 +86,19 @@ def fold_se(
         change, accuracy = reference.compare()
     result = model if inplace else copied(model)
     carry_out(result, todo)
-    rows = []
-    for site in sites:
-        if site.path in gates:
-            found = gates[site.path]
-            verdict = "folded" if site.path in todo.gone else "factor" if site.path in todo.factors else "kept"
-            into = tuple(s.path for s in todo.gone.get(site.path, ()))
-            row = (found.variation, found.between, effects[site.path], verdict, kept.get(site.path), into)
-            rows.append(FoldedSite(site.path, site.block, site.channels, *row))
+    rows = [_row(site, gates[site.path], effects, kept, todo) for site in sites if site.path in gates]
     missed = tuple(site.path for site in sites if site.path not in gates)
     count = sum(len(batch.inputs) for batch in batches)
-    report = FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
-    result.fold_report = report  # type: ignore[assignment]
+    report: Any = FoldReport(tuple(rows), missed, count, tolerance, change, reference.accuracy, accuracy)
+    result.fold_report = report
     return result
+
+
+def _row(site: Site, found: SiteGates, effects: dict[str, float], kept: dict[str, str], todo: Todo) -> FoldedSite:
+    verdict = "folded" if site.path in todo.gone else "factor" if site.path in todo.factors else "kept"
+    into = tuple(scaling.path for scaling in todo.gone.get(site.path, ()))
+    row = (found.variation, found.between, effects[site.path], verdict, kept.get(site.path), into)
+    return FoldedSite(site.path, site.block, site.channels, *row)
 
 
 def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any) -> None:
@@ -123,7 +115,7 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any)
         if not value >= 0:
             raise RetrofitError(f"{name} must be at least 0, got {value}")
     check_positive("max_batches", max_batches)
-    check_values(model)
+    check_values(model.named_parameters())
 
 
 # Which gates may be constant ------------------------------------------------------------------------------------------
@@ -166,13 +158,8 @@ def _greedy(
 
 @dataclass(frozen=True)
 class Todo:
-    """What is to be done to a network.
-
-    Attributes:
-        scalings: of its parameters.
-        gone: paths of the SE modules that go, with the scalings that stand for them.
-        factors: paths of those in whose place a constant factor comes, with its values.
-    """
+    """What is to be done to a network: the scalings of its parameters, the SE modules that are ``gone`` with those that stand for
+    them, and the ``factors`` in the place of others, by path."""
 
     scalings: list[Scaling] = field(default_factory=list)
     gone: dict[str, list[Scaling]] = field(default_factory=dict)
@@ -222,8 +209,8 @@ def absorb(
 def _check_progress(todo: Todo, ses: dict[str, nn.Module]) -> None:
     if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
         raise RetrofitError(
-            f"there is nothing left to fold: all that is left, {', '.join(list(ses)[:3])}{', ...' if len(ses) > 3 else ''}, is "
-            "constant factors already, which can't be folded into any weight"
+            f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be folded into "
+            "any weight"
         )
 
 

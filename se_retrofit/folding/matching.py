@@ -60,11 +60,7 @@ Part = Layer | Gate
 
 
 def parts_of(record: Record) -> list[Part]:
-    """The layers and gates of a record, each once, in the order of execution.
-
-    Raises:
-        RetrofitError: a gate is none of the plain-sigmoid form, or a constant factor.
-    """
+    """The layers and gates of a record, each once, in the order of execution."""
     gates: dict[Op, Gate] = {}
     inside: set[Op] = set()
     for op in record.ops:
@@ -158,11 +154,7 @@ def _leaves(op: Op) -> Iterator[tuple[str, torch.Size]]:
 
 
 def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
-    """Pairs of the parts of a retrofitted and of a native network.
-
-    Raises:
-        RetrofitError: the two do not agree; it says at which site or layer.
-    """
+    """Pairs of the parts of a retrofitted and of a native network."""
     for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if type(a) is not type(b) or a.shapes != b.shapes:
             gates = isinstance(a, Gate) and isinstance(b, Gate)

@@ -27,12 +27,7 @@ class Labelled:
 
 
 def first_batches(model: nn.Module, data: Any, keys: Sequence[str], most: int) -> list[Labelled]:
-    """The first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device.
-
-    Raises:
-        RetrofitError: there is none.
-        TypeError: it holds something else.
-    """
+    """The first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device."""
     if isinstance(data, (Tensor, str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -128,7 +128,7 @@ def _check_retrofitted(model: nn.Module, caller: str) -> None:
         raise RetrofitError(
             f"{type(model).__name__} has no SE inserted by add_se; {caller} takes a retrofitted network"
         )
-    check_values(model)
+    check_values(model.named_parameters())
     for path, module in model.named_modules():
         if is_retrofitted(module) and not isinstance(module, SEAttention):
             words = module.summary() if isinstance(module, Inserted) else type(module).__name__

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..tables import aligned
+from ..tables import aligned, few
 
 __all__ = ["FoldReport", "FoldedSite"]
 
@@ -77,22 +78,11 @@ class FoldReport:
     def __str__(self) -> str:
         rows = [["site", "channels", "spread", "between inputs", "effect", "verdict"]]
         for site in self.sites:
-            into = f" into {', '.join(site.into[:2])}{', ...' if len(site.into) > 2 else ''}" if site.into else ""
-            rows.append(
-                [
-                    site.path,
-                    f"{site.channels:,}",
-                    f"{site.spread:.4f}",
-                    f"{site.between:.1%}",
-                    f"{site.effect:.2e}",
-                    {"folded": "folded" + into, "factor": "a constant factor stays", "kept": f"kept by {site.kept_by}"}[
-                        site.verdict
-                    ],
-                ]
-            )
-        counts = {
-            verdict: sum(site.verdict == verdict for site in self.sites) for verdict in ("folded", "factor", "kept")
-        }
+            into = f" into {few(site.into, 2)}" if site.into else ""
+            words = {"folded": f"folded{into}", "factor": "a constant factor stays", "kept": f"kept by {site.kept_by}"}
+            figures = (f"{site.channels:,}", f"{site.spread:.4f}", f"{site.between:.1%}", f"{site.effect:.2e}")
+            rows.append([site.path, *figures, words[site.verdict]])
+        counts = Counter(site.verdict for site in self.sites)
         lines = [
             *aligned(rows, rule=True),
             f"{counts['folded']} of {len(self.sites)} sites folded, {counts['factor']} left as constant factors, "

@@ -87,16 +87,9 @@ def needs_statistics(norm: Any) -> bool:
 
 
 def affine_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
-    """The factor and the summand of each channel; the running statistics follow as in the norm's own forward.
-
-    Args:
-        norm: one that ``why_no_norm`` has nothing against.
-        means, variances: of each image and channel, ``(N, C)``; variances without Bessel's correction.
-        size: number of positions that they are of.
-
-    Returns:
-        Two tensors of shape ``(C,)``, or ``(N, C)`` for a group norm; None where the norm has to raise its own error.
-    """
+    """The factor and the summand of each channel, ``(C,)``, or ``(N, C)`` for a group norm, from the means and variances over so
+    many positions, ``(N, C)`` without Bessel's correction; None where the norm has to raise its own error. The running statistics
+    follow as in the norm's own forward."""
     kind = _KINDS[type(norm).forward]
     if kind == "group":
         return _group(norm, means, variances)

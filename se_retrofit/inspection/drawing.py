@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import fx
 
 from ..surgery.splice.undo import is_retrofitted
+from ..tables import few
 from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem, is_parameter
 from .inspected import Inspected
 from .layout import layered
@@ -16,7 +16,7 @@ from .network import JOINS, network_of
 from .picture import picture
 from .svg import BOLD, LETTER, RADIUS, Picture, arrow, box, file_of, join, text
 
-__all__ = ["sides_of", "write"]
+__all__ = ["drawn", "sides_of"]
 
 HEIGHT, GAP, STUB = 34, 34, 16  # of a box; below it; of which arrows go straight down, beside their label
 MOST = 34  # letters in a line
@@ -31,14 +31,14 @@ ROLES = (
 )
 
 
-def write(found: Inspected, block: BlockPair | None, path: Path) -> None:
-    """Write the picture of one block before and after; or of the whole network, with each distinct block."""
+def drawn(found: Inspected, block: BlockPair | None) -> str:
+    """The file with the picture of one block before and after; or of the whole network, with each distinct block."""
     groups = found.distinct() if block is None else [[block]]
     frames = [_frame(group) for group in groups]
     if block is None:
         frames.insert(0, picture(network_of(found), {}))
     name = class_name(found.model) if block is None else f"{block.path} before and after"
-    path.write_text(file_of(_in_rows(frames), name), encoding="utf-8")
+    return file_of(_in_rows(frames), name)
 
 
 def _in_rows(frames: Iterable[Picture]) -> Picture:
@@ -57,10 +57,10 @@ def _in_rows(frames: Iterable[Picture]) -> Picture:
 def _frame(group: list[BlockPair]) -> Picture:
     """A block before and after, with its name and those of the blocks that are like it."""
     pair, *others = group
-    few = ", ".join(other.path for other in others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    alike = f"like it: {few(other.path for other in others)}" if others else ""
     title = f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}"
     parts = [text("name", 0, 12, title)]
-    parts += [text("words", 0, 26, f"like it: {few}")] if others else []
+    parts += [text("words", 0, 26, alike)] if others else []
     x, height = 0.0, 0.0
     for word, side in zip(("before", "after"), sides_of(pair), strict=True):
         width = side.width + 2 * MARGIN
@@ -69,7 +69,7 @@ def _frame(group: list[BlockPair]) -> Picture:
         parts.append(text("words", x + MARGIN, 52, word))
         parts.append(side.svg(f"{pair.path} {word}", at=(x + MARGIN, 37 + MARGIN + 10)))
         x += width + MARGIN
-    return Picture(max(x - MARGIN, BOLD * len(title), LETTER * (len(few) + 10)) + 2, height + 40, tuple(parts))
+    return Picture(max(x - MARGIN, BOLD * len(title), LETTER * (len(alike) + 1)) + 2, height + 40, tuple(parts))
 
 
 def sides_of(pair: BlockPair) -> list[Picture]:

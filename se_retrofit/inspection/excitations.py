@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import batches_of, inputs_and_labels
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_values
 from ..models import IMAGES
-from ..surgery.record.copying import has_values
 from ..tables import aligned
 from .gates import SiteGates, gated_modules, gates_over
 
@@ -73,9 +72,6 @@ class Excitations:
         Args:
             path: where to save it, as an image of any format that matplotlib writes; None not to.
 
-        Returns:
-            The matplotlib ``Figure``.
-
         Raises:
             RetrofitError: the folder does not exist, matplotlib writes no such format or is not installed.
         """
@@ -115,10 +111,7 @@ def excitations(
         (8, 1.0, 1.0)
     """
     ses = gated_modules(model)
-    for name, parameter in model.named_parameters():
-        if not has_values(parameter):
-            kind = "on the meta device" if parameter.is_meta else "a fake tensor"
-            raise RetrofitError(f"{name} is {kind}, so there are no gates to look at; load weights first")
+    check_values(model.named_parameters())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     inputs = 0
 

@@ -83,9 +83,6 @@ def plot_gates(epochs: Mapping[int, Mapping[str, Any]], path: str | Path | None 
             its ``quartiles()``; the ``"gates"`` of the rows that ``finetune`` writes to ``metrics.jsonl`` are such.
         path: where to save the picture, in any format that matplotlib writes; None not to.
 
-    Returns:
-        The matplotlib ``Figure``.
-
     Raises:
         RetrofitError: no epoch has gates, matplotlib is not installed, or the picture can't be written.
     """

@@ -101,21 +101,11 @@ class SiteGates:
 
 
 class Moments:
-    """Mean, spread and range of the rows of all batches, gathered by Chan's update, in which nothing cancels out.
+    """Mean, spread and range of the rows of all batches, gathered by Chan's update, in which nothing cancels out; and the share of
+    the values that is ``beyond`` the limits. The mean is ``(C,)``, the other statistics are tensors without dims.
 
     Adding a batch reads no number from the device and takes no branch that depends on what came before, so it waits for
     nothing and compiles once.
-
-    Args:
-        columns: how many there are, ``C``.
-        dtype: of the statistics.
-        limits: values below the first and above the second are counted.
-
-    Attributes:
-        rows: number of rows so far, as a tensor without dims.
-        mean: of each column, ``(C,)``.
-        low, high: the smallest and the largest value of all, as tensors without dims.
-        beyond: the share of all values that is beyond the limits, likewise.
     """
 
     def __init__(
@@ -186,11 +176,8 @@ def _hear(se: Any, take: Callable[[Tensor], object]) -> RemovableHandle:
 def gates_over(
     model: nn.Module, ses: Mapping[str, Any], batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> dict[str, SiteGates]:
-    """Run a model, as it is, over batches of inputs and labels, and gather the gates of some of its modules in float64.
-
-    Returns:
-        By path, in the order of ``ses``, what their gates did; modules that were never called are left out.
-    """
+    """Run a model, as it is, over batches of inputs and labels, and gather the gates of some of its modules in float64. By path, in
+    the order of ``ses``, what they did; modules that were never called are left out."""
     seen = {path: Moments(se.channel, torch.float64, saturation_limits(se)) for path, se in ses.items()}
     classes: dict[str, dict[int, Moments]] = {path: {} for path in ses}
     sizes: dict[str, str] = {}
@@ -278,18 +265,17 @@ class GateLogger:
         """Forget what was gathered, for the next epoch."""
         self._moments = {path: Moments(se.channel, limits=saturation_limits(se)) for path, se in self._ses.items()}
 
-    def write(self, writer: Any, step: int, *, tag: str = "gates") -> None:
-        """Write the summary to TensorBoard: for each site a histogram of its channels' mean gates, and the variation
-        between inputs as a scalar.
+    def write(self, writer: Any, step: int) -> None:
+        """Write the summary to TensorBoard: for each site a histogram of its channels' mean gates, ``gates/PATH``, and the
+        variation between inputs as a scalar, ``gates_variation/PATH``.
 
         Args:
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_histogram`` and ``add_scalar``.
             step: of the training, on the axis.
-            tag: what the names begin with: ``gates/PATH`` and ``gates_variation/PATH``.
         """
         for path, seen in self.summary().items():
-            writer.add_histogram(f"{tag}/{path}", seen.mean, step)
-            writer.add_scalar(f"{tag}_variation/{path}", seen.variation, step)
+            writer.add_histogram(f"gates/{path}", seen.mean, step)
+            writer.add_scalar(f"gates_variation/{path}", seen.variation, step)
 
     def close(self) -> None:
         """Stop listening; what was gathered stays."""

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import RetrofitError
 from ..plan import Plan
 from ..surgery.record.graph import Record
+from ..tables import few
 from .blocks import BlockPair
 
 __all__ = ["Inspected"]
@@ -46,8 +47,7 @@ class Inspected:
             return exact[0] if exact else max(around, key=lambda pair: len(pair.path))
         if len(within) == 1:
             return within[0]
-        paths = [pair.path for pair in within or self.blocks]
-        few = ", ".join(paths[:6]) + (f", ... ({len(paths)} in all)" if len(paths) > 6 else "")
+        there = few((pair.path for pair in within or self.blocks), 6)
         if within:
-            raise RetrofitError(f"{len(within)} blocks with SE are in {path!r}, name one: {few}")
-        raise RetrofitError(f"no block with SE that runs on these inputs is {path!r}; those that do are {few}")
+            raise RetrofitError(f"{len(within)} blocks with SE are in {path!r}, name one: {there}")
+        raise RetrofitError(f"no block with SE that runs on these inputs is {path!r}; those that do are {there}")

@@ -17,10 +17,11 @@ from ..models import IMAGES
 from ..paths import writable
 from ..plan import Plan
 from ..retrofit import plan_of, warn_of_lost_sites
+from ..saving.atomic import replaced_file
 from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of
 from ..surgery.record.runs import record
 from .diff import diff_lines
-from .drawing import write
+from .drawing import drawn
 from .graphs import blocks_of
 from .inspected import Inspected
 from .lines import Line, Lines
@@ -117,14 +118,13 @@ class Inspection(Inspected):
                 ``.png`` or ``.pdf`` of it.
             block: the one block to draw.
 
-        Returns:
-            The path that was written.
-
         Raises:
             RetrofitError: the path ends otherwise, its folder does not exist, or there is no such block. Nothing is written then.
         """
         path = writable(path, ".svg")
-        write(self, None if block is None else self.block(block), path)
+        text = drawn(self, None if block is None else self.block(block))
+        with replaced_file(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
         return path
 
     def write_html(self, path: str | Path) -> Path:
@@ -135,16 +135,15 @@ class Inspection(Inspected):
         Args:
             path: the file to write, which ends in ``.html`` or ``.htm``.
 
-        Returns:
-            The path that was written.
-
         Raises:
             RetrofitError: the path ends otherwise, or its folder does not exist. Nothing is written then.
         """
         from .page import page
 
         path = writable(path, ".html", ".htm")
-        path.write_text(page(self, self._report), encoding="utf-8")
+        text = page(self, self._report)
+        with replaced_file(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
         return path
 
     def to_dict(self) -> dict[str, Any]:

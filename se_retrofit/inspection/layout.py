@@ -20,14 +20,7 @@ Edge = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout.
-
-    Attributes:
-        x: the middle of each node.
-        row: the layer of each node, from 0 at the top.
-        lanes: for each edge that passes layers, where it does.
-        width: of all.
-    """
+    """The middle and the layer (from 0 at the top) of each node, where each edge passes the layers between, and the width of all."""
 
     x: list[float]
     row: list[int]
@@ -36,12 +29,7 @@ class Layout:
 
 
 def layered(widths: Sequence[float], edges: Sequence[Edge]) -> Layout:
-    """Lay out a graph without cycles.
-
-    Args:
-        widths: of the nodes, which are in an order in which each edge leads from an earlier one to a later one.
-        edges: the numbers of the nodes that they connect.
-    """
+    """Lay out a graph of nodes of these widths, in which each edge leads from an earlier one to a later one."""
     row = _rows(len(widths), edges)
     grid = _Grid(list(widths), row.copy())
     chains = {edge: grid.chain(edge) for edge in edges}

@@ -23,14 +23,11 @@ class Node:
     """One box of the picture.
 
     Attributes:
-        name: path of a block or module; of several modules in a row, that of the first and the last; of a join, its sign.
+        name: path of a block or module; of several modules in a row, that of the first (``last`` is the last); of a join, its sign.
         words: classes of the modules.
         kind: "block", "module", "join" or "function".
-        block: the block that it is.
-        ses: how many SE modules are in it.
         bypass: something that the block is given reaches its end past its SE.
-        shape: of what it gives, without the batch.
-        space: the spatial part of that, which tells the stage; () for a vector.
+        shape, space: of what it gives, without the batch, and the spatial part of that, which tells the stage; () for a vector.
     """
 
     name: str

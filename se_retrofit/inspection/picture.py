@@ -44,12 +44,7 @@ class _Arc:
 
 
 def picture(network: Network, links: Mapping[str, str]) -> Picture:
-    """A network as a picture.
-
-    Args:
-        network: its nodes and edges.
-        links: where a block's box leads to, by the path of the block.
-    """
+    """A network as a picture; ``links`` tell where a block's box leads to, by the path of the block."""
     columns = _columns(network.nodes)
     where = {node: (i, row) for i, column in enumerate(columns) for row, node in enumerate(column.nodes)}
     arcs = [_arcs(i, column, network.edges, where) for i, column in enumerate(columns)]

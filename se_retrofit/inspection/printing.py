@@ -9,7 +9,7 @@ from torch.fx.node import map_arg
 
 from ..plan import Site
 from ..surgery.splice.undo import is_retrofitted
-from ..tables import aligned
+from ..tables import Name, aligned
 from .blocks import BlockPair, class_name, describe
 from .inspected import Inspected
 from .lines import Line
@@ -83,9 +83,4 @@ def block_lines(pair: BlockPair) -> list[Line]:
 
 
 def _text(argument: Any) -> str:
-    return str(map_arg(argument, lambda n: _Name(n.name)))
-
-
-class _Name(str):
-    def __repr__(self) -> str:
-        return str(self)
+    return str(map_arg(argument, lambda n: Name(n.name)))

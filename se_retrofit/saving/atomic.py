@@ -56,16 +56,12 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, ours: Collection[str]) -> None:
-    """Raise where ``replaced_directory`` would refuse a path.
-
-    Raises:
-        RetrofitError: it is a file, a folder that can't be read or that holds files of other names (which would be lost), or the
-            folder in which one is (whose place another would take).
-    """
+    """Raise where a folder can't be replaced: it is a file, one that can't be read or that holds files that would be lost, or the one in which
+    one is."""
     if path.name in ("", ".."):
         raise RetrofitError(f"'{path}' can't be replaced as a whole; give the name of a folder in it")
     if path.exists() and not path.is_dir():
-        raise RetrofitError(f"{path} exists and is a file; give the name of a folder")
+        raise RetrofitError(f"{path} is a file; give the path of a folder")
     try:
         foreign = sorted(f.name for f in path.iterdir() if f.name not in ours) if path.exists() else []
     except OSError as error:

@@ -56,9 +56,6 @@ def _told_by_timm(model: nn.Module) -> Base | None:
 def named_base(recipe: dict[str, Any], folder: Path) -> Base | None:
     """The base that a recipe names, None where it names none. A folder may be anybody's, so it is one of the libraries' own
     networks, and takes only arguments that say how it is built: nothing else is read, fetched or run.
-
-    Raises:
-        RetrofitError: it is no such network; the message says what to do.
     """
     named = recipe["base"]
     if named is None:

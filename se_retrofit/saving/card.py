@@ -14,6 +14,7 @@ from ..errors import RetrofitError
 from ..models import Base
 from ..plaindata import read_json
 from ..plan import Plan
+from ..tables import few
 from .base import named_base
 from .recipe import WEIGHTS, read_recipe
 
@@ -93,8 +94,7 @@ def _about(
     if images is None:
         return
     names = images["classes"] or []
-    more = f" and {len(names) - SHOWN_CLASSES:,} more" if len(names) > SHOWN_CLASSES else ""
-    yield "classes", f"{len(names):,}: {', '.join(names[:SHOWN_CLASSES])}{more}" if names else "without names"
+    yield "classes", f"{len(names):,}: {few(names, SHOWN_CLASSES)}" if names else "without names"
     if images["multi_label"]:
         yield "labels", "an image may have several"
     crop = f"{images['interpolation']}, crop {images['crop_pct']:g} ({images['crop_mode']})"

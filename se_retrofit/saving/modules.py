@@ -24,7 +24,7 @@ __all__ = ["load_se", "save_se"]
 
 
 def save_se(model: nn.Module, file: str | Path) -> Path:
-    """Save only the SE modules, to be loaded onto the same base network with ``load_se``.
+    """Save only the SE modules, to be loaded onto the same base network with ``load_se``; returns the file.
 
     Everything else (a new head, batch-norm statistics) is not saved: if more than the SE modules was trained, use
     ``save_retrofitted``.
@@ -32,9 +32,6 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     Args:
         model: a network that ``add_se`` made.
         file: the file to write, ``.safetensors``.
-
-    Returns:
-        The file.
 
     Raises:
         RetrofitError: the model has no SE modules, or the file can't be written.
@@ -75,9 +72,6 @@ def load_se(
         attention: as for ``load_retrofitted``.
         example_inputs: where the plan has to be made again, instead of inputs with the shapes that the network was
             retrofitted with.
-
-    Returns:
-        The retrofitted network.
 
     Raises:
         RetrofitError: the file is missing, cut short or of a newer format, or its SE modules don't fit this network.

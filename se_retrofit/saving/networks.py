@@ -25,7 +25,7 @@ __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
 
 
 def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
-    """Save a retrofitted network: its weights, and the recipe to build it.
+    """Save a retrofitted network, its weights and the recipe to build it; returns the folder.
 
     An existing folder of this kind is replaced atomically: a reader finds either the old network or the new one.
 
@@ -35,9 +35,6 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
         base: where the network came from before the retrofit: a name such as ``"torchvision/resnet18"``, or with
             arguments ``Base.of("torchvision/resnet18", num_classes=10)``. timm's networks tell it themselves, and so do those
             that were built by ``Base.build`` or loaded. If it is not known, the bare network has to be passed when loading.
-
-    Returns:
-        The folder.
 
     Raises:
         RetrofitError: the model has no SE modules; ``base`` builds another network; the folder holds other files or

@@ -53,11 +53,7 @@ INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest",
 
 
 def network_in(folder: Path) -> Path:
-    """The folder itself, or its ``best/`` where it is a run's.
-
-    Raises:
-        RetrofitError: it is neither.
-    """
+    """The folder itself, or its ``best/`` where it is a run's."""
     for candidate in (folder, folder / "best"):
         if (settled(candidate) / RECIPE).is_file():
             return candidate
@@ -70,11 +66,7 @@ def network_in(folder: Path) -> Path:
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe of a folder, checked field by field.
-
-    Raises:
-        RetrofitError: it is missing, no JSON, of a newer format, or has missing, unknown or ill-typed fields.
-    """
+    """The recipe of a folder, checked field by field."""
     recipe = read_json(folder / RECIPE)
     check_fields(recipe, RECIPE_FIELDS, folder / RECIPE)
     if recipe["base"] is not None:

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoints import check_keys
-from ..errors import RetrofitError
-from ..surgery.record.copying import has_values
+from ..errors import RetrofitError, check_values
 
 __all__ = [
     "load_strictly",
@@ -32,9 +31,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise RetrofitError(f"{key} in the state dict is a {type(value).__name__}; only tensors can be saved")
-        if not has_values(value):
-            kind = "on the meta device" if value.is_meta else "a fake tensor"
-            raise RetrofitError(f"{key} is {kind} and has no values; load weights first")
+    check_values(state.items())
     return state
 
 

@@ -6,7 +6,6 @@ import copy
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,13 +45,6 @@ def learned(name: str, dims: int = 2) -> nn.Module:
             for parameter in module.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.3)
     return model
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def assert_same(found: nn.Module, model: nn.Module, x: Tensor | None = None) -> None:

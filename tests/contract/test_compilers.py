@@ -4,7 +4,6 @@ attention, a dynamic batch and ONNX."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,13 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.usefixtures("fresh_dynamo"),
 ]
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 BOTH = ["timm/test_resnet", "torchvision/squeezenet1_1"]  # a derived forward and a Sequential

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,6 @@ def retrofitted(gate: str) -> nn.Module:
     model = add_se(head(), gate=gate, example_inputs=EXAMPLE)
     assert [se.channel_dim for se in se_modules(model).values()] == [-3, -1]
     return randomise_se(model)
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def check(model: Any) -> None:

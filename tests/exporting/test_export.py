@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, assert_untouched, random_states, randomise_se, snapshot
+from command_line import called
+from networks import NETWORKS, assert_untouched, narrow_resnet, random_states, randomise_se, snapshot
 from torch import nn
-from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, add_se, export, fold_se, save_retrofitted
-from se_retrofit.cli.commands import app
 
 # in one process, as PyTorch's compilers and exporters take seconds to import
 pytestmark = pytest.mark.xdist_group("compilers")
@@ -51,14 +50,8 @@ def test_the_source_runs_without_this_package_and_gives_equal_outputs(tmp_path: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.py", "net.safetensors"]
     assert "se_retrofit" not in file.read_text()
     torch.save(x, tmp_path / "x.pt")
-    arguments = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        PROGRAM,
-        *(str(tmp_path / n) for n in ("net.py", "x.pt", "y.pt")),
-    ]
+    files = (str(tmp_path / name) for name in ("net.py", "x.pt", "y.pt"))
+    arguments = [sys.executable, "-W", "ignore", "-c", PROGRAM, *files]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -143,7 +136,7 @@ def test_the_command_says_what_it_does_and_what_could_not_be_dynamic(
 
     monkeypatch.setattr("se_retrofit.exporting.export", failing)
     folder, file = save_retrofitted(retrofitted("timm/test_resnet"), tmp_path / "saved"), tmp_path / "net.onnx"
-    result = CliRunner().invoke(app, ["export", str(folder), "--output", str(file), "--dynamic", "all"])
+    result = called("export", folder, "--output", file, "--dynamic", "all")
     assert result.output.split("\n") == [
         f"writing {file} and comparing its outputs", "note: net.onnx has fixed sizes: all failed", f"wrote {file}", "",
     ]  # fmt: skip
@@ -210,7 +203,7 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = NETWORKS["torchvision/resnet18"].build()
+        self.backbone = narrow_resnet()
 
     def forward(self, images: list[torch.Tensor] | torch.Tensor) -> list[dict[str, torch.Tensor]]:
         found = [scores[scores > 0] for scores in self.backbone(torch.stack(list(images)))]

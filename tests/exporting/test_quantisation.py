@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from networks import randomise_se, randomised
-from torch import Tensor, nn
+from timm.models.resnet import BasicBlock
+from torch import nn
 
 from se_retrofit import add_se, export
 
@@ -20,18 +21,9 @@ pytestmark = pytest.mark.xdist_group("compilers")
 IMAGES = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-class Block(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-
-
 def network() -> nn.Module:
-    layers = nn.Conv2d(3, 16, 3), Block(16), Block(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    blocks = BasicBlock(16, 16), BasicBlock(16, 16)
+    layers = nn.Conv2d(3, 16, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
     return randomised(nn.Sequential(*layers)).eval()
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from pictures import make_folder
 from tiny import tiny_data
 
 from se_retrofit.finetune import NamedData
@@ -12,6 +14,12 @@ from se_retrofit.finetune.log import Log
 @pytest.fixture(scope="session")
 def digits() -> NamedData:
     return tiny_data()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and val/, of red and blue images, for tests that leave it as it is."""
+    return make_folder(tmp_path_factory.mktemp("pictures"))
 
 
 PICTURES = Log.pictures

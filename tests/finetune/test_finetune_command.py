@@ -6,24 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import said as run
 from pictures import make_folder
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import se_retrofit.finetune
 from se_retrofit import RetrofitError, has_se, load_retrofitted
-from se_retrofit.cli.commands import app
 from se_retrofit.finetune import FinetuneConfig, evaluate, load_data
 from se_retrofit.models import Base
 
 SMALL = ["--image-size", "16", "--batch-size", "256", "--lr", "1e-3", "--cpu"]
 DIGITS = ["--data", "digits", "--epochs", "1", *SMALL]
-
-
-def run(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.mark.sweep

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import said
 from pictures import make_folder
 from PIL import Image
 from tiny import config, network, trained
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import pil_loader
-from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, fold_se
-from se_retrofit.cli.commands import app
 from se_retrofit.finetune import FinetuneConfig, evaluate, load_data, transform_of
 from se_retrofit.finetune.datasets import limited
 from se_retrofit.finetune.targets import targets_of
@@ -64,8 +63,7 @@ def test_a_limit_takes_so_many_images_of_each_class_everywhere(tmp_path: Path) -
         (("evaluate", out, "--data", folder, "--limit", "5", "--cpu", "--workers", "0"), "9 images: accuracy"),
         (("fold", out, "--data", folder, "--limit", "2"), "over 4 inputs"),
     ):  # fmt: skip
-        said = CliRunner().invoke(app, [str(word) for word in command])
-        assert says in said.output, said.output
+        assert says in said(*command)
     whole = load_data(folder / "train")  # which is split by the folder of a run, and then cut
     for part in (whole.train, whole.val):
         for most in (1, 2):

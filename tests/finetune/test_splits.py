@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from pictures import make_folder
+from command_line import said
 from tiny import config, trained
 from torch import nn
 from torchvision.datasets import ImageFolder
-from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, add_se
-from se_retrofit.cli.commands import app
 from se_retrofit.finetune import evaluate, load_data, load_split
 
 CONFIG = config(image_size=32, batch_size=8)
@@ -36,17 +34,9 @@ def make_run(folder: Path, output: Path, model: nn.Module) -> Path:
 
 def told(folder: Path, data: Path | str, *options: str) -> list[str]:
     """The lines that come before the table, and of how many images the one after it is."""
-    arguments = ["evaluate", str(folder), "--data", str(data), "--cpu", "--workers", "0", *options]
-    said = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert said.exit_code == 0, said.output
-    lines = said.output.splitlines()
+    lines = said("evaluate", folder, "--data", data, "--cpu", "--workers", "0", *options).splitlines()
     before = lines[: next(number for number, line in enumerate(lines) if line.startswith("class"))]
     return [*before, next(line.partition(":")[0] for line in lines if ": accuracy" in line)]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -13,22 +13,18 @@ import pytest
 import timm
 import torch
 import torchvision
+from networks import se_keys
 from sweeps import swept
 from tiny import config, network, same, state_of, tiny_data, trained
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from se_retrofit import RetrofitError, SEAttention, load_retrofitted
+from se_retrofit import RetrofitError, load_retrofitted
 from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, finetune, new_head
 from se_retrofit.finetune.parts import is_norm
 
 # readings of a data set before the run begins: twice 8 samples, and one that tells whether it is an image
 FINGERPRINT = 17
-
-
-def se_keys(model: nn.Module) -> set[str]:
-    paths = [name for name, module in model.named_modules() if isinstance(module, SEAttention)]
-    return {key for key in model.state_dict() if any(key.startswith(f"{path}.") for path in paths)}
 
 
 def test_it_learns_and_the_saved_result_predicts_with_the_same_accuracy(tmp_path: Path) -> None:

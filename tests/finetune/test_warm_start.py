@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import said as run
 from PIL import Image
 from safetensors.torch import load_file
 from sweeps import swept
 from torch import nn
-from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, add_se, load_retrofitted, save_retrofitted
-from se_retrofit.cli.commands import app
 from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, evaluate, finetune, load_data
 from se_retrofit.finetune.transforms import class_names
 from se_retrofit.models import Base, load_checkpoint
@@ -96,11 +95,6 @@ def test_it_is_said_what_becomes_of_a_head_for_other_classes(
 
 @pytest.mark.sweep
 def test_from_the_command_line_a_result_is_the_model(first: Path, pictures: Path, tmp_path: Path) -> None:
-    def run(*arguments: object) -> str:
-        result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
     options = ("--epochs", 1, "--batch-size", 8, "--cpu", "--workers", 0)
     said = run("finetune", first, "--data", pictures / "renamed", *options, "--output", tmp_path / "renamed")
     assert "the data has green, yellow: the head is new" in said

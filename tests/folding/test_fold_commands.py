@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from command_line import called as run
 from networks import randomised
-from typer.testing import CliRunner, Result
 
 from se_retrofit import RetrofitError, add_se, has_se, load_retrofitted, save_retrofitted
-from se_retrofit.cli.commands import app
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from inspected import Twice, small_resnet
+from networks import assert_untouched, random_states, snapshot
 from torch import Tensor, nn
 
 from se_retrofit import RetrofitError, SEAttention, add_se, fuse_se, plan_of
@@ -92,15 +93,13 @@ def test_statistics_are_those_of_all_gates_together(found: Excitations) -> None:
 def test_the_model_is_not_changed_also_if_a_run_fails() -> None:
     model = network().train()
     model.layer2.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    flags, state = [m.training for m in model.modules()], torch.get_rng_state()
+    before, states = snapshot(model), list(random_states())
     excitations(model, BATCHES[:1])
     with pytest.raises(RuntimeError):
         excitations(model, [torch.zeros(2, 5, 32, 32)])
-    assert [m.training for m in model.modules()] == flags
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert_untouched(model, before)
     assert hooks_of(model) == []
-    assert torch.equal(torch.get_rng_state(), state)
+    assert list(random_states()) == states
 
 
 def test_gates_that_hardly_vary_and_sites_that_are_never_called_are_noted() -> None:

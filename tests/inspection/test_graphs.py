@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from inspected import NETWORKS, Twice, UNet, example, inspected, small_resnet
+from networks import assert_untouched, random_states, snapshot
 from rich.console import Console
 from torch import fx, nn
 
@@ -267,11 +268,7 @@ def test_mistakes_say_what_to_do(tmp_path: Path) -> None:
 def test_looking_changes_nothing() -> None:
     model = add_se(UNet(), example_inputs=example())
     model.d1.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    flags, state = [m.training for m in model.modules()], torch.get_rng_state()
-    classes = [type(m) for m in model.modules()]
+    before, states = snapshot(model), list(random_states())
     inspect_se(model).report()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert [m.training for m in model.modules()] == flags
-    assert [type(m) for m in model.modules()] == classes
-    assert torch.equal(torch.get_rng_state(), state)
+    assert_untouched(model, before)
+    assert list(random_states()) == states

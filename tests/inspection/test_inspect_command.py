@@ -8,23 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import called
+from command_line import said as run
 from PIL import Image
-from typer.testing import CliRunner
 
-import se_retrofit.cli.inspect  # noqa: F401  (registers the command)
 from se_retrofit import RetrofitError, add_se, inspect_se, load_retrofitted, save_retrofitted
-from se_retrofit.cli.commands import app
 from se_retrofit.finetune import FinetuneConfig, finetune
 from se_retrofit.models import Base
 
 BASE = Base.of("timm/test_resnet", num_classes=10)
 SMALL = ["inspect", "timm/test_resnet", "--num-classes", "10", "--input-size", "3x64x64"]
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def test_the_report_is_what_it_prints_by_default_and_options_reach_the_retrofit() -> None:
@@ -52,7 +45,7 @@ def test_files_and_json_alone_on_standard_output(tmp_path: Path) -> None:
     assert paths[0].read_text().startswith("<svg")
     assert paths[1].read_text().startswith("<!doctype html>")
     assert json.loads(paths[2].read_text())["network"] == "timm/test_resnet"
-    result = CliRunner().invoke(app, [*SMALL, "--json", "-", "--diff"], catch_exceptions=False)
+    result = called(*SMALL, "--json", "-", "--diff")
     assert json.loads(result.stdout) == json.loads(paths[2].read_text())
     assert "+++" in result.stderr
 
@@ -60,7 +53,7 @@ def test_files_and_json_alone_on_standard_output(tmp_path: Path) -> None:
 def test_a_folder_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     save_retrofitted(add_se(BASE.build(), 4), tmp_path / "net", base=BASE)
     assert "reduction 4" in run("inspect", str(tmp_path / "net"))
-    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "net"), "--reduction", "8"])
+    result = called("inspect", tmp_path / "net", "--reduction", "8")
     assert result.exit_code == 2
     assert "--reduction" in result.output
 
@@ -92,12 +85,12 @@ def test_mistakes_are_one_error_and_write_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RetrofitError, match=wrong):
-        CliRunner().invoke(app, [*arguments, "--diff"], catch_exceptions=False)
+        run(*arguments, "--diff")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_usage_is_2_and_help_shows_examples() -> None:
-    result = CliRunner().invoke(app, ["inspect", "resnet18", "--input-size", "3by4"])
+    result = called("inspect", "resnet18", "--input-size", "3by4")
     assert result.exit_code == 2
     assert "3x224x224" in result.output
     assert "se-retrofit inspect resnet50 --reduction 16 --graph --block layer1.0" in run("inspect", "--help")

@@ -203,11 +203,8 @@ class Segmenter(nn.Module):
 def test_a_decoder_without_se_is_opened_so_that_the_u_is_seen() -> None:
     network = network_of(inspect_se(add_se(Segmenter(), example_inputs=example()), example()))
     assert sum(n.name.startswith("decoder.blocks.") for n in network.nodes) == 3
-    assert [source for source, end in skips(network) if end == "cat"] == [
-        "encoder.layer3.0",
-        "encoder.layer2.1",
-        "encoder.layer1.0",
-    ]
+    sources = [source for source, end in skips(network) if end == "cat"]
+    assert sources == ["encoder.layer3.0", "encoder.layer2.1", "encoder.layer1.0"]
     stages = [n.space[0] for n in network.nodes if n.kind in ("block", "join")]
     assert stages == [16, 8, 8, 4, 2, 4, 8, 16]
 

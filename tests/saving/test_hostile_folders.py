@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +36,6 @@ class Bomb:
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = add_se(timm.create_model(NETWORK, num_classes=3))
     return save_retrofitted(network, tmp_path_factory.mktemp("sound") / "saved")
-
-
-@pytest.fixture
-def saved(sound: Path, tmp_path: Path) -> Path:
-    """A saved folder, to be edited."""
-    return Path(shutil.copytree(sound, tmp_path / "saved"))
 
 
 @pytest.fixture

@@ -12,13 +12,12 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from command_line import called
 from huggingface_hub.errors import LocalEntryNotFoundError
 from networks import randomise_se, randomised
 from torch import nn
-from typer.testing import CliRunner
 
 from se_retrofit import RetrofitError, add_se, plan_of, save_retrofitted
-from se_retrofit.cli.commands import app
 from se_retrofit.models import IMAGES
 from se_retrofit.saving import from_pretrained, model_card, push_to_hub
 
@@ -116,7 +115,7 @@ def test_a_dry_run_shows_the_card_without_a_network(run: Path, monkeypatch: pyte
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    result = CliRunner().invoke(app, ["push", str(run), "me/net", "--dry-run", "--license", "mit"])
+    result = called("push", run, "me/net", "--dry-run", "--license", "mit")
     assert result.exit_code == 0, result.output
     assert result.output.startswith(model_card(run, "me/net", license="mit"))
     assert "Nothing was uploaded" in result.output
@@ -132,7 +131,7 @@ def test_a_card_that_is_there_is_kept(hub: Path, model: nn.Module) -> None:
 
 
 def test_a_saved_folder_goes_up_by_the_command_line(hub: Path, model: nn.Module, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["push", str(save_retrofitted(model, tmp_path / "saved")), "me/net"])
+    result = called("push", save_retrofitted(model, tmp_path / "saved"), "me/net")
     assert result.exit_code == 0, result.output
     assert result.output == "uploaded to https://huggingface.co/me/net\n"
     assert sorted(file.name for file in (hub / "me/net").iterdir()) == [

@@ -17,9 +17,9 @@ import pytest
 import timm
 import torch
 import torchvision
+from networks import narrow_resnet as small  # no library knows it by a name
 from safetensors.torch import load_file
 from sweeps import swept
-from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 import se_retrofit.saving.atomic
@@ -49,20 +49,10 @@ def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def small() -> nn.Module:
-    """A network of the caller's own making: no library knows it by a name."""
-    return ResNet(BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=10)
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = stirred(add_se(timm.create_model("test_resnet", num_classes=10)))
     return save_retrofitted(network, tmp_path_factory.mktemp("sound") / "saved")
-
-
-@pytest.fixture
-def saved(sound: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(sound, tmp_path / "saved"))
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
@@ -323,7 +313,7 @@ def test_a_disk_that_refuses_leaves_the_old_network(saved: Path, monkeypatch: py
 def test_the_folder_that_one_is_in_loads_and_is_not_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved)
     model = load_retrofitted(".")
-    with pytest.raises(RetrofitError, match="is replaced|be replaced as a whole"):
+    with pytest.raises(RetrofitError, match="as a whole"):
         save_retrofitted(model, ".")
     assert has_se(load_retrofitted("."))
 
@@ -426,10 +416,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     for base in ("resnet18", Base.of("resnet18")):
         with pytest.raises(RetrofitError, match=r"does not build the network that is to be saved: "):
             save_retrofitted(add_se(small()), tmp_path / "saved", base=base)
-    with torch.device("meta"):
-        empty = add_se(small())
     with pytest.raises(RetrofitError, match=r"on the meta device and has no values"):
-        save_retrofitted(empty, tmp_path / "saved")
+        save_retrofitted(add_se(small().to("meta")), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 

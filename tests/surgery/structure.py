@@ -37,18 +37,11 @@ class Structure:
 STRUCTURES: dict[str, Structure] = {}
 
 
-def structure(
-    *inputs: Any,
-    sites: Mapping[str, int] | None = None,
-    kind: str = "residual",
-    after: str = "",
-    skipped: Mapping[str, str] | None = None,
-    refused: str = "",
-) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Put a network into the table; the paths of sites come without ``se_attention``."""
+def structure(*inputs: Any, **facts: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Put a network into the table, with the facts of a ``Structure``; the paths of sites come without ``se_attention``."""
 
     def noted(cls: type[nn.Module]) -> type[nn.Module]:
-        STRUCTURES[cls.__name__] = Structure(cls, inputs, sites or {}, kind, after, skipped or {}, refused)
+        STRUCTURES[cls.__name__] = Structure(cls, inputs, **facts)
         return cls
 
     return noted
