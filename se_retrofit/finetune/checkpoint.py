@@ -119,8 +119,8 @@ class Folder:
         state = read_json(folder / STATE)
         check_fields(state, STATE_FIELDS, folder / STATE, FORMAT)
         check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
+        self._check_config(state)  # before what follows from it, such as the groups of parameters
         check_same(state["experiment"], self.experiment, self.path)
-        self._check_config(state)
         weights = self._weights(folder)
         try:
             parts = join(state["parts"], read_weights(folder / TENSORS))
