@@ -303,7 +303,7 @@ CELLS = {
     "emoji, frozen": Cell("emoji", FROZEN, 4),
     "Fashion-MNIST, frozen": Cell("Fashion-MNIST", FROZEN, 4),
     "three domains, frozen": Cell("three domains", FROZEN, 2),
-    "emoji, frozen, ten times longer": Cell("emoji", LONG, 40),
+    "emoji, frozen, five times longer": Cell("emoji", LONG, 20),
     "Fashion-MNIST with 4,000 images, frozen": Cell("Fashion-MNIST, 4,000 images", LONG, 1),
     "emoji, all trained": Cell("emoji", WHOLE, 3),
     "Fashion-MNIST, all trained": Cell("Fashion-MNIST", WHOLE, 3),

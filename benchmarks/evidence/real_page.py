@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +19,7 @@ from .study import Missing
 
 __all__ = ["write_real"]
 
+OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 NAMES = {"head": "head only", "static": "static factors"}
 
 
@@ -41,6 +43,7 @@ def write_real(page: Path, bench: RealBench, seeds: int, *, pictures: bool = Tru
             "real-all": partial(_cells, bench, whole, seeds),
             "real-scratch": partial(_scratch, bench, seeds),
             "robustness": partial(_robustness, bench),
+            "robustness-best": partial(_best_rates, bench),
         },
     )
     if pictures and done:
@@ -116,27 +119,41 @@ def _scratch(bench: RealBench, seeds: int) -> str:
 
 def _robustness(bench: RealBench) -> str:
     """A row for each setting of which anything was run."""
-    heads = ["trained", "optimizer", "lr", "pictures", "without SE", "SE now", "SE before", "now - before"]
     rows = []
-    for optimizer in ("adamw", "sgd"):
-        for scope in SCOPES:
-            for lr in sorted(GRID_RATES, reverse=True):
-                for task in EPOCHS:
-                    found = _levels(bench, optimizer, scope, task, lr)
-                    if not any(found.values()):
-                        continue
-                    without = [found[control] for control in SCOPES[scope][0]]
-                    now, before = ([found[f"r = {r}, {rates}"] for r in REDUCTIONS] for rates in NOW_AND_BEFORE)
-                    differences = [
-                        str(Difference.of([x - y for x, y in zip(*pair, strict=True)]))
-                        if len(pair[0]) == len(pair[1]) > 0
-                        else ""
-                        for pair in zip(now, before, strict=True)
-                    ]
-                    shown = (" / ".join(map(_spread, levels)) for levels in (without, now, before))
-                    name = {"adamw": "AdamW", "sgd": "SGD"}[optimizer]
-                    rows.append([scope, name, f"{lr:g}", task, *shown, " / ".join(differences)])
+    for optimizer, scope, task in product(OPTIMIZERS, SCOPES, EPOCHS):
+        for lr in sorted(GRID_RATES, reverse=True):
+            found = _levels(bench, optimizer, scope, task, lr)
+            if any(found.values()):
+                without = [found[control] for control in SCOPES[scope][0]]
+                now, before = ([found[f"r = {r}, {rates}"] for r in REDUCTIONS] for rates in NOW_AND_BEFORE)
+                shown = (" / ".join(map(_spread, levels)) for levels in (without, now, before))
+                rows.append([scope, OPTIMIZERS[optimizer], task, f"{lr:g}", *shown, _changes(now, before)])
+    heads = ["trained", "optimizer", "pictures", "lr", "without SE", "SE now", "SE before", "now - before"]
     return table(heads, rows) if rows else "No results yet."
+
+
+def _best_rates(bench: RealBench) -> str:
+    """A row for each setting, with the learning rate that is best on average for each column."""
+    rows = []
+    for optimizer, scope, task in product(OPTIMIZERS, SCOPES, EPOCHS):
+        by_rate = [_levels(bench, optimizer, scope, task, lr) for lr in GRID_RATES]
+        without = [_best(by_rate, control) for control in SCOPES[scope][0]]
+        now, before = ([_best(by_rate, f"r = {r}, {rates}") for r in REDUCTIONS] for rates in NOW_AND_BEFORE)
+        shown = (" / ".join(map(_spread, levels)) for levels in (without, now, before))
+        rows.append([scope, OPTIMIZERS[optimizer], task, *shown, _changes(now, before)])
+    return table(["trained", "optimizer", "pictures", "without SE", "SE now", "SE before", "now - before"], rows)
+
+
+def _best(by_rate: list[dict[str, list[float]]], name: str) -> list[float]:
+    return max((found[name] for found in by_rate), key=lambda levels: fmean(levels) if levels else 0.0)
+
+
+def _changes(now: list[list[float]], before: list[list[float]]) -> str:
+    """The differences, for each reduction, where both have been run with the same seeds."""
+    pairs = [
+        list(zip(*pair, strict=True)) if len(pair[0]) == len(pair[1]) else [] for pair in zip(now, before, strict=True)
+    ]
+    return " / ".join(str(Difference.of([x - y for x, y in pair])) if pair else "" for pair in pairs)
 
 
 def _levels(bench: RealBench, optimizer: str, scope: str, task: str, lr: float) -> dict[str, list[float]]:
