@@ -24,7 +24,7 @@ def draw_differences(compared: dict[str, dict[str, Difference]], path: Path) -> 
         figure, panels = plt.subplots(
             1,
             len(compared),
-            figsize=(9, 1 + 0.27 * len(names)),
+            figsize=(3 + 2 * max(len(compared), 3), 1 + 0.27 * len(names)),
             sharex=True,
             sharey=True,
             squeeze=False,
@@ -40,8 +40,8 @@ def draw_differences(compared: dict[str, dict[str, Difference]], path: Path) -> 
                 )  # fmt: skip
             panel.axvline(0, color="black", linewidth=0.8)
             panel.set_title(title, fontsize=10)
-            panel.set_xlabel("points of accuracy, 95% interval")
             panel.grid(axis="x", alpha=0.3)
+        figure.supxlabel("points of accuracy, 95% interval", fontsize=10)
         panels[0][0].set_yticks(range(len(names)), names, fontsize=8)
         panels[0][0].invert_yaxis()
         figure.savefig(path, metadata={"Date": None})

@@ -48,13 +48,11 @@ def write_real(page: Path, bench: RealBench, seeds: int, *, pictures: bool = Tru
     )
     if pictures and done:
         arms = list(dict.fromkeys(_short(arm) for cell in done.values() for arm in cell.arms[1:]))
-        compared: dict[str, dict[str, Difference]] = {arm: {} for arm in reversed(arms)}
+        compared: dict[str, dict[str, Difference]] = {arm: {} for arm in arms}
         for name, cell in done.items():
             for arm in cell.arms[1:]:
                 compared[_short(arm)][name] = _difference(bench, cell, arm, seeds)
-        draw_differences(
-            {f"{arm} - without": found for arm, found in compared.items()}, page.with_name(f"{page.stem}-real.svg")
-        )
+        draw_differences(compared, page.with_name(f"{page.stem}-real.svg"))
 
 
 def _short(arm: str) -> str:
