@@ -84,10 +84,8 @@ def add_se(
         Linear(in_features=64, out_features=4, bias=False)
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
-    check_arguments(model, options, example_inputs, plan)
-    check_flag("inplace", inplace)
-    # a collection would take the classes that were derived to see whether they can be
-    with told_as_fault(), without_collections():
+    check_arguments(model, options, example_inputs, plan, inplace)
+    with told_as_fault(), without_collections():  # classes that were derived to try edits stay at hand
         made = planned(model, options, example_inputs) if plan is None else fitted(model, plan, options, example_inputs)
         target = model if inplace else copied(model)
         carry_out(target, made)

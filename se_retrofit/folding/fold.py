@@ -68,8 +68,7 @@ def fold_se(
         >>> len(folded.fold_report.folded), type(folded.layer1[0]).__name__
         (8, 'BasicBlock')
     """
-    _check(model, tolerance, max_accuracy_loss, max_batches)
-    check_flag("inplace", inplace)
+    _check(model, tolerance, max_accuracy_loss, max_batches, inplace)
     sites = plan_of(model).sites
     check_gates({site.path: model.get_submodule(site.path) for site in sites}, "it can't be folded")
     batches = first_batches(model, data, keys or (), max_batches)
@@ -101,7 +100,7 @@ def _row(site: Site, found: SiteGates, effects: dict[str, float], kept: dict[str
     return FoldedSite(site.path, site.block, site.channels, *row)
 
 
-def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any) -> None:
+def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any, inplace: Any) -> None:
     check_module(model)
     if not has_se(model):
         raise RetrofitError(
@@ -115,6 +114,7 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any)
         if not value >= 0:
             raise RetrofitError(f"{name} must be at least 0, got {value}")
     check_positive("max_batches", max_batches)
+    check_flag("inplace", inplace)
     check_values(model.named_parameters())
 
 

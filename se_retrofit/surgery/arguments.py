@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..attention import check_attention, check_options, name_of
-from ..errors import RetrofitError, brief, check_module
+from ..errors import RetrofitError, brief, check_flag, check_module
 from ..plan import Plan
 from .blocks import PLACEMENTS
 from .record.inputs import given_inputs
@@ -120,7 +120,7 @@ class Options:
             )
 
 
-def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None) -> None:
+def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None, inplace: Any = False) -> None:
     """Raise unless the arguments of ``add_se`` are of types and in ranges that it takes.
 
     Raises:
@@ -133,6 +133,7 @@ def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any
             raise RetrofitError("a plan brings its own options; give plan= alone, or make a new plan with plan_se(...)")
     _check_model(model)
     options.check()
+    check_flag("inplace", inplace)
     if example_inputs is not None:
         given_inputs(example_inputs)
 
