@@ -42,7 +42,7 @@ def test_the_tables_of_the_page_are_those_of_the_committed_results(tmp_path: Pat
     bench = Bench(folder, Setting(), only_reads=True)
     write_page(page, Selection(bench, [*GENERATED, "digits"], list(NETWORKS), 5, list(ARMS)), pictures=False)
     write_real(page, RealBench(Results(folder / "real.jsonl")), 5, pictures=False)
-    assert len(TABLE.findall(committed)) == 12
+    assert len(TABLE.findall(committed)) == 13
     assert page.read_text() == committed
 
 
