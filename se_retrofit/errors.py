@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-__all__ = ["RetrofitError", "brief", "check_flag", "check_module", "check_values", "extra", "told_as_fault"]
+__all__ = ["RetrofitError", "brief", "check_flag", "check_module", "extra", "told_as_fault"]
 
 
 class RetrofitError(ValueError):
@@ -71,13 +70,3 @@ def check_flag(name: str, value: object) -> None:
     """Raise unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {brief(value)}")
-
-
-def check_values(tensors: Iterable[tuple[str, Any]]) -> None:
-    """Refuse tensors, given with their names, that have a shape and a dtype alone."""
-    from .surgery.record.copying import has_values
-
-    for name, tensor in tensors:
-        if not has_values(tensor):
-            kind = "on the meta device" if tensor.is_meta else "a fake tensor"
-            raise RetrofitError(f"{name} is {kind} and has no values; load weights first")

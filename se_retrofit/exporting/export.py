@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief, check_module, check_values
+from ..errors import RetrofitError, brief, check_module
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
-from ..surgery.record.copying import copied, in_mode
+from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of, tensors_in
 from ..surgery.record.isolation import forked_randomness
 from ..surgery.record.runs import record

@@ -114,7 +114,8 @@ def param_groups(
         ['0.01 / 64', '0.01 / 10', '0.01 / 128', '0.01 / 16', '0.01 / 256', '0.01 / 32', '0.01 / 512']
     """
     groups = scaled_groups(model, lr, weight_decay, se_lr_scale, head_lr_scale, layer_decay)
-    return [{"lr": lr * group.pop("lr_scale"), **group} for group in groups if group.pop("fan_in")]
+    plain = ("params", "weight_decay", "name")
+    return [{"lr": lr * group["lr_scale"], **{key: group[key] for key in plain}} for group in groups]
 
 
 def scaled_groups(
@@ -178,7 +179,7 @@ def se_pace(fan_in: int, lr: float) -> float:
         >>> [round(64 * se_pace(64, lr), 2) for lr in (2e-4, 1e-3, 3e-3, 1e-2)]
         [16.0, 10.0, 3.33, 1.0]
     """
-    return min(1.0, min(16.0, max(1.0, FASTEST / lr)) / fan_in)
+    return min(1.0, max(1.0, FASTEST / max(lr, FASTEST / 16)) / fan_in)
 
 
 def fans_in(module: nn.Module) -> dict[int, int]:

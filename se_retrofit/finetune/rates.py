@@ -159,10 +159,9 @@ def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
     mean = lowest = math.inf
     for rate, batches in zip(ramp, all_windows(run), strict=False):
         for group in run.learning.optimizer.param_groups:
-            peak = group["lr_scale"] / se_pace(
-                group["fan_in"], run.config.lr
-            )  # without SE's pace, which depends on the rate
-            group["lr"] = rate * peak * se_pace(group["fan_in"], rate)
+            # SE's pace depends on the rate, and lr_scale has that of the recipe's
+            scale = group["lr_scale"] / se_pace(group["fan_in"], run.config.lr)
+            group["lr"] = rate * scale * se_pace(group["fan_in"], rate)
         loss, correct, seen, broken = run.accelerator.reduce(update(run, batches), "sum").tolist()
         if broken:
             run.check_losses([(loss, correct, seen, broken)])

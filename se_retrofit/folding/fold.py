@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..attention import Inserted, StaticFactor, check_gates
 from ..attention.parts import check_positive
-from ..errors import RetrofitError, brief, check_flag, check_module, check_values
+from ..errors import RetrofitError, brief, check_flag, check_module
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
-from ..surgery.record.copying import copied, in_mode
+from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.inputs import Inputs
 from ..surgery.record.isolation import forked_randomness, isolated
 from ..surgery.record.runs import record

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Inserted, SEAttention
-from ..errors import RetrofitError, check_module, check_values
+from ..errors import RetrofitError, check_module
 from ..retrofit import has_se, plan_of
-from ..surgery.record.copying import copied, in_mode
+from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.graph import Record
 from ..surgery.record.inputs import Inputs, described_inputs, float_dtype, in_dtype_of, tensors_in
 from ..surgery.record.isolation import forked_randomness, isolated

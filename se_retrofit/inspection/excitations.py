@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import batches_of, inputs_and_labels
-from ..errors import RetrofitError, check_values
+from ..errors import RetrofitError
 from ..models import IMAGES
+from ..surgery.record.copying import check_values
 from ..tables import aligned
 from .gates import SiteGates, gated_modules, gates_over
 

@@ -56,8 +56,7 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, ours: Collection[str]) -> None:
-    """Raise where a folder can't be replaced: it is a file, one that can't be read or that holds files that would be lost, or the one in which
-    one is."""
+    """Raise where a folder can't be replaced: it is a file, it can't be read, it holds files that would be lost, or one is in it."""
     if path.name in ("", ".."):
         raise RetrofitError(f"'{path}' can't be replaced as a whole; give the name of a folder in it")
     if path.exists() and not path.is_dir():

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoints import check_keys
-from ..errors import RetrofitError, check_values
+from ..errors import RetrofitError
+from ..surgery.record.copying import check_values
 
 __all__ = [
     "load_strictly",

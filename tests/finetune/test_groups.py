@@ -49,6 +49,7 @@ def test_at_low_rates_gates_move_faster_than_the_rest_so_that_a_short_run_moves_
     assert movement(1024, 2e-4) > 3 * 2e-4
     assert [64 * se_pace(64, lr) for lr in (1e-4, 6e-4, 1e-3, 1e-2, 0.1)] == pytest.approx([16, 16, 10, 1, 1])
     assert se_pace(4, 2e-4) == 1 == se_pace(1, 0.1)  # never faster than the rest's weights
+    assert {group["lr"] for group in param_groups(wide_network(), 0.0)} == {0.0}  # as a warm-up of one's own may begin
 
 
 def test_a_layer_is_scaled_by_its_own_fan_in_whatever_module_it_is_in() -> None:

@@ -12,7 +12,7 @@ import copyreg
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...errors import RetrofitError
 from .isolation import forked_randomness
 
-__all__ = ["copied", "has_values", "in_mode", "mode_of", "on_cpu", "on_meta"]
+__all__ = ["check_values", "copied", "in_mode", "mode_of", "on_cpu", "on_meta"]
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -58,9 +58,12 @@ def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return maybe_get_fake_mode(tensor) or contextlib.nullcontext()
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor has values; a meta or fake one has a shape and a dtype alone."""
-    return not tensor.is_meta and maybe_get_fake_mode(tensor) is None
+def check_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors, given with their names, that have a shape and a dtype alone."""
+    for name, tensor in tensors:
+        if tensor.is_meta or maybe_get_fake_mode(tensor) is not None:
+            kind = "on the meta device" if tensor.is_meta else "a fake tensor"
+            raise RetrofitError(f"{name} is {kind} and has no values; load weights first")
 
 
 def copied(value: T, convert: Convert | None = None, *, independent: bool = False) -> T:
