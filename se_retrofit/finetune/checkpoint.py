@@ -170,13 +170,13 @@ class Folder:
 def check_folder(path: Path, resume: bool) -> None:
     """Make a folder where it is missing, and raise unless a run may begin in it, or go on with ``resume``."""
     begun, result = has_checkpoint(path), (settled(path / BEST) / RECIPE).is_file()
-    if (begun or result) and not resume:
-        raise RetrofitError(f"{path} holds a run already; go on with it (resume=True), or give another folder")
     if result and not begun and has_epochs(path / METRICS):  # of a first epoch that was killed there are none
         raise RetrofitError(
             f"{path} holds the result of a run in {BEST}/, but no {LAST}/ to go on from; give another folder, in which a new run "
             "does not replace it"
         )
+    if (begun or result) and not resume:
+        raise RetrofitError(f"{path} holds a run already; go on with it (resume=True), or give another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -243,7 +243,7 @@ def test_a_result_whose_checkpoint_was_deleted_is_not_replaced(run: Path, digits
     shutil.rmtree(run / "last")
     before = weights.read_bytes()
     for resume in (False, True):
-        with pytest.raises(RetrofitError, match="another folder"):
+        with pytest.raises(RetrofitError, match="no last/ to go on from"):
             trained(network(), digits, output_dir=run, resume=resume)
     assert weights.read_bytes() == before
     metrics.write_text(metrics.read_text().splitlines()[0])  # killed between the first epoch's best/ and last/
