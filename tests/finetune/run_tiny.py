@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import network, tiny_data, trained
+from tiny import trained
 
 from se_retrofit.finetune.log import Log
 
@@ -22,4 +22,4 @@ def run_saying(said: Path, output: Path, fields: dict[str, Any]) -> None:
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     Log.pictures = lambda *_: None  # type: ignore[method-assign]
-    trained(network(), tiny_data(), recipe=fields, output_dir=output, resume=True, quiet=False)
+    trained(recipe=fields, output_dir=output, resume=True, quiet=False)

@@ -1,14 +1,20 @@
+"""A fine-tune as a program: from the command line, and the examples."""
+
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import said as run
-from pictures import make_folder
+from pictures import make_cifar10, make_folder
 from safetensors.torch import load_file
+from tiny import same
 
 import se_retrofit.finetune
 from se_retrofit import RetrofitError, has_se, load_retrofitted
@@ -35,9 +41,7 @@ def test_digits_from_the_command_line_to_a_network_that_predicts_and_again_from_
     again.mkdir()
     shutil.copy(output / "run.yaml", again)
     run("finetune", "--resume", again)
-    a, b = (load_file(folder / "best" / "weights.safetensors") for folder in (output, again))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(value, b[key]) for key, value in a.items())
+    assert same(*(load_file(folder / "best" / "weights.safetensors") for folder in (output, again)))
 
 
 def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None:
@@ -54,16 +58,9 @@ def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None
     assert type(load_retrofitted(output / "best")).__name__ == "SqueezeNet"
 
 
-def test_mistakes_are_one_clear_error_that_names_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("bad.yaml").write_text("batch_size: 0\nlr: 0.0\n")
-    (tmp_path / "python").mkdir()
-    (tmp_path / "python" / "run.yaml").write_text("command: null\n")
-    (tmp_path / "binary").mkdir()
-    (tmp_path / "binary" / "run.yaml").write_bytes(b"\xff\xfe")
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "run.yaml").write_text("command: {data: 3}\nconfig: {}\n")
-    for arguments, says in [
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
         (["nosuchnet", "--data", "digits"], "'nosuchnet'"),
         (["resnet18", "--data", "digit"], "'digit'"),
         (["resnet18"], "--data"),
@@ -75,19 +72,41 @@ def test_mistakes_are_one_clear_error_that_names_options(tmp_path: Path, monkeyp
         (["resnet18", "--data", "digits", "--multi-label"], "^--multi-label needs --loss bce or"),
         (["resnet18", "--data", "digits", "--config", "bad.yaml"], r"bad.yaml: batch_size: .*; lr: "),
         (["resnet18", "--data", "digits", "--config", "none.yaml"], "none.yaml can't be read"),
-        (["--lr", "3", "--resume", str(tmp_path)], "remove lr, output"),
-    ]:
-        with pytest.raises(RetrofitError, match=says):
-            run("finetune", *arguments, "--output", tmp_path / "run")
-    for folder, says in ((".", "no run"), ("python", "from Python"), ("binary", "run.yaml"), ("odd", "run.yaml")):
-        with pytest.raises(RetrofitError, match=says):
-            run("finetune", "--resume", tmp_path / folder)
-    assert not (tmp_path / "run").exists()
-    pictures = make_folder(Path("pictures"))
-    for words in (["finetune", "test_resnet"], ["compare", "test_resnet"], ["fold", tmp_path]):
-        with pytest.raises(RetrofitError, match=r"pictures/runs/1 .*--output"):
-            run(*words, "--data", pictures, "--output", pictures / "runs" / "1")
-    assert not (pictures / "runs").exists()
+        (["--lr", "3", "--resume", "."], "remove lr, output"),
+    ],
+)
+def test_mistakes_are_one_clear_error_that_names_options(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("batch_size: 0\nlr: 0.0\n")
+    with pytest.raises(RetrofitError, match=says):
+        run("finetune", *arguments, "--output", "run")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "no run"),
+        (b"command: null\n", "from Python"),
+        (b"\xff\xfe", "run.yaml"),
+        (b"command: {data: 3}\nconfig: {}\n", "run.yaml"),
+    ],
+)
+def test_a_folder_that_cannot_be_resumed_is_an_error(content: bytes | None, says: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(RetrofitError, match=says):
+        run("finetune", "--resume", tmp_path)
+
+
+@pytest.mark.parametrize("words", [["finetune", "test_resnet"], ["compare", "test_resnet"], ["fold", "."]])
+def test_nothing_is_written_into_a_folder_of_pictures(words: list[str], pictures: Path) -> None:
+    output = pictures / "runs" / "1"
+    with pytest.raises(RetrofitError, match=rf"{output} .*--output"):
+        run(*words, "--data", pictures, "--output", output)
+    assert not output.parent.exists()
 
 
 def test_another_experiment_gets_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,3 +149,42 @@ def test_find_lr_prints_draws_and_writes(tmp_path: Path) -> None:
     assert found["rates"][0] == pytest.approx(1e-5)
     assert "1.00e+00" in said
     assert (tmp_path / "lr.png").stat().st_size > 1000
+
+
+# Examples
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def best(said: str) -> str:
+    return next(line for line in said.splitlines() if line.startswith("best validation accuracy")).split()[3]
+
+
+# The arguments of each example, and what its printout must hold
+RUNS: dict[str, tuple[list[str], Callable[[str], bool]]] = {
+    "finetune_imagefolder.py": (
+        ["pictures", "--epochs", "1", "--image-size", "32"],
+        lambda said: f"loaded again: {best(said)}" in said,
+    ),
+    "finetune_cifar10.py": (
+        ["--root", ".", "--epochs", "1", "--image-size", "32"],
+        lambda said: "in epoch 1, stopped by epochs" in said,
+    ),
+    "finetune_se_only.py": (["--epochs", "1"], lambda said: said.count(": True") == 2),
+    "finetune_multi_gpu.py": (["--epochs", "1", "--image-size", "16"], lambda said: bool(best(said))),
+}
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("finetune_*.py")))
+def test_each_example_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, holds = RUNS[name]
+    make_folder(tmp_path / "pictures")
+    make_cifar10(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # other images, other sums
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert holds(capsys.readouterr().out)
