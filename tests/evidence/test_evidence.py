@@ -1,19 +1,23 @@
-"""docs/evidence.md shows what its raw results say, and the command behind it can be stopped, continued and trusted."""
+"""docs/evidence.md and docs/peers.md show what their raw results say, and the commands behind them can be stopped and trusted."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
 
 import pytest
 import torch
 from sweeps import swept
+from torch import nn
 
+from benchmarks import peers
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.difference import Difference
@@ -26,24 +30,33 @@ from benchmarks.evidence.scores import SCORES
 from benchmarks.evidence.signals import Signals, collect
 from benchmarks.evidence.study import Bench, Setting
 from benchmarks.evidence.tasks import GENERATED, load
-from se_retrofit import add_se
+from benchmarks.peers_networks import OWN
+from se_retrofit import SEAttention, add_se
 
 ROOT = Path(__file__).parents[2]
 TABLE = re.compile(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
-SMALL = ["--train", "64", "--test", "40", "--base-epochs", "1", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
+
+
+def assert_as_committed(name: str, tables: int, tmp_path: Path, write: Callable[[Path], object]) -> None:
+    """The page has so many tables, and what is written in their places is what stands there."""
+    committed = (ROOT / "docs" / name).read_text()
+    page = tmp_path / name
+    page.write_text(TABLE.sub(r"<!-- begin \1 -->\nold\n<!-- end \1 -->", committed))
+    write(page)
+    assert len(TABLE.findall(committed)) == tables
+    assert page.read_text() == committed
 
 
 @pytest.mark.sweep
 def test_the_tables_of_the_page_are_those_of_the_committed_results(tmp_path: Path) -> None:
-    committed = (ROOT / "docs" / "evidence.md").read_text()
-    page = tmp_path / "evidence.md"
-    page.write_text(TABLE.sub(r"<!-- begin \1 -->\nold\n<!-- end \1 -->", committed))
     folder = ROOT / "benchmarks" / "evidence"
     bench = Bench(folder, Setting(), only_reads=True)
-    write_page(page, Selection(bench, [*GENERATED, "digits"], list(NETWORKS), 5, list(ARMS)), pictures=False)
-    write_real(page, RealBench(Results(folder / "real.jsonl")), 5, pictures=False)
-    assert len(TABLE.findall(committed)) == 13
-    assert page.read_text() == committed
+
+    def write(page: Path) -> None:
+        write_page(page, Selection(bench, [*GENERATED, "digits"], list(NETWORKS), 5, list(ARMS)), pictures=False)
+        write_real(page, RealBench(Results(folder / "real.jsonl")), 5, pictures=False)
+
+    assert_as_committed("evidence.md", 13, tmp_path, write)
 
 
 def test_a_run_is_found_again_by_all_it_depends_on_and_a_cut_line_is_left_aside(tmp_path: Path) -> None:
@@ -110,9 +123,7 @@ def test_a_site_s_signals_are_the_slopes_of_the_loss_and_stay_whatever_the_batch
         assert SCORES[name](shuffled[site]) == pytest.approx(SCORES[name](seen[site]), rel=1e-8)
 
 
-def test_the_covariance_s_score_is_zero_on_average_where_gradients_and_images_have_nothing_to_do_with_each_other() -> (
-    None
-):
+def test_the_covariance_s_score_is_zero_on_average_where_gradients_and_images_are_independent() -> None:
     torch.manual_seed(0)
 
     def score(dependent: bool) -> float:
@@ -131,7 +142,8 @@ def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
-    arguments = [*SMALL, "--folder", str(tmp_path), "--page", str(page), "--tasks", "texture", "--networks", "residual"]
+    small = "--train 64 --test 40 --base-epochs 1 --epochs 1 --seeds 1 --jobs 1 --tasks texture --networks residual"
+    arguments = [*small.split(), "--folder", str(tmp_path), "--page", str(page)]
     monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
     threads = torch.get_num_threads()
     try:
@@ -153,3 +165,50 @@ def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(
     again = results.read_text().splitlines()
     assert again[:-1] == rows[:-1]
     assert facts(again[-1]) == facts(rows[-1])
+
+
+# Peers
+
+
+def test_the_tables_of_peers_are_those_of_the_committed_results(tmp_path: Path) -> None:
+    results = Results(ROOT / "benchmarks" / "peers.jsonl")
+    assert_as_committed("peers.md", 3, tmp_path, lambda page: peers.write_page(page, results))
+    networks = {(row["run"]["kind"], row["run"]["network"]) for row in results.done.values() if "kind" in row["run"]}
+    assert sum(kind == "zoo" for kind, _ in networks) >= 60
+    assert {name for kind, name in networks if kind == "own"} == set(OWN)
+
+
+@pytest.mark.parametrize(
+    ("way", "kept"),
+    [
+        ("`add_se`", {"converted", "outputs", "keys", "classes", "pickle"}),
+        ("`nn.Sequential(block, SE)`", {"converted", "outputs", "pickle"}),
+        ("`symbolic_trace`, node inserted", {"converted", "outputs", "keys", "pickle"}),
+    ],
+)
+def test_what_a_way_loses_is_seen(way: str, kept: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "COMPILED", 0)
+    found = peers.outcome(OWN["Residual"], way)
+    assert {promise for promise, holds in found.items() if holds} == kept
+
+
+def test_outputs_that_differ_and_networks_without_se_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "COMPILED", 0)
+    monkeypatch.setitem(peers.WAYS, "nothing", lambda model, inputs, blocks: model)
+    assert peers.outcome(OWN["Residual"], "nothing")["converted"] is False
+
+    def halved(model: nn.Module, inputs: object, blocks: object) -> nn.Module:
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.head.fc.weight /= 2  # type: ignore[union-attr,operator]
+        model.se = SEAttention(8)
+        return model
+
+    monkeypatch.setitem(peers.WAYS, "halved", halved)
+    found = peers.outcome(OWN["Residual"], "halved")
+    assert (found["converted"], found["outputs"], found["keys"]) == (True, False, False)
+
+
+def test_se_lands_where_the_native_network_has_it() -> None:
+    assert peers.landed("resnet18", "seresnet18", "`add_se`") == {"native": 8, "own": 8, "both": 8}
+    assert peers.landed("resnet18", "seresnet18", "`nn.Sequential(block, SE)`") == {"native": 8, "own": 8, "both": 0}
