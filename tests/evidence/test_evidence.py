@@ -6,30 +6,32 @@ import copy
 import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pytest
+import timm
 import torch
 from sweeps import swept
 from torch import nn
 
 from benchmarks import peers
+from benchmarks.evidence import real
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.difference import Difference
 from benchmarks.evidence.networks import NETWORKS
 from benchmarks.evidence.page import Selection, write_page
-from benchmarks.evidence.real import RealBench
+from benchmarks.evidence.real import CELLS, REAL_ARMS, Cell, RealBench, Tuning, cell_runs, features, split
 from benchmarks.evidence.real_page import write_real
 from benchmarks.evidence.results import Results
 from benchmarks.evidence.scores import SCORES
 from benchmarks.evidence.signals import Signals, collect
-from benchmarks.evidence.study import Bench, Setting
-from benchmarks.evidence.tasks import GENERATED, load
+from benchmarks.evidence.study import Bench, Missing, Setting
+from benchmarks.evidence.tasks import GENERATED, Part, Task, load
 from benchmarks.peers_networks import OWN
 from se_retrofit import SEAttention, add_se
 
@@ -146,16 +148,14 @@ def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(
     arguments = [*small.split(), "--folder", str(tmp_path), "--page", str(page)]
     monkeypatch.setattr(sys, "argv", ["evidence", *arguments])
     threads = torch.get_num_threads()
-    try:
-        assert main() == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main() == 0
     written, rows = page.read_text(), results.read_text().splitlines()
     assert "No results yet" not in written
     assert {p.name for p in tmp_path.iterdir()} >= {"page-differences.svg", "page-tasks.png", "bases"}
 
     results.write_text("\n".join(rows[:-1]) + "\n")  # as if it had been stopped before the last run
-    subprocess.run([sys.executable, "-m", "benchmarks.evidence", *arguments], cwd=ROOT, check=True, capture_output=True)
+    assert main() == 0
+    torch.set_num_threads(threads)
 
     def facts(line: str) -> dict[str, object]:
         row = json.loads(line)
@@ -165,6 +165,96 @@ def test_the_command_runs_goes_on_where_it_was_and_writes_its_page(
     again = results.read_text().splitlines()
     assert again[:-1] == rows[:-1]
     assert facts(again[-1]) == facts(rows[-1])
+
+
+# Pictures of real things
+
+SIZE = 32
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small network, and noise with two classes, in the place of what the packages hold."""
+    generator = torch.Generator().manual_seed(0)
+
+    def part(count: int) -> Part:
+        labels = torch.arange(count) % 2
+        return Part(torch.randn(count, 3, SIZE, SIZE, generator=generator) + labels[:, None, None, None], labels)
+
+    data = Task(part(32), part(8), part(8), classes=2)
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet")
+    monkeypatch.setattr(real, "real_task", lambda name, packages, seed: data)
+    monkeypatch.setattr(real, "pretrained", lambda packages: network)
+    features.cache_clear()
+    return Path("none")
+
+
+def test_things_are_in_one_part_alone_and_those_to_test_on_are_the_same_for_all_seeds() -> None:
+    number = torch.arange(2 * 10 * 2).reshape(2, 10, 2, 1, 1, 1).expand(-1, -1, -1, 3, 1, 1).byte()
+    tasks = [split(list(number), seed, train=4, val=2, test=3) for seed in (0, 1)]
+    for task in tasks:
+        parts = [((p.images[:, 0, 0, 0] * 0.5 + 0.5) * 255).round().long() for p in (task.train, task.val, task.test)]
+        assert sorted(torch.cat(parts).unique().tolist()) == sorted(torch.cat(parts).tolist())
+        assert [len(p) for p in parts] == [16, 8, 12]  # both pictures of each thing, for two kinds
+        for shown, part in zip(parts, (task.train, task.val, task.test), strict=True):
+            assert (shown // 20 == part.labels).all()
+            assert (shown[::2] + 1 == shown[1::2]).all()
+    assert torch.equal(tasks[0].test.images, tasks[1].test.images)
+    assert not torch.equal(tasks[0].train.images, tasks[1].train.images)
+
+
+@pytest.mark.parametrize(("best", "tried"), [(1e-3, 4), (3e-3, 3), (3e-2, 4), (3e-4, 4)])
+def test_a_search_goes_on_until_the_best_rate_has_both_its_neighbours(
+    best: float, tried: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tune(tuning: Tuning, packages: Path) -> dict[str, float]:
+        return {"accuracy": 1 - abs(torch.tensor(tuning.lr / best).log10().item()), "loss": 0.0}
+
+    monkeypatch.setattr(real, "tune", tune)
+    bench = RealBench(Results(tmp_path / "real.jsonl"), tmp_path)
+    assert bench.search(Cell("emoji", ("norms",), 1), "norms") == best
+    assert len(bench.results.done) == tried
+
+
+def test_a_cell_s_runs_are_found_again_and_shown(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("noise", ("head", "norms, statistics kept", "static", "SE, r = 8"), 1)
+    file, page = tmp_path / "real.jsonl", tmp_path / "page.md"
+    done: list[Any] = []
+    tune: Callable[..., Any] = real.tune
+    monkeypatch.setattr(real, "tune", lambda *given: (done.append(given), tune(*given))[1])
+    monkeypatch.setattr(real, "RATES", (3e-4, 1e-3, 3e-3))
+    for _ in cell_runs(RealBench(Results(file), small), cell, 2):
+        pass
+    assert len(done) == len(file.read_text().splitlines())
+    bench = RealBench(Results(file))
+    for _ in cell_runs(bench, cell, 2):
+        pass
+    with pytest.raises(Missing, match="has not been carried out"):
+        bench.run(cell.tuning("head", 1e-3, 3))
+    monkeypatch.setitem(CELLS, "noise, frozen", cell)
+    write_real(page, bench, 2)
+    (row,) = (line for line in page.read_text().splitlines() if line.startswith("| noise, frozen"))
+    assert row.count("±") == 3
+    assert (tmp_path / "page-real.svg").exists()
+
+
+def test_training_the_head_on_kept_features_is_training_it_in_the_network(small: Path) -> None:
+    tuning = Tuning("noise", "head", 1e-3, 0, 2)
+    quick = real.tune(tuning, small)
+    arm, data = REAL_ARMS["head"], real.real_task("noise", small, 0)
+    torch.manual_seed(0)
+    network = real.pretrained(small)
+    base = timm.create_model("test_resnet")
+    base.load_state_dict(network.state_dict())
+    torch.manual_seed(0)
+    base.reset_classifier(2)
+    model = arm.prepare(base, data.train.images[:1], 0)
+    real.train(model, data.train, epochs=2, lr=1e-3, seed=1, set_modes=arm.set_modes, recipe=tuning.recipe)
+    accuracy, loss = real.measured(model, data.test)
+    assert quick["accuracy"] == accuracy
+    assert quick["loss"] == pytest.approx(loss, rel=1e-4)
+    assert real.saturated(model, data.test) is None
 
 
 # Peers
@@ -178,35 +268,30 @@ def test_the_tables_of_peers_are_those_of_the_committed_results(tmp_path: Path) 
     assert {name for kind, name in networks if kind == "own"} == set(OWN)
 
 
+def halved(model: nn.Module, inputs: object, blocks: object) -> nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.head.fc.weight /= 2  # type: ignore[union-attr,operator]
+    model.se = SEAttention(8)
+    return model
+
+
 @pytest.mark.parametrize(
     ("way", "kept"),
     [
         ("`add_se`", {"converted", "outputs", "keys", "classes", "pickle"}),
         ("`nn.Sequential(block, SE)`", {"converted", "outputs", "pickle"}),
         ("`symbolic_trace`, node inserted", {"converted", "outputs", "keys", "pickle"}),
+        ("nothing", set()),
+        ("halved", {"converted", "classes", "pickle"}),
     ],
 )
 def test_what_a_way_loses_is_seen(way: str, kept: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "COMPILED", 0)
+    monkeypatch.setitem(peers.WAYS, "nothing", lambda model, inputs, blocks: model)
+    monkeypatch.setitem(peers.WAYS, "halved", halved)
     found = peers.outcome(OWN["Residual"], way)
     assert {promise for promise, holds in found.items() if holds} == kept
-
-
-def test_outputs_that_differ_and_networks_without_se_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "COMPILED", 0)
-    monkeypatch.setitem(peers.WAYS, "nothing", lambda model, inputs, blocks: model)
-    assert peers.outcome(OWN["Residual"], "nothing")["converted"] is False
-
-    def halved(model: nn.Module, inputs: object, blocks: object) -> nn.Module:
-        model = copy.deepcopy(model)
-        with torch.no_grad():
-            model.head.fc.weight /= 2  # type: ignore[union-attr,operator]
-        model.se = SEAttention(8)
-        return model
-
-    monkeypatch.setitem(peers.WAYS, "halved", halved)
-    found = peers.outcome(OWN["Residual"], "halved")
-    assert (found["converted"], found["outputs"], found["keys"]) == (True, False, False)
 
 
 def test_se_lands_where_the_native_network_has_it() -> None:

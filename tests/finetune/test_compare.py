@@ -83,17 +83,15 @@ def test_the_verdict_is_plain(plain: list[float], se: list[float], images: int, 
     assert says in str(found)
 
 
-def test_se_is_compared_with_as_many_places_without_a_squeeze() -> None:
+def test_se_is_compared_with_as_many_places_without_a_squeeze_and_the_intervals_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(comparing, "save_figure", lambda figure, file: figures.append(figure))
     found = comparison([0.90, 0.91, 0.92], [0.95, 0.96, 0.971], images=100_000, static=[0.949, 0.961, 0.970])
     assert [(c.name, c.other) for c in found.contrasts] == [("se", "plain"), ("static", "plain"), ("se", "static")]
     for contrast, said in zip(found.contrasts, ("better", "better", "within the noise"), strict=True):
         assert said in contrast.verdict
-
-
-def test_the_intervals_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(comparing, "save_figure", lambda figure, file: figures.append(figure))
-    found = comparison([0.90, 0.91, 0.92], [0.95, 0.96, 0.971], static=[0.949, 0.955, 0.970])
     found.plot(tmp_path / "comparison.png")
     (axes,) = figures[0].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["se - plain", "static - plain", "se - static"]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import same
 
 import se_retrofit.finetune
-from se_retrofit import RetrofitError, has_se, load_retrofitted
+from se_retrofit import RetrofitError, load_retrofitted, plan_of
 from se_retrofit.finetune import FinetuneConfig, evaluate, load_data
 from se_retrofit.models import Base
 
@@ -27,13 +27,15 @@ DIGITS = ["--data", "digits", "--epochs", "1", *SMALL]
 
 @pytest.mark.sweep
 def test_digits_from_the_command_line_to_a_network_that_predicts_and_again_from_its_description(tmp_path: Path) -> None:
-    output, again = tmp_path / "run", tmp_path / "again"
-    se = ["--placement", "post", "--reduction", "4", "--arg", "act_layer=gelu", "--seed", "3"]
-    said = run("finetune", "timm/test_resnet", *DIGITS, *se, "--output", output)
+    added, output, again = tmp_path / "added", tmp_path / "run", tmp_path / "again"
+    se = ["--placement", "post", "--reduction", "4", "--arg", "act_layer=gelu", "--include", "layer4.*"]
+    run("add", "timm/test_resnet", *se, "--output", added)
+    said = run("finetune", added, *DIGITS, "--seed", "3", "--output", output)
     assert "SE modules" in said
     model = load_retrofitted(output / "best")
-    assert has_se(model)
-    assert model.fc.out_features == 10
+    plan = plan_of(model)
+    assert [site.block for site in plan.sites] == ["layer4.0"]
+    assert (plan.options["reduction"], plan.options["placement"], model.fc.out_features) == (4, "post", 10)
     accuracy = evaluate(model, load_data("digits", image_size=16).val).accuracy
     assert f"best validation accuracy {accuracy:.2%}" in said
     assert FinetuneConfig.from_yaml(output / "config.yaml").num_classes == 10
@@ -42,6 +44,18 @@ def test_digits_from_the_command_line_to_a_network_that_predicts_and_again_from_
     shutil.copy(output / "run.yaml", again)
     run("finetune", "--resume", again)
     assert same(*(load_file(folder / "best" / "weights.safetensors") for folder in (output, again)))
+    with pytest.raises(AssertionError):  # which add was to say
+        run("finetune", added, "--reduction", "8", *DIGITS)
+
+
+@pytest.mark.sweep
+def test_from_the_command_line_a_result_is_the_model(result: Path, tmp_path: Path) -> None:
+    data, output = make_folder(tmp_path / "data", ("blue", "green", "red")), tmp_path / "run"
+    said = run("finetune", result, "--data", data, "--epochs", 1, "--batch-size", 8, "--cpu", "--output", output)
+    assert "the data has blue, green, red: the head is new" in said
+    assert "resumed" in run("finetune", "--resume", output)
+    assert "15 images: accuracy" in run("evaluate", output, "--data", data, "--cpu")
+    assert load_retrofitted(output / "best").fc.out_features == 3
 
 
 def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None:
@@ -61,18 +75,13 @@ def test_torchvision_networks_and_the_recipe_from_a_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nosuchnet", "--data", "digits"], "'nosuchnet'"),
-        (["resnet18", "--data", "digit"], "'digit'"),
-        (["resnet18"], "--data"),
-        (["resnet18", "--data", "digits", "--epochs", "0"], "^--epochs: .*got 0"),
-        (["resnet18", "--data", "digits", "--optimizer-options", "3"], "^--optimizer-options: .*got 3"),
-        (["resnet18", "--data", "digits", "--arg", "wings"], "NAME=VALUE"),
-        (["resnet18", "--data", "digits", "--arg", "wings=2"], "resnet18 can't be built"),
-        (["resnet18", "--data", "digits", "--batch-size", "3", "--mixup", "1"], "--batch-size must be even"),
-        (["resnet18", "--data", "digits", "--multi-label"], "^--multi-label needs --loss bce or"),
-        (["resnet18", "--data", "digits", "--config", "bad.yaml"], r"bad.yaml: batch_size: .*; lr: "),
-        (["resnet18", "--data", "digits", "--config", "none.yaml"], "none.yaml can't be read"),
-        (["--lr", "3", "--resume", "."], "remove lr, output"),
+        (["--data", "digit"], "'digit'"),
+        (["--data", "digits", "--optimizer-options", "3"], "^--optimizer-options: .*got 3"),
+        (["--data", "digits", "--arg", "wings=2"], "resnet18 can't be built"),
+        (["--data", "digits", "--batch-size", "3", "--mixup", "1"], "--batch-size must be even"),
+        (["--data", "digits", "--multi-label"], "^--multi-label needs --loss bce or"),
+        (["--data", "digits", "--config", "bad.yaml"], r"bad.yaml: batch_size: .*; lr: "),
+        (["--data", "digits", "--config", "none.yaml"], "none.yaml can't be read"),
     ],
 )
 def test_mistakes_are_one_clear_error_that_names_options(
@@ -81,8 +90,10 @@ def test_mistakes_are_one_clear_error_that_names_options(
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text("batch_size: 0\nlr: 0.0\n")
     with pytest.raises(RetrofitError, match=says):
-        run("finetune", *arguments, "--output", "run")
+        run("finetune", "resnet18", *arguments, "--output", "run")
     assert not Path("run").exists()
+    with pytest.raises(RetrofitError, match="remove lr, output"):
+        run("finetune", "--lr", "3", "--resume", ".", "--output", "run")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.data import TensorDataset
 
 from se_retrofit import load_retrofitted
-from se_retrofit.finetune import FinetuneConfig, evaluate, learning
+from se_retrofit.finetune import evaluate, learning
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
 from se_retrofit.finetune.data import Batch
 from se_retrofit.finetune.engine import placed
@@ -27,15 +27,10 @@ CUDA = torch.device("cuda")
 CLASSES = 10
 
 
-@pytest.fixture
-def mode() -> FakeTensorMode:
-    return FakeTensorMode()
-
-
-def in_mode(mode: FakeTensorMode, module: nn.Module, device: str | torch.device = "cpu") -> nn.Module:
-    """The module with fake tensors in place of its own."""
+def in_mode(mode: FakeTensorMode, module: nn.Module) -> nn.Module:
+    """The module with fake tensors on the device in place of its own."""
     with mode:
-        return module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
+        return module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA))
 
 
 def batch_of(multi_label: bool = False, size: int = 5) -> Batch:
@@ -45,15 +40,6 @@ def batch_of(multi_label: bool = False, size: int = 5) -> Batch:
 
 def places(*tensors: Tensor) -> set[str]:
     return {str(tensor.device) for tensor in tensors}
-
-
-def test_network_and_images_meet_on_the_device(mode: FakeTensorMode) -> None:
-    model = in_mode(mode, network(), CUDA)
-    with mode:
-        images, targets = placed(batch_of(), CUDA)
-        logits = model(images)
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    assert places(images, targets, logits, *model.state_dict().values()) == {"cuda:0"}
 
 
 @pytest.mark.parametrize(
@@ -67,17 +53,16 @@ def test_network_and_images_meet_on_the_device(mode: FakeTensorMode) -> None:
     ],
     ids=str,
 )
-def test_losses_and_metrics_are_computed_on_the_device(mode: FakeTensorMode, fields: dict[str, object]) -> None:
-    recipe = FinetuneConfig(**fields)  # type: ignore[arg-type]
+def test_network_images_losses_and_metrics_are_on_the_device(fields: dict[str, Any]) -> None:
+    mode, recipe = FakeTensorMode(), config(**fields)
     multi_label = recipe.multi_label
-    targets = torch.eye(CLASSES) if multi_label else torch.arange(CLASSES)
-    data = TensorDataset(torch.zeros(CLASSES, 1), targets)
-    criterion = criterion_of(recipe, None, data, CLASSES)
+    data = TensorDataset(torch.zeros(CLASSES, 1), torch.eye(CLASSES) if multi_label else torch.arange(CLASSES))
+    model, criterion = in_mode(mode, network()), criterion_of(recipe, None, data, CLASSES)
     if isinstance(criterion, nn.Module):
-        criterion = in_mode(mode, criterion, CUDA)
+        criterion = in_mode(mode, criterion)
     with mode:
-        _, labels = placed(batch_of(multi_label), CUDA)
-        logits = torch.randn(len(labels), CLASSES, device=CUDA)
+        images, labels = placed(batch_of(multi_label), CUDA)
+        logits = model(images)
         found = [
             criterion(logits, labels),
             distillation_loss(logits, torch.randn_like(logits), 4.0, multi_label),
@@ -85,13 +70,14 @@ def test_losses_and_metrics_are_computed_on_the_device(mode: FakeTensorMode, fie
             hits(logits, labels, multi_label),
             *answer(logits, labels, multi_label),
         ]
-    assert places(*found) == {"cuda:0"}
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert places(images, labels, logits, *model.state_dict().values(), *found) == {"cuda:0"}
 
 
 @pytest.mark.parametrize(("size", "smoothing"), [(1, 0.0), (4, 0.1), (5, 0.0)])
-def test_images_are_mixed_on_the_device(mode: FakeTensorMode, size: int, smoothing: float) -> None:
+def test_images_are_mixed_on_the_device(size: int, smoothing: float) -> None:
     mixup = Mixup(0.4, 0.4, label_smoothing=smoothing, num_classes=CLASSES)
-    with mode:
+    with FakeTensorMode():
         images, labels = mixed(mixup, *placed(batch_of(size=size), CUDA))
         loss = nn.CrossEntropyLoss()(torch.randn(size, CLASSES, device=CUDA), labels)
     assert images.shape == (size, 3, 32, 32)

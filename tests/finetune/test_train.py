@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
-from networks import se_keys
+from networks import random_states, se_keys
 from sweeps import swept
 from tiny import Finished, Items, classifier, config, digits, network, progress_in, rows_in, same, state_of, trained
 from torch import nn
@@ -73,18 +71,12 @@ class Rms(nn.Module):
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.gain
 
 
-class Scale(Rms):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.gain
-
-
 @pytest.mark.parametrize(
     ("module", "norm"),
     [
         (timm.layers.BatchNormAct2d(8), True),
         (timm.layers.LayerNorm2d(8), True),
         (Rms(), True),
-        (Scale(), False),
         (nn.PReLU(8), False),
         (nn.BatchNorm2d(8, affine=False), False),
     ],
@@ -118,24 +110,13 @@ def test_the_statistics_of_norms_move_unless_they_are_frozen(frozen: bool) -> No
 
 
 def test_flags_modes_and_generators_are_given_back() -> None:
-    def seeded() -> None:
-        random.seed(5)
-        np.random.seed(5)
-        torch.manual_seed(5)
-
-    def drawn() -> tuple[Any, ...]:
-        return random.random(), np.random.rand(), torch.rand(1)
-
     model = network().eval()
     model.conv1.weight.requires_grad_(False)
     model.layer1.train()
-    conv = model.conv1.weight.clone()
+    conv, states = model.conv1.weight.clone(), list(random_states())
     modes = [module.training for module in model.modules()]
-    seeded()
-    expected = drawn()
-    seeded()
     trained(model, digits().val)
-    assert drawn() == expected
+    assert list(random_states()) == states
     assert [module.training for module in model.modules()] == modes
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
     assert torch.equal(model.conv1.weight, conv)
@@ -343,12 +324,8 @@ def test_weights_that_are_no_longer_finite_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_infinite_masks_extra_state_and_a_train_that_returns_nothing_are_taken() -> None:
-    class Unusual(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.state = network(), {"seen": 3}
-            self.register_buffer("mask", torch.full((2,), -math.inf))
-            self.register_buffer("scratch", torch.full((2,), math.nan), persistent=False)
+    class Unusual(nn.Sequential):
+        state: Any = None
 
         def get_extra_state(self) -> Any:
             return self.state
@@ -359,11 +336,11 @@ def test_infinite_masks_extra_state_and_a_train_that_returns_nothing_are_taken()
         def train(self, mode: bool = True) -> None:  # type: ignore[override]
             super().train(mode)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.net(x)
-
-    model = Unusual()
-    result = trained(model, recipe={"max_updates": 2}, teacher=Unusual())
+    model = Unusual(network())
+    model.state = {"seen": 3}
+    model.register_buffer("mask", torch.full((2,), -math.inf))
+    model.register_buffer("scratch", torch.full((2,), math.nan), persistent=False)
+    result = trained(model, recipe={"max_updates": 2}, teacher=Unusual(network()))
     assert [row["epoch"] for row in result.history] == [0, 1]
     assert model.mask.tolist() == [-math.inf] * 2
     assert model.state == {"seen": 3}

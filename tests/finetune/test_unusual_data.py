@@ -15,7 +15,7 @@ from command_line import said
 from pictures import make_folder
 from PIL import Image
 from timm.data import Mixup
-from tiny import classifier, config, digits, network, trained
+from tiny import config, digits, network, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets.folder import pil_loader
@@ -160,30 +160,23 @@ def test_the_odd_image_of_a_mixed_batch_keeps_its_class() -> None:
 # What makes no batches, and labels
 
 
-@pytest.mark.parametrize(
-    ("images", "says"),
-    [
-        (torch.zeros(8, 1, 16, 16), r"\(8, 1, 16, 16\), torch.float32: Given groups=1"),
-        (torch.zeros(8, 16, 16, 3), r"\(8, 16, 16, 3\)"),
-        (torch.zeros(8, 3, 16, 16).byte(), "torch.uint8"),
-        (torch.zeros(8, 3, 16, 16).double(), "torch.float64"),
-    ],
-    ids=["channels", "channels last", "bytes", "doubles"],
-)
-def test_images_that_the_network_does_not_take_are_described(images: Tensor, says: str) -> None:
-    data = TensorDataset(images, torch.arange(8))
-    for val in (None, data):
-        with pytest.raises(RetrofitError, match=says):
-            trained(network(), data, val)
-
-
 RAGGED = [(torch.zeros(3, 16 + number % 2, 16), 0) for number in range(8)]
-PLAIN = TensorDataset(torch.zeros(8, 3, 16, 16), torch.zeros(8).long())
+
+
+def made_of(images: Tensor) -> TensorDataset:
+    return TensorDataset(images, torch.zeros(len(images)).long())
+
+
+PLAIN = made_of(torch.zeros(8, 3, 16, 16))
 
 
 @pytest.mark.parametrize(
     ("data", "fields", "says"),
     [
+        (made_of(torch.zeros(8, 1, 16, 16)), {}, r"\(8, 1, 16, 16\), torch.float32: Given groups=1"),
+        (made_of(torch.zeros(8, 16, 16, 3)), {}, r"\(8, 16, 16, 3\)"),
+        (made_of(torch.zeros(8, 3, 16, 16).byte()), {}, "torch.uint8"),
+        (made_of(torch.zeros(8, 3, 16, 16).double()), {}, "torch.float64"),
         (RAGGED, {}, r"\(3, 16, 16\), \(3, 17, 16\)"),
         pytest.param(
             RAGGED, {"workers": 1}, r"^the images of a batch .*\(3, 17, 16\)$", marks=pytest.mark.sweep
@@ -196,11 +189,17 @@ PLAIN = TensorDataset(torch.zeros(8, 3, 16, 16), torch.zeros(8).long())
         (Subset(PLAIN, [0]), {}, "freeze_bn=True"),  # too small for a batch norm
         (TensorDataset(PLAIN.tensors[0], torch.full((8,), 10)), {"mixup": 0.2}, "class 10, .* 0 to 9"),
     ],
-    ids=["shapes", "in a loading process", "no pairs", "photo", "no class", "keys", "no batches", "one image", "mixed"],
 )
-def test_data_that_make_no_batches_are_refused_in_words(data: Any, fields: dict[str, Any], says: str) -> None:
+def test_data_that_make_no_batches_or_do_not_fit_are_refused_in_words(
+    data: Any, fields: dict[str, Any], says: str
+) -> None:
     with pytest.raises(RetrofitError, match=says):
         trained(data=data, recipe=fields)
+
+
+def test_images_of_the_validation_that_do_not_fit_are_refused_in_words() -> None:
+    with pytest.raises(RetrofitError, match=r"\(8, 1, 16, 16\)"):
+        trained(None, PLAIN, made_of(torch.zeros(8, 1, 16, 16)))
 
 
 def test_an_epoch_without_a_number_is_not_the_best() -> None:
@@ -217,11 +216,6 @@ def test_an_epoch_without_a_number_is_not_the_best() -> None:
     result = trained(Overflowing(3, 2), data, data, {"epochs": 4, "best_metric": "loss", "patience": 3})
     assert [math.isnan(row["val_loss"]) for row in result.history] == [True, True, True, False, False]
     assert result.best_epoch in (3, 4)
-
-
-def test_labels_that_no_image_has_score_zero() -> None:
-    data = TensorDataset(torch.randn(8, 3), torch.zeros(8, 2))
-    assert evaluate(classifier(3, 2), data, config=config(multi_label=True, loss="bce")).map == 0.0
 
 
 def test_each_of_several_labels_has_a_probability_of_its_own(tmp_path: Path) -> None:
