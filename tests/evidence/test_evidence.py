@@ -292,8 +292,3 @@ def test_what_a_way_loses_is_seen(way: str, kept: set[str], monkeypatch: pytest.
     monkeypatch.setitem(peers.WAYS, "halved", halved)
     found = peers.outcome(OWN["Residual"], way)
     assert {promise for promise, holds in found.items() if holds} == kept
-
-
-def test_se_lands_where_the_native_network_has_it() -> None:
-    assert peers.landed("resnet18", "seresnet18", "`add_se`") == {"native": 8, "own": 8, "both": 8}
-    assert peers.landed("resnet18", "seresnet18", "`nn.Sequential(block, SE)`") == {"native": 8, "own": 8, "both": 0}

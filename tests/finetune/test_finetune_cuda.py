@@ -1,27 +1,31 @@
-"""What the fine-tune does on a device: on a CUDA that isn't there (see tests/contract/test_fake_cuda.py), and on a real one."""
+"""What a step does to the network and on its device: fused for torch.compile, with activations computed twice, on a CUDA that
+isn't there (see tests/contract/test_fake_cuda.py), and on a real one."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import Mixup
-from tiny import config, digits, network, trained
+from tiny import config, digits, network, same, trained
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.data import TensorDataset
 
-from se_retrofit import load_retrofitted
+from se_retrofit import SEAttention, add_se, load_retrofitted
 from se_retrofit.finetune import evaluate, learning
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
 from se_retrofit.finetune.data import Batch
-from se_retrofit.finetune.engine import placed
+from se_retrofit.finetune.engine import TrainingForm, placed
 from se_retrofit.finetune.evaluation import answer, hits, losses_of
 from se_retrofit.finetune.train import mixed
+from se_retrofit.fusion import FusedSEAttention
 
 CUDA = torch.device("cuda")
 CLASSES = 10
@@ -83,6 +87,71 @@ def test_images_are_mixed_on_the_device(size: int, smoothing: float) -> None:
     assert images.shape == (size, 3, 32, 32)
     assert labels.shape == (size, CLASSES)
     assert places(images, labels, loss) == {"cuda:0"}
+
+
+def classes(model: nn.Module) -> dict[str, type]:
+    return {path: type(module) for path, module in model.named_modules()}
+
+
+def test_the_form_ends_where_a_step_fails() -> None:
+    model = network()
+    own, form = classes(model), TrainingForm(model, True)
+    assert classes(model) == own
+    with form:
+        assert FusedSEAttention in classes(model).values()
+    with pytest.raises(RuntimeError), form:
+        model(torch.randn(1, 2, 8, 8))
+    assert classes(model) == own
+
+
+def test_activations_are_computed_once_more_by_the_networks_own_switch() -> None:
+    saved, weights = Counter[bool](), {}
+    for recomputed in (False, True):
+
+        def pack(value: torch.Tensor, recomputed: bool = recomputed) -> torch.Tensor:
+            saved[recomputed] += value.numel()
+            return value
+
+        torch.manual_seed(0)
+        model = add_se(timm.create_model("test_resnet", num_classes=10, drop_rate=0.2))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            trained(model, digits(32).train, recipe={"grad_checkpointing": recomputed})
+        assert model.grad_checkpointing is False
+        weights[recomputed] = dict(model.named_parameters())
+    assert saved[True] < 0.7 * saved[False]
+    assert same(weights[False], weights[True])
+
+
+@pytest.mark.sweep
+def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled by a back end that changes nothing, so that a test takes no minute."""
+    monkeypatch.setattr("se_retrofit.finetune.engine.BACKEND", "eager")
+    torch.compiler.reset()
+    seen: dict[bool, bool] = {}  # a list that grows would be compiled anew for each length
+    fused = FusedSEAttention.forward
+
+    def noted(self: Any, norm: nn.Module, u: torch.Tensor) -> torch.Tensor:
+        seen[self.training] = True
+        return fused(self, norm, u)
+
+    model = network()
+    own, keys = classes(model), list(model.state_dict())
+    recipe = {"epochs": 2, "compile": True, "ema_decay": 0.9, "checkpoint_minutes": 0.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(FusedSEAttention, "forward", noted)
+        result = trained(model, recipe=recipe, output_dir=tmp_path)
+    assert seen == {True: True}  # evaluated is the network that is saved, not the fused one
+    assert classes(model) == own
+    assert list(model.state_dict()) == keys
+    assert sorted(load_file(tmp_path / "last" / "weights.safetensors")) == sorted(keys)
+    loaded = load_retrofitted(tmp_path / "best", base=network(se=False))
+    assert all(type(m) is SEAttention for m in loaded.modules() if isinstance(m, SEAttention))
+    # to rounding the run without it
+    plain = trained(recipe={**recipe, "compile": False})
+    assert result.history[1]["train_loss"] == pytest.approx(plain.history[1]["train_loss"], rel=1e-3)
+    torch.compiler.reset()
 
 
 # On a GPU

@@ -32,8 +32,7 @@ def test_each_event_is_told_with_its_facts(tmp_path: Path) -> None:
     def teller(event: str) -> Callable[[Facts], None]:
         return lambda facts: told.append((event, facts))
 
-    events = ("update", "evaluation", "epoch", "training")
-    callbacks = Callbacks(**{f"after_{event}": teller(event) for event in events})
+    callbacks = Callbacks(*(teller(event) for event in ("update", "evaluation", "epoch", "training")))
     model = network()
     recipe = {"epochs": 2, "log_every": 3, "ema_decay": 0.9}
     result = trained(model, recipe=recipe, output_dir=tmp_path, callbacks=callbacks)

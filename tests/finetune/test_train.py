@@ -37,12 +37,6 @@ def test_it_learns_and_the_saved_result_predicts_with_the_same_accuracy(tmp_path
     assert same(again.state_dict(), result.model.state_dict())
 
 
-def test_the_first_evaluation_is_that_of_the_network_before_the_retrofit(finished: Finished) -> None:
-    before = evaluate(network(se=False), digits().val, config=config())
-    first = {name: value for name, value in finished.result.history[0].items() if name not in ("gates", "hardest")}
-    assert first == {"epoch": 0, **{f"val_{name}": value for name, value in before.scores().items()}}
-
-
 @pytest.mark.parametrize(("train", "ema"), [("se", None), ("se+head", 0.9), ("head", None), ("norms+head", None)])
 def test_training_a_part_leaves_all_else_bit_for_bit(train: str, ema: float | None) -> None:
     model = network()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.resnet import BasicBlock, ResNet
+from networks import narrow_resnet
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
@@ -25,13 +25,11 @@ from se_retrofit.finetune.log import Log
 IMAGES, VALIDATED, BATCH = 128, 50, 16  # eight updates an epoch
 # the length of a run changes no learning rate
 RECIPE = {"ema_decay": 0.9, "schedule": "constant", "warmup_ratio": 0.0}
-
-
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+PLACES = [TESTS / "finetune", TESTS / "helpers", TESTS.parent, os.environ.get("PYTHONPATH", "")]
 # of the programs that tests start
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(map(str, PLACES))
 }  # fmt: skip
 
 
@@ -62,15 +60,7 @@ def network(se: bool = True, seed: int = 0, **kwargs: Any) -> nn.Module:
 def made(se: bool, seed: int, **kwargs: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ResNet(
-            BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=10, zero_init_last=False, **kwargs
-        )
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, std=0.1)
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.5, 1.5)
+        model = narrow_resnet(**kwargs).train()
         return add_se(model) if se else model
 
 
