@@ -27,6 +27,7 @@ from se_retrofit.finetune.learning import mixed
 from se_retrofit.finetune.parts import layout_of
 from se_retrofit.finetune.targets import targets_of
 from se_retrofit.finetune.transforms import class_names_of, load_image, transforms_for
+from se_retrofit.finetune.workers import told_plainly
 from se_retrofit.inspection import excitations
 from se_retrofit.models import Base
 
@@ -195,6 +196,11 @@ def test_data_that_make_no_batches_or_do_not_fit_are_refused_in_words(
 ) -> None:
     with pytest.raises(RetrofitError, match=says):
         trained(data=data, recipe=fields)
+
+
+def test_an_error_in_a_loading_process_is_told_without_its_traceback() -> None:
+    with pytest.raises(RetrofitError, match=r"^as it is$"), told_plainly():
+        raise RetrofitError("Caught RetrofitError in worker 0.\nOriginal Traceback: ...\nRetrofitError: as it is")
 
 
 def test_images_of_the_validation_that_do_not_fit_are_refused_in_words() -> None:
