@@ -90,7 +90,7 @@ class LearningRates:
         return Path(file)
 
     def _that_matter(self) -> tuple[float, float, int]:
-        """Return the lowest and highest loss to plot, and the last step: where the smoothed loss exceeds it for good."""
+        """Return the lowest and highest loss to plot, and the last step, from which on the smoothed loss is higher."""
         bottom = int(np.argmin(self.smoothed))
         top = max(self.smoothed[: bottom + 1])
         margin = max(0.25 * (top - self.smoothed[bottom]), 0.02 * abs(top), 1e-9)
