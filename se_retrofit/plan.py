@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .attention import name_of
 from .errors import RetrofitError, brief
 from .plaindata import parse_json
-from .tables import aligned, as_html, few
+from .tables import aligned, as_html, counted, few
 
 __all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "folded", "noted_options"]
 
@@ -198,7 +198,7 @@ class Plan:
         ]
 
     def _notes(self) -> list[str]:
-        lines = [f"{len(self.sites)} {self.what} modules, {self.parameters:,} parameters"]
+        lines = [f"{counted(len(self.sites), f'{self.what} module')}, {counted(self.parameters, 'parameter')}"]
         if self.skipped:
             lines += ["skipped:", *(f"  {blocks}: {reason}" for blocks, reason in folded(self.skipped))]
         return lines

@@ -23,7 +23,7 @@ from .surgery.record.isolation import without_collections
 from .surgery.splice.carry import carry_out, structure_of
 from .surgery.splice.derived import RetrofittedBlock
 from .surgery.splice.undo import is_retrofitted, lost_sites, strip
-from .tables import few
+from .tables import counted, few
 
 __all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
 
@@ -190,8 +190,8 @@ def warn_of_lost_sites(model: nn.Module) -> None:
     lost = lost_sites(model)
     if lost:
         warnings.warn(
-            f"{len(lost)} SE modules that add_se put into {type(model).__name__} are gone ({few(lost)}): the modules that held "
-            "them were replaced after the retrofit. Replace modules first, then call add_se",
+            f"{type(model).__name__} has lost {counted(len(lost), 'SE module')} that add_se inserted ({few(lost)}): the modules "
+            "around were replaced after the retrofit. Replace modules first, then call add_se",
             stacklevel=3,
         )
 

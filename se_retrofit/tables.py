@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["Name", "aligned", "as_html", "few", "short"]
+__all__ = ["Name", "aligned", "as_html", "counted", "few", "short"]
 
 
 class Name(str):
@@ -51,6 +51,11 @@ def few(names: Iterable[str], most: int = 3) -> str:
     if len(names) <= most + 1:  # "and 1 more" would be no shorter than the name
         return ", ".join(names)
     return f"{', '.join(names[:most])} and {len(names) - most:,} more"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: ``1 SE module``, ``2 SE modules``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def as_html(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from ..paths import as_written, save_figure
-from ..tables import aligned, short
+from ..tables import aligned, counted, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
 from .datasets import Split, load_split
@@ -159,7 +159,7 @@ class Evaluation:
             rows.append((c.name, f"{c.images:,}", *("" if share is None else f"{share:.2%}" for share in shares)))
         more = {"top-5": self.top5, "mAP": self.map, "mean F1": self.f1}
         shown = "".join(f", {name} {value:.2%}" for name, value in more.items() if value is not None)
-        last = f"{self.images:,} images: accuracy {self.accuracy:.2%}{shown}, loss {self.loss:.4f}"
+        last = f"{counted(self.images, 'image')}: accuracy {self.accuracy:.2%}{shown}, loss {self.loss:.4f}"
         return "\n".join([*([self.about] if self.about else []), *aligned(rows, left=1, rule=True), last])
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..errors import RetrofitError, brief
 from ..saving.base import base_of
 from ..saving.networks import without_name
 from ..surgery.record.copying import in_mode
+from ..tables import counted
 from .callbacks import Callbacks
 from .checkpoint import Folder, check_folder, has_checkpoint, load_optimizer
 from .config import FinetuneConfig
@@ -225,7 +226,7 @@ def restore(run: Run) -> None:
 def introduce(run: Run, remark: str) -> None:
     model, config, progress = run.model, run.config, run.progress
     modules = len(se_modules(model))
-    se = f"{modules} SE modules" if modules else "no SE modules: it is trained as it is"
+    se = counted(modules, "SE module") if modules else "no SE modules: it is trained as it is"
     run.log.note(f"{type(model).__name__}, {se}; {count(model):,} parameters, {count(model, True):,} of them trained")
     precision = {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision)
     processes = f", {run.world} processes" if run.world > 1 else ""

@@ -20,6 +20,7 @@ from ..retrofit import plan_of, warn_of_lost_sites
 from ..saving.atomic import replaced_file
 from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of
 from ..surgery.record.runs import record
+from ..tables import counted
 from .diff import diff_lines
 from .drawing import drawn
 from .graphs import blocks_of
@@ -158,7 +159,8 @@ class Inspection(Inspected):
         return self._report._repr_html_()
 
     def __repr__(self) -> str:
-        return f"<Inspection of {self._report.model}: {len(self.plan.sites)} SE modules in {len(self.blocks)} blocks>"
+        modules, blocks = counted(len(self.plan.sites), "SE module"), counted(len(self.blocks), "block")
+        return f"<Inspection of {self._report.model}: {modules} in {blocks}>"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._report
