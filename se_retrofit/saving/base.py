@@ -23,7 +23,7 @@ def base_of(model: nn.Module) -> tuple[Base | None, str]:
     """Return the base of a network, if the network knows it, or else the reason why it is unknown.
 
     Networks built by name remember it, and timm's carry the name of their architecture. A rebuilt one must have the
-    same layers: some may have been replaced since, and arguments such as ``output_stride`` leave no trace in timm's name.
+    same layers: some may have been replaced since, and arguments such as ``output_stride`` don't show in timm's name.
     """
     note = f"{type(model).__module__}.{type(model).__qualname__} does not tell the name that it was built by"
     for base in (Base.noted(model), _told_by_timm(model)):
