@@ -57,7 +57,7 @@ def fold_se(
         inplace: change the given model instead of a copy.
 
     Raises:
-        RetrofitError: If the model has no SE, only unfoldable factors, or modules without gates (CBAM); or data is empty.
+        RetrofitError: If the model has no SE, only unfoldable factors, or modules without gates (CBAM); without data.
         TypeError: If an argument is of the wrong type. Whatever is raised, the model is unchanged.
 
     Example:
