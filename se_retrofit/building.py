@@ -91,14 +91,14 @@ def check_arguments(network: str, arguments: dict[str, Any]) -> None:
         if name not in ARGUMENTS:
             close = difflib.get_close_matches(str(name), ARGUMENTS, n=2)
             hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-            reason = f"{name} is none of the arguments that say how a network is built{hint}"
+            reason = f"{name} is not an argument that defines a network's architecture{hint}"
         else:
             reason = _fault(value, DEEPEST)
             if not reason:
                 continue
         raise RetrofitError(
             f"{network} can't be built with {name}={brief(value)}: {reason}. Files, weights and code are never taken from "
-            "arguments by name; build the network yourself, and give it in the place of its name (base=model)"
+            "arguments by name; build the network yourself, and pass it instead of its name (base=model)"
         )
 
 
@@ -116,6 +116,6 @@ def _fault(value: Any, depth: int) -> str:
         return "it is nested too deeply"
     for key in value if isinstance(value, dict) else ():
         if not isinstance(key, str) or not WORD.fullmatch(key) or NEVER.search(key):
-            return f"{brief(key)} in it is none of the arguments that say how a network is built"
+            return f"{brief(key)} in it is not an argument that defines a network's architecture"
     faults = (_fault(entry, depth - 1) for entry in (value.values() if isinstance(value, dict) else value))
     return next(filter(None, faults), "")

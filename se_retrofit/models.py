@@ -186,7 +186,7 @@ class Base:
             told = {name: value for name, value in told.items() if value is not None}
             return dict(weights), str(architecture), {**told, **(arguments or {})}
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise RetrofitError(f"config.json of {self.name} describes no network of timm: {error!r}") from error
+            raise RetrofitError(f"config.json of {self.name} does not describe a timm network: {error!r}") from error
 
     def _weights(self) -> dict[str, Any]:
         """Read the weights of a repository or folder, which older versions of timm would unpickle, and so execute."""
@@ -197,7 +197,7 @@ class Base:
             return dict(load_state_dict_from_hf(place, weights_only=True, **named))
         files = [file for end in WEIGHTS_ENDS for file in sorted(Path(place).glob(f"*{end}"))]
         if not files:
-            raise RetrofitError(f"{place} holds no weights; *{', *'.join(WEIGHTS_ENDS)} were looked for")
+            raise RetrofitError(f"{place} holds no weights: no *{' or *'.join(WEIGHTS_ENDS)}")
         chosen = min(files, key=lambda file: file.name not in ("model.safetensors", "pytorch_model.bin"))
         return dict(timm.models.load_state_dict(str(chosen), weights_only=True))
 
@@ -232,7 +232,7 @@ def _check_hub(repository: str) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RetrofitError(
             f"{name} is not in the cache of the Hugging Face hub, and the hub can't be reached: {reason}. Check the "
-            "connection (and HF_HUB_OFFLINE and HF_ENDPOINT), or give a folder that holds the network: local-dir:PATH"
+            "connection (and HF_HUB_OFFLINE and HF_ENDPOINT), or give a folder with the network: local-dir:PATH"
         ) from error
 
 

@@ -148,9 +148,7 @@ def prepared_for(model: nn.Module) -> tuple[Any, ...]:
     optical flow."""
     images, base = photographs(), Base.noted(model)
     if base is None:
-        raise RetrofitError(
-            f"this {type(model).__name__} does not tell which network it is; have Base.of(name).build() build it"
-        )
+        raise RetrofitError(f"this {type(model).__name__} does not know its name; build it by Base.of(name).build()")
     if base.library == "timm":
         return (torch.stack([_timm_transform(model)(image) for image in images]),)
     transform = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()

@@ -106,16 +106,16 @@ def check_made(module: nn.Module, slot: Slot, name: str) -> None:
         drawn = not torch.equal(state, torch.get_rng_state())
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != tuple(given.shape):
-        raise RetrofitError(f"{what} must give the shape that it is given, {tuple(given.shape)}, and gives {shape}")
+        raise RetrofitError(f"{what} must return the shape that it is given, {tuple(given.shape)}, but returns {shape}")
     if x._version != version and not isinstance(module, Inserted):
-        raise RetrofitError(f"{what} changes its input in place; what it returns is to be compared with that input")
+        raise RetrofitError(f"{what} changes its input in place, but its output has to be compared with that input")
     if has_values and not found.isfinite().all():
         raise RetrofitError(
-            f"{what} gives values that are not finite, for an input that is; so it can't start as an identity"
+            f"{what} returns values that are not finite for a finite input, so it can't start as an identity"
         )
     if drawn:
         warnings.warn(
-            f"attention={name} draws random numbers in train mode, so the network's own draws (its dropout, say) will be others than "
-            "without it; in eval mode it is an exact identity",
+            f"attention={name} draws random numbers in train mode, so the network's own draws (its dropout, say) will "
+            "differ from those without it; in eval mode it is an exact identity",
             stacklevel=2,
         )

@@ -211,7 +211,7 @@ def check_weights(context: typer.Context) -> None:
     if context.params["pretrained"] and context.params["checkpoint"] is not None:
         raise typer.BadParameter("give --pretrained or --checkpoint, not both")
     if context.params["remap"] and context.params["checkpoint"] is None:
-        raise typer.BadParameter("--remap says how a --checkpoint is read; give that, too")
+        raise typer.BadParameter("--remap applies to a --checkpoint; give one, too")
 
 
 def refuse_for_folder(context: typer.Context, *more: str) -> None:

@@ -176,7 +176,7 @@ def check_folder(path: Path, resume: bool) -> None:
             "does not replace it"
         )
     if (begun or result) and not resume:
-        raise RetrofitError(f"{path} holds a run already; go on with it (resume=True), or give another folder")
+        raise RetrofitError(f"{path} already holds a run; resume it (resume=True), or give another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

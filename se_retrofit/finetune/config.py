@@ -145,10 +145,10 @@ class FinetuneConfig(BaseModel):
             f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}": (
                 mixes and self.batch_size % 2
             ),
-            'multi_label=True needs loss="bce" or "focal": cross-entropy is for one class an image': (
+            'multi_label=True needs loss="bce" or "focal": cross-entropy is for one class per image': (
                 self.multi_label and self.loss == "cross_entropy"
             ),
-            'mixup, cutmix and balance="sampling" need one class an image, not multi_label=True': (
+            'mixup, cutmix and balance="sampling" need one class per image, not multi_label=True': (
                 self.multi_label and (mixes or self.balance == "sampling")
             ),
             'balance="loss" goes with loss="bce" where multi_label=True, and with "cross_entropy" and "focal" elsewhere': (
@@ -156,10 +156,10 @@ class FinetuneConfig(BaseModel):
             ),
             f"keys must be that of the image and that of the class, got {list(self.keys)}": len(self.keys)
             not in (0, 2),
-            'best_metric="top5" is for one class an image; with multi_label=True take "map" or "f1"': (
+            'best_metric="top5" is for one class per image; with multi_label=True use "map" or "f1"': (
                 self.best_metric == "top5" and self.multi_label
             ),
-            'best_metric="map" needs multi_label=True; for one class an image take "f1" or "recall"': (
+            'best_metric="map" needs multi_label=True; for one class per image use "f1" or "recall"': (
                 self.best_metric == "map" and not self.multi_label
             ),
         }

@@ -122,8 +122,8 @@ def load_data(
             return NamedData(train, val, len(images.classes), _joined((class_sizes(images), note, left_out(folder))))
         held = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     raise RetrofitError(
-        f"{folder} must hold the folders train and val, each with one folder of images a class, or the folders of the "
-        f"classes alone, with images in them; it holds {', '.join(held[:5]) or 'no folders'}"
+        f"{folder} must hold the folders train and val, each with one folder of images per class, or only the "
+        f"folders of the classes, with images in them; it holds {', '.join(held[:5]) or 'no folders'}"
     )
 
 
@@ -161,7 +161,7 @@ def load_split(
     if is_of_timm(name):
         if split == "all":
             raise RetrofitError(
-                f"{name}: timm opens a data set split by split, so there is no all; take train, val or test"
+                f"{name}: timm opens a data set split by split, so there is no all; choose train, val or test"
             )
         data = _of_timm(str(name), split or "val", root, download)
         return Split(data, split or "val", f"{split or 'val'} of {name}: {len(data):,} images")
@@ -288,7 +288,7 @@ def _chosen(origin: object, split: str | None, parts: Mapping[str, Callable[[], 
     chosen = next((name for name in wanted if name == "all" or name in parts), None)
     if chosen is None:
         raise RetrofitError(
-            f"{origin} has no {' and no '.join(wanted)}: it has {' and '.join(parts)}; choose by split, or take all"
+            f"{origin} has no {' and no '.join(wanted)}: it has {' and '.join(parts)}; choose a split, or all"
         )
     unseen = next((part for part in ("val", "test") if part in parts and part != chosen), None)
     if chosen != "all":

@@ -149,11 +149,11 @@ def called(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         batch = f"a batch of shape {tuple(images.shape)}, {images.dtype}"
         if "more than 1 value per channel" in str(error):
             raise RetrofitError(
-                f"a batch norm gets a single value for each channel from {batch}; take a larger batch_size, larger images, "
-                "or freeze_bn=True"
+                f"a batch norm gets a single value for each channel from {batch}; use a larger batch_size, larger "
+                "images, or freeze_bn=True"
             ) from error
         raise RetrofitError(
-            f"the network fails on {batch}: {error}; compare the images with what the network takes (channels first, "
+            f"the network fails on {batch}: {error}; compare the images with what the network expects (channels first, "
             "their number, size and dtype)"
         ) from error
 
@@ -196,8 +196,8 @@ def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
         switch(True)
     if not on():
         raise RetrofitError(
-            f"grad_checkpointing=True: {type(model).__name__} has no set_grad_checkpointing of timm's kind; leave it out, "
-            "or take a smaller batch_size with grad_accum_steps"
+            f"grad_checkpointing=True: {type(model).__name__} has no set_grad_checkpointing like timm's; leave it out, "
+            "or use a smaller batch_size with grad_accum_steps"
         )
     try:
         yield

@@ -128,7 +128,7 @@ class Evaluation:
             RetrofitError: If an image may have several classes.
         """
         if self.multi_label:
-            raise RetrofitError("with several labels an image no class is taken for another; see classes")
+            raise RetrofitError("with several labels per image, there is no confusion matrix; see classes")
         count = len(self.classes)
         return torch.bincount(self.targets * count + self.answers[:, 0], minlength=count**2).view(count, count)
 
@@ -363,7 +363,7 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
             raise RetrofitError("the labels of an image must be from 0 to 1")
         return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
-        hint = "; for several labels an image set multi_label=True" if targets.dim() == 2 else ""
+        hint = "; for several labels per image, set multi_label=True" if targets.dim() == 2 else ""
         raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= classes:

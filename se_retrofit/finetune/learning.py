@@ -224,7 +224,7 @@ def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
 
 def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
     if not groups:
-        raise RetrofitError("no parameter of the network requires a gradient; unfreeze what is to be trained")
+        raise RetrofitError("no parameter of the network requires a gradient; unfreeze the ones to train")
     options = dict(config.optimizer_options)
     if fused and "foreach" not in options and config.optimizer.lower() in HAVE_FUSED:
         options.setdefault("fused", True)
@@ -290,7 +290,7 @@ def try_out(config: FinetuneConfig) -> None:
         raise
     except Exception as error:  # each raises errors of its own kind
         raise RetrofitError(
-            f"{what}: {type(error).__name__}: {error}; take another, such as adamw and cosine"
+            f"{what}: {type(error).__name__}: {error}; choose another, such as adamw and cosine"
         ) from error
 
 

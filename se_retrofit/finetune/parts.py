@@ -152,9 +152,9 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
             f'trainable="{part}" needs SE modules, and this {name} has none; retrofit it first: model = add_se(model)'
         )
     if part.startswith("norms") and not modules:
-        raise RetrofitError(f'trainable="{part}": no norm of {name} has parameters; take "head" or "all"')
+        raise RetrofitError(f'trainable="{part}": no norm of {name} has parameters; use "head" or "all"')
     if part.endswith("head") and not heads:
-        raise RetrofitError(f'trainable="{part}": no head found in {name}; take "se" or "all"')
+        raise RetrofitError(f'trainable="{part}": no head found in {name}; use "se" or "all"')
     return modules if part == "se" else modules + heads
 
 

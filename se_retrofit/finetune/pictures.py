@@ -110,7 +110,7 @@ def drawn(images: Sequence[Tensor], titles: Sequence[str], model: nn.Module) -> 
     from matplotlib.figure import Figure
 
     if not is_picture(images[0]):
-        raise RetrofitError(f"inputs of shape {tuple(images[0].shape)} are no pictures of one or three channels")
+        raise RetrofitError(f"inputs of shape {tuple(images[0].shape)} are not pictures with one or three channels")
     columns = min(len(images), COLUMNS)
     rows = -(-len(images) // columns)
     lines = max(title.count("\n") + 1 for title in titles)

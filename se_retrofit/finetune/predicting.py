@@ -72,7 +72,7 @@ def predict(
         for file, image in read:
             if isinstance(image, str):
                 if bad_images == "error":
-                    raise RetrofitError(f'{image}; bad_images="skip" goes on without it')
+                    raise RetrofitError(f'{image}; bad_images="skip" continues without it')
                 yield Prediction(str(file), error=image)
                 continue
             best, numbers = next(answers)

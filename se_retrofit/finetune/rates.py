@@ -186,7 +186,7 @@ def learning_rates(rates: list[float], losses: list[float], diverged: bool) -> L
     if len(losses) < FEWEST_STEPS:
         raise RetrofitError(
             f"the loss diverged after {len(losses)} steps, at a learning rate of "
-            f"{rates[-1] if rates else 0:.2e}: begin lower (lowest=...), or look at the data and the loss"
+            f"{rates[-1] if rates else 0:.2e}: start lower (lowest=...), or check the data and the loss"
         )
     smoothed = smooth(np.array(losses))
     bottom = int(np.argmin(smoothed))

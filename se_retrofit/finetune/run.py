@@ -246,7 +246,7 @@ class Run:
         parameters = dict(self.model.named_parameters())
         for name in not_finite(self.model):
             if name in parameters or self.first_weights[name].isnan().any():
-                raise RetrofitError(f"{name} of the network is not finite before any training: look at its weights")
+                raise RetrofitError(f"{name} of the network is not finite before any training: check its weights")
 
     def check_weights(self) -> None:
         """Raise an error if a weight is no longer finite, which must not be saved. The loss may be finite even so."""

@@ -86,7 +86,7 @@ def check(job: Job) -> None:
     if job.folder is not None:
         check_folder(job.folder, job.resume)
     elif job.resume:
-        raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
+        raise RetrofitError("resume=True needs the output_dir of the run to resume")
 
 
 def check_config(config: Any) -> None:
@@ -216,7 +216,7 @@ def restore(run: Run) -> None:
             scaler.load_state_dict(saved["scaler"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RetrofitError(
-            f"the state in {run.folder.last} is not that of this run, it may have been edited: {error!r}; start anew in "
+            f"the state in {run.folder.last} is not that of this run, it may have been edited: {error!r}; restart in "
             "another folder"
         ) from error
     if run.progress.best is not None:

@@ -132,7 +132,7 @@ def excitations(
         for module, flag in training:
             module.training = flag
     if not inputs:
-        raise RetrofitError("the data yields no batch, so there are no gates to look at")
+        raise RetrofitError("the data yields no batch, so there are no gates to inspect")
     missed = tuple(path for path in ses if path not in found)
     return Excitations(tuple(found.values()), inputs, missed, _class_names(model, data))
 

@@ -60,8 +60,8 @@ def network_in(folder: Path) -> Path:
     if not settled(folder).is_dir():
         raise RetrofitError(f"no folder {folder}; give the folder that save_retrofitted or a fine-tune wrote")
     raise RetrofitError(
-        f"{folder} holds no network that save_retrofitted, add, finetune or fold wrote; {RECIPE} was looked for in it and in "
-        f"{folder / 'best'}"
+        f"{folder} holds no network written by save_retrofitted, add, finetune or fold; there is no {RECIPE} in it "
+        f"or in {folder / 'best'}"
     )
 
 
