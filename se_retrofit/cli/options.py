@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Options = dict[str, tuple[Any, Any]]  # the type and the default of each option, by name
 
 MODEL_HELP = "a name: resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME"
-FOLDER_HELP = "a folder written by add, finetune or fold: a saved network or a run"
+FOLDER_HELP = "a folder written by add, finetune or fold (a saved network or a run)"
 DATA_HELP = "digits, a folder with train/ and val/ or one folder per class, or a timm dataset: torch/cifar10, hfds/..."
 
 # The network and its data
