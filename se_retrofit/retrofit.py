@@ -62,7 +62,7 @@ def add_se(
         gate: ``"identity"``, a ``2 * sigmoid`` that starts at exactly 1; or the paper's ``"sigmoid"``, starting at 1/2.
         bias: whether the bottleneck's layers have biases.
         include, exclude: patterns of block paths (``"layer4.*"``): use only matching blocks (or chains), or all others.
-        at: patterns of modules whose outputs SE scales; the blocks that are found get SE, too, only with ``auto=True``.
+        at: patterns of paths of modules whose outputs SE scales; only with ``auto=True`` does it scale the blocks, too.
         recognisers: additional functions ``(record) -> Iterable[Block]``, called before those of the package.
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs or ``(args, kwargs)``. Only
             shapes and dtypes are read. By default, the model's config and common sizes are tried.
@@ -74,7 +74,7 @@ def add_se(
         TypeError: If an argument is of the wrong type. Whatever is raised, the model is unchanged.
 
     Warns:
-        UserWarning: If a factory's module draws random numbers in train mode, or a method's source is not the plan's.
+        UserWarning: If a factory's module draws random numbers in train mode, or a method has changed since the plan.
 
     Example:
         >>> import timm
