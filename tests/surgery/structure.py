@@ -1,4 +1,7 @@
-"""The table of structures: each a small network with the plan that an expert would write."""
+"""The table of structures: each a small network with the plan that an expert would write.
+
+A network, or the block that it has twice, is a class, or no more than a forward and the parts that it calls.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["STRUCTURES", "Structure", "conv", "structure", "unit"]
+__all__ = ["STRUCTURES", "Branch", "Structure", "Two", "Unit", "conv", "joined", "module_of", "structure", "unit"]
+
+Parts = Callable[..., Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,10 +44,26 @@ class Structure:
 STRUCTURES: dict[str, Structure] = {}
 
 
-def structure(*inputs: Any, **facts: Any) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def module_of(parts: Parts, base: type[nn.Module] = nn.Module) -> Callable[[Callable[..., Any]], type[nn.Module]]:
+    """Make a class of a forward; ``parts`` makes its attributes of what the class is called with."""
+
+    def made(forward: Callable[..., Any]) -> type[nn.Module]:
+        def __init__(self: nn.Module, *args: Any) -> None:
+            base.__init__(self)
+            for name, part in parts(*args).items():
+                setattr(self, name, part)
+
+        members = {"__init__": __init__, "forward": forward, "__module__": forward.__module__}
+        return type(forward.__name__, (base,), members)
+
+    return made
+
+
+def structure(*inputs: Any, parts: Parts | None = None, **facts: Any) -> Callable[[Any], type[nn.Module]]:
     """Put a network into the table, with the facts of a ``Structure``; the paths of sites come without ``se_attention``."""
 
-    def noted(cls: type[nn.Module]) -> type[nn.Module]:
+    def noted(network: Any) -> type[nn.Module]:
+        cls: type[nn.Module] = network if parts is None else module_of(parts)(network)
         STRUCTURES[cls.__name__] = Structure(cls, inputs, **facts)
         return cls
 
@@ -72,3 +95,56 @@ class Unit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(self.conv1(x)).relu()
         return (x + self.norm2(self.conv2(y))).relu()
+
+
+class Branch(nn.Module):
+    """What is joined with something, each time in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.conv2 = nn.BatchNorm2d(8), conv(8, 8), conv(8, 8)
+        self.scale = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.conv1(self.norm1(x))))
+
+
+class Two(nn.Module):
+    """A stem and two blocks, which are given what else the network is given."""
+
+    block: type[nn.Module] = Branch
+    example: Tensor = torch.randn(2, 3, 10, 10)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(self.example.shape[1], 8, dims=self.example.dim() - 2)
+        self.blocks = nn.ModuleList(self.block() for _ in range(2))
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, *others)
+        return x
+
+
+def joined(
+    after: str = "conv2",
+    *others: Tensor,
+    parts: Parts | None = None,
+    example: Tensor = Two.example,
+    kind: str = "residual",
+    channels: int = 8,
+    at: tuple[str, ...] = ("",),
+) -> Callable[[Any], type[nn.Module]]:
+    """A network of two such blocks, with SE behind one of their layers, and at one of their modules or more; a forward without
+    parts is one of a ``Branch``."""
+
+    def noted(block: Any) -> type[nn.Module]:
+        if not isinstance(block, type):
+            block = module_of(parts or dict, nn.Module if parts else Branch)(block)
+        network = type(block.__name__, (Two,), {"block": block, "example": example})
+        sites = {f"blocks.{i}{end}": channels for i in range(2) for end in at}
+        structure(example, *others, sites=sites, kind=kind, after=after)(network)
+        return block
+
+    return noted

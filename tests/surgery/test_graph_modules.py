@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from block_networks import OfTraining
 from networks import (
     PLACEMENTS,
     assert_same_function,
@@ -19,9 +20,8 @@ from networks import (
     same_tensors,
     se_modules,
 )
-from structure import Unit, conv
 from sweeps import swept
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -112,23 +112,9 @@ def test_a_retrofitted_graph_is_sound_and_copies_and_pickles() -> None:
 # torchvision's feature extractors keep a graph for each mode ------------------------------------------------------------------
 
 
-class Auxiliary(nn.Module):
-    """Has a unit more in train mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.unit, self.extra, self.fc = conv(3, 8), Unit(), Unit(), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.unit(self.stem(x))
-        if self.training:
-            x = self.extra(x)
-        return self.fc(x.mean((2, 3)))
-
-
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing:UserWarning")  # torchvision's
 def test_a_feature_extractor_switches_between_its_graphs() -> None:
-    extractor = create_feature_extractor(randomised(Auxiliary()), {"unit": "middle", "fc": "logits"})
+    extractor = create_feature_extractor(randomised(OfTraining()), {"unit": "middle", "fc": "logits"})
     retrofitted = add_se(extractor.eval())
     assert isinstance(retrofitted, torch.fx.GraphModule)
     for mode in (False, True, False):

@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from block_networks import Styled
-from join_networks import Two
 from networks import PLACEMENTS, assert_same_function, randomise_se, randomised, run, se_modules
 from numeric import check_promises
-from structure import CONVS, Unit, conv
+from structure import CONVS, Two, Unit, conv
 from torch import Tensor, nn
 
 from se_retrofit import RetrofitError, add_se, plan_se, remove_se
