@@ -5,6 +5,7 @@ A network, or the block that it has twice, is a class, or no more than a forward
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-__all__ = ["STRUCTURES", "Branch", "Structure", "Two", "Unit", "conv", "joined", "module_of", "structure", "unit"]
 
 Parts = Callable[..., Mapping[str, Any]]
 
@@ -82,6 +81,11 @@ def conv(inputs: int, outputs: int, kernel: Any = 3, dims: int = 2, **options: A
 def unit(inputs: int, outputs: int, kernel: Any = 3, dims: int = 2, **options: Any) -> nn.Sequential:
     """Convolution, norm, activation."""
     return nn.Sequential(conv(inputs, outputs, kernel, dims, **options), NORMS[dims](outputs), nn.ReLU())
+
+
+def convs(*widths: int) -> list[nn.Module]:
+    """Several such units, one layer after the other."""
+    return [layer for inputs, outputs in itertools.pairwise(widths) for layer in unit(inputs, outputs)]
 
 
 class Unit(nn.Module):
