@@ -1,9 +1,11 @@
-"""Blocks with the Python that people write in a forward."""
+"""Blocks with the Python that people write, in the shapes that its syntax allows."""
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,22 +47,9 @@ class Random(Block):
         return x + out / np.sqrt(2)
 
 
-class FillsDict(Block):
-    def forward(self, x, store=None):
-        out = self.bn2(self.conv2(self.branch(x)))
-        if store is not None:
-            store["out"] = out
-        return x + out
-
-
 class LooksUp(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.drop(self.branch(x))))
-        out = out * self.cfg["alpha"] * self.state.alpha
-        return x + out
+    """Calls a norm's function, and leaves it in eval mode."""
 
-
-class FunctionalNorm(Block):
     def train(self, mode: bool = True):
         super().train(mode)
         self.bn2.eval()
@@ -68,9 +57,9 @@ class FunctionalNorm(Block):
 
     def forward(self, x):
         bn = self.bn2
-        out = F.batch_norm(
-            self.conv2(self.branch(x)), bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum
-        )
+        out = self.conv2(self.drop(self.branch(x)))
+        out = F.batch_norm(out, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, bn.momentum)
+        out = out * self.cfg["alpha"] * self.state.alpha
         return x + out
 
 
@@ -87,18 +76,19 @@ class Branches(Block):
             out = out - 0.5
         if type(x) is torch.Tensor:
             out = out * {16: 2.0}.get(x.shape[-1], 1.5)
-        out = self.bn2(self.conv2(out))
-        return x + out
+        return x + self.bn2(self.conv2(out))
 
 
 class Arguments(Block):
-    def forward(self, x, scale=None, repeats=1, factors=(1.0,), *, flag: bool = False):
+    def forward(self, x, scale=None, repeats=1, factors=(1.0,), *, flag: bool = False, store=None):
         out = self.branch(x)
         for _ in range(repeats):
             out = F.relu(self.conv1(out))
         for factor in factors:
             out = out * factor
         out = self.bn2(self.conv2(out))
+        if store is not None:
+            store["out"] = out
         if scale is not None:
             out = out * scale
         if flag:
@@ -123,6 +113,20 @@ class Tabbed(Block):
 # fmt: on
 
 
+class Lambda(Block):
+    forward = lambda self, x: x + self.bn2(self.conv2(self.branch(x)))  # noqa: E731
+
+
+class Yields(Block):
+    def steps(self, x) -> Iterator[Tensor]:
+        yield x
+        yield self.bn2(self.conv2(x))
+
+    def forward(self, x):
+        *_, out = self.steps(self.branch(x))
+        return x + out
+
+
 class Decorated(Block):
     @torch.autocast("cpu", enabled=False)
     @torch.no_grad()
@@ -131,8 +135,65 @@ class Decorated(Block):
 
     @torch.autocast("cpu", enabled=False)
     def forward(self, x):
-        out = self.bn2(self.conv2(self.frozen(x)))
-        return x + out
+        return x + self.bn2(self.conv2(self.frozen(x)))
+
+
+def knows_itself(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrapper that keeps something on itself, as those of transformers do."""
+
+    @functools.wraps(function)
+    def wrapper(self, x):
+        wrapper.calls = getattr(wrapper, "calls", 0) + 1
+        return function(self, x)
+
+    return wrapper
+
+
+class Wrapped(Block):
+    @knows_itself
+    def forward(self, x):
+        return x + self.bn2(self.conv2(self.branch(x)))
+
+
+class Descriptor:
+    def __init__(self, function: Any) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return functools.partial(self.function, instance)
+
+
+class Described(Block):
+    @Descriptor
+    def run(self, x):
+        return self.bn2(self.conv2(x))
+
+    def forward(self, x):
+        return x + self.run(self.branch(x))  # type: ignore[call-arg]
+
+
+class Behind(Block):
+    """The branch alone."""
+
+    def forward(self, x):
+        return self.bn2(self.conv2(self.branch(x)))
+
+
+class Called(Behind):
+    """The skip is outside of forward."""
+
+    def __call__(self, x):
+        return x + super().__call__(x)
+
+
+class Bypassed:
+    def forward(self, x):
+        return x + super().forward(x)  # type: ignore[misc]
+
+
+class Mixed(Bypassed, Behind):
+    pass
 
 
 def plain(x: Tensor, factor: float) -> Tensor:
@@ -141,32 +202,23 @@ def plain(x: Tensor, factor: float) -> Tensor:
     return torch.relu(x) * factor
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that TorchScript is on its way out
-    scripted = torch.jit.script(plain)
-
-
-class ScriptedFunction(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(scripted(self.bn1(self.conv1(x)), 0.5)))
-        return x + out
-
-
 class Half(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x) * 0.5
 
 
-class ScriptedChild(Block):
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that TorchScript is on its way out
+    scripted, scripted_module = torch.jit.script(plain), torch.jit.script(Half())
+
+
+class Scripted(Block):
     def __init__(self, channels: int = 8) -> None:
         super().__init__(channels)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.act = torch.jit.script(Half())
+        self.act = scripted_module
 
     def forward(self, x):
-        out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
-        return x + out
+        return x + self.bn2(self.conv2(scripted(self.act(self.bn1(self.conv1(x))), 0.5)))
 
 
 class Data(Block):
@@ -175,3 +227,26 @@ class Data(Block):
         out = self.bn2(self.conv2(self.branch(x)))
         out.kept = True
         return x.data * 0 + x + out
+
+
+class NotInstalled:
+    """What stands for a library that is not installed: whatever it is asked, it raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(name)
+
+
+optional_library = NotInstalled()
+
+
+class Weighed(nn.Module):
+    """A differentiable architecture search's mixed operation: no part of the sum is a value of its own."""
+
+    def __init__(me, channels: int = 8) -> None:
+        super().__init__()
+        me.ops = nn.ModuleList([nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()), nn.Identity()])
+        me.ops.insert(0, nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU()))
+        me.alpha = nn.Parameter(torch.zeros(3))
+
+    def forward(me, x):
+        return sum(w * op(x) for w, op in zip(F.softmax(me.alpha, 0), me.ops, strict=True))

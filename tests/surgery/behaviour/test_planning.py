@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import python_blocks as blocks
 import torch
-from class_blocks import Rebuilt
+from class_blocks import Mover
 from networks import random_states, randomise_se, randomised
 from same_behaviour import Net
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ def test_a_size_among_the_models_attributes_is_tried_first() -> None:
 
 
 def test_a_copy_that_is_built_anew_draws_no_global_numbers_while_other_threads_are_about() -> None:
-    model = Net(Rebuilt)
+    model = Net(Mover)
     stop = threading.Event()
     other = threading.Thread(target=stop.wait)  # as a notebook's or a progress bar's
     other.start()
