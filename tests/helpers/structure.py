@@ -139,6 +139,7 @@ def joined(
     kind: str = "residual",
     channels: int = 8,
     at: tuple[str, ...] = ("",),
+    name: str = "",
 ) -> Callable[[Any], type[nn.Module]]:
     """A network of two such blocks, with SE behind one of their layers, and at one of their modules or more; a forward without
     parts is one of a ``Branch``."""
@@ -146,7 +147,7 @@ def joined(
     def noted(block: Any) -> type[nn.Module]:
         if not isinstance(block, type):
             block = module_of(parts or dict, nn.Module if parts else Branch)(block)
-        network = type(block.__name__, (Two,), {"block": block, "example": example})
+        network = type(name or block.__name__, (Two,), {"block": block, "example": example})
         sites = {f"blocks.{i}{end}": channels for i in range(2) for end in at}
         structure(example, *others, sites=sites, kind=kind, after=after)(network)
         return block

@@ -26,16 +26,6 @@ def C2f(self, x: Tensor) -> Tensor:
     return self.cv2(torch.cat(y, 1))
 
 
-@joined("fuse", parts=lambda: {"a": unit(8, 4), "b": unit(4, 4), "fuse": nn.Conv2d(8, 8, 1)}, kind="multi-branch")
-def Aggregated(self, x: Tensor) -> Tensor:
-    """One-shot aggregation without the input, collected in a list."""
-    outs = []
-    for layer in (self.a, self.b):
-        x = layer(x)
-        outs.append(x)
-    return self.fuse(torch.cat(outs, 1))
-
-
 @joined("", parts=lambda: {"narrow": conv(4, 4)}, kind="dense", channels=4)
 def SplitLater(self, x: Tensor) -> Tensor:
     """A split unit whose input is changed before it is split."""
@@ -144,21 +134,6 @@ def Experts(self, x: Tensor) -> Tensor:
     return x + F.relu(self.norm(out))
 
 
-def kernels() -> dict[str, nn.Module | nn.Parameter]:
-    route = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
-    return {"weight": nn.Parameter(torch.randn(3, 8, 8, 3, 3) * 0.1), "norm": nn.BatchNorm2d(8), "route": route}
-
-
-@joined("", parts=kernels)
-def DynamicConv(self, x: Tensor) -> Tensor:
-    """A convolution whose weight is mixed for each image (Chen et al., arXiv:1912.03458)."""
-    b, c, h, w = x.shape
-    attention = F.softmax(self.route(F.adaptive_avg_pool2d(x, 1).flatten(1)) / 30, dim=1)
-    weight = torch.mm(attention, self.weight.flatten(1)).view(-1, c, 3, 3)
-    out = F.conv2d(x.view(1, -1, h, w), weight, padding=1, groups=b).view(b, -1, h, w)
-    return x + F.relu(self.norm(out))
-
-
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
@@ -188,33 +163,6 @@ def OfTraining(self, x: Tensor) -> Tensor:
     if self.training:
         x = self.extra(x)
     return self.fc(x.mean((2, 3)))
-
-
-@structure(
-    IMAGE,
-    parts=lambda: {"features": nn.Sequential(*(layer for i in (3, 8, 8) for layer in (conv(i, 8), nn.ReLU())))},
-    sites={"features.1": 8, "features.3": 8},
-    kind="chain",
-)
-def Perceptual(self, x: Tensor) -> list[Tensor]:
-    """All activations are outputs; SE is behind those that the network goes on with."""
-    found = []
-    for layer in self.features:
-        x = layer(x)
-        if isinstance(layer, nn.ReLU):
-            found.append(x)
-    return found
-
-
-def reader() -> dict[str, nn.Module]:
-    lstm = nn.LSTM(8, 4, bidirectional=True, batch_first=True)
-    return {"convs": nn.Sequential(unit(3, 8), nn.MaxPool2d(2), unit(8, 8)), "lstm": lstm, "head": nn.Linear(8, 5)}
-
-
-@structure(IMAGE, parts=reader, sites={"convs.0": 8, "convs.2": 8}, kind="chain")
-def Reader(self, x: Tensor) -> Tensor:
-    """A recurrent network reads what convolutions have seen."""
-    return self.head(self.lstm(self.convs(x).mean(2).transpose(1, 2))[0])
 
 
 @structure(IMAGE, parts=lambda: {"stem": conv(3, 8), "unit": Unit(), "gates": conv(16, 32)}, sites={"unit": 8})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from structure import Unit, conv, joined, module_of, structure, unit
@@ -10,19 +12,6 @@ from torch import Tensor, nn
 IMAGE = torch.randn(2, 3, 16, 16)
 
 # A skip over the whole network ----------------------------------------------------------------------------------------
-
-
-@structure(IMAGE, sites={f"body.{i}": 8 for i in (1, 4, 7, 10)}, kind="chain")
-class DnCNN(nn.Module):
-    """Predicts the noise of its input (Zhang et al., arXiv:1608.03981)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        middle = [m for _ in range(3) for m in unit(8, 8)]
-        self.body = nn.Sequential(conv(3, 8), nn.ReLU(), *middle, conv(8, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x - self.body(x)
 
 
 @structure(
@@ -34,9 +23,9 @@ class DnCNN(nn.Module):
     kind="chain",
 )
 def VDSR(self, x: Tensor) -> Tensor:
-    """An interpolated image and what a chain adds to it (Kim et al., arXiv:1511.04587)."""
+    """An interpolated image and what a chain takes from it (Kim et al., arXiv:1511.04587)."""
     x = F.interpolate(x, scale_factor=2, mode="bicubic")
-    return torch.clamp(torch.add(self.body(x), x), -9, 9)
+    return torch.clamp(x - self.body(x), -9, 9)
 
 
 @module_of(lambda: {"body": nn.Sequential(conv(8, 8), nn.ReLU(True), conv(8, 8))})
@@ -80,16 +69,10 @@ def LongSkip(self, x: Tensor) -> Tensor:
 # Modulated norms ------------------------------------------------------------------------------------------------------
 
 
-def spade(shared: bool) -> dict[str, nn.Module]:
-    width = 6 if shared else 3
-    made = nn.Sequential(conv(3, 6), nn.ReLU()) if shared else nn.Identity()
-    return {"norm": nn.InstanceNorm2d(8), "shared": made, "gamma": conv(width, 8), "beta": conv(width, 8)}
-
-
-@module_of(spade)
+@module_of(lambda: {"norm": nn.InstanceNorm2d(8), "gamma": conv(3, 8), "beta": conv(3, 8)})
 def SPADE(self, x: Tensor, segmentation: Tensor) -> Tensor:
     """A norm whose scale and shift are made of a map (Park et al., arXiv:1903.07291)."""
-    made = self.shared(F.interpolate(segmentation, size=x.shape[2:], mode="nearest"))
+    made = F.interpolate(segmentation, size=x.shape[2:], mode="nearest")
     return self.norm(x) * (1 + self.gamma(made)) + self.beta(made)
 
 
@@ -100,27 +83,15 @@ def AdaIN(self, x: Tensor, style: Tensor) -> Tensor:
     return (1 + gamma) * self.norm(x) + beta
 
 
-class Modulated(nn.Module):
-    def __init__(self, norm1: nn.Module, norm2: nn.Module) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.conv1, self.conv2 = norm1, norm2, conv(8, 8), conv(8, 8)
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        y = self.conv1(F.leaky_relu(self.norm1(x, other), 0.2))
-        y = self.conv2(F.leaky_relu(self.norm2(y, other), 0.2))
-        return (y + x) / 2**0.5
+def modulated(self: Any, x: Tensor, other: Tensor) -> Tensor:
+    y = self.conv1(F.leaky_relu(self.norm1(x, other), 0.2))
+    y = self.conv2(F.leaky_relu(self.norm2(y, other), 0.2))
+    return (y + x) / 2**0.5
 
 
-@joined("conv2", IMAGE)
-class GauGAN(Modulated):
-    def __init__(self) -> None:
-        super().__init__(SPADE(True), SPADE(False))
-
-
-@joined("conv2", torch.randn(2, 5))
-class StarGAN(Modulated):
-    def __init__(self) -> None:
-        super().__init__(AdaIN(), AdaIN())
+for name, norm, other in (("GauGAN", SPADE, IMAGE), ("StarGAN", AdaIN, torch.randn(2, 5))):
+    block = module_of(lambda norm=norm: {"norm1": norm(), "norm2": norm(), "conv1": conv(8, 8), "conv2": conv(8, 8)})
+    joined("conv2", other, name=name)(block(modulated))
 
 
 # Weighed sums ---------------------------------------------------------------------------------------------------------
@@ -196,16 +167,6 @@ def VQVAE(self, x: Tensor) -> Tensor:
     codes = torch.cdist(z.flatten(0, 2), self.codes.weight).argmin(-1).view(z.shape[:-1])
     quantised = z + (self.codes(codes) - z).detach()
     return self.decoder(quantised.permute(0, 3, 1, 2))
-
-
-@structure(
-    torch.randint(0, 7, (2, 4, 4)),
-    parts=lambda: {"codes": nn.Embedding(7, 8), "decoder": nn.Sequential(Unit(), Unit(), conv(8, 3))},
-    sites={"decoder.0": 8, "decoder.1": 8},
-)
-def Codes(self, codes: Tensor) -> Tensor:
-    """The decoder alone."""
-    return self.decoder(self.codes(codes).permute(0, 3, 1, 2))
 
 
 # U-Nets ---------------------------------------------------------------------------------------------------------------

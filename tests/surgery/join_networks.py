@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from structure import Branch, Two, Unit, conv, joined, module_of, structure, unit
 from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional
 
 IMAGE = torch.randn(2, 3, 10, 10)
 WAVE = torch.randn(2, 8, 40)
@@ -33,14 +34,6 @@ def MPAdd(self, x: Tensor, y: Tensor) -> Tensor:
     return x.lerp(y, 0.3) / (0.7**2 + 0.3**2) ** 0.5
 
 
-@module_of(dict)
-def DropAdd(self, x: Tensor, y: Tensor) -> Tensor:
-    """Drops whole branches where it adds them."""
-    if self.training:
-        y = y / 0.9 * torch.bernoulli(torch.full((len(x), 1, 1, 1), 0.9))
-    return x + y
-
-
 @module_of(lambda: {"scale": nn.Parameter(torch.rand(8, 1, 1) + 0.5)})
 def ScaledAdd(self, x: Tensor, y: Tensor) -> Tensor:
     return x + self.scale * y
@@ -54,11 +47,9 @@ def of_float_functional(self: Any, x: Tensor) -> Tensor:
     return self.add.add(x, self.branch(x))
 
 
-for helper in (Add, MPAdd, DropAdd, ScaledAdd, torch.ao.nn.quantized.FloatFunctional):
-    forward = of_float_functional if helper is torch.ao.nn.quantized.FloatFunctional else called
-    block = module_of(lambda helper=helper: {"add": helper()}, Branch)(forward)
-    block.__name__ = f"With{helper.__name__}"
-    joined()(block)
+for helper in (Add, MPAdd, ScaledAdd, FloatFunctional):
+    block = module_of(lambda helper=helper: {"add": helper()}, Branch)
+    joined(name=f"With{helper.__name__}")(block(of_float_functional if helper is FloatFunctional else called))
 
 
 # Joins that are no plain add ------------------------------------------------------------------------------------------
@@ -108,12 +99,11 @@ def ReLUFirst(self, x: Tensor) -> Tensor:
 # Streams ------------------------------------------------------------------------------------------------------------
 
 
-def stream() -> dict[str, nn.Module]:
-    layers = (nn.Sequential(conv(8, 8, dims=1), nn.ReLU(), conv(8, 8, dims=1)) for _ in range(3))
-    return {"layers": nn.ModuleList(layers)}
-
-
-@structure(WAVE, parts=stream, sites={f"layers.{i}": 8 for i in range(3)})
+@structure(
+    WAVE,
+    parts=lambda: {"layers": nn.ModuleList(nn.Sequential(*unit(8, 8, dims=1), conv(8, 8, dims=1)) for _ in range(3))},
+    sites={f"layers.{i}": 8 for i in range(3)},
+)
 def Summed(self, x: Tensor) -> Tensor:
     """A stream whose stages are summed up as well."""
     total = 0
@@ -121,16 +111,6 @@ def Summed(self, x: Tensor) -> Tensor:
         x = x + layer(x)
         total = total + x
     return total
-
-
-@structure(WAVE, parts=stream, sites={f"layers.{i}": 8 for i in range(3)})
-def Yielded(self, x: Tensor) -> list[Tensor]:
-    """A stream whose stages are all returned."""
-    stages = []
-    for layer in self.layers:
-        x = layer(x) + x
-        stages.append(x)
-    return stages
 
 
 @module_of(lambda: {"conv": conv(8, 8, dims=1), "unit": Unit(dims=1)})
@@ -149,28 +129,6 @@ def HDemucs(self, x: Tensor) -> Tensor:
     """Two streams become one (Défossez, arXiv:2111.03600)."""
     y = self.times(x)
     return self.spectra[1](self.spectra[0](x.flip(2)), y)
-
-
-@module_of(dict, Branch)
-def Averaged(self, x: Tensor, skip: Tensor) -> Tensor:
-    return 0.5 * (self.branch(x) + skip)
-
-
-@structure(
-    IMAGE,
-    parts=lambda: {
-        "stem": unit(3, 8),
-        "units": nn.ModuleList([Averaged(), Averaged()]),
-        "first": conv(8, 8, 1),
-        "second": conv(8, 8, 1),
-    },
-    sites={"units.0": 8, "units.1": 8},
-)
-def DexiNed(self, x: Tensor) -> Tensor:
-    """Units that are given their skip, a sum of projections (Poma et al., arXiv:1909.01955)."""
-    x = self.stem(x)
-    y = self.units[0](x, self.first(x))
-    return self.units[1](y, self.first(x) + self.second(y))
 
 
 # Couplings ------------------------------------------------------------------------------------------------------------

@@ -45,12 +45,9 @@ def frozen_unit(self, x: Tensor) -> Tensor:
     return x + self.norm2(self.conv2(self.conv1(x).relu()))
 
 
-for number, form in enumerate(("scale, shift", "shift, scale", "shift, quotient")):
-    block = module_of(lambda form=form: {"conv1": conv(8, 8), "conv2": conv(8, 8), "norm2": WrittenOut(form)})(
-        frozen_unit
-    )
-    block.__name__ = f"FrozenNorm{number}"
-    joined("norm2")(block)
+for form in ("scale, shift", "shift, scale", "shift, quotient"):
+    block = module_of(lambda form=form: {"conv1": conv(8, 8), "conv2": conv(8, 8), "norm2": WrittenOut(form)})
+    joined("norm2", name=f"frozen norm: {form}")(block(frozen_unit))
 
 
 @module_of(lambda: {"weight": nn.Parameter(torch.randn(8, 8, 3, 3)), "conv1": conv(8, 8), "conv2": conv(8, 8)})
