@@ -10,20 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tools.zoo import (
-    Entry,
-    FullRun,
-    Row,
-    changed_since,
-    command,
-    entries,
-    present_run,
-    read_rows,
-    read_run,
-)
+from tools.zoo import Entry, FullRun, Row, changed_since, command, entries, present_run, read_rows, read_run
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
-ROWS = [Row("timm/a", "one", "converted", 1000, 128, {"residual": 2}, ["Block"])]
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -32,45 +21,35 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """With a file of the surgery and one that is none, in one commit."""
-    folder = tmp_path / "repository"
-    (folder / "se_retrofit" / "surgery").mkdir(parents=True)
-    git(folder, "init", "--quiet")
-    write(folder, "old\n", "first")
-    return folder
-
-
-def write(folder: Path, text: str, message: str) -> None:
+def write(folder: Path, text: str, message: str) -> str:
+    """A commit of a file of the surgery and of one that is none."""
     for file in (folder / "README.md", folder / "se_retrofit" / "surgery" / "blocks.py"):
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     git(folder, "add", ".")
     git(folder, "commit", "--quiet", "-m", message)
+    return git(folder, "rev-parse", "--short", "HEAD")
 
 
-def test_files_of_the_surgery_that_changed_since_a_commit_are_told_committed_or_not(repository: Path) -> None:
-    first = git(repository, "rev-parse", "--short", "HEAD")
-    assert changed_since(first, repository) == []
-    write(repository, "new\n", "second")
-    assert changed_since(first, repository) == ["se_retrofit/surgery/blocks.py"]
-    (repository / "se_retrofit" / "surgery" / "blocks.py").write_text("newer\n")
-    assert changed_since("HEAD", repository) == ["se_retrofit/surgery/blocks.py"]
-
-
-def test_where_git_lacks_the_commit_or_is_not_there_it_can_not_be_told(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_of_the_surgery_that_changed_since_a_commit_are_told_where_git_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = git(repository, "rev-parse", "HEAD")
-    git(repository, "commit", "--quiet", "--allow-empty", "-m", "second")
-    git(tmp_path, "clone", "--quiet", "--depth", "1", repository.as_uri(), "shallow")
-    assert changed_since(first, repository) == []
-    assert changed_since(first, tmp_path / "shallow") is None
-    shutil.rmtree(repository / ".git")
+    folder, shallow = tmp_path / "repository", tmp_path / "shallow"
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    first = write(folder, "old\n", "first")
+    assert changed_since(first, folder) == []
+    write(folder, "new\n", "second")
+    assert changed_since(first, folder) == ["se_retrofit/surgery/blocks.py"]
+    (folder / "se_retrofit" / "surgery" / "blocks.py").write_text("newer\n")
+    assert changed_since("HEAD", folder) == ["se_retrofit/surgery/blocks.py"]  # what is not committed, too
+    git(tmp_path, "clone", "--quiet", "--depth", "1", folder.as_uri(), "shallow")
+    assert changed_since(first, shallow) is None
+    shutil.rmtree(folder / ".git")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    assert changed_since(first, repository) is None
+    assert changed_since(first, folder) is None
     monkeypatch.setenv("PATH", "")
-    assert changed_since(first, tmp_path / "shallow") is None
+    assert changed_since("HEAD", shallow) is None
 
 
 def test_a_walk_over_some_names_or_one_that_was_resumed_is_no_full_run(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 from zoo_rows import listed_rows
 
-from se_retrofit import RetrofitError, SEAttention, add_se
+from se_retrofit import RetrofitError, SEAttention, add_se, has_se
 from se_retrofit.surgery.record.runs import record
 from tools.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
 from tools.zoo.check import CheckFailed, inspect_model
@@ -93,11 +95,9 @@ def test_every_residual_unit_has_one_se_or_channel_attention_of_its_own(name: st
 class Forgetful(nn.Sequential):
     """Loses a key of its state dict after the retrofit, as a bug in the surgery would."""
 
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
-        state = super().state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        if any(isinstance(m, SEAttention) for m in self.modules()):
-            state.pop("0.weight")
-        return state
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        state = super().state_dict(*args, **kwargs)
+        return {key: state[key] for key in state if key != "0.weight" or not has_se(self)}
 
 
 def test_a_broken_promise_fails_the_row() -> None:
@@ -139,36 +139,40 @@ def test_a_crash_or_a_hang_is_that_models_row_and_the_walk_goes_on() -> None:
 # Tables -----------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_survive_the_csv_file(tmp_path: Path) -> None:
-    path = tmp_path / "zoo.csv"
-    for row in ROWS:  # opened anew for each, as by walks that were cut off
+def written(path: Path, rows: list[Row]) -> None:
+    for row in rows:  # opened anew for each, as by walks that were cut off
         writer = RowWriter(path)
         writer.write(row)
         writer.close()
+
+
+def test_rows_survive_the_csv_file_and_one_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.csv"
+    assert read_rows(path) == []
+    written(path, ROWS)
     assert read_rows(path) == ROWS
-    assert read_rows(tmp_path / "none.csv") == []
-
-
-def test_a_csv_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "zoo.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(RetrofitError, match=r"was not written by python -m tools\.zoo"):
-        read_rows(path)
-
-
-def test_a_row_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
-    path = tmp_path / "zoo.csv"
-    writer = RowWriter(path)
-    for row in ROWS:
-        writer.write(row)
-    writer.close()
     text = path.read_text()
     path.write_text(text[: text.rindex("3000")])
     assert read_rows(path) == ROWS[:2]
-    writer = RowWriter(path)
-    writer.write(ROWS[2])
-    writer.close()
+    written(path, ROWS[2:])
     assert read_rows(path) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("do", "fact"),
+    [
+        (lambda file: read_rows(file), r"was not written by python -m tools\.zoo"),
+        (lambda file: write_markdown(ROWS, file), "to write between"),
+        (lambda file: app(["torchvision/alexnet", "--output", str(file / "zoo")]), "there is no folder"),
+    ],
+    ids=["csv of something else", "page without the marks", "no folder"],
+)
+def test_a_file_that_is_not_of_the_zoo_is_left_alone(do: Callable[[Path], object], fact: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(RetrofitError, match=fact):
+        do(path)
+    assert path.read_text() == "a,b\n1,2\n"
 
 
 def test_the_tables_replace_the_old_ones_and_leave_the_text_around_them(tmp_path: Path) -> None:
@@ -183,14 +187,6 @@ def test_the_tables_replace_the_old_ones_and_leave_the_text_around_them(tmp_path
     assert r"| torchvision/c | RuntimeError: a \| b |" in text
     assert "| timm/a | converted | 2 residual | 128 (+12.8%) | 1,000 | 1.5 |" in text
     assert "| it is odd | 1 | 1 | timm/a |" in text
-
-
-def test_a_file_without_the_marks_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "zoo.md"
-    path.write_text("mine\n")
-    with pytest.raises(RetrofitError, match="to write between"):
-        write_markdown(ROWS, path)
-    assert path.read_text() == "mine\n"
 
 
 def test_families_are_summed_up() -> None:
@@ -219,15 +215,8 @@ def test_the_command_writes_both_files_and_goes_on_where_it_stopped(tmp_path: Pa
     }  # fmt: skip
     lines = (tmp_path / "zoo.csv").read_text().splitlines(keepends=True)
     (tmp_path / "zoo.csv").write_text("".join(lines[:2]))  # a walk that was cut off after its first row
-    second = CliRunner().invoke(app, arguments)
-    assert second.exit_code == 0, second.output
+    assert CliRunner().invoke(app, arguments).exit_code == 0
     again = read_rows(tmp_path / "zoo.csv")
     assert [row.name for row in again] == [row.name for row in rows]
     assert again[0] == rows[0]  # its seconds, too: it was not done again
     assert "| torchvision/alexnet | converted | 5 chain |" in (tmp_path / "zoo.md").read_text()
-
-
-def test_the_command_names_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["torchvision/alexnet", "--output", str(tmp_path / "none" / "zoo")])
-    assert isinstance(result.exception, RetrofitError)
-    assert "there is no folder" in str(result.exception)
