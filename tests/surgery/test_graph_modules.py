@@ -14,6 +14,7 @@ from networks import (
     PLACEMENTS,
     assert_same_function,
     gradients,
+    narrow_resnet,
     randomise_se,
     randomised,
     run,
@@ -25,19 +26,14 @@ from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from se_retrofit import InsertSE, RetrofitError, add_se, plan_se, remove_se
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def _resnet() -> nn.Module:
-    return randomised(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)).eval()
-
-
 def _traced() -> torch.fx.GraphModule:
-    return torch.fx.symbolic_trace(_resnet())
+    return torch.fx.symbolic_trace(narrow_resnet())
 
 
 def _se_calls(module: torch.fx.GraphModule) -> list[str]:
@@ -79,7 +75,7 @@ def test_a_traced_network_gets_the_sites_of_the_network_itself(name: str) -> Non
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_placements_hold_in_a_graph(placement: str) -> None:
-    original = _resnet()
+    original = narrow_resnet()
     retrofitted = add_se(torch.fx.symbolic_trace(original), placement=placement)
     _assert_same_with_gates(retrofitted, original, placement=placement)
 
@@ -128,14 +124,14 @@ def test_a_feature_extractor_switches_between_its_graphs() -> None:
 
 
 def test_a_feature_extractor_made_of_a_retrofitted_model_has_its_se() -> None:
-    retrofitted = randomise_se(add_se(_resnet()))
+    retrofitted = randomise_se(add_se(narrow_resnet()))
     extractor = create_feature_extractor(retrofitted, ["fc"])
     with torch.no_grad():
         torch.testing.assert_close(extractor(X)["fc"], retrofitted(X))
 
 
 def test_timms_feature_networks_are_retrofitted() -> None:
-    original = randomised(timm.create_model("resnet10t", features_only=True)).eval()
+    original = randomised(timm.create_model("test_resnet", features_only=True)).eval()
     retrofitted = add_se(original)
     assert len(se_modules(retrofitted)) == 4
     assert retrofitted.feature_info.channels() == original.feature_info.channels()
@@ -154,11 +150,11 @@ def test_insert_se_works_in_a_pass_manager_among_other_passes() -> None:
 
     traced = _traced()
     expected = run(traced, X)
-    result = PassManager(passes=[count, InsertSE(reduction=16, min_hidden=8, include="layer[34]*"), count])(traced)
+    result = PassManager(passes=[count, InsertSE(reduction=2, min_hidden=6, include="layer[23]*"), count])(traced)
     assert result.modified
     assert result.graph_module is traced
     assert seen[1] == seen[0] + 2
-    assert {se.hidden for se in se_modules(traced).values()} == {16, 32}
+    assert {se.hidden for se in se_modules(traced).values()} == {6, 8}
     assert same_tensors(run(traced, X), expected)
 
 

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
-import torchvision
-from networks import randomised
+from networks import randomised, run, same_tensors
+from structure import module_of
 from sweeps import swept
 from torch import Tensor, fx, nn
 
 from se_retrofit import RetrofitError, add_se, record
+from se_retrofit.models import Base
 
 
-class Rewriting(nn.Module):
-    """Views that are written to, operations with several outputs, tensors that no operation made."""
+def rewriting() -> dict[str, Any]:
+    """With tensors that no operation makes, one of which is neither a parameter nor a buffer."""
+    return {"conv": nn.Conv2d(3, 8, 3), "scale": nn.Parameter(torch.rand(8, 1, 1)), "shift": torch.rand(8, 1, 1)}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.scale = nn.Parameter(torch.rand(8, 1, 1))
-        self.shift = torch.rand(8, 1, 1)  # neither a parameter nor a buffer
 
-    def forward(self, x: Tensor, *, flip: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        y = self.conv(x) * self.scale + self.shift
-        y[:, :4].mul_(2).relu_()
-        a, b = y[:, :4], y[:, 4:]
-        a += b
-        values, indices = torch.max(y.flatten(2), -1)
-        return (y.flip(-1) if flip else y), {"max": values, "at": indices.float(), "a": a}
+@module_of(rewriting)
+def Rewriting(self, x: Tensor, *, flip: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Views that are written to, and operations with several outputs."""
+    y = self.conv(x) * self.scale + self.shift
+    y[:, :4].mul_(2).relu_()
+    a, b = y[:, :4], y[:, 4:]
+    a += b
+    values, indices = torch.max(y.flatten(2), -1)
+    return (y.flip(-1) if flip else y), {"max": values, "at": indices.float(), "a": a}
 
 
 NETWORKS = swept(
@@ -38,16 +39,10 @@ NETWORKS = swept(
 )  # fmt: skip
 
 
-def built(name: str) -> nn.Module:
-    library, _, name = name.partition("/")
-    model = timm.create_model(name) if library == "timm" else torchvision.models.get_model(name)
-    return randomised(model).eval()
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_recorded_graph_computes_what_the_network_does(name: str) -> None:
-    model = built(name)
+    model = randomised(Base.of(name).build()).eval()
     for network in (model, add_se(model)):
         found = record(network)
         found.graph.lint()
@@ -65,11 +60,7 @@ def test_writes_to_views_and_values_of_no_operation_are_in_the_graph(flip: bool)
     assert len(constants) == 1
     constants[0].target = "shift"  # the one thing that a graph can't name
     model.scale.data.mul_(3)
-    wanted, rest = model(x, flip=flip)
-    got, found_rest = fx.GraphModule(model, found.graph)(x)
-    assert torch.equal(got, wanted)
-    assert found_rest.keys() == rest.keys()
-    assert all(torch.equal(found_rest[key], rest[key]) for key in rest)
+    assert same_tensors(run(fx.GraphModule(model, found.graph), x), run(model, x, flip=flip))
 
 
 def test_nodes_tell_shapes_calls_and_modules() -> None:
@@ -86,15 +77,12 @@ def test_nodes_tell_shapes_calls_and_modules() -> None:
     assert {op.node: op.role for op in found.ops}[adds] == "add"
 
 
+@module_of(lambda: {"conv": nn.Conv2d(3, 4, 3)})
+def Branching(self, x: Tensor, y: Tensor) -> Tensor:
+    return self.conv(x) - y if x.shape[0] > 0 and x.sum() != 0 else x
+
+
 def test_a_network_that_symbolic_trace_cannot_take_has_a_graph_that_takes_its_inputs_in_order() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.conv(x) - y if x.shape[0] > 0 and x.sum() != 0 else x
-
     model, x, y = Branching(), torch.randn(2, 3, 5, 5), torch.randn(2, 4, 3, 3)
     with pytest.raises(torch.fx.proxy.TraceError):
         fx.symbolic_trace(model)
