@@ -54,12 +54,7 @@ def prelu_chain() -> dict[str, nn.Module]:
     return {"head": nn.Sequential(conv(3, 8), nn.PReLU()), "body": body, "tail": conv(8, 3)}
 
 
-@structure(
-    IMAGE,
-    parts=prelu_chain,
-    sites={"head": 8, "body.1": 8, "body.3": 8, "body.5": 8, "body": 8},
-    kind="chain",
-)
+@structure(IMAGE, parts=prelu_chain, sites={"head": 8, "body.1": 8, "body.3": 8, "body.5": 8, "body": 8}, kind="chain")
 def LongSkip(self, x: Tensor) -> Tensor:
     """A chain inside of a long skip over features."""
     x = self.head(x)

@@ -250,34 +250,6 @@ def ComplexNumbers(self, x: Tensor) -> Tensor:
 # Activations ----------------------------------------------------------------------------------------------------------
 
 
-@structure(
-    WAVE,
-    parts=lambda: {
-        **{f"conv{i}": conv(8, 8, dims=1) for i in (1, 2)},
-        **{f"norm{i}": nn.LayerNorm(8) for i in (1, 2)},
-        "head": nn.Linear(8, 3),
-    },
-    sites={"se_attention": 8, "se_attention_2": 8},
-    kind="chain",
-)
-def Transposed(self, x: Tensor) -> Tensor:
-    """A transpose between the convolution and its activation, for a norm over the last dim."""
-    x = self.norm1(F.relu(self.conv1(x).transpose(1, 2))).transpose(1, 2)
-    return self.head(self.norm2(F.relu(self.conv2(x).transpose(1, 2))).mean(1))
-
-
-@module_of(lambda: {"tau": nn.Parameter(torch.ones(8, 1, 1))})
-def TLU(self, x: Tensor) -> Tensor:
-    """The thresholded unit of filter response norms (Singh and Krishnan, arXiv:1911.09737)."""
-    return torch.max(x, self.tau - 1)
-
-
-@structure(IMAGE, sites={"0": 8, "1": 8, "2": 8}, kind="chain")
-class Thresholded(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(*(nn.Sequential(conv(i, 8), TLU()) for i in (3, 8, 8)), conv(8, 2))
-
-
 @module_of(lambda inputs: {"filter": conv(inputs, 16)})
 def MFM(self, x: Tensor) -> Tensor:
     """The maximum of two halves (Wu et al., arXiv:1511.02683)."""

@@ -126,21 +126,6 @@ def Zipped(self, x: Tensor) -> Tensor:
 # Gated blocks, and masks ----------------------------------------------------------------------------------------------
 
 
-@joined(
-    "",
-    MASK,
-    parts=lambda: {name: nn.ModuleList(conv(8, 8, dims=1) for _ in range(2)) for name in ("convs1", "convs2")},
-    example=WAVE,
-    at=(".convs2.0", ".convs2.1"),
-)
-def Vits(self, x: Tensor, mask: Tensor) -> Tensor:
-    """A unit of a text-to-speech network, with its padding masked (VITS, arXiv:2106.06103)."""
-    for c1, c2 in zip(self.convs1, self.convs2, strict=True):
-        y = c1(F.leaky_relu(x, 0.1) * mask)
-        x = c2(F.leaky_relu(y, 0.1) * mask) + x
-    return x * mask
-
-
 def durations() -> dict[str, nn.Module]:
     convs = {f"conv{i}": conv(8, 8, dims=1) for i in (1, 2)}
     return {**convs, "act1": nn.ReLU(), "act2": nn.ReLU(), "proj": nn.Conv1d(8, 1, 1)}

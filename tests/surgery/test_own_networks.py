@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from block_networks import Styled
-from join_networks import ReLUFirst
+from block_networks import ReLUFirst, Styled
 from networks import PLACEMENTS, assert_same_function, randomise_se, randomised, run, se_modules
 from numeric import check_promises
 from structure import Two, Unit, conv, convs, module_of

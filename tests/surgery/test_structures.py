@@ -6,7 +6,6 @@ import copy
 
 import block_networks  # noqa: F401
 import image_networks  # noqa: F401
-import join_networks  # noqa: F401
 import layer_networks  # noqa: F401
 import pytest
 import signal_networks  # noqa: F401
