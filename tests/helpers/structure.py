@@ -5,6 +5,7 @@ A network, or the block that it has twice, is a class, or no more than a forward
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -113,29 +114,29 @@ class Branch(nn.Module):
         return self.conv2(F.relu(self.conv1(self.norm1(x))))
 
 
-class Two(nn.Module):
-    """A stem and two blocks, which are given what else the network is given."""
+IMAGE = torch.randn(2, 3, 10, 10)
 
-    block: type[nn.Module] = Branch
-    example: Tensor = torch.randn(2, 3, 10, 10)
 
-    def __init__(self) -> None:
+class Net(nn.Module):
+    """A stem and two blocks of a kind, which are given what else the network is given."""
+
+    def __init__(self, block: Callable[[], nn.Module] = Branch, example: Tensor = IMAGE) -> None:
         super().__init__()
-        self.stem = conv(self.example.shape[1], 8, dims=self.example.dim() - 2)
-        self.blocks = nn.ModuleList(self.block() for _ in range(2))
+        self.stem = conv(example.shape[1], 8, dims=example.dim() - 2)
+        self.block1, self.block2 = block(), block()
 
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x, *others)
-        return x
+    def forward(self, x, *args, **kwargs):
+        x = self.block1(self.stem(x), *args, **kwargs)
+        while not isinstance(x, Tensor):
+            x = x["out"] if isinstance(x, dict) else x[0]
+        return self.block2(x, *args, **kwargs)
 
 
 def joined(
     after: str = "conv2",
     *others: Tensor,
     parts: Parts | None = None,
-    example: Tensor = Two.example,
+    example: Tensor = IMAGE,
     kind: str = "residual",
     channels: int = 8,
     at: tuple[str, ...] = ("",),
@@ -147,9 +148,9 @@ def joined(
     def noted(block: Any) -> type[nn.Module]:
         if not isinstance(block, type):
             block = module_of(parts or dict, nn.Module if parts else Branch)(block)
-        network = type(name or block.__name__, (Two,), {"block": block, "example": example})
-        sites = {f"blocks.{i}{end}": channels for i in range(2) for end in at}
-        structure(example, *others, sites=sites, kind=kind, after=after)(network)
+        sites = {f"block{i}{end}": channels for i in (1, 2) for end in at}
+        build = functools.partial(Net, block, example)
+        STRUCTURES[name or block.__name__] = Structure(build, (example, *others), sites, kind, after)
         return block
 
     return noted

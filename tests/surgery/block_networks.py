@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from structure import Branch, Two, Unit, conv, joined, module_of, structure, unit
+from structure import Branch, Net, Unit, conv, joined, module_of, structure, unit
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
@@ -282,15 +282,13 @@ def Reversible(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return y1, x2 + self.g(y1)
 
 
-@structure(IMAGE, sites={f"blocks.{i}{end}": 4 for i in range(2) for end in ("", ".se_attention_2")})
-class RevNet(Two):
-    block = Reversible
+@structure(IMAGE, sites={f"block{i}{end}": 4 for i in (1, 2) for end in ("", ".se_attention_2")})
+class RevNet(Net):
+    def __init__(self) -> None:
+        super().__init__(Reversible)
 
     def forward(self, x: Tensor) -> Tensor:
-        pair = self.stem(x).chunk(2, 1)
-        for block in self.blocks:
-            pair = block(pair)
-        return torch.cat(pair, 1)
+        return torch.cat(self.block2(self.block1(self.stem(x).chunk(2, 1))), 1)
 
 
 # Two outputs ----------------------------------------------------------------------------------------------------------

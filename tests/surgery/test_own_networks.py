@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from block_networks import ReLUFirst, Styled
 from networks import PLACEMENTS, assert_same_function, randomise_se, randomised, run, se_modules
 from numeric import check_promises
-from structure import Two, Unit, conv, convs, module_of
+from structure import Net, Unit, conv, convs, module_of
 from torch import Tensor, nn
 
-from se_retrofit import RetrofitError, add_se, plan_se, remove_se
+from se_retrofit import RetrofitError, add_se, plan_se
 
 X = torch.randn(2, 3, 9, 9)
 
@@ -138,7 +138,7 @@ def test_a_skip_that_is_overwritten_within_the_branch_has_a_place_only_behind_th
 
 
 def test_where_the_batch_is_folded_into_the_channels_there_is_no_place() -> None:
-    model = type("Network", (Two,), {"block": Styled})()
+    model = Net(Styled)
     for placement in ("pre", "identity", "post"):
         check_promises(model, lambda net: net(X.clone()), placement=placement)
     with pytest.raises(RetrofitError, match="which dim"):
@@ -150,4 +150,3 @@ def test_the_example_may_be_of_another_size_than_what_comes_later(dims: int) -> 
     model = nn.Sequential(conv(3, 8, dims=dims), Unit(dims=dims))
     example, x = torch.randn(3, 3, *range(6, 6 + dims)), torch.randn(2, 3, *(9,) * dims)
     check_promises(model, lambda net: net(x), example_inputs=example)
-    assert list(remove_se(add_se(model)).state_dict()) == list(model.state_dict())

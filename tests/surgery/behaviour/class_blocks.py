@@ -174,7 +174,7 @@ class Defaults(Block):
         out = self.bn2(self.conv2(self.branch(x))).to(dtype)
         if mode is Mode.scale:
             out = out * 0.5
-        return x + out + eps
+        return x + out.float() + eps
 
 
 class Locked(Block):

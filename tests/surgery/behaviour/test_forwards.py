@@ -8,7 +8,8 @@ import pytest
 import python_blocks as blocks
 import torch
 from python_blocks import Block
-from same_behaviour import Net, check
+from same_behaviour import check
+from structure import Net
 from torch import nn
 
 from se_retrofit import RetrofitError, add_se

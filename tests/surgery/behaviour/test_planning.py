@@ -17,7 +17,7 @@ import python_blocks as blocks
 import torch
 from class_blocks import Mover
 from networks import random_states, randomise_se, randomised, same_tensors
-from same_behaviour import Net
+from structure import Net
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import BasicBlock
