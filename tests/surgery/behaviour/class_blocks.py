@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from python_blocks import Block
+from structure import conv, module_of
 from torch import Tensor, nn
 
 REGISTRY: list[type] = []
@@ -106,15 +106,15 @@ class NeverRaises(Base):
             return Yes()
 
 
-class OddNames(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.my_hooks, self.post_hooks = {"a": 1}, [0.5]
-        self.layers = nn.ModuleDict({"class": nn.Conv2d(8, 8, 3, padding=1), "in": nn.ReLU()})
+def odd_names() -> dict[str, Any]:
+    layers = nn.ModuleDict({"class": conv(8, 8), "in": nn.ReLU()})
+    return {"my_hooks": {"a": 1}, "post_hooks": [0.5], "layers": layers}
 
-    def forward(self, x):
-        out = self.layers["in"](self.layers["class"](x))
-        return x + self.bn2(self.conv2(out * self.post_hooks[0] * self.my_hooks["a"]))
+
+@module_of(odd_names, Block)
+def OddNames(self, x):
+    out = self.layers["in"](self.layers["class"](x))
+    return x + self.bn2(self.conv2(out * self.post_hooks[0] * self.my_hooks["a"]))
 
 
 class DictResult(Block):
@@ -123,16 +123,12 @@ class DictResult(Block):
         return OrderedDict(out=x + out, skip=x)
 
 
-class Children(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.act, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x):
-        out = x
-        for child in self.children():
-            out = child(out)
-        return x + out
+@module_of(lambda: {"conv1": conv(8, 8), "act": nn.ReLU(), "conv2": conv(8, 8)})
+def Children(self, x):
+    out = x
+    for child in self.children():
+        out = child(out)
+    return x + out
 
 
 class Derived(Base):
@@ -164,27 +160,10 @@ def made(factor: float) -> type[Block]:
     return Made
 
 
-class Mode(str, enum.Enum):  # noqa: UP042
-    add = "add"
-    scale = "scale"
-
-
-class Defaults(Block):
-    def forward(self, x, mode: Mode = Mode.add, dtype: torch.dtype = torch.float32, *, eps: float = 1e-5):
-        out = self.bn2(self.conv2(self.branch(x))).to(dtype)
-        if mode is Mode.scale:
-            out = out * 0.5
-        return x + out.float() + eps
-
-
-class Locked(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lock = threading.Lock()
-
-    def forward(self, x):
-        with self.lock:
-            return x + self.bn2(self.conv2(self.branch(x)))
+@module_of(lambda: {"lock": threading.Lock()}, Block)
+def Locked(self, x):
+    with self.lock:
+        return x + self.bn2(self.conv2(self.branch(x)))
 
 
 class Property(Block):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import random
 import warnings
@@ -12,24 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from structure import conv, module_of
 from torch import Tensor, nn
 
 
 class Block(nn.Module):
     """What the blocks have in common; each has a forward of its own."""
 
-    def __init__(self, channels: int = 8) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.channels = channels
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.drop = nn.Dropout(0.2)
-        self.feats: list[Any] = []
-        self.calls = 0
-        self.cfg = {"alpha": 0.5}
-        self.state = SimpleNamespace(alpha=0.75)
+        self.conv1, self.bn1 = conv(8, 8), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = conv(8, 8), nn.BatchNorm2d(8)
+        self.drop, self.cfg, self.state = nn.Dropout(0.2), {"alpha": 0.5}, SimpleNamespace(alpha=0.75)
 
     def branch(self, x: Tensor) -> Tensor:
         return F.relu(self.bn1(self.conv1(x)))
@@ -79,8 +74,15 @@ class Branches(Block):
         return x + self.bn2(self.conv2(out))
 
 
+class Mode(str, enum.Enum):  # noqa: UP042
+    add = "add"
+    scale = "scale"
+
+
 class Arguments(Block):
-    def forward(self, x, scale=None, repeats=1, factors=(1.0,), *, flag: bool = False, store=None):
+    def forward(
+        self, x, scale=None, repeats=1, factors=(1.0,), mode: Mode = Mode.add, *, flag: bool = False, store=None
+    ):
         out = self.branch(x)
         for _ in range(repeats):
             out = F.relu(self.conv1(out))
@@ -91,9 +93,9 @@ class Arguments(Block):
             store["out"] = out
         if scale is not None:
             out = out * scale
-        if flag:
-            return x + out, out
-        return x + out
+        if mode is Mode.scale:
+            out = out * 0.5
+        return (x + out, out) if flag else x + out
 
 
 class Starred(Block):
@@ -212,13 +214,9 @@ with warnings.catch_warnings():
     scripted, scripted_module = torch.jit.script(plain), torch.jit.script(Half())
 
 
-class Scripted(Block):
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__(channels)
-        self.act = scripted_module
-
-    def forward(self, x):
-        return x + self.bn2(self.conv2(scripted(self.act(self.bn1(self.conv1(x))), 0.5)))
+@module_of(lambda: {"act": scripted_module}, Block)
+def Scripted(self, x):
+    return x + self.bn2(self.conv2(scripted(self.act(self.bn1(self.conv1(x))), 0.5)))
 
 
 class Data(Block):
@@ -244,8 +242,8 @@ class Weighed(nn.Module):
 
     def __init__(me, channels: int = 8) -> None:
         super().__init__()
-        me.ops = nn.ModuleList([nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU()), nn.Identity()])
-        me.ops.insert(0, nn.Sequential(nn.Conv2d(channels, channels, 1), nn.ReLU()))
+        convs = (nn.Sequential(conv(channels, channels, kernel), nn.ReLU()) for kernel in (1, 3))
+        me.ops = nn.ModuleList([*convs, nn.Identity()])
         me.alpha = nn.Parameter(torch.zeros(3))
 
     def forward(me, x):

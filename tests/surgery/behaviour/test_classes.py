@@ -47,11 +47,6 @@ def test_weak_references_to_a_parent_point_to_the_copys_own() -> None:
     assert torch.equal(retrofitted(x), model(x))
 
 
-@pytest.mark.parametrize("mode", list(blocks.Mode))
-def test_defaults_of_any_type_stay(mode: blocks.Mode) -> None:
-    check(Net(blocks.Defaults), [((mode,), {"eps": 0.1}), ((), {"dtype": torch.float64})])
-
-
 def test_a_model_with_a_lock_is_retrofitted_in_place() -> None:
     model, x = Net(blocks.Locked).eval(), torch.randn(2, 3, 9, 9)
     with pytest.raises(RetrofitError, match="can't be copied"):

@@ -23,7 +23,7 @@ CALLS = {
     blocks.Starred: [((None,), {"pads": (0, 0), "more": 1})],
     blocks.Arguments: [
         ((0.5,), {"store": {}}),
-        ((torch.tensor(2.0), 2), {}),
+        ((torch.tensor(2.0), 2), {"mode": blocks.Mode.scale}),
         ((None, 0, [0.5, 2.0]), {"flag": True}),
         ((), {"factors": (), "flag": True}),
     ],

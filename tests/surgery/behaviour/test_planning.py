@@ -5,7 +5,6 @@ from __future__ import annotations
 import cProfile
 import random
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import python_blocks as blocks
 import torch
-from class_blocks import Mover
 from networks import random_states, randomise_se, randomised, same_tensors
 from structure import Net
 from torch import Tensor, nn
@@ -122,17 +120,3 @@ def test_a_size_among_the_models_attributes_is_tried_first() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), nn.Flatten(), nn.Linear(8 * 35 * 35, 2))
     model.image_size = 37  # it takes no other
     assert plan_of(add_se(model)).inputs["args"][0]["tensor"] == [2, 3, 37, 37]
-
-
-def test_a_copy_that_is_built_anew_draws_no_global_numbers_while_other_threads_are_about() -> None:
-    model = Net(Mover)
-    stop = threading.Event()
-    other = threading.Thread(target=stop.wait)  # as a notebook's or a progress bar's
-    other.start()
-    states = list(random_states())
-    try:
-        add_se(model, 2, example_inputs=torch.zeros(1, 3, 9, 9))
-        assert list(random_states()) == states
-    finally:
-        stop.set()
-        other.join()
