@@ -141,9 +141,8 @@ def PoseHead(self, x: Tensor) -> Tensor:
 
 
 @structure(IMAGE, sites={"1": 8}, skipped={"2.boxes.0": "plain chain", "2.points.0": "plain chain"})
-class Pose(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(unit(3, 8), Unit(), PoseHead())
+def Pose() -> nn.Module:
+    return nn.Sequential(unit(3, 8), Unit(), PoseHead())
 
 
 # Integer codes --------------------------------------------------------------------------------------------------------
@@ -182,12 +181,10 @@ class SkipConnection(nn.Module):
 
 
 @structure(IMAGE, sites={"1.model.0": 8, "1.model.3.model.0": 12, "1.model.3.model.3": 16}, kind="chain")
-class Pix2Pix(nn.Sequential):
+def Pix2Pix() -> nn.Module:
     """What is convolved and activated in a row gets SE; what is normed and joined with a skip before its activation does not."""
-
-    def __init__(self) -> None:
-        up = nn.ReLU(), nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.Tanh()
-        super().__init__(nn.Conv2d(3, 8, 4, 2, 1), SkipConnection(8, 12, SkipConnection(12, 16)), *up)
+    up = nn.ReLU(), nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.Tanh()
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), SkipConnection(8, 12, SkipConnection(12, 16)), *up)
 
 
 def pre_activated(*pairs: tuple[int, int]) -> nn.ModuleList:

@@ -59,9 +59,8 @@ def Centred(self, x: Tensor) -> Tensor:
 
 
 @structure(IMAGE, sites={"1": 8, "2": 8}, after="conv2", skipped={"1": "plain chain"})
-class WeightCentred(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(conv(3, 8), Centred(), Centred())
+def WeightCentred() -> nn.Module:
+    return nn.Sequential(conv(3, 8), Centred(), Centred())
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -91,21 +90,17 @@ def depthwise(norm: bool) -> nn.Module:
 
 
 @structure(IMAGE, sites={"0": 8, "2": 8, "4": 8, "6": 8}, kind="chain")
-class SAGAN(nn.Sequential):
+def SAGAN() -> nn.Module:
     """A chain with attention in between: the odd branch gets no SE, and the chain gets its own."""
-
-    def __init__(self) -> None:
-        attentions = Attention(), Attention(depthwise(norm=False)), Attention(depthwise(norm=True))
-        between = [m for attention in attentions for m in (attention, unit(8, 8))]
-        super().__init__(unit(3, 8), *between, conv(8, 2))
+    attentions = Attention(), Attention(depthwise(norm=False)), Attention(depthwise(norm=True))
+    between = [m for attention in attentions for m in (attention, unit(8, 8))]
+    return nn.Sequential(unit(3, 8), *between, conv(8, 2))
 
 
 @structure(IMAGE, sites={"1": 8})
-class EfficientFormer(nn.Sequential):
+def EfficientFormer() -> nn.Module:
     """Local features are added to the values and activated with them (Li et al., arXiv:2212.08059)."""
-
-    def __init__(self) -> None:
-        super().__init__(unit(3, 8), Attention(depthwise(norm=True), nn.GELU()), conv(8, 2))
+    return nn.Sequential(unit(3, 8), Attention(depthwise(norm=True), nn.GELU()), conv(8, 2))
 
 
 @module_of(
@@ -125,11 +120,9 @@ def Attended(self, x: Tensor) -> Tensor:
 
 
 @structure(IMAGE, sites={"1": 8, "2": 8}, after="norm2")
-class BAT(nn.Sequential):
+def BAT() -> nn.Module:
     """Attention inside of residual units (Chi et al., arXiv:2006.03318): SE is the unit's, not the attention's."""
-
-    def __init__(self) -> None:
-        super().__init__(conv(3, 8), Attended(), Attended())
+    return nn.Sequential(conv(3, 8), Attended(), Attended())
 
 
 def wave_to_vec() -> dict[str, nn.Module]:
@@ -167,15 +160,13 @@ def TimeFirst(self, x: Tensor) -> Tensor:
 
 
 @structure(IMAGE, sites={"0": 8, "1": 8, "3": 12, "4": 12}, kind="chain")
-class YuNet(nn.Sequential):
+def YuNet() -> nn.Module:
     """Separable convolutions, the pointwise one first (Haase and Amthor, arXiv:2003.13549): between two depthwise ones stands no
     projection, but the first half of the next unit."""
-
-    def __init__(self) -> None:
-        first, second, third, fourth = (
-            nn.Sequential(conv(i, o, 1), *unit(o, o, groups=o)) for i, o in ((3, 8), (8, 8), (8, 12), (12, 12))
-        )
-        super().__init__(first, second, nn.MaxPool2d(2), third, fourth, nn.Conv2d(12, 2, 1))
+    first, second, third, fourth = (
+        nn.Sequential(conv(i, o, 1), *unit(o, o, groups=o)) for i, o in ((3, 8), (8, 8), (8, 12), (12, 12))
+    )
+    return nn.Sequential(first, second, nn.MaxPool2d(2), third, fourth, nn.Conv2d(12, 2, 1))
 
 
 def tas_unit(last: bool) -> dict[str, nn.Module | None]:
@@ -217,11 +208,9 @@ def Down(self, x: Tensor) -> Tensor:
 
 
 @structure(IMAGE, sites={"1": 8, "3": 16})
-class AutoencoderDC(nn.Sequential):
+def AutoencoderDC() -> nn.Module:
     """No sum to be fused, and a layer between stages: it is no block."""
-
-    def __init__(self) -> None:
-        super().__init__(conv(3, 8), Unit(), Down(), Unit(16), conv(16, 4))
+    return nn.Sequential(conv(3, 8), Unit(), Down(), Unit(16), conv(16, 4))
 
 
 @module_of(lambda: {"real": conv(4, 4), "imag": conv(4, 4)})
@@ -258,9 +247,8 @@ def MFM(self, x: Tensor) -> Tensor:
 
 
 @structure(IMAGE, sites={"0": 8, "1": 8}, kind="chain")
-class LightCNN(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(MFM(3), MFM(8), conv(8, 2))
+def LightCNN() -> nn.Module:
+    return nn.Sequential(MFM(3), MFM(8), conv(8, 2))
 
 
 def pyramid() -> dict[str, nn.Module]:

@@ -17,21 +17,13 @@ CLIP = torch.randn(2, 3, 4, 12, 12)
 
 
 @structure(EEG, sites={"1.2": 16, "2": 16}, kind="chain")
-class EEGNet(nn.Sequential):
+def EEGNet() -> nn.Module:
     """A depthwise convolution over all electrodes leaves maps of height 1 (Lawhern et al., arXiv:1611.08024)."""
-
-    def __init__(self) -> None:
-        temporal = conv(1, 8, (1, 9)), nn.BatchNorm2d(8)
-        spatial = (
-            nn.Conv2d(8, 16, (6, 1), groups=8),
-            nn.BatchNorm2d(16),
-            nn.ELU(),
-            nn.AvgPool2d((1, 4)),
-            nn.Dropout(0.25),
-        )
-        separable = conv(16, 16, (1, 5), groups=16), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ELU()
-        head = nn.AvgPool2d((1, 2)), nn.Flatten(), nn.Linear(16 * 8, 4)
-        super().__init__(*(nn.Sequential(*layers) for layers in (temporal, spatial, separable, head)))
+    temporal = conv(1, 8, (1, 9)), nn.BatchNorm2d(8)
+    spatial = nn.Conv2d(8, 16, (6, 1), groups=8), nn.BatchNorm2d(16), nn.ELU(), nn.AvgPool2d((1, 4))
+    separable = conv(16, 16, (1, 5), groups=16), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ELU()
+    head = nn.AvgPool2d((1, 2)), nn.Flatten(), nn.Linear(16 * 8, 4)
+    return nn.Sequential(*(nn.Sequential(*layers) for layers in (temporal, spatial, separable, head)))
 
 
 def over_time() -> dict[str, nn.Module]:
@@ -88,24 +80,22 @@ def no_meta(x: Tensor) -> None:
         raise RuntimeError("Unknown device for graph fuser")
 
 
-@structure(torch.randn(2, 3, 10, 10), sites={"1": 8})
-class FailsOnMeta(nn.Sequential):
+def stem_and_unit() -> dict[str, nn.Module]:
+    return {"stem": conv(3, 8), "unit": Unit()}
+
+
+@structure(torch.randn(2, 3, 10, 10), parts=stem_and_unit, sites={"unit": 8})
+def FailsOnMeta(self, x: Tensor) -> Tensor:
     """What fails on meta is tried with values."""
-
-    def __init__(self) -> None:
-        super().__init__(conv(3, 8), Unit())
-
-    def forward(self, x: Tensor) -> Tensor:
-        no_meta(x)
-        return super().forward(x)
+    no_meta(x)
+    return self.unit(self.stem(x))
 
 
-@structure(torch.randn(2, 3, 10, 10), refused="expected input.* to have 3 channels, but got 8")
-class FailsEither(FailsOnMeta):
+@structure(torch.randn(2, 3, 10, 10), parts=stem_and_unit, refused="expected input.* to have 3 channels, but got 8")
+def FailsEither(self, x: Tensor) -> Tensor:
     """The reason is the one that is met with values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self[0](x))
+    no_meta(x)
+    return self.unit(self.stem(self.stem(x)))
 
 
 def zipped() -> dict[str, nn.Module]:
