@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,6 +202,21 @@ def test_data_that_make_no_batches_or_do_not_fit_are_refused_in_words(
 def test_an_error_in_a_loading_process_is_told_without_its_traceback() -> None:
     with pytest.raises(RetrofitError, match=r"^as it is$"), told_plainly():
         raise RetrofitError("Caught RetrofitError in worker 0.\nOriginal Traceback: ...\nRetrofitError: as it is")
+
+
+def test_an_error_keeps_nothing_of_the_frames_that_it_went_through() -> None:
+    class Processes:
+        pass
+
+    def reraise() -> None:
+        held.append(weakref.ref(own := Processes()))
+        error = OSError(f"broken {own}")
+        raise error
+
+    held: list[Any] = []
+    with pytest.raises(OSError, match="broken"), told_plainly():
+        reraise()
+    assert held[0]() is None
 
 
 def test_images_of_the_validation_that_do_not_fit_are_refused_in_words() -> None:

@@ -214,6 +214,12 @@ for helper in (Add, MPAdd, ScaledAdd, FloatFunctional):
 
 
 @joined()
+def Subtracted(self, x: Tensor) -> Tensor:
+    """A branch that is what to take away, as in denoising."""
+    return x - self.branch(x)
+
+
+@joined()
 def LerpByChannel(self, x: Tensor) -> Tensor:
     """Taken apart on meta: x + t * (y - x)."""
     return torch.lerp(x, self.branch(x), self.scale)
