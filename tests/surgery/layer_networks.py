@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from structure import Unit, conv, joined, module_of, structure, unit
@@ -24,6 +26,21 @@ def Deformed(self, x: Tensor) -> Tensor:
     """Two deformable convolutions (Dai et al., arXiv:1703.06211)."""
     y = F.relu(self.conv1(x, self.offset1(x)))
     return x + self.conv2(y, self.offset2(y))
+
+
+def routed() -> dict[str, Any]:
+    route = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3))
+    return {"weight": nn.Parameter(torch.randn(3, 8, 8, 3, 3) * 0.1), "norm": nn.BatchNorm2d(8), "route": route}
+
+
+@joined("", parts=routed)
+def DynamicConv(self, x: Tensor) -> Tensor:
+    """A convolution whose weight is mixed for each image (Chen et al., arXiv:1912.03458)."""
+    b, c, h, w = x.shape
+    attention = F.softmax(self.route(x.mean((2, 3))) / 30, dim=1)
+    weight = torch.mm(attention, self.weight.flatten(1)).view(-1, c, 3, 3)
+    out = F.conv2d(x.view(1, -1, h, w), weight, padding=1, groups=b).view(b, -1, h, w)
+    return x + F.relu(self.norm(out))
 
 
 class WrittenOut(nn.Module):
@@ -264,3 +281,20 @@ def Pyramid(self, x: Tensor) -> Tensor:
         x = block(x)
         pooled.append(F.adaptive_max_pool2d(x, 1).flatten(1))
     return self.head(torch.cat(pooled, 1))
+
+
+class TLU(nn.Module):
+    """The thresholded unit of filter response norms (Singh and Krishnan, arXiv:1911.09737)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.max(x, self.tau - 1)
+
+
+@structure(IMAGE, sites={"0": 8, "1": 8, "2": 8}, kind="chain")
+class Thresholded(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(*(nn.Sequential(conv(i, 8), TLU(8)) for i in (3, 8, 8)), conv(8, 2))

@@ -187,3 +187,38 @@ def WN(self, x: Tensor, mask: Tensor) -> Tensor:
 )
 def Flow(self, x: Tensor, mask: Tensor) -> Tensor:
     return self.head(self.wn(self.stem(x) * mask, mask))
+
+
+class Injected(nn.Module):
+    """A layer of one stream, to whose convolution another stream's is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unit = conv(8, 8, dims=1), Unit(dims=1)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        x = self.conv(x)
+        return self.unit(x if other is None else x + other)
+
+
+def streams() -> dict[str, nn.Module]:
+    return {name: nn.ModuleList([Injected(), Injected()]) for name in ("times", "spectra")}
+
+
+@structure(WAVE, parts=streams, sites={f"{s}.{i}.unit": 8 for s in ("times", "spectra") for i in range(2)})
+def HDemucs(self, x: Tensor) -> Tensor:
+    """Two streams become one (Défossez, arXiv:2111.03600)."""
+    y = self.times[1](self.times[0](x))
+    return self.spectra[1](self.spectra[0](x.flip(2)), y)
+
+
+def transposed() -> dict[str, nn.Module]:
+    convs = {f"conv{i}": conv(8, 8, dims=1) for i in (1, 2)}
+    return {**convs, "norm1": nn.LayerNorm(8), "norm2": nn.LayerNorm(8), "head": nn.Linear(8, 3)}
+
+
+@structure(WAVE, parts=transposed, sites={"se_attention": 8, "se_attention_2": 8}, kind="chain")
+def Transposed(self, x: Tensor) -> Tensor:
+    """A transpose between the convolution and its activation, for a norm over the last dim."""
+    x = self.norm1(F.relu(self.conv1(x).transpose(1, 2))).transpose(1, 2)
+    return self.head(self.norm2(F.relu(self.conv2(x).transpose(1, 2))).mean(1))
