@@ -56,7 +56,7 @@ class FinetuneConfig(BaseModel):
     lr: Positive = 2e-4
     """Peak learning rate. The default is low because the weights are already good; from scratch, use 1e-3."""
     se_lr_scale: NotNegative = 1.0
-    """Factor on the learning rate of SE modules, whose layers learn at `16 * lr / inputs`, at most `0.01 / inputs`."""
+    """Factor on the rate of SE modules, whose layers learn at `16 * lr / inputs`, at most `max(lr, 0.01) / inputs`."""
     head_lr_scale: NotNegative = 5.0
     """Factor on `lr` for the classifier, which most fine-tunes train from scratch; use 1 if it is kept."""
     layer_decay: Annotated[Positive, Field(le=1)] | None = None

@@ -23,7 +23,7 @@ from .parts import head_of, se_modules
 
 __all__ = ["Learning", "fans_in", "learning", "param_groups", "rates_in_words", "se_pace", "try_out"]
 
-FASTEST = 0.01  # the learning rate of an SE layer times its number of inputs, at most
+FASTEST = 0.01  # the learning rate of an SE layer times its number of inputs, at most, unless lr is higher
 HAVE_FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
 
@@ -95,7 +95,7 @@ def param_groups(
         model: the network; parameters that require a gradient are put into the groups.
         lr: learning rate of the body.
         weight_decay: weight decay of the weights; norms and biases get none.
-        se_lr_scale: factor on the rate of SE modules, whose layers learn at 16 * lr / inputs, at most 0.01 / inputs:
+        se_lr_scale: factor on the rate of SE modules, whose layers learn at 16 * lr / inputs, at most max(lr, 0.01) / inputs:
             gates move alike at every width (muP, Yang et al., arXiv:2203.03466), and at most as fast as norms' scales.
         head_lr_scale: factor on ``lr`` for the classifier; use 1 if it is not new.
         layer_decay: factor on ``lr`` for each layer further from the head.
@@ -166,7 +166,7 @@ def scales_by_layer(model: nn.Module, layer_decay: float) -> dict[int, float]:
 
 def se_pace(fan_in: int, lr: float) -> float:
     """Return the factor on ``lr`` for a layer of an SE module: 16 / fan-in, and less at high rates, so that the layer
-    learns at 0.01 / fan-in at most; between 1 / fan-in and 1.
+    learns at max(lr, 0.01) / fan-in at most; between 1 / fan-in and 1.
 
     Under Adam, each weight moves by about the learning rate, whatever its gradient, so the output of a layer moves by
     that times its number of inputs. In a pretrained network, gates behind wide layers are then far from 1 after a few
