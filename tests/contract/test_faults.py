@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +11,6 @@ import torch
 from networks import assert_untouched, snapshot
 from timm.models.resnet import BasicBlock
 from torch import nn
-from torch.fx.passes.infra.pass_base import PassBase
 
 from se_retrofit import InsertSE, RetrofitError, add_se, plan_se, remove_se
 
@@ -29,29 +30,27 @@ def broken(error: BaseException) -> Any:
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
-    "where", ["retrofit.planned", "surgery.splice.carry.built", "surgery.splice.carry.apply_edits"]
+    "where", ["retrofit.planned", "surgery.splice.carry.built", "surgery.splice.carry.apply_edits", "retrofit.strip"]
 )
 def test_a_fault_asks_to_be_reported(monkeypatch: pytest.MonkeyPatch, where: str, inplace: bool) -> None:
     model, error = network(), TypeError("deep inside")
+    call = partial(add_se, example_inputs=X)
+    if where == "retrofit.strip":
+        model, call = call(model), remove_se
     before = snapshot(model)
     monkeypatch.setattr(f"se_retrofit.{where}", broken(error))
     with pytest.raises(RetrofitError, match="please report") as raised:
-        add_se(model, 2, example_inputs=X, inplace=inplace)
+        call(model, inplace=inplace)
     assert raised.value.__cause__ is error
     assert_untouched(model, before)
 
 
-def test_so_it_is_in_planning_undoing_and_in_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = add_se(network(), 2, example_inputs=X)
+@pytest.mark.parametrize("call", [plan_se, InsertSE()])
+def test_so_it_is_in_planning_and_in_the_pass(monkeypatch: pytest.MonkeyPatch, call: Callable[[Any], Any]) -> None:
     traced = torch.fx.symbolic_trace(network())
-    monkeypatch.setattr("se_retrofit.retrofit.strip", broken(KeyError("class")))
     monkeypatch.setattr("se_retrofit.retrofit.planned", broken(KeyError("block")))
-    before = snapshot(model)
-    run_pass: PassBase = InsertSE(2, example_inputs=X)
-    for call in (lambda: plan_se(network()), lambda: remove_se(model, inplace=True), lambda: run_pass(traced)):
-        with pytest.raises(RetrofitError, match="please report"):
-            call()
-    assert_untouched(model, before)
+    with pytest.raises(RetrofitError, match="please report"):
+        call(traced)
 
 
 @pytest.mark.parametrize(
@@ -67,5 +66,5 @@ def test_so_it_is_in_planning_undoing_and_in_the_pass(monkeypatch: pytest.Monkey
 def test_interruptions_and_reasons_pass_as_they_are(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr("se_retrofit.surgery.splice.carry.apply_edits", broken(error))
     with pytest.raises(type(error)) as raised:
-        add_se(network(), 2, example_inputs=X)
+        add_se(network(), example_inputs=X)
     assert raised.value is error

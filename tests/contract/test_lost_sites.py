@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,31 +21,34 @@ def vgg() -> nn.Module:
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
 
 
-def replace_relus(model: nn.Module, count: int) -> nn.Module:
-    features = model[0]
-    places = [i for i, module in enumerate(features) if isinstance(module, nn.ReLU)]
-    for i in places[:count]:
-        features[i] = nn.GELU()
+def replaced(count: int) -> nn.Module:
+    """Retrofitted, and then some of its ReLUs are replaced."""
+    model = add_se(vgg())
+    for i in [i for i, module in enumerate(model[0]) if isinstance(module, nn.ReLU)][:count]:
+        model[0][i] = nn.GELU()
     return model
 
 
-def test_a_part_of_the_sites_is_named_wherever_the_model_is_looked_at(tmp_path: Path) -> None:
-    model = replace_relus(add_se(vgg()), 2)
-    message = r"2 SE modules .*0\.1\.se_attention, 0\.4\.se_attention"
-    with pytest.warns(UserWarning, match=message):
-        assert has_se(model)
-    with pytest.warns(UserWarning, match=message):
-        assert len(inspect_se(model).report().rows) == 6
-    with pytest.warns(UserWarning, match=message):
-        save_retrofitted(model, tmp_path / "saved")
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nn.ModuleDict({"backbone": model})):
-        with pytest.warns(UserWarning, match="2 SE modules"):
-            assert has_se(twin)
+@pytest.mark.parametrize(
+    "look",
+    [
+        has_se,
+        lambda model: len(inspect_se(model).report().rows) == 6,
+        lambda model: has_se(copy.deepcopy(model)),
+        lambda model: has_se(pickle.loads(pickle.dumps(model))),
+        lambda model: has_se(nn.ModuleDict({"backbone": model})),
+    ],
+    ids=["asked", "inspected", "copied", "pickled", "in another"],
+)
+def test_a_part_of_the_sites_is_named_wherever_the_model_is_looked_at(look: Callable[[nn.Module], bool]) -> None:
+    model = replaced(2)
+    with pytest.warns(UserWarning, match=r"2 SE modules .*0\.1\.se_attention, .*0\.4\.se_attention"):
+        assert look(model)
     assert len(plan_of(model).sites) == 6
 
 
-def test_all_sites_gone_is_told_too(tmp_path: Path) -> None:
-    model = replace_relus(add_se(vgg()), 8)
+def test_all_sites_gone_is_told_too_and_not_saved(tmp_path: Path) -> None:
+    model = replaced(8)
     with pytest.warns(UserWarning, match="8 SE modules"):
         assert not has_se(model)
     with pytest.warns(UserWarning, match="8 SE modules"), pytest.raises(RetrofitError, match="no SE modules"):
@@ -54,9 +57,7 @@ def test_all_sites_gone_is_told_too(tmp_path: Path) -> None:
 
 def test_nothing_is_said_of_a_whole_or_a_bare_model() -> None:
     model = add_se(vgg())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert has_se(model)
-        assert len(inspect_se(model).report().rows) == 8 == len(se_modules(model))
-        assert not has_se(remove_se(model))
+    assert has_se(model)  # a warning would be an error
+    assert len(inspect_se(model).report().rows) == 8 == len(se_modules(model))
+    assert not has_se(remove_se(model))
     assert vars(remove_se(model)).keys() == vars(vgg()).keys()
