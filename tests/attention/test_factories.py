@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attentions import Gain, Network, inputs, inserted, retrofitted
+from networks import randomise_se
 from torch import Tensor, nn
 
 from se_retrofit import RetrofitError, add_se, plan_of, plan_se
@@ -31,24 +32,23 @@ def test_a_factory_is_told_its_place() -> None:
     assert {p.dtype for module in inserted(model).values() for p in module.parameters()} == {torch.bfloat16}
 
 
-def test_parameters_are_counted_on_the_built_module() -> None:
-    for attention in (
-        *ATTENTIONS,
-        Gain,
-        lambda slot: nn.Sequential(Gain(slot.channels), nn.Conv2d(8, 8, 3, padding=1)),
-    ):
-        plan = plan_se(Network(), attention=attention, example_inputs=inputs())
-        for site, module in zip(plan.sites, inserted(add_se(Network(), plan=plan)).values(), strict=True):
-            assert site.parameters == sum(p.numel() for p in module.parameters())
+class Looking(Gain):
+    """Looks at values in its constructor."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        assert self.weight.sum().item() > 0
 
 
-def test_a_class_that_looks_at_values_in_its_constructor_is_counted_all_the_same() -> None:
-    class Looking(Gain):
-        def __init__(self, channels: int) -> None:
-            super().__init__(channels)
-            assert self.weight.sum().item() > 0
+def two(slot: Slot) -> nn.Module:
+    return nn.Sequential(Gain(slot.channels), nn.Conv2d(8, 8, 3, padding=1))
 
-    assert plan_se(Network(), attention=Looking, example_inputs=inputs()).sites[0].parameters == 16
+
+@pytest.mark.parametrize("attention", [*ATTENTIONS, Gain, Looking, two])
+def test_parameters_are_counted_on_the_built_module(attention: Any) -> None:
+    plan = plan_se(Network(), attention=attention, example_inputs=inputs())
+    for site, module in zip(plan.sites, inserted(add_se(Network(), plan=plan)).values(), strict=True):
+        assert site.parameters == sum(p.numel() for p in module.parameters()) > 0
 
 
 def test_an_inserted_of_the_users_own_is_inserted_as_it_is() -> None:
@@ -76,11 +76,12 @@ def overwrite(slot: Slot) -> nn.Module:
     return nn.ReLU(inplace=True)
 
 
-def infinite(slot: Slot) -> nn.Module:
-    class Log(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.log()
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
 
+
+def infinite(slot: Slot) -> nn.Module:
     return Log()
 
 
@@ -148,17 +149,15 @@ def test_a_plan_brings_its_attention() -> None:
         add_se(Network(), plan=plan_se(Network(), attention="eca", example_inputs=inputs()), attention="cbam")
 
 
-def test_gates_of_eca_and_static_are_factors_of_their_outputs() -> None:
-    for name in ("se", "eca", "static"):
-        for last in (False, True):
-            module = next(iter(inserted(retrofitted(Network(last=last), name, inputs())).values()))
-            for parameter in module.parameters():
-                nn.init.normal_(parameter)
-            x = torch.randn(3, 6, 5, 8) if last else torch.randn(3, 8, 6, 5)
-            gates = module.gates(x)  # type: ignore[operator]
-            assert gates.shape == (3, 8)
-            torch.testing.assert_close(module(x), scale(x, gates, module.channel_dim))
-            if name == "eca":  # against the paper's formula
-                z = squeeze(x, module.channel_dim)
-                expected = 2 * torch.sigmoid(nn.functional.conv1d(z[:, None], module.conv.weight, padding="same")[:, 0])
-                torch.testing.assert_close(gates, expected)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", ["se", "eca", "static"])
+def test_gates_are_factors_of_the_outputs(name: str, last: bool) -> None:
+    module = next(iter(inserted(randomise_se(retrofitted(Network(last=last), name, inputs()))).values()))
+    x = torch.randn(3, 6, 5, 8) if last else torch.randn(3, 8, 6, 5)
+    gates = module.gates(x)  # type: ignore[operator]
+    assert gates.shape == (3, 8)
+    torch.testing.assert_close(module(x), scale(x, gates, module.channel_dim))
+    if name == "eca":  # against the paper's formula
+        z = squeeze(x, module.channel_dim)
+        expected = 2 * torch.sigmoid(nn.functional.conv1d(z[:, None], module.conv.weight, padding="same")[:, 0])
+        torch.testing.assert_close(gates, expected)

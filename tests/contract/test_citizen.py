@@ -30,7 +30,7 @@ from networks import (
     se_modules,
 )
 from safetensors.torch import load_model, save_model
-from sweeps import swept
+from sweeps import ON_CUDA, swept
 from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
 from torch import nn
@@ -117,11 +117,10 @@ def test_a_frozen_model_gets_gates_that_train() -> None:
     assert {name for name, gradient in found.items() if gradient is not None} == ours
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", [ON_CUDA])
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/convnext_atto"])
-def test_models_on_cuda(name: str) -> None:
-    model, x = NETWORKS[name].build().cuda(), NETWORKS[name].input().cuda()
+def test_models_on_cuda(name: str, device: str) -> None:
+    model, x = NETWORKS[name].build().to(device), NETWORKS[name].input().to(device)
     before = torch.cuda.get_rng_state()
     retrofitted = add_se(model)
     assert torch.equal(torch.cuda.get_rng_state(), before)

@@ -38,7 +38,11 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "ConvNeXt": lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
     "dense": lambda: DenseNet(growth_rate=8, block_config=(2, 2)),
 }
-OPTIONS = swept([{}], [{"attention": SEModule}, {"gate": "sigmoid"}, *({"attention": name} for name in ATTENTIONS)])
+# whether it is called in the mode, and options
+CASES = swept(
+    [(True, {})],
+    [(False, {}), (True, {"gate": "sigmoid"}), *((True, {"attention": a}) for a in (SEModule, *ATTENTIONS))],
+)
 
 
 @pytest.fixture
@@ -68,13 +72,12 @@ def runs_on_cuda(model: nn.Module, mode: FakeTensorMode) -> bool:
     return {str(t.device) for t in (y, z, *model.parameters(), *model.buffers())} == {"cuda:0"}
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("inside", swept([True], [False]))
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", swept(["residual", "ConvNeXt"], ["inverted", "dense"]))
 def test_the_surgery_does_on_cuda_what_it_does_elsewhere(
-    kind: str, inside: bool, options: dict[str, Any], mode: FakeTensorMode
+    kind: str, case: tuple[bool, dict[str, Any]], mode: FakeTensorMode
 ) -> None:
-    network = on_fake_cuda(kind, mode)
+    (inside, options), network = case, on_fake_cuda(kind, mode)
     before, state = torch.get_rng_state(), network.state_dict()
     with mode if inside else contextlib.nullcontext():
         model = add_se(network, **options)

@@ -63,7 +63,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 def test_residual_units_of_other_libraries_get_se(name: str) -> None:
     build, shape, units = NETWORKS[name]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    model = check_promises(build(), lambda net: getattr(output := net(x.clone()), "logits", output))
+
+    def run(net: nn.Module) -> Any:
+        output = net(x.clone())
+        return getattr(output, "logits", output)
+
+    model = check_promises(build(), run)
     assert [site.kind for site in plan_of(model).sites] == ["residual"] * units
 
 
