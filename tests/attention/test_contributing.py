@@ -24,8 +24,6 @@ def test_one_file_and_one_row_are_all_that_an_attention_takes(tmp_path: Path, mo
     (tmp_path / "effective_se.py").write_text(file, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(sys.modules, "effective_se", importlib.import_module("effective_se"))
-    for name, made in ATTENTIONS.copy().items():
-        monkeypatch.setitem(ATTENTIONS, name, made)
     monkeypatch.setitem(ATTENTIONS, "ese", None)  # so that it goes again
     exec(row, {"ATTENTIONS": ATTENTIONS, "EffectiveSE": sys.modules["effective_se"].EffectiveSE})
 

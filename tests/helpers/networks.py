@@ -24,7 +24,7 @@ class Network:
     """A network that the contract is tested on, with the side of a small input that it takes."""
 
     name: str
-    size: int = 32
+    size: int
 
     def build(self, **kwargs: Any) -> nn.Module:
         """The network with 10 classes, random weights and random norms."""
@@ -41,39 +41,16 @@ class Network:
         return torch.randn(batch, 3, self.size, self.size + wider, generator=torch.Generator().manual_seed(3))
 
 
-NETWORKS = {
-    network.name: network
-    for network in (
-        Network("torchvision/resnet18"),
-        Network("torchvision/resnet50"),
-        Network("torchvision/vgg11"),
-        Network("torchvision/alexnet", 64),
-        Network("torchvision/densenet121"),
-        Network("torchvision/googlenet"),
-        Network("torchvision/inception_v3", 75),
-        Network("torchvision/squeezenet1_1"),
-        Network("torchvision/mobilenet_v2"),
-        Network("torchvision/mobilenet_v3_small"),
-        Network("torchvision/shufflenet_v2_x0_5"),
-        Network("torchvision/regnet_x_400mf"),
-        Network("timm/test_resnet"),
-        Network("timm/test_convnext"),
-        Network("timm/resnet50"),
-        Network("timm/resnetv2_50"),
-        Network("timm/densenet121"),
-        Network("timm/mobilenetv2_100"),
-        Network("timm/convnext_atto"),
-        Network("timm/dla34"),
-        Network("timm/res2net50_26w_4s"),
-        Network("timm/hrnet_w18_small"),
-        Network("timm/cspdarknet53"),
-        Network("timm/vovnet39a"),
-        Network("timm/nf_resnet50"),
-        Network("timm/repvgg_b0"),
-        Network("timm/inception_resnet_v2", 75),
-        Network("timm/dpn68"),
-    )
-}
+_NAMES = [
+    "torchvision/resnet18", "torchvision/resnet50", "torchvision/vgg11", "torchvision/alexnet", "torchvision/densenet121",
+    "torchvision/googlenet", "torchvision/inception_v3", "torchvision/squeezenet1_1", "torchvision/mobilenet_v2",
+    "torchvision/mobilenet_v3_small", "torchvision/shufflenet_v2_x0_5", "torchvision/regnet_x_400mf", "timm/test_resnet",
+    "timm/test_convnext", "timm/resnet50", "timm/resnetv2_50", "timm/densenet121", "timm/mobilenetv2_100", "timm/convnext_atto",
+    "timm/dla34", "timm/res2net50_26w_4s", "timm/hrnet_w18_small", "timm/cspdarknet53", "timm/vovnet39a", "timm/nf_resnet50",
+    "timm/repvgg_b0", "timm/inception_resnet_v2", "timm/dpn68",
+]  # fmt: skip
+_LARGER = {"torchvision/alexnet": 64, "torchvision/inception_v3": 75, "timm/inception_resnet_v2": 75}
+NETWORKS = {name: Network(name, _LARGER.get(name, 32)) for name in _NAMES}
 
 _WIDE_HEADS = ("torchvision/vgg11", "torchvision/alexnet")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from networks import assert_untouched, same_tensors, se_modules, snapshot
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from se_retrofit import add_se, remove_se
 from se_retrofit.verify import redraw_vectors
@@ -16,24 +17,16 @@ from se_retrofit.verify import redraw_vectors
 Run = Callable[[nn.Module], Any]  # calls a model on some inputs
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """All floating-point tensors in what a model returns."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def outputs(model: nn.Module, run: Run) -> list[Tensor]:
     """What a model returns under a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return list(tensors(run(model)))
+        return tensors(run(model))
 
 
 def behaviour(model: nn.Module, run: Run, *, train: bool) -> dict[str, Tensor | None]:
