@@ -1,4 +1,5 @@
-"""Bad input: an error that says what was given and what to do, and a model that is as it was."""
+"""Bad input: an error that says what was given and what to do; what goes wrong in the package itself is told as such. And the model
+is as it was."""
 
 from __future__ import annotations
 
@@ -162,3 +163,55 @@ def test_a_model_that_cannot_be_copied() -> None:
 def test_the_pass_takes_graph_modules_only() -> None:
     _refused(InsertSE(), _network(), TypeError, r"Sequential.*add_se")
     _refused(InsertSE(reduction=0), torch.fx.symbolic_trace(_network()), RetrofitError, "reduction")
+
+
+# Faults of the package ---------------------------
+
+
+def _broken(error: BaseException) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "where", ["retrofit.planned", "surgery.splice.carry.built", "surgery.splice.carry.apply_edits", "retrofit.strip"]
+)
+def test_a_fault_asks_to_be_reported(monkeypatch: pytest.MonkeyPatch, where: str, inplace: bool) -> None:
+    model, error = _network(), TypeError("deep inside")
+    call = partial(add_se, example_inputs=torch.zeros(1, 3, 9, 9))
+    if where == "retrofit.strip":
+        model, call = call(model), remove_se
+    before = snapshot(model)
+    monkeypatch.setattr(f"se_retrofit.{where}", _broken(error))
+    with pytest.raises(RetrofitError, match="please report") as raised:
+        call(model, inplace=inplace)
+    assert raised.value.__cause__ is error
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("call", [plan_se, InsertSE()])
+def test_so_it_is_in_planning_and_in_the_pass(monkeypatch: pytest.MonkeyPatch, call: Callable[[Any], Any]) -> None:
+    traced = torch.fx.symbolic_trace(_network())
+    monkeypatch.setattr("se_retrofit.retrofit.planned", _broken(KeyError("block")))
+    with pytest.raises(RetrofitError, match="please report"):
+        call(traced)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        SystemExit(3),
+        RetrofitError("with a reason"),
+        torch.OutOfMemoryError(),
+        UserWarning("a warning that the user has made an error"),
+    ],
+)
+def test_interruptions_and_reasons_pass_as_they_are(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    monkeypatch.setattr("se_retrofit.surgery.splice.carry.apply_edits", _broken(error))
+    with pytest.raises(type(error)) as raised:
+        add_se(_network(), example_inputs=torch.zeros(1, 3, 9, 9))
+    assert raised.value is error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torchvision
 from networks import (
     NETWORKS,
     assert_same_function,
+    assert_untouched,
     gradients,
     narrow_resnet,
     randomise_se,
@@ -28,24 +29,23 @@ from networks import (
     run,
     same_tensors,
     se_modules,
+    snapshot,
 )
-from safetensors.torch import load_model, save_model
 from sweeps import ON_CUDA, swept
 from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from se_retrofit import RetrofitError, add_se, has_se, remove_se
+from se_retrofit import RetrofitError, add_se, fuse_se, has_se, remove_se
 
 
 def small() -> nn.Module:
     """A narrow ResNet with gates that are not 1."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        return randomise_se(add_se(narrow_resnet(), 4), std=0.1)
+    torch.manual_seed(4)
+    return randomise_se(add_se(narrow_resnet(), 4), std=0.1)
 
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -57,14 +57,6 @@ def assert_same_training(a: nn.Module, b: nn.Module) -> None:
     for name, ours, theirs in zip(expected, found.values(), expected.values(), strict=True):
         assert torch.equal(ours, theirs), name  # type: ignore[arg-type]
     assert same_tensors(run(a, X), run(b, X))
-
-
-def test_safetensors_save_and_load(tmp_path: Path) -> None:
-    model = small()
-    save_model(model, str(tmp_path / "model.safetensors"))
-    fresh = add_se(narrow_resnet(), 4)
-    assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
-    assert_same_function(fresh, model, X)
 
 
 def test_a_model_on_meta_is_retrofitted_there_and_filled_later() -> None:
@@ -285,3 +277,89 @@ def test_blocks_stay_instances_of_their_classes_with_source_and_names() -> None:
     assert after == before.replace("out = self.bn3(out)", "out = self.se_attention(self.bn3(out))") != before
     assert inspect.getsource(type(block)) == inspect.getsource(Bottleneck)
     assert inspect.signature(block.forward) == inspect.signature(Bottleneck(64, 16).forward)
+
+
+# Blocks whose class says how it is copied and pickled ---------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(self.conv1(x).relu()))
+
+
+def rebuilt(cls: type[Block], width: int, state: dict[str, Any]) -> Block:
+    block = cls(width)
+    block.load_state_dict(state)
+    return block
+
+
+class Reduced(Block):
+    def __reduce__(self) -> Any:
+        return rebuilt, (type(self), self.width, self.state_dict())
+
+
+class ReducedByName(Block):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuilt, (ReducedByName, self.width, self.state_dict())
+
+
+class Stateful(Block):
+    def __getstate__(self) -> Any:
+        return {"width": self.width, "tensors": self.state_dict()}
+
+    def __setstate__(self, state: Any) -> None:
+        self.__init__(state["width"])  # type: ignore[misc]
+        self.load_state_dict(state["tensors"])
+
+
+class ReducedWithState(Stateful):
+    def __reduce__(self) -> Any:
+        return type(self), (self.width,), self.__getstate__()
+
+
+class NewWithArguments(Block):
+    def __new__(cls, width: int) -> Any:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> Any:
+        return (self.width,)
+
+
+class Parent(Block):
+    """A child knows the block that it is in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        vars(self.conv1)["parent"] = self
+
+
+CLASSES = [Reduced, ReducedByName, Stateful, ReducedWithState, NewWithArguments, Parent]
+WAYS: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize(("inplace", "change"), [(False, nn.Identity()), (True, fuse_se)], ids=["copied", "fused"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_block_is_copied_as_its_class_says_with_its_se(cls: Any, way: str, inplace: bool, change: Any) -> None:
+    original = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), cls(8))).eval()
+    before, keys = snapshot(original), list(original.state_dict())
+    model = change(randomise_se(add_se(original, 2, inplace=inplace))).eval()  # the copy of a rebuilt one trains
+    if not inplace:
+        assert_untouched(original, before)
+    again = WAYS[way](model).eval()
+    assert type(again[1]) is type(model[1])
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert same_tensors(list(again.state_dict().values()), list(model.state_dict().values()))
+    assert not {id(t) for t in again.parameters()} & {id(t) for t in model.parameters()}
+    assert_same_function(again, model, X)
+    removed = remove_se(again)
+    assert type(removed[1]) is cls
+    assert list(removed.state_dict()) == keys
+    if cls is Parent:
+        assert again[1].conv1.parent is again[1]
