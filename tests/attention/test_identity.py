@@ -21,6 +21,7 @@ from attentions import (
     original,
     retrofitted,
 )
+from networks import run, same_tensors
 from numeric import assert_same_behaviour
 from sweeps import swept
 from torch import nn
@@ -69,7 +70,14 @@ def test_in_any_float_type_under_autocast_and_in_both_memory_formats(name: str, 
     network, x = (given.to(dtype=dtype, memory_format=layout) for given in original(name))
     model = retrofitted(network, ALL.get(name, "se"), x)
     assert {p.dtype for module in inserted(model).values() for p in module.parameters()} == {dtype}
-    assert_identity(network, model, x, autocast=autocast)
+    if name not in MORE_OF_LIBRARIES:
+        assert_identity(network, model, x, autocast=autocast)
+        return
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, wanted = run(model, x), run(network, x)
+    # random weights may overflow float16
+    assert same_tensors([y.isfinite() for y in found], [y.isfinite() for y in wanted])
+    assert same_tensors([y.nan_to_num() for y in found], [y.nan_to_num() for y in wanted])
 
 
 @pytest.mark.parametrize("name", swept(EVERY_TIME, IN_SWEEPS))
