@@ -105,10 +105,6 @@ def own_retrofitted(**options: object) -> nn.Module:
     return randomise_se(add_se(bare(), example_inputs=X, **options))
 
 
-def folded() -> nn.Module:
-    return fold_se(own_retrofitted(), [X], tolerance=100)
-
-
 def own_native(cls: type[NativeUnit] = NativeUnit, width: int = 16, units: int = 2, **options: int) -> nn.Module:
     return own(*(cls(width, **options) for _ in range(units)), width=width)
 
@@ -162,27 +158,22 @@ def test_a_target_that_does_not_fit_is_refused_with_the_site(target: Callable[[]
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "says"),
+    ("model", "says"),
     [
-        (lambda: to_native(bare()), RetrofitError, "takes a retrofitted network"),
-        (lambda: to_native(folded()), RetrofitError, "takes a retrofitted network"),
-        (
-            lambda: to_native(own_retrofitted(attention="static")),
-            RetrofitError,
-            "factor for each of 16 channels, not SE",
-        ),
-        (lambda: from_native(own_retrofitted(), own_native(bias=True)), RetrofitError, "retrofit with bias=True"),
-        (lambda: from_native(own_retrofitted(), "seresnet50"), TypeError, "native network as a"),
+        (bare, "takes a retrofitted network"),
+        (lambda: fold_se(own_retrofitted(), [X], tolerance=100), "takes a retrofitted network"),
+        (lambda: own_retrofitted(attention="static"), "is a factor for each of 16 channels, not SE"),
         # nothing can take the factor
-        (
-            lambda: to_native(own_retrofitted(placement="post", include="1")),
-            RetrofitError,
-            "1.se_attention can't be moved",
-        ),
+        (lambda: own_retrofitted(placement="post", include="1"), "gate at 1.se_attention can't be moved"),
     ],
 )
-def test_what_has_no_native_form_is_refused_with_the_reason(
-    call: Callable[[], object], error: type[Exception], says: str
-) -> None:
-    with pytest.raises(error, match=says):
-        call()
+def test_what_has_no_native_form_is_refused_with_the_reason(model: Callable[[], nn.Module], says: str) -> None:
+    with pytest.raises(RetrofitError, match=says):
+        to_native(model())
+
+
+def test_what_cannot_be_read_from_a_native_network_is_refused() -> None:
+    with pytest.raises(RetrofitError, match="retrofit with bias=True"):
+        from_native(own_retrofitted(), own_native(bias=True))
+    with pytest.raises(TypeError, match="native network as a"):
+        from_native(own_retrofitted(), "seresnet50")  # type: ignore[arg-type]
