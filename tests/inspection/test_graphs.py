@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from inspected import NETWORKS, Twice, UNet, example, inspected, small_resnet
-from networks import assert_untouched, random_states, snapshot
+from networks import assert_untouched, random_states, randomise_se, snapshot
 from rich.console import Console
-from torch import fx, nn
+from torch import fx
 
-from se_retrofit import RetrofitError, SEAttention, add_se, fuse_se, inspect_se, record, remove_se
+from se_retrofit import RetrofitError, add_se, fuse_se, inspect_se, record, remove_se
 from se_retrofit.inspection.lines import Line, Lines
 
 
@@ -84,10 +84,8 @@ def test_blocks_that_are_parts_of_a_graph_have_their_own_operations_alone() -> N
 def test_before_and_after_compute_what_the_block_does_without_and_with_se(
     name: str, block: str, size: tuple[int, ...]
 ) -> None:
-    model = add_se(NETWORKS[name](), example_inputs=example()).eval()
-    for module in model.modules():
-        if isinstance(module, SEAttention):
-            nn.init.normal_(module.fc[2].weight)  # gates of 1 would hide a graph without SE
+    # gates of 1 would hide a graph without SE
+    model = randomise_se(add_se(NETWORKS[name](), example_inputs=example()).eval())
     pair = inspect_se(model, example()).block(block)
     x = torch.randn(2, *size)
     given = [x] if name == "dense" else x  # a list of tensors, each of them an input of the graph
