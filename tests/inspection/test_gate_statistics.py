@@ -156,6 +156,7 @@ def test_a_logger_and_excitations_tell_the_same_of_the_same_data(form: str) -> N
     with GateLogger(model) as gates, torch.no_grad():
         model(BATCHES[0][0])
         gates.reset()
+        model(IMAGES[:0])
         assert gates.summary() == {}
         for x, _ in BATCHES:
             model(x)

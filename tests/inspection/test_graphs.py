@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from inspected import NETWORKS, Twice, UNet, example, inspected, small_resnet
-from networks import assert_untouched, random_states, randomise_se, snapshot
+from networks import assert_untouched, random_states, randomise_se, randomised, snapshot
 from rich.console import Console
 from torch import fx
 
@@ -51,13 +51,25 @@ def test_se_is_seen_where_the_paper_puts_it(name: str, block: str, after: str, b
 
 
 def test_a_double_convolution_is_one_block_with_the_names_of_its_layers() -> None:
-    inspection = inspected("unet")
-    pair = inspection.block("d1.net")
-    for name in ("d1", "d1.net.4", "d1.net.2.se_attention", "d1.net.se_attention"):
-        assert inspection.block(name) is pair
+    pair = inspected("unet").block("d1.net")
     assert (pair.cls, [pair.se_after(site) for site in pair.sites]) == ("DoubleConv", ["net.2 (ReLU)", "net.5 (ReLU)"])
     assert [pair.se_before(site) for site in pair.sites] == ["net.3 (Conv2d)", "the block's end"]
     assert [n.name for n in pair.after.graph.nodes][1:4] == ["net_0", "net_1", "net_2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "paths"),
+    [
+        ("unet", "d1.net", ["d1", "d1.net.4", "d1.net.2.se_attention", "d1.net.se_attention"]),
+        ("residual", "layer2.1", ["layer2.1.se_attention", "layer2.1.conv1", "layer2.1.relu"]),
+        ("residual", "layer3.0", ["layer3"]),
+    ],
+)
+def test_a_block_is_found_by_its_path_or_by_one_in_it_or_around_it_alone(
+    name: str, block: str, paths: list[str]
+) -> None:
+    inspection = inspected(name)
+    assert [inspection.block(path) for path in paths] == [inspection.block(block)] * len(paths)
 
 
 def test_blocks_that_are_parts_of_a_graph_have_their_own_operations_alone() -> None:
@@ -84,8 +96,8 @@ def test_blocks_that_are_parts_of_a_graph_have_their_own_operations_alone() -> N
 def test_before_and_after_compute_what_the_block_does_without_and_with_se(
     name: str, block: str, size: tuple[int, ...]
 ) -> None:
-    # gates of 1 would hide a graph without SE
-    model = randomise_se(add_se(NETWORKS[name](), example_inputs=example()).eval())
+    # gates of 1 would hide a graph without SE, and so would layer scales close to 0
+    model = randomise_se(add_se(randomised(NETWORKS[name]()), example_inputs=example()).eval())
     pair = inspect_se(model, example()).block(block)
     x = torch.randn(2, *size)
     given = [x] if name == "dense" else x  # a list of tensors, each of them an input of the graph
@@ -104,16 +116,6 @@ def test_blocks_of_one_structure_are_one_group(name: str, number: int) -> None:
     assert sum(map(len, groups)) == len(inspected(name).blocks)
     if name == "dense":  # a layer that is given several maps stands for the others
         assert groups[0][0].path == "features.denseblock1.denselayer2"
-
-
-def test_a_block_is_found_by_its_path_or_by_one_in_it_or_around_it_alone() -> None:
-    inspection = inspected("residual")
-    for path in ("layer2.1.se_attention", "layer2.1.conv1", "layer2.1.relu"):
-        assert inspection.block(path) is inspection.block("layer2.1")
-    assert inspection.block("layer3").path == "layer3.0"
-    for path, told in (("layer2", r"layer2\.0, layer2\.1"), ("layer3.0.conv9", "conv9"), ("layer9", r"layer1\.0")):
-        with pytest.raises(RetrofitError, match=told):
-            inspection.block(path)
 
 
 def test_what_is_not_called_has_a_row_and_no_block() -> None:
@@ -222,6 +224,9 @@ def test_mistakes_say_what_to_do(tmp_path: Path) -> None:
             view("layer7")
     assert list(tmp_path.iterdir()) == []
     for wrong, error, told in (
+        (lambda: found.block("layer2"), RetrofitError, r"layer2\.0, layer2\.1"),
+        (lambda: found.block("layer3.0.conv9"), RetrofitError, "conv9"),
+        (lambda: found.block("layer9"), RetrofitError, r"layer1\.0"),
         (lambda: inspect_se(small_resnet()), RetrofitError, "add_se"),
         (lambda: inspect_se("resnet18"), TypeError, "str"),  # type: ignore[arg-type]
         (lambda: inspect_se(found.model, torch.empty(1, 4, 32, 32)), RetrofitError, "example_inputs"),

@@ -144,6 +144,7 @@ def named(name: str, **kwargs: Any) -> dict[str, Any]:
         ("add_se", None, "both be given or both be null"),
         ("add_se.glow", 1, "can't be repeated on this base.*glow"),
         ("add_se.reduction", 2, "layer1.0.se_attention has 256 parameters"),
+        ("images.mean", [], "mean must be a number for each channel"),
         ("base", named("test_resnett"), "can't be built"),
         ("base", named("test_resnet", num_classes=11), "does not fit the network; other shapes: fc.bias, fc.weight"),
     ],

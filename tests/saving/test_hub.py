@@ -11,13 +11,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 from command_line import said
 from huggingface_hub.errors import LocalEntryNotFoundError
 from networks import assert_same_function
 from torch import nn
 
-from se_retrofit import RetrofitError, load_retrofitted, plan_of
+from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of
 from se_retrofit.saving import from_pretrained, model_card, push_to_hub
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -107,6 +108,7 @@ def test_the_card_of_a_run_says_what_it_is_and_how_good(run: Path) -> None:
     }  # fmt: skip
     (run / "last" / "training.json").write_text('{"progress": 3}')
     assert "validation" not in model_card(run, "me/net")
+    assert "| classes" not in model_card(add_se(timm.create_model("test_resnet")), "me/net")
 
 
 def refuse(*args: Any, **options: Any) -> None:

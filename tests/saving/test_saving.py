@@ -76,15 +76,19 @@ def test_a_network_of_a_library_comes_back_the_same(case: str, tmp_path: Path) -
     assert not again.training
 
 
-def test_a_recipe_tells_base_options_sites_and_versions(tmp_path: Path) -> None:
+def test_a_folder_holds_a_recipe_and_weights_and_no_pickle(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=7, in_chans=1)
-    recipe = recipe_of(save_retrofitted(add_se(model), tmp_path / "saved"))
+    folder = save_retrofitted(add_se(model), tmp_path / "saved")
+    assert sorted(f.name for f in folder.iterdir()) == ["recipe.json", "weights.safetensors"]
+    assert int.from_bytes((folder / "weights.safetensors").read_bytes()[:8], "little") < 1_000_000  # a header's length
+    assert len({stat.S_IMODE(f.stat().st_mode) for f in folder.iterdir()}) == 1
+    recipe = recipe_of(folder)
     kwargs = {"num_classes": 7, "in_chans": 1}
     assert recipe["base"] == {"library": "timm", "name": "resnet10t.c3_in1k", "kwargs": kwargs}
     assert recipe["add_se"]["reduction"] == 8
     assert len(recipe["plan"]["sites"]) == 4
     assert set(recipe["versions"]) == {"se-retrofit", "torch", "torchvision", "timm"}
-    assert load_retrofitted(tmp_path / "saved").conv1[0].in_channels == 1
+    assert load_retrofitted(folder).conv1[0].in_channels == 1
 
 
 def test_a_network_that_was_built_by_name_remembers_it(tmp_path: Path) -> None:
@@ -180,13 +184,6 @@ def test_tensors_of_any_type_and_layout_are_stored_whole(change: Callable[[nn.Mo
 
 
 # Folders
-
-
-def test_no_file_is_a_pickle_and_all_have_ordinary_permissions(saved: Path) -> None:
-    assert sorted(f.name for f in saved.iterdir()) == ["recipe.json", "weights.safetensors"]
-    assert int.from_bytes((saved / "weights.safetensors").read_bytes()[:8], "little") < 1_000_000  # a header's length
-    modes = {stat.S_IMODE(f.stat().st_mode) for f in saved.iterdir()}
-    assert len(modes) == 1
 
 
 class Killed(BaseException):
