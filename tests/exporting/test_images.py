@@ -25,10 +25,11 @@ from se_retrofit.models import IMAGES
 pytestmark = pytest.mark.xdist_group("compilers")
 
 CLASSES = ["bee", "Ähre", 'the "third"', *"0123456"]
-TOLD: dict[str, Any] = {
+SETTINGS: dict[str, Any] = {
     "input_size": [3, 40, 40], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "interpolation": "bicubic", "crop_pct": 0.9,
-    "crop_mode": "center", "classes": CLASSES, "multi_label": False,
+    "crop_mode": "center",
 }  # fmt: skip
+TOLD = {**SETTINGS, "classes": CLASSES, "multi_label": False}
 
 # each runs where neither this package nor a part of it can be imported
 PROGRAM = """
@@ -114,24 +115,22 @@ def test_images_are_prepared_as_by_timm_bit_for_bit(crop_mode: str, size: tuple[
     # timm 1.0.20 resizes to a size that is no square by "bilinear", whatever it is told
     kinds = ("bicubic", "lanczos") if size == (40, 40) or crop_mode != "center" else ("bilinear",)
     for channels, interpolation in ((1, "bilinear"), *((3, kind) for kind in kinds)):
-        told = {
-            **TOLD, "input_size": [channels, *size], "crop_mode": crop_mode, "crop_pct": crop_pct,
-            "interpolation": interpolation, "mean": TOLD["mean"][:channels], "std": TOLD["std"][:channels],
+        settings = {
+            "input_size": [channels, *size], "crop_mode": crop_mode, "crop_pct": crop_pct, "interpolation": interpolation,
+            "mean": TOLD["mean"][:channels], "std": TOLD["std"][:channels],
         }  # fmt: skip
-        vars(model)[IMAGES] = told
-        settings = {name: value for name, value in told.items() if name not in ("classes", "multi_label")}
+        vars(model)[IMAGES] = {**TOLD, **settings}
         for given in ((90, 61), (61, 90), (20, 33), (45, 45)):
             image = picture(*given)
-            assert torch.equal(prepared(image, **settings), transform_of(model)(image)), (told, given)
+            assert torch.equal(prepared(image, **settings), transform_of(model)(image)), (settings, given)
 
 
 def test_grey_of_16_bits_is_scaled_by_its_range(tmp_path: Path) -> None:
     grey = np.random.default_rng(0).integers(0, 2**16, (61, 90), np.uint16)
     Image.fromarray(grey).save(tmp_path / "grey.png")
-    settings = {name: value for name, value in TOLD.items() if name not in ("classes", "multi_label")}
-    wanted = prepared(Image.fromarray(np.rint(grey / 257).astype(np.uint8)), **settings)
+    wanted = prepared(Image.fromarray(np.rint(grey / 257).astype(np.uint8)), **SETTINGS)
     with Image.open(tmp_path / "grey.png") as image:
-        assert torch.equal(prepared(image, **settings), wanted)
+        assert torch.equal(prepared(image, **SETTINGS), wanted)
         assert torch.equal(transform_of(classifier())(image), wanted)
 
 

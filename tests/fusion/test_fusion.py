@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 import torchvision
 from sweeps import swept
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from se_retrofit import RetrofitError, add_se, fuse_se, load_retrofitted, remove_se, save_retrofitted
 from se_retrofit.fusion import plan_fusion, unfuse_se
@@ -25,44 +28,29 @@ FORMS = [
 ]
 
 
-class Unit(nn.Module):
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), norm()
-        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), norm()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.bn1(self.conv1(x)).relu()
-        out = self.bn2(self.conv2(out))
-        return (out + x).relu()
-
-
-class Net(nn.Module):
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.stem, self.unit1, self.unit2 = nn.Conv2d(3, 8, 3), Unit(norm), Unit(norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.unit2(self.unit1(self.stem(x))).mean((2, 3))
-
-
-NORMS: dict[str, Any] = {
-    "batch": lambda: nn.BatchNorm2d(8),
-    "cumulative": lambda: nn.BatchNorm2d(8, momentum=None),
-    "untracked": lambda: nn.BatchNorm2d(8, track_running_stats=False),
-    "plain": lambda: nn.BatchNorm2d(8, affine=False),
-    "group": lambda: nn.GroupNorm(4, 8),
-    "one_group": lambda: timm.layers.GroupNorm1(8),
-    "norm_act": lambda: timm.layers.BatchNormAct2d(8, apply_act=False),
-    "group_act": lambda: timm.layers.GroupNormAct(8, group_size=2, apply_act=False),
-    "frozen": lambda: torchvision.ops.FrozenBatchNorm2d(8),
-    "one_process": lambda: nn.SyncBatchNorm(8),
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "cumulative": partial(nn.BatchNorm2d, momentum=None),
+    "untracked": partial(nn.BatchNorm2d, track_running_stats=False),
+    "plain": partial(nn.BatchNorm2d, affine=False),
+    "group": partial(nn.GroupNorm, 4),
+    "one_group": timm.layers.GroupNorm1,
+    "norm_act": partial(timm.layers.BatchNormAct2d, apply_act=False),
+    "group_act": partial(timm.layers.GroupNormAct, group_size=2, apply_act=False),
+    "frozen": torchvision.ops.FrozenBatchNorm2d,
+    "one_process": nn.SyncBatchNorm,
 }
+X = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def retrofitted(norm: Any = NORMS["batch"], **options: Any) -> nn.Module:
+def network(norm: Callable[[int], nn.Module]) -> nn.Module:
+    units = (BasicBlock(8, 8, norm_layer=norm) for _ in range(2))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *units, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def retrofitted(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> Any:
     torch.manual_seed(0)
-    net = add_se(Net(norm), 2, example_inputs=torch.randn(2, 3, 12, 12), **options).double()
+    net = add_se(network(norm), 2, example_inputs=X.float()).double()
     with torch.no_grad():  # gates that are no identity, norms that are not fresh
         for parameter in net.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -106,7 +94,7 @@ def test_fused_equals_unfused_over_training_steps(
 ) -> None:
     net = retrofitted(NORMS[norm])
     fused = fuse_se(net)
-    assert plan_fusion(fused).fused == ("unit1.se_attention", "unit2.se_attention")
+    assert plan_fusion(fused).fused == ("1.se_attention", "2.se_attention")
     agree(fused, net, *form, training)
 
 
@@ -127,58 +115,53 @@ def test_a_batch_of_no_images_leaves_what_it_leaves_in_the_unfused_network(norm:
 
 def test_under_autocast_statistics_are_float32() -> None:
     net = retrofitted().float().train()
-    fused, x = fuse_se(net), torch.randn(4, 3, 12, 12)
+    fused = fuse_se(net)
     with torch.autocast("cpu", torch.bfloat16):
-        wanted, got = net(x), fused(x)
+        wanted, got = net(X.float()), fused(X.float())
     assert got.dtype is wanted.dtype
     assert close(got.float(), wanted.float(), 0.03)
-    assert torch.allclose(fused.unit1.bn2.running_var, net.unit1.bn2.running_var, rtol=1e-3)
+    assert torch.allclose(fused[1].bn2.running_var, net[1].bn2.running_var, rtol=1e-3)
 
 
 def test_keys_copies_and_pickles_stay_and_undoing_leaves_no_trace(tmp_path: Any) -> None:
-    net = retrofitted().float().eval()
-    fused, x = fuse_se(net), torch.randn(2, 3, 12, 12)
+    net = retrofitted().eval()
+    fused, wanted = fuse_se(net), net(X)
     assert list(fused.state_dict()) == list(net.state_dict())
-    assert isinstance(fused.unit1, Unit)
-    wanted = fused(x)
+    assert isinstance(fused[1], BasicBlock)
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert plan_fusion(copied).fused
-        assert copied(x).equal(wanted)
-    assert unfuse_se(fused)(x).equal(net(x))
-    assert type(unfuse_se(fused).unit1) is type(net.unit1)
-    assert type(remove_se(fused).unit1) is Unit
+        assert copied(X).equal(fused(X))
+    assert unfuse_se(fused)(X).equal(wanted)
+    assert type(unfuse_se(fused)[1]) is type(net[1])
+    assert type(remove_se(fused)[1]) is BasicBlock
     save_retrofitted(fused, tmp_path / "saved")
-    loaded = load_retrofitted(tmp_path / "saved", base=remove_se(net)).eval()
-    assert loaded(x).equal(net(x))
+    assert load_retrofitted(tmp_path / "saved", base=remove_se(net)).eval()(X).equal(wanted)
 
 
-def test_a_hook_that_comes_later_is_called() -> None:
+def test_a_hook_that_comes_later_is_called_and_one_that_is_there_keeps_its_norm_as_it_is() -> None:
     fused, seen = fuse_se(retrofitted()), []
-    fused.unit1.bn2.register_forward_hook(lambda *_: seen.append(1))
-    fused(torch.randn(2, 3, 12, 12, dtype=torch.float64))
+    fused[1].bn2.register_forward_hook(lambda *_: seen.append(1))
+    fused(X)
     assert seen == [1]
-
-
-def test_what_can_not_be_fused_is_listed_with_the_reason_and_the_model_stays() -> None:
     net = retrofitted()
-    net.unit1.bn2.register_forward_hook(lambda *_: None)
+    net[1].bn2.register_forward_hook(lambda *_: None)
     (skipped,) = plan_fusion(net).skipped
-    assert (skipped.block, skipped.reason) == (
-        "unit1.se_attention", "BatchNorm2d has hooks, which expect to see its output",
-    )  # fmt: skip
+    assert skipped.block == "1.se_attention"
+    assert skipped.reason == "BatchNorm2d has hooks, which expect to see its output"
+
+
+def test_what_has_no_se_or_is_not_fused_is_refused() -> None:
     with pytest.raises(RetrofitError, match="call add_se first"):
-        fuse_se(Net(NORMS["batch"]))
+        fuse_se(network(nn.BatchNorm2d))
     with pytest.raises(RetrofitError, match="nothing to undo"):
-        unfuse_se(net)
+        unfuse_se(retrofitted())
 
 
 def test_second_derivatives_are_those_of_the_unfused_network() -> None:
-    net = retrofitted().train()
-    x = torch.randn(3, 3, 12, 12, dtype=torch.float64)
-    second = []
+    net, second = retrofitted().train(), []
     for model in (net, fuse_se(net)):
-        weight = model.unit1.conv2.weight
-        (grad,) = torch.autograd.grad(model(x).square().sum(), weight, create_graph=True)
+        weight = model[1].conv2.weight
+        (grad,) = torch.autograd.grad(model(X).square().sum(), weight, create_graph=True)
         second.append(torch.autograd.grad(grad.square().sum(), weight)[0])
     assert close(second[1], second[0], 1e-8)
 
@@ -187,34 +170,26 @@ def test_second_derivatives_are_those_of_the_unfused_network() -> None:
 @pytest.mark.xdist_group("compilers")
 def test_a_fused_network_compiles_as_one_graph() -> None:
     fused = fuse_se(retrofitted()).train()
-    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    wanted = copy.deepcopy(fused)(x)
-    assert close(torch.compile(fused, fullgraph=True, backend="aot_eager")(x), wanted, 1e-10)
+    wanted = copy.deepcopy(fused)(X)
+    assert close(torch.compile(fused, fullgraph=True, backend="aot_eager")(X), wanted, 1e-10)
 
 
 def test_excitations_of_a_fused_network_are_those_of_the_unfused() -> None:
-    net, x = retrofitted().eval(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    wanted, got = excitations(net, [x]).sites, excitations(fuse_se(net), [x]).sites
+    net = retrofitted().eval()
+    wanted, got = excitations(net, [X]).sites, excitations(fuse_se(net), [X]).sites
     assert [s.path for s in got] == [s.path for s in wanted]
     assert [(s.low, s.high) for s in got] == [(pytest.approx(s.low), pytest.approx(s.high)) for s in wanted]
 
 
 class Composite(nn.Module):
-    """The norm is the last of what the block calls."""
+    """The norm is the last of what the branch calls."""
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
-        self.stem, self.branch = nn.Conv2d(3, 8, 3), branch
+        self.branch = branch
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return (x + self.branch(x)).relu().mean((2, 3))
-
-
-def composite(*last: nn.Module) -> nn.Module:
-    first = timm.layers.ConvNormAct(8, 8, 3, act_layer=nn.ReLU)
-    torch.manual_seed(0)
-    return add_se(Composite(nn.Sequential(first, *last)), 2, example_inputs=torch.randn(2, 3, 12, 12))
+        return (x + self.branch(x)).relu()
 
 
 @pytest.mark.parametrize(
@@ -225,28 +200,22 @@ def composite(*last: nn.Module) -> nn.Module:
         lambda: torchvision.ops.Conv2dNormActivation(8, 8, 3, activation_layer=None),
     ],
 )
-def test_a_norm_at_the_end_of_a_sequence_is_fused(last: Any) -> None:
-    net = composite(last())
-    if not plan_fusion(net).fused:  # SE is the last of the sequence itself
-        assert "Sequential" in plan_fusion(net).skipped[0].reason
-        return
-    agree(fuse_se(net), net, torch.float64, torch.contiguous_format, True)
-
-
-class LayerNorm2d(timm.layers.LayerNorm2d):
-    """Channels first, statistics of each position over the channels."""
+def test_a_norm_at_the_end_of_a_sequence_is_fused(last: Callable[[], nn.Module]) -> None:
+    unit = Composite(nn.Sequential(timm.layers.ConvNormAct(8, 8, 3, act_layer=nn.ReLU), last()))
+    net = add_se(nn.Sequential(nn.Conv2d(3, 8, 3), unit), 2, example_inputs=X.float())
+    agree(fuse_se(net), net, *FORMS[0], training=True)
 
 
 @pytest.mark.parametrize(
     ("norm", "reason"),
     [
-        (lambda: LayerNorm2d(8), "LayerNorm2d has statistics of each position over the channels"),
-        (lambda: timm.layers.BatchNormAct2d(8), "BatchNormAct2d ends in ReLU"),
-        (lambda: nn.InstanceNorm2d(8), "InstanceNorm2d is not a norm that is known"),
+        (timm.layers.LayerNorm2d, "LayerNorm2d has statistics of each position over the channels"),
+        (timm.layers.BatchNormAct2d, "BatchNormAct2d ends in ReLU"),
+        (nn.InstanceNorm2d, "InstanceNorm2d is not a norm that is known"),
     ],
 )
 def test_norms_for_which_the_algebra_does_not_hold_are_listed_with_the_reason(norm: Any, reason: str) -> None:
-    net = add_se(Net(norm), 2, example_inputs=torch.randn(2, 3, 12, 12))
+    net = add_se(network(norm), 2, example_inputs=X.float())
     assert all(skipped.reason.startswith(reason) for skipped in plan_fusion(net).skipped)
     assert len(plan_fusion(net).skipped) == 2
     with pytest.raises(RetrofitError, match=reason[:12]):
@@ -256,9 +225,9 @@ def test_norms_for_which_the_algebra_does_not_hold_are_listed_with_the_reason(no
 def test_the_norms_own_complaints_are_kept() -> None:
     fused = fuse_se(retrofitted()).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        fused.unit1.se_attention(fused.unit1.bn2, torch.randn(1, 8, 1, 1, dtype=torch.float64))
+        fused[1].se_attention(fused[1].bn2, torch.randn(1, 8, 1, 1, dtype=torch.float64))
     with pytest.raises(ValueError, match="expected 4D input"):
-        fused.unit1.se_attention(fused.unit1.bn2, torch.randn(2, 8, 4, dtype=torch.float64))
+        fused[1].se_attention(fused[1].bn2, torch.randn(2, 8, 4, dtype=torch.float64))
 
 
 # Over processes: SyncBatchNorm's own forward refuses the CPU, so what two processes compute is compared with what one
@@ -281,14 +250,14 @@ def steps(net: Any, share: slice) -> dict[str, Tensor]:
 def one_of_two(rank: int, folder: str, shares: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     net = nn.SyncBatchNorm.convert_sync_batchnorm(only_fused_norms(fuse_se(retrofitted())))
-    assert isinstance(net.unit1.bn2, nn.SyncBatchNorm)
+    assert isinstance(net[1].bn2, nn.SyncBatchNorm)
     torch.save(steps(net.train(), SHARES[shares][rank]), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def only_fused_norms(net: Any) -> Any:
     """The other norms would run SyncBatchNorm's own forward."""
-    net.unit1.bn1 = net.unit2.bn1 = nn.Identity()
+    net[1].bn1 = net[2].bn1 = nn.Identity()
     return net
 
 

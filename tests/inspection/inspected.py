@@ -51,6 +51,20 @@ class DoubleConv(nn.Module):
         return self.net(x)
 
 
+class Decoder(nn.Module):
+    """The other half of a U-Net, which takes what the stages gave."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up2, self.u2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2), DoubleConv(4 * width, 2 * width)
+        self.up1, self.u1 = nn.ConvTranspose2d(2 * width, width, 2, 2), DoubleConv(2 * width, width)
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, first: Tensor, second: Tensor, x: Tensor) -> Tensor:
+        x = self.u2(torch.cat([second, self.up2(x)], 1))
+        return self.head(self.u1(torch.cat([first, self.up1(x)], 1)))
+
+
 class UNet(nn.Module):
     """A small U-Net as people write it."""
 
@@ -58,15 +72,12 @@ class UNet(nn.Module):
         super().__init__()
         self.d1, self.d2 = DoubleConv(3, width), DoubleConv(width, 2 * width)
         self.bottom, self.pool = DoubleConv(2 * width, 4 * width), nn.MaxPool2d(2)
-        self.up2, self.u2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2), DoubleConv(4 * width, 2 * width)
-        self.up1, self.u1 = nn.ConvTranspose2d(2 * width, width, 2, 2), DoubleConv(2 * width, width)
-        self.head = nn.Conv2d(width, 2, 1)
+        self.decoder = Decoder(width)
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.d1(x)
         second = self.d2(self.pool(first))
-        x = self.u2(torch.cat([second, self.up2(self.bottom(self.pool(second)))], 1))
-        return self.head(self.u1(torch.cat([first, self.up1(x)], 1)))
+        return self.decoder(first, second, self.bottom(self.pool(second)))
 
 
 class Twice(nn.Module):

@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inspected import Box, DoubleConv, boxes, example, inspected, small_resnet
-from torch import Tensor, nn
+from inspected import Box, UNet, boxes, example, inspected
 from torchvision.models.resnet import BasicBlock
 
 from se_retrofit import RetrofitError, add_se, inspect_se
@@ -173,40 +172,13 @@ def test_the_skips_of_a_u_net_lead_past_what_is_below() -> None:
     assert sum(n.ses for n in network.nodes) == 10
 
 
-class Decoder(nn.Module):
-    """The other half of a U-Net, which takes what all stages gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(DoubleConv(64 * 2**i + 64 * 2 ** (i + 1), 64 * 2**i) for i in (2, 1, 0))
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        x = features[-1]
-        for block, skip in zip(self.blocks, features[-2::-1], strict=True):
-            x = block(torch.cat([nn.functional.interpolate(x, scale_factor=2.0), skip], 1))
-        return x
-
-
-class Segmenter(nn.Module):
-    """A residual encoder, and a decoder without SE."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.decoder = small_resnet(), Decoder()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.encoder.maxpool(self.encoder.relu(self.encoder.bn1(self.encoder.conv1(x))))
-        features = [x := stage(x) for stage in list(self.encoder.children())[4:8]]
-        return self.decoder(features)
-
-
 def test_a_decoder_without_se_is_opened_so_that_the_u_is_seen() -> None:
-    network = network_of(inspect_se(add_se(Segmenter(), example_inputs=example()), example()))
-    assert sum(n.name.startswith("decoder.blocks.") for n in network.nodes) == 3
-    sources = [source for source, end in skips(network) if end == "cat"]
-    assert sources == ["encoder.layer3.0", "encoder.layer2.1", "encoder.layer1.0"]
+    model = add_se(UNet(), example_inputs=example(), exclude="decoder.*")
+    network = network_of(inspect_se(model, example()))
+    assert sum(n.ses for n in network.nodes) == 6
+    assert skips(network) == [("d2.net", "cat"), ("d1.net", "cat")]
     stages = [n.space[0] for n in network.nodes if n.kind in ("block", "join")]
-    assert stages == [16, 8, 8, 4, 2, 4, 8, 16]
+    assert stages == [64, 32, 16, 32, 64]
 
 
 def test_every_layer_of_a_dense_block_takes_all_before_it() -> None:
@@ -274,7 +246,7 @@ def test_no_box_lies_on_another_and_in_a_u_net_smaller_maps_stand_lower(name: st
     if name == "unet":
         found = named(svg)
         assert found["d1.net"].text == ["d1.net", "DoubleConv \u00b7 8", "2 SE"]
-        assert found["d1.net"].y < found["d2.net"].y < found["bottom.net"].y > found["u2.net"].y > found["u1.net"].y
+        assert found["d1.net"].y < found["d2.net"].y < found["bottom.net"].y > found["decoder.u2.net"].y
 
 
 def test_names_are_text_not_markup() -> None:

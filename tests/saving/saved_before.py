@@ -57,13 +57,15 @@ def traced() -> nn.Module:
 
 @dataclass(frozen=True)
 class Saved:
-    """One of the networks: its base, the options of ``add_se``, and the paths of the SE modules that a fold left, if there was one."""
+    """One of the networks: its base, the options of ``add_se``, the paths of the SE modules that a fold left, if there was one, and
+    what is in it afterwards."""
 
     make: Callable[[], nn.Module]
     options: dict[str, Any] = field(default_factory=dict)
     base: Base | None = None
     left: tuple[str, ...] | None = None
     dtype: torch.dtype = torch.float32
+    attentions: frozenset[str] = frozenset({"se"})
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         image = torch.linspace(-1, 1, 2 * 3 * 32 * 32, dtype=dtype).reshape(2, 3, 32, 32).sin()
@@ -87,7 +89,7 @@ class Saved:
 
 SAVED = {
     "named": Saved(NARROW.build, {"reduction": 2, "bias": True}, NARROW),
-    "static": Saved(narrow, {"gate": "static"}),
+    "static": Saved(narrow, {"attention": "static"}, attentions=frozenset({"static"})),
     "chosen": Saved(narrow, {"include": ["layer[234].*"], "exclude": "layer3.0", "gate": "sigmoid"}),
     "pre": Saved(narrow, {"placement": "pre", "min_hidden": 2}, dtype=torch.float16),
     "dense": Saved(partial(DenseNet, 4, (2, 2), 8, bn_size=2, num_classes=3)),
@@ -96,7 +98,12 @@ SAVED = {
     "folded": Saved(
         lambda: nn.Sequential(Pair(3, 8), Pair(8, 12), nn.Conv2d(12, 4, 1)), {"bias": True}, left=("1.se_attention",)
     ),
-    "factors": Saved(lambda: narrow(3), {"placement": "post", "bias": True}, left=("layer3.0.se_attention",)),
+    "factors": Saved(
+        lambda: narrow(3),
+        {"placement": "post", "bias": True},
+        left=("layer3.0.se_attention",),
+        attentions=frozenset({"se", "static"}),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""JSON and YAML of any shape, and inputs of any class: loaded, or one error that says what is wrong; never run."""
+"""Files, JSON and YAML of any shape, and inputs of any class: loaded, or one error that says what is wrong; never run."""
 
 from __future__ import annotations
 
@@ -10,23 +10,16 @@ from typing import Any
 
 import pytest
 import timm
+from recipes import recipe_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sweeps import swept
 from torch import nn
 
-from se_retrofit import RetrofitError, add_se, load_retrofitted, save_retrofitted
-from se_retrofit.plaindata import parse_json, parse_yaml
-from se_retrofit.plan import Plan
+from se_retrofit import RetrofitError, load_retrofitted
+from se_retrofit.plaindata import parse_yaml
 from se_retrofit.saving import load_se, save_se
 from se_retrofit.surgery.record.inputs import described_inputs
-
-NETWORK = "test_resnet"  # timm's smallest
-MODULE = nn.Conv2d(3, 4, 3)
-IMAGES = {
-    "input_size": [3, 64, 64], "mean": [0.5], "std": [0.5], "interpolation": "bicubic", "crop_pct": 0.9,
-    "crop_mode": "center", "classes": ["a", "b"], "multi_label": False,
-}  # fmt: skip
 
 
 class Gone:
@@ -36,15 +29,6 @@ class Gone:
 
 GONE = Gone()
 HOSTILE = swept([GONE, 10**30], [None, [], True, -1, float("nan"), "", "../x", [[1]], {"a": 1}])
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network = add_se(timm.create_model(NETWORK, num_classes=2))
-    vars(network)["_se_images"] = IMAGES
-    folder = tmp_path_factory.mktemp("sound")
-    save_se(network, folder / "se.safetensors")
-    return save_retrofitted(network, folder / "saved")
 
 
 def places(data: Any, depth: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -84,13 +68,11 @@ def refusals(data: Any, value: Any, load: Callable[[Any], Any], depth: int = 99)
 @pytest.mark.filterwarnings("ignore:.*the plan of this ResNet was made again")
 @pytest.mark.parametrize("value", HOSTILE, ids=repr)
 def test_whatever_stands_in_a_recipe_it_loads_or_is_refused(value: Any, saved: Path) -> None:
-    file = saved / "recipe.json"
-
     def load(recipe: Any) -> None:
-        file.write_text(json.dumps(recipe))
+        (saved / "recipe.json").write_text(json.dumps(recipe))
         load_retrofitted(saved)
 
-    said = refusals(json.loads(file.read_text()), value, load)
+    said = refusals(recipe_of(saved), value, load)
     assert len(said) > 30
     assert all(str(saved) in text for text in said)
 
@@ -100,10 +82,10 @@ def test_whatever_stands_in_a_recipe_it_loads_or_is_refused(value: Any, saved: P
 def test_whatever_stands_in_the_header_of_se_modules_they_load_or_are_refused(
     value: Any, sound: Path, tmp_path: Path
 ) -> None:
-    source, file = sound.parent / "se.safetensors", tmp_path / "se.safetensors"
-    with safe_open(source, "pt") as handle:
+    file = save_se(load_retrofitted(sound), tmp_path / "se.safetensors")
+    with safe_open(file, "pt") as handle:
         header = json.loads(handle.metadata()["se_retrofit"])
-    tensors, bare = load_file(source), timm.create_model(NETWORK, num_classes=2)
+    tensors, bare = load_file(file), timm.create_model("test_resnet", num_classes=3)
 
     def load(header: Any) -> None:
         save_file(tensors, file, {"se_retrofit": json.dumps(header)})
@@ -114,37 +96,64 @@ def test_whatever_stands_in_the_header_of_se_modules_they_load_or_are_refused(
     assert all(str(file) in text for text in said)
 
 
-TEXTS = {
-    "deep": ("[" * 100_000, "recursion"),
-    "deep dicts": ('{"a":' * 100_000, "recursion"),
-    "deep and whole": ("[" * 200 + "]" * 200, "nested more than 100 levels deep"),
-    "digits": ("9" * 5000, "4300 digits"),
-    "twice": ('{"format": 2, "format": 1}', "'format' stands in it twice"),
-    "half a character": ('{"\\ud800": 1}', "surrogates not allowed"),
-    "cut short": ('{"format": 2', "cut short"),
-    "nothing": ("", "cut short"),
-    "no JSON": ("!!python/object/apply:os.system ['true']", "cut short"),
-    "no mapping": ("NaN", "must hold a mapping, got float"),
+RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
+FILES: dict[str, tuple[str, str | bytes | None, str]] = {
+    "no recipe": (RECIPE, None, "holds no network"),
+    "no weights": (WEIGHTS, None, "no file .*weights.safetensors"),
+    "empty weights": (WEIGHTS, b"", "can't be read as safetensors"),
+    "cut weights": (WEIGHTS, b"\xff" + bytes(7) + b"{", "can't be read as safetensors, it may be cut short"),
+    "no text": (RECIPE, b"\xff\xfe\x00", "recipe.json can't be read"),
+    "deep": (RECIPE, "[" * 100_000, "recipe.json .*recursion"),
+    "deep dicts": (RECIPE, '{"a":' * 100_000, "recipe.json .*recursion"),
+    "deep and whole": (RECIPE, "[" * 200 + "]" * 200, "recipe.json .*nested more than 100 levels deep"),
+    "digits": (RECIPE, "9" * 5000, "recipe.json .*4300 digits"),
+    "twice": (RECIPE, '{"format": 2, "format": 1}', "recipe.json .*'format' stands in it twice"),
+    "half a character": (RECIPE, '{"\\ud800": 1}', "recipe.json .*surrogates not allowed"),
+    "cut recipe": (RECIPE, '{"format": 2', "recipe.json .*cut short"),
+    "nothing": (RECIPE, "", "recipe.json .*cut short"),
+    "no JSON": (RECIPE, "!!python/object/apply:os.system ['true']", "recipe.json .*cut short"),
+    "no mapping": (RECIPE, "NaN", "recipe.json must hold a mapping, got float"),
 }
 
 
-@pytest.mark.parametrize("case", TEXTS)
-def test_json_of_a_hostile_shape_is_one_error_that_names_the_file(case: str, saved: Path) -> None:
-    text, said = TEXTS[case]
-    (saved / "recipe.json").write_text(text)
-    with pytest.raises(RetrofitError, match=f"recipe.json .*{said}"):
+@pytest.mark.parametrize("case", FILES)
+def test_a_broken_file_is_one_error_that_names_it(case: str, saved: Path) -> None:
+    name, content, says = FILES[case]
+    if content is None:
+        (saved / name).unlink()
+    else:
+        (saved / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(RetrofitError, match=says):
         load_retrofitted(saved)
 
 
-def test_bytes_that_are_no_text_are_one_error(saved: Path) -> None:
-    (saved / "recipe.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RetrofitError, match=r"recipe.json can't be read"):
+def named(name: str, **kwargs: Any) -> dict[str, Any]:
+    return {"library": "timm", "name": name, "kwargs": kwargs}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("tied", GONE, "missing: tied"),
+        ("tied", {"a": "b"}, "a is tied to b"),
+        ("mood", 1, "unknown: mood"),
+        ("format", 3, "of format 3, newer than this"),
+        ("format", True, "format is of type bool"),
+        ("plan", "all", "plan is of type str, expected dict"),
+        ("plan.sites.0.after", GONE, r"plan\.sites\[0\] is broken.*missing: after"),
+        ("add_se", None, "both be given or both be null"),
+        ("add_se.glow", 1, "can't be repeated on this base.*glow"),
+        ("add_se.reduction", 2, "layer1.0.se_attention has 256 parameters"),
+        ("images.mean", [], "mean must be a number for each channel"),
+        ("base", named("test_resnett"), "can't be built"),
+        ("base", named("test_resnet", num_classes=11), "does not fit the network; other shapes: fc.bias, fc.weight"),
+    ],
+)
+def test_an_entry_that_does_not_fit_is_named(path: str, value: Any, says: str, saved: Path) -> None:
+    keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
+    (saved / "recipe.json").write_text(json.dumps(changed(recipe_of(saved), keys, value)))
+    with pytest.raises(RetrofitError, match=says):
         load_retrofitted(saved)
-
-
-def test_sound_json_is_read_as_it_is() -> None:
-    data = {"a": [1, 2.5, None, True, "ü"], "b": {"c": [[]]}}
-    assert parse_json(json.dumps(data), "file") == data
 
 
 BILLION = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -184,30 +193,20 @@ def test_sound_yaml_with_aliases_is_read_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "data",
-    [None, [], {}, {"sites": [], "skipped": [], "options": [], "inputs": None}, {"sites": [1], "skipped": [], "options": {}, "inputs": None}],
-)  # fmt: skip
-def test_a_plan_of_a_hostile_shape_is_one_error(data: Any) -> None:
-    with pytest.raises(RetrofitError, match="plan"):
-        Plan.from_dict(data)
-
-
-# Descriptions of inputs
-
-DESCRIPTIONS: dict[str, Any] = {
-    "a class": {"class": "os:system", "fields": {"command": "true"}},
-    "too large": {"tensor": [2**62, 2**62], "dtype": "float32"},
-    "no size": {"tensor": ["x"], "dtype": "float32"},
-    "negative": {"tensor": [-1], "dtype": "float32"},
-    "no dtype": {"tensor": [1], "dtype": "load"},
-    "a module's lazy name": {"tensor": [1], "dtype": "_dynamo"},
-    "a list": [1],
-    "an empty dict": {},
-    "a number of entries": {"list": 3},
-}
-
-
-@pytest.mark.parametrize("case", DESCRIPTIONS)
-def test_inputs_that_are_none_are_refused(case: str) -> None:
+    "description",
+    [
+        {"class": "os:system", "fields": {"command": "true"}},
+        {"tensor": [2**62, 2**62], "dtype": "float32"},
+        {"tensor": ["x"], "dtype": "float32"},
+        {"tensor": [-1], "dtype": "float32"},
+        {"tensor": [1], "dtype": "load"},
+        {"tensor": [1], "dtype": "_dynamo"},
+        [1],
+        {},
+        {"list": 3},
+    ],
+    ids=str,
+)
+def test_descriptions_of_inputs_that_are_none_are_refused(description: Any) -> None:
     with pytest.raises(ValueError, match="input"):
-        described_inputs({"args": [DESCRIPTIONS[case]], "kwargs": {}}, MODULE)
+        described_inputs({"args": [description], "kwargs": {}}, nn.Conv2d(3, 4, 3))

@@ -1,13 +1,11 @@
+"""A saved network comes back as it was, a save that fails leaves what was there, and what does not fit is refused."""
+
 from __future__ import annotations
 
 import copy
-import json
-import os
 import pickle
 import shutil
 import stat
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +15,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from networks import assert_same_function
 from networks import narrow_resnet as small  # no library knows it by a name
+from recipes import assert_same_state, recipe_of
 from safetensors.torch import load_file
+from saved_before import FOLDERS, Pairs, stirred
 from sweeps import swept
 from torch import nn
 
@@ -26,82 +27,68 @@ import se_retrofit.saving.atomic
 import se_retrofit.saving.tensors
 from se_retrofit import (
     RetrofitError,
-    SEAttention,
     add_se,
     has_se,
     load_retrofitted,
     plan_of,
-    plan_se,
     remove_se,
     save_retrofitted,
 )
 from se_retrofit.models import Base
 from se_retrofit.saving import load_se, save_se
 
-
-def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter and buffer with values of its own, SE gates away from 1."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in [*model.parameters(), *model.buffers()]:
-            if value.is_floating_point():
-                value.copy_(torch.rand(value.shape, generator=generator) * 0.1 + 0.01)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network = stirred(add_se(timm.create_model("test_resnet", num_classes=10)))
-    return save_retrofitted(network, tmp_path_factory.mktemp("sound") / "saved")
+X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:
-    x = torch.rand(2, 3, 64, 64)
-    assert a.state_dict().keys() == b.state_dict().keys()
-    for key, value in a.state_dict().items():
-        assert torch.equal(value, b.state_dict()[key]), key
-        assert value.dtype == b.state_dict()[key].dtype, key
-    with torch.no_grad():
-        assert torch.equal(a.eval()(x), b.eval()(x))
+    assert_same_state(a, b)
+    assert_same_function(a.eval(), b.eval(), X)
+
+
+def tiny(**options: Any) -> nn.Module:
+    return timm.create_model("test_resnet", **options)
 
 
 # There and back
 
 
-@pytest.mark.parametrize(
-    ("base", "options"),
-    [
-        (Base.of("timm/test_resnet", num_classes=10), {}),
-        (
-            Base.of("timm/test_resnet", num_classes=0),
-            {"reduction": 4, "gate": "sigmoid", "bias": True, "min_hidden": 2},
-        ),
-        (Base.of("timm/test_resnet", in_chans=3), {"include": ["layer1.*", "layer4.*"], "placement": "pre"}),
-        (Base.of("torchvision/squeezenet1_1", num_classes=5), {"exclude": "features.3"}),
-        pytest.param(Base.of("timm/mnasnet_small"), {}, marks=pytest.mark.sweep),
-    ],
-    ids=str,
-)
-def test_a_saved_network_comes_back_the_same(base: Base, options: dict[str, Any], tmp_path: Path) -> None:
-    model = stirred(add_se(base.build(), **options))
-    again = load_retrofitted(save_retrofitted(model, tmp_path / "saved"))
+def with_new_head() -> nn.Module:
+    model = add_se(tiny())
+    model.reset_classifier(3)
+    return model
+
+
+NAMED: dict[str, tuple[Callable[[], nn.Module], Base | str | None]] = {
+    "the name given": (lambda: add_se(torchvision.models.squeezenet1_1()), "torchvision/squeezenet1_1"),
+    "no head": (lambda: add_se(tiny(num_classes=0), 4, gate="sigmoid", include="layer[14].*"), None),
+    "a new head": (with_new_head, None),
+    "stochastic depth": (lambda: add_se(tiny(drop_path_rate=0.2, drop_rate=0.1)), None),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_a_network_of_a_library_comes_back_the_same(case: str, tmp_path: Path) -> None:
+    build, base = NAMED[case]
+    model = stirred(build())
+    again = load_retrofitted(save_retrofitted(model, tmp_path / "saved", base=base))
     assert_same(model, again)
-    assert plan_of(again) == plan_of(model)
+    assert plan_of(again).sites == plan_of(model).sites
     assert not again.training
 
 
-def test_timm_networks_tell_where_they_come_from(tmp_path: Path) -> None:
-    model = timm.create_model("resnet18", num_classes=7, in_chans=1)
-    recipe = json.loads((save_retrofitted(add_se(model), tmp_path / "saved") / "recipe.json").read_text())
-    assert recipe["base"] == {
-        "library": "timm",
-        "name": "resnet18.a1_in1k",
-        "kwargs": {"num_classes": 7, "in_chans": 1},
-    }
+def test_a_folder_holds_a_recipe_and_weights_and_no_pickle(tmp_path: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=7, in_chans=1)
+    folder = save_retrofitted(add_se(model), tmp_path / "saved")
+    assert sorted(f.name for f in folder.iterdir()) == ["recipe.json", "weights.safetensors"]
+    assert int.from_bytes((folder / "weights.safetensors").read_bytes()[:8], "little") < 1_000_000  # a header's length
+    assert len({stat.S_IMODE(f.stat().st_mode) for f in folder.iterdir()}) == 1
+    recipe = recipe_of(folder)
+    kwargs = {"num_classes": 7, "in_chans": 1}
+    assert recipe["base"] == {"library": "timm", "name": "resnet10t.c3_in1k", "kwargs": kwargs}
     assert recipe["add_se"]["reduction"] == 8
-    assert len(recipe["plan"]["sites"]) == 8
+    assert len(recipe["plan"]["sites"]) == 4
     assert set(recipe["versions"]) == {"se-retrofit", "torch", "torchvision", "timm"}
-    assert load_retrofitted(tmp_path / "saved").conv1.in_channels == 1
+    assert load_retrofitted(folder).conv1[0].in_channels == 1
 
 
 def test_a_network_that_was_built_by_name_remembers_it(tmp_path: Path) -> None:
@@ -119,47 +106,42 @@ def test_a_network_that_was_built_by_name_remembers_it(tmp_path: Path) -> None:
         load_retrofitted(save_retrofitted(model, tmp_path / "saved"))
 
 
-def test_the_base_may_be_given_by_its_name(tmp_path: Path) -> None:
-    model = add_se(torchvision.models.squeezenet1_1())
-    save_retrofitted(model, tmp_path / "saved", base="torchvision/squeezenet1_1")
-    assert_same(load_retrofitted(tmp_path / "saved"), model)
-
-
-def test_a_new_head_is_in_the_recipe(tmp_path: Path) -> None:
-    model = add_se(timm.create_model("test_resnet"))
-    model.reset_classifier(3)
-    assert load_retrofitted(save_retrofitted(model, tmp_path / "saved")).fc.out_features == 3
-
-
 def test_arguments_that_leave_no_trace_in_the_name_are_noticed(tmp_path: Path) -> None:
     """The same keys and shapes, other strides: built from the name it would compute something else."""
-    model = stirred(add_se(timm.create_model("test_resnet", output_stride=8)))
+    model = stirred(add_se(tiny(output_stride=8)))
     folder = save_retrofitted(model, tmp_path / "saved")
-    assert json.loads((folder / "recipe.json").read_text())["base"] is None
+    assert recipe_of(folder)["base"] is None
     with pytest.raises(RetrofitError, match=r"another network than the one that was saved.*base=model"):
         load_retrofitted(folder)
-    assert_same(load_retrofitted(folder, base=timm.create_model("test_resnet", output_stride=8)), model)
+    assert_same(load_retrofitted(folder, base=tiny(output_stride=8)), model)
     told = save_retrofitted(model, tmp_path / "told", base=Base.of("timm/test_resnet", output_stride=8))
     assert_same(load_retrofitted(told), model)
 
 
-def test_stochastic_depth_is_no_part_of_the_saved_network(tmp_path: Path) -> None:
-    model = stirred(add_se(timm.create_model("test_resnet", drop_path_rate=0.2, drop_rate=0.1)))
-    assert_same(load_retrofitted(save_retrofitted(model, tmp_path / "saved")), model)
+def test_a_network_that_cannot_be_built_by_name_says_so_when_it_is_saved(tmp_path: Path) -> None:
+    changed = add_se(tiny())
+    changed.fc = nn.Identity()
+    for model, said in ((add_se(small()), "does not tell the name"), (changed, "another network .*fc")):
+        with pytest.warns(UserWarning, match=f"{said}.*base=network"):
+            save_retrofitted(model, tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_retrofitted(add_se(tiny()), tmp_path / "saved")
 
 
-def test_a_base_that_no_library_knows_is_given_by_the_caller(tmp_path: Path) -> None:
+def test_a_base_that_no_library_knows_is_given_by_the_caller_and_not_touched(tmp_path: Path) -> None:
     base = small()
-    model = stirred(add_se(base))
+    model, before = stirred(add_se(base)), copy.deepcopy(base)
     save_retrofitted(model, tmp_path / "saved")
-    before = copy.deepcopy(base.state_dict())
     with pytest.raises(
         RetrofitError, match=r"does not say how to build its base network.*load_retrofitted\(directory, base=model\)"
     ):
         load_retrofitted(tmp_path / "saved")
     assert_same(load_retrofitted(tmp_path / "saved", base=base), model)
     assert not has_se(base)
-    assert all(torch.equal(v, base.state_dict()[k]) for k, v in before.items())
+    assert_same_state(base, before)
+    with pytest.raises(RetrofitError, match=r"can't be repeated on this base"):
+        load_retrofitted(tmp_path / "saved", base=tiny())
 
 
 def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
@@ -171,10 +153,8 @@ def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
 
     model = stirred(add_se(tied()))
     save_retrofitted(model, tmp_path / "saved")
-    stored = load_file(tmp_path / "saved" / "weights.safetensors")
-    recipe = json.loads((tmp_path / "saved" / "recipe.json").read_text())
-    assert recipe["tied"]["layer2.0.conv2.weight"] == "layer1.0.conv2.weight"
-    assert "layer2.0.conv2.weight" not in stored
+    assert recipe_of(tmp_path / "saved")["tied"]["layer2.0.conv2.weight"] == "layer1.0.conv2.weight"
+    assert "layer2.0.conv2.weight" not in load_file(tmp_path / "saved" / "weights.safetensors")
     again = load_retrofitted(tmp_path / "saved", base=tied())
     assert again.layer2[0].conv2.weight is again.layer1[0].conv2.weight
     assert_same(again, model)
@@ -182,132 +162,66 @@ def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     assert_same(load_retrofitted(tmp_path / "saved", base=small()), model)
 
 
-def test_a_network_that_cannot_be_built_by_name_says_so_when_it_is_saved(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"does not tell the name .*base=network"):
-        save_retrofitted(add_se(small()), tmp_path / "saved")
-    changed = add_se(timm.create_model("test_resnet", num_classes=3))
-    changed.fc = nn.Identity()
-    with pytest.warns(UserWarning, match=r"another network .*fc.*base=network"):
-        save_retrofitted(changed, tmp_path / "saved")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        save_retrofitted(add_se(timm.create_model("test_resnet", num_classes=3)), tmp_path / "saved")
+def of_two_dtypes(model: nn.Module) -> None:
+    model.to(torch.bfloat16).fc.float()
 
 
-def test_views_of_one_tensor_that_are_not_the_same_are_stored_whole(tmp_path: Path) -> None:
-    model = add_se(small())
+def channels_last(model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
+def views_of_one_tensor(model: nn.Module) -> None:
     whole = torch.randn(16)
-    model.layer1[0].bn1.running_mean = whole[:8]
-    model.layer2[0].bn1.running_mean = whole[8:]
+    model.layer1[0].bn1.running_mean, model.layer2[0].bn1.running_mean = whole[:8], whole[8:]
     model.layer1[0].bn2.running_mean = whole[4:12]
-    again = load_retrofitted(save_retrofitted(model, tmp_path / "saved"), base=small())
-    assert torch.equal(again.layer1[0].bn2.running_mean, whole[4:12])
-    assert torch.equal(again.layer2[0].bn1.running_mean, whole[8:])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_dtypes_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = add_se(small()).to(dtype)
-    model.fc.float()
-    again = load_retrofitted(save_retrofitted(model, tmp_path / "saved"), base=small())
-    assert {k: v.dtype for k, v in again.state_dict().items()} == {k: v.dtype for k, v in model.state_dict().items()}
-
-
-def test_channels_last_weights_are_stored_in_any_case(tmp_path: Path) -> None:
-    model = stirred(add_se(small())).to(memory_format=torch.channels_last)
-    again = load_retrofitted(save_retrofitted(model, tmp_path / "saved"), base=small())
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-
-
-@pytest.mark.sweep
-def test_a_saved_network_loads_in_a_fresh_process(saved: Path) -> None:
-    code = (
-        "import sys, torch, se_retrofit; m = se_retrofit.load_retrofitted(sys.argv[1]);"
-        "print(float(m(torch.ones(1, 3, 64, 64)).sum()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    with torch.no_grad():
-        assert float(done.stdout) == pytest.approx(float(load_retrofitted(saved)(torch.ones(1, 3, 64, 64)).sum()))
-
-
-def test_no_file_is_a_pickle_and_all_have_ordinary_permissions(saved: Path) -> None:
-    assert sorted(f.name for f in saved.iterdir()) == ["recipe.json", "weights.safetensors"]
-    assert int.from_bytes((saved / "weights.safetensors").read_bytes()[:8], "little") < 1_000_000  # a header's length
-    modes = {stat.S_IMODE(f.stat().st_mode) for f in saved.iterdir()}
-    assert len(modes) == 1
+@pytest.mark.parametrize("change", [of_two_dtypes, channels_last, views_of_one_tensor])
+def test_tensors_of_any_type_and_layout_are_stored_whole(change: Callable[[nn.Module], None], tmp_path: Path) -> None:
+    model = add_se(small())
+    change(model)
+    assert_same_state(load_retrofitted(save_retrofitted(model, tmp_path / "saved"), base=small()), model)
 
 
 # Folders
 
 
-def test_saving_again_replaces_the_folder(saved: Path) -> None:
-    model = stirred(add_se(timm.create_model("test_resnet", num_classes=3)), seed=2)
-    save_retrofitted(model, saved)
-    assert_same(load_retrofitted(saved), model)
-    assert [f.name for f in saved.parent.iterdir()] == ["saved"]
-
-
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RetrofitError, match=r"holds files of other kinds \(thesis.tex\)"):
-        save_retrofitted(add_se(small()), tmp_path)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+class Killed(BaseException):
+    """A killed process tidies nothing up."""
 
 
 @pytest.mark.parametrize(
     "moment",
-    swept(["while it writes"], ["before the first rename", "between the two renames"]),
+    swept(["while it writes", "on a full disk"], ["before the first rename", "between the two renames"]),
 )
-def test_a_kill_at_any_moment_leaves_a_network_that_loads(
-    saved: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+def test_whatever_stops_a_save_leaves_a_network_that_loads(
+    moment: str, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
+    old, new = load_retrofitted(saved), stirred(add_se(tiny(num_classes=4)))
+    rename, renamed = Path.rename, []
 
-    old = load_retrofitted(saved)
-    rename, done = Path.rename, []
-
-    def dies(self: Path, target: Path) -> Path:
-        if len(done) == (moment == "between the two renames"):
-            raise Killed
-        done.append(1)
-        return rename(self, target)
-
-    def dies_writing(*args: Any, **kwargs: Any) -> None:
-        raise Killed
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        if len(renamed) < (moment == "between the two renames"):
+            renamed.append(args)
+            return rename(*args)
+        raise OSError(28, "No space left on device") if moment == "on a full disk" else Killed
 
     with monkeypatch.context() as patch:
-        # a killed process tidies nothing up
-        patch.setattr(se_retrofit.saving.atomic, "_remove", lambda path: None)
-        if moment == "while it writes":
-            patch.setattr(se_retrofit.saving.tensors, "save_tensors", dies_writing)
+        if "rename" in moment:
+            patch.setattr(Path, "rename", stops)
         else:
-            patch.setattr(Path, "rename", dies)
-        with pytest.raises(Killed):
-            save_retrofitted(stirred(add_se(timm.create_model("test_resnet", num_classes=3))), saved)
+            patch.setattr(se_retrofit.saving.tensors, "save_tensors", stops)
+        if moment == "on a full disk":
+            with pytest.raises(RetrofitError, match="No space left on device; what was there before is untouched"):
+                save_retrofitted(new, saved)
+        else:
+            patch.setattr(se_retrofit.saving.atomic, "_remove", lambda path: None)
+            with pytest.raises(Killed):
+                save_retrofitted(new, saved)
     assert_same(load_retrofitted(saved), old)
     # and the next save is not in the way of what is left
-    new = stirred(add_se(timm.create_model("test_resnet", num_classes=4)))
     assert_same(load_retrofitted(save_retrofitted(new, saved)), new)
     assert [f.name for f in saved.parent.iterdir()] == ["saved"]
-
-
-def test_a_disk_that_refuses_leaves_the_old_network(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = load_retrofitted(saved)
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(se_retrofit.saving.tensors, "save_tensors", full)
-        with pytest.raises(
-            RetrofitError, match=r"can't be written: No space left on device; what was there before is untouched"
-        ):
-            save_retrofitted(add_se(small()), saved)
-    assert_same(load_retrofitted(saved), old)
 
 
 def test_the_folder_that_one_is_in_loads_and_is_not_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,172 +232,57 @@ def test_the_folder_that_one_is_in_loads_and_is_not_replaced(saved: Path, monkey
     assert has_se(load_retrofitted("."))
 
 
-def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RetrofitError, match=r"is a file"):
-        save_retrofitted(add_se(small()), tmp_path / "file")
-
-
-# Broken input
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    recipe = json.loads((folder / "recipe.json").read_text())
-    recipe = change(recipe) or recipe
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-
-
-BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no recipe": (lambda d: (d / "recipe.json").unlink(), "holds no network"),
-    "no weights": (lambda d: (d / "weights.safetensors").unlink(), "no file .*weights.safetensors"),
-    "cut weights": (
-        lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes()[:-1000]),
-        "weights.safetensors can't be read as safetensors, it may be cut short",
-    ),
-    "empty weights": (lambda d: (d / "weights.safetensors").write_bytes(b""), "can't be read as safetensors"),
-    "cut recipe": (
-        lambda d: (d / "recipe.json").write_text((d / "recipe.json").read_text()[:-20]),
-        "recipe.json can't be read, it may be cut",
-    ),
-    "a list": (lambda d: (d / "recipe.json").write_text("[1]"), "must hold a mapping, got list"),
-    "unknown field": (lambda d: edit(d, lambda r: {**r, "mood": 1}), "unknown: mood"),
-    "missing field": (lambda d: edit(d, lambda r: {k: v for k, v in r.items() if k != "tied"}), "missing: tied"),
-    "newer format": (lambda d: edit(d, lambda r: {**r, "format": 3, "mood": 1}), "of format 3, newer than this"),
-    "wrong type": (lambda d: edit(d, lambda r: {**r, "plan": "all"}), "plan is of type str, expected dict"),
-    "format true": (lambda d: edit(d, lambda r: {**r, "format": True}), "format is of type bool"),
-    "unknown base": (
-        lambda d: edit(d, lambda r: {**r, "base": {"library": "timm", "name": "test_resnett", "kwargs": {}}}),
-        "can't be built",
-    ),
-    "unknown library": (
-        lambda d: edit(d, lambda r: {**r, "base": {"library": "keras", "name": "test_resnet", "kwargs": {}}}),
-        "can't be built",
-    ),
-    "unknown option": (
-        lambda d: edit(d, lambda r: {**r, "add_se": {**r["add_se"], "glow": 1}}),
-        "can't be repeated on this base.*glow",
-    ),
-    "other plan": (
-        lambda d: edit(d, lambda r: r["plan"]["sites"][0].update(path="layer9.0.se_attention", block="layer9.0")),
-        r"can't be repeated on this base: .*layer9\.0\.se_attention",
-    ),
-    "other options": (
-        lambda d: edit(d, lambda r: r["add_se"].update(reduction=2)),
-        "layer1.0.se_attention has 256 parameters",
-    ),
-    "broken site": (
-        lambda d: edit(d, lambda r: r["plan"]["sites"][0].pop("after") and None),
-        r"plan\.sites\[0\] is broken.*missing: after",
-    ),
-    "plan without options": (lambda d: edit(d, lambda r: {**r, "add_se": None}), "both be given or both be null"),
-    "tie to nothing": (lambda d: edit(d, lambda r: {**r, "tied": {"a": "b"}}), "a is tied to b"),
-    "other classes": (
-        lambda d: edit(d, lambda r: r["base"]["kwargs"].update(num_classes=11)),
-        "does not fit the network; other shapes: fc.bias, fc.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BREAKS)
-def test_broken_input_is_a_clear_error(saved: Path, name: str) -> None:
-    do, says = BREAKS[name]
-    do(saved)
-    with pytest.raises(RetrofitError, match=says):
-        load_retrofitted(saved)
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RetrofitError, match=r"no folder .*nowhere"):
-        load_retrofitted(tmp_path / "nowhere")
-
-
 def test_the_folder_of_a_run_stands_for_its_result(saved: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    with pytest.raises(RetrofitError, match="holds no network"):
-        load_retrofitted(run)
-    shutil.copytree(saved, run / "best")
-    assert_same(load_retrofitted(run), load_retrofitted(saved))
+    shutil.copytree(saved, tmp_path / "run" / "best")
+    assert_same(load_retrofitted(tmp_path / "run"), load_retrofitted(saved))
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RetrofitError, match=r"no SE modules.*model = add_se\(model\)"):
-        save_retrofitted(small(), tmp_path / "saved")
-    with pytest.raises(TypeError, match=r"must be an nn.Module"):
-        save_retrofitted("resnet18", tmp_path / "saved")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"base must be a name such as 'timm/resnet18', or a Base, got 18"):
-        save_retrofitted(add_se(small()), tmp_path / "saved", base=18)  # type: ignore[arg-type]
-    for base in ("resnet18", Base.of("resnet18")):
-        with pytest.raises(RetrofitError, match=r"does not build the network that is to be saved: "):
-            save_retrofitted(add_se(small()), tmp_path / "saved", base=base)
-    with pytest.raises(RetrofitError, match=r"on the meta device and has no values"):
-        save_retrofitted(add_se(small().to("meta")), tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
+# What is refused
 
 
-def test_a_base_of_another_kind_is_refused(saved: Path) -> None:
-    for other in (small(), nn.Linear(3, 3)):
-        with pytest.raises(RetrofitError, match=r"can't be repeated on this base"):
-            load_retrofitted(saved, base=other)
-    with pytest.raises(TypeError, match=r"base must be a network, a name or a Base"):
-        load_retrofitted(saved, base=18)  # type: ignore[arg-type]
+@pytest.fixture
+def folder(saved: Path) -> Path:
+    """One with a saved network, with SE alone of a small one, whole and cut short, and with a file of another kind."""
+    file = save_se(add_se(small()), saved.parent / "se.safetensors")
+    (saved.parent / "cut.safetensors").write_bytes(file.read_bytes()[:-10])
+    (saved.parent / "thesis.tex").write_text("years of work")
+    (saved.parent / "empty").mkdir()
+    return saved.parent
 
 
-# SE alone
+REFUSED: list[tuple[Callable[[Path], object], str]] = [
+    (lambda d: save_retrofitted(small(), d / "a"), r"no SE modules.*model = add_se\(model\)"),
+    (lambda d: save_retrofitted(add_se(small().to("meta")), d / "a"), "on the meta device and has no values"),
+    (lambda d: save_retrofitted(add_se(small()), d / "a", base="resnet18"), "does not build the network that is to be"),
+    (lambda d: save_retrofitted(add_se(small()), d), "holds files of other kinds"),
+    (lambda d: save_retrofitted(add_se(small()), d / "thesis.tex"), "is a file"),
+    (lambda d: load_retrofitted(d / "nowhere"), "no folder .*nowhere"),
+    (lambda d: load_retrofitted(d / "empty"), "holds no network"),
+    (lambda d: load_retrofitted(d / "saved", base=nn.Linear(3, 3)), "can't be repeated on this base"),
+    (lambda d: load_retrofitted(FOLDERS / "inputs", base=Pairs(), example_inputs=X), "on the given example_inputs"),
+    (lambda d: save_se(small(), d / "se.safetensors"), "no SE modules to save"),
+    (lambda d: load_se(tiny(), d / "se.safetensors"), r"no place for its site layer1\.0"),
+    (lambda d: load_se(add_se(small()), d / "se.safetensors"), "retrofitted already"),
+    (lambda d: load_se(small(), d / "saved" / "weights.safetensors"), "holds no SE modules by save_se"),
+    (lambda d: load_se(small(), d / "none.safetensors"), "no file"),
+    (lambda d: load_se(small(), d / "cut.safetensors"), "cut short"),
+]
+OF_WRONG_TYPES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda d: save_retrofitted("resnet18", d / "a"), "must be an nn.Module"),  # type: ignore[arg-type]
+    (lambda d: save_retrofitted(add_se(small()), d / "a", base=18), "or a Base, got 18"),  # type: ignore[arg-type]
+    (lambda d: load_retrofitted(d / "saved", base=18), "base must be a network, a name or a Base"),  # type: ignore[arg-type]
+]
 
 
-def test_se_alone_goes_onto_the_same_base_again(tmp_path: Path) -> None:
-    base = stirred(small())
-    model = add_se(base, reduction=4)
-    for module in model.modules():
-        if isinstance(module, SEAttention):
-            stirred(module, seed=7)
-    file = save_se(model, tmp_path / "se.safetensors")
-    assert sum(v.numel() for v in load_file(file).values()) == plan_of(model).parameters
-    again = load_se(base, file)
-    assert not has_se(base)
-    assert_same(again, model)
-
-
-def test_se_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    file = save_se(add_se(small()), tmp_path / "se.safetensors")
-    other = timm.create_model("test_resnet")
-    with pytest.raises(RetrofitError, match=r"no place for its site layer1\.0"):
-        load_se(other, file)
-    assert not has_se(other)
-    with pytest.raises(RetrofitError, match=r"retrofitted already"):
-        load_se(add_se(small(), reduction=2), file)
-    with pytest.raises(RetrofitError, match=r"holds no SE modules by save_se"):
-        load_se(small(), save_retrofitted(add_se(small()), tmp_path / "whole") / "weights.safetensors")
-    with pytest.raises(RetrofitError, match=r"no file"):
-        load_se(small(), tmp_path / "none.safetensors")
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(RetrofitError, match=r"cut short"):
-        load_se(small(), file)
-    with pytest.raises(RetrofitError, match=r"no SE modules to save"):
-        save_se(small(), file)
-
-
-def test_example_inputs_are_given_again_on_loading(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    first = small().layer1[0]
-    channels = first.conv1.in_channels
-
-    class Plain(nn.Module):
-        """Its first layer doesn't tell the input's shape."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.unfold = nn.Linear(6, 64)
-            self.widen = nn.Conv2d(1, channels, 3, padding=1)
-            self.block = copy.deepcopy(first)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.block(self.widen(self.unfold(x).view(-1, 1, 8, 8)))
-
-    inputs = torch.zeros(2, 6)
-    assert plan_se(Plain(), example_inputs=inputs).sites
-    model = add_se(Plain(), example_inputs=inputs).eval()
-    save_retrofitted(model, tmp_path / "saved")
-    again = load_retrofitted(tmp_path / "saved", base=Plain(), example_inputs=inputs)
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+@pytest.mark.parametrize(
+    ("call", "says", "error"),
+    [(*row, RetrofitError) for row in REFUSED] + [(*row, TypeError) for row in OF_WRONG_TYPES],
+    ids=[says for _, says in REFUSED + OF_WRONG_TYPES],
+)
+def test_what_cannot_be_done_is_refused_and_no_file_changes(
+    call: Callable[[Path], object], says: str, error: type[Exception], folder: Path
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    with pytest.raises(error, match=says):
+        call(folder)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
