@@ -19,7 +19,7 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
     None counts that ends where all stages of a stream are collected: their sum or concat, a list that is returned (but a sum of
     linear branches, or of what pools and branches make, is one of branches). Nor does a second output that is made in the
     branch alone (WaveNet's skip output, van den Oord et al., arXiv:1609.03499), or is summed up with others; or is what the module
-    was given and hands on. Nor does a way by which the branch alone weighs the sum (SPAN, Wan et al., arXiv:2311.12770).
+    was given and hands on, or has made its shortcut of. Nor does a way by which the branch alone weighs the sum (SPAN, Wan et al., arXiv:2311.12770).
     """
     sources = list(sources)
     reached = set(sources)
@@ -42,8 +42,12 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
         return True
     if not after or any(output in after for output in bypassing):
         return False
+    shortcut = 0
+    for skip in add.data:
+        shortcut |= 0 if skip.bit & region else skip.lineage
     return all(
-        output in sources or (call.parent is not None and (output.bit & region or _all_from(output, region)))
+        output in sources
+        or (call.parent is not None and (output.bit & (region | shortcut) or _all_from(output, region)))
         for output in bypassing
     )
 

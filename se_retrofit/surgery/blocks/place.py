@@ -54,12 +54,14 @@ class Found:
         places: where SE goes, and where it goes only if ``include`` names the block.
         skipped: the reason for each block that is skipped.
         regions: the operations of blocks, placed or skipped, as bit sets of their indices.
+        shortcuts: the operations by which units project their input, as a bit set.
         attended: how many blocks have channel attention already.
     """
 
     places: list[Place] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     regions: dict[str, int] = field(default_factory=dict)
+    shortcuts: int = 0
     attended: int = 0
 
     def leave(self, block: str, reason: str, region: int = 0) -> None:

@@ -42,6 +42,8 @@ def ways(place: Place) -> Iterator[Edit | SpliceError]:
     call = place.call
     while call.returned is place.op and call.parent is not None:  # what a module returns is a value of its caller, too
         call = call.parent
+        if is_sequential(call.module) and call.returned is place.op:
+            yield Edit(call.path, "append")
         yield from _in_source(call, place.op)
     user = only_user(place.op)
     if user is not None and place.call.holds(user):  # a value that a loop has made in the end: where it is taken
