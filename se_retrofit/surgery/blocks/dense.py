@@ -82,8 +82,8 @@ def _units(record: Record, call: Call, cat: Op) -> list[Block]:
         if any(a.bit & b.ancestors for a in new for b in new):
             return []  # they feed each other: see dense_layers
         common = common_source(record, call, new)  # they are pieces of one value
-        if common is not None:
-            new = [common] if common.channels is not None else []
+        if common is not None or added:
+            new = [common] if common is not None and common.channels is not None else []
     return [block for value in new for block in _new_features(record, cat, value, call, 0)]
 
 

@@ -168,7 +168,8 @@ def _is_query(source: Op, region: int) -> bool:
     users = [source]
     for op in users:
         users += [u for u in op.users if u.bit & region and u.role in ("affine", "pass", "shape")]
-    return any(u.bit & region and u.role in ("other", "linear") and len(u.data) > 1 for op in users for u in op.users)
+    takers = [u for op in users for u in op.users if u.bit & region and u.name != "write"]
+    return any(u.role in ("other", "linear") and len(u.data) > 1 for u in takers)
 
 
 def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) -> bool:

@@ -26,7 +26,7 @@ NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one e
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
 LOOKS_INSIDE = (
     "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
-    "parameters, or takes other numbers in each run"
+    "parameters, differentiates it, or takes other numbers in each run"
 )
 
 
