@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from join_networks import IMAGE, Two, joined
-from structure import conv, structure, unit
+from structure import Unit, conv, structure, unit
 from torch import Tensor, nn
 
 
@@ -150,3 +150,22 @@ class Blurred(Two):
 
         def forward(self, x: Tensor) -> Tensor:
             return self.project(F.conv2d(self.core(self.side(x)), self.filter, padding=1, groups=8))
+
+
+@structure(IMAGE, sites={"unit": 8})
+class TwoLevels(nn.Module):
+    """Where two levels of a pyramid meet is no unit, though one of them is a part of what is made of both (BiFPN, Tan et al.,
+    arXiv:1911.09070)."""
+
+    class Level(Sides):
+        def forward(self, fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+            fine = self.f(fine + F.interpolate(coarse, scale_factor=2))
+            return fine, self.g(coarse + F.max_pool2d(fine, 2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unit, self.level, self.head = conv(3, 8), Unit(), self.Level(), conv(8, 2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.unit(self.stem(x))
+        return [self.head(level) for level in self.level(x, F.max_pool2d(x, 2))]

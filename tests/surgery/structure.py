@@ -41,6 +41,7 @@ def structure(*inputs: Any, **facts: Any) -> Callable[[type[nn.Module]], type[nn
     """Put a network into the table, with the facts of a ``Structure``; the paths of sites come without ``se_attention``."""
 
     def noted(cls: type[nn.Module]) -> type[nn.Module]:
+        assert cls.__name__ not in STRUCTURES, "two networks of one name"
         STRUCTURES[cls.__name__] = Structure(cls, inputs, **facts)
         return cls
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..record.facts import real_users
 from ..record.graph import Call, Op, Record
-from .questions import TRANSPARENT, derives, has_nonlinearity
+from .questions import TRANSPARENT, derives, has_nonlinearity, resizes
 
 __all__ = ["all_pass"]
 
@@ -45,9 +45,16 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
     shortcut = 0
     for skip in add.data:
         shortcut |= 0 if skip.bit & region else skip.lineage
+    resized = any(
+        map(resizes, record.select(region))
+    )  # another output may be another level of a pyramid then, not this unit's
     return all(
         output in sources
-        or (call.parent is not None and (output.bit & (region | shortcut) or _all_from(output, region)))
+        or (
+            call.parent is not None
+            and (output.bit & (region | shortcut) or _all_from(output, region))
+            and not (resized and output.shape[2:] != add.shape[2:])
+        )
         for output in bypassing
     )
 

@@ -87,11 +87,12 @@ def _coupled(record: Record, call: Call, first: Op, second: Op) -> Iterator[Bloc
                 continue
             from_x1, from_x2 = (derives(record, call, f, x) for x in (x1, x2))
             if from_x2 and not from_x1 and not derives(record, call, x1, x2):
-                for branch, add, skip, source in ((f, first, x1, x2), (g, second, x2, first)):
-                    region = call.region(branch, source.lineage)
-                    ops = list(record.select(region))
-                    if spatial_convs(ops) and has_nonlinearity(ops):
-                        yield Block("residual", call, region, branch, add, skip, source)
+                units = [
+                    Block("residual", call, call.region(branch, source.lineage), branch, add, skip, source)
+                    for branch, add, skip, source in ((f, first, x1, x2), (g, second, x2, first))
+                ]
+                if all(has_nonlinearity(record.select(unit.region)) for unit in units):  # else two levels of a pyramid
+                    yield from (unit for unit in units if spatial_convs(list(record.select(unit.region))))
 
 
 def _unit(record: Record, call: Call, add: Op) -> Block | None:
