@@ -140,7 +140,7 @@ def _reached(record: Record, call: Call, sources: Iterable[Op], cut: Collection[
 def bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> Op | None:
     """Where a bypass begins: follow ``op`` back, through a projection at most, to something in ``ancestors`` or to an input of the
     module. None if it is no bypass. A projection has pools, and one convolution or a depthwise-separable pair; an activation stands
-    before its convolution, or behind a pointwise one."""
+    before its convolution, or behind a pointwise one in a module of its own."""
     given = set(call.inputs)
     convs: list[Op] = []
     acts = 0
@@ -165,7 +165,8 @@ def bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> O
         if len(convs) > projections or acts > 1 or not separable:
             return None
         op = op.data[0]
-    return None if acted and not (len(convs) == 1 and is_pointwise(convs[0])) else op
+    projects = len(convs) == 1 and is_pointwise(convs[0]) and call.parent is not None
+    return None if acted and not projects else op
 
 
 def summands(call: Call, add: Op) -> list[tuple[Op, Op]]:
