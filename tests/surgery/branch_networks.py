@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from join_networks import IMAGE, Two, joined
-from structure import Unit, conv, structure, unit
+from structure import IMAGE, Branch, Unit, conv, joined, structure, unit
 from torch import Tensor, nn
+
+
+class Two(nn.Module):
+    """A stem and two blocks."""
+
+    block: type[nn.Module]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = conv(3, 8), nn.Sequential(self.block(), self.block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
 
 
 class Sides(nn.Module):
@@ -169,3 +181,23 @@ class TwoLevels(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.unit(self.stem(x))
         return [self.head(level) for level in self.level(x, F.max_pool2d(x, 2))]
+
+
+class Pooling(Branch):
+    """Returns beside its output what it has made of its input for the shortcut (DLA, Yu et al., arXiv:1707.06484)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = F.max_pool2d(x, 3, 1, 1)
+        return F.relu(self.norm1(pooled) + self.conv2(F.relu(self.conv1(x)))), pooled
+
+
+@structure(IMAGE, sites={"first": 8, "second": 8}, after="conv2")
+class Tree(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second, self.root = conv(3, 8), Pooling(), Pooling(), conv(24, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, pooled = self.first(self.stem(x))
+        z, _ = self.second(y)
+        return self.root(torch.cat([pooled, y, z], 1))

@@ -1,4 +1,4 @@
-"""Blocks whose new features are put beside what bypassed them: dense layers, split units, dual paths."""
+"""Blocks whose new features are concatenated with what bypassed them: dense layers, split units, dual paths."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["dense_layers", "dual_paths", "split_units"]
 
 
 def dense_layers(record: Record) -> Iterator[Block]:
-    """A cat of one value and of what several layers made of it, each of which read all that came before it (DenseNet, Huang
-    et al., arXiv:1608.06993). Where each reads the one before it alone, it is one block of several branches instead."""
+    """A concat of a value and of the outputs of several layers, each of which takes everything before it (DenseNet,
+    Huang et al., arXiv:1608.06993). If each takes only the previous output, it is one multi-branch block instead."""
     for call in reversed(record.calls):
-        for cat in reversed(own_operations(record, call)):  # the last cat of a dense block is the one of all its layers
+        for cat in reversed(own_operations(record, call)):  # the last concat of a dense block has all its layers
             yield from _layers(record, call, cat)
 
 
@@ -45,7 +45,7 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
         )
         if (blocks and not reads_all) or not has_spatial_conv(ops) or not has_nonlinearity(ops):
             return []
-        child = call.child_with(operand)  # a layer that is a module of its own gets its SE itself
+        child = call.child_with(operand)  # a layer that is a module gets SE in that module
         own = child if child is not None and child.shows(operand) else call
         blocks.append(Block("dense", own, region, operand, cat))
         seen |= operand.bit
@@ -54,7 +54,7 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
 
 
 def split_units(record: Record) -> Iterator[Block]:
-    """A cat of (part of) the input and new features that is what the module returns (a dense layer that joins its own
+    """A concat of (part of) the input and new features that the module returns (a dense layer that concatenates its own
     features; ShuffleNetV2's unit at stride 1, Ma et al., arXiv:1807.11164)."""
     for call in reversed(record.calls):
         for cat in own_operations(record, call):
@@ -88,7 +88,7 @@ def _units(record: Record, call: Call, cat: Op) -> list[Block]:
 
 
 def _is_returned(call: Call, cat: Op) -> bool:
-    """Whether all that a module returns is this value, at most activated or in another shape."""
+    """Return whether a module returns only this value, possibly activated or in another shape."""
     for output in call.outputs:
         while output is not cat:
             if output.role not in (*TRANSPARENT, "act") or len(output.data) != 1 or not call.holds(output):
@@ -134,7 +134,7 @@ def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) ->
 
 
 def _added_to_bypass(op: Op, call: Call) -> Op | None:
-    """The new one of the two operands of an add, if the other is a bypass."""
+    """Return the newly computed operand of an add, if the other one is a bypass."""
     if op.role != "add" or len(op.data) != 2 or not call.holds(op):
         return None
     new = [o for o in op.data if bypass_source(o, call, 0) is None]
@@ -142,7 +142,7 @@ def _added_to_bypass(op: Op, call: Call) -> Op | None:
 
 
 def dual_paths(record: Record) -> Iterator[Block]:
-    """Several joins of one new value with what bypassed the block, which together are all that it returns (DPN, Chen et
+    """Several joins of one new value with what bypassed the block, which together are its whole output (DPN, Chen et
     al., arXiv:1707.01629)."""
     for call in reversed(record.calls):
         joins = [op for op in own_operations(record, call) if op.role in ("add", "cat")]
@@ -167,7 +167,7 @@ def _dual_path(record: Record, call: Call, joins: list[Op]) -> Block | None:
     if {join.role for join in cut} != {"add", "cat"} or escapes(record, call, call.inputs, cut):
         return None
     if any(join.ancestors & other.bit for join in cut for other in cut):
-        return None  # one behind the other: a block in which something else is joined, too
+        return None  # one after the other: a block in which something else is joined, too
     common = call.mask
     for op in new:
         common &= op.lineage
