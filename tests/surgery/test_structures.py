@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import block_networks  # noqa: F401
+import branch_networks  # noqa: F401
 import image_networks  # noqa: F401
 import layer_networks  # noqa: F401
 import pytest

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..record.facts import real_users
 from ..record.graph import Call, Op, Record
-from .questions import TRANSPARENT, derives, has_nonlinearity
+from .questions import TRANSPARENT, derives, has_nonlinearity, resizes
 
 __all__ = ["all_pass"]
 
@@ -19,7 +19,7 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
     One that ends where all stages of a stream are collected: in their sum or concat, or in a list that is returned
     (but a sum of linear branches, or of the outputs of pools and branches, is one of branches). A path to a second
     output that is computed in the branch only (WaveNet's skip output, van den Oord et al., arXiv:1609.03499), summed
-    with others, or an input. One by which only the branch weights the sum (SPAN, Wan et al., arXiv:2311.12770).
+    with others, an input, or what the shortcut is computed from. One by which only the branch weights the sum (SPAN, Wan et al., arXiv:2311.12770).
     """
     sources = list(sources)
     reached = set(sources)
@@ -42,8 +42,19 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
         return True
     if not after or any(output in after for output in bypassing):
         return False
+    shortcut = 0
+    for skip in add.data:
+        shortcut |= 0 if skip.bit & region else skip.lineage
+    resized = any(
+        map(resizes, record.select(region))
+    )  # another output may be another level of a pyramid then, not this unit's
     return all(
-        output in sources or (call.parent is not None and (output.bit & region or _all_from(output, region)))
+        output in sources
+        or (
+            call.parent is not None
+            and (output.bit & (region | shortcut) or _all_from(output, region))
+            and not (resized and output.shape[2:] != add.shape[2:])
+        )
         for output in bypassing
     )
 

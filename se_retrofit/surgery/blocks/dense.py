@@ -58,17 +58,15 @@ def split_units(record: Record) -> Iterator[Block]:
     features; ShuffleNetV2's unit at stride 1, Ma et al., arXiv:1807.11164)."""
     for call in reversed(record.calls):
         for cat in own_operations(record, call):
-            block = _unit(record, call, cat)
-            if block is not None:
-                yield block
+            yield from _units(record, call, cat)
 
 
-def _unit(record: Record, call: Call, cat: Op) -> Block | None:
+def _units(record: Record, call: Call, cat: Op) -> list[Block]:
     if not joins_channels(cat):
-        return None
+        return []
     if not _is_returned(call, cat):
-        return _split_in_graph(record, call, cat) if call.parent is None else None
-    # in a dual path block (DPN), part of the new features is added to the bypass, and part is concatenated with it
+        return _split_in_graph(record, call, cat) if call.parent is None else []
+    # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
     added = {o: other for o in cat.data if (other := _added_to_bypass(o, call)) is not None}
     new, bypassed = [], False
     for operand in cat.data:
@@ -82,12 +80,11 @@ def _unit(record: Record, call: Call, cat: Op) -> Block | None:
         return _split_inside(record, call, cat)
     if len(new) > 1:
         if any(a.bit & b.ancestors for a in new for b in new):
-            return None  # they feed each other: see dense_layers
-        common = common_source(record, call, new)  # if they are pieces of one value
-        if common is None or common.channels is None:
-            return None
-        new = [common]
-    return _new_features(record, cat, new[0], call, 0)
+            return []  # they feed each other: see dense_layers
+        common = common_source(record, call, new)  # they are pieces of one value
+        if common is not None or added:
+            new = [common] if common is not None and common.channels is not None else []
+    return [block for value in new for block in _new_features(record, cat, value, call, 0)]
 
 
 def _is_returned(call: Call, cat: Op) -> bool:
@@ -100,40 +97,40 @@ def _is_returned(call: Call, cat: Op) -> bool:
     return bool(call.outputs)
 
 
-def _split_in_graph(record: Record, call: Call, cat: Op) -> Block | None:
-    """Find a split unit in a graph with many blocks: a piece of a value, and what is computed from another piece."""
+def _split_in_graph(record: Record, call: Call, cat: Op) -> list[Block]:
+    """The same in a graph that holds many blocks: a piece of a value, and what was made of another piece of it."""
     pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
     new = [o for o in cat.data if o not in pieces]
     if len(pieces) != 1 or len(new) != 1:
-        return None
+        return []
     whole = pieces[0].data[0]
     if not whole.bit & new[0].ancestors or escapes(record, call, [whole], {cat}):
-        return None
+        return []
     return _new_features(record, cat, new[0], call, whole.lineage)
 
 
-def _split_inside(record: Record, call: Call, cat: Op) -> Block | None:
-    """Find a split unit in which the split value is not an input of the module, but is on every path through it."""
+def _split_inside(record: Record, call: Call, cat: Op) -> list[Block]:
+    """The same where what is split is no input of the module, but a value that every way through the module passes."""
     whole = common_source(record, call, cat.data)
     if whole is None or escapes(record, call, call.inputs, {whole}):
-        return None
+        return []
     outside = whole.lineage
     if whole in cat.data and any(map(is_conv_or_linear, record.select(outside & call.mask))):
-        return None  # it is newly computed, too: a primary convolution and a cheap one (GhostNet)
+        return []  # it is newly computed as well: a primary convolution and a cheap one (GhostNet)
     new = [o for o in cat.data if bypass_source(o, call, outside, projections=0) is None]
     if len(new) != 1 or len(new) == len(cat.data):
-        return None
+        return []
     return _new_features(record, cat, new[0], call, outside)
 
 
-def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) -> Block | None:
+def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) -> list[Block]:
     region = call.region(new, outside)
     ops = list(record.select(region))
     if not has_spatial_conv(ops) or not has_nonlinearity(ops):
-        return None
+        return []
     if any(map(resizes, ops)):
-        return None  # the resolution goes down and up again: a skip between the levels of a U-Net
-    return Block("dense", call, region, new, cat)
+        return []  # down in resolution and up again: a skip between the levels of a U-Net
+    return [Block("dense", call, region, new, cat)]
 
 
 def _added_to_bypass(op: Op, call: Call) -> Op | None:

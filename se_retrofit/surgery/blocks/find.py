@@ -10,7 +10,7 @@ from .block import Block, Target
 from .names import conv_paths, name_of, path_of
 from .place import Found, Place, problem_of
 from .placements import PLACEMENTS
-from .questions import gated_after, is_gate
+from .questions import gate_after, is_gate
 from .table import RECOGNISERS, Recogniser
 
 __all__ = ["find_places"]
@@ -73,20 +73,21 @@ class _Finder:
     def is_free(self, block: Block) -> bool:
         """Return whether no part of a block belongs to an earlier one, nor its convolutions to one in another call."""
         calls = [self.calls[path] for path in conv_paths(self.record, block)]
-        return not any(bits & self.taken for bits in (block.region, *calls))
+        return not any(bits & (self.taken | self.found.shortcuts) for bits in (block.region, *calls))
 
     def add(self, block: Block, aside: str) -> None:
         """Note the place for a block, or the reason why there is none."""
         self.taken |= block.region | block.join.bit
+        self.found.shortcuts |= _shortcut(block)
         name = name_of(self.record, block)
         target = PLACEMENTS[self.placement](self.record, block)
-        gated = target is not None and gated_after(target.op)
-        if gated or any(is_gate(op) for op in self.record.select(block.region)):
+        if _has_attention(self.record, block, target):
             self.sited |= block.region
             self.found.attended += not aside
             self.found.leave(name, HAS_ATTENTION, block.region)
         elif target is None:
-            reason = f"placement {self.placement!r} is for residual units, this block is of kind {block.kind}"
+            of_kind = "has several branches" if block.kind == "residual" else f"is of kind {block.kind}"
+            reason = f"placement {self.placement!r} is for residual units, this block {of_kind}"
             self.found.leave(name, reason, block.region)
         else:
             self.place(block, name, target, aside)
@@ -109,6 +110,25 @@ class _Finder:
         layers = [op for op in own if op.conv is not None or op.role in ("linear", "norm")]
         layers += [source for op in own for source in op.inputs if source.role == "param"]
         return frozenset(layer.path for layer in layers if layer.path is not None)
+
+
+def _shortcut(block: Block) -> int:
+    """The operations that project the input of a unit to what is added to its branch, as a bit set."""
+    bits, op = 0, block.skip
+    while op is not None and op is not block.source and block.call.holds(op) and len(op.data) == 1:
+        bits |= op.bit
+        (op,) = op.data
+    return bits
+
+
+def _has_attention(record: Record, block: Block, target: Target | None) -> bool:
+    """Whether a channel gate is in a block or follows it: what it computes, or, in the same module, its join."""
+    if any(is_gate(op) for op in record.select(block.region)):
+        return True
+    if any(gate_after(value) for value in (block.branch, *([] if target is None else [target.op]))):
+        return True
+    gate = gate_after(block.join)
+    return gate is not None and block.call.parent is not None and block.call.holds(gate)
 
 
 def _where_shown(call: Call, op: Op) -> Call | None:

@@ -42,7 +42,7 @@ def left_out(
         beside = op.conv is not None and op.conv.spatial and (op.spatial_conv or not op.bit & inside)
         if beside and (path := _path_of(op)) not in listed:
             listed.add(path)
-            left.setdefault(path, (_why_in_no_block(op), (path,)))
+            left.setdefault(path, (_why_in_no_block(op, found), (path,)))
             found.regions.setdefault(path, op.bit)
     order = {block: found.regions.get(block, 0) & -found.regions.get(block, 0) for block in left}
     ordered = sorted(left, key=lambda block: order[block] or 1 << len(record.ops))
@@ -71,7 +71,7 @@ def _path_of(conv: Op) -> str:
     return path_of(conv) or conv.name
 
 
-def _why_in_no_block(conv: Op) -> str:
+def _why_in_no_block(conv: Op, found: Found) -> str:
     if conv.flat:
         return "it runs over what was pooled, not over space"
     if covers_its_input(conv):
@@ -83,4 +83,6 @@ def _why_in_no_block(conv: Op) -> str:
     following = next_after(conv, TRANSPARENT)
     if following is not None and following.role in ("add", "mul"):
         return f"it has no non-linearity, and is a part of {'an addition' if following.role == 'add' else 'a product'}"
+    if conv.bit & found.shortcuts:
+        return "it is on the shortcut of a unit"
     return "it has no non-linearity, and is in no block"

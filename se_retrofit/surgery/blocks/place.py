@@ -54,12 +54,14 @@ class Found:
         places: the places where SE goes, including those where it goes only if ``include`` names the block.
         skipped: the reason for each skipped block.
         regions: the operations of blocks, placed or skipped, as bit sets of their indices.
+        shortcuts: the operations by which units project their input, as a bit set.
         attended: number of blocks that already have channel attention.
     """
 
     places: list[Place] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     regions: dict[str, int] = field(default_factory=dict)
+    shortcuts: int = 0
     attended: int = 0
 
     def leave(self, block: str, reason: str, region: int = 0) -> None:

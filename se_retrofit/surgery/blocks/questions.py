@@ -98,14 +98,15 @@ def _join_of_halves(halves: list[Op]) -> Op | None:
     return None
 
 
-def gated_after(op: Op) -> bool:
-    """Return whether a channel gate follows a value directly, or after its norm and activation."""
+def gate_after(op: Op) -> Op | None:
+    """Return the channel gate that follows a value directly, or after its norm and activation; None if there is none."""
     while True:
         users = real_users(op)
-        if any(is_gate(u) for u in users) and all(is_gate(u) or u.pooled for u in users):
-            return True
+        gates = [u for u in users if is_gate(u)]
+        if gates and all(u in gates or u.pooled for u in users):
+            return gates[0]
         if len(users) != 1 or users[0].role not in ("norm", "pass", "affine", "act") or len(users[0].data) != 1:
-            return False
+            return None
         op = users[0]
 
 
@@ -138,25 +139,44 @@ def _reached(record: Record, call: Call, sources: Iterable[Op], cut: Collection[
 
 
 def bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> Op | None:
-    """Return the start of a bypass: follow ``op`` back, at most through a linear projection (pools, and one or two
-    convolutions: a depthwise-separable pair), to something in ``ancestors`` or to an input; None if it is no bypass."""
+    """Return the start of a bypass: follow ``op`` back, at most through a projection, to something in ``ancestors`` or to an input;
+    None if it is no bypass. A projection has pools, and one convolution or a depthwise-separable pair; an activation is before its
+    convolution or, in a module other than the network, after a pointwise one."""
     given = set(call.inputs)
-    convs = acts = 0
+    convs: list[Op] = []
+    acts = 0
+    acted = False  # behind all convolutions
     while not (op.bit & ancestors or op in given):
         if op.role == "cat" and all(i in given for i in op.data):
             return op  # all inputs of the module, side by side
+        if op.role == "cat" and len(op.data) > 1 and projections and not acts:
+            # a projection in halves, of pixels that are one apart (Gastaldi, arXiv:1705.07485)
+            sources = {bypass_source(half, call, ancestors, projections - len(convs)) for half in op.data}
+            return sources.pop() if len(sources) == 1 else None
         if not call.holds(op) or len(op.data) != 1:
             return None
         if op.conv is not None or is_pointwise(op):
-            convs += 1
-        elif op.role == "act" and convs:
-            acts += 1  # the projection of a pre-activated input
+            convs.append(op)
+        elif op.role == "act":
+            acts += 1
+            acted = acted or not convs
         elif op.role not in (*TRANSPARENT, "cat") and not (projections and op.role in ("pool", "resize")):
             return None
-        if convs > projections or acts > 1:
+        separable = len(convs) < 2 or any(conv.conv is not None and conv.conv.depthwise for conv in convs)
+        if len(convs) > projections or acts > 1 or not separable:
             return None
         op = op.data[0]
-    return op
+    projects = len(convs) == 1 and is_pointwise(convs[0]) and call.parent is not None
+    return None if acted and not projects else op
+
+
+def summands(call: Call, add: Op) -> list[tuple[Op, Op]]:
+    """What is summed up by one add after another, ``x + a + b``: each value, and the add that takes it. None where the last is no add
+    of two values."""
+    found = []
+    for value in add.data if add.role == "add" and len(add.data) == 2 else ():
+        found += (only_user(value) is add and call.holds(value) and summands(call, value)) or [(value, add)]
+    return found
 
 
 def resizes(op: Op) -> bool:

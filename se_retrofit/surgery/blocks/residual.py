@@ -15,14 +15,16 @@ from .questions import (
     common_source,
     derives,
     edge,
+    escapes,
     has_nonlinearity,
     has_spatial_conv,
     own_operations,
     resizes,
+    summands,
 )
 from .rep_sum import summed_branches
 
-__all__ = ["residual_units", "reversible_units"]
+__all__ = ["parallel_branches", "residual_units", "reversible_units"]
 
 
 def residual_units(record: Record) -> Iterator[Block]:
@@ -38,6 +40,33 @@ def residual_units(record: Record) -> Iterator[Block]:
             if core is not None:
                 block.kind, block.target = "inverted", edge(record, core.value, core.taker)
             yield block
+
+
+def parallel_branches(record: Record) -> Iterator[Block]:
+    """Residual units of several branches that are added one after another, ``x + f(x) + g(x)``: each branch gets SE (PolyNet, Zhang
+    et al., arXiv:1611.05725)."""
+    for call in reversed(record.calls):
+        for add in own_operations(record, call) if call.parent is not None else ():
+            values = summands(call, add)
+            for skip, first in values if len(values) > 2 else ():
+                if first is not add:  # else the branches are summed up before, and are one
+                    yield from _branches(record, call, skip, values)
+
+
+def _branches(record: Record, call: Call, skip: Op, values: list[tuple[Op, Op]]) -> Iterator[Block]:
+    """The branches beside a value that is the input itself."""
+    others = [(value, add) for value, add in values if value is not skip]
+    if not all(skip.bit & value.ancestors for value, _ in others):
+        return
+    if escapes(record, call, [skip], {add for _, add in values}):
+        return
+    outside = skip.lineage
+    for branch, add in sorted(others, key=lambda other: other[0].index):
+        region = call.region(branch, outside)
+        ops = list(record.select(region))
+        outside |= branch.lineage  # of which a further one may be made
+        if spatial_convs(ops) and has_nonlinearity(ops) and not _spans_network(record, add, skip, ops):
+            yield Block("residual", call, region, branch, add)
 
 
 def reversible_units(record: Record) -> Iterator[Block]:
@@ -58,11 +87,12 @@ def _coupled(record: Record, call: Call, first: Op, second: Op) -> Iterator[Bloc
                 continue
             from_x1, from_x2 = (derives(record, call, f, x) for x in (x1, x2))
             if from_x2 and not from_x1 and not derives(record, call, x1, x2):
-                for branch, add, skip, source in ((f, first, x1, x2), (g, second, x2, first)):
-                    region = call.region(branch, source.lineage)
-                    ops = list(record.select(region))
-                    if spatial_convs(ops) and has_nonlinearity(ops):
-                        yield Block("residual", call, region, branch, add, skip, source)
+                units = [
+                    Block("residual", call, call.region(branch, source.lineage), branch, add, skip, source)
+                    for branch, add, skip, source in ((f, first, x1, x2), (g, second, x2, first))
+                ]
+                if all(has_nonlinearity(record.select(unit.region)) for unit in units):  # else two levels of a pyramid
+                    yield from (unit for unit in units if spatial_convs(list(record.select(unit.region))))
 
 
 def _unit(record: Record, call: Call, add: Op) -> Block | None:
@@ -75,7 +105,7 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
     pairs = (add.data, add.data[::-1])
     for branch, skip in sorted(pairs, key=lambda pair: not pair[1].bit & pair[0].ancestors):  # an identity skip first
         source = bypass_source(skip, call, branch.ancestors)
-        if source is None:
+        if source is None or any(value is source for value, _ in summands(call, branch)):
             continue
         common = bool(source.bit & branch.ancestors)
         region = call.region(branch, source.lineage if common else 0)
@@ -139,7 +169,8 @@ def _is_query(source: Op, region: int) -> bool:
     users = [source]
     for op in users:
         users += [u for u in op.users if u.bit & region and u.role in ("affine", "pass", "shape")]
-    return any(u.bit & region and u.role in ("other", "linear") and len(u.data) > 1 for op in users for u in op.users)
+    takers = [u for op in users for u in op.users if u.bit & region and u.name != "write"]
+    return any(u.role in ("other", "linear") and len(u.data) > 1 for u in takers)
 
 
 def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) -> bool:

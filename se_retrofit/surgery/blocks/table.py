@@ -12,7 +12,7 @@ from .dense import dense_layers, dual_paths, split_units
 from .inverted import inverted_bottlenecks
 from .multi_branch import multi_branch_blocks
 from .rep_sum import reparameterisable_sums
-from .residual import residual_units, reversible_units
+from .residual import parallel_branches, residual_units, reversible_units
 
 __all__ = ["RECOGNISERS", "Recognise", "Recogniser"]
 
@@ -43,6 +43,7 @@ RECOGNISERS: list[Recogniser] = [
     Recogniser(dense_layers, nests=True),
     Recogniser(reversible_units, nests=True),
     Recogniser(residual_units, nests=True),
+    Recogniser(parallel_branches, nests=True),
     Recogniser(split_units, nests=True),
     Recogniser(dual_paths, nests=True),
     Recogniser(inverted_bottlenecks),

@@ -23,8 +23,11 @@ def read(record: Record) -> Record:
         for source in op.inputs:
             takers.setdefault(source, []).append(op)
     learned = 0
+    parameters = {path for path, _ in record.model.named_parameters(remove_duplicate=False)}
     for op in record.ops:
         _read(op, takers, learned)
+        if op.conv is not None and op.module is None and op.conv.depthwise and _is_fixed(record, op, parameters):
+            op.role, op.conv = "pool", None  # a blur (Zhang, arXiv:1904.11486)
         learned |= op.bit if op.role in LEARNED else 0
     return record
 
@@ -116,6 +119,12 @@ def _conv_of(op: Op) -> Conv | None:
     first, second, *kernel = op.inputs[1].shape
     inputs, outputs = (first, second * groups) if transposed else (second * groups, first)
     return Conv(tuple(kernel), groups, inputs, outputs, transposed)
+
+
+def _is_fixed(record: Record, conv: Op, parameters: set[str]) -> bool:
+    """Whether what a convolution filters with is made of no parameter, nor of an input."""
+    weight = conv.inputs[1]
+    return weight.role == "param" and not any(op.path in parameters for op in record.select(weight.lineage))
 
 
 def _summed_stack(op: Op, takers: Takers) -> Op | None:

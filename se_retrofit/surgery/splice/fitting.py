@@ -26,7 +26,7 @@ NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one e
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
 LOOKS_INSIDE = (
     "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
-    "parameters, or takes other numbers in each run"
+    "parameters, differentiates it, or takes other numbers in each run"
 )
 
 
@@ -84,7 +84,8 @@ class Fitting:
     training: list[Place]
     skipped: dict[str, str]
     options: dict[Place, _Options] = field(default_factory=dict)
-    extra: dict[Edit, Edit] = field(default_factory=dict)  # an additional edit of a site, for training
+    extra: dict[Edit, Edit] = field(default_factory=dict)  # for a site: a further edit, for training
+    deferred: set[Edit] = field(default_factory=set)  # without their holders
 
     def sites(self) -> list[SurgerySite]:
         """Return the sites for all places that can have SE."""
@@ -96,7 +97,9 @@ class Fitting:
                 self.leave_out(self.guilty(sites) or sites[-1:], outcome)
             elif outcome.wrong:
                 self.fail(sites, outcome.wrong)
-                if not searched:  # try all remaining edits for these places at once, rather than one after the other
+                if outcome.broke_off is not None:
+                    self.defer(next(site.edits[0] for site in sites if site.path in outcome.wrong))
+                if not searched:  # the ways that are left to these places all at once, rather than one after the other
                     self.search({place for site in sites if site.path in outcome.wrong for place in site.places})
                     searched = True
             elif outcome.right:
@@ -132,6 +135,17 @@ class Fitting:
         for site in sites:
             for place in site.places if site.path in wrong else ():
                 self.options[place].fail(site.edits[0], wrong[site.path])
+
+    def defer(self, edit: Edit) -> None:
+        """Try a way at other places after all others, once it has ended the run at one: the same code will most likely do so there,
+        and each run tells of one place alone."""
+        code = replace(edit, holder="")
+        if not edit.digest or code in self.deferred:
+            return
+        self.deferred.add(code)
+        for options in self.options.values():
+            same = [way for way in options.edits if replace(way, holder="") == code]
+            options.edits.sort(key=same.__contains__)
 
     def search(self, places: set[Place]) -> None:
         """Try all remaining edits for some places in one run, and drop those that are wrong."""
@@ -171,7 +185,8 @@ class Fitting:
             return Findings({site.path: problems[e] for site in sites for e in site.edits if e in problems})
         for record in (evaluation, trained):
             if record is not None and record.broke_off is not None and record.broke_in in by_path:
-                return Findings({record.broke_in: NOT_ONE_VALUE})  # SE got something that it can't scale
+                wrong = {record.broke_in: NOT_ONE_VALUE}  # SE was given something that it can't scale
+                return Findings(wrong, broke_off=record.broke_off)
         compared = compare_records(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
         if not compared.right or trained is None:
             return compared

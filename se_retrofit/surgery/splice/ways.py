@@ -42,6 +42,8 @@ def ways(place: Place) -> Iterator[Edit | SpliceError]:
     call = place.call
     while call.returned is place.op and call.parent is not None:  # the output of a module is also a value of its caller
         call = call.parent
+        if is_sequential(call.module) and call.returned is place.op:
+            yield Edit(call.path, "append")
         yield from _in_source(call, place.op)
     user = only_user(place.op)
     if user is not None and place.call.holds(user):  # the final value of a loop: at its user

@@ -120,3 +120,30 @@ def test_a_size_among_the_models_attributes_is_tried_first() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), nn.Flatten(), nn.Linear(8 * 35 * 35, 2))
     model.image_size = 37  # it takes no other
     assert plan_of(add_se(model)).inputs["args"][0]["tensor"] == [2, 3, 37, 37]
+
+
+class Concurrent(nn.Sequential):
+    """Runs all of its children on one value, also those that are put into it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([child(x) for child in self.children()], 1)
+
+
+class Chained(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_network_is_not_run_more_often_because_it_has_more_blocks_that_look_at_their_children() -> None:
+    def calls(blocks: int) -> int:
+        layers: list[nn.Module] = [nn.Conv2d(3, 2, 1)]
+        for i in range(blocks):
+            branches = Concurrent(*(nn.Conv2d(i * 2 + 2, i + 2, kernel, padding="same") for kernel in (1, 3)))
+            layers.append(nn.Sequential(branches))
+        layers.append(nn.Conv2d(blocks * 2 + 2, 2, 1))
+        with cProfile.Profile() as profile:
+            retrofitted = add_se(Chained(*layers), 2, example_inputs=torch.zeros(1, 3, 5, 5))
+        assert len(plan_of(retrofitted).sites) == blocks
+        return sum(e.callcount for e in profile.getstats() if e.code is Chained.forward.__code__)
+
+    assert calls(2) == calls(6)
