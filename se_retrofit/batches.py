@@ -56,8 +56,8 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
 
 
 def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterable[Any]:
-    """The batches of a DataLoader or of another iterable of batches as they are; of a Dataset 32 items each, with its PIL images
-    prepared as ``finetune`` does for a validation."""
+    """The batches of a DataLoader or of another iterable of batches as they are; of a Dataset, or a list of pairs of an input and a
+    number, 32 items each, with PIL images prepared as ``finetune`` does for a validation."""
     if isinstance(data, (DataLoader, Mapping)) or not (isinstance(data, Dataset) or hasattr(data, "__getitem__")):
         return data
     from .finetune.data import gives_images
@@ -67,4 +67,11 @@ def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterabl
             from .finetune.config import FinetuneConfig
             from .finetune.transforms import prepared_batches
         return prepared_batches(model, data, FinetuneConfig(keys=tuple(keys)), print)
-    return data if isinstance(data, (list, tuple)) else DataLoader(data, BATCH_SIZE)
+    if isinstance(data, (list, tuple)) and not (data and is_item(fields_of(data[0], keys))):
+        return data
+    return DataLoader(data, BATCH_SIZE)  # type: ignore[arg-type]
+
+
+def is_item(fields: Sequence[Any]) -> bool:
+    """Whether an input has a number for its label, and so is no batch."""
+    return any(isinstance(label, int) or getattr(label, "shape", None) == () for label in fields[1:2])
