@@ -121,11 +121,14 @@ def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
 
 
 def _names_in(data: Any, keys: Sequence[str]) -> list[str] | None:
-    """Of the classes of a data set of Hugging Face's."""
+    """Of the classes of a data set of Hugging Face's; None where a transform gives its items other keys than it has columns."""
     features = getattr(data, "features", None)
     if not isinstance(features, dict):
         return None
-    return getattr(features.get(keys_in(features, keys)[1]), "names", None)
+    try:
+        return getattr(features.get(keys_in(features, keys)[1]), "names", None)
+    except RetrofitError:
+        return None
 
 
 def prepared_batches(

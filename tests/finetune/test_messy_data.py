@@ -127,3 +127,12 @@ def test_dicts_of_pictures_are_the_same_data_everywhere(image: str, label: str, 
         assert (seen.inputs, report.inputs) == (40, 40)  # type: ignore[union-attr]
         torch.testing.assert_close(seen.sites[0].class_means[3], gates[0].sites[0].class_means[3])
         assert report.accuracy_before == folded[0].accuracy_before  # type: ignore[union-attr]
+
+    rows.columns = {
+        "bild": rows.columns[image],
+        "art": rows.columns[label],
+    }  # a transform gives items of other keys than the columns'
+    renamed = config(image_size=16, keys=("bild", "art"))
+    assert evaluate(model, rows, config=renamed).accuracy == result.best_accuracy
+    with pytest.raises(RetrofitError, match="does not tell its targets"):
+        trained(model, rows, None, {"image_size": 16, "keys": ("bild", "art"), "balance": "sampling"})
