@@ -37,6 +37,7 @@ from se_retrofit import (
 )
 from se_retrofit.models import Base
 from se_retrofit.saving import load_se, save_se
+from se_retrofit.saving.atomic import replaced_file
 
 
 def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -307,6 +308,10 @@ def test_a_disk_that_refuses_leaves_the_old_network(saved: Path, monkeypatch: py
             RetrofitError, match=r"can't be written: No space left on device; what was there before is untouched"
         ):
             save_retrofitted(add_se(small()), saved)
+        # a read-only file system refuses to remove what is not there, too
+        patch.setattr(Path, "unlink", full)
+        with pytest.raises(RetrofitError, match=r"page.html can't be written"), replaced_file(saved / "page.html"):
+            full()
     assert_same(load_retrofitted(saved), old)
 
 
