@@ -1,4 +1,4 @@
-"""Fine-tune a retrofitted ResNet-18 on CIFAR-10: mixup, an average of the weights, early stopping.
+"""Fine-tune a retrofitted ResNet-18 on CIFAR-10, with mixup, an average of the weights and early stopping.
 
 python examples/finetune_cifar10.py --download
 """

@@ -1,4 +1,4 @@
-"""Fine-tune a retrofitted ResNet-18 on your own images, which lie in DIR/train/CLASS/ and DIR/val/CLASS/.
+"""Fine-tune a retrofitted ResNet-18 on your own images in DIR/train/CLASS/ and DIR/val/CLASS/.
 
 python examples/finetune_imagefolder.py DIR --pretrained
 """

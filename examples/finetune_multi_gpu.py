@@ -1,10 +1,10 @@
-"""The same program on one GPU, several, or none (then with one process a core, through gloo).
+"""Fine-tune with the same program on one GPU, on several, or on none (then with one process per core, through gloo).
 
 python examples/finetune_multi_gpu.py
 torchrun --nproc_per_node=2 examples/finetune_multi_gpu.py
 accelerate launch --num_processes=2 examples/finetune_multi_gpu.py
 
-batch_size is of one process: with two processes a step sees twice as many images, and lr should grow with them.
+batch_size is per process: with two processes, a step sees twice as many images, and lr should grow accordingly.
 """
 
 import argparse
@@ -30,5 +30,5 @@ model = add_se(timm.create_model("resnet10t", num_classes=data.num_classes))
 config = FinetuneConfig(
     epochs=options.epochs, batch_size=64, lr=1e-3 * processes**0.5, image_size=options.image_size, head_lr_scale=1.0
 )
-# one process prints and writes; accuracy is over the images of all
+# one process prints and writes; accuracy is over the images of all processes
 finetune(model, data.train, data.val, config=config, output_dir=options.output, resume=True)

@@ -1,4 +1,4 @@
-"""Train nothing but the SE modules of a trained network, and keep them in a file of their own. Runs offline.
+"""Train only the SE modules of a trained network, and save them in a file of their own. Runs offline.
 
 python examples/finetune_se_only.py
 """
@@ -19,12 +19,12 @@ options = parser.parse_args()
 
 data = load_data("digits", image_size=16)
 
-# a trained network to start from; yours comes from the hub or a checkpoint
+# a trained network to start from; yours would come from the hub or a checkpoint
 torch.manual_seed(0)
 base = timm.create_model("resnet10t", num_classes=10)
 finetune(base, data.train, data.val, config=FinetuneConfig(epochs=options.epochs, lr=1e-3))
 
-# trainable="se+head" trains the classifier too; unfreeze_epoch=N all of it from epoch N on
+# trainable="se+head" trains the classifier too; unfreeze_epoch=N trains everything from epoch N on
 model = add_se(base)
 result = finetune(model, data.train, data.val, config=FinetuneConfig(epochs=options.epochs, trainable="se", lr=1e-3))
 

@@ -1,4 +1,4 @@
-"""What the gates do before and after fine-tuning, on handwritten digits: a table, and a figure of each stage.
+"""Show what the gates do before and after fine-tuning on handwritten digits: a table, and a figure of each stage.
 
 python examples/inspect_gates.py
 """

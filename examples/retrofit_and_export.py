@@ -1,4 +1,4 @@
-"""A retrofitted network saves, loads and exports as any other.
+"""Save, load and export a retrofitted network like any other.
 
 python examples/retrofit_and_export.py
 """
@@ -18,7 +18,7 @@ images = torch.randn(2, 3, 64, 64)
 retrofitted = add_se(model).eval()
 wanted = retrofitted(images)
 
-# weights alone: for a network that was retrofitted with the same options
+# the weights alone, for a network that was retrofitted with the same options
 torch.save(retrofitted.state_dict(), folder / "weights.pth")
 again = add_se(torchvision.models.resnet18(num_classes=10)).eval()
 again.load_state_dict(torch.load(folder / "weights.pth"))
@@ -33,7 +33,7 @@ print(
     all("se_attention" in k for k in missing),
 )
 
-# the whole network, as pickle
+# the whole network, as a pickle
 torch.save(retrofitted, folder / "model.pth")
 print("pickle:", torch.equal(wanted, torch.load(folder / "model.pth", weights_only=False)(images)))
 print("deepcopy:", torch.equal(wanted, copy.deepcopy(retrofitted)(images)))

@@ -19,7 +19,7 @@ images = torch.randn(4, 3, 64, 64)
 print("same outputs:", torch.equal(model.eval()(images), retrofitted.eval()(images)))
 print("still a", type(retrofitted).__name__, "of", type(retrofitted.layer1[0]).__name__, "blocks")
 
-# SE's layers learn by their width, and the classifier, which is new, faster than the rest
+# SE's layers get learning rates by their width, and the new classifier a higher one than the rest
 optimizer = torch.optim.AdamW(param_groups(retrofitted, lr=1e-4))
 
 loss = torch.nn.functional.cross_entropy(retrofitted.train()(images), torch.tensor([0, 1, 2, 3]))

@@ -1,4 +1,4 @@
-"""Retrofit networks of your own: one whose input shape its first convolution tells, and one that needs an example.
+"""Retrofit networks of your own: one that needs example inputs, and one that needs none.
 
 python examples/retrofit_your_own.py
 """
@@ -27,7 +27,7 @@ class Residual1d(nn.Module):
 
 
 class Heartbeats(nn.Module):
-    """A signal and the patient's age in, a class out: what ``age`` is no convolution can tell."""
+    """Classifies a signal and the patient's age; the shape of ``age`` follows from no convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Heartbeats(nn.Module):
 signal, age = torch.randn(8, 2, 500), torch.rand(8, 1)
 model = Heartbeats()
 
-# an optimizer that exists already stays bound: inplace=True keeps every parameter
+# inplace=True keeps every parameter, so that an existing optimizer stays bound to them
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 before = model.eval()(signal, age)
 add_se(model, reduction=4, exclude="blocks.3", example_inputs=(signal, age), inplace=True)
@@ -53,6 +53,6 @@ print("same outputs:", torch.equal(before, model(signal, age)))
 print("at another length too:", model(torch.randn(1, 2, 777), age[:1]).shape)
 print("retrofitted:", [f"blocks.{i}" for i, block in enumerate(model.blocks) if has_se(block)])
 
-# a network of one input needs no example: its first convolution says what it takes
+# a network with one input needs no example: its first convolution determines the input's shape
 images = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
 print(plan_of(add_se(images)))

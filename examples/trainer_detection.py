@@ -19,7 +19,7 @@ options = parser.parse_args()
 
 
 def build() -> FasterRCNN:
-    """The network as it is without SE; yours may be fasterrcnn_resnet50_fpn(weights="DEFAULT")."""
+    """The network without SE; yours may be fasterrcnn_resnet50_fpn(weights="DEFAULT")."""
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, trainable_layers=5, norm_layer=nn.BatchNorm2d
     )
@@ -44,15 +44,15 @@ def make_picture(seed: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 torch.manual_seed(0)
-model = add_se(build(), reduction=16)  # after its weights are loaded, before the optimizer is made
+model = add_se(build(), reduction=16)  # after its weights are loaded, before the optimizer is created
 print(plan_of(model))
 
-optimizer = torch.optim.AdamW(param_groups(model, lr=5e-5))  # of what requires a gradient: the stem may be frozen
+optimizer = torch.optim.AdamW(param_groups(model, lr=5e-5))  # leaves out frozen parameters
 
 model.train()
 totals = []
 for step in range(options.steps):
-    pictures, targets = zip(*(make_picture(2 * (step % 2) + number) for number in range(2)), strict=True)  # of four
+    pictures, targets = zip(*(make_picture(2 * (step % 2) + number) for number in range(2)), strict=True)  # two of four
     losses = model(list(pictures), list(targets))
     total = sum(losses.values())
     optimizer.zero_grad()

@@ -22,7 +22,7 @@ options = parser.parse_args()
 
 
 class Classifier(lightning.LightningModule):
-    """Retrofits its network when it is made, so load_from_checkpoint finds the keys that it saved."""
+    """Retrofits its network in ``__init__``, so that load_from_checkpoint finds the keys that were saved."""
 
     def __init__(self, name: str = "resnet10t", classes: int = 2, reduction: int = 8, pretrained: bool = False) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ for step in range(options.steps):
     losses.append(loss.item())
 print("the loss has fallen:", losses[-1] < losses[0])
 
-# all was trained, so all is saved: for the same network with the same SE
+# all parameters were trained, so all are saved, for the same network with the same SE
 torch.save(model.state_dict(), "segresnet.pt")
 again = add_se(
     SegResNet(spatial_dims=3, init_filters=8, in_channels=1, out_channels=1, blocks_down=(1, 2), blocks_up=(1,)),
@@ -52,7 +52,7 @@ again = add_se(
 )
 again.load_state_dict(torch.load("segresnet.pt"))
 
-# squeezed over the window: choose windows as large as those in training, as for any network with SE
+# SE averages over the window, so use windows as large as in training, as for any network with SE
 volume, mask = make_volume(1000, size=36)
 with torch.no_grad():
     masks = [

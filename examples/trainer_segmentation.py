@@ -27,9 +27,9 @@ def make_pictures(seed: int, count: int = 4) -> tuple[Tensor, Tensor]:
 
 
 torch.manual_seed(0)
-# a name and its arguments say how to build the network again; weights="DEFAULT" would download trained ones
+# a name and its arguments say how to build the network again; weights="DEFAULT" would download trained weights
 base = Base.of("torchvision/fcn_resnet50", weights_backbone=None, num_classes=2, aux_loss=True)
-model = add_se(base.build(), reduction=16)  # which remembers its base
+model = add_se(base.build(), reduction=16)  # the model remembers its base
 print(f"{len(plan_of(model).sites)} SE modules")
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)

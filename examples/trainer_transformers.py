@@ -33,7 +33,7 @@ torch.manual_seed(0)
 config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", num_labels=2)
 base = ResNetForImageClassification(config)
 
-model = add_se(base)  # before the Trainer, which makes the optimizer
+model = add_se(base)  # before the Trainer, which creates the optimizer
 arguments = TrainingArguments(
     "trained", num_train_epochs=options.epochs, per_device_train_batch_size=16, learning_rate=5e-3, use_cpu=True,
     report_to=[], disable_tqdm=True, logging_strategy="no", save_strategy="no",
@@ -41,7 +41,7 @@ arguments = TrainingArguments(
 trainer = Trainer(model, arguments, train_dataset=Pictures())
 trainer.train()
 
-# from_pretrained would build the network without SE; load_retrofitted puts it in again
+# from_pretrained would build the network without SE; load_retrofitted adds SE again
 save_retrofitted(model, "retrofitted")
 again = load_retrofitted("retrofitted", base=ResNetForImageClassification(model.config))
 pictures = torch.stack([Pictures()[index]["pixel_values"] for index in range(16)])

@@ -30,7 +30,7 @@ settings: dict[str, Any] = {
 
 
 def make_pictures(folder: Path, count: int, seed: int) -> None:
-    """Pictures of one red or blue rectangle each, with labels as YOLO reads them."""
+    """Pictures of one red or blue rectangle each, with labels in YOLO's format."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "labels").mkdir(exist_ok=True)
     random = np.random.default_rng(seed)
@@ -45,12 +45,12 @@ def make_pictures(folder: Path, count: int, seed: int) -> None:
 
 
 class SETrainer(DetectionTrainer):
-    """Retrofits the network before the trainer makes the optimizer and the EMA."""
+    """Retrofits the network before the trainer creates the optimizer and the EMA."""
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> torch.nn.Module:
         model = add_se(super().get_model(cfg, None, verbose), reduction=8)
         if weights is not None:
-            model.load(weights)  # into the retrofitted network, so SE's weights are found too when training resumes
+            model.load(weights)  # into the retrofitted network, so that SE's weights are found when training resumes
             pairs = [(value, model.state_dict()[key]) for key, value in weights.state_dict().items()]
             print("starts from the base's weights:", all(torch.equal(*pair) for pair in pairs))
         return model
@@ -70,7 +70,7 @@ if base is None:
 yolo = YOLO(base)
 yolo.train(trainer=SETrainer, data=str(data / "data.yaml"), name="se", **settings)
 
-# best.pt holds the network with its SE; whoever loads it needs se_retrofit installed
+# best.pt holds the network with its SE; loading it requires se_retrofit
 again = YOLO(str(yolo.trainer.best))
 print(f"{type(again.model).__name__} with {len(plan_of(again.model).sites)} SE modules in {yolo.trainer.best}")
 boxes = again.predict(str(data / "val" / "images"), imgsz=options.image_size, verbose=False)  # fuses the norms

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Imported when they are first used, so that what needs no torch (the version, a usage error) does not wait for it.
+# Imported on first use, so that what doesn't need torch (the version, a usage error) doesn't wait for it.
 _MODULES = {
     "attention": ("SEAttention",),
     "errors": ("RetrofitError",),

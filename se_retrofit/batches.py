@@ -1,4 +1,4 @@
-"""What an item or a batch of data holds: inputs, and labels if there are any, as pairs or by the usual keys of dicts."""
+"""The parts of an item or a batch of data: inputs, and labels if any, as pairs or under the usual keys of dicts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .errors import RetrofitError, extra
 
 __all__ = ["batches_of", "fields_of", "inputs_and_labels", "keys_in"]
 
-# The usual names, among them those of Hugging Face's data sets, of its models' arguments, and of MONAI
+# The usual names, including those of Hugging Face data sets, of its models' arguments, and of MONAI
 INPUTS = ("pixel_values", "image", "img", "images", "input", "inputs", "x")
 LABELS = ("labels", "label", "target", "targets", "class", "fine_label", "y")
-BATCH_SIZE = 32  # of a Dataset, which has none of its own
+BATCH_SIZE = 32  # for a Dataset, which has none of its own
 
 
 def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | None]:
-    """The keys of inputs and labels among the names in a dict: those that are given, or the usual ones; None for labels that are
-    not there.
+    """Return the keys of inputs and labels among the names in a dict: the given keys, or the usual ones. The key of the
+    labels is None if there are no labels.
     """
     names = list(names)
     there = f"the data's dicts have the keys {', '.join(map(str, names))}"
@@ -35,14 +35,14 @@ def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | 
 
 
 def fields_of(item: Any, keys: Sequence[str] = ()) -> Sequence[Any]:
-    """Inputs, and what follows them, of an item or a batch: its parts in order, or by the keys of a dict."""
+    """Return the inputs of an item or a batch and what follows them: its parts in order, or by the keys of a dict."""
     if isinstance(item, Mapping):
         return [item[key] for key in keys_in(item, keys) if key is not None]
     return item if isinstance(item, (tuple, list)) and item else (item,)
 
 
 def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Tensor | None]:
-    """The inputs of a batch, and its labels if there are any that name classes."""
+    """Return the inputs of a batch, and its labels if they are class numbers."""
     inputs, *rest = fields_of(batch, keys)
     if not isinstance(inputs, Tensor):
         kind = type(inputs).__name__
@@ -56,8 +56,8 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
 
 
 def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterable[Any]:
-    """The batches of a DataLoader or of another iterable of batches as they are; of a Dataset, or a list of pairs of an input and a
-    number, 32 items each, with PIL images prepared as ``finetune`` does for a validation."""
+    """Return the batches of a DataLoader or another iterable of batches as they are; or batches of 32 items of a Dataset or
+    a list of pairs of an input and a number, whose PIL images are prepared as in the validation of ``finetune``."""
     if isinstance(data, (DataLoader, Mapping)) or not (isinstance(data, Dataset) or hasattr(data, "__getitem__")):
         return data
     from .finetune.data import gives_images
@@ -69,7 +69,7 @@ def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterabl
         return prepared_batches(model, data, FinetuneConfig(keys=tuple(keys)), print)
     if isinstance(data, (list, tuple)) and not (data and is_item(fields_of(data[0], keys))):
         return data
-    return DataLoader(data, BATCH_SIZE)  # type: ignore[arg-type]
+    return DataLoader(data, BATCH_SIZE)
 
 
 def is_item(fields: Sequence[Any]) -> bool:

@@ -1,7 +1,7 @@
-"""Which arguments a network of timm's or torchvision's may be built with: those that say how it is built, as plain values.
+"""The arguments that timm and torchvision networks may be built with: plain values that define the architecture.
 
-A saved folder names its network by a library, a name and arguments, and it may be anybody's. Handed on as they are, arguments
-would reach all that the libraries' builders do, and ``checkpoint_path`` unpickles a file, ``pretrained_cfg`` fetches one.
+A saved folder, which may come from anybody, names its network by a library, a name and arguments. Unchecked arguments
+reach all that the libraries' builders can do: ``checkpoint_path`` unpickles a file, ``pretrained_cfg`` downloads one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .errors import RetrofitError, brief
 
 __all__ = ["check_arguments"]
 
-# The parameters of timm's and torchvision's networks (and of the configs that timm lets one override) that take a number, a
-# switch, the name of a layer or several of these. Exact names, not patterns: use_abs_pos is one, use_pretrained would not be.
+# The parameters of timm's and torchvision's networks (and of the configs that timm lets users override) whose values
+# are numbers, switches, names of layers, or several of these. Exact names: use_abs_pos is safe, use_pretrained isn't.
 _ARGUMENTS = """
 aa_layer aa_stem_only abs_win_pos_embed act_layer alpha always_partition attention_dropout attn attn_act_layer
 attn_drop_rate attn_gain attn_groups attn_head_dim_reduction attn_kwargs attn_layer attn_mlp attn_mlp_ratio
@@ -71,39 +71,39 @@ vit_stem w0 wa weight_init widen_factor width width_factor width_mult width_per_
 window_sizes window_spec with_fc wm wss zero_init_fc zero_init_last zero_init_residual
 """
 ARGUMENTS = frozenset(_ARGUMENTS.split())
-# torchvision's own words for "no weights"; with any other value they fetch some
+# torchvision's arguments for weights; any value but None downloads some
 NOTHING = ("weights", "weights_backbone")
-# in no name of a nested argument, such as those of a block in block_args
+# not allowed in the name of a nested argument, such as those of a block in block_args
 NEVER = re.compile(r"pretrained|checkpoint|weights|cache|file|url|dir$")
 
-# the name of a layer or a variant; neither a path, nor a URL, nor a file's
+# the name of a layer or a variant, which is not a path, a URL or a file name
 WORD = re.compile(r"[\w+-]{0,40}", re.ASCII)
 LARGEST = 2**31
 DEEPEST = 4
 
 
 def check_arguments(network: str, arguments: dict[str, Any]) -> None:
-    """Raise unless all arguments of the builder of a network say how it is built, by plain values: numbers, switches, None, short
-    names, and lists and dicts of these."""
+    """Raise an error unless all arguments of a network's builder define its architecture by plain values: numbers,
+    switches, None, short names, and lists and dicts of these."""
     for name, value in arguments.items():
         if name in NOTHING and value is None:
             continue
         if name not in ARGUMENTS:
             close = difflib.get_close_matches(str(name), ARGUMENTS, n=2)
             hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-            reason = f"{name} is none of the arguments that say how a network is built{hint}"
+            reason = f"{name} is not an argument that defines a network's architecture{hint}"
         else:
             reason = _fault(value, DEEPEST)
             if not reason:
                 continue
         raise RetrofitError(
             f"{network} can't be built with {name}={brief(value)}: {reason}. Files, weights and code are never taken from "
-            "arguments by name; build the network yourself, and give it in the place of its name (base=model)"
+            "arguments by name; build the network yourself, and pass it instead of its name (base=model)"
         )
 
 
 def _fault(value: Any, depth: int) -> str:
-    """What is wrong with a value; empty where nothing is."""
+    """Return what is wrong with a value; empty if nothing is."""
     if value is None or isinstance(value, bool):
         return ""
     if isinstance(value, (int, float)):
@@ -116,6 +116,6 @@ def _fault(value: Any, depth: int) -> str:
         return "it is nested too deeply"
     for key in value if isinstance(value, dict) else ():
         if not isinstance(key, str) or not WORD.fullmatch(key) or NEVER.search(key):
-            return f"{brief(key)} in it is none of the arguments that say how a network is built"
+            return f"{brief(key)} in it is not an argument that defines a network's architecture"
     faults = (_fault(entry, depth - 1) for entry in (value.values() if isinstance(value, dict) else value))
     return next(filter(None, faults), "")

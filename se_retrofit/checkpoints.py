@@ -1,4 +1,4 @@
-"""Checkpoints of bare networks: read, compared with the network key by key, and loaded."""
+"""Reading checkpoints of bare networks, comparing them with the network key by key, and loading them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .tables import few
 
 __all__ = ["check_keys", "load_checkpoint"]
 
-FIRST = 3  # pairs that an error shows
+FIRST = 3  # number of pairs that an error shows
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, *, remap: Literal["order"] | None = None) -> None:
     """Load a checkpoint of the bare network into it, strictly.
 
-    Reads ``.safetensors`` and what ``torch.save`` wrote (without unpickling code): a state dict, or a dict that
-    contains one as ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, in this order. Prefixes left by
-    DistributedDataParallel and torch.compile are dropped.
+    Reads ``.safetensors`` files and files written by ``torch.save`` (without unpickling code): a state dict, or a dict
+    that contains one as ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model``, in this order. Prefixes added
+    by DistributedDataParallel and torch.compile are dropped.
 
     Args:
-        model: the network; changed only if everything fits.
+        model: the network; it is changed only if everything fits.
         path: the file.
-        remap: ``"order"`` for a checkpoint whose keys have other names: its tensors are taken for those of the network in the
-            order of both, which must have the same shapes, but for counters of batches. Only what ``torch.save`` wrote has an order.
+        remap: ``"order"`` for a checkpoint whose keys have other names: its tensors are matched with those of the
+            network in order, and must have the same shapes (batch counters aside). Only ``torch.save`` keeps an order.
 
     Raises:
-        RetrofitError: there is no such file, it can't be read, or its keys or shapes don't fit; the model is
-            unchanged.
+        RetrofitError: If there is no such file, it can't be read, or its keys or shapes don't fit. The model is
+            unchanged then.
 
     Example:
         >>> import tempfile, torch
@@ -58,7 +58,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, remap: Literal["order
         raise RetrofitError(f"no checkpoint file {path}")
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # torch, pickle, zipfile and safetensors raise a dozen types among them
+    except Exception as error:  # torch, pickle, zipfile and safetensors raise a dozen types between them
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise RetrofitError(f"{path} can't be read as a checkpoint: {reason}") from error
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -78,8 +78,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, remap: Literal["order
 
 
 def by_order(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> tuple[list[tuple[str, str]], str]:
-    """The keys of a file and those of a network in pairs, none where they don't fit; and what is said of them."""
-    # A batch norm's counter of batches is the one whole number; older and converted checkpoints lack it
+    """Pair the keys of a file and of a network in order; return the pairs (none if they don't fit) and a remark."""
+    # Only a batch norm's batch counter is an integer; older and converted checkpoints lack it
     theirs, ours = ([k for k, t in tensors.items() if t.dim() or t.is_floating_point()] for tensors in (state, own))
     if path.suffix == ".safetensors":
         return (
@@ -102,7 +102,7 @@ def _told(pairs: Iterable[tuple[str, str]], own: Mapping[str, Tensor], state: Ma
 
 
 def check_keys(own: dict[str, Any], state: dict[str, torch.Tensor], where: str, hint: str = "") -> None:
-    """Raise unless both state dicts have the same keys and shapes."""
+    """Raise an error unless both state dicts have the same keys and shapes."""
     problems = {
         "missing": own.keys() - state.keys(),
         "unexpected": state.keys() - own.keys(),

@@ -1,4 +1,4 @@
-"""The one error that the package raises on purpose, and its case of a package that is not installed."""
+"""The error that the package raises on purpose, and helpers that raise it or check arguments."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ __all__ = ["RetrofitError", "brief", "check_flag", "check_module", "extra", "tol
 
 
 class RetrofitError(ValueError):
-    """Something about the model or the options makes the requested retrofit impossible.
+    """Raised if something about the model or the options makes the requested operation impossible.
 
-    The message says what was given, what was expected and what to do. Whenever it is raised, the model that was
-    given is as it was before the call.
+    The message says what was given, what was expected and what to do. The given model is then as it was before the
+    call.
     """
 
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Imports inside it are of packages that an extra installs: ``"finetune"``, ``"inspect"`` or ``"cli"``."""
+    """Turn a failing import in its body into an error that names the extra: "finetune", "inspect" or "cli"."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == __package__:
-            raise  # a mistake of our own
+            raise  # a bug of our own
         raise RetrofitError(
             f"the package {error.name.partition('.')[0]} is not installed; install what this needs with "
             f"pip install 'se-retrofit[{name}]'"
@@ -33,8 +33,8 @@ def extra(name: str) -> Iterator[None]:
 
 @contextmanager
 def told_as_fault() -> Iterator[None]:
-    """What is raised inside it and is no ``RetrofitError`` becomes one that asks to report it: it is a fault of this package.
-    Arguments are checked before. That memory ran out is no fault, nor is a warning that the caller has made an error."""
+    """Turn any other error raised in its body into a ``RetrofitError`` that asks to report it as a bug of this package.
+    Arguments are checked before. Running out of memory is not a bug, nor is a warning that was turned into an error."""
     from torch import OutOfMemoryError
 
     try:
@@ -48,14 +48,14 @@ def told_as_fault() -> Iterator[None]:
 
 
 def brief(value: object) -> str:
-    """A value for an error message: its repr in one line, cut short where it is long, as those of networks and tensors are."""
+    """Return the repr of a value for an error message, in one line and shortened if it is long."""
     shorten = reprlib.Repr()
     shorten.maxother = shorten.maxstring = 60
     return " ".join(shorten.repr(value).split())
 
 
 def check_module(value: object, name: str = "model") -> None:
-    """Refuse an argument that is not an nn.Module."""
+    """Raise an error if an argument is not an nn.Module."""
     from torch import nn
 
     if isinstance(value, type):
@@ -67,6 +67,6 @@ def check_module(value: object, name: str = "model") -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise unless ``value`` is True or False."""
+    """Raise an error unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {brief(value)}")

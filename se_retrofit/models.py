@@ -1,4 +1,4 @@
-"""Networks by name: ``resnet50``, ``timm/resnet50``, ``torchvision/resnet50``; and retrofitted ones as timm's own."""
+"""Networks by name: ``resnet50``, ``timm/resnet50``, ``torchvision/resnet50``; and retrofitted networks inside timm."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ from .retrofit import add_se
 __all__ = ["BASE", "IMAGES", "TIMM_PREFIX", "Base", "load_checkpoint", "own_images", "register_timm"]
 
 LIBRARIES = ("timm", "torchvision")
-# timm's own prefixes, which it resolves itself; what follows them holds slashes of its own
+# timm's own prefixes, which it resolves itself; the names after them contain slashes
 HUB_SCHEMES = ("hf-hub", "hf_hub")
 TIMM_SCHEMES = (*HUB_SCHEMES, "local-dir")
 WEIGHTS_ENDS = (".safetensors", ".bin", ".pth", ".pth.tar", ".pt")
-# The attributes by which a network tells how it was built and how its images are prepared. They hold plain data, so that it is
-# pickled without anything of this package.
+# The attributes that record how a network was built and how its images are prepared. They hold plain data, so that the
+# network can be pickled without this package.
 BASE = "_se_base"
 IMAGES = "_se_images"
-TIMM_PREFIX = "se_retrofit_"  # of the names that register_timm gives; timm drops what stands before a slash
+TIMM_PREFIX = "se_retrofit_"  # of names from register_timm; timm drops everything before a slash
 
 
 @dataclass(frozen=True)
 class Base:
-    """Where a network comes from: a library, a name in it, and the arguments it is built with.
+    """The origin of a network: a library, a name in it, and the arguments that it is built with.
 
     Attributes:
         library: ``"timm"`` or ``"torchvision"``.
         name: the model's name in that library.
-        kwargs: further arguments of the library's builder: those that say how the network is built (``num_classes``,
-            ``output_stride``, ``act_layer="gelu"``, ...), as numbers, switches, names, and lists and dicts of these.
+        kwargs: arguments for the library's builder that define the architecture (``num_classes``, ``output_stride``,
+            ``act_layer="gelu"``, ...), as numbers, switches, names, and lists and dicts of these.
 
     Raises:
-        RetrofitError: another argument is given, such as ``checkpoint_path`` or ``weights``, or a value of another kind. Build
-            such a network yourself, and give it in the place of its name.
+        RetrofitError: If another argument is given, such as ``checkpoint_path`` or ``weights``, or a value of another
+            kind. Build such a network yourself, and pass it instead of its name.
 
     Example:
         >>> from se_retrofit.models import Base
@@ -74,13 +74,13 @@ class Base:
         """Read a name such as ``resnet50``, ``timm/resnet50``, ``resnet50.a1_in1k`` or ``torchvision/resnet50``.
 
         Args:
-            name: a library and a model separated by a slash, or only a model, looked up in timm, then in
+            name: a library and a model separated by a slash, or only a model, which is looked up in timm, then in
                 torchvision.
-            kwargs: for the library's builder, e.g. ``num_classes=10``.
+            kwargs: arguments for the library's builder, e.g. ``num_classes=10``.
 
         Raises:
-            RetrofitError: neither library has a model of that name (the message lists close names), or an argument does not
-                say how a network is built.
+            RetrofitError: If neither library has a model of that name (the message lists close names), or an argument
+                does not define the architecture.
 
         Example:
             >>> from se_retrofit.models import Base
@@ -95,7 +95,7 @@ class Base:
 
     @classmethod
     def listed(cls, name: str, kwargs: dict[str, Any]) -> Base:
-        """As ``of``, but of the libraries' own networks alone: the name neither fetches nor reads anything."""
+        """Like ``of``, but only for the libraries' own networks: the name neither downloads nor reads anything."""
         library, _, model = name.rpartition("/")
         if library and library not in LIBRARIES:
             raise RetrofitError(f"no library {library!r} in {name!r}; give timm/NAME or torchvision/NAME")
@@ -110,7 +110,7 @@ class Base:
 
     @classmethod
     def noted(cls, model: nn.Module) -> Base | None:
-        """How a network says that it was built; None where it doesn't."""
+        """Return the base that is noted on a network; None if there is none."""
         noted = vars(model).get(BASE)
         return None if noted is None else cls(**noted)
 
@@ -118,43 +118,43 @@ class Base:
         return f"{self.library}/{self.name}"
 
     def build(self, pretrained: bool = False) -> nn.Module:
-        """The network, with random weights or, where ``pretrained``, the library's own (downloaded by it). It remembers its base, for
-        ``save_retrofitted`` and all else that asks for it.
+        """Build the network, with random weights or, if ``pretrained``, with the library's own (which it downloads).
+        The network remembers its base, for ``save_retrofitted`` and others.
 
         Raises:
-            RetrofitError: the library can't build it: an unknown argument, no pretrained weights of that name, no
-                way to download them. The message includes the library's own. For a network on the hub that is neither
-                in the cache nor reachable, the download is not retried.
+            RetrofitError: If the library can't build it, because of an unknown argument, or because there are no such
+                pretrained weights or they can't be downloaded. The message includes the library's own. The download of
+                a network on the hub that is neither cached nor reachable is not retried.
         """
         scheme, _, repository = self.name.partition(":")
         if self.library == "timm" and scheme in HUB_SCHEMES:
             _check_hub(repository)
         try:
             with warnings.catch_warnings():
-                # torchvision's GoogLeNet and Inception announce another initialisation for some later version
+                # torchvision's GoogLeNet and Inception announce a different initialisation for a later version
                 warnings.filterwarnings("ignore", category=FutureWarning, module="torchvision")
-                known = self.in_library()  # which checks what a config says, before anything is built by it
+                known = self.in_library()  # which checks the config before anything is built from it
                 model = self._timm(pretrained) if self.library == "timm" else self._torchvision(pretrained)
                 known.note(model)
                 if known is not self:
                     vars(model)[IMAGES] = own_images(model)
                 return model
-        except Exception as error:  # what a download can raise depends on the library's HTTP client
+        except Exception as error:  # the errors of a download depend on the library's HTTP client
             weights = "with pretrained weights" if pretrained else "with random weights"
             given = f" and {self.kwargs}" if self.kwargs else ""
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RetrofitError(f"{self.library} can't build {self.name!r} {weights}{given}: {reason}") from error
 
     def note(self, model: nn.Module) -> None:
-        """Have the network say that it was built so."""
+        """Note this base on a network."""
         vars(model)[BASE] = asdict(self)
 
     def in_library(self) -> Base:
-        """The same network by the library's own name, where this one names a repository of the hub or a folder: what the
-        config there says of how it is built becomes arguments.
+        """Return the same network by the library's own name, if this one names a repository of the hub or a folder. The
+        architecture options in its config become arguments.
 
         Raises:
-            RetrofitError: the config can't be read, or holds an argument that does not say how a network is built.
+            RetrofitError: If the config can't be read, or has an argument that does not define the architecture.
         """
         if ":" not in self.name:
             return self
@@ -164,7 +164,7 @@ class Base:
     def _timm(self, pretrained: bool) -> nn.Module:
         overlay = None
         if ":" in self.name:
-            # without a source, timm takes the weights from what it is given
+            # without a source, timm uses the weights that it is given
             overlay = {"source": "", "state_dict": self._weights()} if pretrained else None
         model = timm.create_model(self.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **self.kwargs)
         if overlay is not None:
@@ -172,8 +172,8 @@ class Base:
         return model
 
     def _config(self) -> tuple[dict[str, Any], str, dict[str, Any]]:
-        """What the config of a repository or folder holds: of the weights, the architecture, and the arguments, among them those
-        that timm takes from what it says of the weights."""
+        """Return the pretrained config, the architecture and the arguments in the config of a repository or folder. The
+        arguments include those that timm derives from the pretrained config."""
         scheme, _, place = self.name.partition(":")
         read = load_model_config_from_hf if scheme in HUB_SCHEMES else load_model_config_from_path
         try:
@@ -186,10 +186,10 @@ class Base:
             told = {name: value for name, value in told.items() if value is not None}
             return dict(weights), str(architecture), {**told, **(arguments or {})}
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise RetrofitError(f"config.json of {self.name} describes no network of timm: {error!r}") from error
+            raise RetrofitError(f"config.json of {self.name} does not describe a timm network: {error!r}") from error
 
     def _weights(self) -> dict[str, Any]:
-        """The weights of a repository or folder. timm's older versions would unpickle, and so run, what they find there."""
+        """Read the weights of a repository or folder, which older versions of timm would unpickle, and so execute."""
         scheme, _, place = self.name.partition(":")
         if scheme in HUB_SCHEMES:
             name = self._config()[0].get("hf_hub_filename")
@@ -197,21 +197,21 @@ class Base:
             return dict(load_state_dict_from_hf(place, weights_only=True, **named))
         files = [file for end in WEIGHTS_ENDS for file in sorted(Path(place).glob(f"*{end}"))]
         if not files:
-            raise RetrofitError(f"{place} holds no weights; *{', *'.join(WEIGHTS_ENDS)} were looked for")
+            raise RetrofitError(f"{place} holds no weights: no *{' or *'.join(WEIGHTS_ENDS)}")
         chosen = min(files, key=lambda file: file.name not in ("model.safetensors", "pytorch_model.bin"))
         return dict(timm.models.load_state_dict(str(chosen), weights_only=True))
 
     def _torchvision(self, pretrained: bool) -> nn.Module:
         kwargs: dict[str, Any] = {"weights": "DEFAULT" if pretrained else None}
         builder = torchvision.models.get_model_builder(self.name)
-        # the detection and segmentation builders fetch a pretrained backbone unless told otherwise
+        # the detection and segmentation builders download a pretrained backbone by default
         if not pretrained and "weights_backbone" in inspect.signature(builder).parameters:
             kwargs["weights_backbone"] = None
         return builder(**{**kwargs, **self.kwargs})
 
 
 def own_images(model: nn.Module) -> dict[str, Any]:
-    """How a network of timm's says that its images are prepared, as recipes hold it."""
+    """Return how the images of a timm network are prepared, in the form that recipes have."""
     own = timm.data.resolve_data_config({}, model=model)
     names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     own = {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in names}
@@ -219,38 +219,38 @@ def own_images(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_hub(repository: str) -> None:
-    """Raise where a repository of the Hugging Face hub is not in the cache and the hub can't be reached, which the hub's client
-    finds out by several tries, each after a longer wait."""
+    """Raise an error if a repository of the Hugging Face hub is not cached and the hub can't be reached; the hub's
+    client would retry several times, with growing delays."""
     name, _, revision = repository.partition("@")
     try:
         if huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision or None) is None:
             url = huggingface_hub.hf_hub_url(name, "config.json", revision=revision or None)
             huggingface_hub.get_hf_file_metadata(url, timeout=10)
     except (HfHubHTTPError, HFValidationError):
-        return  # the hub has answered, or the name is none: timm has the words for it
-    except Exception as error:  # what is raised depends on the hub's HTTP client
+        return  # the hub has answered, or the name is invalid: timm raises the error
+    except Exception as error:  # the type depends on the hub's HTTP client
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RetrofitError(
             f"{name} is not in the cache of the Hugging Face hub, and the hub can't be reached: {reason}. Check the "
-            "connection (and HF_HUB_OFFLINE and HF_ENDPOINT), or give a folder that holds the network: local-dir:PATH"
+            "connection (and HF_HUB_OFFLINE and HF_ENDPOINT), or give a folder with the network: local-dir:PATH"
         ) from error
 
 
 def register_timm(*patterns: str) -> list[str]:
-    """Register retrofitted networks with timm, so that ``timm.create_model`` and timm's scripts build them by name.
+    """Register retrofitted networks with timm, so that ``timm.create_model`` and timm's scripts can build them by name.
 
-    ``resnet50`` becomes ``se_retrofit_resnet50``, with the same pretrained tags: with ``pretrained=True``, the base gets its
-    weights before the retrofit. Keyword arguments that begin with ``se_`` go to ``add_se``, all others to timm. Nothing else
-    of timm changes; registering a name again changes nothing.
+    ``resnet50`` is registered as ``se_retrofit_resnet50``, with the same pretrained tags: with ``pretrained=True``, the
+    base gets its weights before the retrofit. Keyword arguments that start with ``se_`` are passed to ``add_se``, all
+    others to timm. Nothing else in timm changes, and registering a name again has no effect.
 
     Args:
-        patterns: shell-style patterns of timm's architectures, such as ``"resnet*"``; without any, all of them.
+        patterns: shell-style patterns of timm architectures, such as ``"resnet*"``; by default all architectures.
 
     Returns:
         The new names, sorted. Whether a network can be retrofitted is only known when it is built.
 
     Raises:
-        RetrofitError: a pattern matches no architecture of timm.
+        RetrofitError: If a pattern matches no timm architecture.
 
     Example:
         >>> import timm
@@ -282,7 +282,7 @@ def _register(name: str) -> None:
         return add_se(timm.models.model_entrypoint(name)(pretrained=pretrained, **kwargs), **options)
 
     build.__name__ = build.__qualname__ = TIMM_PREFIX + name
-    # timm finds the pretrained tags of a name in the module of its builder
+    # timm looks up the pretrained tags of a name in the module of its builder
     home = ModuleType(f"{__name__}.timm.{name}")
     cfgs = {cfg.tag or "": cfg for cfg in timm.models.get_arch_pretrained_cfgs(name).values()}
     vars(home)["default_cfgs"] = {build.__name__: DefaultCfg(tags=deque(cfgs), cfgs=cfgs)} if cfgs else {}
@@ -299,7 +299,7 @@ def _names(library: str) -> list[str]:
 
 
 def _known(library: str, name: str) -> str | None:
-    """The library's own spelling of a name, None where it has no such model."""
+    """Return the library's own spelling of a name, or None if it has no such model."""
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
         return None
     if library == "timm":

@@ -1,4 +1,4 @@
-"""Files that are to be written, checked before the work rather than after it."""
+"""Checks of output files before the work rather than after it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["as_written", "save_figure", "writable"]
 
 
 def writable(path: str | Path, *suffixes: str) -> Path:
-    """The path of a file or folder to write, whose own folder must exist; it must end in one of the suffixes, if any are given."""
+    """Return a path to write to. Its folder must exist, and it must end in one of the suffixes, if any are given."""
     path = Path(path)
     if suffixes and path.suffix not in suffixes:
         raise RetrofitError(f"{path} does not end in {' or '.join(suffixes)}, which is what is written")
@@ -25,19 +25,19 @@ def writable(path: str | Path, *suffixes: str) -> Path:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a matplotlib figure; the suffix names the format."""
-    from .saving.atomic import replaced_file  # with torch behind it, which paths alone don't need
+    """Write a matplotlib figure; the suffix determines the format."""
+    from .saving.atomic import replaced_file  # imports torch, which checking paths doesn't need
 
     path = writable(path)
     formats = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in formats:
         raise RetrofitError(f"{path} has no suffix that matplotlib writes: {', '.join(formats)}")
     with replaced_file(path) as fresh, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter of a class's name that the font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a character in a class name that the font lacks
         figure.savefig(fresh, dpi=120)
 
 
 def as_written(name: str) -> str:
-    """A name for a figure of matplotlib, which takes what is between two dollar signs for a formula, and leaves a name that
-    begins with an underscore out of a legend."""
+    """Escape a name for matplotlib, which renders text between two dollar signs as a formula, and omits a name that
+    starts with an underscore from the legend."""
     return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""JSON and YAML that anybody may have written: plain data, or one error that names the file and what is wrong with it."""
+"""Reading untrusted JSON and YAML: the result is plain data, or an error that says what is wrong with which file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .errors import RetrofitError, brief
 
 __all__ = ["parse_json", "parse_yaml", "read_json"]
 
-DEEPEST = 100  # nests of dicts and lists; below what Python's recursion bears, wherever the data goes
-MOST = 100_000  # values in YAML, in which a few lines of aliases can stand for billions
+DEEPEST = 100  # nesting of dicts and lists; well below Python's recursion limit, wherever the data goes
+MOST = 100_000  # values in YAML, where a few lines of aliases can expand to billions
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds."""
+    """Return the content of a JSON file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -28,25 +28,25 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: object) -> Any:
-    """What JSON text that comes from ``where`` holds.
+    """Return the content of JSON text from ``where``.
 
     Raises:
-        RetrofitError: it is no JSON; a key stands twice in it; it is nested too deeply.
+        RetrofitError: If it is not valid JSON, has a duplicate key, or is nested too deeply.
     """
     try:
         data = json.loads(text, object_pairs_hook=_once)
-        json.dumps(data, ensure_ascii=False).encode()  # halves of characters could be neither printed nor written again
+        json.dumps(data, ensure_ascii=False).encode()  # lone surrogates could be neither printed nor written
     except json.JSONDecodeError as error:
         raise RetrofitError(f"{where} can't be read, it may be cut short: {error}") from error
-    except (RecursionError, ValueError) as error:  # as of a number of 5,000 digits
+    except (RecursionError, ValueError) as error:  # such as a number with 5,000 digits
         raise RetrofitError(f"{where} can't be read: {error}") from error
     _check_nesting(data, where)
     return data
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """What YAML text that comes from ``where`` holds, of plain data alone."""
-    import yaml  # of the extra "finetune"
+    """Return the content of YAML text from ``where``, which may only hold plain data."""
+    import yaml  # from the extra "finetune"
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -58,7 +58,7 @@ def parse_yaml(text: str, where: object) -> Any:
 
     try:
         data = yaml.load(text, Loader)
-    except Exception as error:  # its constructors raise of every kind: a date without a month, a number without digits
+    except Exception as error:  # constructors raise all kinds: a date without a month, a number without digits
         raise RetrofitError(f"{where} can't be read as YAML: {error or type(error).__name__}") from error
     _check_nesting(data, where, MOST)
     return data
@@ -73,7 +73,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_nesting(data: Any, where: object, most: float = float("inf")) -> None:
-    """Raise where data are nested too deeply, contain themselves, or repeat a part too often."""
+    """Raise an error if data are nested too deeply, contain themselves, or repeat a part too often."""
     level, seen = [data], 0
     for _ in range(DEEPEST):
         inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))

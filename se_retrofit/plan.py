@@ -1,4 +1,4 @@
-"""What a retrofit does, as data: the sites where SE goes, how it comes to be called there, and the blocks that are skipped."""
+"""A retrofit as data: the sites where SE goes, the edits that call it there, and the blocks that are skipped."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .tables import aligned, as_html, counted, few
 
 __all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "folded", "noted_options"]
 
-FOLDED = "folded"  # why fold_se leaves out a block, or one site of a block that keeps others
+FOLDED = "folded"  # the reason why fold_se skips a block, or one of its sites
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One way in which a module of the network, the holder, comes to call SE.
+    """A change by which a module of the network, the holder, calls SE.
 
     Attributes:
         holder: path of the module that gets the SE module as a child.
-        form: ``"splice"`` (one more call in the source of a method), ``"graph"`` (one more node in the graph of a GraphModule),
-            ``"append"`` (SE is the last child of an ``nn.Sequential``) or ``"return"`` (SE scales what the holder returns).
-        owner: of a splice, the class that defines the method, as ``"module:qualname"``: one of those that the holder's class
-            is derived from.
-        method: its name there.
-        span: first line, last line (both counted from the method's first), first column and end column of what is changed.
-        statement: ``"wrap"``: an expression becomes the argument of the call; ``"after"``, ``"before"``: a statement of its own on
-            the same line passes ``target`` through it.
-        target: for such a statement, the variable.
-        node: of a graph, the node behind which SE goes, by name.
-        users: the nodes that get its output, by name; None for all.
-        digest: of the source that the edit was made for: the method's, of ``"return"`` that of the forward (empty if it
-            is not at hand), of ``"graph"`` the graph's generated code.
+        form: ``"splice"`` (an additional call in the source of a method), ``"graph"`` (an additional node in the graph
+            of a GraphModule), ``"append"`` (SE is the last child of an ``nn.Sequential``) or ``"return"`` (SE scales
+            the holder's return value).
+        owner: for a splice, the class that defines the method, as ``"module:qualname"``; a base of the holder's class.
+        method: for a splice, the name of the method.
+        span: first line, last line (both counted from the method's first line), first and end column of the change.
+        statement: ``"wrap"`` if an expression becomes the argument of the call; ``"after"`` or ``"before"`` if a
+            separate statement on the same line passes ``target`` through it.
+        target: the variable of such a statement.
+        node: for a graph, the name of the node after which SE goes.
+        users: for a graph, the names of the nodes that get SE's output; None for all.
+        digest: digest of the source that the edit was made for: the method; for ``"return"``, the forward (empty if it
+            is not available); for ``"graph"``, the graph's generated code.
     """
 
     holder: str
@@ -53,22 +53,22 @@ class Edit:
 
 @dataclass(frozen=True)
 class Site:
-    """One place where SE goes.
+    """A place where SE goes.
 
     Attributes:
-        path: where the SE module will be in the model, e.g. ``layer1.0.se_attention``.
+        path: path of the SE module in the model, e.g. ``layer1.0.se_attention``.
         block: path of the block that it recalibrates, e.g. ``layer1.0``.
-        kind: what the block is: ``"residual"``, ``"inverted"``, ``"dense"``, ``"multi-branch"``, ``"rep-sum"`` or
+        kind: kind of the block: ``"residual"``, ``"inverted"``, ``"dense"``, ``"multi-branch"``, ``"rep-sum"`` or
             ``"chain"``.
-        after: the node of the block's graph whose value it scales, e.g. ``bn3``.
+        after: the node of the block's graph whose value SE scales, e.g. ``bn3``.
         channels: number of channels of that value.
-        parameters: how many parameters the inserted module has.
-        channel_dim: which dim of the value holds the channels, counted from the end.
-        attention: what goes there: a name such as ``"se"``, or the qualified name of a class or factory.
-        shape: of the value, in the run by which the plan was made.
-        inplace: whether SE may scale the value in place where no gradient is needed, because nothing else uses it.
-        dtype: of the value, ``"float32"`` for instance; None where it is that of the block's parameters.
-        edits: how the network comes to call SE here; several where its code takes another way in training.
+        parameters: number of parameters of the inserted module.
+        channel_dim: the channel dim of the value, counted from the end.
+        attention: the inserted attention: a name such as ``"se"``, or the qualified name of a class or factory.
+        shape: shape of the value in the run that was recorded for the plan.
+        inplace: whether SE may scale the value in place if no gradient is needed, because nothing else uses it.
+        dtype: dtype of the value, for instance ``"float32"``; None if it is that of the block's parameters.
+        edits: the changes that call SE here; several if the code takes another branch in training.
 
     Example:
         >>> import timm
@@ -94,13 +94,13 @@ class Site:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A block that gets no SE, or a convolution in no block, and why; after folding, also the path of a site that its block no
-    longer has.
+    """A block that gets no SE, or a convolution outside all blocks, with the reason; after folding, also a site that
+    its block no longer has.
 
     Attributes:
-        block: its path.
-        reason: why it gets no SE.
-        convolutions: the paths of the convolutions over space (with a kernel larger than 1 in some dim) that it holds.
+        block: path of the block, convolution or site.
+        reason: the reason why it gets no SE.
+        convolutions: paths of the spatial convolutions (with a kernel larger than 1 in some dim) in it.
 
     Example:
         >>> import timm
@@ -116,12 +116,12 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``add_se`` would do: ``sites``, ``skipped``, and the ``options`` with which it was made.
+    """A plan of what ``add_se`` does: ``sites``, ``skipped``, and the ``options`` that it was made with.
 
-    ``inputs`` are the shapes with which the model was recorded, as plain data; None if they can't be written that
+    ``inputs`` holds the shapes with which the model was recorded, as plain data; None if they can't be represented that
     way. ``structure`` is a digest of the model's modules, their classes, and the shapes of their parameters and buffers.
 
-    ``add_se(model, plan=plan)`` carries it out. Sites may be taken out of it before:
+    ``add_se(model, plan=plan)`` carries it out. You can remove sites first:
     ``dataclasses.replace(plan, sites=plan.sites[1:])``.
 
     Example:
@@ -146,31 +146,31 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Parameters that the retrofit adds."""
+        """Number of parameters that the retrofit adds."""
         return sum(site.parameters for site in self.sites)
 
     @property
     def what(self) -> str:
-        """What is inserted, in few words: ``"SE"``, ``"eca"``, ``"CoordAttn"``."""
+        """The inserted attention in few words: ``"SE"``, ``"eca"``, ``"CoordAttn"``."""
         names = dict.fromkeys(site.attention.rpartition(".")[2] for site in self.sites)
         return " and ".join("SE" if name == "se" else name for name in names)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data, fit for JSON: of an attention that is a class or a factory, the name alone."""
+        """Return the plan as plain data that JSON can hold; of a class or factory for the attention, only the name."""
         return asdict(replace(self, options=noted_options(self.options)))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """The plan that ``to_dict`` wrote, of this version or an older one. Nothing is imported, and nothing of it is run.
+        """Build a plan from the result of ``to_dict``, of this or an older version. Nothing in it is imported or run.
 
         Raises:
-            RetrofitError: it is no such data; the message names what is wrong.
+            RetrofitError: If the data is not that of a plan; the message says what is wrong.
         """
         plan: Plan = _read(_as_now(data), cls, "plan")
         return plan
 
     def to_json(self) -> str:
-        """The plan as text.
+        """Return the plan as JSON text.
 
         Example:
             >>> import timm
@@ -184,10 +184,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that ``to_json`` wrote.
+        """Read a plan from the result of ``to_json``.
 
         Raises:
-            RetrofitError: as for ``from_dict``; or it is no JSON.
+            RetrofitError: As for ``from_dict``, or if the text is not valid JSON.
         """
         return cls.from_dict(parse_json(text, "the plan"))
 
@@ -211,7 +211,7 @@ class Plan:
 
 
 def folded(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
-    """What was skipped, with one line for each reason: the names of the first blocks and how many there are more, and the reason."""
+    """Group what was skipped by reason: the names of the first blocks with the number of others, and the reason."""
     by_reason: dict[str, list[str]] = {}
     for skip in skipped:
         by_reason.setdefault(skip.reason, []).append(skip.block or "(model)")
@@ -219,7 +219,7 @@ def folded(skipped: Iterable[Skipped]) -> list[tuple[str, str]]:
 
 
 def noted_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as plain data: of a class or factory that was given for the attention, the name alone, as information."""
+    """Return options as plain data; of a class or factory for the attention, only the name, for information."""
     attention = options.get("attention", "se")
     return {**options, "attention": {"callable": name_of(attention)} if callable(attention) else attention}
 
@@ -228,8 +228,8 @@ def noted_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_now(data: Any) -> Any:
-    """What older versions wrote as this one writes it: SE was the only attention, a static factor one of its gates, or a site of
-    a hidden width of 0."""
+    """Convert the data of older versions, in which SE was the only attention, and a static factor was one of its gates,
+    or a site with a hidden width of 0."""
     if not isinstance(data, dict) or not isinstance(data.get("options"), dict) or "attention" in data["options"]:
         return data
     static = data["options"].get("gate") == "static"
@@ -248,7 +248,7 @@ def _site_as_now(site: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(value: Any, kind: Any, where: str) -> Any:
-    """A value of the type that a field is annotated with, from plain data."""
+    """Convert plain data to the type that a field is annotated with."""
     inner = get_args(kind)
     if kind is Any or (value is None and type(None) in inner):
         return value

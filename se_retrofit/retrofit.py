@@ -1,4 +1,4 @@
-"""Three functions that belong together, ``add_se``, ``remove_se`` and ``has_se``; and ``plan_se``, which shows what
+"""The functions ``add_se``, ``remove_se`` and ``has_se``, which belong together; and ``plan_se``, which shows what
 ``add_se`` would do."""
 
 from __future__ import annotations
@@ -48,33 +48,33 @@ def add_se(
     plan: Plan | None = None,
     inplace: bool = False,
 ) -> M:
-    """Put Squeeze-and-Excitation (arXiv:1709.01507) into each convolutional block of a network, where the paper puts it.
+    """Add Squeeze-and-Excitation (arXiv:1709.01507) to each convolutional block of a network, where the paper puts it.
 
-    The result has the same class, methods, parameters and checkpoint keys (plus those of SE) and, with the default gate, gives
-    the same outputs bit for bit until it is trained.
+    The result has the same class, methods, parameters and checkpoint keys (plus those of SE). With the default gate,
+    its outputs are the same bit for bit until it is trained.
 
     Args:
-        model: a network from torchvision, timm or your own code. It is not changed unless ``inplace``.
+        model: a network from torchvision, timm or your own code. It is not changed unless ``inplace=True``.
         reduction: the bottleneck of SE and CBAM has ``max(channels // reduction, min_hidden)`` units.
         attention: ``"se"``, ``"eca"``, ``"cbam"``, ``"static"`` (a factor for each channel, as a control), a class that is
-            built as ``cls(channels)``, or a factory ``(slot) -> nn.Module``; see docs/attentions.md.
+            called as ``cls(channels)``, or a factory ``(slot) -> nn.Module``; see docs/attentions.md.
         placement: ``"auto"``, or for residual units the paper's ``"standard"``, ``"pre"``, ``"post"``, ``"identity"``, ``"3x3"``.
-        gate: ``"identity"``, ``2 * sigmoid`` that starts at exactly 1; or ``"sigmoid"``, the paper's, which starts at 1/2.
+        gate: ``"identity"``, a ``2 * sigmoid`` that starts at exactly 1; or the paper's ``"sigmoid"``, starting at 1/2.
         bias: whether the bottleneck's layers have biases.
-        include, exclude: patterns of block paths (``"layer4.*"``): matching blocks alone, plain chains among them; or all others.
-        at: patterns of module paths: SE goes on what these modules return, and into the blocks found only with ``auto=True``.
-        recognisers: further functions ``(record) -> Iterable[Block]``, asked before those of the package.
-        example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs or ``(args, kwargs)``, of which only
-            shapes and dtypes are read. By default the model's config and usual sizes are tried.
-        plan: one from ``plan_se``, which is carried out instead of the options above; see docs/how-it-works.md.
-        inplace: change the given model, not a deep copy; its parameters stay the same objects.
+        include, exclude: patterns of block paths (``"layer4.*"``): use only matching blocks (or chains), or all others.
+        at: patterns of paths of modules whose outputs SE scales; only with ``auto=True`` does it scale the blocks, too.
+        recognisers: additional functions ``(record) -> Iterable[Block]``, called before those of the package.
+        example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs or ``(args, kwargs)``. Only
+            shapes and dtypes are read. By default, the model's config and common sizes are tried.
+        plan: a plan from ``plan_se`` to carry out, instead of the options above; see docs/how-it-works.md.
+        inplace: change the given model instead of a deep copy; its parameters stay the same objects.
 
     Raises:
-        RetrofitError: nothing can be retrofitted, or an option, the plan or what a factory makes does not fit.
-        TypeError: an argument is of the wrong type. Whatever is raised, the model is unchanged.
+        RetrofitError: If nothing can be retrofitted, or an option, the plan or a factory's module does not fit.
+        TypeError: If an argument is of the wrong type. Whatever is raised, the model is unchanged.
 
     Warns:
-        UserWarning: a factory's module draws random numbers in train mode; or a method's source is not the plan's any more.
+        UserWarning: If a factory's module draws random numbers in train mode, or a method has changed since the plan.
 
     Example:
         >>> import timm
@@ -85,7 +85,7 @@ def add_se(
     """
     options = Options(reduction, placement, gate, bias, min_hidden, include, exclude, attention, at, auto, recognisers)
     check_arguments(model, options, example_inputs, plan, inplace)
-    with told_as_fault(), without_collections():  # classes that were derived to try edits stay at hand
+    with told_as_fault(), without_collections():  # keeps the classes derived to try edits
         made = planned(model, options, example_inputs) if plan is None else fitted(model, plan, options, example_inputs)
         target = model if inplace else copied(model)
         carry_out(target, made)
@@ -108,7 +108,7 @@ def plan_se(
     recognisers: Iterable[Recognise] = (),
     example_inputs: Any = None,
 ) -> Plan:
-    """What ``add_se`` would do with the same arguments, without doing it.
+    """Return what ``add_se`` would do with the same arguments, without doing it.
 
     Args, raises: as for ``add_se``.
 
@@ -126,15 +126,15 @@ def plan_se(
 
 
 def remove_se(model: M, *, inplace: bool = False) -> M:
-    """Undo ``add_se``: the original structure, class by class and key by key. What the SE modules learned is lost.
+    """Undo ``add_se``: restore the original structure, class by class and key by key. SE's weights are lost.
 
     Args:
         model: a retrofitted network.
         inplace: change the given model instead of a copy.
 
     Raises:
-        RetrofitError: there is no retrofitted SE in the model, or the classes of its blocks were changed since.
-        TypeError: an argument is of the wrong type.
+        RetrofitError: If the model has no retrofitted SE, or the classes of its blocks were changed since the retrofit.
+        TypeError: If an argument is of the wrong type.
 
     Example:
         >>> import timm
@@ -155,7 +155,7 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
 
 
 def check_removable(model: nn.Module, caller: str) -> None:
-    """Raise if something else has derived classes from retrofitted blocks since."""
+    """Raise an error if something else has derived classes from retrofitted blocks since."""
     for path, module in model.named_modules():
         if isinstance(module, RetrofittedBlock) and "se_recipe" not in vars(type(module)):
             raise RetrofitError(
@@ -165,13 +165,13 @@ def check_removable(model: nn.Module, caller: str) -> None:
 
 
 def has_se(model: nn.Module) -> bool:
-    """Whether ``add_se`` has put SE into this model (a network's own, native SE does not count).
+    """Return whether ``add_se`` has added SE to this model (a network's own, native SE does not count).
 
     Raises:
-        TypeError: it is not an nn.Module.
+        TypeError: If ``model`` is not an nn.Module.
 
     Warns:
-        UserWarning: modules that contained SE were replaced after the retrofit, so their SE is gone; the warning names the sites.
+        UserWarning: If modules that held SE were replaced after the retrofit, so that SE is gone; it names the sites.
 
     Example:
         >>> import timm
@@ -186,7 +186,7 @@ def has_se(model: nn.Module) -> bool:
 
 
 def warn_of_lost_sites(model: nn.Module) -> None:
-    """Warn where modules with SE in them were replaced after the retrofit (VGG's ReLU by a GELU, say)."""
+    """Warn if modules that held SE were replaced after the retrofit (VGG's ReLU by a GELU, say)."""
     lost = lost_sites(model)
     if lost:
         warnings.warn(
@@ -197,11 +197,11 @@ def warn_of_lost_sites(model: nn.Module) -> None:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan by which a model was retrofitted.
+    """Return the plan by which a model was retrofitted.
 
     Raises:
-        RetrofitError: the model is not retrofitted.
-        TypeError: it is not an nn.Module.
+        RetrofitError: If the model is not retrofitted.
+        TypeError: If ``model`` is not an nn.Module.
 
     Example:
         >>> import timm
@@ -219,14 +219,14 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def _moved(site: Site, path: str) -> Site:
-    """A site of a network that may be a part of another now. In a part of the network itself, its edits have no meaning."""
+    """Adapt a site to a network that is now part of another. In a part of the network itself, its edits don't apply."""
     outer = path.removesuffix(site.path)
     edits = [replace(edit, holder=f"{outer}{edit.holder}".rstrip(".")) for edit in site.edits]
     return replace(site, path=path, edits=tuple(edits) if outer + site.path == path else ())
 
 
 class InsertSE(PassBase):
-    """``add_se`` as a torch.fx pass: inserts SE into the graph of one GraphModule, in place.
+    """A torch.fx pass that does what ``add_se`` does: it inserts SE into the graph of a GraphModule, in place.
 
     Args: as for ``add_se``, except ``inplace``.
 

@@ -1,4 +1,4 @@
-"""Tables as text, and in notebooks: how every printout of this package puts cells into columns."""
+"""Tables as text and in notebooks, as used by everything that this package prints."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = ["Name", "aligned", "as_html", "counted", "few", "short"]
 
 
 class Name(str):
-    """A name that is written without quotes, in lists and tuples, too."""
+    """A string whose repr has no quotes, for names in lists and tuples."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: bool = False) -> list[str]:
-    """Rows of as many cells as lines of text, with two spaces between the columns. The first ``left`` columns are aligned to the
-    left, the others, of numbers, to the right; ``rule`` draws a line under the first row.
+    """Format rows of equal length as lines of text, with two spaces between the columns. The first ``left`` columns are
+    left-aligned, the others (numbers) right-aligned; ``rule`` draws a line under the first row.
 
     Example:
         >>> from se_retrofit.tables import aligned
@@ -40,15 +40,15 @@ def aligned(rows: Iterable[Sequence[str]], *, left: int | None = None, rule: boo
 
 
 def short(text: str, letters: int) -> str:
-    """A name without its middle where it is longer than so many letters: ``a_rather_...me_7.jpg``."""
+    """Shorten a name that has more than ``letters`` letters in the middle: ``a_rather_...me_7.jpg``."""
     end = (letters - 3) // 2
     return text if len(text) <= letters else f"{text[: letters - 3 - end]}...{text[-end:]}"
 
 
 def few(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many there are more: ``layer1.0, layer1.1 and 2 more``."""
+    """List the first names and the number of others: ``layer1.0, layer1.1 and 2 more``."""
     names = list(names)
-    if len(names) <= most + 1:  # one more takes as much room as its name
+    if len(names) <= most + 1:  # "and 1 more" would be no shorter than the name
         return ", ".join(names)
     return f"{', '.join(names[:most])} and {len(names) - most:,} more"
 
@@ -61,7 +61,7 @@ def counted(number: int, noun: str) -> str:
 def as_html(
     rows: Iterable[Sequence[str]], *, left: int | None = None, above: str = "", below: Iterable[str] = ()
 ) -> str:
-    """The same rows for a notebook, as a table whose head is the first row, with a line above it and others below."""
+    """Format the same rows as an HTML table with the first row as its head, a line above it and others below."""
 
     def line(row: Sequence[str], tag: str) -> str:
         sides = ("left" if left is None or i < left else "right" for i in range(len(row)))

@@ -1,4 +1,4 @@
-"""Whether two networks compute the same: run on the same inputs, compared bit for bit, on two real photographs."""
+"""Checks that two networks compute the same: both run on two real photographs, and outputs are compared bit for bit."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .surgery.record.inputs import tensors_in
 __all__ = ["PHOTOGRAPHS", "Agreement", "agreement", "photographs", "prepared_for", "redraw_vectors", "se_matters"]
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-FRAMES = 16  # of the still film that a video network gets: what the smallest of torchvision's were trained on
+FRAMES = 16  # length of the still clip for video networks, as in the training of torchvision's smallest ones
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Outcome of one run of two networks on the same inputs.
+    """The outcome of running two networks on the same inputs.
 
     Attributes:
         equal: whether every tensor of the outputs is ``torch.equal`` to its counterpart.
-        values: how many numbers were compared.
-        difference: largest absolute difference, relative to the largest absolute value of the first network.
-        finite: whether the first network's outputs are all finite; where not, the comparison shows nothing.
+        values: number of values that were compared.
+        difference: largest absolute difference, relative to the largest absolute value of the first network's outputs.
+        finite: whether all outputs of the first network are finite; if not, the comparison shows nothing.
     """
 
     equal: bool
@@ -41,10 +41,10 @@ class Agreement:
 
 
 def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> Agreement:
-    """Run both networks on the same inputs from the same random state, without gradients, and compare what they return.
+    """Run both networks on the same inputs from the same random state, without gradients, and compare their outputs.
 
-    The networks and the global random state are as before afterwards: in train mode, where running statistics move,
-    copies are run.
+    The networks and the global random state are unchanged afterwards: in train mode, in which running statistics are
+    updated, copies are run.
     """
     wanted, got = (tensors_in(_run(net, inputs, training)) for net in (first, second))
     alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]
@@ -57,10 +57,10 @@ def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, t
 
 
 def se_matters(model: nn.Module, inputs: tuple[Any, ...]) -> Agreement:
-    """Compare the network with itself under random gates: the counter-check to an identity.
+    """Compare the network with itself under random gates, as the counter-check to an identity.
 
-    Where SE takes no part in the computation, inserting it changes nothing either; here such a network shows up as
-    equal. Both are copies with vectors drawn anew, lest a branch that is zero as yet hide its SE.
+    If SE took no part in the computation, inserting it would change nothing either; such a network is equal here, too.
+    Both networks are copies with redrawn vectors, because a branch that is still zero would hide its SE.
     """
     model = copy.deepcopy(model)
     redraw_vectors(model)
@@ -74,7 +74,7 @@ def se_matters(model: nn.Module, inputs: tuple[Any, ...]) -> Agreement:
 
 @torch.no_grad()
 def _scramble(module: Inserted, generator: torch.Generator) -> None:
-    """Give a module fixed random gates, or where it has no layer of gates, random parameters."""
+    """Give a module fixed random gates, or random parameters if it has no gate layer."""
     if module.gate_layer:
         setattr(module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator)))
         return
@@ -83,7 +83,7 @@ def _scramble(module: Inserted, generator: torch.Generator) -> None:
 
 
 class _FixedGates(nn.Sequential):
-    """Stands for the excitation: the same gates whatever comes in (random weights could leave them at 1)."""
+    """Replaces the excitation: the same gates for every input (random weights could leave them at 1)."""
 
     def __init__(self, gates: Tensor) -> None:
         super().__init__()
@@ -94,12 +94,12 @@ class _FixedGates(nn.Sequential):
 
 
 def redraw_vectors(model: nn.Module) -> None:
-    """Draw every vector among the parameters and buffers anew, in place: norms' scales, shifts and running statistics, biases,
-    layer scales.
+    """Redraw every vector among the parameters and buffers in place: norms' scales, shifts and running statistics,
+    biases and layer scales.
 
-    A fresh network's norms are mostly ones and zeros, and often the last norm of every branch is zero: a fault in
-    that branch would not show in the outputs. Scales and variances become uniform in (0.5, 1.5), shifts and means
-    normal with a standard deviation of 0.1.
+    The norms of a fresh network mostly hold ones and zeros, and often the last norm of every branch is zero, so that a
+    fault in that branch would not show in the outputs. Scales and variances become uniform in (0.5, 1.5), shifts and
+    means normal with a standard deviation of 0.1.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def _relative_difference(wanted: Tensor, got: Tensor) -> float:
 
 
 def photographs() -> list[Any]:
-    """The photographs that scikit-learn ships, a temple in China and a flower, 640x427, as PIL images."""
+    """Return the photographs included in scikit-learn, a temple in China and a flower, 640x427, as PIL images."""
     from PIL import Image
 
     with extra("cli"):
@@ -143,14 +143,12 @@ def photographs() -> list[Any]:
 
 
 def prepared_for(model: nn.Module) -> tuple[Any, ...]:
-    """Both photographs as the positional arguments of a network that ``Base`` has built, resized and normalised by its library's
-    own rules: a batch of images, a list of images for detection, films that stand still for video, and two frames for optical
-    flow."""
+    """Return both photographs as positional arguments for a network that ``Base`` has built, resized and normalised by
+    its library's own rules: a batch of images, a list of images for detection, still clips for video, or two frames for
+    optical flow."""
     images, base = photographs(), Base.noted(model)
     if base is None:
-        raise RetrofitError(
-            f"this {type(model).__name__} does not tell which network it is; have Base.of(name).build() build it"
-        )
+        raise RetrofitError(f"this {type(model).__name__} does not know its name; build it by Base.of(name).build()")
     if base.library == "timm":
         return (torch.stack([_timm_transform(model)(image) for image in images]),)
     transform = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()
@@ -163,7 +161,7 @@ def prepared_for(model: nn.Module) -> tuple[Any, ...]:
     if task == "VideoClassification":
         return (torch.stack([transform(image.expand(FRAMES, -1, -1, -1)) for image in tensors]),)
     if task == "OpticalFlow":
-        # its networks want sides that are multiples of 8
+        # these networks need sides that are multiples of 8
         first, second = (image[:, :424].unsqueeze(0) for image in tensors)
         return tuple(transform(first, second))
     raise RetrofitError(f"{base} takes inputs of the kind {task}; no photograph can be prepared for that")

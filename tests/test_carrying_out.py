@@ -8,8 +8,9 @@ import json
 import linecache
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ class Twice(nn.Module):
         return self.alias(self.derived(self.unit(self.stem(x))), relu=True)
 
 
-def narrow() -> nn.Module:
-    return ResNet(BasicBlock, (1, 1, 2, 1), channels=(4, 4, 8, 8), stem_type="deep", stem_width=4, num_classes=3)
+def narrow(*channels: int) -> nn.Module:
+    channels = channels or (4, 4, 8, 8)
+    return ResNet(BasicBlock, (1, 1, 2, 1), channels=channels, stem_type="deep", stem_width=4, num_classes=3)
 
 
 def chain() -> nn.Module:
@@ -83,6 +85,17 @@ def plan_of_today() -> str:
     return plan_se(narrow()).to_json()
 
 
+class OneSize(nn.Module):
+    """Takes one size only, which nothing tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unit, self.head = nn.Conv2d(5, 4, 3, padding=1), Unit(), nn.Linear(4 * 11 * 13, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.unit(self.stem(x)).flatten(1))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": narrow,
     "called in two ways": Twice,
@@ -92,6 +105,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: DenseNet(4, (2, 2), 8, num_classes=3),
     "within another": lambda: nn.Sequential(narrow(), nn.Identity()),
 }
+OPTIONS = {"reduction": 4, "bias": True, "include": "layer[24].*", "placement": "3x3"}
 
 
 @pytest.fixture
@@ -105,13 +119,19 @@ def not_recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "training"),
-    [*((name, False) for name in NETWORKS), ("residual", True), ("a graph for each mode", True)],
+    ("name", "training", "options"),
+    [
+        *((name, False, {"reduction": 2}) for name in NETWORKS),
+        ("residual", True, OPTIONS),
+        ("a graph for each mode", True, {"reduction": 2}),
+    ],
 )
-def test_a_plan_is_carried_out_on_two_networks(name: str, training: bool, not_recorded: Callable[[], None]) -> None:
+def test_a_plan_is_carried_out_on_two_networks(
+    name: str, training: bool, options: dict[str, Any], not_recorded: Callable[[], None]
+) -> None:
     first, second = (randomised(NETWORKS[name](), seed).train(training) for seed in (0, 1))
-    by_options = randomise_se(add_se(second, 2))
-    plan = plan_se(first, 2)
+    by_options = randomise_se(add_se(second, **options))
+    plan = plan_se(first, **options)
     text = plan.to_json()
     not_recorded()
     carried = [add_se(model, plan=Plan.from_json(text)) for model in (first, second)]
@@ -124,7 +144,7 @@ def test_a_plan_is_carried_out_on_two_networks(name: str, training: bool, not_re
     assert list(remove_se(carried[1]).state_dict()) == list(second.state_dict())
 
 
-def test_each_site_is_carried_out_alone(not_recorded: Callable[[], None]) -> None:
+def test_each_site_is_carried_out_alone_and_saving_keeps_that(not_recorded: Callable[[], None], tmp_path: Path) -> None:
     model = randomised(chain()).eval()
     plan, x = plan_se(model, 2), torch.randn(2, 3, 16, 16)
     not_recorded()
@@ -133,6 +153,8 @@ def test_each_site_is_carried_out_alone(not_recorded: Callable[[], None]) -> Non
         assert list(se_modules(alone)) == [site.path]
         assert same_tensors(run(alone, x), run(model, x))
         assert not same_tensors(run(randomise_se(alone), x), run(model, x))
+        loaded = load_retrofitted(save_retrofitted(alone, tmp_path / site.path), base=model)
+        assert plan_of(loaded).sites == (site,)
 
 
 def test_the_plan_of_a_network_within_another_and_of_a_part_can_be_carried_out_there() -> None:
@@ -208,68 +230,58 @@ def saved(library: Callable[..., nn.Module], tmp_path: Path) -> tuple[Plan, Path
     return plan_of(model), save_retrofitted(model, tmp_path / "saved"), model(ONES)
 
 
-def test_a_later_library_whose_block_is_written_in_another_way_is_said(
-    library: Callable[..., nn.Module], saved: tuple[Plan, Path, Tensor]
-) -> None:
-    plan, folder, value = saved
-    later = library("out = self.norm(self.conv(x))", "out = self.conv(x)\n        out = self.norm(out)")
-    with pytest.warns(UserWarning, match=r"source of library\.Block\.forward has changed"):
-        assert list(se_modules(add_se(later, plan=plan))) == SITES
-    with pytest.warns(UserWarning, match=r"source of library\.Block\.forward has changed"):
-        loaded = load_retrofitted(folder, base=later)
-    torch.testing.assert_close(loaded(ONES), value)
-
-
-def test_a_later_library_with_another_block_is_refused(
-    library: Callable[..., nn.Module], saved: tuple[Plan, Path, Tensor]
-) -> None:
-    later = library("return torch.relu(x + out)", "return torch.relu(out)")
-    for call in (lambda: add_se(later, plan=saved[0]), lambda: load_retrofitted(saved[1], base=later)):
-        with pytest.raises(RetrofitError, match=r"1\.se_attention"):
-            call()
+CHANGED = partial(pytest.warns, UserWarning, match=r"source of library\.Block\.forward has changed")
+REFUSED = partial(pytest.raises, RetrofitError, match=r"1\.se_attention")
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "told"),
     [
-        ("import torch\n", "import torch\nimport math\n\nSIZE = math.pi\n"),
-        ("    def forward", "    def extra_repr(self):\n        return 'a block'\n\n    def forward"),
+        ("import torch\n", "import torch\nimport math\n\nSIZE = math.pi\n", nullcontext),
+        ("    def forward", "    def extra_repr(self):\n        return 'a block'\n\n    def forward", nullcontext),
+        ("out = self.norm(self.conv(x))", "out = self.conv(x)\n        out = self.norm(out)", CHANGED),
+        ("return torch.relu(x + out)", "return torch.relu(out)", REFUSED),
     ],
-    ids=["lines above", "another method"],
+    ids=["lines above", "another method", "written in another way", "another block"],
 )
-def test_a_later_library_with_the_same_block_is_no_news(
-    library: Callable[..., nn.Module], saved: tuple[Plan, Path, Tensor], old: str, new: str
+def test_a_later_library_is_fitted_or_told_apart(
+    library: Callable[..., nn.Module], saved: tuple[Plan, Path, Tensor], old: str, new: str, told: Callable[[], Any]
 ) -> None:
     plan, folder, value = saved
     later = library(old, new)
-    assert list(se_modules(add_se(later, plan=plan))) == SITES
-    assert torch.equal(load_retrofitted(folder, base=later)(ONES), value)
+    with told():
+        assert list(se_modules(add_se(later, plan=plan))) == SITES
+    with told():
+        assert torch.equal(load_retrofitted(folder, base=later)(ONES), value)
 
 
-def test_a_plan_without_edits_is_made_again_silently() -> None:
-    model = randomised(narrow()).eval()
-    plan = plan_se(model)
+def test_a_plan_without_edits_is_made_again_silently_with_its_inputs_in_the_models_dtype() -> None:
+    model = OneSize().eval()
+    plan = plan_se(model, example_inputs=torch.zeros(1, 5, 11, 13))
     earlier = plan.to_dict()
     del earlier["structure"]
     earlier["sites"] = [
         {k: v for k, v in site.items() if k not in ("edits", "shape", "inplace", "dtype")} for site in earlier["sites"]
     ]
     assert plan_of(add_se(model, plan=Plan.from_dict(earlier))) == plan
+    del earlier["inputs"]["dtype"]
+    assert list(se_modules(add_se(model.double(), plan=Plan.from_dict(earlier)))) == [plan.sites[0].path]
 
 
 def test_a_plan_of_the_same_class_with_other_widths_is_refused() -> None:
-    model = ResNet(BasicBlock, (1, 1, 2, 1), channels=(4, 8, 8, 8), stem_type="deep", stem_width=4, num_classes=3)
+    model = narrow(4, 8, 8, 8)
     before = snapshot(model)
     with pytest.raises(RetrofitError, match=r"layer2\.0\.se_attention .*4 channels"):
         add_se(model, plan=Plan.from_json(plan_of_today()), inplace=True)
     assert_untouched(model, before)
 
 
-def test_with_another_head_it_is_the_same_plan() -> None:
-    model = narrow()
-    model.reset_classifier(7)
+def test_options_beside_a_plan_are_refused() -> None:
     plan = Plan.from_json(plan_of_today())
-    assert plan_of(add_se(model, plan=plan)).sites == plan.sites
+    with pytest.raises(RetrofitError, match="plan= alone"):
+        add_se(narrow(), 16, plan=plan)
+    with pytest.raises(TypeError, match=r"plan must be .* got dict"):
+        add_se(narrow(), plan=plan.to_dict())  # type: ignore[arg-type]
 
 
 # Hostile plans --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,41 +36,29 @@ def test_a_name_finds_its_library(name: str, library: str, model: str) -> None:
     assert (base.library, base.name) == (library, model)
 
 
+@pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/quantized_shufflenet_v2_x0_5"])
+def test_arguments_reach_the_builder_which_neither_warns_nor_downloads(name: str) -> None:
+    assert Base.of(name, num_classes=7).build()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "kwargs", "pretrained", "error", "said"),
     [
-        ("resnet5", "resnet50"),
-        ("torchvision/seresnet50", "no model 'seresnet50' in torchvision"),
-        ("keras/resnet50", "no library 'keras'"),
-        ("", "no model ''"),
+        ("resnet5", {}, False, RetrofitError, "resnet50"),
+        ("torchvision/seresnet50", {}, False, RetrofitError, "no model 'seresnet50' in torchvision"),
+        ("keras/resnet50", {}, False, RetrofitError, "no library 'keras'"),
+        ("", {}, False, RetrofitError, "no model ''"),
+        (nn.Linear(1, 1), {}, False, TypeError, "must be a string"),
+        ("timm/test_resnet", {"num_clases": 7}, False, RetrofitError, "num_clases"),
+        ("torchvision/squeezenet1_1", {"num_clases": 7}, False, RetrofitError, "num_clases"),
+        ("resnet18.nonsense", {}, True, RetrofitError, r"resnet18\.nonsense"),
     ],
 )
-def test_an_unknown_name_is_an_error_that_helps(name: str, said: str) -> None:
-    with pytest.raises(RetrofitError, match=said):
-        Base.of(name)
-
-
-def test_a_name_that_is_no_string_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="must be a string"):
-        Base.of(nn.Linear(1, 1))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["timm/test_resnet", "torchvision/squeezenet1_1"])
-def test_arguments_reach_the_builder_and_those_that_it_does_not_know_are_named(name: str) -> None:
-    assert Base.of(name, num_classes=7).build()(torch.randn(2, 3, 64, 64)).shape == (2, 7)
-    with pytest.raises(RetrofitError, match="num_clases"):
-        Base.of(name, num_clases=7).build()
-
-
-@pytest.mark.parametrize("name", ["quantized_shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large"])
-def test_networks_build_offline_and_without_warnings(name: str) -> None:
-    # pytest turns warnings into errors; a download would fail
-    assert isinstance(Base.of(name).build(), nn.Module)
-
-
-def test_weights_that_do_not_exist_are_an_error() -> None:
-    with pytest.raises(RetrofitError, match=r"resnet18\.nonsense"):
-        Base.of("resnet18.nonsense").build(pretrained=True)
+def test_what_cannot_be_built_is_an_error_that_helps(
+    name: Any, kwargs: dict[str, int], pretrained: bool, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        Base.of(name, **kwargs).build(pretrained)
 
 
 def test_weights_that_cannot_be_downloaded_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,64 +152,55 @@ def test_a_checkpoint_with_other_names_is_shown_and_loaded_by_order(tmp_path: Pa
     load_checkpoint(target, path, remap="order")
 
 
-@pytest.mark.parametrize(
-    ("file", "changes", "said"),
-    [
-        (
-            "c.pth",
-            {},
-            r"net/0 \(4, 3, 3, 3\) and 0.weight \(4, 3, 3, 3\), net/1 \(4,\) and 0.bias .*, net/2 .* all 6 .*remap=\"order\"",
-        ),
-        ("c.pth", {"net/2": torch.ones(5)}, r"net/1 .*pair 3 has other shapes: net/2 \(5,\) and 1.weight \(4,\)$"),
-        ("c.pth", {"more": torch.ones(5)}, "7 of them in the file and 6 in"),
-        ("c.safetensors", {}, "order"),
-    ],
-)
-def test_a_checkpoint_whose_order_is_another_is_not_loaded_by_it(
-    file: str, changes: dict[str, torch.Tensor], said: str, tmp_path: Path
-) -> None:
-    state, model = {**renamed(small().state_dict()), **changes}, small()
-    (save_file if file.endswith("s") else torch.save)(state, tmp_path / file)
-    before = copy.deepcopy(model.state_dict())
-    for remap in (None, "order") if "all 6" not in said else (None,):
-        with pytest.raises(RetrofitError, match=said):
-            load_checkpoint(model, tmp_path / file, remap=remap)  # type: ignore[arg-type]
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-
-
 class Exploit:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("raise SystemExit('code from a checkpoint ran')",)
 
 
 STATE = small().state_dict()
+IN_ORDER = (
+    r"net/0 \(4, 3, 3, 3\) and 0.weight \(4, 3, 3, 3\), net/1 \(4,\) and 0.bias .*, net/2 .* all 6 .*remap=\"order\""
+)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "remap", "said"),
     [
-        (None, "no checkpoint file"),
-        (b"garbage", "can't be read"),
-        (b"", "can't be read"),
-        ({"state_dict": Exploit()}, "can't be read"),
-        ([1, 2], "can't be read"),
-        ({"epoch": 3}, "state dict"),
-        ({k: v for k, v in STATE.items() if k != "1.bias"}, r"missing: 1\.bias"),
-        ({**STATE, "2.weight": torch.ones(1)}, r"unexpected: 2\.weight"),
-        ({**STATE, "0.bias": torch.ones(5)}, r"other shapes: 0\.bias"),
+        (None, "order", "no checkpoint file"),
+        (b"garbage", "order", "can't be read"),
+        (b"", "order", "can't be read"),
+        ({"state_dict": Exploit()}, "order", "can't be read"),
+        ([1, 2], "order", "can't be read"),
+        ({"epoch": 3}, "order", "state dict"),
+        ({k: v for k, v in STATE.items() if k != "1.bias"}, "order", r"missing: 1\.bias"),
+        ({**STATE, "2.weight": torch.ones(1)}, "order", r"unexpected: 2\.weight"),
+        ({**STATE, "0.bias": torch.ones(5)}, "order", r"other shapes: 0\.bias"),
+        (renamed(STATE), None, IN_ORDER),
+        (renamed(STATE) | {"net/2": torch.ones(5)}, "order", r"pair 3 has other shapes: net/2 \(5,\) and 1.weight \(4,\)$"),
+        (renamed(STATE) | {"more": torch.ones(5)}, "order", "7 of them in the file and 6 in"),
     ],
-    ids=["absent", "garbage", "empty", "code", "list", "no tensors", "missing", "unexpected", "other shapes"],
-)
+    ids=[
+        "absent", "garbage", "empty", "code", "list", "no tensors", "missing", "unexpected", "other shapes",
+        "other names", "a pair of other shapes", "one more in order",
+    ],
+)  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(
-    tmp_path: Path, content: object, said: str
+    content: object, remap: Any, said: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "c.pth"
+    path, model = tmp_path / "c.pth", small()
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    model = small()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RetrofitError, match=said):
-        load_checkpoint(model, path)
+    for given in {None, remap}:
+        with pytest.raises(RetrofitError, match=said):
+            load_checkpoint(model, path, remap=given)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_safetensors_keep_no_order_to_load_by(tmp_path: Path) -> None:
+    save_file(renamed(STATE), tmp_path / "c.safetensors")
+    for remap in (None, "order"):
+        with pytest.raises(RetrofitError, match="order"):
+            load_checkpoint(small(), tmp_path / "c.safetensors", remap=remap)  # type: ignore[arg-type]

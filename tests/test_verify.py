@@ -11,37 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from se_retrofit import SEAttention
 from se_retrofit.models import Base
 from se_retrofit.verify import agreement, photographs, prepared_for, redraw_vectors, se_matters
 
 
-def network(dropout: float = 0.0) -> nn.Module:
+def network(dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(dropout), nn.AdaptiveAvgPool2d(1))
 
 
-@pytest.fixture
-def images() -> tuple[Tensor]:
-    return (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_a_copy_is_equal_even_with_dropout(images: tuple[Tensor], training: bool) -> None:
-    net = network(dropout=0.5)
-    assert agreement(net, copy.deepcopy(net), images, training=training).equal
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_one_weight_off_by_one_bit_is_seen(images: tuple[Tensor], training: bool) -> None:
-    net = network()
-    other = copy.deepcopy(net)
-    with torch.no_grad():
-        other[1].bias[3] = torch.nextafter(other[1].bias[3] + 1, torch.tensor(3.0))
-        net[1].bias[3] += 1
-    comparison = agreement(net, other, images, training=training)
-    assert not comparison.equal
-    assert 0 < comparison.difference < 1e-6
+IMAGES = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
 
 
 class Returning(nn.Module):
@@ -53,46 +34,63 @@ class Returning(nn.Module):
         return self.made(x)
 
 
-def test_an_output_more_or_another_dtype_is_seen(images: tuple[Tensor]) -> None:
-    for other in (lambda x: (x, x), lambda x: x.double()):
-        assert not agreement(nn.Identity(), Returning(other), images).equal
+def nested(added: int) -> nn.Module:
+    return Returning(lambda x: [OrderedDict(out=x, aux=x + added)])
 
 
-def test_outputs_in_nested_containers_are_compared(images: tuple[Tensor]) -> None:
-    one, other = (Returning(lambda x, n=n: [OrderedDict(out=x, aux=x + n)]) for n in (0, 1))
-    assert agreement(one, one, images).values == 2 * images[0].numel()
-    assert not agreement(one, other, images).equal
+@pytest.mark.parametrize("training", [False, True])
+def test_one_weight_off_by_one_bit_is_seen_and_dropout_is_no_difference(training: bool) -> None:
+    net = network(dropout=0.5)
+    with torch.no_grad():
+        net[1].bias[3] += 1
+    other = copy.deepcopy(net)
+    assert agreement(net, other, IMAGES, training=training).equal
+    with torch.no_grad():
+        other[1].bias[3] = torch.nextafter(net[1].bias[3], torch.tensor(3.0))
+    comparison = agreement(net, other, IMAGES, training=training)
+    assert not comparison.equal
+    assert 0 < comparison.difference < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (nn.Identity(), Returning(lambda x: (x, x))),
+        (nn.Identity(), Returning(lambda x: x.double())),
+        (nested(0), nested(1)),
+    ],
+    ids=["an output more", "another dtype", "a value in a container"],
+)
+def test_outputs_of_any_kind_are_compared(first: nn.Module, second: nn.Module) -> None:
+    assert not agreement(first, second, IMAGES).equal
+    assert agreement(second, second, IMAGES).equal
+    assert agreement(second, second, IMAGES).values == IMAGES[0].numel() * len(tree_leaves(second(*IMAGES)))
 
 
 def test_outputs_that_are_not_finite_are_told_apart() -> None:
     assert not agreement(nn.Identity(), nn.Identity(), (torch.tensor([math.nan]),)).finite
 
 
-def test_networks_modes_and_random_state_are_as_before(images: tuple[Tensor]) -> None:
+def test_networks_modes_and_random_state_are_as_before() -> None:
     net = network(dropout=0.5).train()
     net[2].eval()
     state, rng = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     for training in (False, True):
-        agreement(net, net, images, training=training)
+        agreement(net, net, IMAGES, training=training)
     assert [module.training for module in net] == [True, True, False, True]
     assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state())
 
 
-def test_se_that_takes_no_part_is_found_out(images: tuple[Tensor]) -> None:
+def test_se_that_takes_no_part_is_found_out_and_a_branch_that_is_zero_as_yet_hides_none() -> None:
     idle = network()
     idle[1].se_attention = SEAttention(8, gate="identity")  # there, and never called
-    assert se_matters(idle, images).equal
-    working = nn.Sequential(network()[0], SEAttention(8, gate="identity"))
+    assert se_matters(idle, IMAGES).equal
+    working = network().append(SEAttention(8, gate="identity"))
+    nn.init.zeros_(working[1].weight)
     before = copy.deepcopy(working.state_dict())
-    assert not se_matters(working, images).equal
+    assert not se_matters(working, IMAGES).equal
     assert all(torch.equal(before[key], value) for key, value in working.state_dict().items())
-
-
-def test_se_counts_even_where_its_branch_is_zero_as_yet(images: tuple[Tensor]) -> None:
-    net = network().append(SEAttention(8, gate="identity"))
-    nn.init.zeros_(net[1].weight)
-    assert not se_matters(net, images).equal
 
 
 def test_redrawing_leaves_no_norm_at_its_defaults() -> None:
@@ -128,10 +126,8 @@ def test_the_photographs_are_real() -> None:
     ],
 )
 def test_photographs_are_prepared_as_the_model_wants_them(name: str, shapes: list[tuple[int, ...]]) -> None:
-    base = Base.of(name)
-    # what preparation needs of a model is its configuration alone
-    with torch.device("meta"):
-        model = base.build()
+    with torch.device("meta"):  # what preparation needs of a model is its configuration alone
+        model = Base.of(name).build()
     inputs = prepared_for(model)
     if isinstance(inputs[0], list):
         (inputs,) = inputs

@@ -1,4 +1,4 @@
-"""What is inserted: Squeeze-and-Excitation, one attention of several, and what any other module is wrapped in."""
+"""The modules that are inserted: Squeeze-and-Excitation and other attentions, and a wrapper for any other module."""
 
 from .cbam import CBAM
 from .eca import ECA

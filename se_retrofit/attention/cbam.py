@@ -15,7 +15,7 @@ __all__ = ["CBAM"]
 
 
 def over_channels(x: Tensor, channel_dim: int, dims: int) -> Tensor:
-    """Mean and largest value over the channels, as two maps: ``(N, 2, *spatial)``."""
+    """Return the mean and the maximum over the channels as two maps, ``(N, 2, *spatial)``."""
     channel = channel_dim % x.dim()
     maps = torch.stack([x.mean(channel), x.amax(channel)], -1 - dims)
     return maps.unsqueeze(0).flatten(0, -2 - dims)
@@ -33,26 +33,26 @@ torch.fx.wrap("scale_positions")
 
 
 class CBAM(Inserted):
-    """Convolutional Block Attention Module (Woo et al., arXiv:1807.06521): an exact identity at first, as both gates are
-    ``2 * sigmoid`` and their last layers start at zero; it learns from the first step on.
+    """Convolutional Block Attention Module (Woo et al., arXiv:1807.06521). It starts as an exact identity, because both
+    gates are ``2 * sigmoid`` and their last layers start at zero; it learns from the first step on.
 
-    First a gate for each channel: one bottleneck of two linear layers on the means and on the largest values of the channels,
-    its two results added. Then a gate for each position: a wide convolution over the mean and the largest value of the
-    channels.
+    First, a gate for each channel: a shared bottleneck of two linear layers is applied to the means and to the maxima
+    of the channels, and the two results are added. Then, a gate for each position: a convolution with a large kernel
+    over the mean and the maximum of the channels.
 
     Args:
         channel: number of channels C of the feature maps.
-        reduction, bias, min_hidden: of the bottleneck, as of ``SEAttention``.
-        kernel_size: of the convolution over the positions, odd.
+        reduction, bias, min_hidden: options of the bottleneck, as for ``SEAttention``.
+        kernel_size: kernel size of the convolution over the positions, odd.
         dims: number of spatial dims: 1, 2 or 3.
-        channel_dim, inplace, device, dtype: as of ``SEAttention``.
+        channel_dim, inplace, device, dtype: as for ``SEAttention``.
 
     Shape:
         ``(N, C, *spatial)`` or ``(N, *spatial, C)``, to the same shape.
 
     Raises:
-        RetrofitError: an option is out of range.
-        TypeError: an option is of the wrong type.
+        RetrofitError: If an option is out of range.
+        TypeError: If an option is of the wrong type.
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ class CBAM(Inserted):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the bottleneck's first layer, and set the last layer of both gates to zero."""
+        """Redraw the first layer of the bottleneck, and set the last layer of both gates to zero."""
         if self.conv.weight.is_meta:
             return
         init_bottleneck(self.mlp[0], self.mlp[2])

@@ -1,4 +1,4 @@
-"""Efficient Channel Attention: each channel's gate from its own mean and those of its neighbours."""
+"""Efficient Channel Attention: the gate of each channel depends on its own mean and those of its neighbours."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["ECA"]
 
 
 class ECA(Inserted):
-    """Efficient Channel Attention (Wang et al., arXiv:1910.03151): the means of the channels are convolved along the channels.
+    """Efficient Channel Attention (Wang et al., arXiv:1910.03151): channel means are convolved along the channels.
 
-    The gate is ``2 * sigmoid`` and the kernel starts at zero, so that all gates are exactly 1.0 at first; the kernel learns from
-    the first step on.
+    The gate is ``2 * sigmoid`` and the kernel starts at zero, so all gates are exactly 1.0 at first. The kernel learns
+    from the first step on.
 
     Args:
         channel: number of channels C of the feature maps.
         kernel_size: of the convolution over the channels, odd; None for the paper's, ``(log2(C) + 1) / 2`` made odd.
-        channel_dim, inplace, device, dtype: as of ``SEAttention``.
+        channel_dim, inplace, device, dtype: as for ``SEAttention``.
 
     Shape:
         ``(N, C, *spatial)`` or ``(N, *spatial, C)`` with any number of spatial dims, to the same shape.
 
     Raises:
-        RetrofitError: an option is out of range.
-        TypeError: an option is of the wrong type.
+        RetrofitError: If an option is out of range.
+        TypeError: If an option is of the wrong type.
 
     Example:
         >>> import torch
@@ -61,9 +61,9 @@ class ECA(Inserted):
         nn.init.zeros_(self.conv.weight)
 
     def gates(self, x: Tensor) -> Tensor:
-        """The gates of an input, ``(N, C)``."""
+        """Return the gates for an input, ``(N, C)``."""
         z = self.squeezed(x)
-        # (N, C) -> (N, 1, C), whatever dims there are in front of C
+        # (N, C) -> (N, 1, C), for any number of dims before C
         rows = z.unsqueeze(0).unsqueeze(-2).flatten(0, -3)
         return self.gate(self.conv(rows).reshape(z.shape))
 

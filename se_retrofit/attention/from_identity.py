@@ -1,4 +1,4 @@
-"""Any module as an exact identity at first; it is tried once before it is inserted."""
+"""A wrapper that makes any module start as an exact identity, and a check of the module before it is inserted."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["FromIdentity", "check_made"]
 
 
 def channels_second(x: Tensor, channel_dim: int) -> Tensor:
-    """``(N, *spatial, C)`` as ``(N, C, *spatial)``; other values as they are."""
+    """Permute ``(N, *spatial, C)`` to ``(N, C, *spatial)``; return other values as they are."""
     return x.movedim(-1, 1) if channel_dim == -1 and x.dim() > 2 else x
 
 
 def blend(x: Tensor, y: Tensor, alpha: Tensor, channel_dim: int) -> Tensor:
-    """``x + alpha * (y - x)``, with an alpha for each channel; y has its channels second."""
+    """Compute ``x + alpha * (y - x)`` with an alpha for each channel; y has its channels in the second dim."""
     if channel_dim == -1 and x.dim() > 2:
         y = y.movedim(1, -1)
     return torch.lerp(x, y.to(x.dtype), broadcast(alpha, x, channel_dim))
@@ -33,16 +33,16 @@ torch.fx.wrap("channels_second")
 
 
 class FromIdentity(Inserted):
-    """A module f as a learned step away from the identity: ``x + alpha * (f(x) - x)``, with an alpha for each channel.
+    """A learned step from the identity to a module f: ``x + alpha * (f(x) - x)``, with an alpha for each channel.
 
-    Alpha starts at zero, so that the output and the gradient of ``x`` are exactly those of the identity, as long as f gives
-    finite values. Alpha learns from the first step on, and f from the second.
+    Alpha starts at zero, so the output and the gradient of ``x`` are exactly those of the identity, as long as f
+    returns finite values. Alpha learns from the first step on, and f from the second.
 
     Args:
         module: f, which takes and returns ``(N, C, *spatial)``.
         channel: number of channels C of the feature maps.
-        channel_dim: as of ``SEAttention``; values with their channels last are permuted for f, and back.
-        device, dtype: of alpha.
+        channel_dim: as for ``SEAttention``; values with their channels last are permuted for f, and back.
+        device, dtype: device and dtype of alpha.
 
     Shape:
         ``(N, C, *spatial)`` or ``(N, *spatial, C)``, to the same shape.
@@ -63,13 +63,13 @@ class FromIdentity(Inserted):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set alpha to zero; f stays as it is."""
+        """Set alpha to zero; f is not changed."""
         nn.init.zeros_(self.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - a block of its own is not compiled by torch.jit.script
             if type(x) is Tensor and not torch.compiler.is_compiling() and x.numel() == 0:
-                y = channels_second(x, self.channel_dim)  # f may take no empty batch
+                y = channels_second(x, self.channel_dim)  # f may not support empty batches
                 return blend(x, y, self.alpha, self.channel_dim)
         return blend(x, self.f(channels_second(x, self.channel_dim)), self.alpha, self.channel_dim)
 
@@ -78,17 +78,17 @@ class FromIdentity(Inserted):
 
 
 def check_made(module: nn.Module, slot: Slot, name: str) -> None:
-    """Run a copy of what a factory gave in train mode on random values of the slot's shape, on the CPU and in float32.
+    """Run a copy of a factory's module in train mode on random values of the slot's shape, on the CPU and in float32.
 
-    That it draws random numbers changes nothing in eval mode, but in train mode every later draw of the network, such as that of
-    its own dropout, is another one than without it: that is said, not refused.
+    A module that draws random numbers changes nothing in eval mode, but in train mode it changes every later draw of
+    the network, such as those of its dropout. This is allowed, with a warning.
 
     Raises:
-        RetrofitError: it can't be run, gives another shape, changes its input, or gives values that are not finite (the
-            identity would be lost: 0 * inf is NaN).
+        RetrofitError: If the module can't be run, returns another shape, changes its input, or returns values that are
+            not finite (then it would not be an identity: 0 * inf is NaN).
 
     Warns:
-        UserWarning: it draws random numbers.
+        UserWarning: If the module draws random numbers.
     """
     has_values = not any(t.is_meta for t in (*module.parameters(), *module.buffers()))
     device = "cpu" if has_values else "meta"
@@ -106,16 +106,16 @@ def check_made(module: nn.Module, slot: Slot, name: str) -> None:
         drawn = not torch.equal(state, torch.get_rng_state())
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != tuple(given.shape):
-        raise RetrofitError(f"{what} must give the shape that it is given, {tuple(given.shape)}, and gives {shape}")
+        raise RetrofitError(f"{what} must return the shape that it is given, {tuple(given.shape)}, but returns {shape}")
     if x._version != version and not isinstance(module, Inserted):
-        raise RetrofitError(f"{what} changes its input in place; what it returns is to be compared with that input")
+        raise RetrofitError(f"{what} changes its input in place, but its output has to be compared with that input")
     if has_values and not found.isfinite().all():
         raise RetrofitError(
-            f"{what} gives values that are not finite, for an input that is; so it can't start as an identity"
+            f"{what} returns values that are not finite for a finite input, so it can't start as an identity"
         )
     if drawn:
         warnings.warn(
-            f"attention={name} draws random numbers in train mode, so the network's own draws (its dropout, say) will be others than "
-            "without it; in eval mode it is an exact identity",
+            f"attention={name} draws random numbers in train mode, so the network's own draws (its dropout, say) will "
+            "differ from those without it; in eval mode it is an exact identity",
             stacklevel=2,
         )

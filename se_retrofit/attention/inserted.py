@@ -1,4 +1,4 @@
-"""What the surgery inserts, whatever it computes; and what a factory is told about the place that it goes to."""
+"""The base class of all inserted modules, and the description of a place that is passed to a factory."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ torch.fx.wrap("squeeze")
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that gets a module.
+    """A place where a module is inserted.
 
     Attributes:
-        channels: number of channels C of the value that the module is given.
-        channel_dim: which dim of the value holds them, counted from the end: -3 in ``(N, C, H, W)``, -1 in ``(N, H, W, C)``.
-        shape: of the value, as it was recorded, the batch included.
-        kind: of the block: ``"residual"``, ``"inverted"``, ``"dense"``, ``"multi-branch"``, ``"rep-sum"``, ``"chain"``.
-        block: the block's path in the model.
-        dtype: of the value, and so of the module's parameters.
-        device: where to build the module: the CPU, from where it is moved to the value's device, or meta, where its parameters
-            have no values.
-        inplace: whether the module may change its input in place, where no gradient is needed.
+        channels: number of channels C of the module's input.
+        channel_dim: the channel dim of the input, counted from the end: -3 in ``(N, C, H, W)``, -1 in ``(N, H, W, C)``.
+        shape: shape of the input as it was recorded, including the batch.
+        kind: the block's: ``"residual"``, ``"inverted"``, ``"dense"``, ``"multi-branch"``, ``"rep-sum"``, ``"chain"``.
+        block: path of the block in the model.
+        dtype: dtype of the input, and therefore of the module's parameters.
+        device: the device to build the module on: the CPU, from which it is moved to the input's device, or meta, if
+            its parameters need no values.
+        inplace: whether the module may change its input in place if no gradient is needed.
     """
 
     channels: int
@@ -50,7 +50,7 @@ class Slot:
 
     @property
     def where(self) -> dict[str, Any]:
-        """The arguments that every built-in attention takes: ``channel_dim``, ``inplace``, ``device`` and ``dtype``."""
+        """The arguments that all built-in attentions accept: ``channel_dim``, ``inplace``, ``device`` and ``dtype``."""
         return {
             "channel_dim": self.channel_dim,
             "inplace": self.inplace,
@@ -60,26 +60,26 @@ class Slot:
 
 
 class Inserted(nn.Module):
-    """Base class of the modules that the surgery inserts: undo, saving, printouts and costs look for these.
+    """Base class of all inserted modules, by which undo, saving, printouts and costs find them.
 
-    A subclass takes and returns a value ``(N, C, *spatial)`` or ``(N, *spatial, C)``, as ``channel_dim`` says. What is not an
-    ``Inserted`` is wrapped in ``FromIdentity`` when it is inserted; a subclass is inserted as it is, and so has to start as an
-    exact identity by its own construction. Where its effect is a factor for each channel, it has the method
-    ``gates(x) -> (N, C)`` and no ``forward`` of its own; folding, the statistics of gates and their pictures ask for it.
+    A subclass takes and returns a value ``(N, C, *spatial)`` or ``(N, *spatial, C)``, according to ``channel_dim``.
+    Other modules are wrapped in ``FromIdentity`` when they are inserted; a subclass is inserted as it is, and must
+    itself start as an exact identity. If its effect is a factor for each channel, it defines ``gates(x) -> (N, C)`` and
+    no ``forward``; folding, gate statistics and gate plots use that method.
 
     Args:
         channel: number of channels C.
-        channel_dim: as of ``SEAttention``.
-        inplace: where no gradient is needed, change the input itself instead of a copy.
+        channel_dim: as for ``SEAttention``.
+        inplace: change the input itself instead of a copy if no gradient is needed.
 
     Attributes:
-        site, plan: where a retrofit put the module, and by which plan; None for one that no retrofit put in.
-        gate_range: the ends of the range of the gates, which they come close to but never reach; None where there are none.
-        gate_layer: name of the child whose output is the gates, ``(..., C)``, so that who listens need not compute them again.
+        site, plan: the site and the plan of the retrofit that inserted the module; None if no retrofit did.
+        gate_range: lower and upper bound of the gates, which they approach but never reach; None if they have none.
+        gate_layer: name of the child whose output is the gates, ``(..., C)``, so that a hook need not recompute them.
 
     Raises:
-        RetrofitError: an argument is out of range.
-        TypeError: an argument is of the wrong type.
+        RetrofitError: If an argument is out of range.
+        TypeError: If an argument is of the wrong type.
     """
 
     # no annotations: torch.jit.script would read them
@@ -100,19 +100,19 @@ class Inserted(nn.Module):
         self.inplace = inplace
 
     def squeezed(self, x: Tensor, largest: bool = False) -> Tensor:
-        """The means, or the largest values, over all spatial dims: ``(N, C)``."""
+        """Return the means (or the maxima) over all spatial dims, ``(N, C)``."""
         return squeeze(x, self.channel_dim, largest)
 
     def scaled(self, x: Tensor, gate: Tensor) -> Tensor:
-        """The product with a gate for each channel, ``(N, C)`` or ``(C,)``."""
-        # a trace by torch.jit holds for both grad modes
+        """Return the product with a gate for each channel, ``(N, C)`` or ``(C,)``."""
+        # a trace by torch.jit must be valid in both grad modes
         return scale(x, gate, self.channel_dim, self.inplace and not torch.jit.is_tracing())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scaled(x, self.gates(x))  # type: ignore[operator]
 
     def summary(self) -> str:
-        """The module in few words, for printouts: ``ECA 64``."""
+        """Describe the module in few words, for printouts: ``ECA 64``."""
         return f"{type(self).__name__} {self.channel}"
 
     def extra_repr(self) -> str:
@@ -120,12 +120,12 @@ class Inserted(nn.Module):
 
 
 def has_gates(module: nn.Module) -> bool:
-    """Whether a module can tell its gates, ``gates(x) -> (N, C)``."""
+    """Return whether a module has the method ``gates(x) -> (N, C)``."""
     return callable(getattr(module, "gates", None))
 
 
 def check_gates(modules: Mapping[str, nn.Module], what: str) -> None:
-    """Refuse inserted modules, by path, that have no gates for each channel; ``what`` says what can't be had then."""
+    """Raise an error if an inserted module has no gates for each channel; ``what`` says what is impossible then."""
     for path, module in modules.items():
         if not has_gates(module):
             words = module.summary() if isinstance(module, Inserted) else type(module).__name__

@@ -1,8 +1,8 @@
-"""What the attentions share: pooling, scaling, the gate ``2 * sigmoid``, and the bottleneck's first values.
+"""What the attentions share: pooling, scaling, the gate ``2 * sigmoid``, and the initialisation of the bottleneck.
 
-The functions are leaves to torch.fx: which dims they touch depends on the number of dims of their input, which a symbolic trace
-does not know. ``channel_dim`` says where C is: 1 for ``(N, C, *spatial)``, -1 for ``(N, *spatial, C)``; below -1 it is counted
-from the end and all dims behind it are spatial.
+torch.fx treats the functions as leaves: which dims they use depends on the number of dims of their input, which a
+symbolic trace does not know. ``channel_dim`` is the dim of C: 1 for ``(N, C, *spatial)``, -1 for ``(N, *spatial, C)``;
+below -1, it is counted from the end, and all dims after it are spatial.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ __all__ = [
 
 
 class TwiceSigmoid(nn.Module):
-    """``2 * sigmoid(z)``: exactly 1.0 at ``z = 0`` in every float format, range (0, 2)."""
+    """``2 * sigmoid(z)``, which is exactly 1.0 at ``z = 0`` in every float format, and has the range (0, 2)."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 2.0 * torch.sigmoid(z)
 
 
 def squeeze(x: Tensor, channel_dim: int, largest: bool = False) -> Tensor:
-    """Mean (or the largest value) over all spatial dims: ``(N, C, *spatial) -> (N, C)``, wherever C is."""
+    """Return the mean (or the maximum) over all spatial dims: ``(N, C, *spatial) -> (N, C)``, wherever C is."""
     channel = channel_dim % x.dim()
     if channel == x.dim() - 1:
         if channel < 2:
             return x
         values, dim = x.flatten(1, -2), 1
     elif channel_dim < -1 or channel == 1:
-        # a view in both memory formats, and quicker to reduce than several dims
+        # a view in both memory formats, and faster to reduce than several dims
         values, dim = x.flatten(channel + 1), -1
     else:
         values, dim = x.movedim(channel, 1).flatten(2), -1
@@ -51,7 +51,7 @@ def squeeze(x: Tensor, channel_dim: int, largest: bool = False) -> Tensor:
 
 
 def broadcast(gate: Tensor, x: Tensor, channel_dim: int) -> Tensor:
-    """Gates ``(N, C)``, or one for each channel, ``(C,)``, in a shape that broadcasts over ``x``, and in its dtype."""
+    """Reshape gates ``(N, C)`` or ``(C,)`` so that they broadcast over ``x``, and convert them to its dtype."""
     channel = channel_dim % x.dim()
     for _ in range(x.dim() - 1 - channel):
         gate = gate.unsqueeze(-1)
@@ -62,8 +62,8 @@ def broadcast(gate: Tensor, x: Tensor, channel_dim: int) -> Tensor:
 
 
 def scale(x: Tensor, gate: Tensor, channel_dim: int, inplace: bool = False) -> Tensor:
-    """Multiply each channel of ``x`` by its gate, ``(N, C)`` or ``(C,)``; where ``inplace`` and no gradient is needed, in ``x``
-    itself."""
+    """Multiply each channel of ``x`` by its gate, ``(N, C)`` or ``(C,)``; with ``inplace``, in ``x`` itself if no
+    gradient is needed."""
     gate = broadcast(gate, x, channel_dim)
     if inplace and not (torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad)):
         return x.mul_(gate)
@@ -71,14 +71,14 @@ def scale(x: Tensor, gate: Tensor, channel_dim: int, inplace: bool = False) -> T
 
 
 def hidden_width(channels: int, reduction: int, min_hidden: int) -> int:
-    """Width of the bottleneck between the two layers of the excitation: ``max(channels // reduction, min_hidden)``."""
+    """Return the width of the bottleneck of the excitation: ``max(channels // reduction, min_hidden)``."""
     check_positive("reduction", reduction)
     check_positive("min_hidden", min_hidden)
     return max(channels // reduction, min_hidden)
 
 
 def undrawn(layer: Any, *sizes: int, **options: Any) -> Any:
-    """A layer whose parameters have no values yet: to draw values that are drawn anew takes long."""
+    """Build a layer without initialising its parameters, because drawing values that are then redrawn is slow."""
     made = layer.__new__(layer)
     vars(made)["reset_parameters"] = lambda: None
     made.__init__(*sizes, **options)
@@ -88,10 +88,10 @@ def undrawn(layer: Any, *sizes: int, **options: Any) -> Any:
 
 @torch.no_grad()
 def init_bottleneck(first: Any, last: Any) -> None:
-    """Of two linear layers: Kaiming's values for the first layer, zero for the last: all gates are 1.0, while the last layer's gradient is not zero
-    (as in LoRA)."""
-    # Behind a norm the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all of them.
-    # Units in pairs of opposite sign: of each pair, one is alive for any input.
+    """Initialise two linear layers: the first by Kaiming's method, the last with zeros, so that all gates are 1.0 while
+    the gradient of the last layer is not zero (as in LoRA)."""
+    # After a norm, the squeezed values hardly vary between inputs, so a narrow bottleneck could be dead for all of
+    # them. Units come in pairs of opposite sign: one of each pair is alive for any input.
     pairs = first.out_features // 2
     drawn = first.weight[pairs:].normal_(0, math.sqrt(2 / first.in_features))
     torch.neg(drawn[:pairs], out=first.weight[:pairs])
@@ -101,7 +101,7 @@ def init_bottleneck(first: Any, last: Any) -> None:
 
 
 def check_positive(name: str, value: int) -> None:
-    """Raise unless ``value`` is an int of at least 1 (True is none)."""
+    """Raise an error unless ``value`` is an int of at least 1 (not a bool)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a positive int, got {brief(value)} of type {type(value).__name__}")
     if value < 1:
@@ -109,7 +109,7 @@ def check_positive(name: str, value: int) -> None:
 
 
 def check_kernel(size: int) -> None:
-    """Raise unless ``size`` is a positive odd int."""
+    """Raise an error unless ``size`` is a positive odd int."""
     check_positive("kernel_size", size)
     if size % 2 == 0:
         raise RetrofitError(f"kernel_size must be odd, got {size}")

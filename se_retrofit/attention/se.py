@@ -1,4 +1,4 @@
-"""Squeeze-and-Excitation itself: pool a feature map, compute a gate per channel, scale the channels with it."""
+"""Squeeze-and-Excitation: pool a feature map, compute a gate for each channel, and scale the channels by the gates."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class SEAttention(Inserted):
     """Squeeze-and-Excitation (Hu et al., arXiv:1709.01507, section 3).
 
     Squeeze: global average pooling over the spatial dims. Excitation: ``Linear(C -> hidden)``, ReLU,
-    ``Linear(hidden -> C)``, gate. Scale: the channel-wise product of input and gate.
+    ``Linear(hidden -> C)``, gate. Scale: the channel-wise product of the input and the gates.
 
     Args:
         channel: number of channels C of the feature maps.
-        reduction: the bottleneck between the two layers is ``channel // reduction`` wide.
-        gate: ``"sigmoid"``, the paper's, range (0, 1), which halves its input at z = 0; or ``"identity"``,
-            ``2 * sigmoid`` with the last layer at zero, range (0, 2), which starts as an exact identity.
+        reduction: reduction ratio; the bottleneck between the two layers is ``channel // reduction`` wide.
+        gate: ``"sigmoid"``, the paper's, with the range (0, 1), which halves its input at z = 0; or ``"identity"``,
+            ``2 * sigmoid`` with the last layer at zero, with the range (0, 2), which starts as an exact identity.
         bias: whether the two linear layers have biases.
-        min_hidden: lower bound of the bottleneck's width.
-        channel_dim: which dim of the input holds the channels: 1 for ``(N, C, *spatial)``, -1 for
-            ``(N, *spatial, C)``. Below -1 it counts from the end, and all dims behind it are spatial: -3 takes
-            ``(N, C, H, W)`` and ``(C, H, W)`` alike.
-        inplace: where no gradient is needed, scale the input itself instead of a copy, which is several times faster on
-            a CPU. For an input that nothing else uses.
-        device, dtype: of the parameters, as in every torch module.
+        min_hidden: minimum width of the bottleneck.
+        channel_dim: the channel dim of the input: 1 for ``(N, C, *spatial)``, -1 for ``(N, *spatial, C)``. Below -1, it
+            is counted from the end, and all dims after it are spatial: -3 accepts both ``(N, C, H, W)`` and
+            ``(C, H, W)``.
+        inplace: scale the input itself instead of a copy if no gradient is needed, which is several times faster on a
+            CPU. The input must not be used elsewhere.
+        device, dtype: device and dtype of the parameters, as for all torch modules.
 
     Shape:
         ``(N, C, *spatial)`` or ``(N, *spatial, C)`` with any number of spatial dims, to the same shape.
 
     Raises:
-        RetrofitError: an option is out of range.
-        TypeError: an option is of the wrong type.
+        RetrofitError: If an option is out of range.
+        TypeError: If an option is of the wrong type.
 
     Example:
         >>> import torch
@@ -84,11 +84,11 @@ class SEAttention(Inserted):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights anew. Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the first layer,
-        zero for the last, so that every gate is 1.0 while the last layer's gradient is not zero (as in LoRA)."""
+        """Redraw the weights. Sigmoid gate: normal with a standard deviation of 0.001. Identity gate: Kaiming for the
+        first layer, zeros for the last, so that all gates are 1.0, but the last layer has a gradient (as in LoRA)."""
         fc: Any = self.fc
         if fc[0].weight.is_meta:
-            return  # no values to draw, and torch takes long to draw none
+            return  # there are no values to draw, and torch would take long over it
         init_bottleneck(fc[0], fc[2])
         if self.gate == "sigmoid":
             fc[0].weight.normal_(0, 0.001)
@@ -99,7 +99,7 @@ class SEAttention(Inserted):
         return (0.0, 1.0) if self.gate == "sigmoid" else (0.0, 2.0)
 
     def gates(self, x: Tensor) -> Tensor:
-        """The gates of an input, ``(N, C)``."""
+        """Return the gates for an input, ``(N, C)``."""
         return self.fc(self.squeezed(x))
 
     def summary(self) -> str:
@@ -111,7 +111,7 @@ class SEAttention(Inserted):
 
 
 def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> None:
-    """Raise unless these are options that an SE module can be built with."""
+    """Raise an error unless an SE module can be built with these options."""
     check_positive("reduction", reduction)
     check_positive("min_hidden", min_hidden)
     check_flag("bias", bias)

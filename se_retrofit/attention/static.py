@@ -1,4 +1,4 @@
-"""A learned factor for each channel: what is left of SE without its squeeze."""
+"""A learned factor for each channel: SE without its squeeze."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["StaticFactor"]
 
 
 class StaticFactor(Inserted):
-    """A learned factor for each channel that looks at no input (the scale of SSF, Lian et al., arXiv:2210.08823).
+    """A learned factor for each channel, independent of the input (the scale of SSF, Lian et al., arXiv:2210.08823).
 
-    It starts at exactly 1. It is a control for what the squeeze and the excitation of SE add, and what a fold leaves where a
-    constant gate can't be folded into a weight.
+    It starts at exactly 1. It is a control for what the squeeze and the excitation of SE add, and it replaces constant
+    gates that can't be folded into a weight.
 
     Args:
         channel: number of channels C of the feature maps.
-        channel_dim, inplace, device, dtype: as of ``SEAttention``.
+        channel_dim, inplace, device, dtype: as for ``SEAttention``.
 
     Shape:
         ``(N, C, *spatial)`` or ``(N, *spatial, C)`` with any number of spatial dims, to the same shape.
@@ -43,7 +43,7 @@ class StaticFactor(Inserted):
         nn.init.ones_(self.factor)
 
     def gates(self, x: Tensor) -> Tensor:
-        """The factors as the gates of an input, ``(N, C)``."""
+        """Return the factors as the gates for an input, ``(N, C)``."""
         return self.factor.expand(x.shape[0], -1)
 
     def forward(self, x: Tensor) -> Tensor:

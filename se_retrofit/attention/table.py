@@ -1,4 +1,4 @@
-"""Which attention: a name in a table, a class, or a factory of the user's; and the building of the module for a place."""
+"""The table of attentions by name, and the construction of the module for a place from a name, a class or a factory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["ATTENTIONS", "Attention", "built", "check_attention", "name_of"]
 Attention = str | Callable[..., nn.Module]
 
 
-# A row is a function of the slot and of the retrofit's options: reduction, gate, bias, min_hidden. What it gives is on the slot's
-# device, and an exact identity.
+# A row is a function of the slot and of the retrofit's options: reduction, gate, bias, min_hidden. It returns a module
+# on the slot's device that is an exact identity.
 ATTENTIONS: dict[str, Callable[[Slot, Mapping[str, Any]], Inserted]] = {
     "se": lambda slot, options: SEAttention(slot.channels, gate=options["gate"], **_bottleneck(options), **slot.where),
     "eca": lambda slot, options: ECA(slot.channels, **slot.where),
@@ -38,7 +38,7 @@ def _bottleneck(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_attention(attention: Any) -> None:
-    """Raise unless it is a name in the table, a class or a factory."""
+    """Raise an error unless the attention is a name in the table, a class or a factory."""
     if isinstance(attention, str):
         if attention not in ATTENTIONS:
             raise RetrofitError(
@@ -54,7 +54,7 @@ def check_attention(attention: Any) -> None:
 
 
 def name_of(attention: Attention) -> str:
-    """The name in the table, or the qualified name of a class or factory."""
+    """Return the name in the table, or the qualified name of a class or factory."""
     if isinstance(attention, str):
         return attention
     named: Any = attention.func if isinstance(attention, functools.partial) else attention
@@ -63,8 +63,8 @@ def name_of(attention: Attention) -> str:
 
 
 def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inserted:
-    """The module for a place: with values that are drawn from torch's global generator; without values, if that can be, where the
-    slot's device is meta.
+    """Build the module for a place, with values drawn from torch's global generator; without values, if possible, if
+    the slot's device is meta.
     """
     if isinstance(attention, str):
         return ATTENTIONS[attention](slot, options)
@@ -73,7 +73,7 @@ def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inser
     except RetrofitError:
         if slot.device.type != "meta":
             raise
-        module = _made(attention, replace(slot, device=torch.device("cpu")))  # a constructor may look at values
+        module = _made(attention, replace(slot, device=torch.device("cpu")))  # a constructor may need values
     return _inserted(module, attention, slot)
 
 
@@ -96,7 +96,7 @@ def _made(attention: Callable[..., nn.Module], slot: Slot) -> nn.Module:
 
 
 def _inserted(module: nn.Module, attention: Attention, slot: Slot) -> Inserted:
-    """A module as it is inserted: with the slot's dtype, and an exact identity."""
+    """Return a module in the form that is inserted: with the slot's dtype, and as an exact identity."""
     if isinstance(module, Inserted) and module.site is not None:
         raise RetrofitError(
             f"attention={name_of(attention)} gave the module of another site; it must make a new one each time"

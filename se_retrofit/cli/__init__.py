@@ -19,6 +19,6 @@ def main() -> None:
     except RetrofitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:  # in the seconds that the imports take
+    except KeyboardInterrupt:  # during the imports, which take seconds
         sys.exit(130)
     run()

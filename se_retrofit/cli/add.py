@@ -1,4 +1,4 @@
-"""``se-retrofit add``: retrofit a network by name, say what was inserted, and check that it computes the same."""
+"""``se-retrofit add``: retrofit a network by name, print what was inserted, and check that the outputs are the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 HELP = """
-Retrofit a timm or torchvision network, print what was inserted, and check on two photographs that it computes the same.
+Retrofit a timm or torchvision network, print what was inserted, and check its outputs for two photographs.
 
 Examples:
 
@@ -29,7 +29,7 @@ Examples:
 - `se-retrofit add torchvision/resnet18 --num-classes 10 --checkpoint mine.pth --output resnet18-se/`
 - `se-retrofit add resnet50 --exclude 'layer4.*' --reduction 16`
 
-Exit codes: 0, the outputs are equal bit for bit; 1, they are not, or something can't be done; 2, wrong usage.
+Exit codes: 0 if the outputs are equal bit for bit; 1 if they are not, or on any other error; 2 for wrong usage.
 """
 
 
@@ -49,7 +49,7 @@ def add(
     from ..saving.recipe import RECIPE, WEIGHTS
     from ..verify import prepared_for
 
-    if output is not None:  # before the work, not after it
+    if output is not None:  # fail before the work, not after it
         check_replaceable(writable(output), (WEIGHTS, RECIPE))
     console = Console()
     base = Base.of(model, **({} if num_classes is None else {"num_classes": num_classes}))
@@ -95,13 +95,13 @@ def check(
     random_weights: bool,
     gate: str,
 ) -> bool:
-    """Print whether both networks compute the same on ``inputs``; whether that is as the gate promises."""
+    """Print whether both networks compute the same on ``inputs``, and return whether that is as the gate promises."""
     from ..verify import agreement, redraw_vectors, se_matters
 
     say(console)
     say(console, "check on two photographs (china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:")
     if random_weights:
-        # fresh norms are ones and zeros, and would hide a fault
+        # fresh norms hold ones and zeros, which would hide a fault
         original, retrofitted = copy.deepcopy(original), copy.deepcopy(retrofitted)
         redraw_vectors(original)
         retrofitted.load_state_dict(original.state_dict(), strict=False)

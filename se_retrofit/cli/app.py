@@ -1,4 +1,4 @@
-"""What all commands share: the application they register with, and one line instead of a traceback for mistakes."""
+"""What all commands share: the application that they register with, and errors in one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import RetrofitError
 
 
 class WrongUsage(RetrofitError):
-    """Options that no network and no data could make right."""
+    """Options that are wrong whatever the network and the data."""
 
 
 app = typer.Typer(
@@ -41,12 +41,12 @@ def options(
 
 
 def say(console: Console, text: Any = "") -> None:
-    """Print text as it stands: no markup, no colours by guess, no line breaks at the width of a pipe."""
+    """Print text as it is: no markup, no automatic colours, no line wrapping in a pipe."""
     console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def write_json(console: Console, data: Any, file: Path) -> None:
-    """Write plain data; ``-`` stands for the standard output."""
+    """Write plain data as JSON; ``-`` stands for the standard output."""
     from ..saving.atomic import replaced_file
 
     text = json.dumps(data, indent=2) + "\n"
@@ -59,9 +59,10 @@ def write_json(console: Console, data: Any, file: Path) -> None:
 
 
 def run(application: typer.Typer = app) -> None:
-    """Run the command that the arguments name; Ctrl-C ends it with 130, as a shell expects."""
+    """Run the command named by the arguments; Ctrl-C ends it with exit code 130, as a shell expects."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may be in letters that it lacks
+        # names of files and classes may have characters that the output's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         application()
     except SystemExit as ended:

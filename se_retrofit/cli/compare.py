@@ -13,8 +13,8 @@ from .signals import Signals
 from .starting import Start, check_outside, default_name, open_data, read_config
 
 ARMS_HELP = (
-    "plain and others, with commas: se, eca, cbam, static (a factor for each channel), sigmoid (SE with the paper's gate), "
-    "norms (without SE, norms and head alone), head"
+    "plain and others, separated by commas: se, eca, cbam, static (a factor per channel), sigmoid (SE with the paper's "
+    "gate), norms (no SE, only norms and head trained), head (no SE, only the head trained)"
 )
 
 
@@ -30,11 +30,11 @@ def compare_command(
     context: typer.Context,
     model: options.ModelOrFolder,
     data: options.Data,
-    seeds: Annotated[int, typer.Option(help="runs of each network")] = 3,
+    seeds: Annotated[int, typer.Option(help="number of runs of each network")] = 3,
     arms: Annotated[str, typer.Option(help=ARMS_HELP)] = "plain,se,static",
     output: options.RunFolder = None,
 ) -> None:
-    """Does SE help? Fine-tune a network with and without SE, with the same recipe, and compare them seed by seed.
+    """Does SE help? Fine-tune a network with and without SE by the same recipe, and compare the results seed by seed.
 
     Rerun the command to resume.
     """

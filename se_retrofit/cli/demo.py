@@ -1,4 +1,4 @@
-"""``se-retrofit demo``: the whole job on handwritten digits, in seconds and on any computer."""
+"""``se-retrofit demo``: the whole workflow on handwritten digits, in seconds and on any computer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HELP = """
 Train a small network on real data, retrofit it and fine-tune it, in half a minute on the CPU.
 
-The data are the 1797 handwritten digits that scikit-learn ships; nothing is downloaded and nothing is written.
+The data are the 1797 handwritten digits included in scikit-learn; nothing is downloaded and nothing is written.
 
 Examples:
 
@@ -31,8 +31,8 @@ Examples:
 
 @app.command("demo", help=HELP)
 def demo(
-    seed: int = typer.Option(0, min=0, max=2**62, help="Random seed, of the weights and of the order of the images."),
-    epochs: int = typer.Option(5, min=1, help="Epochs of the first training, and of the fine-tuning after it."),
+    seed: int = typer.Option(0, min=0, max=2**62, help="Random seed for the weights and the order of the images."),
+    epochs: int = typer.Option(5, min=1, help="Number of epochs of the first training and of the fine-tuning."),
     reduction: int = typer.Option(8, min=1, help="SE's reduction ratio."),
 ) -> None:
     import torch
@@ -73,7 +73,7 @@ def demo(
     say(console, f"Gates: from {low} to {high}.")
 
     heading(console, "4. Fine-tuning, with SE and, for comparison, without")
-    # the same further training for both, at the default rate of FinetuneConfig: else whatever more epochs bring would look like SE's merit
+    # the same further training for both, at FinetuneConfig's default rate: else SE would get the credit for more epochs
     networks = {"with SE": retrofitted, "without SE": copy.deepcopy(model)}
     for name, network in networks.items():
         train(console, name, network, digits.train, epochs=epochs, lr=2e-4, seed=seed + 1)
@@ -92,7 +92,7 @@ def demo(
 
 
 def verdict(with_se: Tensor, without: Tensor) -> str:
-    """Whether SE made a difference, in words: a sign test on the images that only one of the two gets right."""
+    """Say whether SE made a difference, by a sign test on the images that only one of the two networks gets right."""
     won, lost = int((with_se & ~without).sum()), int((without & ~with_se).sum())
     if won == lost == 0:
         return "With and without SE, the same images are right: on data this easy, one run can't tell whether SE helps."
@@ -106,7 +106,7 @@ def verdict(with_se: Tensor, without: Tensor) -> str:
 def train(
     console: Console, label: str, model: nn.Module, data: TensorDataset, *, epochs: int, lr: float, seed: int
 ) -> None:
-    """Train the network in place. The same seed gives the same batches, whatever the network."""
+    """Train the network in place. The same seed gives the same batches for every network."""
     from ..finetune import Callbacks, Facts, FinetuneConfig, finetune
 
     def tell(facts: Facts) -> None:
@@ -117,7 +117,7 @@ def train(
 
 
 def right(model: nn.Module, data: TensorDataset) -> Tensor:
-    """For each image, whether the network gets it right."""
+    """Return whether the network gets each image right."""
     import torch
 
     from ..surgery.record.copying import in_mode
@@ -132,7 +132,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def gate_range(model: nn.Module, images: Tensor) -> tuple[float, float]:
-    """The smallest and the largest gate in all SE modules over all images."""
+    """Return the smallest and the largest gate of all SE modules over all images."""
     from ..inspection import excitations
 
     sites = excitations(model, [images]).sites

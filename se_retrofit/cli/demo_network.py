@@ -1,4 +1,4 @@
-"""What the demo works on: a small residual network such as people write."""
+"""The demo's network: a small residual network of the kind that people write themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["ResidualBlock", "SmallResNet"]
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a skip around them."""
+    """Two 3x3 convolutions with a shortcut around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class ResidualBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network for 8x8 images: a stem, a stage for each of the widths, and a linear classifier. Every stage but the first
-    halves the resolution."""
+    """A residual network for 8x8 images: a stem, one stage per width, and a linear classifier. Every stage but the
+    first halves the resolution."""
 
     def __init__(self, widths: tuple[int, ...] = (16, 32, 64), depth: int = 2, classes: int = 10) -> None:
         super().__init__()

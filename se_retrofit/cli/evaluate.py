@@ -1,4 +1,4 @@
-"""``se-retrofit evaluate DIR --data ...``: how good a fine-tuned network is, class by class."""
+"""``se-retrofit evaluate DIR --data ...``: measure a fine-tuned network, class by class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import options
 from .app import app, say, write_json
 from .folders import run_settings, training_data_of
 
-SPLIT_HELP = "which images; by default all of a folder of classes, elsewhere val, or test where there is no val"
+SPLIT_HELP = "which images to measure; by default all of a folder of classes, otherwise val, or test if there is no val"
 
 
 @app.command("evaluate")
@@ -35,10 +35,10 @@ def evaluate_command(
     ] = None,
     output: options.Figures = None,
 ) -> None:
-    """Evaluate a saved network: accuracy, and for each class precision, recall and F1.
+    """Evaluate a saved network: accuracy, and the precision, recall and F1 of each class.
 
-    Images are prepared as in the fine-tune's validation; of a run's folder, its recipe tells the image size. Of a folder of
-    classes that a run has split by itself, val is what it held out, and train what it was trained on.
+    Images are prepared as in the fine-tune's validation; the folder of a run also gives the image size. If the run
+    split a folder of classes itself, val is the part that it held out, and train the part that it trained on.
     """
     from ..finetune import evaluate, load_split
     from ..finetune.datasets import limited, trained_on

@@ -1,4 +1,4 @@
-"""``se-retrofit export DIR --format ...``: a saved network for other programs."""
+"""``se-retrofit export DIR --format ...``: export a saved network for other programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .folders import beside
 from .options import Folder, InputSize, example_of
 
 DYNAMIC_HELP = (
-    "sizes that onnx and pt2 take: any batch; any height and width as well, which can take minutes; or one size"
+    "sizes that onnx and pt2 accept: any batch size; any height and width, too (can take minutes); or one size"
 )
 
 
@@ -24,18 +24,18 @@ def export_command(
     folder: Folder,
     format: Annotated[
         Literal["onnx", "pt2", "source"] | None,
-        typer.Option(help="format of the file; by default what OUTPUT ends in, or onnx"),
+        typer.Option(help="format of the file; by default that of OUTPUT's suffix, or onnx"),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="the file; by default beside DIR, with its name")] = None,
+    output: Annotated[Path | None, typer.Option(help="file to write; by default beside DIR, with its name")] = None,
     dynamic: Annotated[Literal["batch", "all", "none"], typer.Option(help=DYNAMIC_HELP)] = "batch",
     input_size: InputSize = None,
     native: Annotated[
-        bool, typer.Option("--native", help="convert the gates to the plain sigmoid first, which is exact")
+        bool, typer.Option("--native", help="first convert the gates to plain sigmoids, which is exact")
     ] = False,
 ) -> None:
-    """Export a saved network, and check that the exported file computes the same.
+    """Export a saved network, and check that the exported file gives the same outputs.
 
-    The source is a Python file with the changed classes and SE in plain PyTorch, and the weights beside it.
+    The format source is a Python file with the changed classes and SE in plain PyTorch, and the weights beside it.
     """
     import torch
 

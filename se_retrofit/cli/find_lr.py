@@ -1,4 +1,4 @@
-"""``se-retrofit find-lr MODEL --data ...``: at which learning rate the loss falls fastest."""
+"""``se-retrofit find-lr MODEL --data ...``: find the learning rate at which the loss falls fastest."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def find_lr_command(
     ] = None,
     output: options.Figures = None,
 ) -> None:
-    """Find a learning rate for finetune by training for some steps with an increasing rate.
+    """Find a learning rate for finetune by training for a number of steps at an increasing rate.
 
-    Network, SE and recipe are given as for finetune; the network is not saved.
+    Network, SE and recipe are specified as for finetune; the network is not saved.
     """
     for file in (plot, output):
         if file is not None:
@@ -49,7 +49,7 @@ def find_lr_command(
     network = start.network(recipe)
     found = find_lr(network, parts.train, config=recipe, lowest=lowest, highest=highest, steps=steps)
     if processes()[0] > 0:
-        return  # the main process tells
+        return  # the main process prints
     say(Console(), found)
     if plot is not None:
         say(Console(), f"wrote {found.plot(plot)}")

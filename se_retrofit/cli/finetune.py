@@ -17,16 +17,14 @@ from .signals import Signals
 from .starting import Start, absolute, check_outside, default_name, open_data, read_config
 
 RESUME_HELP = (
-    "resume the run in this folder; all options are read from its run.yaml; a larger --epochs extends a finished run"
+    "resume the run in this folder, with all options from its run.yaml; a larger --epochs extends a finished run"
 )
 
-BATCH_HELP = (
-    "draw the first training images as the network will see them, with their labels, into this file, and train nothing"
-)
+BATCH_HELP = "draw the first training images and labels into this file, as the network will see them, and do not train"
 
 
 class Command(BaseModel):
-    """What ``run.yaml`` holds of a command, besides the recipe."""
+    """The part of a command that ``run.yaml`` holds besides the recipe."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -48,15 +46,15 @@ def finetune_command(
     show_batch: Annotated[Path | None, typer.Option(help=BATCH_HELP)] = None,
     resume: Annotated[Path | None, typer.Option(help=RESUME_HELP)] = None,
 ) -> None:
-    """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network that add, finetune or
-    fold wrote is trained without a further retrofit.
+    """Retrofit a network and fine-tune it. Give MODEL and --data, or only --resume FOLDER. A network written by add,
+    finetune or fold is trained as it is.
 
-    Under torchrun or accelerate launch the same command runs on several GPUs or machines. Load the result, in
-    OUTPUT/best, with load_retrofitted.
+    Under torchrun or accelerate launch, the same command runs on several GPUs or machines. The result is in
+    OUTPUT/best; load it with load_retrofitted.
     """
     if resume is not None:
         command, recipe = read_run(resume, options.given(context))
-        if (epochs := context.params["epochs"]) is not None:  # to extend a run that is over
+        if (epochs := context.params["epochs"]) is not None:  # to extend a finished run
             recipe = recipe.replace(epochs=epochs)
     elif model is None or data is None:
         raise WrongUsage("give a MODEL and --data, or --resume FOLDER to resume a run")
@@ -92,7 +90,7 @@ def finetune_command(
 
 
 def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
-    """The command and the recipe that ``run.yaml`` holds."""
+    """Read the command and the recipe from ``run.yaml``."""
     file = folder / "run.yaml"
     if repeated := sorted({*given} - {"resume", "download", "epochs"}):
         names = ", ".join(name.replace("_", "-") for name in repeated)

@@ -1,4 +1,4 @@
-"""``se-retrofit fold DIR --data ...``: fold SE that has become constant into the weights."""
+"""``se-retrofit fold DIR --data ...``: fold SE modules with constant gates into the weights."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def fold_command(
     context: typer.Context,
     folder: options.Folder,
     data: options.Data,
-    output: Annotated[Path | None, typer.Option(help="folder for the folded network; DIR-folded by default")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for the folded network; by default DIR-folded")] = None,
     tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
-    max_accuracy_loss: Annotated[float, typer.Option(help="by how much the accuracy may drop, from 0 to 1")] = 0.005,
+    max_accuracy_loss: Annotated[float, typer.Option(help="largest drop in accuracy, from 0 to 1")] = 0.005,
     batches: Annotated[int, typer.Option(help="number of batches of 32 validation images")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON")] = None,
 ) -> None:
-    """Fold SE whose gates hardly depend on the image into the weights around it, and save the result.
+    """Fold SE modules whose gates hardly depend on the image into the weights around them, and save the result.
 
-    Which sites are folded is decided on the validation images. Load the result with load_retrofitted.
+    The validation images decide which sites are folded. Load the result with load_retrofitted.
     """
     from ..finetune.transforms import check_classes, prepared_batches
     from ..folding import fold_se

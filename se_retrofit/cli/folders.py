@@ -1,4 +1,4 @@
-"""The folder of a saved network: what is written beside it, and what that of a run tells of it."""
+"""The folder of a saved network: paths beside it, and what the folder of a run records about it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 __all__ = ["beside", "run_settings", "training_data_of"]
 
-# of a run's recipe: what decides how its network is evaluated
+# the fields of a run's recipe that decide how its network is evaluated
 SETTINGS = ("image_size", "batch_size", "precision", "multi_label")
 
 
 def beside(folder: Path, ending: str) -> Path:
-    """A path next to a folder, of its name and an ending; the folder may be given as ``.``."""
+    """Return the path beside a folder that is its name plus an ending; the folder may be given as ``.``."""
     named = folder.resolve() if folder.name in ("", "..") else folder
     return named.with_name(named.name + ending)
 
 
 def run_settings(saved: Path) -> dict[str, Any]:
-    """How the run that a saved network is the result of evaluated it; nothing where it is not in a run's folder."""
+    """Return the settings with which a run evaluated the network that it saved; empty if no run saved it."""
     from ..finetune import FinetuneConfig
 
     file = saved.parent / "config.yaml"
@@ -29,8 +29,8 @@ def run_settings(saved: Path) -> dict[str, Any]:
 
 
 def training_data_of(saved: Path) -> dict[str, Any] | None:
-    """The fingerprint of the data that a saved network was trained on, where it is in a run's folder whose ``run.yaml`` tells
-    it."""
+    """Return the fingerprint of the data that a saved network was trained on, from the ``run.yaml`` of its run; None if
+    there is none."""
     from ..finetune.checkpoint import BEST, LAST, RUN, written
 
     if saved.name not in (BEST, LAST):

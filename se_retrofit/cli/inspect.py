@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 HELP = """
-Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graph, code and picture.
+Show what a retrofit changed: where SE is, what it costs, and the blocks before and after as graphs, code and pictures.
 
-MODEL is a name, whose network is built (with random weights) and retrofitted for this, or a folder that
-`add`, `finetune` or `fold` wrote.
+MODEL is a name, for which a network is built (with random weights) and retrofitted, or a folder written by
+`add`, `finetune` or `fold`.
 
 Examples:
 
@@ -32,7 +32,7 @@ Examples:
 - `se-retrofit inspect mobilenet_v2 --input-size 3x160x160 --json -`
 - `se-retrofit inspect my-network/ --json - | jq -e '.parameters_after < 1.2 * .parameters_before'`
 
-Exit codes: 0, done; 1, it can't be done; 2, wrong usage.
+Exit codes: 0 on success; 1 on an error; 2 for wrong usage.
 """
 
 
@@ -42,21 +42,21 @@ def inspect(
     context: typer.Context,
     model: options.ModelOrFolder,
     block: Annotated[
-        str | None, typer.Option(help="path of one block, or of a module in it, for --graph, --diff and --draw")
+        str | None, typer.Option(help="path of a block, or of a module in it, for --graph, --diff and --draw")
     ] = None,
     graph: Annotated[
         bool, typer.Option("--graph", help="print the tree of modules; with --block, that block's graph and code")
     ] = False,
     diff: Annotated[
-        bool, typer.Option("--diff", help="print the blocks' code before and after, each distinct block once")
+        bool, typer.Option("--diff", help="print the blocks' code before and after, once for each distinct block")
     ] = False,
     draw: Annotated[Path | None, typer.Option(help="draw the network, and blocks before and after: FILE.svg")] = None,
-    html: Annotated[Path | None, typer.Option(help="write all of it as one page, FILE.html")] = None,
+    html: Annotated[Path | None, typer.Option(help="write everything as one page, FILE.html")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
     input_size: options.InputSize = None,
     num_classes: options.NumClasses = None,
 ) -> None:
-    # before the work, not after it
+    # fail before the work, not after it
     for file, endings in ((draw, (".svg",)), (html, (".html", ".htm")), (json_file, ())):
         if file is not None and str(file) != "-":
             writable(file, *endings)
@@ -66,7 +66,7 @@ def inspect(
     size = size_of_run(network, Path(model)) if input_size is None else input_size
     inspection = inspect_se(network, None if size is None else options.example_of(size))
     if block is not None:
-        inspection.block(block)  # one that is not there is told before anything is printed or written
+        inspection.block(block)  # raises for an unknown block before anything is printed or written
     to_stdout = str(json_file) == "-"
     console = Console(stderr=to_stdout)
     in_words = not (graph or diff or block)
@@ -90,7 +90,7 @@ def inspect(
 
 
 def network_of(context: typer.Context, model: str) -> nn.Module:
-    """The retrofitted network that is meant: built and retrofitted, or loaded."""
+    """Load the retrofitted network from a folder, or build and retrofit it by name."""
     if Path(model).is_dir():
         options.refuse_for_folder(context, "num_classes")
         from ..saving import load_retrofitted
@@ -108,7 +108,7 @@ def network_of(context: typer.Context, model: str) -> nn.Module:
 
 
 def size_of_run(network: nn.Module, folder: Path) -> str | None:
-    """The size of the images that the run in a folder was told to train at; None where there is none."""
+    """Return the image size that the run in a folder was given; None if it was given none."""
     from ..saving.recipe import network_in
 
     side = run_settings(network_in(folder)).get("image_size") if folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""Every option that more than one command has, once; those of the recipe are the fields of ``FinetuneConfig``."""
+"""The options that several commands share; those of the recipe are the fields of ``FinetuneConfig``."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 Options = dict[str, tuple[Any, Any]]  # the type and the default of each option, by name
 
 MODEL_HELP = "a name: resnet50, timm/resnet50, torchvision/resnet50, hf-hub:OWNER/NAME"
-FOLDER_HELP = "what add, finetune or fold wrote: a saved network, or a run's folder"
-DATA_HELP = "digits, a folder with train/ and val/ or with one folder of images a class, or a name of timm's: torch/cifar10, hfds/..."
+FOLDER_HELP = "a folder written by add, finetune or fold (a saved network or a run)"
+DATA_HELP = "digits, a folder with train/ and val/ or one folder per class, or a timm dataset: torch/cifar10, hfds/..."
 
 # The network and its data
 ModelOrFolder = Annotated[str, typer.Argument(metavar="MODEL|DIR", help=f"{MODEL_HELP}; or {FOLDER_HELP}")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help=FOLDER_HELP)]
 NumClasses = Annotated[int | None, typer.Option(min=1, help="number of classes, if not the library's default")]
-InputSize = Annotated[str | None, typer.Option(help="one input, without the batch, such as 3x224x224")]
+InputSize = Annotated[str | None, typer.Option(help="size of one input, without the batch, such as 3x224x224")]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 RunFolder = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
-Figures = Annotated[Path | None, typer.Option(help="write all figures into this file, as JSON")]
+Figures = Annotated[Path | None, typer.Option(help="write all figures into this file as JSON")]
 
 
 def option(kind: Any, default: Any, help: str, *names: str, **more: Any) -> tuple[Any, Any]:
@@ -41,7 +41,7 @@ def option(kind: Any, default: Any, help: str, *names: str, **more: Any) -> tupl
 
 
 def known_attention(name: str) -> str:
-    """A name in the table of attentions, which is imported when another than SE is asked for."""
+    """Check that a name is in the table of attentions, which is imported only for names other than SE."""
     if name != "se":
         from ..attention import ATTENTIONS
 
@@ -54,23 +54,23 @@ def known_attention(name: str) -> str:
 WEIGHTS_OPTIONS: Options = {
     "pretrained": option(bool, False, "start from the library's own weights", "--pretrained"),
     "checkpoint": option(Path | None, None, "start from a checkpoint of the bare network"),
-    "remap": option(Literal["order"] | None, None, "load a checkpoint whose keys have other names by their order"),
+    "remap": option(Literal["order"] | None, None, "match a checkpoint with other key names to the network by order"),
 }
 START_OPTIONS: Options = {
     **WEIGHTS_OPTIONS,
-    "arg": option(list[str] | None, None, "NAME=VALUE for the network's constructor; repeat it for more", "--arg"),
-    "plain": option(bool, False, "without SE, for comparison", "--plain"),
+    "arg": option(list[str] | None, None, "NAME=VALUE for the network's constructor; repeatable", "--arg"),
+    "plain": option(bool, False, "do not add SE, for comparison", "--plain"),
 }
-# Beside --data
+# In addition to --data
 DATA_OPTIONS: Options = {
     "data_root": option(Path, Path("data"), "where timm's datasets are stored"),
-    "limit": option(int | None, None, "only so many images of each class, always the same ones, for a dry run", min=1),
+    "limit": option(int | None, None, "at most this many images per class, always the same ones, for a dry run", min=1),
     "download": option(bool, False, "download timm's dataset if it is missing", "--download"),
 }
 
 PLACEMENTS = Literal["auto", "standard", "pre", "post", "identity", "3x3"]
-ATTENTION_HELP = "se, eca, cbam, or static: a learned factor for each channel, as a control"
-AT_HELP = "on what these modules return, such as 'decoder.*.conv2', instead of into blocks; repeat it"
+ATTENTION_HELP = "se, eca, cbam, or static (a learned factor per channel, as a control)"
+AT_HELP = "add SE to the outputs of these modules, such as 'decoder.*.conv2', instead of to blocks; repeatable"
 
 # The retrofit: the arguments of add_se, with their defaults
 SE_OPTIONS: Options = {
@@ -78,14 +78,14 @@ SE_OPTIONS: Options = {
     "placement": option(PLACEMENTS, "auto", "where SE goes in residual blocks"),
     "attention": option(str, "se", ATTENTION_HELP, callback=known_attention),
     "gate": option(
-        Literal["identity", "sigmoid"], "identity", "of SE: identity keeps the function; sigmoid is the paper's"
+        Literal["identity", "sigmoid"], "identity", "SE's gate: identity keeps the function; sigmoid is the paper's"
     ),
     "bias": option(bool, False, "use biases in the two linear layers of SE or CBAM", "--bias"),
-    "min_hidden": option(int, 4, "minimum width between their two layers", min=1),
-    "include": option(list[str] | None, None, "only these blocks, such as 'layer4.*'; repeat it for more"),
-    "exclude": option(list[str] | None, None, "not these blocks; repeat it for more"),
+    "min_hidden": option(int, 4, "minimum width between those two layers", min=1),
+    "include": option(list[str] | None, None, "only these blocks, such as 'layer4.*'; repeatable"),
+    "exclude": option(list[str] | None, None, "not these blocks; repeatable"),
     "at": option(list[str] | None, None, AT_HELP),
-    "auto": option(bool | None, None, "with --at: into the blocks found as well", "--auto", show_default=False),
+    "auto": option(bool | None, None, "with --at: add SE to the blocks found, too", "--auto", show_default=False),
 }
 
 
@@ -93,7 +93,7 @@ SE_OPTIONS: Options = {
 
 
 def bare(annotation: Any) -> tuple[Any, bool]:
-    """A field's type without its bounds, and whether it may be None."""
+    """Return a field's type without its bounds, and whether it may be None."""
     if get_origin(annotation) is Annotated:
         return bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -103,12 +103,12 @@ def bare(annotation: Any) -> tuple[Any, bool]:
 
 
 def from_yaml(text: str) -> Any:
-    """A value as a recipe's file has it; ``none`` for null."""
+    """Parse a value as in a recipe's file; ``none`` stands for null."""
     return None if text == "none" else parse_yaml(text, f"the option's value {text!r}")
 
 
 def of_field(name: str) -> tuple[Any, Any]:
-    """The option of a field. One that is not given leaves the field to the recipe's file."""
+    """Return the option of a field. If it is not given, the field is left to the recipe's file."""
     field = FinetuneConfig.model_fields[name]
     kind, optional = bare(field.annotation)
     flag = f"--{name.replace('_', '-')}"
@@ -131,7 +131,7 @@ RECIPE_OPTIONS: Options = {
 
 
 def recipe_of(context: typer.Context, fields: dict[str, Any]) -> FinetuneConfig:
-    """The recipe of some fields and, above them, of the options."""
+    """Build the recipe from fields and from the options, which override them."""
     try:
         return FinetuneConfig(**{**fields, **recipe_fields(context)})
     except RetrofitError as error:
@@ -139,7 +139,7 @@ def recipe_of(context: typer.Context, fields: dict[str, Any]) -> FinetuneConfig:
 
 
 def recipe_fields(context: typer.Context) -> dict[str, Any]:
-    """The fields of ``FinetuneConfig`` that stand on the command line."""
+    """Return the fields of ``FinetuneConfig`` that are given on the command line."""
     return {name: context.params[name] for name in given(context) if name in RECIPE_FIELDS}
 
 
@@ -147,7 +147,7 @@ def recipe_fields(context: typer.Context) -> dict[str, Any]:
 
 
 def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """Give a command the options of some groups, behind its own. It reads them from its context."""
+    """Decorate a command with the options of some groups, after its own. The command reads them from its context."""
     options = {name: option for group in groups for name, option in group.items() if name not in without}
     if only:
         options = {name: options[name] for name in only}
@@ -158,7 +158,7 @@ def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...]
             try:
                 command(*args, **{name: value for name, value in kwargs.items() if name not in options})
             except RetrofitError as error:
-                if not str(error).startswith(f"{kwargs.get('config')}: "):  # in a file, fields have their own names
+                if not str(error).startswith(f"{kwargs.get('config')}: "):  # a file has fields, not options
                     error.args = (as_options(str(error), signature.parameters),)
                 raise
 
@@ -176,7 +176,7 @@ def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...]
 
 
 def as_options(text: str, names: Iterable[str]) -> str:
-    """An error that names arguments, ``batch_size`` or ``bad_images="skip"``, with the options of a command in their place,
+    """Replace the arguments that an error names, ``batch_size`` or ``bad_images="skip"``, by the command's options,
     ``--batch-size`` and ``--bad-images skip``."""
 
     def replaced(found: re.Match[str]) -> str:
@@ -195,34 +195,34 @@ def as_options(text: str, names: Iterable[str]) -> str:
 
 
 def se_options(context: typer.Context) -> dict[str, Any]:
-    """The arguments of ``add_se`` that a command got."""
+    """Return the arguments for ``add_se`` from a command's options."""
     values = {name: context.params[name] for name in SE_OPTIONS if name in context.params}
     return {**values, **{name: list(values[name]) if values[name] else None for name in ("include", "exclude", "at")}}
 
 
 def given(context: typer.Context) -> list[str]:
-    """The options and arguments that stand on the command line, by their names in the code."""
+    """Return the options and arguments that are given on the command line, by their names in the code."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def check_weights(context: typer.Context) -> None:
-    """Raise where the options of the first weights contradict each other."""
+    """Raise an error if the options for the initial weights contradict each other."""
     if context.params["pretrained"] and context.params["checkpoint"] is not None:
         raise typer.BadParameter("give --pretrained or --checkpoint, not both")
     if context.params["remap"] and context.params["checkpoint"] is None:
-        raise typer.BadParameter("--remap says how a --checkpoint is read; give that, too")
+        raise typer.BadParameter("--remap applies to a --checkpoint; give one, too")
 
 
 def refuse_for_folder(context: typer.Context, *more: str) -> None:
-    """Raise where options of the retrofit, or ``more``, are given for a network that has its SE already."""
+    """Raise an error if options of the retrofit, or ``more``, are given for a network that is already retrofitted."""
     wrong = [f"--{name.replace('_', '-')}" for name in given(context) if name in (*SE_OPTIONS, *more)]
     if wrong:
         raise typer.BadParameter(f"{', '.join(wrong)}: the network in the folder is built and retrofitted already")
 
 
 def example_of(size: str) -> torch.Tensor:
-    """A batch of two inputs of a size such as ``3x224x224``; only its shape is read."""
+    """Return a batch of two inputs of a size such as ``3x224x224``; only its shape is read."""
     import torch
 
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", size):

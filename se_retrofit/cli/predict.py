@@ -1,4 +1,4 @@
-"""``se-retrofit predict DIR IMAGES...``: classify images by a fine-tuned network."""
+"""``se-retrofit predict DIR IMAGES...``: classify images with a fine-tuned network."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .app import app
 def predict_command(
     context: typer.Context,
     folder: options.Folder,
-    images: Annotated[list[Path], typer.Argument(help="files, or folders of them")],
-    top: Annotated[int, typer.Option(min=1, help="classes per image")] = 1,
+    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them")],
+    top: Annotated[int, typer.Option(min=1, help="number of classes per image")] = 1,
     output: Annotated[Path | None, typer.Option(help="write the CSV into this file instead of printing it")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images per batch")] = 64,
-    cpu: Annotated[bool, typer.Option("--cpu", help="stay on the CPU")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="run on the CPU even if there is a GPU")] = False,
 ) -> None:
-    """Classify images; prints CSV: file, class, probability.
+    """Classify images, and print CSV: file, class, probability.
 
-    Images are prepared as in the fine-tune's validation. With --bad-images skip those that can't be read are named, and the command exits
-    with 1 after all others.
+    Images are prepared as in the fine-tune's validation. With --bad-images skip, images that can't be read are reported
+    after all others are classified, and the exit code is 1.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""``se-retrofit push DIR REPO``: a saved network on the Hugging Face hub."""
+"""``se-retrofit push DIR REPO``: upload a saved network to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .options import Folder
 def push_command(
     folder: Folder,
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="created if it does not exist")],
-    license: Annotated[str | None, typer.Option(help="what the card says, such as apache-2.0")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the card, and upload nothing")] = False,
+    license: Annotated[str | None, typer.Option(help="license to put on the card, such as apache-2.0")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the card without uploading anything")] = False,
     private: Annotated[bool | None, typer.Option(help="whether a newly created repository is private")] = None,
     revision: Annotated[str | None, typer.Option(help="the branch to push to")] = None,
 ) -> None:
-    """Upload a saved network to the Hugging Face hub, with a card: base, licence, size, classes, scores of its run, the plan.
+    """Upload a saved network to the Hugging Face hub with a model card: base, licence, size, classes, scores and plan.
 
-    The account is that of `hf auth login`, or of the environment variable HF_TOKEN.
+    The account is that of `hf auth login` or of the environment variable HF_TOKEN.
     """
     from ..saving.hub import model_card, push_to_hub
 

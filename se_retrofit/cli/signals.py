@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a command trains."""
+"""Handling of Ctrl-C and SIGTERM while a command trains."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import typer
 
 __all__ = ["Signals"]
 
-PATIENCE = 1.0  # seconds; torchrun passes the terminal's own Ctrl-C on once more
+PATIENCE = 1.0  # seconds; torchrun forwards the terminal's Ctrl-C, so that it arrives twice
 
 
 class Signals:
-    """A context in which the first Ctrl-C or SIGTERM sets ``stop``, by which a fine-tune ends after a checkpoint, and the
-    next Ctrl-C ends it at once. Either way the command exits with 128 and the signal's number."""
+    """A context manager in which the first Ctrl-C or SIGTERM sets ``stop``, so that a fine-tune ends after a
+    checkpoint, and the next Ctrl-C ends it at once. Either way, the exit code is 128 plus the signal's number."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -33,7 +33,7 @@ class Signals:
         if self.signal is None:
             self.signal, self.since = number, time.monotonic()
             if int(os.environ.get("RANK", 0)) == 0:
-                # not by print, which must not be entered again from a signal handler
+                # print is not reentrant, so a signal handler can't use it
                 os.write(
                     2, b"stopping after this update and a checkpoint; Ctrl-C stops at once, at the last checkpoint\n"
                 )
@@ -47,5 +47,5 @@ class Signals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if isinstance(error, (Stopped, KeyboardInterrupt)):
-            # of several processes one may have been stopped by the others
+            # a process may have been stopped by another one, without a signal of its own
             raise typer.Exit(128 + (self.signal or signal.SIGTERM)) from error

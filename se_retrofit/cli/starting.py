@@ -1,4 +1,4 @@
-"""What the commands that train begin with: a network, data, a recipe."""
+"""What the training commands start from: a network, data and a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Start", "default_name", "open_data", "read_config"]
 
 
 class Start(BaseModel):
-    """The network that a command trains, as its options name it; a folder by its absolute path."""
+    """The network that a command trains, as given by its options; a folder is stored by its absolute path."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -55,7 +55,7 @@ class Start(BaseModel):
         )
 
     def builder(self) -> Callable[[], nn.Module]:
-        """A function that builds the network without SE, or loads that of a folder."""
+        """Return a function that builds the network without SE, or loads it if it is a folder."""
         from ..models import Base, load_checkpoint
         from ..saving import load_retrofitted
 
@@ -72,13 +72,13 @@ class Start(BaseModel):
         return build
 
     def network(self, recipe: FinetuneConfig) -> nn.Module:
-        """The network, retrofitted."""
+        """Build the network, retrofitted unless it is plain or from a folder."""
         import torch
 
         from ..retrofit import add_se
 
         build = self.builder()
-        # A seeded start, so that a run that is resumed, and each of many processes, has the same
+        # Seeded, so that a resumed run and all processes start from the same weights
         torch.manual_seed(recipe.seed)
         network = build()
         if not self.plain and not Path(self.model).is_dir():
@@ -87,21 +87,21 @@ class Start(BaseModel):
 
 
 def absolute(name: str) -> str:
-    """A folder by its absolute path, any other name as it is."""
+    """Return a folder by its absolute path, and any other name as it is."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def check_outside(output: Path, data: str) -> None:
-    """Raise where a folder that is to be written is in that of the data, whose next reading would take it for a class."""
+    """Raise an error if the output folder is inside the data folder, where it would later be read as a class."""
     if Path(data).is_dir() and output.resolve().is_relative_to(Path(data).resolve()):
         raise RetrofitError(
-            f"{output} is in the data folder {data}, where its pictures would be taken for those of a class; give a folder "
-            "elsewhere by --output"
+            f"{output} is in the data folder {data}, where its pictures would be taken for those of a class; "
+            "give another folder with --output"
         )
 
 
 def named_values(settings: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` pairs of ``--arg``; values are read as YAML."""
+    """Parse the ``NAME=VALUE`` pairs of ``--arg``; values are read as YAML."""
     read = {}
     for setting in settings:
         name, separator, value = setting.partition("=")
@@ -112,7 +112,7 @@ def named_values(settings: list[str]) -> dict[str, Any]:
 
 
 def read_config(context: typer.Context) -> FinetuneConfig:
-    """The recipe: from the file, then the options."""
+    """Read the recipe from its file, and let the options override it."""
     file = context.params["config"]
     fields = FinetuneConfig.from_yaml(file).to_dict() if file is not None else {}
     return recipe_of(context, fields)
@@ -121,7 +121,7 @@ def read_config(context: typer.Context) -> FinetuneConfig:
 def open_data(
     context: typer.Context, data: str, recipe: FinetuneConfig, root: Path | None = None, limit: int | None = None
 ) -> tuple[NamedData, FinetuneConfig]:
-    """The data, and the recipe with its number of classes."""
+    """Open the data, and return it with the recipe, completed by the number of classes."""
     from ..finetune import load_data
     from ..finetune.datasets import limited
     from ..finetune.engine import processes
@@ -144,7 +144,7 @@ def open_data(
 
 
 def default_name(model: str, data: str, details: Any) -> str:
-    """A folder's name for a run, which is another where ``details`` differ."""
+    """Return a folder name for a run; runs whose ``details`` differ get different names."""
     from ..finetune.experiment import digest, plain
 
     return f"{model}-{Path(data).name}".replace("/", "-").replace(":", "-") + f"-{digest(plain(details))[:8]}"

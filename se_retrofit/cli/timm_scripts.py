@@ -1,4 +1,4 @@
-"""``se-retrofit timm SCRIPT ...``: timm's own scripts, with retrofitted networks among the names that they know."""
+"""``se-retrofit timm SCRIPT ...``: run timm's own scripts with retrofitted networks available by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import typer
 from .app import app
 
 HELP = """
-Run a script of timm (train.py, validate.py, benchmark.py) that can build retrofitted networks by name.
+Run a timm script (train.py, validate.py, benchmark.py) with retrofitted networks available by name.
 
-Each architecture of timm is there a second time with the prefix `se_retrofit_`, and with the same pretrained tags. Options of
-the retrofit are model arguments that begin with `se_`.
+Each timm architecture is registered a second time with the prefix `se_retrofit_` and the same pretrained tags.
+Options of the retrofit are model arguments that start with `se_`.
 
 Examples:
 
@@ -24,7 +24,7 @@ Examples:
 - `torchrun --nproc_per_node=4 --no-python se-retrofit timm train.py --data-dir DATA --model se_retrofit_resnet50`
 """
 
-# what follows the script is for the script
+# all arguments after the script are passed on to it
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 

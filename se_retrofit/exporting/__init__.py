@@ -1,4 +1,4 @@
-"""Retrofitted networks for other programs: ONNX, torch.export, and plain Python source."""
+"""Export of retrofitted networks for other programs: ONNX, torch.export, and plain Python source."""
 
 from .export import FORMATS, export
 

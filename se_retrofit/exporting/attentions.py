@@ -1,4 +1,4 @@
-"""Each built-in attention as plain PyTorch, for an exported file: the source of its class, and what one is built with."""
+"""The built-in attentions in plain PyTorch, for an exported file: the source of each class, and its arguments."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _STATIC = '''class StaticFactor(nn.Module):
         return scale(x, self.factor, self.channel_dim)
 '''
 
-# the class of each attention in an exported file: its name, its source, and the functions that it calls
+# the class for each attention in an exported file: its name, its source, and the functions that it calls
 _CLASSES: dict[type, tuple[str, str, tuple[Any, ...]]] = {
     SEAttention: ("SqueezeExcitation", _SE, (squeeze, broadcast, scale)),
     ECA: ("EfficientChannelAttention", _ECA, (squeeze, broadcast, scale)),
@@ -86,7 +86,7 @@ _CLASSES: dict[type, tuple[str, str, tuple[Any, ...]]] = {
 
 
 def arguments_of(path: str, module: nn.Module) -> tuple[Any, ...]:
-    """The class that stands for an inserted module in the file, and the arguments of its constructor."""
+    """Return the class that represents an inserted module in the file, and the arguments of its constructor."""
     if type(module) not in _CLASSES:
         words = getattr(module, "summary", lambda: type(module).__name__)()
         raise RetrofitError(
@@ -110,7 +110,7 @@ def _sizes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def classes_text(modules: Iterable[nn.Module]) -> str:
-    """The source of the classes of some inserted modules, and of the functions that they call."""
+    """Return the source of the classes of inserted modules, and of the functions that they call."""
     rows = [_CLASSES[cls] for cls in dict.fromkeys(map(type, modules))]
     functions = dict.fromkeys(function for _, _, called in rows for function in called)
     return "\n\n".join([*map(inspect.getsource, functions), *(text for _, text, _ in rows)])

@@ -1,4 +1,4 @@
-"""Write a network in a format that runs without this package, read it back and compare."""
+"""Writing a network in a format that runs without this package, and comparing the outputs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = ["FORMATS", "export"]
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "source": ".py"}
 FORMATS = tuple(SUFFIXES)
-# which sizes of the inputs may change, the most first: where the network does not allow it, what follows is tried
+# which sizes of the inputs may change, most first: if the network does not allow one, the next is tried
 DYNAMIC = {"all": "all sizes dynamic", "batch": "a dynamic batch size", "none": "fixed sizes"}
-METADATA = "metadata.json"  # the file in a .pt2
+METADATA = "metadata.json"  # the name of the file in a .pt2
 
 Tensors = tuple[Tensor, ...]
 Run = Callable[[Tensors], list[Tensor]]  # an exported network
@@ -46,25 +46,25 @@ def export(
 ) -> Path:
     """Export a network, retrofitted or folded, and check that the exported file computes the same.
 
-    What a file of each format holds and needs is in docs/folding.md.
+    docs/folding.md describes what the files of each format hold and need.
 
     Args:
         model: the network; it is exported in eval mode, from a copy on the CPU.
-        file: where to write.
-        format: ``"onnx"`` (compared by onnxruntime, if it is installed), ``"pt2"`` (torch.export) or ``"source"``, a Python
-            file with weights of the same name beside it. By default what the ending says: ``.onnx``, ``.pt2`` or ``.py``.
-        dynamic: which sizes of the inputs a program takes: ``"batch"``, any batch size; ``"all"``, any height and width as
-            well, which can take minutes; ``"none"``, the example's.
-        example_inputs: a tensor or a tuple of positional inputs (of the source, any that the network takes), large enough that no
-            feature map has a size of one. By default one image of the size that the network was fine-tuned on, or one
-            input of the shape that it was retrofitted with.
+        file: the file to write.
+        format: ``"onnx"`` (checked by onnxruntime, if it is installed), ``"pt2"`` (torch.export) or ``"source"``, a
+            Python file with weights of the same name beside it. Default by suffix: ``.onnx``, ``.pt2`` or ``.py``.
+        dynamic: which input sizes the exported program accepts: ``"batch"``, any batch size; ``"all"``, any height and
+            width, too, which can take minutes; ``"none"``, only those of the example.
+        example_inputs: a tensor or a tuple of positional inputs (for the source, any inputs of the network), large
+            enough that no feature map has a size of one. By default, one image of the size that the network was
+            fine-tuned on, or one input of the shape that it was retrofitted with.
 
     Raises:
-        RetrofitError: the format can't represent this network, or the result does not compute the same; no file is written.
-        TypeError: ``model`` is not an nn.Module.
+        RetrofitError: If the format can't represent this network, or the outputs differ. No file is written.
+        TypeError: If ``model`` is not an nn.Module.
 
     Warns:
-        UserWarning: fewer sizes are dynamic than was asked for, with the reason.
+        UserWarning: If fewer sizes are dynamic than requested, with the reason.
 
     Example:
         >>> import tempfile, timm, torch
@@ -107,7 +107,7 @@ def _refusal(model: nn.Module, format: str, reason: str) -> RetrofitError:
 
 
 def _format_of(file: Path, format: str | None) -> str:
-    """The format that was asked for, or that the ending of the file tells."""
+    """Return the format that was asked for, or that of the file's suffix."""
     if format in SUFFIXES:
         return str(format)
     if format is not None:
@@ -120,7 +120,7 @@ def _format_of(file: Path, format: str | None) -> str:
 
 
 def _example(model: nn.Module, example_inputs: Any) -> Inputs:
-    """Inputs with values, on the CPU: those given, or a batch of one."""
+    """Return inputs with values, on the CPU: the given ones, or a batch of one."""
     inputs: Inputs | None = None
     if example_inputs is not None:
         inputs = given_inputs(example_inputs)
@@ -136,26 +136,26 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
 
 
 def _write(model: nn.Module, inputs: Tensors, format: str, dynamic: str, file: Path) -> tuple[str, str]:
-    """Write and compare with the most dynamic sizes that work. Which, and why not those before them."""
+    """Write and compare with the most dynamic sizes that work; return these, and why more dynamic ones failed."""
     write = {"onnx": _to_onnx, "pt2": _to_pt2}[format]
-    # an exporter takes a size of one for a constant
+    # exporters treat a size of one as a constant
     two = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
     three = tuple(torch.cat([t, t[:1]]) if t.dim() else t for t in two)
     failures: list[str] = []
     for wanted in list(DYNAMIC)[list(DYNAMIC).index(dynamic) :]:
         example, others = (inputs, ()) if wanted == "none" else (two, (three,))
         try:
-            # a failing torch.export prints its graph to stderr
+            # torch.export prints its graph to stderr when it fails
             with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
                 run = write(model, example, _dynamic_shapes(example, wanted), file)
                 if run is not None:
                     for given in (example, *others):
                         _compare(model, run, given, format)
             return wanted, next(iter(failures), "")
-        except Exception as error:  # of every kind, from the exporters
+        except Exception as error:  # exporters raise errors of all kinds
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            while error.__cause__ is not None:  # torch.onnx wraps what torch.export said
+            while error.__cause__ is not None:  # torch.onnx wraps torch.export's error
                 error = error.__cause__  # type: ignore[assignment]
             first = (str(error).strip().splitlines() or [""])[0]
             failures.append(f"{type(error).__name__}: {first[:300]}")
@@ -163,7 +163,7 @@ def _write(model: nn.Module, inputs: Tensors, format: str, dynamic: str, file: P
 
 
 def _dynamic_shapes(inputs: Tensors, dynamic: str) -> tuple[dict[int, str], ...]:
-    """The names of the sizes that may change; that of the channels is none."""
+    """Return the names of the sizes that may change, which do not include the number of channels."""
 
     def named(dims: int) -> dict[int, str]:
         space = ("height", "width") if dims == 4 else tuple(f"size_{d}" for d in range(2, dims))
@@ -174,7 +174,7 @@ def _dynamic_shapes(inputs: Tensors, dynamic: str) -> tuple[dict[int, str], ...]
 
 
 def _named(model: nn.Module, inputs: Tensors) -> dict[str, Any]:
-    """What the inputs and outputs of a classifier of images are called; those of others keep torch's names."""
+    """Return the names of an image classifier's inputs and outputs; other networks keep torch's names."""
     outputs = tensors_in(model(*inputs))
     named = {}
     if len(inputs) == 1 and inputs[0].dim() == 4:

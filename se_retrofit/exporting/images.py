@@ -1,4 +1,4 @@
-"""What an exported file tells of images: how they are prepared, and the classes that they are sorted into."""
+"""What an exported file records about images: how they are prepared, and the names of their classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["images_text", "metadata_of", "prepared"]
 
 
 def metadata_of(model: nn.Module) -> dict[str, Any]:
-    """What ``predict`` knows of a network that was fine-tuned on images; nothing of any other."""
+    """Return what ``predict`` needs to know of a network that was fine-tuned on images; empty for other networks."""
     return {name: value for name, value in (vars(model).get(IMAGES) or {}).items() if value is not None}
 
 
@@ -29,7 +29,7 @@ def prepared(
     crop_pct: float,
     crop_mode: str,
 ) -> Tensor:
-    """An image as the network takes it, (channels, height, width): resized, cropped in the middle, normalised."""
+    """Prepare an image for the network, (channels, height, width): resize it, crop its centre, and normalise it."""
     channels, *size = input_size
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16-bit grey
         image = image.convert("I").point(lambda value: value / 257 + 0.5)
@@ -69,7 +69,7 @@ def transform():
 
 
 def images_text(model: nn.Module) -> tuple[str, set[str]]:
-    """The part of an exported source that prepares images, and what it imports; empty where that is not known."""
+    """Return the part of an exported source that prepares images, and what it imports; empty if that is unknown."""
     told = metadata_of(model)
     if not told:
         return "", set()

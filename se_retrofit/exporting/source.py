@@ -1,4 +1,4 @@
-"""A retrofitted network as a Python file of its own: the changed classes and the attention in plain PyTorch, and the weights beside it."""
+"""A retrofitted network as a Python file: its changed classes and the attention in plain PyTorch, weights beside it."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def load({argument}) -> nn.Module:
 
 
 def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs) -> Path:
-    """Write the file and its weights, load them as a program would, and compare.
+    """Write the file and its weights, load them like any program, and compare the outputs.
 
     Raises:
-        RetrofitError: the network can't be written so, or computes something else; no file is left then.
+        RetrofitError: If the network can't be written in this form, or the outputs differ. No file is left then.
     """
     if file.suffix != ".py":
         raise RetrofitError(f"the source is a Python file, so its name must end in .py, got {file.name}")
@@ -111,7 +111,7 @@ def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs)
 
 
 def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> str:
-    """The Python file of a network."""
+    """Return the text of a network's Python file."""
     classes: dict[Recipe, str] = {}
     bodies: list[str] = []
     blocks: list[str] = []

@@ -1,16 +1,16 @@
 """Fine-tune retrofitted networks: ``finetune(model, train_data, val_data, config=FinetuneConfig(...))``.
 
-Read ``train.py`` first: it is the training loop, top to bottom. What it calls is beside it, a file an idea:
+Start with ``train.py``, the training loop from top to bottom. The files beside it hold what it calls, one idea each:
 
-- the run: ``config.py`` the recipe, ``setup.py`` what is made before the first step, ``run.py`` its state and what it comes to,
-  ``checkpoint.py`` what is kept on disk, ``experiment.py`` which experiment a folder holds, ``log.py`` what a person sees, ``callbacks.py``
-  the caller's own functions;
-- data: ``data.py`` batches that come out the same after a kill, ``datasets.py`` data by name, ``targets.py`` labels, ``transforms.py``
-  how images are prepared;
-- the network: ``parts.py`` what is trained when, ``learning.py`` how fast and by what, ``criteria.py`` losses, ``engine.py`` devices and
-  precision;
-- what is asked of it: ``evaluation.py`` scores, ``predicting.py`` classes of new images, ``pictures.py`` images as it sees them, ``comparing.py`` whether SE helps, ``rates.py``
-  the learning rate.
+- the run: ``config.py`` (the recipe), ``setup.py`` (everything before the first step), ``run.py`` (its state and
+  result), ``checkpoint.py`` (files on disk), ``experiment.py`` (which experiment a folder holds), ``log.py`` (printed
+  output) and ``callbacks.py`` (the caller's functions);
+- the data: ``data.py`` (batches that are the same after a restart), ``datasets.py`` (data by name), ``targets.py``
+  (labels) and ``transforms.py`` (how images are prepared);
+- the network: ``parts.py`` (what is trained when), ``learning.py`` (optimizer and learning rates), ``criteria.py``
+  (losses) and ``engine.py`` (devices and precision);
+- tools: ``evaluation.py`` (scores), ``predicting.py`` (classes of new images), ``pictures.py`` (images as the network
+  sees them), ``comparing.py`` (whether SE helps) and ``rates.py`` (finding a learning rate).
 """
 
 from importlib import import_module
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .train import finetune
     from .transforms import transform_of
 
-# Imported when they are first used: the command line reads the recipe's fields, and needs no torch for it
+# Imported on first use: the command line reads the recipe's fields, which doesn't need torch
 _MODULES = {
     "callbacks": ("Callbacks", "Facts"),
     "comparing": ("Comparison", "Contrast", "compare"),

@@ -1,4 +1,4 @@
-"""Functions of the caller's that are called while a fine-tune is under way."""
+"""The caller's functions that are called during a fine-tune."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["Callback", "Callbacks", "Facts"]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a callback is told. It may look at all of it, the network included, and must leave it as it is.
+    """The state of a run, as passed to callbacks. They may read everything, the network included, but not change it.
 
     Attributes:
-        model: the network that is trained, with its weights of now.
-        tested: the network that is evaluated: the average of the weights with ``ema_decay``, else ``model``.
-        epoch: the epoch that is under way or just over, from 1; 0 in the evaluation before training.
-        epochs: how many there are to be.
-        update: how often the weights have changed so far, earlier parts of a resumed run included.
-        lr: the learning rate without the scales of SE and head.
-        loss: the mean loss of the update, of this process, on the device (``loss.item()`` waits for it); None in other events.
-        history: a row for each evaluation and finished epoch, as in ``metrics.jsonl``; the last is of this event.
-        output_dir: the run's folder; None for none.
-        rank: number of this process; 0 is the main one.
+        model: the network being trained, with its current weights.
+        tested: the network that is evaluated: the average of the weights with ``ema_decay``, otherwise ``model``.
+        epoch: the current epoch, or the one that has just ended, from 1; 0 in the evaluation before training.
+        epochs: the total number of epochs.
+        update: the number of updates so far, including those before a run was resumed.
+        lr: the learning rate, without the factors for SE and head.
+        loss: the mean loss of the update in this process, on the device (``loss.item()`` waits for it); otherwise None.
+        history: a row for each evaluation and finished epoch, as in ``metrics.jsonl``; the last one is for this event.
+        output_dir: the run's folder; None if it has none.
+        rank: the number of this process; 0 is the main one.
     """
 
     model: nn.Module
@@ -48,19 +48,19 @@ Callback = Callable[[Facts], object]
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Functions that ``finetune`` calls with ``Facts``, one for each event. What they return is ignored; what they raise ends
-    the run, and passes to the caller.
+    """Functions that ``finetune`` calls with ``Facts``, one for each event. Their return values are ignored; an
+    exception ends the run and propagates to the caller.
 
-    In a run of several processes each of them calls its own; ``facts.rank == 0`` is the main one.
+    In a run with several processes, each process calls its own functions; ``facts.rank == 0`` is the main one.
 
     Args:
-        after_update: after each change of the weights.
-        after_evaluation: after each evaluation on validation data, the one before training (epoch 0) included.
-        after_epoch: after each epoch, once its checkpoint is written.
-        after_training: at the end of a run that was not broken off, with the best weights in ``model``.
+        after_update: called after each update of the weights.
+        after_evaluation: called after each evaluation on validation data, including that before training (epoch 0).
+        after_epoch: called after each epoch, once its checkpoint is written.
+        after_training: called at the end of a run that was not interrupted, with the best weights in ``model``.
 
     Raises:
-        TypeError: one of them can't be called.
+        TypeError: If one of them is not callable.
 
     Example:
         >>> from se_retrofit.finetune import Callbacks

@@ -1,8 +1,8 @@
-"""What a run keeps on disk, so that it can go on after a kill at any moment.
+"""The files from which a run can resume after being killed at any moment.
 
-``last/`` is a folder like ``save_retrofitted`` writes, with two files more: ``training.safetensors`` (the tensors of
-optimizer, average and the rest) and ``training.json`` (all else, with the tensors' names in their places). It is
-replaced whole or not at all. Random generators are not in it: see ``randomness.py``.
+``last/`` is a folder as written by ``save_retrofitted``, with two more files: ``training.safetensors`` (the tensors of
+the optimizer, the moving average and so on) and ``training.json`` (everything else, with names in place of tensors). It
+is replaced as a whole or not at all. It does not hold the state of random generators: see ``randomness.py``.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ __all__ = ["BEST", "LAST", "RUN", "Folder", "Progress", "join", "load_optimizer"
 LAST, BEST, RUN = "last", "best", "run.yaml"
 TENSORS, STATE = "training.safetensors", "training.json"
 FORMAT = 4
-# These may be other than in the run that is resumed; all other fields decide the result.
+# These may differ when a run is resumed; all other fields decide the result.
 FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
 
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
-        epoch, step, updates: the epoch that is under way, from 0; the updates done in it, and in all.
+        epoch, step, updates: the current epoch, from 0; the number of updates in it, and in total.
         loss, correct, seen: sums over the epoch so far, over all processes.
         history: a row for each finished epoch; row 0 is the evaluation before training.
-        best, best_epoch, stale: the best validation score, its epoch (from 1), and epochs in a row without a better one.
-        finished: why the run is over: ``"epochs"``, ``"updates"`` or ``"early stop"``; None while it is not.
+        best, best_epoch, stale: the best validation score, its epoch (from 1), and the number of epochs since then.
+        finished: why the run ended: ``"epochs"``, ``"updates"`` or ``"early stop"``; None while it is running.
         step_seconds: the median time of an update.
     """
 
@@ -74,7 +74,7 @@ STATE_FIELDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of a run; config and experiment (of ``describe_run``) say which run it is."""
+    """The folder of a run, which is identified by its config and its experiment (from ``describe_run``)."""
 
     path: Path
     config: FinetuneConfig
@@ -89,10 +89,10 @@ class Folder:
         return self.path / BEST
 
     def save(self, model: nn.Module, progress: Progress, parts: dict[str, Any]) -> None:
-        """Write ``last/``: the network, how far the run has come, and the state dicts in ``parts``.
+        """Write ``last/``: the network, the progress of the run, and the state dicts in ``parts``.
 
         Raises:
-            RetrofitError: it can't be written; the checkpoint before it is untouched.
+            RetrofitError: If it can't be written; the previous checkpoint is untouched.
         """
         tree, tensors = split(parts)
         state = {
@@ -105,21 +105,21 @@ class Folder:
             (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def save_best(self, model: nn.Module) -> None:
-        """Write ``best/``, the network that is the run's result."""
+        """Write ``best/``, the network that is the result of the run."""
         with replaced_directory(self.best, (WEIGHTS, RECIPE)) as fresh:
             write_network(model, fresh)
 
     def load(self, model: nn.Module) -> tuple[Progress, dict[str, Any]]:
-        """Read ``last/``: its weights go into ``model``; how far the run had come and its state dicts are returned.
+        """Load the weights in ``last/`` into ``model``, and return the progress of the run and its state dicts.
 
         Raises:
-            RetrofitError: the checkpoint is broken, or of another network, experiment or config. The model is unchanged.
+            RetrofitError: If the checkpoint is broken, or of another network, experiment or config; nothing is loaded.
         """
         folder = settled(self.last)
         state = read_json(folder / STATE)
         check_fields(state, STATE_FIELDS, folder / STATE, FORMAT)
         check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
-        self._check_config(state)  # before what follows from it, such as the groups of parameters
+        self._check_config(state)  # first, because the parameter groups, for example, follow from it
         check_same(state["experiment"], self.experiment, self.path)
         weights = self._weights(folder)
         try:
@@ -130,16 +130,16 @@ class Folder:
         return Progress(**state["progress"]), parts
 
     def load_best(self) -> dict[str, Tensor]:
-        """The weights in ``best/``."""
+        """Read the weights in ``best/``."""
         return self._weights(settled(self.best))
 
     def begin(self, command: dict[str, Any] | None, *, resumed: bool) -> None:
-        """Write what the folder holds from the start: ``run.yaml`` is enough to repeat the run."""
+        """Write the files that a run starts with; ``run.yaml`` is enough to repeat it."""
         with replaced_file(self.path / "config.yaml") as fresh:
             self.config.to_yaml(fresh)
         file, config = self.path / RUN, self.config.to_dict()
         content = {"command": command, "experiment": self.experiment, "config": config}
-        if resumed:  # with the command that began it; it may have been extended
+        if resumed:  # keep the command that started the run, which may have been extended
             content = {**content, **written(file), "config": config}
         with replaced_file(file) as fresh:
             fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -150,9 +150,9 @@ class Folder:
         return weights
 
     def _check_config(self, state: dict[str, Any]) -> None:
-        """Raise where the run had another config. One that is over may be extended, and is not over then."""
+        """Raise an error if the run had another config. Extending a finished run makes it unfinished again."""
         now, free = self.config.to_dict(), FREE_FIELDS
-        # a field that came in a later version had no effect then, which is its default
+        # a field added in a later version had no effect then, so it had its default
         then = {**FinetuneConfig().to_dict(), **state["config"]}
         if type(then["epochs"]) is not int:
             raise RetrofitError(f"{self.last / STATE}: epochs must be a number, got {brief(then['epochs'])}")
@@ -168,15 +168,15 @@ class Folder:
 
 
 def check_folder(path: Path, resume: bool) -> None:
-    """Make a folder where it is missing, and raise unless a run may begin in it, or go on with ``resume``."""
+    """Create a folder if it is missing, and raise an error unless a run may start in it, or resume with ``resume``."""
     begun, result = has_checkpoint(path), (settled(path / BEST) / RECIPE).is_file()
-    if result and not begun and has_epochs(path / METRICS):  # of a first epoch that was killed there are none
+    if result and not begun and has_epochs(path / METRICS):  # there are none if the first epoch was killed
         raise RetrofitError(
             f"{path} holds the result of a run in {BEST}/, but no {LAST}/ to go on from; give another folder, in which a new run "
             "does not replace it"
         )
     if (begun or result) and not resume:
-        raise RetrofitError(f"{path} holds a run already; go on with it (resume=True), or give another folder")
+        raise RetrofitError(f"{path} already holds a run; resume it (resume=True), or give another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,14 +186,14 @@ def check_folder(path: Path, resume: bool) -> None:
 
 
 def has_checkpoint(path: Path) -> bool:
-    """Whether a run in this folder has something to go on from."""
+    """Return whether a run in this folder has a checkpoint to resume from."""
     folder = settled(path / LAST)
-    # Of an incomplete one, reading it says what is missing
+    # An incomplete checkpoint counts: reading it reports what is missing
     return any((folder / name).is_file() for name in (WEIGHTS, RECIPE, TENSORS, STATE))
 
 
 def has_epochs(file: Path) -> bool:
-    """Whether a ``metrics.jsonl`` tells of an epoch that is over."""
+    """Return whether a ``metrics.jsonl`` records a finished epoch."""
     try:
         return any(json.loads(line)["epoch"] for line in file.read_text(encoding="utf-8").splitlines())
     except (OSError, LookupError, TypeError, ValueError):
@@ -201,7 +201,7 @@ def has_epochs(file: Path) -> bool:
 
 
 def written(file: Path) -> dict[str, Any]:
-    """What a ``run.yaml`` holds; nothing where it is missing or broken."""
+    """Return the content of a ``run.yaml``; empty if it is missing or broken."""
     try:
         content = parse_yaml(file.read_text(encoding="utf-8"), file)
     except (OSError, ValueError):
@@ -210,7 +210,7 @@ def written(file: Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict``, with each state laid out in memory like its parameter (channels last)."""
+    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         for name, value in entries.items():
@@ -226,10 +226,10 @@ KINDS: dict[str, Any] = {"tuple": tuple, "list": list, "dict": dict}
 
 
 def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A nest of state dicts as plain data fit for JSON, and its tensors by name. ``join`` puts it together again.
+    """Split nested state dicts into plain data for JSON and tensors by name. ``join`` is the inverse.
 
     Raises:
-        TypeError: something in it is neither data nor a tensor.
+        TypeError: If a value is neither plain data nor a tensor.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -250,10 +250,10 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def join(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """What ``split`` took apart.
+    """Rebuild the state dicts that ``split`` took apart.
 
     Raises:
-        KeyError, TypeError, ValueError: a tensor is missing, or something unknown stands in the tree.
+        KeyError, TypeError, ValueError: If a tensor is missing, or the tree has an unknown element.
     """
 
     def walk(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Does SE help? The same recipe with and without it, paired over seeds and validation images."""
+"""Does SE help? Compare fine-tunes with and without it, paired over seeds and validation images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .train import finetune
 
 __all__ = ["Arm", "Comparison", "Contrast", "compare"]
 
-ARMS = {  # beside any other name of an attention
+ARMS = {  # in addition to the names of all other attentions
     "plain": "without SE",
     "se": "with SE",
     "static": "a learned factor for each channel, no squeeze",
@@ -41,20 +41,20 @@ NAMES = {
     "se": "SE", "sigmoid": "SE with the paper's gate", "static": "The static factor",
     "norms": "Training the norms and the head alone", "head": "Training the head alone",
 }  # fmt: skip
-PARTS = {"norms": "norms+head", "head": "head"}  # what is trained in these arms
-FEWEST_SEEDS = 3  # for a verdict
+PARTS = {"norms": "norms+head", "head": "head"}  # what these arms train
+FEWEST_SEEDS = 3  # below this there is no verdict
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the networks that are compared: what each seed's run came to.
+    """One of the networks that are compared, with the results of its runs.
 
     Attributes:
-        accuracies: best validation accuracy, one for each seed.
-        last_accuracies: validation accuracy after the last epoch.
-        step_seconds: median over the seeds of the median time of an update; None for runs too short to tell.
-        parameters, trained: of the network, and how many of them were trained.
+        accuracies: the best validation accuracy of each seed.
+        last_accuracies: the validation accuracy of each seed after the last epoch.
+        step_seconds: median over the seeds of the median time of an update; None if the runs are too short for it.
+        parameters, trained: the number of the network's parameters, and of those that were trained.
         right: which validation images were classified correctly in the best epoch, a bool tensor (seeds, images).
     """
 
@@ -75,7 +75,7 @@ class Arm:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All but ``right`` as plain data."""
+        """Return everything except ``right`` as plain data."""
         own = {name: value for name, value in vars(self).items() if name != "right"}
         return {**own, "mean": self.mean, "spread": self.spread}
 
@@ -86,9 +86,9 @@ class Contrast:
 
     Attributes:
         name, other: the two arms.
-        differences: accuracy of ``name`` less accuracy of ``other``, one for each seed.
-        image_variance: of the mean difference, for that other validation images might have been drawn.
-        images: how many validation images there are.
+        differences: accuracy of ``name`` minus accuracy of ``other``, one for each seed.
+        image_variance: variance of the mean difference that is due to the sampling of the validation images.
+        images: number of validation images.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Contrast:
 
     @classmethod
     def of(cls, name: str, arm: Arm, other: str, base: Arm) -> Contrast:
-        """The contrast of two arms that saw the same seeds and images."""
+        """Compute the contrast of two arms that had the same seeds and images."""
         per_image = (arm.right.double() - base.right.double()).mean(0)
         images = len(per_image)
         variance = float(per_image.var()) / images if images > 1 else 0.0
@@ -114,8 +114,8 @@ class Contrast:
     def interval(self) -> tuple[float, float] | None:
         """95 % confidence interval of the difference, over seeds and images; None for a single seed.
 
-        Seeds and images are both samples, and their variances add up. The quantile is Student's, for the number of
-        seeds. Seeds that all give the same difference leave the variance of the images.
+        Seeds and images are both samples, so their variances are added. The quantile is that of Student's distribution
+        for the number of seeds. If all seeds give the same difference, the variance of the images remains.
         """
         n = len(self.differences)
         if n < 2:
@@ -126,7 +126,7 @@ class Contrast:
 
     @property
     def verdict(self) -> str:
-        """One plain sentence."""
+        """The result in one plain sentence."""
         name = NAMES.get(self.name, self.name.upper())
         against = {"plain": "", "static": " than the static factor"}[self.other]
         n = len(self.differences)
@@ -160,11 +160,11 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A network without and with SE, after the same recipe, seed by seed.
+    """The results of a network without and with SE, trained by the same recipe, seed by seed.
 
     Attributes:
-        arms: the networks by name, as they were given to ``compare``.
-        seeds: of the runs.
+        arms: the networks by the names that were given to ``compare``.
+        seeds: the seeds of the runs.
     """
 
     arms: dict[str, Arm]
@@ -172,7 +172,7 @@ class Comparison:
 
     @property
     def contrasts(self) -> list[Contrast]:
-        """Each arm against the plain network, and against the static factor where that was run."""
+        """Each arm against the plain network, and against the static factor if that was run."""
         bases = {"plain": ("plain",), "static": ("plain", "static")}
         return [
             Contrast.of(name, self.arms[name], other, self.arms[other])
@@ -182,7 +182,7 @@ class Comparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, fit for JSON."""
+        """Return everything as plain data that JSON can hold."""
         return {
             "seeds": self.seeds,
             "arms": {name: arm.to_dict() for name, arm in self.arms.items()},
@@ -203,10 +203,10 @@ class Comparison:
         return "\n\n".join(["\n".join(aligned(self._rows(), left=1)), *map(str, self.contrasts)])
 
     def plot(self, file: str | Path) -> Path:
-        """The differences between the arms with their intervals, and those of the single seeds, as a picture.
+        """Plot the differences between the arms with their intervals, and the differences of the single seeds.
 
         Raises:
-            RetrofitError: the file can't be written.
+            RetrofitError: If the file can't be written.
         """
         from matplotlib.figure import Figure
 
@@ -245,26 +245,26 @@ def compare(
     quiet: bool = False,
     stop: threading.Event | None = None,
 ) -> Comparison:
-    """Fine-tune a network without and with SE, by the same recipe, with the same seeds.
+    """Fine-tune a network without and with SE by the same recipe, and compare the results over several seeds.
 
-    For each seed, all networks start from the same weights, see the same images in the same order, and take as many steps; so
-    they are compared seed by seed, which takes out what varies between seeds.
+    For each seed, all networks start from the same weights, see the same images in the same order, and take the same
+    number of steps. They are compared seed by seed, which removes the variation between seeds.
 
     Args:
-        model: the bare network, copied for each run; or a function that makes one, called with torch's generator seeded, so
-            that each seed has its own first weights.
-        train_data, val_data: as for ``finetune``. Accuracy is the best epoch's, and so a little high, for all.
+        model: the bare network, which is copied for each run; or a function that builds it, which is called with
+            torch's generator seeded, so that each seed has its own initial weights.
+        train_data, val_data: as for ``finetune``. Accuracies are those of the best epoch, and so slightly high for all.
         config: the recipe; its seed is the first one. With ``trainable="se+head"``, the plain network trains its head.
-        seeds: how many.
-        se_options: for ``add_se``, such as ``{"reduction": 16}``.
-        arms: ``"plain"`` and one or more of the attentions ``"se"``, ``"eca"``, ``"cbam"`` and ``"static"``, ``"sigmoid"`` (SE with
-            the paper's gate), and the bare network with only its ``"norms"`` and head or only its ``"head"`` trained.
-        output_dir: folder for ``comparison.json``, ``comparison.png`` and the runs, which go on when it is called again.
+        seeds: number of seeds.
+        se_options: arguments for ``add_se``, such as ``{"reduction": 16}``.
+        arms: ``"plain"`` and one or more of the attentions ``"se"``, ``"eca"``, ``"cbam"`` and ``"static"``,
+            ``"sigmoid"`` (SE with the paper's gate), ``"norms"`` (no SE, only norms and head trained) and ``"head"``.
+        output_dir: folder for ``comparison.json``, ``comparison.png`` and the runs, which resume if it is used again.
         quiet, stop: as for ``finetune``.
 
     Raises:
-        RetrofitError: the network can't be retrofitted, or ``finetune`` raises it.
-        TypeError: an argument is of the wrong type.
+        RetrofitError: If the network can't be retrofitted, or if ``finetune`` raises it.
+        TypeError: If an argument is of the wrong type.
     """
     config = FinetuneConfig() if config is None else config
     _check_arguments(config, seeds, arms, val_data)
@@ -296,7 +296,7 @@ def compare(
 
 
 def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], val_data: Any) -> None:
-    """Raises where a comparison can't begin."""
+    """Raise an error if the arguments don't make a comparison."""
     if isinstance(seeds, bool) or not isinstance(seeds, int):
         raise TypeError(f"seeds must be a positive int, got {brief(seeds)}")
     if seeds < 1:
@@ -317,17 +317,17 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
 
 
 def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Module:
-    """A copy of the bare network for one arm."""
+    """Return a copy of the bare network for one arm."""
     if name == "plain" or name in PARTS:
         return copy.deepcopy(bare)
     if name == "sigmoid":
         return add_se(bare, **{**se_options, "attention": "se", "gate": "sigmoid"})
-    gate = {} if name == "se" else {"gate": "identity"}  # the others have no other
+    gate = {} if name == "se" else {"gate": "identity"}  # the only gate of the others
     return add_se(bare, **{**se_options, "attention": name, **gate})
 
 
 def _recipe(name: str, config: FinetuneConfig) -> FinetuneConfig:
-    """The recipe of one arm."""
+    """Return the recipe of one arm."""
     if name == "plain" and config.trainable != "all":
         name = "head"
     return config.replace(trainable=PARTS.get(name, config.trainable))

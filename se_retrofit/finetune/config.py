@@ -24,11 +24,11 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML and JSON have li
 
 
 class FinetuneConfig(BaseModel):
-    """All that decides how a network is fine-tuned. The defaults are common values for fine-tuning a pretrained
-    convolutional network, not the result of a search; ``docs/finetuning.md`` has recipes.
+    """The recipe of a fine-tune: every setting that decides how a network is trained. The defaults are common values
+    for fine-tuning a pretrained convolutional network, not the result of a search; ``docs/finetuning.md`` has recipes.
 
     Raises:
-        RetrofitError: a field is unknown (the message names close ones), or a value is out of range or of the wrong type.
+        RetrofitError: If a field is unknown (the message names close ones), or a value is not in range or of its type.
 
     Example:
         >>> from se_retrofit.finetune import FinetuneConfig
@@ -42,90 +42,90 @@ class FinetuneConfig(BaseModel):
     )
 
     epochs: Count = 20
-    """Passes over the training data."""
+    """Number of passes over the training data."""
     max_updates: Count | None = None
-    """The run ends after so many updates, within an epoch too: a few for a dry run. The schedule is that of the shorter run."""
+    """Stop after this many updates, even within an epoch: a few for a dry run. The schedule spans the shortened run."""
     batch_size: Count = 64
-    """Images in a batch, of one process."""
+    """Images per batch and process."""
     grad_accum_steps: Count = 1
-    """Batches whose gradients are added up before the weights change."""
+    """Number of batches whose gradients are accumulated for each update."""
     optimizer: str = "adamw"
-    """Any name that timm's optimizer factory knows. Norms and biases get no weight decay."""
+    """Any optimizer that timm's factory knows. Norms and biases get no weight decay."""
     optimizer_options: dict[str, Any] = {}
-    """Further arguments of the optimizer, such as `{"betas": [0.9, 0.95]}`."""
+    """Additional arguments for the optimizer, such as `{"betas": [0.9, 0.95]}`."""
     lr: Positive = 2e-4
-    """Learning rate at its peak: low, because the weights are good already; from scratch take 1e-3."""
+    """Peak learning rate. The default is low because the weights are already good; from scratch, use 1e-3."""
     se_lr_scale: NotNegative = 1.0
-    """Multiplies `lr` for the SE modules, whose layers have it times 16 / inputs, and 0.01 / inputs at most."""
+    """Factor on the rate of SE modules, whose layers learn at `16 * lr / inputs`, at most `max(lr, 0.01) / inputs`."""
     head_lr_scale: NotNegative = 5.0
-    """Multiplies `lr` for the classifier, which most fine-tunes begin anew; take 1 where it is kept."""
+    """Factor on `lr` for the classifier, which most fine-tunes train from scratch; use 1 if it is kept."""
     layer_decay: Annotated[Positive, Field(le=1)] | None = None
-    """Multiplies `lr` once more for each layer further from the head: 0.7 to 0.9 for few images."""
+    """Factor on `lr` for each layer further from the head: 0.7 to 0.9 for few images."""
     weight_decay: NotNegative = 0.05
-    """For weights alone."""
+    """Weight decay, applied to weights only."""
     clip_grad: Positive | None = 1.0
-    """The gradient's norm is clipped to this; none for no clipping."""
+    """Maximum norm of the gradient; none disables clipping."""
     schedule: str = "cosine"
-    """Any name that timm's scheduler factory knows, but `plateau`."""
+    """Any learning-rate schedule that timm's factory knows, except `plateau`."""
     schedule_options: dict[str, Any] = {}
-    """Further arguments of timm's `create_scheduler_v2`, such as `{"min_lr": 1e-6}`."""
+    """Additional arguments for timm's `create_scheduler_v2`, such as `{"min_lr": 1e-6}`."""
     warmup_ratio: BelowOne = 0.05
-    """Part of the run in which the learning rate rises from a hundredth of `lr`."""
+    """Fraction of the run during which the learning rate rises from a hundredth of `lr`."""
     trainable: Literal["all", "se", "se+head", "norms+head", "head"] = "all"
-    """What is trained (of norms the scales and shifts); the rest stays bit for bit as it was, running statistics included."""
+    """What to train (of norms, scales and shifts). The rest stays the same bit for bit, running statistics included."""
     unfreeze_epoch: Count | None = None
-    """The first epoch (counted from 1) in which all is trained, whatever `trainable` says."""
+    """First epoch (counting from 1) in which everything is trained, whatever `trainable` says."""
     freeze_bn: bool = False
-    """Leave the running statistics of the norms as they are: for batches under about 16."""
+    """Do not update the norms' running statistics: for batches of fewer than about 16 images."""
     num_classes: Count | None = None
-    """Give the network a new head where it has another number of classes, or classes of other names; none keeps the head."""
+    """Number of classes. The head is replaced if it has another number or other class names; none keeps the head."""
     multi_label: bool = False
-    """An image may have several classes: its target is a vector of 0 and 1."""
+    """Allow several classes per image: each target is a vector of zeros and ones."""
     loss: Literal["cross_entropy", "bce", "focal"] = "cross_entropy"
-    """The loss; `bce` is binary cross-entropy of each class."""
+    """Loss function; `bce` is the binary cross-entropy of each class."""
     balance: Literal["loss", "sampling"] | None = None
-    """Rare classes weigh more in the loss, or are drawn as often as the others."""
+    """Give rare classes more weight in the loss, or sample them as often as the others."""
     label_smoothing: BelowOne = 0.1
-    """Of the training loss."""
+    """Label smoothing of the training loss."""
     mixup: NotNegative = 0.0
-    """Alpha of mixup, for long runs; 0 for none."""
+    """Alpha of mixup, for long runs; 0 disables it."""
     cutmix: NotNegative = 0.0
-    """Alpha of cutmix, for long runs; 0 for none."""
+    """Alpha of cutmix, for long runs; 0 disables it."""
     image_size: Count | None = None
-    """Height and width of the images; none for the network's own."""
+    """Height and width of the images; by default, the network's own."""
     transform_options: dict[str, Any] = {}
-    """Further arguments of timm's `create_transform` in training: `{"scale": [0.35, 1.0], "hflip": 0.5, "color_jitter": 0.0}` and no
-    others by default."""
+    """Arguments for timm's `create_transform` in training, merged into the defaults `{"scale": [0.35, 1.0], "hflip":
+    0.5, "color_jitter": 0.0}`."""
     keys: Names = ()
-    """Of image and class in data whose items are dicts; usual ones, such as `image` and `label`, are found."""
+    """Keys of image and class in items that are dicts; common ones, such as `image` and `label`, are recognised."""
     bad_images: Literal["error", "skip"] = "error"
-    """What to do with an image that can't be read; it is named either way."""
+    """What to do with an image that can't be read; the image is reported either way."""
     best_metric: Literal["accuracy", "loss", "top5", "precision", "recall", "f1", "map"] = "accuracy"
-    """By which the best epoch is chosen; precision, recall and F1 are means over the classes."""
+    """Metric that selects the best epoch; precision, recall and F1 are means over the classes."""
     patience: Count | None = None
-    """Stop when so many epochs in a row brought no better `best_metric`."""
+    """Stop after this many epochs in a row without a better `best_metric`."""
     ema_decay: Annotated[Positive, Field(lt=1)] | None = None
-    """Evaluate and return an average of the weights: 0.9998 in runs of tens of thousands of updates."""
+    """Evaluate and return a moving average of the weights with this decay: 0.9998 for tens of thousands of updates."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """On CUDA `auto` is bf16 where the GPU has it, else fp16; elsewhere fp32. All but `fp32` allow TF32 in what is left in float32."""
+    """`auto` is bf16 on CUDA GPUs that have it, fp16 on others, and fp32 elsewhere. All but `fp32` allow TF32."""
     compile: bool = False
-    """Train through `torch.compile`, with SE and the norm before it fused."""
+    """Train with `torch.compile`, and with each SE module fused with the norm before it."""
     grad_checkpointing: bool = False
-    """Compute activations twice instead of keeping them, by timm's own `set_grad_checkpointing`."""
+    """Recompute activations in the backward pass instead of storing them, with timm's `set_grad_checkpointing`."""
     find_unused_parameters: bool = False
-    """Let several processes train a network of which a step may leave parameters unused; costs a walk over the graph."""
+    """Let several processes train a network that leaves parameters unused in a step; costs a pass over the graph."""
     cpu: bool = False
-    """Stay on the CPU."""
+    """Run on the CPU even if there is a GPU."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that load data; none for as many as cores, at most 8, and for tensors in memory 0."""
+    """Number of data-loading processes; by default one per core, at most 8, and 0 for tensors in memory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of all that is random."""
+    """Seed of everything random in a run."""
     checkpoint_minutes: NotNegative = 10.0
-    """At least so often is a checkpoint written within an epoch; 0 for at every look at the loss."""
+    """Minutes between checkpoints within an epoch; 0 writes one whenever the loss is logged."""
     log_every: Count = 10
-    """Updates between two looks at the loss; each waits for the GPU."""
+    """Log the loss every this many updates, which waits for the GPU."""
     trackers: Names = ()
-    """Of Accelerate's, such as `["tensorboard", "wandb"]`."""
+    """Trackers of Accelerate, such as `["tensorboard", "wandb"]`."""
 
     if not TYPE_CHECKING:  # where the fields are the arguments
 
@@ -145,10 +145,10 @@ class FinetuneConfig(BaseModel):
             f"mixup and cutmix pair the images of a batch: batch_size must be even, got {self.batch_size}": (
                 mixes and self.batch_size % 2
             ),
-            'multi_label=True needs loss="bce" or "focal": cross-entropy is for one class an image': (
+            'multi_label=True needs loss="bce" or "focal": cross-entropy is for one class per image': (
                 self.multi_label and self.loss == "cross_entropy"
             ),
-            'mixup, cutmix and balance="sampling" need one class an image, not multi_label=True': (
+            'mixup, cutmix and balance="sampling" need one class per image, not multi_label=True': (
                 self.multi_label and (mixes or self.balance == "sampling")
             ),
             'balance="loss" goes with loss="bce" where multi_label=True, and with "cross_entropy" and "focal" elsewhere': (
@@ -156,10 +156,10 @@ class FinetuneConfig(BaseModel):
             ),
             f"keys must be that of the image and that of the class, got {list(self.keys)}": len(self.keys)
             not in (0, 2),
-            'best_metric="top5" is for one class an image; with multi_label=True take "map" or "f1"': (
+            'best_metric="top5" is for one class per image; with multi_label=True use "map" or "f1"': (
                 self.best_metric == "top5" and self.multi_label
             ),
-            'best_metric="map" needs multi_label=True; for one class an image take "f1" or "recall"': (
+            'best_metric="map" needs multi_label=True; for one class per image use "f1" or "recall"': (
                 self.best_metric == "map" and not self.multi_label
             ),
         }
@@ -169,15 +169,15 @@ class FinetuneConfig(BaseModel):
         return self
 
     def replace(self, **changes: Any) -> FinetuneConfig:
-        """A config like this one, but for ``changes``."""
+        """Return a copy of this config with ``changes`` applied."""
         return FinetuneConfig(**{**self.model_dump(), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data, fit for YAML and JSON."""
+        """Return the recipe as plain data that YAML and JSON can hold."""
         return self.model_dump(mode="json")
 
     def to_yaml(self, path: str | Path | None = None) -> str:
-        """The recipe as YAML, written to ``path`` too where one is given."""
+        """Return the recipe as YAML, and also write it to ``path`` if one is given."""
         text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
@@ -185,10 +185,10 @@ class FinetuneConfig(BaseModel):
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> FinetuneConfig:
-        """The recipe from a YAML file (a ``Path``, or a string in one line) or from YAML text.
+        """Read a recipe from a YAML file (a ``Path`` or a one-line string) or from YAML text.
 
         Raises:
-            RetrofitError: the file is missing, is no YAML, or holds unknown fields or bad values.
+            RetrofitError: If the file is missing, is not valid YAML, or has unknown fields or bad values.
         """
         is_path = isinstance(source, Path) or ("\n" not in source and ":" not in source[2:])
         try:

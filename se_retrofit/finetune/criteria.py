@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy, binary cross-entropy, the focal loss, the caller's own, and a teacher's answers."""
+"""Losses: cross-entropy, binary cross-entropy, the focal loss, the caller's own, and distillation from a teacher."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["Criterion", "FocalLoss", "Losses", "check_criterion", "criterion_of"
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 FOCAL_GAMMA = 2.0  # as in the paper
-AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's and Inception's auxiliary losses, as in the papers
+AUXILIARY_WEIGHT = 0.3  # for the auxiliary losses of GoogLeNet and Inception, as in the papers
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What is minimised: a criterion, and how far the answers are from a teacher's; ``distillation`` is the part of these in the loss,
-    and the temperature."""
+    """The loss that is minimised: a criterion, and the distance to a teacher's outputs; ``distillation`` holds the
+    share of the latter in the loss, and the temperature."""
 
     criterion: Criterion
     teacher: nn.Module | None
@@ -36,7 +36,7 @@ class Losses:
     multi_label: bool
 
     def __call__(self, logits: Tensor, auxiliary: list[Tensor], labels: Tensor, taught: Tensor | None) -> Tensor:
-        """The loss of a batch; ``taught`` is what the teacher answers to it."""
+        """Return the loss of a batch; ``taught`` holds the teacher's logits for it."""
         loss = checked_loss(self.criterion(logits, labels))
         for more in auxiliary:
             loss = loss + AUXILIARY_WEIGHT * checked_loss(self.criterion(more, labels))
@@ -47,18 +47,18 @@ class Losses:
 
 
 class FocalLoss(nn.Module):
-    """Cross-entropy in which images that are classified well already count less.
+    """Cross-entropy in which images that are already classified well count less.
 
     ``loss = -(1 - p) ** gamma * log(p)`` with the probability ``p`` of the image's class (Lin et al., "Focal Loss for
     Dense Object Detection", https://arxiv.org/abs/1708.02002).
 
     Args:
-        gamma: 0 is cross-entropy; the paper takes 2.
-        weight: how much an image of each class counts, (classes,).
+        gamma: focusing parameter; 0 gives cross-entropy, and the paper uses 2.
+        weight: weight of the images of each class, (classes,).
         label_smoothing: as in ``nn.CrossEntropyLoss``.
 
     Shape:
-        Logits (N, classes) and class numbers (N,) or soft labels (N, classes) give a scalar, the mean; with ``weight``
+        Logits (N, classes) and class numbers (N,) or soft labels (N, classes), to a scalar, the mean; with ``weight``,
         the weighted mean.
 
     Example:
@@ -78,28 +78,28 @@ class FocalLoss(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         labels = targets if targets.dim() == 2 else F.one_hot(targets, logits.shape[1]).to(logits.dtype)
-        # An image counts by its own class. PyTorch's cross-entropy weighs the smoothed labels themselves, so that a
-        # heavy class would be the answer to every image.
+        # Each image is weighted by its own class. PyTorch's cross-entropy weights the smoothed labels instead, with
+        # which a class of large weight would become the answer to every image.
         weights = logits.new_ones(len(logits)) if self.weight is None else labels @ self.weight.to(labels.dtype)
         if targets.dim() == 1:
             labels = labels * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[1]
         log_p = F.log_softmax(logits, dim=1)
-        # below gamma 1 the slope at 0 would be infinite
+        # for gamma below 1, the slope at 0 would be infinite
         wrong = (1 - log_p.exp()).clamp(min=torch.finfo(log_p.dtype).tiny)
         losses = (-labels * wrong**self.gamma * log_p).sum(1)
         return (weights * losses).sum() / weights.sum()
 
 
 def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: Any, classes: int | None) -> Criterion:
-    """The loss of a run: the caller's own, or that of the config."""
+    """Return the loss of a run: the caller's own, or that of the config."""
     if given is not None:
         return given
-    # mixup smooths the labels itself; yes and no of separate labels are not smoothed
+    # mixup smooths the labels itself; multi-label targets are not smoothed
     smoothing = 0.0 if config.mixup or config.cutmix or config.multi_label else config.label_smoothing
     weight = None
     if config.balance == "loss":
         counts, images = class_counts(train_data, classes, config.multi_label, config.keys)
-        # of separate labels: how many images lack it for one that has it; of classes: as scikit-learn's "balanced"
+        # for labels, the number of images without it over the number with it; for classes, scikit-learn's "balanced"
         few = counts.clamp(min=1)
         weight = (images - counts) / few if config.multi_label else images / (len(counts) * few)
     if config.loss == "cross_entropy" and weight is None:
@@ -115,8 +115,8 @@ def criterion_of(config: FinetuneConfig, given: Criterion | None, train_data: An
 
 
 def distillation_loss(logits: Tensor, taught: Tensor, temperature: float, multi_label: bool) -> Tensor:
-    """How far the softened probabilities are from the teacher's, times the temperature's square (Hinton et al.,
-    "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531)."""
+    """Return the divergence of the softened probabilities from the teacher's, times the squared temperature (Hinton et
+    al., "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531)."""
     if logits.shape != taught.shape:
         raise RetrofitError(
             f"the teacher's logits are of shape {tuple(taught.shape)}, the network's of {tuple(logits.shape)}; "
@@ -131,7 +131,7 @@ def distillation_loss(logits: Tensor, taught: Tensor, temperature: float, multi_
 
 
 def checked_loss(loss: Any) -> Tensor:
-    """What a criterion returned, if a network can learn from it."""
+    """Return the output of a criterion, or raise an error if a network can't learn from it."""
     if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
         return loss
     got = brief(loss) if not isinstance(loss, Tensor) else f"a tensor of shape {tuple(loss.shape)}"
@@ -142,7 +142,7 @@ def checked_loss(loss: Any) -> Tensor:
 
 
 def check_criterion(given: Any, teacher: Any, distillation: tuple[float, float], model: nn.Module) -> None:
-    """Raise where a criterion or a teacher is none."""
+    """Raise an error if a criterion, a teacher or the distillation settings are not valid."""
     if given is not None and (not callable(given) or isinstance(given, type)):
         raise TypeError(
             f"criterion must be a function of (logits, targets), got {brief(given)}; a loss by name is the config's: "

@@ -1,4 +1,4 @@
-"""Batches that come in the same order with the same augmentation, whether a run was interrupted or not."""
+"""Batches in the same order and with the same augmentation whether or not a run was interrupted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .workers import begin_worker, told_plainly
 
 __all__ = ["Batch", "Stream", "gives_images", "stream"]
 
-# What reading a broken image or a vanished file raises. Anything else is a bug in the data set, and passes as it is.
+# What reading a broken image or a missing file raises. Anything else is a bug in the data set, and is not caught.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MOST_REPLACEMENTS = 10
 END = object()
@@ -30,8 +30,8 @@ Key = tuple[int, int, bool]  # epoch, index, whether the item counts
 
 
 class Batch(NamedTuple):
-    """Images, their classes (numbers, or a vector for each image), and which of them count: a filler in the last batch, or in
-    place of an unreadable image, does not. ``complaints`` name the images that could not be read."""
+    """Images, their classes (numbers, or a vector for each image), and which of them count: padding in the last batch
+    and replacements for unreadable images do not. ``complaints`` names the images that could not be read."""
 
     images: Tensor
     targets: Tensor
@@ -55,11 +55,11 @@ def stream(
     world: int = 1,
     pin_memory: bool = False,
 ) -> Stream:
-    """The batches of this process, from a Dataset or a DataLoader.
+    """Return the batches of this process, from a Dataset or a DataLoader.
 
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
-    A DataLoader is taken as it is. What an item holds after image and class is passed over; in a dict they are found by ``keys``,
-    or by usual ones.
+    A DataLoader is used as it is. Whatever an item holds after image and class is ignored; in a dict, image and class
+    are found by ``keys``, or by common names.
     """
     if isinstance(data, DataLoader):
         if world > 1 or (balanced and train):
@@ -81,7 +81,7 @@ def stream(
 
 
 def default_workers(data: Any, world: int) -> int:
-    """None for tensors in memory; else the cores, shared by the processes of this machine, at most 8."""
+    """Return 0 for tensors in memory; otherwise this process's share of the machine's cores, at most 8."""
     if isinstance(data, TensorDataset):
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -94,7 +94,7 @@ def default_workers(data: Any, world: int) -> int:
 class Order(Sampler[list[Key]]):
     """Which items make up the batches of this process.
 
-    The batches of all processes together are those of one process with a batch that many times larger.
+    Together, the processes use the same batches as a single process with a correspondingly larger batch size.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Order(Sampler[list[Key]]):
         self.weights = weights
         self.length, self.train, self.seed, self.rank, self.world = length, train, seed, rank, world
         whole = length // (batch_size * world)
-        if train and whole == 0:  # fewer images than one batch: they make one smaller batch
+        if train and whole == 0:  # fewer images than one batch make one smaller batch
             batch_size, whole = max(length // world, 1), 1
         self.batch_size = batch_size
         self.count = whole if train else -(-length // (batch_size * world))
@@ -132,19 +132,19 @@ class Order(Sampler[list[Key]]):
             places = range(first, first + self.batch_size)
             if self.world == 1:
                 places = range(first, min(first + self.batch_size, self.length))
-            # With several processes all must do the same number of equal steps: the last batches are filled up.
+            # All processes must make the same number of steps of equal size, so the last batches are padded.
             yield [(self.epoch, order[place % self.length], place < self.length) for place in places]
 
 
 class Items(Dataset[tuple[Any, Any, bool, list[str]]]):
-    """The caller's data set, with its randomness seeded item by item, and unreadable images replaced and named."""
+    """The caller's data set, seeded for each item, with unreadable images replaced and reported."""
 
     def __init__(
         self, data: Any, transform: Callable[[Any], Any] | None, *, keys: Sequence[str], seed: int, name: str
     ) -> None:
         self.data, self.transform, self.keys, self.seed, self.name = data, transform, keys, seed, name
         if hasattr(data, "_max_retries"):
-            data._max_retries = 1  # timm's ImageDataset would pass over unreadable images by itself
+            data._max_retries = 1  # timm's ImageDataset would skip unreadable images itself
 
     def __getitem__(self, key: Key) -> tuple[Any, Any, bool, list[str]]:
         epoch, index, counts = key
@@ -156,7 +156,7 @@ class Items(Dataset[tuple[Any, Any, bool, list[str]]]):
                 image, target = pair_of(self.data[at], self.keys, self.name)
                 if self.transform is not None and isinstance(image, Image.Image):
                     image = self.transform(image)
-            except RetrofitError:  # which is a ValueError, and has nothing to do with the image
+            except RetrofitError:  # a ValueError, but not due to the image
                 raise
             except (*UNREADABLE, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and not hasattr(self.data, "_max_retries"):
@@ -167,7 +167,7 @@ class Items(Dataset[tuple[Any, Any, bool, list[str]]]):
         raise RetrofitError(f"{MOST_REPLACEMENTS} images of {self.name} in a row can't be read; first {complaints[0]}")
 
     def __getitems__(self, keys: list[Key]) -> Any:
-        """A batch; of tensors in memory, where nothing is random or unreadable, in one piece."""
+        """Return a batch; for tensors in memory, where nothing is random or unreadable, by a single lookup."""
         tensors, indices = in_memory(self.data, [index for _, index, _ in keys])
         if len(tensors) < 2 or tensors[1].dim() not in (1, 2):
             return [self[key] for key in keys]
@@ -176,14 +176,14 @@ class Items(Dataset[tuple[Any, Any, bool, list[str]]]):
 
 
 def in_memory(data: Any, indices: list[int]) -> tuple[tuple[Tensor, ...], list[int]]:
-    """The tensors behind a TensorDataset or a Subset of one, and where in them the items are; else no tensors."""
+    """Return the tensors of a TensorDataset or a Subset of one, and the items' indices in them; else no tensors."""
     if type(data) is Subset:
         return in_memory(data.dataset, [data.indices[index] for index in indices])
     return (data.tensors if type(data) is TensorDataset else ()), indices
 
 
 def pair_of(item: Any, keys: Sequence[str], name: str) -> tuple[Any, Any]:
-    """Image and class of an item of a data set, or images and classes of a batch of a loader."""
+    """Return the image and class of a data set's item, or the images and classes of a loader's batch."""
     parts = fields_of(item, keys)
     if len(parts) >= 2:
         return parts[0], parts[1]
@@ -197,7 +197,7 @@ def pair_of(item: Any, keys: Sequence[str], name: str) -> tuple[Any, Any]:
 
 
 def gives_images(data: Any, keys: Sequence[str] = ()) -> bool:
-    """Whether the items of a data set are PIL images, which go through the transform."""
+    """Return whether the items of a data set are PIL images, which go through the transform."""
     if isinstance(data, (DataLoader, IterableDataset, TensorDataset)) or not hasattr(data, "__len__"):
         return False
     for index in range(min(len(data), MOST_REPLACEMENTS)):
@@ -210,7 +210,7 @@ def gives_images(data: Any, keys: Sequence[str] = ()) -> bool:
 
 
 def name_of(data: Any, index: int) -> str:
-    """The file of an item, where the data set tells it."""
+    """Return the file of an item if the data set knows it, otherwise its number."""
     if isinstance(data, Subset):
         return name_of(data.dataset, data.indices[index])
     names = getattr(data, "samples", None) or getattr(data, "imgs", None)
@@ -218,7 +218,7 @@ def name_of(data: Any, index: int) -> str:
         return str(names[index][0] if isinstance(names[index], (tuple, list)) else names[index])
     try:
         return str(data.filename(index, absolute=True))
-    except Exception:  # a reader that has no files, or another kind of data set
+    except Exception:  # a reader without files, or another kind of data set
         return f"item {index}"
 
 
@@ -241,9 +241,9 @@ def images_together(images: Sequence[Any]) -> Any:
 
 
 class DatasetStream:
-    """The batches of a data set with indices, epoch by epoch."""
+    """The batches of a map-style data set, epoch by epoch."""
 
-    resumes_within = True  # an epoch can begin in the middle, with the batches that it has there in any case
+    resumes_within = True  # an epoch can start in the middle, with the batches that it always has there
 
     def __init__(self, items: Items, order: Order, *, bad_images: str, workers: int, pin_memory: bool) -> None:
         self.name, self.data, self.order, self.bad_images = items.name, items.data, order, bad_images
@@ -259,22 +259,22 @@ class DatasetStream:
         )
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Number of batches per epoch."""
         return len(self.order)
 
     def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
-        """Images, prepared, and targets of these places in the data."""
+        """Return the prepared images and the targets at these indices of the data."""
         return [self.loader.dataset[0, index, True][:2] for index in indices]
 
     def places(self, count: int) -> Tensor:
-        """Where in the data the images are that the batches of an evaluation held, those of one process after the other's."""
+        """Return the indices in the data of the images of an evaluation's batches, one process after the other."""
         world = self.order.world
         if world == 1:
             return torch.arange(count)
         return torch.arange(count).view(len(self), world, -1).transpose(0, 1).flatten()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number ``start`` on."""
+        """Yield the batches of an epoch, starting with number ``start``."""
         self.order.epoch, self.order.start = epoch, start
         batches = iter(self.loader)
         while True:
@@ -298,8 +298,8 @@ class DatasetStream:
 class LoaderStream:
     """The batches of the caller's own DataLoader.
 
-    Its generators are seeded for each epoch and batch, so that an epoch has the same order and augmentation in a run that is
-    resumed before it.
+    Its generators are seeded for each epoch and batch, so that an epoch has the same order and augmentation if the run
+    is resumed before it.
     """
 
     resumes_within = False
@@ -319,7 +319,7 @@ class LoaderStream:
         return self.total
 
     def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
-        """The images and targets that come at these places in an evaluation."""
+        """Return the images and targets at these positions of an evaluation."""
         found: dict[int, tuple[Any, Any]] = {}
         first = 0
         for batch in self.batches(0):
@@ -335,7 +335,7 @@ class LoaderStream:
         return torch.arange(count)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch; ``start`` is 0."""
+        """Yield the batches of an epoch; ``start`` is 0."""
         self.begin(epoch)
         fetch = iter(self.loader)
         for number in range(self.total):
@@ -349,7 +349,7 @@ class LoaderStream:
             yield Batch(images, targets, torch.ones(len(targets), dtype=torch.bool), [])
 
     def begin(self, epoch: int) -> None:
-        """Have the loader's shuffling depend on the epoch alone."""
+        """Make the loader's shuffling depend on the epoch only."""
         seed_all(self.seed, EPOCH, epoch)
         sampler = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
         for part in (self.loader, sampler, self.loader.dataset):
@@ -360,7 +360,7 @@ class LoaderStream:
 
 
 def check_batch(images: Any, targets: Any, name: str) -> None:
-    """Raise where these are no batch: of a loader without a batch size, or of the caller's own collating."""
+    """Raise an error if these are not a batch, because of a loader without a batch size or a custom ``collate_fn``."""
     both = (images, targets)
     if all(isinstance(part, Tensor) and part.dim() for part in both) and len(images) == len(targets):
         return

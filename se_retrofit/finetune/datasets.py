@@ -1,4 +1,4 @@
-"""Data by name: to train and validate on, and the split of it that an evaluation measures."""
+"""Data by name: for training and validation, and the split that is evaluated."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ SPLITS = ("train", "val", "test", "all")
 
 @dataclass(frozen=True)
 class NamedData:
-    """Training and validation data, and the number of classes (None where the data does not tell).
+    """Training and validation data, and the number of classes (None if the data doesn't provide it).
 
-    ``note`` says, a line each, how many images a folder has of each class, how it was split, and which files were left out; empty
-    where there is nothing to say.
+    ``note`` reports, in one line each, how many images of each class a folder has, how it was split, and which files
+    were left out; it may be empty.
     """
 
     train: Any
@@ -55,14 +55,14 @@ class NamedData:
 
 @dataclass(frozen=True)
 class Split:
-    """Images that are measured.
+    """Images to evaluate a network on.
 
     Attributes:
-        data: a Dataset, or what else ``evaluate`` takes.
-        name: ``"train"``, ``"val"``, ``"test"`` or ``"all"``; empty for data that was not opened by name.
-        about: which images they are, and how many; empty likewise.
-        unseen: the split in whose place images that no run trained on may be measured; None where there is no other.
-        training: of ``"all"``, the images that ``finetune`` trains on, where there are such.
+        data: a Dataset, or anything else that ``evaluate`` accepts.
+        name: ``"train"``, ``"val"``, ``"test"`` or ``"all"``; empty if the data was not opened by name.
+        about: which images these are, and how many; empty if the data was not opened by name.
+        unseen: the split to evaluate instead to get images that no run trained on; None if there is no other.
+        training: for ``"all"``, those of the images that ``finetune`` trains on; None if there are none.
     """
 
     data: Any
@@ -80,19 +80,19 @@ def load_data(
     image_size: int | None = None,
     val_fraction: float = 0.2,
 ) -> NamedData:
-    """Data for ``finetune`` by name.
+    """Open training and validation data for ``finetune`` by name.
 
     Args:
-        name: ``digits`` (scikit-learn's 1,797 handwritten digits, which come with it); a folder that holds
-            ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone, which is split; or a name of timm's
+        name: ``digits`` (the 1,797 handwritten digits that come with scikit-learn); a folder that holds
+            ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, or only ``CLASS/IMAGE``, which is split; or a name for timm's
             dataset factory: ``torch/cifar10``, ``hfds/OWNER/NAME``, ...
-        root: where timm's factory keeps its data.
-        download: let it fetch what is not there.
-        image_size: of the digits, 32 by default. Other data gets the network's own size, or ``config.image_size``.
-        val_fraction: the part of each class that is kept for validation where a folder is split; always the same images.
+        root: where timm's factory stores its data.
+        download: whether the factory may download missing data.
+        image_size: size of the digits, 32 by default. Other data gets the network's own size, or ``config.image_size``.
+        val_fraction: the fraction of each class that is held out if a folder is split; always the same images.
 
     Raises:
-        RetrofitError: there is no such data, or a class has too few images to be split.
+        RetrofitError: If there is no such data, or a class has too few images to be split.
 
     Example:
         >>> from se_retrofit.finetune import load_data
@@ -122,8 +122,8 @@ def load_data(
             return NamedData(train, val, len(images.classes), _joined((class_sizes(images), note, left_out(folder))))
         held = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     raise RetrofitError(
-        f"{folder} must hold the folders train and val, each with one folder of images a class, or the folders of the "
-        f"classes alone, with images in them; it holds {', '.join(held[:5]) or 'no folders'}"
+        f"{folder} must hold the folders train and val, each with one folder of images per class, or only the "
+        f"folders of the classes, with images in them; it holds {', '.join(held[:5]) or 'no folders'}"
     )
 
 
@@ -137,19 +137,19 @@ def load_split(
     val_fraction: float = 0.2,
     classes: Sequence[str] | None = None,
 ) -> Split:
-    """Images to evaluate a network on, by the name of their data.
+    """Open the images to evaluate a network on, by the name of their data.
 
     Args:
         name: as for ``load_data``, but a folder may have any of ``train/``, ``val/`` and ``test/``.
-        split: ``"train"``, ``"val"``, ``"test"`` or ``"all"``. None takes ``"all"`` of a folder of classes, and elsewhere
-            ``"val"``, or ``"test"`` where there is no ``"val"``. Of a folder of classes, ``"val"`` is the part that
-            ``finetune`` holds out, and ``"train"`` the rest.
+        split: ``"train"``, ``"val"``, ``"test"`` or ``"all"``. None means ``"all"`` for a folder of classes, and
+            otherwise ``"val"``, or ``"test"`` if there is no ``"val"``. In a folder of classes, ``"val"`` is the part
+            that ``finetune`` holds out, and ``"train"`` the rest.
         root, download, image_size, val_fraction: as for ``load_data``.
-        classes: names in the order of the network's outputs, by which a folder's classes are numbered if all of them are
-            among these; otherwise, and with None, they are numbered as in ``train/``, or by the order of their names.
+        classes: class names in the order of the network's outputs, which number a folder's classes if they include all
+            of them; otherwise, and with None, classes are numbered as in ``train/``, or in the order of their names.
 
     Raises:
-        RetrofitError: there is no such data, or it has no such split; the message says which it has.
+        RetrofitError: If there is no such data, or it has no such split; the message lists the splits that it has.
 
     Example:
         >>> from se_retrofit.finetune import load_split
@@ -161,7 +161,7 @@ def load_split(
     if is_of_timm(name):
         if split == "all":
             raise RetrofitError(
-                f"{name}: timm opens a data set split by split, so there is no all; take train, val or test"
+                f"{name}: timm opens a data set split by split, so there is no all; choose train, val or test"
             )
         data = _of_timm(str(name), split or "val", root, download)
         return Split(data, split or "val", f"{split or 'val'} of {name}: {len(data):,} images")
@@ -184,7 +184,7 @@ def load_split(
 
 
 def limited(data: Any, limit: int | None) -> Any:
-    """So many images of each class, or all where it has fewer, always the same ones; the data itself where ``limit`` is None."""
+    """Return at most ``limit`` images of each class, always the same ones; the data itself if ``limit`` is None."""
     if limit is None:
         return data
     targets = targets_of(data)
@@ -198,14 +198,14 @@ def limited(data: Any, limit: int | None) -> Any:
     for index, target in zip(order.tolist(), targets[order].tolist(), strict=True):
         taken[target] += 1
         kept += [index] if taken[target] <= limit else []
-    if isinstance(data, Subset):  # whose own data set tells the classes
+    if isinstance(data, Subset):  # of the data set that knows the classes
         return Subset(data.dataset, sorted(data.indices[index] for index in kept))
     return Subset(data, sorted(kept))
 
 
 def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
-    """What is to be said where images are measured that a run was trained on, by what ``describe_data`` gave of its training data;
-    empty where none are, or that is not known."""
+    """Return a remark if a run was trained on some of these images, given the result of ``describe_data`` for its
+    training data; empty if it was not, or if that is unknown."""
     if training is None:
         return ""
     known = {field: value for field, value in training.items() if field != "batch size"}
@@ -221,11 +221,11 @@ def _joined(notes: Iterable[str]) -> str:
     return "\n".join(filter(None, notes))
 
 
-# By kind of data
+# Kinds of data
 
 
 def digit_images(size: int) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits: images of shape (1797, 3, size, size) with values in [-1, 1], and their classes."""
+    """Return scikit-learn's 1,797 digits: images (1797, 3, size, size) with values in [-1, 1], and their classes."""
     from sklearn.datasets import load_digits
 
     pixels, classes = (torch.as_tensor(values) for values in load_digits(return_X_y=True))
@@ -242,18 +242,18 @@ def _digits(size: int | None) -> list[TensorDataset]:
 
 
 def is_of_timm(name: str | Path) -> bool:
-    """Whether data of this name comes from timm's dataset factory."""
+    """Return whether data of this name comes from timm's dataset factory."""
     return str(name).lower().startswith(TIMM_PREFIXES) and not Path(name).is_dir()
 
 
 def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
     called = "validation" if split == "val" else split
     try:
-        # without a mode, the images come as they are, and the transform brings them into the network's
+        # without a mode, images stay as they are, and the transform converts them to the network's mode
         return create_dataset(
             name, root=str(root), split=called, is_training=split == "train", download=download, input_img_mode=""
         )
-    except Exception as error:  # timm and the libraries behind it raise of every kind, AssertionErrors too
+    except Exception as error:  # timm and the libraries behind it raise errors of all kinds, even AssertionErrors
         hint = "" if download else "; download=True lets it be fetched"
         raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
 
@@ -283,12 +283,12 @@ def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence
 
 
 def _chosen(origin: object, split: str | None, parts: Mapping[str, Callable[[], Any]]) -> Split:
-    """The split that was asked for, or the one that is meant; only what is measured is opened."""
+    """Return the split that was asked for, or the default one; only what is evaluated is opened."""
     wanted = ("val", "test") if split is None else (split,)
     chosen = next((name for name in wanted if name == "all" or name in parts), None)
     if chosen is None:
         raise RetrofitError(
-            f"{origin} has no {' and no '.join(wanted)}: it has {' and '.join(parts)}; choose by split, or take all"
+            f"{origin} has no {' and no '.join(wanted)}: it has {' and '.join(parts)}; choose a split, or all"
         )
     unseen = next((part for part in ("val", "test") if part in parts and part != chosen), None)
     if chosen != "all":
@@ -301,8 +301,8 @@ def _chosen(origin: object, split: str | None, parts: Mapping[str, Callable[[], 
 
 
 def data_folder(name: str | Path) -> Path:
-    """The folder of this name."""
-    if not str(name) or not Path(name).is_dir():  # "" would be the folder that one is in
+    """Return the folder of this name, or raise an error if there is none."""
+    if not str(name) or not Path(name).is_dir():  # "" would be the current folder
         raise RetrofitError(
             f"no data {str(name)!r}: give digits, a folder with train/ and val/, or a name of timm's dataset factory "
             f"({', '.join(TIMM_PREFIXES)}...)"

@@ -1,4 +1,4 @@
-"""Devices, precision and processes: Accelerate, set up from a config and put away again; and the form that a network has in a step."""
+"""Devices, precision and processes, by means of Accelerate; and the form that a network has during a training step."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .parts import layout_of
 
 __all__ = ["Forward", "TrainingForm", "called", "engine", "fast_math", "logits_of", "placed", "recomputing", "share"]
 
-BACKEND = "inductor"  # of torch.compile
-SWITCH = "grad_checkpointing"  # the attribute by which timm's networks are told to compute activations twice
+BACKEND = "inductor"  # for torch.compile
+SWITCH = "grad_checkpointing"  # the attribute that switches gradient checkpointing on in timm's networks
 
 
 @contextlib.contextmanager
 def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[Accelerator]:
-    """An Accelerator for this run. Under ``torchrun`` and ``accelerate launch`` it joins the other processes."""
-    # Without an accelerator Accelerate must be told that it is on the CPU, or it overlooks torchrun.
+    """Provide an Accelerator for a run. Under ``torchrun`` and ``accelerate launch`` it joins the other processes."""
+    # Without a GPU, Accelerate must be told that it runs on the CPU, or it overlooks torchrun.
     cpu = config.cpu or not torch.accelerator.is_available()
     ours = not AcceleratorState._shared_state  # the caller may have an Accelerator of their own
     try:
@@ -59,7 +59,7 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
     finally:
         accelerator.free_memory()
         if ours:
-            # Accelerate keeps one state a process: the next run may want another precision. The process group stays.
+            # Accelerate has one state per process; the next run may want another precision. The process group stays.
             GradientState._reset_state()
             AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
 
@@ -70,7 +70,7 @@ def _precision(precision: str, cpu: bool) -> str | None:
     if precision != "auto":
         return precision
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None  # accelerate launch has been told
+        return None  # set by accelerate launch
     if cpu or not torch.cuda.is_available():
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -78,7 +78,7 @@ def _precision(precision: str, cpu: bool) -> str | None:
 
 @contextlib.contextmanager
 def fast_math(precision: str) -> Iterator[None]:
-    """TF32 and cuDNN's search for the fastest kernels, for the time of a run."""
+    """Enable TF32 and cuDNN's search for the fastest kernels for the duration of a run."""
     products: Any = torch.backends.cuda.matmul
     convolutions: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  (torch's stubs lack it)
     before = products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark
@@ -91,7 +91,7 @@ def fast_math(precision: str) -> Iterator[None]:
 
 
 def processes() -> tuple[int, int]:
-    """Number of this process and how many there are, without joining them."""
+    """Return the rank of this process and the number of processes, without joining them."""
     if PartialState._shared_state:
         state = PartialState()
         return state.process_index, state.num_processes
@@ -100,7 +100,7 @@ def processes() -> tuple[int, int]:
 
 @torch.no_grad()
 def share(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the values that the main one has."""
+    """Copy the values of the main process to all others."""
     for tensor in tensors:
         tensor.copy_(broadcast(tensor.clone()))
 
@@ -109,15 +109,15 @@ def share(tensors: Iterable[Tensor]) -> None:
 
 
 def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The images and targets of a batch on the device."""
+    """Return the images and targets of a batch on the device."""
     images = batch.images.to(device, non_blocking=True, memory_format=layout_of(batch.images, device))
     targets = batch.targets if batch.targets.dim() == 1 else batch.targets.float()
     return images, targets.to(device, non_blocking=True)
 
 
 class Forward(nn.Module):
-    """What is handed to Accelerate in place of the network, so that its wrappers and its patched ``forward`` (autocast)
-    are put on this, and the caller's network stays as it is."""
+    """A module that is passed to Accelerate in place of the network, so that wrappers and the patched ``forward``
+    (autocast) apply to this module, and the caller's network stays as it is."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Forward(nn.Module):
 
 
 def logits_of(output: Any) -> tuple[Tensor, list[Tensor]]:
-    """Logits and auxiliary logits (of GoogLeNet and Inception in training mode) from what a network returns."""
+    """Return the logits and auxiliary logits (of GoogLeNet and Inception in training mode) in a network's output."""
     auxiliary: list[Tensor] = []
     if isinstance(output, tuple) and hasattr(output, "logits"):
         auxiliary = [t for name, t in output._asdict().items() if name != "logits" and t is not None]  # type: ignore[attr-defined]
@@ -140,7 +140,7 @@ def logits_of(output: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def called(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """``logits_of`` what the network returns."""
+    """Call the network and return the ``logits_of`` its output."""
     try:
         return logits_of(network(images))
     except (RuntimeError, ValueError) as error:
@@ -149,19 +149,19 @@ def called(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         batch = f"a batch of shape {tuple(images.shape)}, {images.dtype}"
         if "more than 1 value per channel" in str(error):
             raise RetrofitError(
-                f"a batch norm gets a single value for each channel from {batch}; take a larger batch_size, larger images, "
-                "or freeze_bn=True"
+                f"a batch norm gets a single value for each channel from {batch}; use a larger batch_size, larger "
+                "images, or freeze_bn=True"
             ) from error
         raise RetrofitError(
-            f"the network fails on {batch}: {error}; compare the images with what the network takes (channels first, "
+            f"the network fails on {batch}: {error}; compare the images with what the network expects (channels first, "
             "their number, size and dtype)"
         ) from error
 
 
 class TrainingForm:
-    """A context for a training step, in which the modules that ``fuse_se`` changes are of their fused classes.
+    """A context manager for a training step, in which the modules that ``fuse_se`` changes have their fused classes.
 
-    Outside of it the network is the caller's own, so what is evaluated, averaged and saved needs no conversion.
+    Outside it, the network is as the caller built it, so it can be evaluated, averaged and saved without conversion.
     """
 
     def __init__(self, model: nn.Module, fused: bool) -> None:
@@ -183,7 +183,7 @@ class TrainingForm:
 
 @contextlib.contextmanager
 def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """In the body the network computes its activations once more in the backward pass, by its own ``set_grad_checkpointing``."""
+    """Enable the network's own gradient checkpointing (timm's ``set_grad_checkpointing``) within the context."""
 
     def on() -> bool:
         return any(getattr(module, SWITCH, False) is True for module in model.modules())
@@ -192,12 +192,12 @@ def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
         return
     switch: Any = getattr(model, "set_grad_checkpointing", lambda enable: None)
-    with contextlib.suppress(AssertionError):  # how timm says that this network can't
+    with contextlib.suppress(AssertionError):  # raised by timm if the network doesn't support it
         switch(True)
     if not on():
         raise RetrofitError(
-            f"grad_checkpointing=True: {type(model).__name__} has no set_grad_checkpointing of timm's kind; leave it out, "
-            "or take a smaller batch_size with grad_accum_steps"
+            f"grad_checkpointing=True: {type(model).__name__} has no set_grad_checkpointing like timm's; leave it out, "
+            "or use a smaller batch_size with grad_accum_steps"
         )
     try:
         yield

@@ -1,4 +1,4 @@
-"""Scores of a classifier on a data set: each image counts once, whatever the number of processes."""
+"""Scores of a classifier on a data set. Each image counts once, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from .transforms import check_classes, class_names, class_names_of
 __all__ = ["ClassScores", "Evaluation", "check_targets", "evaluate", "hits", "measure"]
 
 MOST_LIKELY = 5  # classes of each image that are kept
-LONGEST_NAME = 32  # letters, in the picture of the confusion
-HARDEST = 16  # images with the highest losses, of which a run keeps a picture
+LONGEST_NAME = 32  # letters, in the plot of the confusion matrix
+HARDEST = 16  # images with the highest losses, of which a run draws a picture
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One class: how many images it has and how often it was the answer; precision, recall and F1, 0 where undefined; with
-    several labels an image, the average precision, None where no image has the label."""
+    """The scores of one class: its number of images and of answers; precision, recall and F1, which are 0 if undefined;
+    and, with several labels per image, the average precision, which is None if no image has the label."""
 
     name: str
     images: int
@@ -50,19 +50,19 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier does on a data set.
+    """The results of a classifier on a data set.
 
     Attributes:
-        loss: cross-entropy, binary for several labels an image; the mean over the images.
-        accuracy: the share of images that are classified correctly; of several labels an image, the share of labels.
-        classes: each class that the network knows.
+        loss: mean cross-entropy over the images; binary cross-entropy with several labels per image.
+        accuracy: fraction of the images that are classified correctly; with several labels per image, of the labels.
+        classes: the scores of each class that the network knows.
         multi_label: whether an image may have several classes.
-        answers: the most likely classes of each image, the first first, (images, 5), fewer where there are fewer classes; with
-            several labels the probabilities, (images, classes).
-        targets: the classes, (images,); with several labels 0 and 1, (images, classes).
-        losses: of each image, (images,).
-        places: of each image in the data, (images,), of which several processes have each measured a part.
-        split, about: which images of which data they are; empty where the data was not given by name.
+        answers: the most likely classes of each image, most likely first, (images, 5), or fewer if there are fewer
+            classes; with several labels, the probabilities, (images, classes).
+        targets: the classes, (images,); with several labels, zeros and ones, (images, classes).
+        losses: the loss of each image, (images,).
+        places: the index of each image in the data, (images,), because several processes evaluate a part each.
+        split, about: which images of which data these are; empty if the data was not given by name.
     """
 
     loss: float
@@ -78,7 +78,7 @@ class Evaluation:
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """Number of images."""
         return len(self.targets)
 
     @property
@@ -90,24 +90,24 @@ class Evaluation:
 
     @property
     def top5(self) -> float | None:
-        """The share whose class is among the five most likely ones; None with five classes or fewer, and several labels."""
+        """Fraction of images whose class is among the top five; None with five classes or fewer, or several labels."""
         if self.multi_label or len(self.classes) <= MOST_LIKELY:
             return None
         return float((self.answers == self.targets[:, None]).any(1).double().mean())
 
     @property
     def precision(self) -> float:
-        """The mean over the classes that have images or were an answer, each counting the same."""
+        """Precision, as the unweighted mean over the classes that have images or were an answer."""
         return self._mean("precision")
 
     @property
     def recall(self) -> float:
-        """The mean, as of ``precision``."""
+        """Recall, averaged like ``precision``."""
         return self._mean("recall")
 
     @property
     def f1(self) -> float:
-        """The mean, as of ``precision``."""
+        """F1, averaged like ``precision``."""
         return self._mean("f1")
 
     def _mean(self, name: str) -> float:
@@ -116,25 +116,25 @@ class Evaluation:
 
     @property
     def map(self) -> float | None:
-        """The mean average precision of the labels that images have; None for one class an image."""
+        """Mean average precision of the labels that occur; None with one class per image."""
         held = [scores.average_precision for scores in self.classes if scores.average_precision is not None]
         return (statistics.fmean(held) if held else 0.0) if self.multi_label else None
 
     @property
     def confusion(self) -> Tensor:
-        """How many images of each class (rows) are taken for each (columns), (classes, classes).
+        """Number of images of each class (rows) that are taken for each class (columns), (classes, classes).
 
         Raises:
-            RetrofitError: an image may have several classes.
+            RetrofitError: If an image may have several classes.
         """
         if self.multi_label:
-            raise RetrofitError("with several labels an image no class is taken for another; see classes")
+            raise RetrofitError("with several labels per image, there is no confusion matrix; see classes")
         count = len(self.classes)
         return torch.bincount(self.targets * count + self.answers[:, 0], minlength=count**2).view(count, count)
 
     def hardest(self) -> list[dict[str, Any]]:
-        """The images with the highest losses, the highest first, as plain data: ``image``, its place in the data, ``loss``, and
-        ``answer``, the classes that the network gives it."""
+        """Return the images with the highest losses, highest first, as plain data: ``image``, its index in the data,
+        ``loss``, and ``answer``, the classes predicted for it."""
         losses, order = self.losses.topk(min(HARDEST, self.images))
         said = (
             [row.nonzero().flatten() for row in self.answers[order] > 0.5]
@@ -147,7 +147,7 @@ class Evaluation:
         ]
 
     def scores(self) -> dict[str, float]:
-        """All that is one number, such as ``accuracy`` and ``f1``."""
+        """Return all scores that are single numbers, such as ``accuracy`` and ``f1``."""
         names = ("loss", "accuracy", "top5", "precision", "recall", "f1", "map")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -163,24 +163,24 @@ class Evaluation:
         return "\n".join([*([self.about] if self.about else []), *aligned(rows, left=1, rule=True), last])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return plain data that JSON can hold."""
         return {
             **self.scores(), "images": self.images, "classes": [vars(scores) for scores in self.classes],
             "confusion": None if self.multi_label else self.confusion.tolist(), "split": self.split, "about": self.about,
         }  # fmt: skip
 
     def plot(self, file: str | Path) -> Path:
-        """The confusion matrix as a picture, each row as parts of its class's images.
+        """Plot the confusion matrix, each row as fractions of its class's images.
 
         Raises:
-            RetrofitError: the file can't be written; an image may have several classes.
+            RetrofitError: If the file can't be written, or an image may have several classes.
         """
         from matplotlib.figure import Figure
         from sklearn.metrics import ConfusionMatrixDisplay
 
         confusion, size = self.confusion, len(self.classes)
         shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-        # of more than 60 no name can be read
+        # with more than 60, the names would be illegible
         names = [as_written(short(scores.name, LONGEST_NAME)) for scores in self.classes] if size <= 60 else None
         side = min(max(2.2, 0.38 * size), 30.0) + 0.8
         room = 0.085 * max(map(len, names or [""]))  # inches, for names beside the matrix and below it
@@ -200,19 +200,19 @@ def evaluate(
     split: str | None = None,
     config: FinetuneConfig | None = None,
 ) -> Evaluation:
-    """Loss, accuracy and what else there is to say of a classifier on images, as the fine-tune measures it.
+    """Evaluate a classifier on images: loss, accuracy and further scores, as measured during a fine-tune.
 
     Args:
-        model: the network; it is moved to the device where it is run, and stays there.
-        data: a Dataset or a DataLoader, as for ``finetune``, which is measured whole; a name of data, such as a folder, as
-            ``load_split`` takes; or what ``load_split`` gave.
-        split: which images of data that is given by name; None for all of a folder of classes, and ``"val"`` elsewhere, or
-            ``"test"`` where there is no ``"val"``.
-        config: for batch size, image size, precision, ``multi_label`` and the like.
+        model: the network; it is moved to the device that it runs on, and stays there.
+        data: a Dataset or a DataLoader, as for ``finetune``, which is used as a whole; the name of data, such as a
+            folder, as for ``load_split``; or the result of ``load_split``.
+        split: which images to use of data that is given by name; None for all of a folder of classes, and otherwise for
+            ``"val"``, or ``"test"`` if there is no ``"val"``.
+        config: provides batch size, image size, precision, ``multi_label`` and so on.
 
     Raises:
-        RetrofitError: data and network don't fit together; the data has no such split.
-        TypeError: an argument is of the wrong type.
+        RetrofitError: If data and network don't fit together, or the data has no such split.
+        TypeError: If an argument is of the wrong type.
 
     Example:
         >>> import timm
@@ -232,12 +232,12 @@ def evaluate(
         to_device(model, accelerator.device)
         names = class_names(model) or class_names_of(part.data, config.keys) or []
         found = measure(model, batches, accelerator, config.multi_label, Log(None, accelerator), names)
-    assert found is not None  # only a stop ends it early
+    assert found is not None  # only ``stop`` ends it early
     return replace(found, split=part.name, about=part.about)
 
 
 def _opened(data: Any, split: str | None, model: nn.Module, image_size: int | None) -> Split:
-    """What is to be measured, opened where it is a name."""
+    """Return the images to evaluate, opened if they are given by name."""
     if isinstance(data, (str, Path)):
         return load_split(data, split, image_size=image_size, classes=class_names(model))
     if split is not None:
@@ -258,9 +258,9 @@ def measure(
     names: Sequence[str] = (),
     stop: threading.Event | None = None,
 ) -> Evaluation | None:
-    """What a network says about the images of all processes; each image counts once.
+    """Evaluate a network on the images of all processes; each image counts once.
 
-    None where ``stop`` was set meanwhile. Several processes, which must leave together, go through with it.
+    Returns None if ``stop`` is set meanwhile. Several processes must stop together, and so finish the evaluation.
     """
     network.eval()
     device = accelerator.device
@@ -279,7 +279,7 @@ def measure(
         counts = batch.counts.to(device, non_blocking=True)
         losses = losses_of(logits.float(), targets, multi_label)
         right = hits(logits, targets, multi_label) * counts
-        # Not losses[counts], whose size the host would have to wait for
+        # Not losses[counts]: the host would have to wait for its size
         totals += torch.stack([losses.where(counts, losses.new_zeros(())).sum(), right.sum(), counts.sum()])
         said.append((counts, losses, *answer(logits.float(), targets, multi_label)))
     loss, right_count, seen = accelerator.reduce(totals, "sum").tolist()
@@ -294,7 +294,7 @@ def measure(
 def scores_by_class(
     answers: Tensor, targets: Tensor, classes: int, multi_label: bool, names: Sequence[str]
 ) -> tuple[ClassScores, ...]:
-    """Of each class; one without a name has its number."""
+    """Return the scores of each class; a class without a name is named by its number."""
     said, true = (answers > 0.5, targets > 0.5) if multi_label else (answers[:, 0], targets)
     if multi_label:
         counts = [part.sum(0) for part in (said & true, said, true)]
@@ -322,30 +322,30 @@ def scores_by_class(
 
 
 def losses_of(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
-    """Of each image, (N,)."""
+    """Return the loss of each image, (N,)."""
     if multi_label:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
     return F.cross_entropy(logits, targets, reduction="none")
 
 
 def hits(logits: Tensor, targets: Tensor, multi_label: bool) -> Tensor:
-    """Whether the class of each image is right, or the share of its labels that are, (N,)."""
+    """Return whether the class of each image is right, or the fraction of its labels that are, (N,)."""
     if multi_label:
         return ((logits > 0) == (targets > 0.5)).float().mean(1)
     return logits.argmax(1) == (targets if targets.dim() == 1 else targets.argmax(1))
 
 
 def answer(logits: Tensor, targets: Tensor, multi_label: bool) -> tuple[Tensor, Tensor]:
-    """What is kept of each image: little, as there may be many images and classes."""
+    """Return what is kept for each image: little, because there may be many images and classes."""
     if multi_label:
         return logits.sigmoid(), targets
     likely = logits.topk(min(MOST_LIKELY, logits.shape[1]), dim=1).indices
-    likely[:, 0] = logits.argmax(1)  # which of equals comes first must not depend on how many are asked for
+    likely[:, 0] = logits.argmax(1)  # among ties, the first must not depend on the number that topk returns
     return likely, targets if targets.dim() == 1 else targets.argmax(1)
 
 
 def gathered(parts: list[Tensor], accelerator: Accelerator) -> Tensor:
-    """The values of all processes, on the CPU; where they have unequal many, followed by zeros (which don't count)."""
+    """Gather the values of all processes on the CPU, padded with zeros (which don't count) if their numbers differ."""
     whole = torch.cat(parts)
     if accelerator.num_processes > 1:
         whole = accelerator.gather(accelerator.pad_across_processes(whole))
@@ -353,7 +353,7 @@ def gathered(parts: list[Tensor], accelerator: Accelerator) -> Tensor:
 
 
 def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None:
-    """On the CPU: the same mistake found by a CUDA kernel ends the process."""
+    """Check targets on the CPU, because the same mistake in a CUDA kernel would end the process."""
     targets = batch.targets
     got = f"{targets.dtype} of shape {tuple(targets.shape)}"
     if multi_label or (targets.dim() == 2 and targets.is_floating_point()):
@@ -363,7 +363,7 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
             raise RetrofitError("the labels of an image must be from 0 to 1")
         return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
-        hint = "; vectors are for several labels an image (multi_label=True), or of floats, for soft labels"
+        hint = "; vectors are for several labels per image (multi_label=True) or, as floats, for soft labels"
         hint = hint if targets.dim() == 2 else ""
         raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())

@@ -1,7 +1,7 @@
-"""Which experiment a run is: the network and its starting weights, what ``add_se`` did, and the data.
+"""The identity of a run's experiment: the network and its initial weights, what ``add_se`` did, and the data.
 
-A folder that holds one experiment must not answer for another, so all of it is written with the checkpoint and
-compared before a run is resumed. The config is compared on its own, field by field.
+A folder that holds one experiment must not be used for another, so its description is written with the checkpoint and
+compared before a run is resumed. The config is compared separately, field by field.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .randomness import SAMPLE, kept_randomness, seed_all
 
 __all__ = ["check_same", "describe_data", "describe_run", "digest", "file_digest", "plain"]
 
-SAMPLES = 8  # items of a data set whose content is looked at
+SAMPLES = 8  # items of a data set whose content is hashed
 DIGITS = 16  # of a hash, in hexadecimal
 SITE = ("path", "block", "kind", "after", "channels", "parameters", "channel_dim", "attention")  # not the edits
 
@@ -39,7 +39,7 @@ def describe_run(
     teacher: nn.Module | None = None,
     distillation: tuple[float, float] = (0.5, 4.0),
 ) -> dict[str, Any]:
-    """All of an experiment but its config, as plain data that is equal for equal experiments."""
+    """Describe an experiment except for its config, as plain data that is equal for equal experiments."""
     plan, base = plan_of(model) if has_se(model) else None, Base.noted(model)
     named = getattr(criterion, "__qualname__", type(criterion).__qualname__)
     described = {
@@ -61,8 +61,8 @@ def describe_run(
 
 
 def describe_data(data: Any) -> dict[str, Any]:
-    """A fingerprint of a Dataset or DataLoader: its length, its classes, the names of its files, and the content of
-    a few samples."""
+    """Return a fingerprint of a Dataset or DataLoader: its length, its classes, the names of its files, and the content
+    of a few samples."""
     described: dict[str, Any] = {}
     if isinstance(data, DataLoader):
         described["batch size"] = data.batch_size
@@ -77,7 +77,7 @@ def describe_data(data: Any) -> dict[str, Any]:
         described["classes"] = digest([str(name) for name in classes])
     if length and hasattr(data, "__getitem__"):
         if name_of(data, 0) != "item 0":
-            # the last two parts of a path, CLASS/IMAGE: the data may have moved to another place
+            # the last two parts of a path, CLASS/IMAGE, because the data may have been moved
             described["names"] = digest(["/".join(Path(name_of(data, at)).parts[-2:]) for at in range(length)])
         looked_at = sorted({number * length // SAMPLES for number in range(SAMPLES)})
         described["samples"] = digest([_content(data, at) for at in looked_at])
@@ -85,7 +85,7 @@ def describe_data(data: Any) -> dict[str, Any]:
 
 
 def _content(data: Any, index: int) -> str:
-    """A hash of one item; of an item that differs from one reading to the next, only that it does."""
+    """Return a hash of one item, or a remark if the item differs each time it is read."""
     found = []
     with kept_randomness():
         for _ in range(2):
@@ -111,10 +111,10 @@ def _hash(value: Any) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A hash of the state dict: names, shapes and bits."""
+    """Return a hash of the state dict: names, shapes and bits."""
     total = hashlib.sha256()
     for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):  # and not what get_extra_state returned
+        if isinstance(value, Tensor):  # not the result of get_extra_state
             total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             total.update(_raw(value))
     return total.hexdigest()[:DIGITS]
@@ -130,7 +130,7 @@ def _short(content: bytes) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """A hash of a file's content."""
+    """Return a hash of a file's content."""
     try:
         return _short(file.read_bytes())
     except OSError as error:
@@ -138,17 +138,17 @@ def file_digest(file: Path) -> str:
 
 
 def digest(value: Any) -> str:
-    """A short hash of plain data."""
+    """Return a short hash of plain data."""
     return _short(json.dumps(value, sort_keys=True, default=str).encode())
 
 
 def plain(value: Any) -> Any:
-    """What comes back when ``value`` is written as JSON and read again: tuples are lists then."""
+    """Return ``value`` as it would be after a round trip through JSON, with lists in place of tuples."""
     return json.loads(json.dumps(value, sort_keys=True, default=str))
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What sets two descriptions apart, one text for each field that differs."""
+    """Return the differences between two descriptions, one text for each field that differs."""
     texts = []
     for field in [*now, *sorted(saved.keys() - now.keys())]:
         before, after = saved.get(field), now.get(field)
@@ -160,7 +160,7 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    """Raise where a folder holds another experiment."""
+    """Raise an error if a folder holds another experiment."""
     differs = changes(saved, now)
     if not differs:
         return

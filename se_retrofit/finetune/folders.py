@@ -1,4 +1,4 @@
-"""Folders of images: which of them are classes, which splits, and what in them is left out."""
+"""Folders of images: which of them are classes, which are splits, and which files are left out."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = [
     "split_folders",
 ]  # fmt: skip
 
-# the names of a split's folder, of which the first that is there is taken
+# the possible names of a split's folder; the first that exists is used
 FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
-MOST_CLASSES = 12  # whose sizes are told one by one
-MUCH = 10  # times as many images in one class as in another
+MOST_CLASSES = 12  # up to this number, the size of each class is reported
+MUCH = 10  # ratio of class sizes from which balanced sampling is suggested
 
 
 @contextlib.contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """What goes wrong in reading a folder, as one line."""
+    """Turn errors in reading a folder into one line."""
     try:
         yield
     except OSError as error:
@@ -39,7 +39,7 @@ def readable(folder: Path) -> Iterator[None]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder that hold images, sorted; what is hidden or a file manager's is none."""
+    """Return the sorted names of the subfolders that hold images, except hidden ones and those of file managers."""
     return sorted(
         entry.name
         for entry in folder.iterdir()
@@ -48,14 +48,14 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """The files in a folder and in those in it, but for what is hidden or a file manager's."""
+    """Yield the files in a folder and its subfolders, except hidden ones and those of file managers."""
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _is_hidden(name)]
         yield from (os.path.join(place, name) for name in names if not _is_hidden(name))
 
 
 def is_image(file: str) -> bool:
-    """Whether it has an ending by which torchvision reads it as an image."""
+    """Return whether a file has a suffix that torchvision reads as an image."""
     return has_file_allowed_extension(file, IMG_EXTENSIONS)
 
 
@@ -64,7 +64,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def left_out(folder: Path) -> str:
-    """What in a folder of classes is not used: files that are no images, and folders without any; empty if there is nothing."""
+    """Describe what is not used in a folder of classes: files that are not images, and folders without images."""
     classes = set(class_folders(folder))
     empty = sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name not in classes and not _is_hidden(e.name))
     files = (file for name in (*sorted(classes), *empty) for file in files_in(folder / name))
@@ -76,7 +76,7 @@ def left_out(folder: Path) -> str:
 
 
 def class_sizes(images: ImageFolder) -> str:
-    """How many images each class has, and what to do where they differ much."""
+    """Describe how many images each class has, and what to do if the numbers differ much."""
     counts = Counter(images.targets)
     least, most = min(counts.values()), max(counts.values())
     told = "images: " + few((f"{name} {counts[n]:,}" for n, name in enumerate(images.classes)), MOST_CLASSES)
@@ -88,7 +88,7 @@ def class_sizes(images: ImageFolder) -> str:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of ``train``, ``val`` and ``test``, as far as they are there; none in a folder of classes, of which one may
+    """Return the folders of ``train``, ``val`` and ``test`` that exist; none in a folder of classes, one of which may
     have such a name."""
     found = set(class_folders(folder))
     names = {split: next((name for name in known if name in found), None) for split, known in FOLDERS.items()}
@@ -98,7 +98,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def images_in(folder: Path, several: bool = True) -> Subfolder:
-    """The images of a folder of classes, which must be several unless otherwise said."""
+    """Return the images of a folder of classes; there must be several classes, unless ``several`` is False."""
     names = class_folders(folder)
     if several:
         check_several(names, folder)
@@ -106,8 +106,8 @@ def images_in(folder: Path, several: bool = True) -> Subfolder:
 
 
 def check_several(classes: list[str], folder: Path) -> None:
-    """Raise where there is a single class."""
-    if len(classes) == 1:  # most likely a folder too high up
+    """Raise an error if there is a single class."""
+    if len(classes) == 1:  # most likely a folder one level too high
         raise RetrofitError(
             f"{folder} holds a single class, {classes[0]}, and there is nothing to tell it from; it must hold a folder "
             "of images for each class"
@@ -115,7 +115,7 @@ def check_several(classes: list[str], folder: Path) -> None:
 
 
 def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Subset[Any], Subset[Any]]:
-    """What is left for training, and a part of each class for validation: the same images in every run."""
+    """Hold out a fraction of each class, the same images in every run; return training and validation data."""
     if not 0 < val_fraction < 1:
         raise RetrofitError(f"val_fraction must be above 0 and below 1, got {val_fraction}")
     train: list[int] = []
@@ -136,7 +136,7 @@ def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Su
 
 
 class Subfolder(ImageFolder):
-    """A folder of images with the class numbers of another one, of which it may lack some classes."""
+    """A folder of images with the class numbers of another folder; it may lack some of its classes."""
 
     def __init__(self, folder: Path, class_to_idx: dict[str, int]) -> None:
         self.wanted = class_to_idx
@@ -162,17 +162,17 @@ class Subfolder(ImageFolder):
 
 
 class Joined(ConcatDataset[Any]):
-    """Several parts of the same classes, one after the other."""
+    """Several data sets of the same classes, one after the other."""
 
     def __init__(self, parts: list[Any]) -> None:
         super().__init__(parts)
         if all(isinstance(part, ImageFolder) for part in parts):
             self.classes = parts[0].classes
-            self.samples = [sample for part in parts for sample in part.samples]  # by which images are named
+            self.samples = [sample for part in parts for sample in part.samples]  # the names of the images
 
 
 def numbers(places: Iterable[Path], train: Path | None, classes: Sequence[str] | None) -> dict[str, int]:
-    """The number of each class."""
+    """Return the number of each class."""
     found = sorted({name for place in places for name in class_folders(place)})
     if classes is not None and set(found) <= set(classes):
         names = list(classes)

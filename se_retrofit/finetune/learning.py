@@ -1,4 +1,4 @@
-"""How fast each parameter learns, and by what: groups, and timm's optimizers, schedules, averages of weights and mixup."""
+"""How parameters are updated: groups with learning rates, and timm's optimizers, schedules, weight EMA and mixup."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .parts import head_of, se_modules
 
 __all__ = ["Learning", "fans_in", "learning", "param_groups", "rates_in_words", "se_pace", "try_out"]
 
-FASTEST = 0.01  # the learning rate of an SE layer times its number of inputs, at most
+FASTEST = 0.01  # the learning rate of an SE layer times its number of inputs, at most, unless lr is higher
 HAVE_FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
 
 @dataclass
 class Learning:
-    """What a network learns by.
+    """The objects that a network is trained with.
 
     Attributes:
-        optimizer: of all parameters that are ever trained.
-        schedule: timm's, None for a learning rate that stays.
-        ema: the average of the weights; None for none.
-        mixup: timm's; None for none.
+        optimizer: the optimizer of all parameters that are trained in any epoch.
+        schedule: timm's scheduler; None for a constant learning rate.
+        ema: the moving average of the weights, or None.
+        mixup: timm's mixup and cutmix, or None.
     """
 
     optimizer: torch.optim.Optimizer
@@ -45,7 +45,7 @@ class Learning:
 
 
 def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: int | None) -> Learning:
-    """What a network learns by, on its device, with so many batches an epoch."""
+    """Build what a network is trained with, on its device, for this number of batches per epoch."""
     if (config.mixup or config.cutmix) and classes is None:
         raise RetrofitError("mixup and cutmix need the number of classes: num_classes=...")
     groups = scaled_groups(
@@ -62,7 +62,7 @@ def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: in
 
 
 def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixed images and their soft labels. timm mixes pairs: the last image of an odd batch stays as it is."""
+    """Mix images, and return them with soft labels. timm mixes pairs: the last image of an odd batch stays unmixed."""
     if images.dim() < 4 and mixup.cutmix_alpha:
         raise RetrofitError(
             f"cutmix cuts rectangles out of images of two dimensions or more, got inputs of shape {tuple(images.shape)}; "
@@ -72,7 +72,7 @@ def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     parts = []
     if pairs:
         some = images[:pairs].clone()  # timm works in place
-        # and cuts the first two dimensions after the channels, where the area that it counts is the last two's
+        # timm cuts the first two dimensions after the channels, but computes the area from the last two
         flat, labels = mixup(some.flatten(1, -3) if some.dim() > 4 else some, targets[:pairs])
         parts.append((flat.view_as(some), labels))
     if pairs < len(targets):
@@ -89,19 +89,19 @@ def param_groups(
     model: nn.Module, lr: float, *, weight_decay: float = 0.05, se_lr_scale: float = 1.0, head_lr_scale: float = 5.0,
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The groups of parameters that ``finetune`` trains by, each with its own learning rate, for an optimizer of your own.
+    """Return the parameter groups that ``finetune`` uses, each with its own learning rate, for your own optimizer.
 
     Args:
-        model: of it, what requires a gradient is in the groups.
-        lr: of the body.
-        weight_decay: of the weights; norms and biases get none.
-        se_lr_scale: multiplies ``lr`` for the SE modules, whose layers have it times 16 / inputs, and 0.01 / inputs at most, so that
-            gates move alike at every width (as in muP, Yang et al., arXiv:2203.03466), and at high rates no faster than norms' scales.
-        head_lr_scale: multiplies ``lr`` for the classifier; take 1 where it is not new.
-        layer_decay: multiplies ``lr`` once more for each layer further from the head.
+        model: the network; parameters that require a gradient are put into the groups.
+        lr: learning rate of the body.
+        weight_decay: weight decay of the weights; norms and biases get none.
+        se_lr_scale: factor on the rate of SE modules, whose layers learn at 16 * lr / inputs, at most max(lr, 0.01) / inputs:
+            gates move alike at every width (muP, Yang et al., arXiv:2203.03466), and at most as fast as norms' scales.
+        head_lr_scale: factor on ``lr`` for the classifier; use 1 if it is not new.
+        layer_decay: factor on ``lr`` for each layer further from the head.
 
     Raises:
-        RetrofitError: ``layer_decay`` is given, and timm finds no layers in the network.
+        RetrofitError: If ``layer_decay`` is given and timm finds no layers in the network.
 
     Example:
         >>> import timm, torch
@@ -121,12 +121,12 @@ def param_groups(
 def scaled_groups(
     model: nn.Module, lr: float, weight_decay: float, se_lr_scale: float, head_lr_scale: float, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Parameters that require a gradient, in groups: SE, head and body, each with and without weight decay; SE by the fan-in of
-    its layers, too (see ``se_pace``).
+    """Group the parameters that require a gradient: SE, head and body, each with and without weight decay; SE is also
+    grouped by the fan-in of its layers (see ``se_pace``).
 
-    ``lr_scale`` is read by timm's schedulers, and is that for ``lr`` at the schedule's peak. No decay for norms and biases (all with one dim), nor for what the
-    network's own ``no_weight_decay`` names. With ``layer_decay`` (timm's layers, from the head down; SE is of its block's)
-    each group is split by layer.
+    timm's schedulers read ``lr_scale``, which holds for ``lr`` at the schedule's peak. There is no decay for norms and
+    biases (everything with one dim), nor for what the network's own ``no_weight_decay`` names. With ``layer_decay``,
+    each group is split by timm's layers, counted from the head; SE belongs to the layer of its block.
     """
     se = {key: fan_in for module in se_modules(model) for key, fan_in in fans_in(module).items()}
     head = {id(p) for module in head_of(model) for p in module.parameters()}
@@ -153,7 +153,7 @@ def scaled_groups(
 
 
 def scales_by_layer(model: nn.Module, layer_decay: float) -> dict[int, float]:
-    """The part of the learning rate of each parameter, by its id."""
+    """Return the factor on the learning rate of each parameter, by its id."""
     layers = param_groups_layer_decay(model, layer_decay=layer_decay)
     scales: dict[int, float] = {id(p): layer["lr_scale"] for layer in layers for p in layer["params"]}
     if len(set(scales.values())) == 1:
@@ -165,14 +165,14 @@ def scales_by_layer(model: nn.Module, layer_decay: float) -> dict[int, float]:
 
 
 def se_pace(fan_in: int, lr: float) -> float:
-    """What ``lr`` is multiplied by for an SE module's layer: 16 / fan-in, and at high rates less, so that it learns at 0.01 / fan-in
-    at most; between 1 / fan-in and 1.
+    """Return the factor on ``lr`` for a layer of an SE module: 16 / fan-in, and less at high rates, so that the layer
+    learns at max(lr, 0.01) / fan-in at most; between 1 / fan-in and 1.
 
-    Under Adam each weight moves by about the learning rate, whatever its gradient, so what a layer gives out moves by that times
-    its number of inputs: in a pretrained network, gates behind wide layers are far from 1 after a few updates, those of all blocks at
-    once, and the network has forgotten what it knew. With rates in proportion to 1 / fan-in, the way in which hidden layers are scaled
-    in muP (Yang et al., arXiv:2203.03466), gates move alike at every width. At low rates 16 / fan-in lets them move at all in a short run;
-    at 0.01 and beyond, 1 / fan-in moves them no faster than a norm's scale. docs/evidence.md has what was measured.
+    Under Adam, each weight moves by about the learning rate, whatever its gradient, so the output of a layer moves by
+    that times its number of inputs. In a pretrained network, gates behind wide layers are then far from 1 after a few
+    updates, in all blocks at once, and the network has forgotten what it knew. With rates proportional to 1 / fan-in,
+    as in muP (Yang et al., arXiv:2203.03466), gates move alike at every width. At low rates, 16 / fan-in lets them move
+    in a short run; from 0.01 on, 1 / fan-in moves them no faster than a norm's scale (measured: docs/evidence.md).
 
     Example:
         >>> from se_retrofit.finetune.learning import se_pace
@@ -183,8 +183,8 @@ def se_pace(fan_in: int, lr: float) -> float:
 
 
 def fans_in(module: nn.Module) -> dict[int, int]:
-    """The number of inputs of each parameter's layer, by the parameter's id. A bias has that of its layer; parameters of a layer
-    without a weight of two dims or more (a static factor, a norm) have 1.
+    """Return the number of inputs of each parameter's layer, by the parameter's id. A bias has that of its layer; it is
+    1 for parameters of a layer without a weight of two or more dims (a static factor, a norm).
 
     Example:
         >>> from torch import nn
@@ -201,13 +201,13 @@ def fans_in(module: nn.Module) -> dict[int, int]:
 
 
 def group_summary(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each group its name, its part of the learning rate, its weight decay and its number of tensors, as plain data."""
+    """Return each group's name, learning-rate factor, weight decay and number of tensors as plain data."""
     plain = ("name", "lr_scale", "weight_decay")
     return [{**{name: group.get(name) for name in plain}, "tensors": len(group["params"])} for group in groups]
 
 
 def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
-    """The highest learning rate of SE, head and body, as a line."""
+    """Return a line with the peak learning rates of SE, head and body."""
     scales: dict[str, set[float]] = {}
     for group in groups:
         scales.setdefault(group["name"], set()).add(group["lr_scale"])
@@ -224,7 +224,7 @@ def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
 
 def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
     if not groups:
-        raise RetrofitError("no parameter of the network requires a gradient; unfreeze what is to be trained")
+        raise RetrofitError("no parameter of the network requires a gradient; unfreeze the ones to train")
     options = dict(config.optimizer_options)
     if fused and "foreach" not in options and config.optimizer.lower() in HAVE_FUSED:
         options.setdefault("fused", True)
@@ -237,7 +237,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: 
 
 
 def length_of(config: FinetuneConfig, updates_per_epoch: int) -> tuple[int, int]:
-    """How many epochs a run begins, and how many updates it makes."""
+    """Return how many epochs a run starts, and how many updates it makes."""
     updates = config.epochs * updates_per_epoch
     if config.max_updates is not None:
         updates = min(updates, config.max_updates)
@@ -246,7 +246,7 @@ def length_of(config: FinetuneConfig, updates_per_epoch: int) -> tuple[int, int]
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, updates_per_epoch: int) -> Any:
     said = f"schedule {config.schedule!r} can't be made with {config.schedule_options}"
-    epochs: Any = length_of(config, updates_per_epoch)[1] / updates_per_epoch  # timm says int, and takes fractions
+    epochs: Any = length_of(config, updates_per_epoch)[1] / updates_per_epoch  # timm takes fractions
     try:
         schedule, _ = create_scheduler_v2(
             optimizer, config.schedule, num_epochs=epochs, warmup_epochs=config.warmup_ratio * epochs,
@@ -255,20 +255,20 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, upda
         )  # fmt: skip
     except (TypeError, ValueError, AssertionError) as error:
         raise RetrofitError(f"{said}: {error}") from error
-    if schedule is None and config.schedule != "none":  # older versions of timm, of a name that they don't know
+    if schedule is None and config.schedule != "none":  # older versions of timm return None for an unknown name
         raise RetrofitError(f"{said}: timm's scheduler factory does not know it")
-    if schedule is None:  # there is nobody to apply the scales of the groups
+    if schedule is None:  # no scheduler applies the groups' factors
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
     return schedule
 
 
 def try_out(config: FinetuneConfig) -> None:
-    """Let the config's optimizer change two small parameters once, write its state and load it again, and its schedule go
-    through the run.
+    """Try out the config's optimizer and schedule: update two small parameters once, save and load the optimizer's
+    state, and step the schedule through the run.
 
     Raises:
-        RetrofitError: one of them can't be made or fails; the optimizer needs a closure, or has a state that a checkpoint can't hold.
+        RetrofitError: If one can't be built or fails, the optimizer needs a closure, or its state can't be saved.
     """
     try:
         get_optimizer_class(config.optimizer, bind_defaults=False)
@@ -288,9 +288,9 @@ def try_out(config: FinetuneConfig) -> None:
             schedule.step_update(part * config.epochs * 100)
     except RetrofitError:
         raise
-    except Exception as error:  # each has its own words for it
+    except Exception as error:  # each raises errors of its own kind
         raise RetrofitError(
-            f"{what}: {type(error).__name__}: {error}; take another, such as adamw and cosine"
+            f"{what}: {type(error).__name__}: {error}; choose another, such as adamw and cosine"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A lock that allows one run at a time in a folder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LOCK = ".running"
 
 @contextlib.contextmanager
 def alone_in(folder: Path | None) -> Iterator[None]:
-    """Keep other processes from running in the same folder, on systems with ``fcntl``; None is no folder.
+    """Keep other processes from running in the same folder, on systems with ``fcntl``; None stands for no folder.
 
-    The lock belongs to this process alone, not to the loading processes that it starts, and ends with it however it ends.
+    The lock belongs to this process, not to the data-loading processes that it starts, and is released however it ends.
     """
     if fcntl is None or folder is None:
         yield
@@ -45,7 +45,7 @@ def _locked(file: Path) -> int:
             raise RetrofitError(f"{file.parent} can't be written: {error.strerror}") from error
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # which of them, the system decides
+        except (BlockingIOError, PermissionError) as error:  # which one depends on the system
             os.close(handle)
             raise RetrofitError(
                 f"another process is running in {file.parent}; wait until it has ended, or give another folder"

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and the files that tell of it: a table, JSONL, pictures, and what the gates did."""
+"""The printed output of a run and the files that record it: a table, JSONL, pictures and gate statistics."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .data import Batch
 __all__ = ["Log", "listening", "saturated_sites"]
 
 METRICS, UPDATES, CURVES, GATES, HARDEST = "metrics.jsonl", "updates.jsonl", "curves.png", "gates.png", "hardest.png"
-PLAIN_SECONDS = 15.0  # between two lines where there is no terminal to draw a bar in
-MANY = 0.1  # of a site's gates that are saturated: it is named
+PLAIN_SECONDS = 15.0  # between two lines if there is no terminal for a progress bar
+MANY = 0.1  # fraction of saturated gates from which a site is named
 
 COLUMNS = {
     "epoch": ("epoch", "d"),
@@ -49,9 +49,9 @@ COLUMNS = {
 
 
 class Log:
-    """Prints and writes for the main process; of the others only warnings are heard.
+    """Prints and writes the log of the main process; other processes only print warnings.
 
-    In a terminal it draws a progress bar under the table; elsewhere it prints a line now and then.
+    In a terminal, a progress bar is drawn under the table; elsewhere, a line is printed now and then.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Log:
         self.console.print(text, markup=False)
 
     def complain(self, batch: Batch) -> None:
-        """Name the images of a batch that could not be read: only this process knows of them."""
+        """Report the images of a batch that could not be read, in the process that loaded them."""
         for complaint in batch.complaints:
             said = f"skipped an image that can't be read: {complaint}"
             if self.rank == 0:
@@ -96,12 +96,12 @@ class Log:
                 print(f"process {self.rank}: {said}", file=sys.stderr)
 
     def resume(self, updates: int) -> None:
-        """Cut ``updates.jsonl`` back to what the checkpoint knows of."""
+        """Truncate ``updates.jsonl`` to the updates that the checkpoint includes."""
         if self.output is None or (updates and not (self.output / UPDATES).exists()):
             return
         kept, path = [], self.output / UPDATES
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if updates else []:
-            # not the line that was being written when the run was killed
+            # skips a line that was being written when the run was killed
             with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
                 kept += [line] if json.loads(line)["update"] <= updates else []
         with replaced_file(path) as fresh:
@@ -112,7 +112,7 @@ class Log:
         self.console.print("  ".join(name.rjust(_width(name)) for name in names), markup=False, style="bold")
 
     def update(self, epoch: int, done: int, entry: dict[str, Any], accuracy: float) -> None:
-        """One look at the loss: onto the bar (or a line), and into ``updates.jsonl``."""
+        """Log the loss: in the progress bar (or a line), and in ``updates.jsonl``."""
         if self.output is not None:
             path = self.output / UPDATES
             try:
@@ -132,7 +132,7 @@ class Log:
             self.note(f"{where}  update {done}/{self.updates}  {figures}")
 
     def row(self, row: dict[str, Any]) -> None:
-        """A finished epoch, as a row of the table."""
+        """Print a finished epoch as a row of the table."""
         self.shown = time.monotonic()
         cells = []
         for column in self.columns:
@@ -142,7 +142,7 @@ class Log:
         self.note("  ".join(cells))
 
     def history(self, history: list[dict[str, Any]]) -> None:
-        """Write all rows anew: a file that is cut short by a kill would be no table."""
+        """Rewrite all rows, so that a kill never leaves an incomplete table."""
         if self.output is not None:
             with replaced_file(self.output / METRICS) as fresh:
                 fresh.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
@@ -157,7 +157,7 @@ class Log:
 
 
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracy over the epochs, as a PNG."""
+    """Plot loss and accuracy over the epochs as a PNG."""
     from matplotlib.figure import Figure  # slow to import, and needed once
     from matplotlib.ticker import MaxNLocator
 
@@ -184,7 +184,7 @@ def _width(name: str) -> int:
 
 @contextlib.contextmanager
 def listening(model: nn.Module, wanted: bool = True) -> Iterator[GateLogger | None]:
-    """Gather the gates of a network while it is evaluated; None where it has none."""
+    """Record the gates of a network while it is evaluated; None if it has no gates."""
     if not wanted or not any(is_retrofitted(module) and has_gates(module) for module in model.modules()):
         yield None
         return
@@ -193,7 +193,7 @@ def listening(model: nn.Module, wanted: bool = True) -> Iterator[GateLogger | No
 
 
 def log_gates(gates: GateLogger, trackers: Sequence[Any], step: int) -> dict[str, dict[str, Any]]:
-    """Send the gates to TensorBoard, where it tracks the run, as histograms; what is left is for the row of the epoch."""
+    """Send the gates to TensorBoard as histograms, if it tracks the run; return their quartiles for the epoch's row."""
     for tracker in trackers:
         if tracker.name == "tensorboard":
             gates.write(tracker.writer, step)
@@ -201,13 +201,13 @@ def log_gates(gates: GateLogger, trackers: Sequence[Any], step: int) -> dict[str
 
 
 def saturated_sites(gates: GateLogger | None) -> dict[str, float]:
-    """The sites of which more than a tenth of the gates are saturated, with that share."""
+    """Return the sites with more than a tenth of their gates saturated, with that fraction."""
     summary = {} if gates is None else gates.summary()
     return {path: seen.saturated for path, seen in summary.items() if seen.saturated > MANY}
 
 
 def news_of_saturation(model: nn.Module, history: Sequence[Mapping[str, Any]]) -> str:
-    """A warning that names the sites that are saturated in the last epoch and were in none before; empty where none are."""
+    """Return a warning that names the sites first saturated in the last epoch; empty if there are none."""
     *before, row = history
     told = {path for earlier in before for path in earlier.get("saturated", {})}
     sites: dict[tuple[float, float], list[str]] = {}

@@ -1,4 +1,4 @@
-"""The parts of a network that a fine-tune treats apart, which of them are trained in which epoch, and its state as a whole."""
+"""The parts of a network that a fine-tune treats separately, when each of them is trained, and the network's state."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .config import FinetuneConfig
 __all__ = ["as_found", "head_of", "new_head"]
 
 TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
-AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # of torchvision's GoogLeNet and Inception
+AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # in torchvision's GoogLeNet and Inception
 
 
 def check_network(model: Any) -> None:
-    """Raise where it is no network that can be trained here, or evaluated."""
+    """Raise an error if this is not a network that can be trained or evaluated here."""
     check_module(model)
     warn_of_lost_sites(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
@@ -45,7 +45,7 @@ def check_network(model: Any) -> None:
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
@@ -57,9 +57,9 @@ def se_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def head_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that compute the classes, auxiliary classifiers included; empty where the network has none that is
-    known: timm's ``get_classifier``, or the last Linear or Conv of torchvision's ``fc``, ``classifier``, ``heads`` or
-    ``head``."""
+    """Return the layers that compute the logits, including auxiliary classifiers: those of timm's ``get_classifier``,
+    or the last Linear or Conv of torchvision's ``fc``, ``classifier``, ``heads`` or ``head``; empty if the network has
+    none of these."""
     get_classifier = getattr(model, "get_classifier", None)
     if callable(get_classifier):
         found = get_classifier()
@@ -79,17 +79,17 @@ def _head_paths(model: nn.Module) -> list[str]:
 
 
 def head_size(model: nn.Module) -> int | None:
-    """Number of classes that the head computes, where it tells."""
+    """Return the number of classes of the head, or None if it is unknown."""
     sizes = [getattr(head, name, None) for head in head_of(model) for name in ("out_features", "out_channels")]
     return next((size for size in [*sizes, getattr(model, "num_classes", None)] if isinstance(size, int)), None)
 
 
 def new_head(model: nn.Module, num_classes: int) -> None:
-    """Give the network a new head for ``num_classes``, in its library's own way: timm's ``reset_classifier``, or a
-    last layer of torchvision's with so many outputs. The new weights come from torch's generator.
+    """Give the network a new head for ``num_classes``, in its library's own way: by timm's ``reset_classifier``, or by
+    replacing the last layer of a torchvision network. The new weights are drawn from torch's global generator.
 
     Raises:
-        RetrofitError: the network has no head that is known; it is unchanged.
+        RetrofitError: If the network has no known head; it is unchanged then.
 
     Example:
         >>> import torch, timm
@@ -128,18 +128,18 @@ def _resized(layer: nn.Module, outputs: int) -> nn.Module:
     return nn.Conv2d(layer.in_channels, outputs, size, layer.stride, layer.padding, bias=bias, **where)  # type: ignore[arg-type]
 
 
-# What is trained, in which epoch; the rest is frozen, running statistics included
+# What is trained in which epoch; the rest is frozen, including running statistics
 
 
 def trained_in(config: FinetuneConfig, epoch: int | None) -> str:
-    """The part that is trained in an epoch (from 0), as ``config.trainable`` names it; with None all that would be trained
-    sooner or later, if the run were to go on."""
+    """Return the part that is trained in an epoch (from 0), as named by ``config.trainable``; with None, the part that
+    would be trained sooner or later if the run were extended."""
     unfrozen = config.unfreeze_epoch is not None and (epoch is None or epoch + 1 >= config.unfreeze_epoch)
     return "all" if unfrozen else config.trainable
 
 
 def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
-    """The modules that ``part`` names."""
+    """Return the modules that ``part`` names."""
     if part == "all":
         return [model]
     name, heads = type(model).__name__, head_of(model)
@@ -149,20 +149,20 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
             f'trainable="{part}" needs SE modules, and this {name} has none; retrofit it first: model = add_se(model)'
         )
     if part.startswith("norms") and not modules:
-        raise RetrofitError(f'trainable="{part}": no norm of {name} has parameters; take "head" or "all"')
+        raise RetrofitError(f'trainable="{part}": no norm of {name} has parameters; use "head" or "all"')
     if part.endswith("head") and not heads:
-        raise RetrofitError(f'trainable="{part}": no head found in {name}; take "se" or "all"')
+        raise RetrofitError(f'trainable="{part}": no head found in {name}; use "se" or "all"')
     return modules if part == "se" else modules + heads
 
 
 def norms_of(model: nn.Module) -> list[nn.Module]:
-    """The norms that have a scale for each channel."""
+    """Return the norms that have a scale for each channel."""
     return [module for module in model.modules() if is_norm(module)]
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module has a scale for each channel, and perhaps a shift, and is a norm of PyTorch's or does what one does: it
-    returns the same for inputs of another size."""
+    """Return whether a module has a scale (and perhaps a shift) for each channel, and is one of PyTorch's norms or
+    behaves like one: its output does not change when its input is scaled."""
     own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
     if not own or len(own) > 2 or any(p.dim() != 1 for p in own):
         return False
@@ -171,7 +171,7 @@ def is_norm(module: nn.Module) -> bool:
     channels = len(own[0])
     for shape in ((4, channels), (4, channels, 5), (4, channels, 5, 5), (4, 5, 5, channels), (4, channels, 3, 3, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own[0])
-        with contextlib.suppress(Exception), torch.no_grad():  # a norm of other dims
+        with contextlib.suppress(Exception), torch.no_grad():  # fails if the norm is for other dims
             first, second = (copy.deepcopy(module).train()(scale * x) for scale in (16, 64))
             return bool(
                 torch.allclose(first.float(), second.float(), rtol=0.02, atol=0.02) and first.float().std() > 0.02
@@ -180,17 +180,17 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def choose_trainable(model: nn.Module, part: str, given: dict[str, bool]) -> None:
-    """Set ``requires_grad``: of what ``part`` names alone; of the whole network as ``given``."""
+    """Set ``requires_grad`` for the modules that ``part`` names only, or as ``given`` if that is the whole network."""
     chosen = {id(p) for module in trained_parts(model, part) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(given.get(name, True) if part == "all" else id(parameter) in chosen)
 
 
 def set_modes(model: nn.Module, part: str, freeze_bn: bool) -> None:
-    """Training mode, but for what is to stay as it is.
+    """Set training mode, except for modules that must not change.
 
-    What is frozen and keeps buffers (running statistics, power iterations) is in eval mode, so that they stay bit for
-    bit; ``freeze_bn`` does it to the norms everywhere.
+    Frozen modules with buffers (running statistics, power iterations) are set to eval mode, so that the buffers stay
+    the same bit for bit; with ``freeze_bn``, so are all norms.
     """
     model.train()
     chosen = {id(m) for module in trained_parts(model, part) for m in module.modules()}
@@ -206,7 +206,7 @@ def set_modes(model: nn.Module, part: str, freeze_bn: bool) -> None:
 
 @contextlib.contextmanager
 def as_found(model: nn.Module) -> Iterator[dict[str, bool]]:
-    """The network's ``requires_grad`` flags; they and the training flags are, after the body, what they were before it."""
+    """Provide the network's ``requires_grad`` flags, and restore them and the training flags on exit."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -220,7 +220,7 @@ def as_found(model: nn.Module) -> Iterator[dict[str, bool]]:
 
 @contextlib.contextmanager
 def structure_kept(model: nn.Module) -> Iterator[None]:
-    """Where the body raises, the network gets the structure back that it had (not the tensors' values)."""
+    """Restore the network's structure (not the values of its tensors) if the body raises."""
     fields = ("_modules", "_parameters", "_buffers")
     now = [(module, dict(vars(module)), [dict(getattr(module, f)) for f in fields]) for module in model.modules()]
     try:
@@ -236,13 +236,13 @@ def structure_kept(model: nn.Module) -> Iterator[None]:
 
 
 def layout_of(value: torch.Tensor, device: torch.device) -> torch.memory_format:
-    """Channels last on CUDA, where a tensor has a layout of that kind: with four dims, and with five."""
+    """Return channels last on CUDA, for tensors with four or five dims; otherwise the format is preserved."""
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d} if device.type == "cuda" else {}
     return layouts.get(value.dim(), torch.preserve_format)
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:
-    """Move the network; the weights of its 2d and 3d convolutions get the layout of the device."""
+    """Move the network; the weights of 2d and 3d convolutions get the device's memory format."""
     model.to(device=device)
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):

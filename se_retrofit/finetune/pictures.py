@@ -1,4 +1,4 @@
-"""Images as the network sees them, as a picture: a batch before training, and those that it got most wrong after it."""
+"""Pictures of what the network sees: a batch before training, and the images with the highest losses after it."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_hardest", "show_batch"]
 
-MOST = 32  # images of a batch
+MOST = 32  # images of a batch that are drawn
 COLUMNS = 8
-LETTERS = 26  # in a line above an image
+LETTERS = 26  # per line above an image
 
 
 def show_batch(model: nn.Module, train_data: Any, file: str | Path, *, config: FinetuneConfig | None = None) -> Path:
-    """Draw the first images that ``finetune`` would train on as the network will see them, augmented and mixed, with their labels.
+    """Draw the first training images as the network will see them, augmented and mixed, with their labels.
 
     Args:
         model: the network; it is copied and not changed.
         train_data, config: as for ``finetune``.
-        file: the picture to write; its ending names the format.
+        file: the picture to write; its suffix determines the format.
 
     Raises:
-        RetrofitError: the file can't be written; the data are no images of one or three channels, or can't be trained on.
+        RetrofitError: If the file can't be written, or the data are not images of one or three channels to train on.
 
     Example:
         >>> import tempfile, timm
@@ -69,7 +69,7 @@ def show_batch(model: nn.Module, train_data: Any, file: str | Path, *, config: F
 
 
 def draw_hardest(run: Run, file: Path) -> None:
-    """The validation images with the highest losses in the best epoch; nothing where they are no pictures."""
+    """Draw the validation images with the highest losses in the best epoch, unless the data are not pictures."""
     row = next((row for row in run.progress.history if row["epoch"] == run.progress.best_epoch), {})
     if run.val is None or not row.get("hardest"):
         return
@@ -91,7 +91,7 @@ def name(number: int, names: Sequence[str]) -> str:
 
 
 def in_words(label: Tensor, names: Sequence[str]) -> str:
-    """A class number, or the classes of a vector with their parts."""
+    """Return the name of a class number, or the names of a vector's classes with their shares."""
     if label.dim() == 0:
         return name(int(label), names)
     parts = [
@@ -106,11 +106,11 @@ def is_picture(image: Tensor) -> bool:
 
 
 def drawn(images: Sequence[Tensor], titles: Sequence[str], model: nn.Module) -> Figure:
-    """Images in rows, with a few words above each."""
+    """Draw images in rows, with a title above each."""
     from matplotlib.figure import Figure
 
     if not is_picture(images[0]):
-        raise RetrofitError(f"inputs of shape {tuple(images[0].shape)} are no pictures of one or three channels")
+        raise RetrofitError(f"inputs of shape {tuple(images[0].shape)} are not pictures with one or three channels")
     columns = min(len(images), COLUMNS)
     rows = -(-len(images) // columns)
     lines = max(title.count("\n") + 1 for title in titles)
@@ -125,8 +125,8 @@ def drawn(images: Sequence[Tensor], titles: Sequence[str], model: nn.Module) -> 
 
 
 def in_colors(images: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
-    """What was prepared for a network as colours from 0 to 1: without its mean and std, or from the lowest value to the highest of
-    tensors of one's own."""
+    """Convert prepared images to colours from 0 to 1, by undoing the normalisation, or, for tensors that the caller
+    prepared, by scaling from the lowest value to the highest."""
     settings = vars(model).get(IMAGES)
     if settings is not None:
         mean, std = (torch.tensor(settings[key])[:, None, None] for key in ("mean", "std"))

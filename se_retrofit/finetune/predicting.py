@@ -1,4 +1,4 @@
-"""The use of a classifier on images that have no labels."""
+"""Prediction of the classes of images without labels."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ __all__ = ["Prediction", "predict", "write_predictions"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of an image, with their probabilities; classes without names are numbers as text. Of an image that
-    can't be read there are none, and ``error`` says why."""
+    """The most likely classes of an image, with their probabilities; classes without names are numbers as text. If the
+    image can't be read, there are no classes, and ``error`` says why."""
 
     file: str
     classes: tuple[str, ...] = ()
@@ -42,23 +42,23 @@ def predict(
     batch_size: int = 64,
     bad_images: Literal["error", "skip"] = "error",
 ) -> Iterator[Prediction]:
-    """Classify image files by a network that ``finetune`` trained on images, prepared as in its validation.
+    """Classify image files with a network that ``finetune`` trained on images, prepared as in its validation.
 
-    After training with ``multi_label`` each class has a probability of its own.
+    After training with ``multi_label``, each class has an independent probability.
 
     Args:
-        model: the network; it runs in eval mode where it is, and is left as it was.
-        images: files, and folders, which stand for all images in them.
-        top: how many classes of each image are told.
-        batch_size: images that run together.
-        bad_images: ``"skip"`` to go on after an image that can't be read; its ``Prediction`` says why in ``error``.
+        model: the network; it runs on its own device in eval mode, and its training flags are restored afterwards.
+        images: image files, and folders, which stand for all images in them.
+        top: number of classes to return for each image.
+        batch_size: number of images per batch.
+        bad_images: ``"skip"`` to continue after an image that can't be read; its ``Prediction`` says why in ``error``.
 
     Yields:
-        One ``Prediction`` for each image, in the order given; within a folder, sorted by name.
+        One ``Prediction`` for each image, in the given order; within a folder, sorted by name.
 
     Raises:
-        RetrofitError: a file is missing or, unless skipped, can't be read; the network does not tell how its images are prepared;
-            ``top`` or ``batch_size`` is below 1.
+        RetrofitError: If a file is missing or, unless skipped, can't be read; if it is unknown how the network's images
+            are prepared; or if ``top`` or ``batch_size`` is below 1.
     """
     if top < 1 or batch_size < 1:
         raise RetrofitError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
@@ -72,7 +72,7 @@ def predict(
         for file, image in read:
             if isinstance(image, str):
                 if bad_images == "error":
-                    raise RetrofitError(f'{image}; bad_images="skip" goes on without it')
+                    raise RetrofitError(f'{image}; bad_images="skip" continues without it')
                 yield Prediction(str(file), error=image)
                 continue
             best, numbers = next(answers)
@@ -80,7 +80,7 @@ def predict(
 
 
 def _answers(model: nn.Module, batch: Tensor, top: int) -> Iterator[tuple[list[float], list[int]]]:
-    """For each image the probabilities and the numbers of the most likely classes."""
+    """Yield the probabilities and the numbers of the most likely classes of each image."""
     with as_found(model), torch.no_grad():
         logits, _ = called(in_mode(model, False), batch)
         shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
@@ -102,7 +102,7 @@ def _files(images: Iterable[str | Path]) -> Iterator[Path]:
 
 
 def _read(file: Path, transform: Any) -> Tensor | str:
-    """The prepared image, or why it can't be read."""
+    """Return the prepared image, or the reason why it can't be read."""
     try:
         tensor: Tensor = transform(load_image(file))
     except UNREADABLE as error:
@@ -111,8 +111,8 @@ def _read(file: Path, transform: Any) -> Tensor | str:
 
 
 def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1) -> list[str]:
-    """Predictions as CSV: the file, and for each of the most likely classes its name and probability. What is returned are the errors
-    of the images that could not be read."""
+    """Write predictions as CSV: the file, and the name and probability of each of the most likely classes. Returns the
+    errors of the images that could not be read."""
     writer = csv.writer(file, lineterminator="\n")
     numbers = [""] if top == 1 else [f"_{number + 1}" for number in range(top)]
     header = ["file", *(f"{field}{number}" for number in numbers for field in ("class", "probability"))]
@@ -121,7 +121,7 @@ def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1
         if found.error:
             errors.append(found.error)
             continue
-        if header:  # not before the first answer, which may be an error
+        if header:  # not before the first prediction, which may raise an error
             writer.writerow(header)
             header = []
         cells = zip(found.classes, found.probabilities, strict=True)

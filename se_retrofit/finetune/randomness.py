@@ -1,7 +1,7 @@
-"""Everything random is seeded from where it happens: (seed, what, epoch, index).
+"""Everything random is seeded from its position in the run: (seed, what, epoch, index).
 
-So there is no generator state that a checkpoint would have to carry: a run that is resumed at update 1234 draws what
-the uninterrupted run drew at update 1234, with any number of loading processes.
+A checkpoint therefore needs no generator state: a run that is resumed at update 1234 draws the same numbers as an
+uninterrupted run at update 1234, with any number of data-loading processes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 
 __all__ = ["EPOCH", "ORDER", "SAMPLE", "UPDATE", "derive", "kept_randomness", "seed_all"]
 
-ORDER, SAMPLE, UPDATE, EPOCH = range(4)  # what is random; each kind gets draws of its own
+ORDER, SAMPLE, UPDATE, EPOCH = range(4)  # the kinds of random draws, each with seeds of its own
 
 
 def derive(*parts: int) -> int:
-    """A 32-bit seed from several numbers."""
+    """Return a 32-bit seed derived from several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def seed_all(*parts: int) -> None:
-    """Seed Python, NumPy and torch (on all devices)."""
+    """Seed Python, NumPy and torch (on all devices) from several numbers."""
     value = derive(*parts)
     random.seed(value)
     np.random.seed(value)
@@ -33,10 +33,10 @@ def seed_all(*parts: int) -> None:
 
 @contextlib.contextmanager
 def kept_randomness() -> Iterator[None]:
-    """The caller's generators are, after the body, where they were before it."""
+    """Restore the states of the caller's random generators on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     if torch.cuda.is_available():
-        torch.cuda.init()  # a seed that is set before CUDA starts would take effect after the body
+        torch.cuda.init()  # a seed set before CUDA is initialised would take effect after the body
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(devices)):
         try:

@@ -1,4 +1,4 @@
-"""The learning-rate finder: a short training on a copy, at rates that rise from step to step."""
+"""The learning-rate finder: a short training of a copy, with a rate that rises from step to step."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from .train import begin_epoch, update, windows
 __all__ = ["LearningRates", "find_lr"]
 
 FEWEST_STEPS = 10
-DIVERGED = 4.0  # times the lowest loss: the ramp ends there
-MEMORY = 0.8  # of the running mean by which that is seen
-LEAST_FALL = 0.02  # of the loss, for a suggestion
+DIVERGED = 4.0  # the ramp ends at this multiple of the lowest loss
+MEMORY = 0.8  # decay of the running mean that is compared with it
+LEAST_FALL = 0.02  # relative fall of the loss that a suggestion needs
 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """How the loss went while the learning rate rose.
+    """The loss as a function of the rising learning rate.
 
     Attributes:
-        rates: the learning rate of each step, as the config's ``lr``: SE and the head had theirs times their scales.
+        rates: the learning rate of each step, in terms of the config's ``lr``; those of SE and head are scaled from it.
         losses: the training loss of each step, before its update.
-        smoothed: the same, averaged over the steps around each.
-        suggestion: the rate at which the loss fell fastest; None where it hardly fell.
+        smoothed: the losses, averaged over neighbouring steps.
+        suggestion: the rate at which the loss fell fastest; None if it hardly fell.
         diverged: whether the ramp ended early, because the loss rose far above its lowest value or was no longer finite.
     """
 
@@ -58,17 +58,17 @@ class LearningRates:
         return f"suggested lr: {self.suggestion:.2e}, where the loss falls fastest, {fell} there; tried {tried}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, fit for JSON."""
+        """Return plain data that JSON can hold."""
         return {
             "suggestion": self.suggestion, "diverged": self.diverged, "rates": list(self.rates), "losses": list(self.losses),
             "smoothed": list(self.smoothed),
         }  # fmt: skip
 
     def plot(self, file: str | Path) -> Path:
-        """The loss over the learning rate as a picture, without the part in which it is far above where it began.
+        """Plot the loss over the learning rate, without the part in which it is far above its initial value.
 
         Raises:
-            RetrofitError: the file can't be written.
+            RetrofitError: If the file can't be written.
         """
         from matplotlib.figure import Figure
 
@@ -90,7 +90,7 @@ class LearningRates:
         return Path(file)
 
     def _that_matter(self) -> tuple[float, float, int]:
-        """The lowest and the highest loss that are drawn, and the last step: where the smoothed loss leaves the picture for good."""
+        """Return the lowest and highest loss to plot, and the last step, from which on the smoothed loss is higher."""
         bottom = int(np.argmin(self.smoothed))
         top = max(self.smoothed[: bottom + 1])
         margin = max(0.25 * (top - self.smoothed[bottom]), 0.02 * abs(top), 1e-9)
@@ -111,20 +111,20 @@ def find_lr(
     teacher: nn.Module | None = None,
     distillation: tuple[float, float] = (0.5, 4.0),
 ) -> LearningRates:
-    """Train a copy of the network for some steps, each at a higher learning rate than the one before (Smith, "Cyclical Learning
-    Rates for Training Neural Networks", https://arxiv.org/abs/1506.01186), by the recipe of ``finetune`` in its first epoch.
-    The suggestion is meant for the peak of the schedule, ``config.lr``.
+    """Find a learning rate by training a copy of the network with a rate that rises from step to step (Smith, "Cyclical
+    Learning Rates for Training Neural Networks", https://arxiv.org/abs/1506.01186), as in the first epoch of
+    ``finetune``. The suggestion is meant for the peak of the schedule, ``config.lr``.
 
     Args:
         model: the network; it is copied and not changed.
-        config: the recipe; its ``lr``, schedule and average of weights play no part.
-        lowest, highest: the rates of the first step and of the last, where the loss does not diverge before.
-        steps: how many there are, each an update; short data is passed through several times.
+        config: the recipe; its ``lr``, schedule and average of weights are not used.
+        lowest, highest: the rates of the first and the last step, unless the loss diverges before.
+        steps: number of steps, each of them an update; short data is repeated.
         train_data, criterion, teacher, distillation: as for ``finetune``.
 
     Raises:
-        RetrofitError: the rates don't rise; there are too few steps; config, data and network don't fit together.
-        TypeError: an argument is of the wrong type.
+        RetrofitError: If the rates don't rise, there are too few steps, or config, data and network don't fit together.
+        TypeError: If an argument is of the wrong type.
 
     Example:
         >>> import timm
@@ -139,7 +139,7 @@ def find_lr(
     if steps < FEWEST_STEPS:
         raise RetrofitError(f"find_lr needs steps={FEWEST_STEPS} at least, got {brief(steps)}")
     config = FinetuneConfig() if config is None else config
-    # The rates are set here, step by step; nothing is averaged, tracked or written, and no epoch is the best
+    # The rates are set here, step by step; nothing is averaged, tracked or written, and there is no best epoch
     recipe = config.replace(schedule="none", schedule_options={}, ema_decay=None, trackers=(), patience=None)
     job = Job(
         model, train_data, None, recipe, quiet=True, criterion=criterion, teacher=teacher,
@@ -154,12 +154,12 @@ def find_lr(
 
 
 def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
-    """The loss at each rate, as far as it stays finite and does not diverge, and whether it did."""
+    """Return the loss at each rate until it diverges or is no longer finite, and whether that happened."""
     losses: list[float] = []
     mean = lowest = math.inf
     for rate, batches in zip(ramp, all_windows(run), strict=False):
         for group in run.learning.optimizer.param_groups:
-            # SE's pace depends on the rate, and lr_scale has that of the recipe's
+            # SE's pace depends on the rate, and lr_scale holds the pace for the recipe's rate
             scale = group["lr_scale"] / se_pace(group["fan_in"], run.config.lr)
             group["lr"] = rate * scale * se_pace(group["fan_in"], rate)
         loss, correct, seen, broken = run.accelerator.reduce(update(run, batches), "sum").tolist()
@@ -176,17 +176,17 @@ def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
 
 
 def all_windows(run: Run) -> Iterator[list[Batch]]:
-    """The batches of each update, epoch after epoch, without an end."""
+    """Yield the batches of each update, epoch after epoch, endlessly."""
     for epoch in itertools.count():
         yield from windows(run.train.batches(epoch), run.config.grad_accum_steps)
 
 
 def learning_rates(rates: list[float], losses: list[float], diverged: bool) -> LearningRates:
-    """The losses smoothed, and the rate at which they fall fastest."""
+    """Smooth the losses, and find the rate at which they fall fastest."""
     if len(losses) < FEWEST_STEPS:
         raise RetrofitError(
             f"the loss diverged after {len(losses)} steps, at a learning rate of "
-            f"{rates[-1] if rates else 0:.2e}: begin lower (lowest=...), or look at the data and the loss"
+            f"{rates[-1] if rates else 0:.2e}: start lower (lowest=...), or check the data and the loss"
         )
     smoothed = smooth(np.array(losses))
     bottom = int(np.argmin(smoothed))
@@ -199,7 +199,7 @@ def learning_rates(rates: list[float], losses: list[float], diverged: bool) -> L
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
-    """Each loss as a mean over those around it. A running mean would lag behind, and the suggestion with it."""
+    """Average each loss over its neighbours. A running mean would lag behind, and so would the suggestion."""
     at = np.arange(len(losses))
     width = max(len(losses) / 40, 1.0)
     weights = np.exp(-0.5 * ((at[:, None] - at) / width) ** 2)

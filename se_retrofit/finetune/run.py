@@ -1,4 +1,4 @@
-"""A fine-tune that is under way: all that its loop, its evaluation and its checkpoints share; and what it comes to."""
+"""The state of a fine-tune that its loop, evaluation and checkpoints share; and its result."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ PIXELS = "Look for NaN and infinities in the data, and for divisions in its tran
 
 
 class Stopped(Exception):
-    """A fine-tune ended early because its ``stop`` was set."""
+    """Raised when a fine-tune ends early because its ``stop`` was set."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a fine-tune came to.
+    """The result of a fine-tune.
 
     Attributes:
-        model: the network that was given, with the weights of the best epoch (the last, without validation data).
+        model: the network that was given, with the weights of the best epoch (the last one, without validation data).
         history: a row for each epoch, as in ``metrics.jsonl``; row 0 is the evaluation before any step.
-        best_epoch: the epoch that was best by the config's ``best_metric``, from 1; None without validation data.
-        best_score: the value of that metric then.
-        best_accuracy: the validation accuracy then.
-        stopped: ``"epochs"`` when all were run, ``"updates"`` after ``max_updates``, ``"early stop"`` when it no longer became better.
-        directory: ``output_dir/best``, which ``load_retrofitted`` loads; None where nothing was written.
-        updates: how often the weights changed.
-        step_seconds: median time of an update, loading included; None for runs too short to tell.
-        parameters: of the network.
-        trained_parameters: those of them that were trained in the end.
-        groups: of the optimizer: name, part of the learning rate, weight decay and number of tensors of each.
+        best_epoch: the best epoch by the config's ``best_metric``, from 1; None without validation data.
+        best_score: the value of that metric in the best epoch.
+        best_accuracy: the validation accuracy in the best epoch.
+        stopped: ``"epochs"`` after all epochs, ``"updates"`` after ``max_updates``, ``"early stop"`` by ``patience``.
+        directory: ``output_dir/best``, which ``load_retrofitted`` loads; None if nothing was written.
+        updates: number of updates of the weights.
+        step_seconds: median time of an update, including data loading; None if the run is too short to measure it.
+        parameters: number of the network's parameters.
+        trained_parameters: number of the parameters that were trained in the end.
+        groups: the optimizer's groups: name, learning-rate factor, weight decay and number of tensors of each.
     """
 
     model: nn.Module
@@ -78,7 +78,7 @@ class FinetuneResult:
         )
 
     def __str__(self) -> str:
-        """How good it became, and where it is."""
+        """The best accuracy, and where the result is."""
         lines = []
         if self.best_accuracy is not None:
             first = self.history[0].get("val_accuracy") if self.history[0]["epoch"] == 0 else None
@@ -93,14 +93,14 @@ class FinetuneResult:
 
 @dataclass
 class Epoch:
-    """An epoch that is under way.
+    """The current epoch.
 
     Attributes:
-        number: from 0.
-        seen_before: images that were seen in it before the run was resumed.
-        began, looked: when it began, and when the loss was last looked at.
-        pending: what ``update`` gave of the updates that have not been looked at yet, on the device.
-        saturated: the sites whose gates were last seen to be saturated, with the share.
+        number: its number, from 0.
+        seen_before: number of its images that were seen before the run was resumed.
+        began, looked: when it started, and when the loss was last logged.
+        pending: the results of ``update`` that have not been logged yet, on the device.
+        saturated: the sites whose gates were last found to be saturated, with the fraction.
     """
 
     number: int
@@ -116,14 +116,14 @@ class Run:
     """The state of a fine-tune.
 
     Attributes:
-        model: the caller's network; ``network`` is what is called in training, wrapped for devices and processes.
+        model: the caller's network; ``network`` is what training calls, wrapped for devices and processes.
         wanted: the network's own ``requires_grad`` flags.
-        train, val: this process's batches.
-        optimizer: that of ``learning``, wrapped by Accelerate.
+        train, val: the batches of this process.
+        optimizer: the optimizer of ``learning``, wrapped by Accelerate.
         form: the classes that modules have during a training step.
-        stop: the run ends after a checkpoint once this is set.
-        first_weights, best_weights: the state dicts of before the first update and of the best epoch so far, on the CPU.
-        step_times: seconds of an update, one for each look.
+        stop: once this is set, the run ends after a checkpoint.
+        first_weights, best_weights: the state dicts before the first update and of the best epoch so far, on the CPU.
+        step_times: seconds per update, one value for each time that the loss was logged.
     """
 
     model: nn.Module
@@ -155,33 +155,33 @@ class Run:
 
     @property
     def tested(self) -> nn.Module:
-        """The network that is evaluated and kept: the average of the weights, where there is one."""
+        """The network that is evaluated and saved: the one with averaged weights, if there is one."""
         return self.model if self.learning.ema is None else self.learning.ema.module
 
     @property
     def updates_in_epoch(self) -> int:
-        """Of the epoch that is under way, which may be cut short."""
+        """Number of updates in the current epoch, which may be cut short."""
         return min(self.updates_per_epoch, self.updates - self.progress.epoch * self.updates_per_epoch)
 
     @property
     def lr(self) -> float:
-        """The learning rate without the scales of SE and head."""
+        """The learning rate, without the factors for SE and head."""
         group = self.learning.optimizer.param_groups[0]
         scale = group.get("lr_scale", 1.0)
         return float(group["lr"]) / scale if scale else 0.0
 
     def choose(self, trained: str) -> None:
-        """Train this part of the network from here on. The wrappers are made anew: DDP must know what is trained."""
+        """Train this part of the network from now on. It is wrapped again, because DDP must know what is trained."""
         self.trained = trained
         choose_trainable(self.model, trained, self.wanted)
         if hasattr(self, "network"):
             self.accelerator.free_memory()
         self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.learning.optimizer)
 
-    # What is kept of it
+    # What is saved
 
     def keep_checkpoint(self) -> None:
-        """Write ``last/``, once all weights are seen to be finite."""
+        """Write ``last/``, after checking that all weights are finite."""
         if self.folder is not None:
             self.check_weights()
             if self.rank == 0:
@@ -201,7 +201,7 @@ class Run:
             self.folder.save_best(self.tested)
 
     def result(self) -> FinetuneResult:
-        """The network with its best weights, and what is told of the run."""
+        """Load the best weights into the network, and return the result of the run."""
         if self.best_weights is None and self.folder is not None:
             self.best_weights = self.folder.load_best()
         if self.best_weights is not None:
@@ -226,7 +226,7 @@ class Run:
     # What ends it
 
     def leave(self, *, with_checkpoint: bool = True) -> NoReturn:
-        """End the run because it was told to stop; with a checkpoint where its data can go on within an epoch."""
+        """End the run because ``stop`` was set, with a checkpoint if its data can resume within an epoch."""
         if with_checkpoint and self.train.resumes_within:
             self.keep_checkpoint()
         said = f"stopped{self._kept('; {} is complete, and resume goes on from it')}"
@@ -234,29 +234,29 @@ class Run:
         raise Stopped(said)
 
     def check_losses(self, sums: Sequence[Sequence[float]]) -> None:
-        """Raise where one of the last updates had a loss that is not finite: of several, the first."""
+        """Raise an error for the first of the last updates whose loss is not finite."""
         for number, (loss, _, seen, broken) in enumerate(sums, 1):
             if not math.isfinite(loss):
                 what = "the images hold values that are not finite" if broken else f"the loss became {loss / seen}"
                 self._diverged(what, len(sums) - number, PIXELS if broken else RATES)
 
     def begin_with(self) -> None:
-        """Keep the weights that there are, and raise where they are no good."""
+        """Keep the initial weights, and raise an error if they are not usable."""
         self.first_weights = weights_of(self.model)
         parameters = dict(self.model.named_parameters())
         for name in not_finite(self.model):
             if name in parameters or self.first_weights[name].isnan().any():
-                raise RetrofitError(f"{name} of the network is not finite before any training: look at its weights")
+                raise RetrofitError(f"{name} of the network is not finite before any training: check its weights")
 
     def check_weights(self) -> None:
-        """Raise where a weight is no longer finite: a loss can be, and its gradient not; what is written must be good."""
+        """Raise an error if a weight is no longer finite, which must not be saved. The loss may be finite even so."""
         for name in not_finite(self.model):
             before = self.first_weights.get(name)
-            if before is None or before.isfinite().all():  # a mask of infinities was none before
+            if before is None or before.isfinite().all():  # a mask may hold infinities from the start
                 self._diverged(f"{name} is no longer finite", 0, RATES)
 
     def _diverged(self, what: str, behind: int, cure: str) -> NoReturn:
-        """Raise; the network gets the last weights back that are known to be good."""
+        """Restore the last weights that are known to be good, and raise an error."""
         self.model.load_state_dict(self.best_weights or self.first_weights)
         back = "the weights of its best epoch" if self.best_weights else "the weights that it began with"
         progress, step = self.progress, self.progress.step - behind
@@ -267,12 +267,12 @@ class Run:
         )
 
     def _kept(self, sentence: str) -> str:
-        """The sentence with the checkpoint's folder in it; nothing where there is none."""
+        """Return the sentence with the checkpoint's folder filled in; empty if there is no checkpoint."""
         folder = self.folder
         return sentence.format(folder.last) if folder is not None and has_checkpoint(folder.path) else ""
 
     def tell(self, callback: Callback | None, epoch: int, loss: Tensor | None = None) -> None:
-        """Call the caller's function for an event, where there is one."""
+        """Call the caller's function for an event, if there is one."""
         if callback is None:
             return
         rows = tuple(MappingProxyType(dict(row)) for row in self.progress.history)
@@ -285,12 +285,12 @@ class Run:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict on the CPU; of the extra state of modules as well, which may be of any type."""
+    """Copy the state dict to the CPU, including the extra state of modules, which may be of any type."""
     state = model.state_dict().items()
     return {key: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else copy.deepcopy(v) for key, v in state}
 
 
 def not_finite(model: nn.Module) -> list[str]:
-    """The names of parameters and buffers of the state dict that hold NaN or an infinity."""
+    """Return the names of the parameters and buffers in the state dict that hold NaN or infinities."""
     floating = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
     return [name for name, t in floating.items() if not bool(torch.isfinite(t).all())]

@@ -1,4 +1,4 @@
-"""Setup of a run: its job is checked, the run is built, and restored where it is resumed."""
+"""Setup of a run: check its job, build it, and restore it if it is resumed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ __all__ = ["Job", "batches_of", "check", "check_config", "started"]
 
 @dataclass(frozen=True)
 class Job:
-    """What ``finetune`` was asked for; see there."""
+    """The arguments of ``finetune``, where they are documented."""
 
     model: nn.Module
     train_data: Any
@@ -73,7 +73,7 @@ class Job:
 
 
 def check(job: Job) -> None:
-    """Raise where the arguments can't be right; nothing has been changed yet, but that the output folder is there."""
+    """Raise an error if the arguments can't be right. Nothing is changed, except that the output folder is created."""
     check_network(job.model)
     check_config(job.config)
     check_criterion(job.criterion, job.teacher, job.distillation, job.model)
@@ -86,7 +86,7 @@ def check(job: Job) -> None:
     if job.folder is not None:
         check_folder(job.folder, job.resume)
     elif job.resume:
-        raise RetrofitError("resume=True needs the output_dir of the run that is to go on")
+        raise RetrofitError("resume=True needs the output_dir of the run to resume")
 
 
 def check_config(config: Any) -> None:
@@ -96,10 +96,10 @@ def check_config(config: Any) -> None:
 
 @contextlib.contextmanager
 def started(job: Job) -> Iterator[Run]:
-    """A run before its first step, or where it had come to; all that is around it is put away again at the end.
+    """Provide a run before its first step, or at the point from which it resumes, and clean up after it.
 
-    Whatever is found wrong on the way leaves the network with the structure that it had; flags, modes, global settings and
-    generators are afterwards as they were.
+    If an error is found during setup, the network keeps its structure. Flags, modes, global settings and random
+    generators are restored afterwards.
     """
     taught = contextlib.nullcontext() if job.teacher is None else as_found(job.teacher)
     folder = None if job.folder is None else str(job.folder)
@@ -123,7 +123,7 @@ def started(job: Job) -> Iterator[Run]:
 
 
 def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[Run, str]:
-    """The run, and what is to be said of the network's head."""
+    """Build the run, and return it with a remark on the network's head."""
     model, config, device = job.model, job.config, accelerator.device
     experiment = describe_run(model, job.train_data, job.val_data, job.criterion, job.teacher, job.distillation)
     train = batches_of("train_data", job.train_data, model, config, accelerator)
@@ -132,12 +132,12 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
         val = batches_of("val_data", job.val_data, model, config, accelerator)
     classes, remark = fit_head(model, job.train_data, config)
     note_images(model, job.train_data, config)
-    # All that is ever trained is in the optimizer from the start; what is frozen has no gradient and is passed over.
-    # That holds for what this run does not reach, too: it may be extended.
+    # Everything that is ever trained is in the optimizer from the start; frozen parameters have no gradient and are
+    # skipped. This includes what this run does not get to, because it may be extended.
     choose_trainable(model, trained_in(config, None), wanted)
     to_device(model, device)
     if accelerator.num_processes > 1:
-        share(model.state_dict().values())  # the processes may have drawn other first weights
+        share(model.state_dict().values())  # the processes may have drawn different initial weights
     criterion = criterion_of(config, job.criterion, job.train_data, classes)
     for moved in (criterion, job.teacher):
         if isinstance(moved, nn.Module):
@@ -150,7 +150,7 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
     }
     folder = None
     if job.folder is not None:
-        # as the main process says: the others may have drawn other first weights
+        # that of the main process, because the others may have drawn different initial weights
         folder = Folder(job.folder, config, broadcast_object_list([experiment])[0])
     each = math.ceil(len(train) / config.grad_accum_steps)
     epochs, updates = length_of(config, each)
@@ -167,7 +167,7 @@ def build(job: Job, accelerator: Accelerator, wanted: dict[str, bool]) -> tuple[
 
 
 def batches_of(name: str, data: Any, model: nn.Module, config: FinetuneConfig, accelerator: Accelerator) -> Stream:
-    """This process's batches of ``train_data``, or of data that is measured."""
+    """Return this process's batches of ``train_data``, or of data to evaluate on."""
     train = name == "train_data"
     return stream(
         data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
@@ -179,7 +179,7 @@ def batches_of(name: str, data: Any, model: nn.Module, config: FinetuneConfig, a
 
 
 def fit_head(model: nn.Module, train_data: Any, config: FinetuneConfig) -> tuple[int | None, str]:
-    """Give the network the head of the config; the number of classes, where it is known, and what is to be said of it."""
+    """Give the network the head that the config asks for; return its number of classes, if known, and a remark."""
     seed_all(config.seed, EPOCH)
     classes = head_size(model)
     remark = other_classes(model, train_data, config.keys)
@@ -193,8 +193,8 @@ def fit_head(model: nn.Module, train_data: Any, config: FinetuneConfig) -> tuple
 
 
 def groups_told(groups: list[dict[str, Any]]) -> dict[str, int]:
-    """How many tensors learn at which part of the learning rate: the optimizer's state goes by their order in the groups, and
-    another version of this package may divide them otherwise."""
+    """Return the number of tensors per learning-rate factor, because the optimizer's state depends on their order in
+    the groups, and another version of this package may group them differently."""
     told: dict[str, int] = {}
     for group in groups:
         name = f"{group['name']} at {group['lr_scale']:.4g} lr, decay {group['weight_decay']:.4g}"
@@ -203,7 +203,7 @@ def groups_told(groups: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def restore(run: Run) -> None:
-    """Put the checkpoint in its folder back in place. timm's schedules have no state: they go by the number of updates."""
+    """Restore a run from its checkpoint. timm's schedules have no state: they only depend on the number of updates."""
     assert run.folder is not None
     run.progress, saved = run.folder.load(run.model)
     run.choose(trained_in(run.config, min(run.progress.epoch, run.epochs - 1)))
@@ -216,7 +216,7 @@ def restore(run: Run) -> None:
             scaler.load_state_dict(saved["scaler"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RetrofitError(
-            f"the state in {run.folder.last} is not that of this run, it may have been edited: {error!r}; start anew in "
+            f"the state in {run.folder.last} is not that of this run, it may have been edited: {error!r}; restart in "
             "another folder"
         ) from error
     if run.progress.best is not None:
@@ -247,7 +247,7 @@ def introduce(run: Run, remark: str) -> None:
 
 @contextlib.contextmanager
 def trackers(accelerator: Accelerator, config: FinetuneConfig) -> Iterator[None]:
-    """The config's trackers follow the run."""
+    """Start the config's trackers, and finish them on exit."""
     if config.trackers:
         flat = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in config.to_dict().items()}
         accelerator.init_trackers("se-retrofit", config=flat)

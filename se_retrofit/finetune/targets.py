@@ -1,4 +1,4 @@
-"""The targets of a data set without its images: how many images each class has."""
+"""The targets of a data set, read without its images, and the number of images of each class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["class_counts", "class_numbers", "image_weights", "targets_of", "targ
 
 
 def targets_together(targets: Sequence[Any]) -> Tensor:
-    """Class numbers as (N,), vectors as (N, classes). One whole number in a list, as some data sets have it, is a class."""
+    """Stack class numbers to (N,), vectors to (N, classes). A list of one integer, as in some data sets, is a class."""
     with _told(targets):
         together = torch.stack([torch.as_tensor(target) for target in targets])
     if together.dim() == 2 and together.shape[1] == 1 and not together.is_floating_point():
@@ -36,15 +36,15 @@ def _told(targets: Sequence[Any]) -> Iterator[None]:
 
 
 def class_numbers(targets: Tensor) -> Tensor:
-    """Targets (N,) as integers where they are whole numbers; all others as they are, to be refused."""
+    """Convert targets (N,) that are whole numbers to integers; leave all others as they are, to be rejected later."""
     if targets.dim() != 1 or targets.is_complex() or (targets.is_floating_point() and bool((targets % 1 != 0).any())):
         return targets
     return targets.long()
 
 
 def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
-    """The targets of all items, (images,) or (images, classes), where the data set tells them without loading images:
-    torchvision's data sets, Hugging Face's, ``TensorDataset``, and subsets and concatenations of such.
+    """Return the targets of all items, (images,) or (images, classes), if the data set provides them without loading
+    images: data sets of torchvision and Hugging Face, ``TensorDataset``, and subsets and concatenations of these.
     """
     if isinstance(data, DataLoader):
         return targets_of(data.dataset, keys)
@@ -56,7 +56,7 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
         return None if any(part is None for part in parts) else torch.cat([part for part in parts if part is not None])
     if type(data) is TensorDataset and len(data.tensors) > 1:
         return data.tensors[1].cpu()
-    # of timm's reader for Hugging Face's data sets, or one of these
+    # a Hugging Face data set, or the one in timm's reader
     column = _column(getattr(getattr(data, "reader", None), "dataset", data), keys)
     for values in (column, getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
         if values is not None and len(values) == len(data):
@@ -84,14 +84,14 @@ def _column(rows: Any, keys: Sequence[str]) -> Any:
 
 
 def _samples(data: Any) -> list[Any]:
-    """``(file, class)`` pairs of torchvision's folders and of timm's readers."""
+    """Return the ``(file, class)`` pairs of torchvision's folders and timm's readers; empty for other data."""
     samples = getattr(data, "samples", None) or getattr(getattr(data, "reader", None), "samples", None)
     fits = isinstance(samples, list) and samples and isinstance(samples[0], (tuple, list)) and len(samples[0]) > 1
     return samples if fits else []  # type: ignore[return-value]
 
 
 def class_counts(data: Any, classes: int | None, multi_label: bool, keys: Sequence[str] = ()) -> tuple[Tensor, int]:
-    """How many images each class has, (classes,), and how many there are."""
+    """Return the number of images of each class, (classes,), and in total."""
     targets = targets_of(data, keys)
     if targets is None or targets.dim() != (2 if multi_label else 1):
         kind = "a vector for each image" if multi_label else "one class number for each image"
@@ -105,6 +105,6 @@ def class_counts(data: Any, classes: int | None, multi_label: bool, keys: Sequen
 
 
 def image_weights(data: Any, keys: Sequence[str] = ()) -> Tensor:
-    """For each image one over the number of images of its class."""
+    """Return for each image the reciprocal of the number of images of its class."""
     counts, _ = class_counts(data, None, False, keys)
     return 1 / counts.double()[targets_of(data, keys).long()]  # type: ignore[union-attr]

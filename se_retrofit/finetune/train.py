@@ -1,4 +1,4 @@
-"""The training loop, top to bottom."""
+"""The training loop, from top to bottom."""
 
 from __future__ import annotations
 
@@ -53,27 +53,27 @@ def finetune(
     """Fine-tune a classifier, retrofitted or not, in place.
 
     Args:
-        model: the network; it ends on the device that it was trained on.
-        train_data: a Dataset of (image, class) pairs, or a DataLoader; a class is a number, or a vector. A Dataset's PIL
-            images get the transforms of the network's own config; tensors are taken as they are.
-        val_data: the same, for validation; without it the last epoch is the result.
+        model: the network; it stays on the device that it was trained on.
+        train_data: a Dataset of (image, class) pairs, or a DataLoader; a class is a number or a vector. PIL images of a
+            Dataset get the transforms of the network's own config; tensors are used as they are.
+        val_data: the same, for validation; without it, the last epoch is the result.
         config: the recipe.
         output_dir: folder for checkpoints, result, metrics and curves; None writes nothing.
-        resume: go on from the checkpoint in ``output_dir``, where there is one, with the same network, data and config.
-        command: what ``run.yaml`` is to hold besides, as plain data.
-        quiet: print nothing.
-        criterion: a loss of your own, a function of ``(logits, targets)`` that returns the mean; the validation loss is
-            cross-entropy all the same.
-        teacher: a network for the same classes, whose answers to the same images are learned, too; it is not changed.
-        distillation: the teacher's part in the loss, and the temperature by which the logits of both are divided.
-        callbacks: functions of yours; not part of the experiment.
-        stop: once it is set, the run finishes the update under way, writes a checkpoint and raises ``Stopped``.
+        resume: whether to resume from the checkpoint in ``output_dir``, if any, with the same network, data and config.
+        command: plain data to write into ``run.yaml`` in addition.
+        quiet: whether to print nothing.
+        criterion: a loss function of your own of ``(logits, targets)``, which returns the mean; the validation loss is
+            cross-entropy in any case.
+        teacher: a network for the same classes, from whose outputs the network also learns; it is not changed.
+        distillation: the teacher's share of the loss, and the temperature by which the logits of both are divided.
+        callbacks: functions that are called during the run; they are not part of the experiment.
+        stop: an event; once it is set, the run finishes the current update, writes a checkpoint and raises ``Stopped``.
 
     Raises:
-        RetrofitError: config, data and network don't fit together; a folder can't be written or holds another run
-            (the message names what differs); an image can't be read; the loss is no longer finite.
-        TypeError: an argument is of the wrong type.
-        Stopped: ``stop`` was set.
+        RetrofitError: If config, data and network don't fit together; a folder can't be written or holds another run
+            (the message says what differs); an image can't be read; or the loss is no longer finite.
+        TypeError: If an argument is of the wrong type.
+        Stopped: If ``stop`` was set.
     """
     job = Job(
         model, train_data, val_data, FinetuneConfig() if config is None else config, output_dir, resume, command, quiet,
@@ -92,7 +92,7 @@ def finetune(
 
 
 def evaluate_before_training(run: Run) -> None:
-    """Row 0 of the history: before any step, a retrofitted network is the one that it was made from."""
+    """Add row 0 of the history. Before any step, a retrofitted network computes what the original computed."""
     run.log.header()
     if run.val is None or run.progress.history:
         return
@@ -115,15 +115,15 @@ def begin_epoch(run: Run, number: int) -> Epoch:
 
 
 def train_epoch(run: Run, epoch: Epoch) -> None:
-    """All updates of an epoch that have not been made yet."""
+    """Make the remaining updates of an epoch."""
     start = run.progress.step * run.config.grad_accum_steps
     every = windows(run.train.batches(epoch.number, start), run.config.grad_accum_steps)
     for batches in itertools.islice(every, run.updates_in_epoch - run.progress.step):
         last = run.progress.step == run.updates_in_epoch - 1
-        unheard = run.val is None and not run.config.compile  # compiled code would not be heard
+        unheard = run.val is None and not run.config.compile  # no hooks in compiled code
         with listening(run.model, last and unheard) as gates:
             tally = update(run, batches)
-        if gates is not None:  # without a validation, what saturated gates there are is found in the last update
+        if gates is not None:  # without validation, the last update shows which gates are saturated
             epoch.saturated = saturated_sites(gates)
         epoch.pending.append(tally)
         run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
@@ -132,21 +132,21 @@ def train_epoch(run: Run, epoch: Epoch) -> None:
 
 
 def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    """The batches of one update, and the next, ..."""
+    """Yield the batches of one update after the other."""
     while window := list(itertools.islice(batches, size)):
         yield window
 
 
 def update(run: Run, batches: list[Batch]) -> Tensor:
-    """One change of the weights; loss, correct, seen and those batches whose images are not finite, summed over the batches,
-    still on the device."""
+    """Update the weights once; return loss, correct, seen and the number of batches with images that are not finite,
+    summed over the batches, on the device."""
     seed_all(run.config.seed, UPDATE, run.rank, run.progress.updates)
     run.optimizer.zero_grad(set_to_none=True)
     tally = torch.zeros(4, device=run.device)
     for number, batch in enumerate(batches):
         run.log.complain(batch)
         last = number == len(batches) - 1
-        # The form ends with each step: a checkpoint, an evaluation or a caller's hook finds the network's own classes
+        # The form ends with each step: a checkpoint, an evaluation or a caller's hook sees the network's own classes
         with run.form, run.accelerator.no_sync(run.network) if not last else nullcontext():
             loss, correct, broken = loss_of(run, batch)
             run.accelerator.backward(loss / len(batches))
@@ -165,7 +165,7 @@ def update(run: Run, batches: list[Batch]) -> Tensor:
 
 
 def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of a batch, how many of its images were classified correctly, and whether a value in them is not finite."""
+    """Return the loss of a batch, the number of correct images, and whether a value in the images is not finite."""
     images, targets = placed(batch, run.device)
     inputs, labels = images, targets
     if run.learning.mixup is not None:
@@ -184,13 +184,13 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def is_time_to_look(run: Run) -> bool:
-    told = run.stop.is_set() and run.world == 1  # several processes stop together, at a look
+    told = run.stop.is_set() and run.world == 1  # several processes stop together, in ``look``
     return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_in_epoch
 
 
 def look(run: Run, epoch: Epoch) -> None:
-    """Log the last updates and stop or write a checkpoint where that is due: the only place where the loop waits for the
-    device and for the other processes."""
+    """Log the last updates, and stop or write a checkpoint if that is due. This is the only place where the loop waits
+    for the device and the other processes."""
     progress = run.progress
     due = time.monotonic() - run.saved_at >= 60 * run.config.checkpoint_minutes
     sums, stop, due = agree(run, epoch, due)
@@ -201,7 +201,7 @@ def look(run: Run, epoch: Epoch) -> None:
         progress.seen += seen
     now = time.perf_counter()
     images = sum(seen for _, _, seen, _ in sums)
-    if progress.step > run.config.log_every:  # the first look of an epoch includes the loaders' start
+    if progress.step > run.config.log_every:  # the first interval of an epoch includes the start of the loaders
         run.step_times.append((now - epoch.looked) / len(sums))
     entry = {
         "update": progress.updates,
@@ -222,16 +222,16 @@ def look(run: Run, epoch: Epoch) -> None:
 
 
 def agree(run: Run, epoch: Epoch, due: bool) -> tuple[list[list[float]], bool, bool]:
-    """The sums of the last updates over all processes, and what all agree on: whether to stop, and whether to write a
-    checkpoint."""
+    """Return the sums of the last updates over all processes, and their joint decisions whether to stop and whether to
+    write a checkpoint."""
     flags = torch.tensor([float(run.stop.is_set()), float(due and run.rank == 0), 0.0, 0.0], device=run.device)
     *sums, flags = run.accelerator.reduce(torch.stack([*epoch.pending, flags]), "sum").tolist()
     return sums, flags[0] > 0, flags[1] > 0
 
 
 def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
-    """Scores on the validation data with what the gates did there, and the sites whose gates are saturated. It ends where the run
-    is to stop, after a checkpoint of the last update: what is resumed begins with the evaluation."""
+    """Return the scores and gate statistics on the validation data, and the sites with saturated gates. If the run is
+    to stop meanwhile, it ends after a checkpoint of the last update, and resumes with this evaluation."""
     network = run.network if run.learning.ema is None else run.learning.ema.module
     with listening(run.tested) as gates:
         found = measure(network, data, run.accelerator, run.config.multi_label, run.log, stop=run.stop)
@@ -249,10 +249,10 @@ def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def finish_epoch(run: Run, epoch: Epoch) -> None:
-    """Evaluate, keep what is best, write a checkpoint."""
+    """Evaluate the network, save it if it is the best so far, and write a checkpoint."""
     ema, number = run.learning.ema, epoch.number + 1
     if run.world > 1:
-        # running statistics differ between the processes; what is evaluated must be what is saved
+        # running statistics differ between processes, but the network that is evaluated must be the one that is saved
         share([*run.model.buffers(), *(ema.module.buffers() if ema is not None else ())])
     row = training_row(run, epoch)
     if run.val is not None:
@@ -261,7 +261,7 @@ def finish_epoch(run: Run, epoch: Epoch) -> None:
     row.update({"saturated": epoch.saturated} if epoch.saturated else {})
     take_note(run, row)
     run.check_weights()
-    # best before last: after a kill between the two, the epoch's end is done again and gives the same
+    # best before last: after a kill between the two, the end of the epoch is repeated with the same result
     if run.progress.stale == 0 and (run.val is not None or run.progress.finished is not None):
         run.keep_best()
     run.keep_checkpoint()
@@ -275,7 +275,7 @@ def finish_epoch(run: Run, epoch: Epoch) -> None:
         run.tell(run.callbacks.after_evaluation, number)
     run.tell(run.callbacks.after_epoch, number)
     if run.progress.finished is None:
-        # Processes may have been told at different moments: all leave together or none does
+        # Processes may have been stopped at different moments: all leave together or none does
         _, stop, _ = agree(run, epoch, False)
         if stop:
             run.leave(with_checkpoint=False)
@@ -297,7 +297,7 @@ def training_row(run: Run, epoch: Epoch) -> dict[str, Any]:
 
 
 def take_note(run: Run, row: dict[str, Any]) -> None:
-    """Add an epoch to the history, and see whether it was the best, and the last."""
+    """Add an epoch to the history, and check whether it was the best, and whether it is the last."""
     progress, config = run.progress, run.config
     progress.history.append(row)
     if run.step_times:
@@ -305,7 +305,7 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
     if run.val is not None:
         score = row[f"val_{config.best_metric}"]
         sign = -1 if config.best_metric == "loss" else 1
-        # NaN, of a loss that overflows, is worse than any number
+        # NaN, from a loss that overflows, is worse than any number
         improved = (
             progress.best is None
             or sign * score > sign * progress.best
@@ -323,7 +323,7 @@ def take_note(run: Run, row: dict[str, Any]) -> None:
 
 
 def finish(run: Run) -> FinetuneResult:
-    """The result, after its last files and words."""
+    """Write the last files, print the result and return it."""
     result = run.result()
     run.log.history(run.progress.history)
     run.log.pictures(run.progress.history, partial(draw_hardest, run))

@@ -1,4 +1,4 @@
-"""How images are prepared for a network: in training, in validation, and wherever it is used later."""
+"""How images are prepared for a network: in training, in validation and in later use."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ __all__ = [
     "transforms_for",
 ]
 
-AUGMENTATION = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}  # of timm's, in training
+AUGMENTATION = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}  # for timm's transforms in training
 SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def transform_of(model: nn.Module) -> Callable[[Any], Any]:
-    """The transform by which a fine-tuned network wants its images: PIL image to tensor, as in its validation.
+    """Return the transform for the images of a fine-tuned network: from PIL image to tensor, as in its validation.
 
     Args:
-        model: a network that ``finetune`` trained on PIL images, or that was loaded from its result.
+        model: a network that ``finetune`` trained on PIL images, or that was loaded from such a run.
 
     Raises:
-        RetrofitError: it was not fine-tuned on images, so how they were prepared is not known.
+        RetrofitError: If it was not fine-tuned on PIL images, so that their preparation is unknown.
 
     Example:
         >>> import tempfile, timm
@@ -72,18 +72,18 @@ def transform_of(model: nn.Module) -> Callable[[Any], Any]:
 
 
 def class_names(model: nn.Module) -> list[str] | None:
-    """The names of the classes that a network was fine-tuned on, None where they are not known."""
+    """Return the names of the classes that a network was fine-tuned on, or None if they are unknown."""
     names = vars(model).get(IMAGES, {}).get("classes")
     return None if names is None else list(names)
 
 
 def has_several_labels(model: nn.Module) -> bool:
-    """Whether a network was fine-tuned with several labels an image."""
+    """Return whether a network was fine-tuned with several labels per image."""
     return bool(vars(model).get(IMAGES, {}).get("multi_label"))
 
 
 def note_images(model: nn.Module, data: Any, config: FinetuneConfig) -> None:
-    """Have the network tell how its images are prepared, where the data are PIL images."""
+    """Note on the network how its images are prepared, if the data are PIL images."""
     if not gives_images(data, config.keys):
         vars(model).pop(IMAGES, None)
         return
@@ -92,14 +92,14 @@ def note_images(model: nn.Module, data: Any, config: FinetuneConfig) -> None:
 
 
 def check_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> None:
-    """Raise where the data numbers its classes otherwise than the data that the network was fine-tuned on."""
+    """Raise an error if the data numbers its classes differently from the data that the network was fine-tuned on."""
     if differing := other_classes(model, data, keys):
         raise RetrofitError(f"{differing}; their numbers must agree: give data with the same classes in the same order")
 
 
 def other_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> str:
-    """What sets the classes of the data apart from those that the head was trained on, by their names; empty where nothing
-    does, or the names are not known."""
+    """Describe how the names of the data's classes differ from those that the head was trained on; empty if they don't,
+    or if they are unknown."""
     known, given = class_names(model), class_names_of(data, keys)
     if known is None or given is None or known == given:
         return ""
@@ -107,8 +107,8 @@ def other_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> str:
 
 
 def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
-    """The names of a data set's classes in the order of their numbers, None where it does not tell, or gives them other numbers by a
-    ``target_transform``."""
+    """Return the names of a data set's classes in the order of their numbers; None if they are unknown, or renumbered
+    by a ``target_transform``."""
     for owner in (data, getattr(data, "reader", None), getattr(data, "dataset", None)):
         if getattr(owner, "target_transform", None) is not None:
             return None
@@ -121,7 +121,7 @@ def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
 
 
 def _names_in(data: Any, keys: Sequence[str]) -> list[str] | None:
-    """Of the classes of a data set of Hugging Face's; None where a transform gives its items other keys than it has columns."""
+    """Return the class names of a Hugging Face data set; None if a transform gives its items other keys than its columns have."""
     features = getattr(data, "features", None)
     if not isinstance(features, dict):
         return None
@@ -134,8 +134,8 @@ def _names_in(data: Any, keys: Sequence[str]) -> list[str] | None:
 def prepared_batches(
     model: nn.Module, data: Any, config: FinetuneConfig, tell: Callable[[str], object]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and targets of a data set in batches of 32, as in a validation of the network; ``tell`` hears of those that can't be
-    read, where the config skips them."""
+    """Yield the images and targets of a data set in batches of 32, prepared as for validation. If the config skips
+    images that can't be read, ``tell`` is called with each complaint."""
     images = stream(
         data, name="data", train=False, batch_size=BATCH_SIZE, transform=transforms_for(model, config, train=False),
         bad_images=config.bad_images, keys=config.keys,
@@ -148,18 +148,18 @@ def prepared_batches(
 
 
 def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> Callable[[Any], Any]:
-    """timm's transforms with the network's own size, mean, std and interpolation; for training, with the config's
-    augmentation. Where the network does not tell them, ImageNet's usual ones.
+    """Return timm's transforms with the network's own size, mean, std and interpolation, or with the usual ones for
+    ImageNet if the network has none; for training, with the config's augmentation.
 
     Raises:
-        RetrofitError: there is no such transform, or it fails on a black image.
+        RetrofitError: If there is no such transform, or it fails on a black image.
     """
     augmentation = {**AUGMENTATION, **config.transform_options} if train else {}
     try:
         transform = _transform(settings_of(model, config.image_size), is_training=train, **augmentation)
         with kept_randomness():
-            transform(Image.new("RGB", (64, 64)))  # most values are looked at only then
-    except Exception as error:  # timm, torchvision and Pillow raise of every kind
+            transform(Image.new("RGB", (64, 64)))  # most values are only checked here
+    except Exception as error:  # timm, torchvision and Pillow raise errors of all kinds
         raise RetrofitError(
             f"timm makes no transform with transform_options={config.transform_options}: {error}"
         ) from error
@@ -176,7 +176,7 @@ def _transform(settings: dict[str, Any], **options: Any) -> Callable[[Any], Any]
 
 
 class Prepared:
-    """A transform, after the image got the mode that the network takes. (A function in a function can't be pickled.)"""
+    """A transform that first converts the image to the network's mode. (A nested function can't be pickled.)"""
 
     def __init__(self, transform: Callable[[Any], Any], mode: str) -> None:
         self.transform, self.mode = transform, mode
@@ -186,8 +186,8 @@ class Prepared:
 
 
 def load_image(file: str | Path) -> Image.Image:
-    """A file as torchvision's own loader reads it: palettes as colours, what is transparent without its transparency. But 16-bit
-    grey is scaled by its range, where that loader would make all above 255 white."""
+    """Load an image file like torchvision's own loader: palettes become colours, and transparency is dropped. But
+    16-bit grey is scaled by its range, whereas that loader would make everything above 255 white."""
     with Image.open(file) as image:
         return _in_colors(image, "RGB")
 
@@ -195,7 +195,7 @@ def load_image(file: str | Path) -> Image.Image:
 def _in_colors(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16") or (
         image.mode == "I" and image.format == "PNG"
-    ):  # the latter in Pillow's older versions
+    ):  # the latter in older versions of Pillow
         image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
     if image.mode == mode:
         image.load()  # which may fail, and closes the file
@@ -206,12 +206,12 @@ def _in_colors(image: Image.Image, mode: str) -> Image.Image:
 
 
 def settings_of(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Size, mean and the like, as plain data."""
+    """Return size, mean and so on as plain data."""
     own = {name: value for name, value in _own_settings(model).items() if name in SETTINGS}
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels, *size = own["input_size"]
     if convolution is not None and convolution.in_channels == 1 < channels:
-        # the network was built for one channel, and its config tells of three
+        # the network was built for one channel, but its config is for three
         own |= {name: [sum(own[name]) / len(own[name])] for name in ("mean", "std")}
         channels = 1
     own["input_size"] = [channels, *(size if image_size is None else (image_size, image_size))]

@@ -1,4 +1,4 @@
-"""Loading processes that outlast signals and never outlive the main process."""
+"""Data-loading processes that survive signals but never outlive the main process."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 
 from ..errors import RetrofitError
 
 __all__ = ["begin_worker", "told_plainly"]
 
-LOOK = 1.0  # seconds between two looks at the main process
+LOOK = 1.0  # seconds between two checks of the main process
 
 
 def begin_worker(worker: int) -> None:
-    """What a loading process begins with, as ``worker_init_fn`` of a DataLoader.
+    """Initialise a data-loading process; the ``worker_init_fn`` of a DataLoader.
 
-    Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all of a job. The main one finishes its
-    update and needs the loading processes for it: they end by its SIGTERM alone, which is how multiprocessing ends
-    them, or when it is gone.
+    Ctrl-C reaches all processes of a terminal, and a scheduler's SIGTERM all processes of a job. The main process
+    finishes its update, for which it needs the loading processes, so they only end by its own SIGTERM, which is how
+    multiprocessing ends them, or when it is gone.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on macOS and Windows
@@ -31,8 +32,8 @@ def begin_worker(worker: int) -> None:
 
 
 def _end_with_the_main_process() -> None:
-    """PyTorch's own watch asks for the parent's number only after this: where the main process is killed before, it would
-    watch the heir and wait for work forever."""
+    """End this process when the main process is gone. PyTorch's own watchdog starts later: if the main process was
+    killed before, it would watch the new parent and wait for work forever."""
     main = multiprocessing.parent_process()
     while main is not None and main.is_alive():
         if not hasattr(signal, "sigtimedwait"):
@@ -46,11 +47,14 @@ def _end_with_the_main_process() -> None:
 
 @contextlib.contextmanager
 def told_plainly() -> Iterator[None]:
-    """An error of ours in a loading process is told as it would be here; PyTorch puts that process's traceback into its text."""
+    """Raise our errors from a loading process as if they occurred here, without the traceback that PyTorch adds."""
     try:
         yield
-    except RetrofitError as error:
+    except Exception as error:
+        # The error and PyTorch's frames refer to each other, and to the loading processes: when the garbage collector
+        # frees such a cycle, it waits 5 s for each process
+        traceback.clear_frames(error.__traceback__)
         text = str(error)
-        if "Original Traceback" not in text:
+        if not isinstance(error, RetrofitError) or "Original Traceback" not in text:
             raise
         raise RetrofitError(text.rsplit("RetrofitError: ", 1)[-1].strip()) from error

@@ -1,4 +1,4 @@
-"""SE that has become constant goes into the weights around it; SE that stays takes the form that others know."""
+"""Folding of constant SE into the weights around it, and conversion of SE to and from the form of other libraries."""
 
 from .fold import fold_se
 from .native import from_native, to_native

@@ -1,8 +1,8 @@
-"""Where a factor for each channel of a value can go, so that the product vanishes and the network stays the same.
+"""Where to fold a factor for each channel of a value, so that the product is not needed and the network stays the same.
 
-Backwards from the value, into the weights and biases of the norms and convolutions that make it: through activations that are
-positively homogeneous (ReLU, LeakyReLU), changes of layout, poolings, sums (into all operands) and concatenations (to each
-source its part). Or forwards, into the weights of all convolutions and linear layers that take it.
+Backwards from the value, into the weights and biases of the norms and convolutions that compute it: through positively
+homogeneous activations (ReLU, LeakyReLU), changes of layout, pooling, sums (into all operands) and concatenations (into
+each source its part). Or forwards, into the weights of all convolutions and linear layers that use it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .probing import along, scales_input, scales_output
 
 __all__ = ["Factors", "Scaling"]
 
-# f(c * x) == c * f(x) for c >= 0, by the names of modules and of ATen's operations
+# f(c * x) == c * f(x) for c >= 0, by the names of modules and of ATen operations
 _HOMOGENEOUS = {"ReLU", "relu", "LeakyReLU", "leaky_relu", "PReLU", "prelu", "_prelu_kernel"}
 _LARGEST = {"MaxPool", "AdaptiveMaxPool", "max_pool", "adaptive_max_pool"}
 _LINEAR = {"AvgPool", "AdaptiveAvgPool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool"}
@@ -35,7 +35,7 @@ _RESIZED = ("upsample_", "_upsample_", "Upsample", "upsample")
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """A parameter is multiplied by ``factor`` (float64, of a shape that broadcasts), for the sake of one operation."""
+    """The multiplication of a parameter by ``factor`` (float64, in a shape that broadcasts), for one operation."""
 
     path: str
     factor: Tensor
@@ -49,8 +49,8 @@ class Scaling:
 
 
 class Factors:
-    """Answers for one network, by a record of a copy of it, where factors can go; the SE modules at the paths in ``transparent``
-    have constant gates by now."""
+    """Finds where factors can be folded in a network, from a record of a copy of it; the SE modules at the paths in
+    ``transparent`` already have constant gates."""
 
     def __init__(self, model: nn.Module, record: Record, transparent: Iterable[str] = ()) -> None:
         self.model = model
@@ -61,12 +61,12 @@ class Factors:
         self.uses = self._uses()
 
     def backwards(self, path: str, factor: Tensor) -> list[Scaling] | None:
-        """How the network can make the value that the SE module at ``path`` scales already multiplied by ``factor``;
-        None if it can't."""
+        """Return how to multiply the value that the SE module at ``path`` scales by ``factor`` before it is scaled;
+        None if that is impossible."""
         return self._for_all_calls(path, lambda op: self._made(op.data[0], op, factor))
 
     def forwards(self, path: str, factor: Tensor) -> list[Scaling] | None:
-        """How all that take what the SE module at ``path`` returns can do as if it had been multiplied by ``factor``."""
+        """Return how all users of the SE module's output can act as if it were multiplied by ``factor``, or None."""
         return self._for_all_calls(path, lambda op: self._taken(op, factor))
 
     def _for_all_calls(self, path: str, find: Callable[[Op], list[Scaling] | None]) -> list[Scaling] | None:
@@ -80,7 +80,7 @@ class Factors:
         return self._once(found) if ops else None
 
     def _once(self, scalings: list[Scaling]) -> list[Scaling] | None:
-        """Each parameter once: one that is used several times must be scaled alike for every use."""
+        """Return each parameter once; if it is used several times, every use must need the same factor."""
         by_path: dict[str, list[Scaling]] = {}
         for scaling in scalings:
             by_path.setdefault(scaling.path, []).append(scaling)
@@ -93,14 +93,14 @@ class Factors:
         return [several[0] for several in by_path.values()]
 
     def _uses(self) -> dict[str, set[Op]]:
-        """By the path of each parameter, the operations for which it is used."""
+        """Return the operations that use each parameter, by its path."""
         uses: dict[str, set[Op]] = {}
         for op in self.record.ops:
             for parameter in op.module.parameters() if op.module is not None else ():
                 uses.setdefault(self.parameters[id(parameter)], set()).add(op)
             if op.name == "param" and op.path is not None:
                 todo, users = [op], uses.setdefault(op.path, set())
-                while todo:  # through what is computed from parameters alone
+                while todo:  # through values that are computed from parameters only
                     for user in todo.pop().users:
                         (todo.append if user.role == "param" else users.add)(user)
         return uses
@@ -108,7 +108,7 @@ class Factors:
     # Backwards
 
     def _made(self, op: Op, user: Op, factor: Tensor) -> list[Scaling] | None:
-        """Multiply the value of an operation, which nothing but ``user`` may take."""
+        """Multiply the value of an operation, which only ``user`` may use."""
         if real_users(op) != [user] or op in self.returned or op.channels != len(factor) or op.channel_dim is None:
             return None
         if op.role in ("conv", "linear", "norm"):
@@ -141,7 +141,7 @@ class Factors:
         if op.module is not None and op.path is not None:
             module = self.model.get_submodule(op.path)
             return self._named(op, module, scales_output(module, op, factor, op.channel_dim))
-        given = op.takes[1:3]  # of F.conv2d, F.batch_norm and the like: weight and bias
+        given = op.takes[1:3]  # weight and bias of F.conv2d, F.batch_norm and so on
         if op.role == "linear" or not given or not all(self._is_parameter(p) for p in given):
             return None
         if op.role == "conv":
@@ -161,7 +161,7 @@ class Factors:
         ]
 
     def _multiplied(self, op: Op, factor: Tensor) -> list[Scaling] | None:
-        """By a parameter, such as layer scale, which then takes the factor; or by something else: on to what is multiplied."""
+        """Fold into a product: into its parameter, such as layer scale, or else further back, into what it scales."""
         for scale in op.takes[1:]:
             dim = scale.dim + (op.channel_dim or 0)
             one_each = dim >= 0 and scale.shape[dim] == scale.shape.numel() == len(factor)
@@ -204,7 +204,7 @@ class Factors:
     # Both
 
     def _lets_through(self, op: Op, factor: Tensor) -> bool:
-        """Whether an operation of one value commutes with a factor for each of its channels."""
+        """Return whether an operation on one value commutes with a factor for each of its channels."""
         positive = bool((factor >= 0).all())
         if op.role == "act":
             return op.name in _HOMOGENEOUS and positive

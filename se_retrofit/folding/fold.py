@@ -1,4 +1,4 @@
-"""Fold SE whose gates have become constant into the weights around it."""
+"""Folding of SE whose gates have become constant into the weights around it."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def fold_se(
 ) -> M:
     """Fold SE modules whose gates hardly depend on the input into the network's own weights (docs/folding.md).
 
-    A block without SE gets its original class back; a factor that no weight can take remains as a ``StaticFactor``. The
-    attribute ``fold_report`` of the result, a ``FoldReport``, has spread, effect and verdict of each site.
+    A block without SE gets its original class back; a factor that can't be folded into a weight remains as a
+    ``StaticFactor``. The result has an attribute ``fold_report``, with spread, effect and verdict of each site.
 
     Args:
-        model: a network that ``add_se`` made.
-        data: what ``finetune`` takes, or any iterable of batches: tensors, tuples or lists of inputs and labels, or dicts of
-            them. With integer labels, the accuracy is taken into account as well.
-        tolerance: the largest change of the outputs, as the norm of the difference relative to that of the outputs.
-        max_accuracy_loss: by how much the accuracy may drop, from 0 to 1, and always by one image; ignored without labels.
-        max_batches: how many are used at most; the network runs over them about twice per site.
-        keys: of inputs and labels in dicts; None for usual ones, such as ``"image"`` and ``"label"``.
+        model: a network from ``add_se``.
+        data: data as for ``finetune``, or any iterable of batches: tensors, tuples or lists of inputs and labels, or
+            dicts of them. With integer labels, the accuracy is also taken into account.
+        tolerance: largest change of the outputs, as the norm of the difference relative to that of the outputs.
+        max_accuracy_loss: largest drop in accuracy, from 0 to 1 (one image is always allowed); ignored without labels.
+        max_batches: maximum number of batches; the network runs over them about twice per site.
+        keys: keys of inputs and labels in dicts; None for common ones, such as ``"image"`` and ``"label"``.
         inplace: change the given model instead of a copy.
 
     Raises:
-        RetrofitError: the model has no SE, only factors that can't be folded, or modules without gates (CBAM); no data.
-        TypeError: an argument is of the wrong type. Whatever is raised, the model is unchanged.
+        RetrofitError: If the model has no SE, only unfoldable factors, or modules without gates (CBAM); without data.
+        TypeError: If an argument is of the wrong type. Whatever is raised, the model is unchanged.
 
     Example:
         >>> import timm, torch
@@ -122,7 +122,7 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any,
 
 
 def _effects(work: nn.Module, gates: dict[str, SiteGates], reference: Reference) -> dict[str, float]:
-    """What each site's constant gates do to the outputs, all others being as they are."""
+    """Return how much constant gates at each site change the outputs, with all other sites unchanged."""
     effects = {}
     for path, found in gates.items():
         se = put_factor(work, path, found.mean)
@@ -135,7 +135,7 @@ def _greedy(
     work: nn.Module, gates: dict[str, SiteGates], effects: dict[str, float], reference: Reference,
     tolerance: float, max_accuracy_loss: float,
 ) -> dict[str, str]:  # fmt: skip
-    """Make gates constant, the least effect first, within the limits; returns what kept each of the others."""
+    """Make gates constant within the limits, starting with the least effect; return the limits that kept the others."""
     kept = {}
     for path in sorted(gates, key=lambda path: effects[path]):
         if effects[path] > tolerance:
@@ -153,13 +153,13 @@ def _greedy(
     return kept
 
 
-# What takes them in ---------------------------------------------------------------------------------------------------
+# Where they are folded ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Todo:
-    """What is to be done to a network: the scalings of its parameters, the SE modules that are ``gone`` with those that stand for
-    them, and the ``factors`` in the place of others, by path."""
+    """The changes to make to a network: the scalings of its parameters, the SE modules that are ``gone`` with their
+    substitutes, and the ``factors`` that replace others, by path."""
 
     scalings: list[Scaling] = field(default_factory=list)
     gone: dict[str, list[Scaling]] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class Todo:
 
 
 def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Labelled]) -> Todo:
-    """Let the network take in constant gates, each seen to leave the outputs as they are but for rounding."""
+    """Fold constant gates into the network, after checking that each leaves the outputs unchanged up to rounding."""
     todo = Todo()
     if not constant:
         return todo
@@ -187,8 +187,8 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], b
 def absorb(
     work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Labelled, wanted: list[Tensor]
 ) -> list[Scaling] | None:
-    """Fold the constant factor of an SE module into the network and set its own to 1; None, with the network
-    unchanged, if that is not possible."""
+    """Fold the constant factor of an SE module into the network and set the module's own to 1. If that is impossible,
+    return None and leave the network unchanged."""
     close = torch.finfo(wanted[0].dtype).eps ** 0.5
     for find in (factors.backwards, factors.forwards):
         scalings = find(path, factor)
@@ -218,13 +218,13 @@ def _check_progress(todo: Todo, ses: dict[str, nn.Module]) -> None:
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module in the place of another."""
+    """Replace a module."""
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module
 
 
 def put_factor(model: nn.Module, path: str, factor: Tensor) -> nn.Module:
-    """Put a constant factor for each channel in the place of an SE module, which is returned."""
+    """Replace an SE module by a constant factor for each channel, and return the SE module."""
     se = model.get_submodule(path)
     assert isinstance(se, Inserted)
     like = next(se.parameters())
@@ -240,7 +240,7 @@ def put_factor(model: nn.Module, path: str, factor: Tensor) -> nn.Module:
 
 
 def carry_out(model: nn.Module, todo: Todo) -> None:
-    """Do to a retrofitted network what is to be done. If a class can't be derived, nothing has been done."""
+    """Make the changes to a retrofitted network. If a class can't be derived, nothing is changed."""
     modules = dict(model.named_modules())
     gone = [site for site in plan_of(model).sites if site.path in todo.gone]
     try:

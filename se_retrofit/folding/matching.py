@@ -1,7 +1,7 @@
 """Two networks side by side: their layers and channel gates in the order of execution, matched by shape.
 
-A gate is told by what it computes: a value times the sigmoid of two linear layers, with a ReLU between them, of the value's
-own mean over space.
+A gate is recognised by what it computes: a value times the sigmoid of two linear layers, with a ReLU between them, of
+the value's own mean over space.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Gate", "Layer", "copy_layers", "matched", "parts_of"]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One operation with weights: the paths of its parameters and buffers, and their shapes."""
+    """An operation with weights: the paths of its parameters and buffers, and their shapes."""
 
     name: str
     tensors: tuple[tuple[str, torch.Size], ...]
@@ -40,7 +40,7 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """One channel gate: where it is, its channels and hidden width, and the paths of its weights (None: no bias)."""
+    """A channel gate: its path, numbers of channels and hidden units, and the paths of its weights (None: no bias)."""
 
     path: str
     channels: int
@@ -60,7 +60,7 @@ Part = Layer | Gate
 
 
 def parts_of(record: Record) -> list[Part]:
-    """The layers and gates of a record, each once, in the order of execution."""
+    """Return the layers and gates of a record, each once, in the order of execution."""
     gates: dict[Op, Gate] = {}
     inside: set[Op] = set()
     for op in record.ops:
@@ -131,7 +131,7 @@ def _calls(op: Op) -> Iterator[Any]:
 
 
 def _tensors(op: Op) -> Iterator[tuple[str, torch.Size]]:
-    """The parameters and buffers that an operation uses, in the order in which it takes them."""
+    """Yield the parameters and buffers that an operation uses, in the order of its arguments."""
     if op.module is not None and op.path is not None:
         named = [*op.module.named_parameters(), *op.module.named_buffers()]
         for name, tensor in named:
@@ -154,7 +154,7 @@ def _leaves(op: Op) -> Iterator[tuple[str, torch.Size]]:
 
 
 def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
-    """Pairs of the parts of a retrofitted and of a native network."""
+    """Pair the parts of a retrofitted network with those of a native one."""
     for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         if type(a) is not type(b) or a.shapes != b.shapes:
             gates = isinstance(a, Gate) and isinstance(b, Gate)
@@ -173,10 +173,10 @@ def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
 
 
 def copy_layers(pairs: list[tuple[Part, Part]], source: nn.Module, target: nn.Module) -> None:
-    """Give each part of ``target`` (the second of a pair) the values of its part of ``source``.
+    """Copy the values of each part of ``source`` (the first of a pair) to its part of ``target``.
 
     Raises:
-        RetrofitError: a gate of the source has biases, and that of the target none. Nothing has been copied then.
+        RetrofitError: If a gate of the source has biases, and that of the target has none. Nothing is copied then.
     """
     values, own = source.state_dict(), target.state_dict()
     copies: list[tuple[Tensor, Tensor]] = []
@@ -194,7 +194,7 @@ def copy_layers(pairs: list[tuple[Part, Part]], source: nn.Module, target: nn.Mo
                     copies.append((own[to_bias], torch.zeros(()) if bias is None else bias))
                 elif bias is not None and bias.any():
                     raise RetrofitError(
-                        f"{a} has biases, and {b} has none to take them; retrofit with bias=True, or build the native "
+                        f"{a} has biases, but {b} has none; retrofit with bias=True, or build the native "
                         "network with biases"
                     )
     with torch.no_grad():

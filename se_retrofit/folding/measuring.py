@@ -1,4 +1,4 @@
-"""What is run over the data: a few batches, and what a change does to the outputs."""
+"""Runs over data: a few batches, and the effect of a change on the outputs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["Labelled", "Reference", "first_batches", "outputs_of", "relative_cha
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Inputs, and the class of each where the data tells."""
+    """Inputs, and the class of each if the data has labels."""
 
     inputs: Tensor
     labels: Tensor | None
 
 
 def first_batches(model: nn.Module, data: Any, keys: Sequence[str], most: int) -> list[Labelled]:
-    """The first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device."""
+    """Return the first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device."""
     if isinstance(data, (Tensor, str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -57,13 +57,13 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def outputs_of(model: nn.Module, batch: Labelled) -> list[Tensor]:
-    """All floating-point tensors that a model returns for a batch."""
+    """Return all floating-point tensors that a model returns for a batch."""
     leaves = tree_leaves(model(batch.inputs))
     return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def relative_change(now: list[Tensor], before: list[Tensor]) -> float:
-    """The norm of the difference of some tensors, relative to that of the second."""
+    """Return the norm of the difference of tensors, relative to the norm of ``before``."""
     if [t.shape for t in now] != [t.shape for t in before]:
         return float("inf")
     apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(now, before, strict=True))
@@ -72,7 +72,7 @@ def relative_change(now: list[Tensor], before: list[Tensor]) -> float:
 
 
 class Reference:
-    """The outputs of a network as it is now, to compare with later."""
+    """The current outputs of a network, for later comparison."""
 
     def __init__(self, model: nn.Module, batches: list[Labelled]) -> None:
         self.model = model
@@ -85,10 +85,10 @@ class Reference:
         if not any(bool(t.any()) for found in self.outputs for t in found):
             raise RetrofitError("the model's outputs on the data are all zero, so nothing can be compared")
         self.accuracy = self._accuracy(self.outputs)
-        self.one_input = 1.001 / sum(len(batch.inputs) for batch in batches)  # of the accuracy, and what rounding adds
+        self.one_input = 1.001 / sum(len(batch.inputs) for batch in batches)  # its share of the accuracy, plus rounding
 
     def compare(self) -> tuple[float, float | None]:
-        """How far the outputs are from those of the reference, relative to their norm; and the accuracy."""
+        """Return how far the outputs are from those of the reference, relative to their norm, and the accuracy."""
         outputs = [outputs_of(self.model, batch) for batch in self.batches]
         flat = [[t for found in several for t in found] for several in (outputs, self.outputs)]
         return relative_change(flat[0], flat[1]), self._accuracy(outputs)

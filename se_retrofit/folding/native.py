@@ -1,10 +1,9 @@
-"""Convert retrofitted SE to the form that other libraries use, and back: the plain sigmoid instead of twice the
+"""Conversion of retrofitted SE to the form of other libraries, and back: the plain sigmoid instead of twice the
 sigmoid.
 
 ``x * 2*sigmoid(W2 relu(W1 mean(x)))`` is ``(2x) * sigmoid(W2 relu((W1/2) mean(2x)))``. The network computes ``2x``
-if the weight and bias of the norm or convolution before SE are doubled; otherwise the weights of the layers after it
-are doubled. Factors of two are
-exact in every floating-point format.
+if the weight and bias of the norm or convolution before SE are doubled; otherwise, the weights of the layers after it
+are doubled. Factors of two are exact in every floating-point format.
 """
 
 from __future__ import annotations
@@ -34,22 +33,22 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
-    """A retrofitted network with plain-sigmoid gates: its own copy, or a native SE network that takes all its weights.
+    """Convert a retrofitted network to plain-sigmoid gates: a copy of it, or a native SE network with its weights.
 
     Args:
-        model: a network that ``add_se`` made, with the gate ``"identity"`` or ``"sigmoid"``.
+        model: a network from ``add_se`` with the gate ``"identity"`` or ``"sigmoid"``.
         target: a native SE network, such as ``timm.create_model("seresnet50")``, whose layers and gates have the shapes of the
             model's, in the same order of execution. It is not changed; its weights don't matter.
 
     Returns:
-        Without a target, a copy of the model with ``gate="sigmoid"``. With one, a copy of the target, filled. Either
-        computes what the model does, which is checked by running both.
+        Without a target, a copy of the model with ``gate="sigmoid"``; with one, a copy of the target with the model's
+        weights. Either computes what the model computes, which is checked by running both.
 
     Raises:
-        RetrofitError: the model is not retrofitted; a site has another attention than SE, or a factor of two
+        RetrofitError: If the model is not retrofitted; a site has another attention than SE, or a factor of two
             can't be moved into the layers around it; the target does not fit (the message names the site or layer);
-            the outputs differ.
-        TypeError: one of them is not an nn.Module.
+            or the outputs differ.
+        TypeError: If one of them is not an nn.Module.
 
     Example:
         >>> import timm, torch
@@ -82,20 +81,20 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
 
 
 def from_native(model: M, source: nn.Module) -> M:
-    """A retrofitted network with all the weights of a trained native SE network.
+    """Load all weights of a trained native SE network into a copy of a retrofitted network.
 
     Args:
-        model: a network that ``add_se`` made, with the gate ``"identity"`` or ``"sigmoid"``; with ``bias=True`` if
-            the native gates have biases. It is not changed; its weights don't matter.
+        model: a network from ``add_se`` with the gate ``"identity"`` or ``"sigmoid"``; with ``bias=True`` if the native
+            gates have biases. It is not changed; its weights don't matter.
         source: the native network, whose layers and gates have the shapes of the model's, in the same order of execution.
 
     Returns:
-        A copy of the model that computes what the source does, which is checked by running both.
+        A copy of the model that computes what the source computes, which is checked by running both.
 
     Raises:
-        RetrofitError: the model is not retrofitted, the two do not fit (the message names the site or layer), or the
+        RetrofitError: If the model is not retrofitted, the two do not fit (the message names the site or layer), or the
             outputs differ.
-        TypeError: one of them is not an nn.Module.
+        TypeError: If one of them is not an nn.Module.
 
     Example:
         >>> import timm, torch
@@ -119,7 +118,7 @@ def from_native(model: M, source: nn.Module) -> M:
     return result
 
 
-# Behind them ----------------------------------------------------------------------------------------------------------
+# Helpers --------------------------------------------------------------------------------------------------------------
 
 
 def _check_retrofitted(model: nn.Module, caller: str) -> None:
@@ -147,12 +146,12 @@ def _ses(model: nn.Module) -> dict[str, Any]:
 
 
 def _recorded(model: nn.Module) -> Record:
-    """The record of a retrofitted network in the shapes that the retrofit was recorded on, as far as they are known."""
+    """Record a retrofitted network on the shapes that the retrofit was recorded on, if they are known."""
     return record(model, described_inputs(plan_of(model).inputs, model))
 
 
 def _parts_beside(inputs: Inputs, model: nn.Module, native: nn.Module) -> list[Part]:
-    """The parts of the native network on the inputs of the retrofitted one."""
+    """Return the parts of the native network, recorded on the inputs of the retrofitted one."""
     parts = parts_of(record(native, in_dtype_of(native, inputs, float_dtype(model))))
     if not any(isinstance(part, Gate) for part in parts):
         raise RetrofitError(f"this {type(native).__name__} has no channel gate that was called, so it can't be matched")
@@ -160,7 +159,7 @@ def _parts_beside(inputs: Inputs, model: nn.Module, native: nn.Module) -> list[P
 
 
 def _scale(model: nn.Module, record: Record, by: float) -> None:
-    """Multiply by a power of two what each SE module with twice the sigmoid scales, or what it returns."""
+    """Multiply the input or the output of each SE module with the gate ``2 * sigmoid`` by a power of two."""
     factors = Factors(model, record)
     todo = []
     for path, se in _ses(model).items():
@@ -168,7 +167,7 @@ def _scale(model: nn.Module, record: Record, by: float) -> None:
             continue
         factor = torch.full((se.channel,), by, dtype=torch.float64)
         scalings = factors.backwards(path, factor)
-        squeezed = scalings is not None  # what SE looks at is larger, too
+        squeezed = scalings is not None  # SE's squeeze is larger, too
         if scalings is None:
             scalings = factors.forwards(path, factor)
         if scalings is None:
@@ -185,7 +184,7 @@ def _scale(model: nn.Module, record: Record, by: float) -> None:
 
 
 def _check_same(model: nn.Module, other: nn.Module, inputs: Inputs, what: str) -> None:
-    """Raise unless two networks compute the same; the inputs are the model's."""
+    """Raise an error unless two networks compute the same; the inputs are the model's."""
     given = inputs.of_one().with_values(torch.Generator().manual_seed(0))
     one, two = (_outputs(net, in_dtype_of(net, given, float_dtype(model))) for net in (model, other))
     apart = relative_change(two, one)

@@ -1,7 +1,7 @@
-"""Which parameters of one module to scale so that the module scales its output, or takes a scaled input, by channel.
+"""Which parameters of a module to scale so that the module scales its output, or accepts a scaled input, by channel.
 
-The answer is found by trying it on a copy in float64: a subclass that pads by itself passes, one that standardises its
-weight does not, and in a weight-normalised convolution it is the norm that is scaled.
+Candidates are tried on a copy in float64: a subclass with its own padding passes, one that standardises its weight does
+not, and in a weight-normalised convolution, the norm is scaled.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from ..surgery.record.graph import Op
 
 __all__ = ["along", "scales_input", "scales_output"]
 
-# by the name of a parameter: what it is multiplied by, of a shape that broadcasts to its own
+# the factor for each parameter by name, in a shape that broadcasts to the parameter's
 Scales = dict[str, Tensor]
 
 CLOSE = 1e-9  # relative, in float64
 
 
 def along(factor: Tensor, dim: int, dims: int) -> Tensor:
-    """One factor for each index of a dim, in a shape that broadcasts over a tensor of ``dims`` dims."""
+    """Reshape factors for the indices of a dim so that they broadcast over a tensor with ``dims`` dims."""
     shape = [1] * dims
     shape[dim] = -1
     return factor.reshape(shape)
 
 
 def scales_output(module: nn.Module, op: Op, factor: Tensor, channel_dim: int) -> Scales | None:
-    """What to multiply a module's parameters by so that each channel of its output is multiplied by its factor."""
+    """Return the factors for a module's parameters that multiply each channel of its output by its factor."""
     return _first_right(module, op, _for_output(module, factor), lambda run, x: times(run(x), factor, channel_dim))
 
 
 def scales_input(module: nn.Module, op: Op, factor: Tensor, channel_dim: int) -> Scales | None:
-    """What to multiply a module's parameters by so that it does to its input what it did to the input times the factor."""
+    """Return the factors for a module's parameters that have the same effect as multiplying its input by the factor."""
     return _first_right(module, op, _for_input(module, op, factor), lambda run, x: run(times(x, factor, channel_dim)))
 
 
@@ -44,14 +44,14 @@ def times(x: Tensor, factor: Tensor, dim: int) -> Tensor:
 
 
 def _for_output(module: nn.Module, factor: Tensor) -> Iterator[Scales]:
-    """Candidates: each parameter along a dim, and the bias with it."""
+    """Yield candidates: each parameter along a dim, together with the bias."""
     own = dict(module.named_parameters())
     biases = {
         n: along(factor, 0, p.dim())
         for n, p in own.items()
         if n.split(".")[-1] == "bias" or n.startswith("parametrizations.bias.")
     }
-    for dim in (0, 1):  # a transposed convolution has its outputs in dim 1
+    for dim in (0, 1):  # a transposed convolution has its output channels in dim 1
         for name, parameter in own.items():
             if name not in biases and parameter.dim() > dim and parameter.shape[dim] == len(factor):
                 yield {name: along(factor, dim, parameter.dim()), **biases}
@@ -79,7 +79,7 @@ def _first_right(
     candidates: Iterator[Scales],
     wanted: Callable[[nn.Module, Tensor], Tensor],
 ) -> Scales | None:
-    """The first candidate with which a copy of the module, on random input, gives what is wanted of the module."""
+    """Return the first candidate with which a copy of the module has the wanted output for a random input."""
     if not op.data:
         return None
     x = torch.rand(_small(op), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
@@ -93,7 +93,7 @@ def _first_right(
                     trial.get_parameter(name).mul_(scale)
                 if (trial(x) - right).abs().max() <= CLOSE * right.abs().max():
                     return scales
-    except Exception:  # a forward of any kind: one that can't be tried takes in no factor
+    except Exception:  # from an arbitrary forward: if it can't be tried, nothing is folded into it
         return None
     return None
 
@@ -104,7 +104,7 @@ def _in_float64(tensor: Tensor) -> Tensor:
 
 
 def _small(op: Op) -> list[int]:
-    """The shape of a small input: one sample, and no more of its space than a kernel needs."""
+    """Return the shape of a small input: one sample, and no larger than a kernel needs."""
     shape = [int(s) for s in op.data[0].shape]
     if op.conv is None or len(shape) <= len(op.conv.kernel):
         return shape

@@ -16,14 +16,14 @@ class FoldedSite:
     """The result of folding for one site.
 
     Attributes:
-        path, block: of the SE module and of its block.
+        path, block: paths of the SE module and of its block.
         channels: number of channels that it scales.
         spread: the standard deviation of a channel's gate between inputs, averaged over the channels.
-        between: how much of the gates' variance is between inputs, from 0 to 1; the rest is between channels.
+        between: fraction of the gates' variance that is between inputs, from 0 to 1; the rest is between channels.
         effect: the change of the outputs if only this site has constant gates, relative to the norm of the outputs.
         verdict: ``"folded"``, ``"factor"`` (the gates are constant now, but could not be folded: a module with one
             factor per channel remains) or ``"kept"``.
-        kept_by: the limit that kept it, ``"outputs"`` (their change) or ``"accuracy"``; None unless it was kept.
+        kept_by: the limit because of which it was kept, ``"outputs"`` (their change) or ``"accuracy"``; otherwise None.
         into: the parameters that the gates were folded into.
     """
 
@@ -40,7 +40,7 @@ class FoldedSite:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What ``fold_se`` did; ``str`` is a table.
+    """The report of ``fold_se``; ``str`` is a table.
 
     Attributes:
         sites: the sites that the data reached, in the order of the plan.
@@ -60,7 +60,7 @@ class FoldReport:
     accuracy_after: float | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as plain data: a network that was folded whole is loaded where this package is not installed."""
+        """Pickle as plain data, so that a completely folded network can be loaded without this package."""
         return dict, (self.to_dict(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FoldReport:
@@ -68,11 +68,11 @@ class FoldReport:
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """Paths of the SE modules that are gone."""
+        """Paths of the SE modules that were removed."""
         return tuple(site.path for site in self.sites if site.verdict == "folded")
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, fit for JSON."""
+        """Return everything as plain data that JSON can hold."""
         return asdict(self)
 
     def __str__(self) -> str:

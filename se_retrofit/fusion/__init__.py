@@ -1,8 +1,8 @@
-"""A norm and the SE behind it as one map, for compiled training: ``fuse_se`` and ``unfuse_se``.
+"""Fusion of a norm and the SE after it into one map, for compiled training: ``fuse_se`` and ``unfuse_se``.
 
-The statistics of the norm and the squeeze of SE are sums of the same values u. From the mean and the variance of each
-image and channel follow the statistics of the batch (or of a group of channels), through the norm's affine map the
-squeeze, and from it the gate; what is left is one pass ``a[n, c] * u + b[n, c]``.
+The statistics of the norm and the squeeze of SE are sums of the same values u. The mean and the variance of each image
+and channel determine the statistics of the batch (or of a group of channels); these determine the squeeze by the norm's
+affine map, and thereby the gate. What remains is one pass, ``a[n, c] * u + b[n, c]``.
 """
 
 from .attention import FusedSEAttention

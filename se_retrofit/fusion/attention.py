@@ -13,21 +13,21 @@ __all__ = ["FusedSEAttention"]
 
 
 class FusedSEAttention(SEAttention):
-    """An SE module that is called with the norm before it and the norm's input: ``se(norm, u)``, not ``se(norm(u))``. In the
-    norm's place may be a module that ends in one, such as a sequence of convolution and norm."""
+    """An SE module that is called with the norm before it and the norm's input: ``se(norm, u)`` instead of
+    ``se(norm(u))``. Instead of a norm, it also accepts a module that ends in one, such as convolution and norm."""
 
     def forward(self, norm: nn.Module, u: Tensor) -> Tensor:  # type: ignore[override]
-        if why_no_norm(norm) is not None:  # a hook may have come since
+        if why_no_norm(norm) is not None:  # a hook may have been added since
             return super().forward(norm(u))
         before, norm = parts(norm)
         for module in before:
             u = module(u)
-        # no images have no statistics, unless other processes have some
+        # an empty batch has no statistics, unless other processes have images
         if u.dim() < 3 or u.shape[1:].numel() == 0 or (u.shape[0] == 0 and process_group(norm) is None):
             return super().forward(norm(u))
         if isinstance(norm, _BatchNorm):
             norm._check_input_dim(u)
-        # not flattened: the gradient of a view is in another layout than u, and would have to be copied
+        # not flattened: the gradient of a view has another layout than u, and would have to be copied
         spatial = tuple(range(2, u.dim()))
         values = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
         if u.shape[0]:

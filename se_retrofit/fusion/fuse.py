@@ -1,4 +1,4 @@
-"""Which SE modules of a network can be fused, and the change of the classes of their blocks and back."""
+"""Which SE modules of a network can be fused, and changing the classes of their blocks accordingly and back."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Fusion:
-    """What ``fuse_se`` does.
+    """A plan of what ``fuse_se`` does.
 
     Attributes:
         fused: paths of the SE modules that are fused with the norm before them.
-        skipped: paths of the others, each with the reason, as ``Skipped(block, reason)``.
+        skipped: paths of the others with the reasons, as ``Skipped(block, reason)``.
 
     Example:
         >>> import timm
@@ -46,13 +46,13 @@ class Fusion:
 
 
 def plan_fusion(model: nn.Module) -> Fusion:
-    """The SE modules that ``fuse_se`` fuses, or has fused, and those that it skips.
+    """Return the SE modules that ``fuse_se`` fuses, or has fused, and those that it skips.
 
     Args:
         model: a retrofitted network. It is not changed.
 
     Raises:
-        TypeError: the argument is not an nn.Module.
+        TypeError: If ``model`` is not an nn.Module.
 
     Example:
         >>> import timm
@@ -80,23 +80,23 @@ def plan_fusion(model: nn.Module) -> Fusion:
 
 
 def fuse_se(model: M, *, inplace: bool = False) -> M:
-    """Run a norm and the SE after it as one map, so that ``torch.compile`` reads their input once.
+    """Fuse each norm and the SE after it into one map, so that ``torch.compile`` reads their input only once.
 
-    It is meant for compiled training. Without ``torch.compile``, the fused network is slower than the original. Outputs,
-    gradients and running statistics are equal to rounding, not bit for bit; parameters and state dict stay the same. The fused
-    network can't be scripted or traced by torch.fx: call ``unfuse_se`` first.
+    This is meant for compiled training. Without ``torch.compile``, the fused network is slower than the original.
+    Outputs, gradients and running statistics are equal up to rounding, not bit for bit; parameters and state dict stay
+    the same. A fused network can't be scripted or traced by torch.fx: call ``unfuse_se`` first.
 
     Args:
-        model: a network that ``add_se`` has retrofitted. It is not changed unless ``inplace``.
+        model: a network from ``add_se``. It is not changed unless ``inplace=True``.
         inplace: change the given model; its parameters stay the same objects.
 
     Returns:
-        The fused network: a deep copy, or ``model`` itself if ``inplace``. ``plan_fusion`` tells which SE modules are
-        fused and why others are not.
+        The fused network: a deep copy, or ``model`` itself if ``inplace``. ``plan_fusion`` shows which SE modules are
+        fused, and why others are not.
 
     Raises:
-        RetrofitError: no SE module can be fused; the model is unchanged.
-        TypeError: the argument is not an nn.Module.
+        RetrofitError: If no SE module can be fused. The model is unchanged then.
+        TypeError: If ``model`` is not an nn.Module.
 
     Example:
         >>> import timm
@@ -116,14 +116,14 @@ def fuse_se(model: M, *, inplace: bool = False) -> M:
 
 
 def unfuse_se(model: M, *, inplace: bool = False) -> M:
-    """Undo ``fuse_se``: norm and SE run one after the other again, with everything that they have learned.
+    """Undo ``fuse_se``: norm and SE run one after the other again, with everything they have learned.
 
     Args:
         model: a fused network.
         inplace: change the given model instead of a copy.
 
     Raises:
-        RetrofitError: no SE module of the model is fused.
+        RetrofitError: If no SE module of the model is fused.
 
     Example:
         >>> import timm
@@ -142,8 +142,8 @@ def unfuse_se(model: M, *, inplace: bool = False) -> M:
 
 
 def _put(model: nn.Module, cls: type, change: Callable[[str, Splice], Splice]) -> None:
-    """Change splices of blocks, each given with the path of its SE module, and the class of these modules with them. If a class
-    can't be derived, nothing has been changed."""
+    """Change the splices of blocks by ``change``, which gets the path of the SE module and the splice, and the class of
+    these modules to ``cls``. If a class can't be derived, nothing is changed."""
     todo: list[tuple[Any, type, set[str]]] = []
     for path, block in model.named_modules():
         if isinstance(block, RetrofittedBlock) and "se_recipe" in vars(type(block)):
@@ -161,7 +161,7 @@ def _put(model: nn.Module, cls: type, change: Callable[[str, Splice], Splice]) -
 
 
 def _why_not(block: Any, name: str) -> str | None:
-    """Why the SE module of this name is not fused in a block; None where it is, or can be."""
+    """Return why the SE module of this name can't be fused in a block; None if it can be, or is."""
     cls, se = type(block), block._modules[name]
     if "se_recipe" not in vars(cls):
         return f"the class of its block was changed after the retrofit, to {cls.__name__}"
@@ -185,7 +185,7 @@ def _why_not(block: Any, name: str) -> str | None:
 
 
 def _norm_called(splice: Splice) -> str | None:
-    """The child that the spliced expression calls with one positional argument; None where it is another expression."""
+    """Return the child that the spliced expression calls with one positional argument; None for other expressions."""
     function = unwrapped(vars(splice.owner)[splice.method])
     assert function is not None
     source = source_of(function)

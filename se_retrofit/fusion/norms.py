@@ -1,5 +1,5 @@
-"""Norms as one factor and one summand for each channel (of each image), told by the means and variances of the images'
-channels; and which modules are such norms."""
+"""Norms as a factor and a summand for each channel (of each image), computed from the means and variances of the
+images' channels; and a check whether a module is such a norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..surgery.record.roles import is_sequential
 __all__ = ["affine_map", "needs_statistics", "parts", "process_group", "why_no_norm"]
 
 
-# The kinds of norm whose map of each channel is affine, by their forward.
+# The kinds of norms that map each channel affinely, by their forward.
 _KINDS: dict[Any, str] = {
     _BatchNorm.forward: "batch",
     timm.layers.BatchNormAct2d.forward: "batch",
@@ -32,7 +32,7 @@ _KINDS: dict[Any, str] = {
 
 
 def parts(module: Any) -> tuple[list[nn.Module], Any]:
-    """The modules that a module runs one after the other, and the last of them, where a norm may be."""
+    """Return the modules that a module runs one after the other, and the last of them, which may be a norm."""
     before: list[nn.Module] = []
     while isinstance(module, nn.Module) and "forward" not in vars(module) and not _hooked(module):
         if is_sequential(module) and len(module._modules):
@@ -53,7 +53,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def why_no_norm(module: Any) -> str | None:
-    """Why SE behind a module can't be fused with the norm in which that ends; None where it can."""
+    """Return why SE after a module can't be fused with the norm that the module ends in; None if it can."""
     norm = parts(module)[1]
     if not isinstance(norm, nn.Module):
         return "the value that SE scales is not the output of a module"
@@ -82,14 +82,14 @@ def why_no_norm(module: Any) -> str | None:
 
 
 def needs_statistics(norm: Any) -> bool:
-    """Whether a batch norm normalizes by the statistics of the batch, as it does in training."""
+    """Return whether a batch norm normalizes by the statistics of the batch, as in training."""
     return norm.training or norm.running_mean is None or norm.running_var is None
 
 
 def affine_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
-    """The factor and the summand of each channel, ``(C,)``, or ``(N, C)`` for a group norm, from the means and variances over so
-    many positions, ``(N, C)`` without Bessel's correction; None where the norm has to raise its own error. The running statistics
-    follow as in the norm's own forward."""
+    """Return the factor and the summand of each channel, ``(C,)``, or ``(N, C)`` for a group norm, from the means and
+    variances over ``size`` positions, ``(N, C)``, without Bessel's correction; None if the norm has to raise its own
+    error. The running statistics are updated as in the norm's own forward."""
     kind = _KINDS[type(norm).forward]
     if kind == "group":
         return _group(norm, means, variances)
@@ -101,7 +101,7 @@ def affine_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[
             return None
         mean = means.mean(0)
         return _batch(norm, mean, variances.mean(0) + means.var(0, correction=0), means.shape[0] * size)
-    # two sums, not one of squares: what is left of the difference of large squares is no variance
+    # two sums instead of one of squares: a difference of large squares has no accuracy left for a variance
     images = means.new_full((1,), means.shape[0])
     *total, count = _Sum.apply(torch.cat([means.sum(0), images]), group).split([means.shape[1], 1])
     mean = total[0] / count
@@ -143,8 +143,8 @@ def _group(norm: nn.GroupNorm, means: Tensor, variances: Tensor) -> tuple[Tensor
 
 
 def process_group(norm: Any) -> Any:
-    """The processes over which a SyncBatchNorm takes its statistics; None where there is just one, or it is in eval mode, and
-    for other norms."""
+    """Return the process group over which a SyncBatchNorm computes its statistics; None for a single process, in eval
+    mode, and for other norms."""
     if not (
         _KINDS[type(norm).forward] == "sync"
         and norm.training
@@ -157,7 +157,7 @@ def process_group(norm: Any) -> Any:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a tensor over processes. Each process has a loss of its own; the gradient is that of their sum."""
+    """The sum of a tensor over processes. Each process has its own loss; the gradient is that of the losses' sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Looking inside a retrofitted network: what was changed, in words, code, numbers and pictures."""
+"""Inspection of a retrofitted network: what was changed, in words, code, numbers and pictures."""
 
 from .blocks import BlockGraph, BlockPair
 from .excitations import Excitations, excitations

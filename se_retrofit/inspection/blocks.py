@@ -1,4 +1,4 @@
-"""A block as a graph, before and after its retrofit, and in words."""
+"""A block as a graph before and after its retrofit, and its description in words."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ END = "the block's end"
 
 @dataclass(eq=False)
 class BlockGraph:
-    """One graph of a block, before or after: a part of the graph of ``record``.
+    """The graph of a block, before or after the retrofit: a part of the graph of ``record``.
 
     Attributes:
-        graph: its nodes. Their ``meta`` is that of the record's graph, with two keys more: ``"ops"``, the operations of the
-            record whose values a node gives (a module may return several), and ``"module"``, the one that a ``call_module``
-            node calls.
-        scope: path of the module whose forward this is. The targets of nodes are paths from there; from the model's root for
-            a block that is a part of a larger graph.
+        graph: the nodes. Their ``meta`` is that of the record's graph, with two additional keys: ``"ops"``, the
+            operations of the record whose values a node returns (a module may return several), and ``"module"``, the
+            module that a ``call_module`` node calls.
+        scope: path of the module whose forward this is. The targets of nodes are relative to it, or to the model's root
+            for a block that is a part of a larger graph.
     """
 
     graph: fx.Graph
@@ -36,16 +36,16 @@ class BlockGraph:
 
     @property
     def ses(self) -> list[fx.Node]:
-        """The nodes that call an inserted SE module."""
+        """Return the nodes that call an inserted SE module."""
         return [node for node in self.graph.nodes if is_retrofitted(node.meta.get("module"))]
 
     def shape(self, node: fx.Node) -> str:
-        """What a node computes, without the batch dim: ``256x56x56``."""
+        """Return the shape of a node's value, without the batch dim: ``256x56x56``."""
         shapes = [op.shape if op.role == "param" else op.shape[1:] for op in node.meta.get("ops", [])]
         return ", ".join("x".join(map(str, shape)) or "scalar" for shape in shapes)
 
     def kind(self, node: fx.Node) -> str:
-        """Class of the module that a node calls, or the name of its function."""
+        """Return the class of the module that a node calls, or the name of its function."""
         if node.op == "call_module":
             return class_name(node.meta["module"])
         if node.op == "call_function":
@@ -53,12 +53,12 @@ class BlockGraph:
         return node.op
 
     def path(self, target: str) -> str:
-        """A path in the block as people read it: what has a number alone for a name is named with the sequence that it is in."""
+        """Return a readable path in the block: a module with only a number for a name is named with its sequence."""
         holder = self.scope.rpartition(".")[2]
         return f"{holder}.{target}" if holder and target[:1].isdigit() else target
 
     def label(self, node: fx.Node) -> str:
-        """A node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
+        """Describe a node in few words: ``bn3 (BatchNorm2d)``, ``+=``, ``* layer_scale``, ``output``."""
         if node.op == "call_module":
             return f"{self.path(str(node.target))} ({self.kind(node)})"
         if node.op == "placeholder":
@@ -70,25 +70,25 @@ class BlockGraph:
 
 
 def is_getitem(node: fx.Node) -> bool:
-    """Whether a node stands for one of the tensors that an operation returned."""
+    """Return whether a node stands for one of the tensors that an operation returned."""
     return node.target in (operator.getitem, tensor_of)
 
 
 def is_parameter(node: fx.Node) -> bool:
-    """Whether a node's value is a parameter or buffer, or another shape of one."""
+    """Return whether a node's value is a parameter or buffer, possibly reshaped."""
     ops = node.meta.get("ops", [])
     return node.op == "get_attr" or (bool(ops) and all(op.role == "param" for op in ops))
 
 
 def _parameter(node: fx.Node) -> fx.Node:
-    """The parameter that a value is another shape of; other values are themselves."""
+    """Return the parameter that a value is a reshaped form of; return other values as they are."""
     while len(node.all_input_nodes) == 1 and is_parameter(node):
         node = node.all_input_nodes[0]
     return node
 
 
 def _changes_nothing(node: fx.Node) -> bool:
-    """Whether a node gives the values that it takes, if in another shape or order."""
+    """Return whether a node returns its input's values, possibly in another shape or order."""
     given = [op for source in node.all_input_nodes for op in source.meta["ops"]]
     op = next(iter(node.meta["ops"]), None)
     while op is not None and op not in given and op.role in ("shape", "pass") and len(op.data) == 1:
@@ -101,12 +101,12 @@ class BlockPair:
     """A block before and after its retrofit.
 
     Attributes:
-        path, kind, cls: of the block, and its class before the retrofit.
-        sites: those that are in it.
+        path, kind, cls: path and kind of the block, and its class before the retrofit.
+        sites: the sites in it.
         root: the model.
-        after: its graph.
+        after: its graph with SE.
         span: the indices of its operations in the record, in its first call.
-        calls: how often it is called.
+        calls: number of calls.
     """
 
     path: str
@@ -120,7 +120,7 @@ class BlockPair:
 
     @cached_property
     def before(self) -> BlockGraph:
-        """Its graph without SE, as ``add_se`` has seen it: it compares the two when it retrofits."""
+        """The graph without SE, as ``add_se`` recorded it; ``add_se`` compares the two when it retrofits."""
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         for node in self.after.graph.nodes:
             if node in self.after.ses:
@@ -131,20 +131,20 @@ class BlockPair:
 
     @property
     def is_part(self) -> bool:
-        """Whether it is a part of the graph of a module around it."""
+        """Whether the block is a part of the graph of a module around it."""
         return self.after.scope != self.path
 
     @property
     def inputs(self) -> int:
-        """How many feature maps it is given."""
+        """Number of feature maps that the block takes."""
         return len(self.after.graph.find_nodes(op="placeholder"))
 
     def se_node(self, site: Site) -> fx.Node | None:
-        """The node that calls a site's SE module."""
+        """Return the node that calls a site's SE module."""
         return next((node for node in self.after.ses if join(self.after.scope, str(node.target)) == site.path), None)
 
     def se_after(self, site: Site) -> str:
-        """What gives the value that a site's SE scales, in few words: a layer, even if its output is permuted first."""
+        """Describe what computes the value that a site's SE scales: a layer, even if its output is permuted first."""
         node = self.se_node(site)
         if node is None:
             return site.after
@@ -154,15 +154,15 @@ class BlockPair:
         return self.after.label(source)
 
     def se_before(self, site: Site) -> str:
-        """What takes the value that a site's SE has scaled, in few words."""
+        """Describe what uses the value that a site's SE has scaled."""
         node = self.se_node(site)
         takers = [END if user.op == "output" else self.after.label(user) for user in (node.users if node else ())]
         takers = list(dict.fromkeys(takers))
         return ", ".join(takers) if len(takers) < 3 else f"{takers[0]} and {len(takers) - 1} more"
 
     def signature(self) -> tuple[Any, ...]:
-        """Equal for blocks that differ in nothing but names and numbers of channels. How many feature maps it is given makes no
-        other block of a dense layer."""
+        """A key that is equal for blocks that only differ in names and numbers of channels. Dense layers may also
+        differ in the number of feature maps that they take."""
         given = self.after.graph.find_nodes(op="placeholder")
         made = [node for node in self.after.graph.nodes if node not in given]
         order = dict.fromkeys(given, -1) | {node: i for i, node in enumerate(made)}
@@ -177,24 +177,24 @@ class BlockPair:
 
 
 def join(*parts: str) -> str:
-    """A module path from parts, any of which may be empty."""
+    """Join parts, any of which may be empty, to a module path."""
     return ".".join(part for part in parts if part)
 
 
 def sign_of(op: Op) -> str:
-    """An operation in few words: ``cat``, ``+=``."""
+    """Describe an operation in few words: ``cat``, ``+=``."""
     sign = {"add": "+", "mul": "*", "sub": "-", "div": "/"}.get(op.name)
     return op.name if sign is None else sign + "=" * op.inplace
 
 
 def class_name(module: nn.Module) -> str:
-    """Name of a module's class as it was before a retrofit."""
+    """Return the name of a module's class before the retrofit."""
     cls = type(module)
     return (cls.se_recipe.base if issubclass(cls, RetrofittedBlock) else cls).__name__
 
 
 def describe(module: nn.Module) -> str:
-    """A module in few words: ``Conv2d 64 -> 256, 1x1``, ``SE 256 -> 16 -> 256``."""
+    """Describe a module in few words: ``Conv2d 64 -> 256, 1x1``, ``SE 256 -> 16 -> 256``."""
     name = class_name(module)
     if is_retrofitted(module):
         return module.summary()

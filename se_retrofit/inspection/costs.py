@@ -1,9 +1,9 @@
-"""What a retrofit costs in multiply-adds.
+"""The cost of a retrofit in multiply-adds.
 
-Counted are the multiply-adds of convolutions, linear layers and matrix products, by ``torch.utils.flop_counter`` on
-meta tensors, as most of the field counts. SE's squeeze (an addition a value) and scale (a multiplication a value),
-which such counts leave out, make one multiply-add a value; they are counted on their own, as are the passes over all values of
-any other attention.
+The multiply-adds of convolutions, linear layers and matrix products are counted by ``torch.utils.flop_counter`` on meta
+tensors, which is the usual convention. It leaves out SE's squeeze (an addition per value) and scale (a multiplication
+per value), which make one multiply-add per value; they are counted separately, as are the passes of any other attention
+over all values.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["NOT_CALLED", "SiteCost", "human", "multiply_adds", "one_input", "res
 
 @dataclass(frozen=True)
 class SiteCost:
-    """Cost of one SE module for one input of the network, in multiply-adds: ``excitation``, its layers, and ``squeeze_scale``,
-    its passes over all values, two of which make one for each value; ``shape`` of what it scales, without the batch. None where
-    it can't be run without data."""
+    """The cost of one SE module for one input of the network, in multiply-adds: ``excitation`` for its layers, and
+    ``squeeze_scale`` for its passes over all values, two of which make one per value. They are None if the module can't
+    be run without data. ``shape`` is that of the value that it scales, without the batch."""
 
     excitation: int | None
     squeeze_scale: int | None
@@ -42,7 +42,7 @@ NOT_CALLED = SiteCost(None, None, ())
 
 
 def site_costs(record: Record) -> dict[str, SiteCost]:
-    """By path, the costs of the SE modules that were called, all of their calls together."""
+    """Return the costs of the SE modules that were called, by path, summed over their calls."""
     sites: dict[str, SiteCost] = {}
     batch = batch_size(record)
     for op in record.ops:
@@ -58,7 +58,7 @@ def site_costs(record: Record) -> dict[str, SiteCost]:
 
 
 def _cost_of(module: nn.Module, op: Op) -> tuple[int | None, int | None]:
-    """The multiply-adds of a call: of its layers, and of its passes over all values, each of which is half of one."""
+    """Return the multiply-adds of a call: those of its layers, and half of one per value and pass over all values."""
     try:
         with _disable_current_modes(), torch.no_grad():
             copy = copied(module, on_meta, independent=True).eval()
@@ -71,7 +71,7 @@ def _cost_of(module: nn.Module, op: Op) -> tuple[int | None, int | None]:
 
 
 class _Passes(TorchDispatchMode):
-    """Counts the operations that compute from, or to, as many values as a feature map has."""
+    """Counts the operations whose input or output has as many values as a feature map."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -87,20 +87,20 @@ class _Passes(TorchDispatchMode):
 
 
 def multiply_adds(model: nn.Module, record: Record) -> int | None:
-    """Those of the whole network for one input, of one more run of the copy that was recorded; None where that can't be run to its
-    end without data."""
+    """Return the multiply-adds of the whole network for one input, from another run of the recorded copy; None if that
+    can't be run to the end without data."""
     inputs = record.inputs
     with isolated(model), _disable_current_modes():
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
                 record.model(*inputs.args, **inputs.kwargs)
         except (RuntimeError, NotImplementedError):
-            return None  # the record may mix tensors of meta and of the CPU; a plain run not
+            return None  # unlike the recorded run, a plain run can't mix meta and CPU tensors
     return counter.get_total_flops() // 2 // batch_size(record)
 
 
 def one_input(record: Record) -> str:
-    """One input of the network, in words: ``3x224x224``."""
+    """Describe one input of the network: ``3x224x224``."""
     first = next(iter((*record.inputs.args, *record.inputs.kwargs.values())), None)
     if isinstance(first, (list, tuple)) and first and isinstance(first[0], Tensor):
         return "x".join(map(str, first[0].shape))
@@ -110,7 +110,7 @@ def one_input(record: Record) -> str:
 
 
 def resized(record: Record) -> str | None:
-    """What one input has become where it comes to the first convolution, if that is of another size: a detector resizes images."""
+    """Describe the first convolution's input if its size differs from the network's input: detectors resize images."""
     given = next(iter(tensors_in((record.inputs.args, record.inputs.kwargs))), None)
     conv = next((op for op in record.ops if op.conv is not None and op.data), None)
     if given is None or conv is None or conv.conv is None:
@@ -121,6 +121,6 @@ def resized(record: Record) -> str | None:
 
 
 def human(number: int) -> str:
-    """A count in four digits: ``4.089 G``."""
+    """Format a count with four digits: ``4.089 G``."""
     exponent = min(int(math.log10(number) // 3), 4) if number >= 1000 else 0
     return f"{number / 1000**exponent:.4g} {' KMGT'[exponent]}".strip()

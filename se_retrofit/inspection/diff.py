@@ -1,4 +1,4 @@
-"""A block's source before and after its retrofit, as a unified diff: its author's own, and the lines that changed."""
+"""A unified diff of a block's source before and after its retrofit: the author's code, and the lines that changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
 def diff_lines(pair: BlockPair) -> list[Line]:
-    """The diff of an inspected block, in colours."""
+    """Return the coloured diff of an inspected block."""
     lines: list[str] = []
     for source in sources(pair):
         before, after = ("".join(text).expandtabs().splitlines() for text in (source.before, source.after))
@@ -32,7 +32,7 @@ def diff_lines(pair: BlockPair) -> list[Line]:
 
 @dataclass(frozen=True)
 class ChangedSource:
-    """One method (or container) of a block, as lines before and after."""
+    """A method (or container) of a block, as lines before and after."""
 
     name: str
     before: list[str]
@@ -40,7 +40,7 @@ class ChangedSource:
 
 
 def sources(pair: BlockPair) -> list[ChangedSource]:
-    """The methods that the SE modules of a block are called in."""
+    """Return the methods in which the SE modules of a block are called."""
     found: list[ChangedSource] = []
     for holder in dict.fromkeys(_holder(pair, site.path) for site in pair.sites):
         module = pair.root.get_submodule(holder)
@@ -55,7 +55,7 @@ def sources(pair: BlockPair) -> list[ChangedSource]:
 
 
 def _holder(pair: BlockPair, path: str) -> str:
-    """The module whose source calls an SE module: the one that holds it, or a GraphModule around that."""
+    """Return the module whose source calls an SE module: the one that holds it, or a GraphModule around that."""
     holder = path.rpartition(".")[0]
     while True:
         module = pair.root.get_submodule(holder)
@@ -96,7 +96,7 @@ def _is_spliced(function: Any, original: Any) -> bool:
 
 
 def _text(module: nn.Module) -> str:
-    """The generated code of a GraphModule; the elements of a container."""
+    """Return the generated code of a GraphModule, or the elements of a container."""
     if isinstance(module, fx.GraphModule):
         return module.code
     rows = [f"    ({name}): {class_name(child)}({child.extra_repr()})" for name, child in module.named_children()]

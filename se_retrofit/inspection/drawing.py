@@ -1,4 +1,4 @@
-"""Pictures of blocks before and after, side by side, and of all that is to be seen of a network in one."""
+"""Pictures of blocks before and after, side by side, and of a whole network with its blocks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .svg import BOLD, LETTER, RADIUS, Picture, arrow, box, file_of, join, text
 
 __all__ = ["drawn", "sides_of"]
 
-HEIGHT, GAP, STUB = 34, 34, 16  # of a box; below it; of which arrows go straight down, beside their label
-MOST = 34  # letters in a line
+HEIGHT, GAP, STUB = 34, 34, 16  # height of a box; gap below it; part of that where arrows go straight down
+MOST = 34  # letters per line
 MARGIN = 12
-WIDEST = 1200  # of a row of blocks
+WIDEST = 1200  # maximum width of a row of blocks
 
 ROLES = (
     ("conv", ("conv", "linear")),
@@ -32,7 +32,7 @@ ROLES = (
 
 
 def drawn(found: Inspected, block: BlockPair | None) -> str:
-    """The file with the picture of one block before and after; or of the whole network, with each distinct block."""
+    """Return the SVG file of one block before and after, or of the whole network with each distinct block."""
     groups = found.distinct() if block is None else [[block]]
     frames = [_frame(group) for group in groups]
     if block is None:
@@ -42,7 +42,7 @@ def drawn(found: Inspected, block: BlockPair | None) -> str:
 
 
 def _in_rows(frames: Iterable[Picture]) -> Picture:
-    """Pictures side by side, as many as there is room for, and below each other."""
+    """Arrange pictures in rows, as many side by side as there is room for."""
     parts: list[str] = []
     x, y, width, height = float(MARGIN), float(MARGIN), 0.0, 0.0
     for frame in frames:
@@ -55,7 +55,7 @@ def _in_rows(frames: Iterable[Picture]) -> Picture:
 
 
 def _frame(group: list[BlockPair]) -> Picture:
-    """A block before and after, with its name and those of the blocks that are like it."""
+    """Draw a block before and after, with its name and those of similar blocks."""
     pair, *others = group
     alike = f"like it: {few(other.path for other in others)}" if others else ""
     title = f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}"
@@ -73,7 +73,7 @@ def _frame(group: list[BlockPair]) -> Picture:
 
 
 def sides_of(pair: BlockPair) -> list[Picture]:
-    """A block before and after, as two pictures of one size whose nodes are in line."""
+    """Draw a block before and after, as two pictures of the same size with aligned nodes."""
     diagram = _Diagram(*_drawn(pair.after))
     return [diagram.picture(without_se=True), diagram.picture()]
 
@@ -83,7 +83,7 @@ def sides_of(pair: BlockPair) -> list[Picture]:
 
 @dataclass(frozen=True)
 class _Node:
-    """A node of a picture: a join, or a box with lines of text in the colour of its role; and the shape of its value."""
+    """A node of a picture: a join, or a box with lines of text, coloured by its role; and the shape of its value."""
 
     role: str
     lines: tuple[str, ...]
@@ -91,14 +91,14 @@ class _Node:
 
     @property
     def width(self) -> float:
-        """Of its words."""
+        """Width that the text needs."""
         name, *more = self.lines
         return 20 + max(BOLD * len(name), LETTER * max(map(len, more), default=0))
 
 
 def _drawn(block: BlockGraph) -> tuple[list[_Node], list[tuple[int, int]]]:
-    """What is drawn of a block's graph, and what connects it. All that an operation returns is one node, as is a list of inputs;
-    parameters are named where they are used."""
+    """Return the nodes to draw for a block's graph, and their edges. All outputs of an operation are one node, and so
+    is a list of inputs; parameters are named where they are used."""
     given = block.graph.find_nodes(op="placeholder")
     parts: dict[fx.Node, list[fx.Node]] = {}
     origin: dict[fx.Node, fx.Node] = {}
@@ -142,7 +142,7 @@ def _node(block: BlockGraph, node: fx.Node, parts: list[fx.Node], inputs: int) -
 
 
 class _Diagram:
-    """A graph with its layout."""
+    """A graph and its layout."""
 
     def __init__(self, nodes: list[_Node], edges: list[tuple[int, int]]) -> None:
         self.nodes, self.edges = nodes, edges
@@ -155,12 +155,12 @@ class _Diagram:
         self.lanes = {edge: [x + 1 for x in lanes] for edge, lanes in layout.lanes.items()}
 
     def picture(self, *, without_se: bool = False) -> Picture:
-        """The diagram; ``without_se``, with gaps in the places of SE, through which arrows lead."""
+        """Draw the diagram; with ``without_se``, arrows lead through gaps in place of SE."""
         gaps = {i for i, node in enumerate(self.nodes) if without_se and node.role == "se"}
         parts = [self.edge(source, end, gaps) for source, end in self.edges]
         shown = [i for i in range(len(self.nodes)) if i not in gaps]
         parts += [self.node(i) for i in shown]
-        sources = {source for source, _ in self.edges}  # a gap says no shape: it passes on what it is given
+        sources = {source for source, _ in self.edges}  # a gap shows no shape: it passes its input on
         parts += [
             text("words", self.x[i] + 5, self.bottom(i) + STUB - 4, self.nodes[i].shape) for i in shown if i in sources
         ]
@@ -170,11 +170,11 @@ class _Diagram:
         return 1 + row * (HEIGHT + GAP)
 
     def bottom(self, i: int) -> float:
-        """Where the row of a node ends, and its label begins."""
+        """Return where the row of a node ends, and its label begins."""
         return self.top(self.row[i]) + HEIGHT
 
     def edge(self, source: int, end: int, gaps: set[int]) -> str:
-        """An arrow: down past the label of its source, then from row to row in its lanes."""
+        """Draw an arrow: down past the label of its source, then from row to row in its lanes."""
         x, y = self.x[source], self.bottom(source)
         path = f"M{x:.1f},{y - self.inside(source, gaps):.1f}"
         for row, to in enumerate((*self.lanes[source, end], self.x[end]), start=self.row[source] + 1):
@@ -189,7 +189,7 @@ class _Diagram:
         return arrow(role, f"{path} V{y:.1f}", x, y, down=True)
 
     def inside(self, i: int, gaps: set[int]) -> float:
-        """How far within its row a node ends: a join is smaller than a box, and an arrow goes on in a gap."""
+        """Return how far within its row a node ends: a join is smaller than a box, and an arrow continues in a gap."""
         return HEIGHT / 2 if i in gaps else HEIGHT / 2 - RADIUS if self.nodes[i].role == "join" else 0.0
 
     def node(self, i: int) -> str:

@@ -26,13 +26,13 @@ __all__ = ["Excitations", "excitations"]
 
 @dataclass(frozen=True, eq=False)
 class Excitations:
-    """What ``excitations`` found. ``str`` is a table.
+    """The result of ``excitations``; ``str`` is a table.
 
     Attributes:
-        sites: in the order of the plan.
-        inputs: how many there were.
+        sites: the gates of each site, in the order of the plan.
+        inputs: number of inputs.
         missed: the SE modules that were never called.
-        classes: their names, where a fine-tuned network or the loader's data set (``loader.dataset.classes``) tells them.
+        classes: names of the classes, if a fine-tuned network or the loader (``loader.dataset.classes``) has them.
     """
 
     sites: tuple[SiteGates, ...]
@@ -42,13 +42,13 @@ class Excitations:
 
     @property
     def notes(self) -> dict[str, str]:
-        """What stands out, by the path of the SE module."""
+        """Return remarks on what stands out, by the path of the SE module."""
         notes = {site.path: site.note for site in self.sites if site.note}
         return notes | dict.fromkeys(self.missed, "never called on these inputs")
 
     @property
     def stages(self) -> list[list[SiteGates]]:
-        """The sites in groups: neighbours whose feature maps have the same size."""
+        """Return the sites in groups of neighbours whose feature maps have the same size."""
         return [list(group) for _, group in groupby(self.sites, key=lambda site: site.size)]
 
     def __str__(self) -> str:
@@ -66,15 +66,15 @@ class Excitations:
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """A figure with a row a stage: on the left each site's gates, averaged over the inputs, as a box over its
-        channels; on the right the stage's last site, channel by channel, with lines for up to five classes where labels
-        were given.
+        """Plot a row for each stage: on the left, a box plot over the channels of each site's gates, averaged over the
+        inputs; on the right, the gates of the stage's last site channel by channel, with lines for up to five classes
+        if labels were given.
 
         Args:
-            path: where to save it, as an image of any format that matplotlib writes; None not to.
+            path: where to save the figure, in any format that matplotlib supports; None to not save it.
 
         Raises:
-            RetrofitError: the folder does not exist, matplotlib writes no such format or is not installed.
+            RetrofitError: If the folder does not exist, or matplotlib doesn't support the format or is not installed.
         """
         from .gate_plots import plot_stages
 
@@ -84,23 +84,23 @@ class Excitations:
 def excitations(
     model: nn.Module, data: Any, *, max_batches: int | None = None, keys: Sequence[str] | None = None
 ) -> Excitations:
-    """Run a retrofitted model over data in eval mode and gather what its gates do.
+    """Run a retrofitted model over data in eval mode, and collect statistics of its gates.
 
-    The model is not changed: its training flags are put back, its norms' statistics are not updated, and the hooks that
-    listen are taken off again, also if the run fails.
+    The model is not changed: its training flags are restored, its norms' statistics are not updated, and the hooks are
+    removed, even if the run fails.
 
     Args:
-        model: a model that ``add_se`` has retrofitted.
-        data: what ``finetune`` takes, or another iterable of batches: tensors, tuples or lists of inputs and labels (and more, which
-            is ignored), or dicts of them. A Dataset comes in batches of 32, its PIL images prepared as for a validation. Integer
-            labels, one for each input, give statistics by class.
-        max_batches: stop after so many.
-        keys: of inputs and labels in dicts; None for usual ones, such as ``"image"`` and ``"label"``.
+        model: a model from ``add_se``.
+        data: data as for ``finetune``, or another iterable of batches: tensors, tuples or lists of inputs and labels
+            (anything else is ignored), or dicts of them. A Dataset is used in batches of 32, with PIL images prepared
+            as for validation. Integer labels, one per input, give statistics by class.
+        max_batches: stop after this many batches.
+        keys: keys of inputs and labels in dicts; None for common ones, such as ``"image"`` and ``"label"``.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, modules without gates for each channel (CBAM), or no values (on
-            the meta device, or of fake tensors); or the data yields nothing.
-        TypeError: the model is none, or a batch is neither a tensor nor begins with one.
+        RetrofitError: If the model has no SE from ``add_se``, has modules without gates for each channel (CBAM), or has
+            no values (on the meta device, or of fake tensors); or if the data yields nothing.
+        TypeError: If ``model`` is not an nn.Module, or a batch is neither a tensor nor starts with one.
 
     Example:
         >>> import timm, torch
@@ -132,12 +132,12 @@ def excitations(
         for module, flag in training:
             module.training = flag
     if not inputs:
-        raise RetrofitError("the data yields no batch, so there are no gates to look at")
+        raise RetrofitError("the data yields no batch, so there are no gates to inspect")
     missed = tuple(path for path in ses if path not in found)
     return Excitations(tuple(found.values()), inputs, missed, _class_names(model, data))
 
 
 def _class_names(model: nn.Module, data: Any) -> tuple[str, ...]:
-    """The names of the classes, where the network or the data set tells them."""
+    """Return the names of the classes, if the network or the data set has them."""
     names = vars(model).get(IMAGES, {}).get("classes") or getattr(getattr(data, "dataset", data), "classes", ())
     return tuple(map(str, names))

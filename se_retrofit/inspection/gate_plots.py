@@ -1,4 +1,4 @@
-"""Figures of gates: over a data set as in the SE paper's section 6.6, and over the epochs of a training."""
+"""Plots of gates: over a data set, as in section 6.6 of the SE paper, and over the epochs of a training run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_gates", "plot_stages"]
 
-MOST_CLASSES = 5  # as many as the paper's figure shows
+MOST_CLASSES = 5  # as in the paper's figure
 # the line at which a gate changes nothing
 _ONE: dict[str, Any] = {"color": "#94a3b8", "linewidth": 0.8, "linestyle": "--"}
 
 
 def plot_stages(stages: list[list[SiteGates]], classes: Sequence[str], path: str | Path | None) -> Figure:
-    """The figure of ``Excitations.plot``."""
+    """Draw the figure of ``Excitations.plot``."""
     with extra("inspect"):
         from matplotlib.figure import Figure
 
@@ -67,7 +67,7 @@ def _plot_site(axes: Axes, site: SiteGates, classes: Sequence[str]) -> None:
 
 
 def _give_room(axes: Axes) -> None:
-    """At least 0.1 of the gates' range, lest a plot of gates that are all about 1 show rounding errors."""
+    """Show a range of at least 0.1, so that a plot of gates that are all about 1 does not show rounding errors."""
     low, high = axes.get_ylim()
     if high - low < 0.1:
         middle = (low + high) / 2
@@ -75,16 +75,16 @@ def _give_room(axes: Axes) -> None:
 
 
 def plot_gates(epochs: Mapping[int, Mapping[str, Any]], path: str | Path | None = None) -> Figure:
-    """How the gates moved in training. Each site has a panel that shows, for each epoch, the range over its channels, the
-    middle half of them and their median; the title has how much the gates vary between inputs in the last epoch.
+    """Plot how the gates moved in training. For each epoch, the panel of a site shows the range over its channels, the
+    middle half of them and their median; its title shows how much the gates vary between inputs in the last epoch.
 
     Args:
-        epochs: by the number of each epoch, what ``GateLogger.summary`` gave for it. In the place of a ``SiteGates`` there may be
-            its ``quartiles()``; the ``"gates"`` of the rows that ``finetune`` writes to ``metrics.jsonl`` are such.
-        path: where to save the picture, in any format that matplotlib writes; None not to.
+        epochs: the result of ``GateLogger.summary`` for each epoch, by its number. Each ``SiteGates`` may be replaced
+            by its ``quartiles()``, as in the ``"gates"`` of the rows that ``finetune`` writes to ``metrics.jsonl``.
+        path: where to save the figure, in any format that matplotlib supports; None to not save it.
 
     Raises:
-        RetrofitError: no epoch has gates, matplotlib is not installed, or the picture can't be written.
+        RetrofitError: If no epoch has gates, matplotlib is not installed, or the figure can't be written.
     """
     with extra("inspect"):
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What the gates of a retrofitted network do: statistics of each site, and a logger that gathers them in a training loop."""
+"""The gates of a retrofitted network: statistics of each site, and a logger that collects them in a training loop."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..retrofit import plan_of
 
 __all__ = ["GateLogger", "Moments", "SiteGates", "gated_modules", "gates_over", "saturation_limits"]
 
-HARDLY = 0.01  # a gate that varies by less than this, as a standard deviation over inputs, is as good as constant
+HARDLY = 0.01  # a gate whose standard deviation over inputs is less than this is as good as constant
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
-MARGIN = 0.025  # of the range of gates: as close to an end, their slope is below a tenth of its highest
+MARGIN = 0.025  # fraction of the gates' range: this close to an end, the slope is below a tenth of its maximum
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +28,13 @@ class SiteGates:
     """The gates of one site.
 
     Attributes:
-        path: of the SE module.
+        path: path of the SE module.
         count: number of gate vectors seen.
-        mean, std: of each channel's gate over the inputs, ``(C,)``, on the CPU.
+        mean, std: mean and standard deviation of each channel's gate over the inputs, ``(C,)``, on the CPU.
         low, high: the smallest and the largest gate.
-        saturated: the share of the gates that is close to an end of their range: below 0.05 or above 1.95 of the identity
-            gate, below 0.025 or above 0.975 of the paper's; 0 for static factors.
-        size: of the feature map that it scales, as ``"56x56"``; sites of one size make a stage. Only ``excitations`` tells.
+        saturated: fraction of the gates that are close to an end of their range: below 0.05 or above 1.95 for the
+            identity gate, below 0.025 or above 0.975 for the paper's; 0 for static factors.
+        size: size of the feature map, such as ``"56x56"`` (only from ``excitations``); sites of one size form a stage.
         class_means: for each label, the mean of each channel's gate over the inputs of that class; empty without labels.
     """
 
@@ -50,37 +50,37 @@ class SiteGates:
 
     @classmethod
     def of(cls, path: str, seen: Moments, size: str = "", classes: Mapping[int, Moments] | None = None) -> SiteGates:
-        """What was gathered of a site, and of its inputs of each class."""
+        """Build the statistics of a site from what was collected over all inputs, and over those of each class."""
         means = {label: own.mean.cpu() for label, own in sorted((classes or {}).items())}
         low, high, beyond = (float(number) for number in (seen.low, seen.high, seen.beyond))
         return cls(path, int(seen.rows), seen.mean.cpu(), seen.std.cpu(), low, high, beyond, size, means)
 
     @property
     def name(self) -> str:
-        """Where it is, in short: the path without the name that SE modules have."""
+        """Short name of the site: the path without the name of the SE module."""
         return self.path.removesuffix("se_attention").rstrip(".") or "(model)"
 
     @property
     def variation(self) -> float:
-        """How much the gates vary between inputs: the standard deviation, averaged over channels."""
+        """Variation of the gates between inputs: the standard deviation, averaged over channels."""
         return float(self.std.mean())
 
     @property
     def between(self) -> float:
-        """How much of the gates' variance is between inputs, from 0 to 1; the rest is between channels."""
+        """Fraction of the gates' variance that is between inputs, from 0 to 1; the rest is between channels."""
         inputs, channels = self.std.square().mean(), self.mean.var(correction=0)
         return float(inputs / (inputs + channels)) if inputs + channels > 0 else 0.0
 
     @property
     def class_spread(self) -> float | None:
-        """How much they vary between classes: the standard deviation of the class means, averaged over channels."""
+        """Variation between classes: the standard deviation of the class means, averaged over channels."""
         if len(self.class_means) < 2:
             return None
         return float(torch.stack(list(self.class_means.values())).std(0, correction=0).mean())
 
     @property
     def note(self) -> str:
-        """What stands out about the site, in words; empty if nothing does."""
+        """A remark on what stands out about the site; empty if nothing does."""
         if self.low == self.high == 1.0:
             return "all gates are exactly 1: not fine-tuned yet, or all that SE sees is zero"
         if self.count > 1 and self.variation < HARDLY:
@@ -90,8 +90,8 @@ class SiteGates:
         return ""
 
     def quartiles(self) -> dict[str, Any]:
-        """A few numbers, fit for JSON: the quartiles of the channels' mean gates, the range, the variation, and the share that
-        is saturated."""
+        """Return a few numbers that JSON can hold: the quartiles of the channels' mean gates, their range, their
+        variation, and the saturated fraction."""
         channels = torch.quantile(self.mean, torch.tensor(QUANTILES, dtype=self.mean.dtype))
         numbers = {name: getattr(self, name) for name in ("low", "high", "variation", "saturated")}
         return {"channels": channels.tolist(), **numbers}
@@ -101,11 +101,11 @@ class SiteGates:
 
 
 class Moments:
-    """Mean, spread and range of the rows of all batches, gathered by Chan's update, in which nothing cancels out; and the share of
-    the values that is ``beyond`` the limits. The mean is ``(C,)``, the other statistics are tensors without dims.
+    """Mean, spread and range of the rows of all batches, updated by Chan's method, which avoids cancellation; and the
+    fraction of values ``beyond`` the limits. The mean is ``(C,)``, the other statistics are tensors without dims.
 
-    Adding a batch reads no number from the device and takes no branch that depends on what came before, so it waits for
-    nothing and compiles once.
+    Adding a batch reads no value from the device and has no data-dependent branch, so it never waits for the device,
+    and compiles once.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Moments:
 
     @torch.no_grad()
     def add(self, values: Tensor) -> None:
-        """Take in a batch, ``(N, C)``, on whose device the statistics are from then on; one without rows changes nothing."""
+        """Add a batch, ``(N, C)``, and move the statistics to its device; a batch without rows changes nothing."""
         number = len(values)
         if not number:
             return
@@ -140,7 +140,7 @@ class Moments:
 
     @property
     def std(self) -> Tensor:
-        """The standard deviation of each column over the rows, ``(C,)``; NaN before the first."""
+        """The standard deviation of each column over the rows, ``(C,)``; NaN before the first batch."""
         return (self._squares / self.rows).sqrt()
 
     def _move(self, device: torch.device) -> None:
@@ -149,7 +149,7 @@ class Moments:
 
 
 def saturation_limits(se: Any) -> tuple[float, float]:
-    """The gates of an SE module are saturated below the first and above the second."""
+    """Return the limits below and above which the gates of an SE module are saturated."""
     if se.gate_range is None:
         return -math.inf, math.inf
     low, high = se.gate_range
@@ -158,8 +158,8 @@ def saturation_limits(se: Any) -> tuple[float, float]:
 
 
 def _hear(se: Any, take: Callable[[Tensor], object]) -> RemovableHandle:
-    """Call ``take`` with a module's gates, ``(N, C)`` without their gradients, each time that it runs; until the handle's
-    ``remove``."""
+    """Call ``take`` with a module's gates, ``(N, C)``, detached, each time that the module runs, until ``remove`` is
+    called on the returned handle."""
 
     def hear(module: nn.Module, args: tuple[Any, ...], gates: Tensor) -> None:
         take(gates.detach().flatten(0, -2))
@@ -168,7 +168,7 @@ def _hear(se: Any, take: Callable[[Tensor], object]) -> RemovableHandle:
         with torch.no_grad():
             take(se.gates(args[-1]).flatten(0, -2))
 
-    if se.gate_layer:  # computed already, as also in a fused SE, which is called with the norm before its input
+    if se.gate_layer:  # already computed, even in a fused SE, whose first argument is the norm
         return se.get_submodule(se.gate_layer).register_forward_hook(hear)
     return se.register_forward_pre_hook(read)
 
@@ -176,8 +176,8 @@ def _hear(se: Any, take: Callable[[Tensor], object]) -> RemovableHandle:
 def gates_over(
     model: nn.Module, ses: Mapping[str, Any], batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> dict[str, SiteGates]:
-    """Run a model, as it is, over batches of inputs and labels, and gather the gates of some of its modules in float64. By path, in
-    the order of ``ses``, what they did; modules that were never called are left out."""
+    """Run a model, as it is, over batches of inputs and labels, and collect the gates of the modules ``ses`` in
+    float64. Returns their statistics by path, in the same order, without modules that were never called."""
     seen = {path: Moments(se.channel, torch.float64, saturation_limits(se)) for path, se in ses.items()}
     classes: dict[str, dict[int, Moments]] = {path: {} for path in ses}
     sizes: dict[str, str] = {}
@@ -211,7 +211,7 @@ def gates_over(
 
 
 def gated_modules(model: nn.Module) -> dict[str, Any]:
-    """The SE modules of a model, in the order of its plan."""
+    """Return the SE modules of a model, in the order of its plan."""
     check_module(model)
     ses = {site.path: model.get_submodule(site.path) for site in plan_of(model).sites}
     check_gates(ses, "there are none to look at")
@@ -222,18 +222,18 @@ def gated_modules(model: nn.Module) -> dict[str, Any]:
 
 
 class GateLogger:
-    """Gathers the gates of a retrofitted network while it runs, in a training loop of your own.
+    """Collects the gates of a retrofitted network while it runs, for a training loop of your own.
 
-    It listens with hooks and changes nothing. What it gathers stays on the network's device until ``summary`` or
-    ``write`` asks for it, so that a batch costs a few small operations and no waiting. ``finetune`` logs gates by itself.
+    It uses hooks and changes nothing. The statistics stay on the network's device until ``summary`` or ``write`` is
+    called, so a batch costs a few small operations and no synchronisation. ``finetune`` logs gates by itself.
 
     Args:
-        model: a network that ``add_se`` has retrofitted; of a wrapped one (DDP, ``torch.compile``), the network inside. Compiled
-            code hears only a logger that was there when it was compiled, so make the logger before the first step.
+        model: a network from ``add_se``; if it is wrapped (DDP, ``torch.compile``), the network inside. Compiled code
+            only calls hooks that existed when it was compiled, so create the logger before the first step.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, or modules without gates for each channel (CBAM).
-        TypeError: it is no model.
+        RetrofitError: If the model has no SE from ``add_se``, or has modules without gates for each channel (CBAM).
+        TypeError: If ``model`` is not an nn.Module.
 
     Example:
         >>> import timm, torch
@@ -258,27 +258,27 @@ class GateLogger:
         self._moments[path].add(gates)
 
     def summary(self) -> dict[str, SiteGates]:
-        """By the path of each SE module that has run since the last ``reset``, what its gates did."""
+        """Return the statistics of each SE module that has run since the last ``reset``, by its path."""
         return {path: SiteGates.of(path, seen) for path, seen in self._moments.items() if seen.rows}
 
     def reset(self) -> None:
-        """Forget what was gathered, for the next epoch."""
+        """Discard the statistics, for the next epoch."""
         self._moments = {path: Moments(se.channel, limits=saturation_limits(se)) for path, se in self._ses.items()}
 
     def write(self, writer: Any, step: int) -> None:
-        """Write the summary to TensorBoard: for each site a histogram of its channels' mean gates, ``gates/PATH``, and the
-        variation between inputs as a scalar, ``gates_variation/PATH``.
+        """Write the summary to TensorBoard: for each site, a histogram of its channels' mean gates, ``gates/PATH``, and
+        the variation between inputs as a scalar, ``gates_variation/PATH``.
 
         Args:
-            writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_histogram`` and ``add_scalar``.
-            step: of the training, on the axis.
+            writer: a ``torch.utils.tensorboard.SummaryWriter``, or similar, with ``add_histogram`` and ``add_scalar``.
+            step: the training step.
         """
         for path, seen in self.summary().items():
             writer.add_histogram(f"gates/{path}", seen.mean, step)
             writer.add_scalar(f"gates_variation/{path}", seen.variation, step)
 
     def close(self) -> None:
-        """Stop listening; what was gathered stays."""
+        """Remove the hooks; the statistics are kept."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

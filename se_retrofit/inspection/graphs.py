@@ -1,7 +1,7 @@
 """The graph of each retrofitted block, as a part of the ``torch.fx.Graph`` of its network's record.
 
 A block's call is shown as it was recorded: its own operations and the modules that it calls. Containers without a forward of
-their own (``nn.Sequential``) and modules that hold an SE module are opened, so that the SE stands among its neighbours.
+their own (``nn.Sequential``) and modules that hold an SE module are expanded, so that SE is shown among its neighbours.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["batch_size", "blocks_of", "call_graph"]
 
 
 def blocks_of(model: nn.Module, plan: Plan, record: Record) -> list[BlockPair]:
-    """The blocks of a retrofitted model that were called when it was recorded, in the order of the plan."""
+    """Return the blocks of a retrofitted model that were called when it was recorded, in the order of the plan."""
     sites: dict[str, list[Site]] = {}
     for site in plan.sites:
         sites.setdefault(site.block, []).append(site)
@@ -40,7 +40,7 @@ Steps = list[Op | Call]
 
 
 def _block(model: nn.Module, record: Record, sites: list[Site], opened: Container[str]) -> BlockPair | None:
-    """The block that some sites are in; None where it is not called."""
+    """Return the block that contains some sites, or None if it is not called."""
     path, kind = sites[0].block, sites[0].kind
     se = next((op for op in record.ops if op.path == sites[0].path), None)
     call = se.call if se is not None else None
@@ -57,8 +57,8 @@ def _block(model: nn.Module, record: Record, sites: list[Site], opened: Containe
 
 
 def _unit_around(record: Record, path: str, model: nn.Module) -> nn.Module:
-    """The module of a block; of a sequence that is all of the module around it, that module, which tells what it is: the double
-    convolution whose ``net`` it is."""
+    """Return the module of a block. If it is a sequence that makes up the whole module around it, return that module,
+    whose class is more telling: the double convolution of which it is the ``net``."""
     call = next((call for call in record.calls if call.path == path), None)
     while call is not None and call.parent is not None and call.parent.path and is_sequential(call.module):
         if call.parent.inputs != call.inputs or call.parent.outputs != call.outputs:
@@ -68,12 +68,12 @@ def _unit_around(record: Record, path: str, model: nn.Module) -> nn.Module:
 
 
 def call_graph(record: Record, call: Call, opened: Container[str]) -> BlockGraph:
-    """The graph of a call, with the calls of opened modules put in."""
+    """Return the graph of a call, with the calls of opened modules expanded."""
     return graph_of(record, _steps(record, call, opened), call)
 
 
 def _steps(record: Record, call: Call, opened: Container[str]) -> Steps:
-    """What happens in a call, in order: its own operations, and the calls of modules; what happens in opened ones is put in."""
+    """Return the steps of a call in order: its own operations and the calls of modules; opened modules are expanded."""
     steps: Steps = []
     position = call.start
     for child in call.children:
@@ -84,14 +84,14 @@ def _steps(record: Record, call: Call, opened: Container[str]) -> Steps:
 
 
 def _span(steps: Steps) -> range:
-    """The indices of the operations in some consecutive steps."""
+    """Return the indices of the operations in consecutive steps."""
     first, last = steps[0], steps[-1]
     start = first.start if isinstance(first, Call) else first.index
     return range(start, last.end if isinstance(last, Call) else last.index + 1)
 
 
 def _part(steps: Steps, path: str, sites: list[Site]) -> Steps:
-    """Those of some steps that are a block which is a part of a larger graph: from its first module to its last or to its SE."""
+    """Return the steps of a block that is a part of a larger graph: from its first module to its last, or to its SE."""
     own = {path, *(site.path for site in sites)}
     inside = [step.path is not None and (step.path in own or step.path.startswith(f"{path}.")) for step in steps]
     first, end = inside.index(True), len(inside) - inside[::-1].index(True)
@@ -101,8 +101,8 @@ def _part(steps: Steps, path: str, sites: list[Site]) -> Steps:
 
 
 def graph_of(record: Record, steps: Steps, call: Call | None = None) -> BlockGraph:
-    """The part of a record's graph that is some consecutive steps: all of a call, whose inputs and outputs it has then; or
-    without a call, with paths from the model's root."""
+    """Return the part of a record's graph for consecutive steps: those of a whole ``call``, with its inputs and
+    outputs; or, without a call, with paths from the model's root."""
     copies = _Copies(record, "" if call is None else call.path)
     given = [copies.placeholder(op) for op in dict.fromkeys(call.inputs if call is not None else ())]
     for step in steps:
@@ -119,31 +119,31 @@ def graph_of(record: Record, steps: Steps, call: Call | None = None) -> BlockGra
 
 
 def _leaving(record: Record, steps: Steps) -> list[Op]:
-    """The values that are taken after some steps."""
+    """Return the values of some steps that are used after them."""
     made = [op for step in steps for op in (step.outputs if isinstance(step, Call) else [step])]
     end, outputs = _span(steps).stop, record.calls[0].outputs
     return [op for op in made if op in outputs or any(user.index >= end for user in op.users)]
 
 
 def node_of(op: Op) -> fx.Node:
-    assert op.node is not None  # only a record that is compared with another has no graph
+    assert op.node is not None  # only a record made for comparison has no graph
     return op.node
 
 
 class _Copies(dict[fx.Node, fx.Node]):
-    """The nodes of a record's graph that a block's graph has copies of, with the copies; others are copied when asked for."""
+    """The copies in a block's graph of nodes of a record's graph; missing ones are copied when they are looked up."""
 
     def __init__(self, record: Record, scope: str) -> None:
         self.record, self.block = record, BlockGraph(fx.Graph(), scope)
         self.ops = {op.node: op for op in record.ops}
 
     def __missing__(self, node: fx.Node) -> fx.Node:
-        # what depends on no input is copied where it is first taken, as is what returns several tensors, an operation each
+        # nodes without inputs are copied on first use, as are those that return several tensors, one operation each
         op = self.ops.get(node)
         return self.add(node) if op is None or op.role == "param" else self.placeholder(op)
 
     def placeholder(self, op: Op) -> fx.Node:
-        """A new input for a value that comes from elsewhere."""
+        """Add an input for a value that is computed elsewhere."""
         graph, node = self.block.graph, node_of(op)
         given = graph.find_nodes(op="placeholder")
         with graph.inserting_after(given[-1]) if given else graph.inserting_before():
@@ -152,7 +152,7 @@ class _Copies(dict[fx.Node, fx.Node]):
         return self[node]
 
     def add(self, node: fx.Node) -> fx.Node:
-        """Copy a node as ``graph.node_copy`` does, with the target and the name that it has in the block."""
+        """Copy a node like ``graph.node_copy``, with its target and name relative to the block."""
         ops = [self.ops[n] for n in ([node] if node in self.ops else node.users) if n in self.ops]
         target, name = node.target, ops[0].name if isinstance(node.target, torch._ops.OpOverload) else None
         if node.op in ("call_module", "get_attr"):
@@ -165,7 +165,7 @@ class _Copies(dict[fx.Node, fx.Node]):
         return copy
 
     def add_call(self, call: Call) -> None:
-        """One node for all that happens in the call of a module."""
+        """Add one node for the whole call of a module."""
         args = tuple(self[node_of(op)] for op in dict.fromkeys(call.inputs))
         target, name = self.named(call.path)
         node = self.block.graph.create_node("call_module", target, args, name=name)
@@ -175,13 +175,13 @@ class _Copies(dict[fx.Node, fx.Node]):
         self.update((node_of(op), node) for op in call.outputs)
 
     def named(self, path: str) -> tuple[str, str]:
-        """A path from the block on, and the name of its node."""
+        """Return a path relative to the block, and the name of its node."""
         target = path.removeprefix(f"{self.block.scope}.") if self.block.scope else path
         return target, re.sub(r"\W", "_", self.block.path(target))
 
 
 def batch_size(record: Record) -> int:
-    """How many inputs a recorded call has: the first dim of its first tensor, or the length of a list of images."""
+    """Return the batch size of a recorded call: the first dim of its first tensor, or the length of an image list."""
     first = next(iter((*record.inputs.args, *record.inputs.kwargs.values())), None)
     if isinstance(first, torch.Tensor) and first.dim() > 2:
         return int(first.shape[0])

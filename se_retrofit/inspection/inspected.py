@@ -1,4 +1,4 @@
-"""A retrofitted model with one record of it and its blocks with SE: what all views of an inspection are made from."""
+"""A retrofitted model with one record of it and its blocks with SE, on which all views of an inspection are based."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Inspected:
     blocks: list[BlockPair]
 
     def distinct(self) -> list[list[BlockPair]]:
-        """The blocks in groups of the same structure, the one that shows it best first: of dense layers, the first that
-        is given several feature maps."""
+        """Return the blocks in groups of the same structure, each starting with the most telling one: among dense
+        layers, the first that takes several feature maps."""
         groups: dict[tuple[Any, ...], list[BlockPair]] = {}
         for block in self.blocks:
             groups.setdefault(block.signature(), []).append(block)
         return [sorted(group, key=lambda pair: pair.inputs < 2) for group in groups.values()]
 
     def block(self, path: str) -> BlockPair:
-        """A block: its ``before.graph`` and ``after.graph``, and its ``sites``.
+        """Return a block, which has a ``before.graph``, an ``after.graph`` and its ``sites``.
 
         Raises:
-            RetrofitError: there is no such block.
+            RetrofitError: If there is no such block.
         """
         exact = [pair for pair in self.blocks if path == pair.path or path in [site.path for site in pair.sites]]
         known = path and path in dict(self.model.named_modules())

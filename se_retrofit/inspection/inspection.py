@@ -1,4 +1,4 @@
-"""One object from which all that a retrofit changed can be seen: the network is recorded once for all of its views."""
+"""One object that shows everything a retrofit changed. The network is recorded once for all views."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ __all__ = ["Inspection", "inspect_se"]
 
 
 class Inspection(Inspected):
-    """What ``inspect_se`` found. ``print(inspection)`` prints the report, ``rich.print(inspection)`` prints it in colour.
+    """The result of ``inspect_se``. ``print(inspection)`` prints the report, ``rich.print(inspection)`` in colour.
 
-    Where a view takes a ``block``, it is the path of a block, such as ``"layer1.0"``, of a module in it (its SE, say), or of
-    one around it that holds no other block. The error for a path that is none of these lists blocks that there are.
+    The argument ``block`` of a view is the path of a block, such as ``"layer1.0"``, of a module in it (its SE, say), or
+    of a module around it that holds no other block. For any other path, an error lists the existing blocks.
 
     Attributes:
         model: the model that was inspected.
-        plan: the plan that it was retrofitted by.
-        record: of one run of it.
+        plan: the plan by which it was retrofitted.
+        record: the record of one run of it.
         blocks: its blocks with SE that run on the inputs, each with its ``torch.fx.Graph`` before and after, in the order of
             the plan.
 
@@ -79,25 +79,25 @@ class Inspection(Inspected):
         return report_of(self)
 
     def report(self) -> Report:
-        """What was put where, and what it costs: a row for each site, and totals."""
+        """Return what was inserted where, and what it costs: a row for each site, and totals."""
         return self._report
 
     def graph(self, block: str | None = None) -> Lines:
-        """The network at the level of its blocks: what each of them is, gives and takes; or the torch.fx graph of one block.
-        Lines about SE have a ``>`` in the margin.
+        """Return the network at the level of its blocks, with their classes, inputs and outputs; or the torch.fx graph
+        of one block. Lines about SE have a ``>`` in the margin.
 
         Raises:
-            RetrofitError: there is no such block.
+            RetrofitError: If there is no such block.
         """
         return Lines(network_lines(self) if block is None else block_lines(self.block(block)))
 
     def diff(self, block: str | None = None) -> Lines:
-        """A unified diff of a block's source, from its author's to what it is now; of each distinct block without ``block``.
+        """Return a unified diff of a block's source, from the author's code to the current; by default of all blocks.
 
-        Where SE stands in an ``nn.Sequential``, the diff is of its elements; in a GraphModule, of its generated code.
+        If SE is in an ``nn.Sequential``, the diff shows its elements; in a GraphModule, the generated code.
 
         Raises:
-            RetrofitError: there is no such block.
+            RetrofitError: If there is no such block.
         """
         lines: list[Line] = []
         for number, (pair, *others) in enumerate(self.distinct() if block is None else [[self.block(block)]]):
@@ -108,19 +108,20 @@ class Inspection(Inspected):
         return Lines(lines)
 
     def draw(self, path: str | Path, block: str | None = None) -> Path:
-        """Draw each distinct block before and after, with the shapes on the edges and SE in orange.
+        """Draw each distinct block before and after, with shapes on the edges and SE in orange.
 
-        Blocks that differ in nothing but names and numbers of channels are drawn once; the first one's shapes are shown.
+        Blocks that only differ in names and numbers of channels are drawn once, with the shapes of the first one.
 
-        Without ``block``, the whole network stands above them: a column for each size of feature maps.
+        Without ``block``, the whole network is drawn above them, with a column for each size of feature maps.
 
         Args:
-            path: the file to write, which ends in ``.svg``. Browsers show it; ``rsvg-convert``, Inkscape or CairoSVG make
-                ``.png`` or ``.pdf`` of it.
-            block: the one block to draw.
+            path: the file to write, which ends in ``.svg``. Browsers show it; ``rsvg-convert``, Inkscape or CairoSVG
+                convert it to ``.png`` or ``.pdf``.
+            block: the block to draw, instead of all.
 
         Raises:
-            RetrofitError: the path ends otherwise, its folder does not exist, or there is no such block. Nothing is written then.
+            RetrofitError: If the path has another suffix, its folder does not exist, or there is no such block. Nothing
+                is written then.
         """
         path = writable(path, ".svg")
         text = drawn(self, None if block is None else self.block(block))
@@ -129,15 +130,15 @@ class Inspection(Inspected):
         return path
 
     def write_html(self, path: str | Path) -> Path:
-        """Write one HTML page: totals, the network, the table of sites, and each distinct block before and after.
+        """Write an HTML page with totals, the network, the table of sites, and each distinct block before and after.
 
-        It opens offline and fetches nothing.
+        It works offline and downloads nothing.
 
         Args:
             path: the file to write, which ends in ``.html`` or ``.htm``.
 
         Raises:
-            RetrofitError: the path ends otherwise, or its folder does not exist. Nothing is written then.
+            RetrofitError: If the path has another suffix, or its folder does not exist. Nothing is written then.
         """
         from .page import page
 
@@ -148,7 +149,7 @@ class Inspection(Inspected):
         return path
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, fit for JSON."""
+        """Return the report as plain data that JSON can hold."""
         data: dict[str, Any] = json.loads(json.dumps(asdict(self._report)))
         return data
 
@@ -167,25 +168,24 @@ class Inspection(Inspected):
 
 
 def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
-    """Look inside a retrofitted model: what SE is where, what it costs, and each block before and after.
+    """Inspect a retrofitted model: where SE is, what it costs, and each block before and after.
 
     Args:
-        model: a model that ``add_se`` has retrofitted; it is not touched.
-        example_inputs: a tensor or a tuple of positional inputs, of which only shapes and dtypes are read: shapes and
-            multiply-adds are for these. Without it, images of the size that the model was fine-tuned at, or inputs of the shapes
-            that it was retrofitted with.
+        model: a model from ``add_se``; it is not changed.
+        example_inputs: a tensor or a tuple of positional inputs, whose shapes and dtypes determine the shapes and
+            multiply-adds that are shown. By default, images of the size that the model was fine-tuned at, or inputs of
+            the shapes that it was retrofitted with.
 
     Returns:
-        One object for all views: ``report()``, ``graph()``, ``diff()``, ``draw()``, ``write_html()`` and, for what is made of
-        it, ``block()`` and ``to_dict()``.
+        An object with all views: ``report()``, ``graph()``, ``diff()``, ``draw()``, ``write_html()``; ``block()`` and
+        ``to_dict()`` for further processing.
 
     Raises:
-        RetrofitError: the model has no SE that ``add_se`` put in, ``fuse_se`` has fused it, or the model can't be run on the
-            inputs.
-        TypeError: it is no model, or the inputs are of no form that ``add_se`` takes.
+        RetrofitError: If the model has no SE from ``add_se``, was fused by ``fuse_se``, or can't be run on the inputs.
+        TypeError: If ``model`` is not an nn.Module, or the inputs are not in a form that ``add_se`` accepts.
 
     Warns:
-        UserWarning: modules with SE in them were replaced after the retrofit, and their SE is gone.
+        UserWarning: If modules that held SE were replaced after the retrofit, so that their SE is gone.
 
     Example:
         >>> import timm
@@ -208,7 +208,7 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
 
 
 def _inputs(model: nn.Module, plan: Plan, example_inputs: Any) -> Inputs | None:
-    """The inputs given, or of the size of the images that the model was fine-tuned on, or of the shapes that its plan was made on."""
+    """Return the given inputs, or inputs of the size that the model was fine-tuned at, or of the shapes of its plan."""
     if example_inputs is not None:
         return given_inputs(example_inputs)
     if (images := vars(model).get(IMAGES)) is not None:

@@ -1,7 +1,7 @@
-"""Where the nodes of a graph go in a picture from top to bottom: the layered layout of Sugiyama, Tagawa and Toda (1981).
+"""The layered layout of a graph drawn from top to bottom, by Sugiyama, Tagawa and Toda (1981).
 
-Nodes are put into layers, in which each edge leads down; edges that are longer than a layer get a lane in those that they pass; the
-order in each layer is the one with the fewest crossings that is found; last, what can be in line is.
+Nodes are assigned to layers such that each edge leads down; an edge that spans several layers gets a lane in each that
+it passes; each layer is ordered to have few crossings; finally, nodes are aligned where possible.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import pairwise
 
 __all__ = ["Layout", "layered"]
 
-LANE, GAP = 10, 22  # width of an edge's lane; between what stands side by side
+LANE, GAP = 10, 22  # width of an edge's lane; gap between neighbours in a layer
 SWEEPS = 12
 
 Edge = tuple[int, int]
@@ -20,7 +20,7 @@ Edge = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """The middle and the layer (from 0 at the top) of each node, where each edge passes the layers between, and the width of all."""
+    """The centre and the layer (from 0 at the top) of each node, where each edge passes other layers, and the width."""
 
     x: list[float]
     row: list[int]
@@ -29,7 +29,7 @@ class Layout:
 
 
 def layered(widths: Sequence[float], edges: Sequence[Edge]) -> Layout:
-    """Lay out a graph of nodes of these widths, in which each edge leads from an earlier one to a later one."""
+    """Lay out a graph whose nodes have these widths, and whose edges lead from earlier nodes to later ones."""
     row = _rows(len(widths), edges)
     grid = _Grid(list(widths), row.copy())
     chains = {edge: grid.chain(edge) for edge in edges}
@@ -43,8 +43,8 @@ def layered(widths: Sequence[float], edges: Sequence[Edge]) -> Layout:
 
 
 def _rows(number: int, edges: Sequence[Edge]) -> list[int]:
-    """The layer of each node: right below the last of those that it takes something from; what takes nothing stands right above
-    the first that takes it."""
+    """Return the layer of each node: directly below the last of its sources; a node without sources is directly above
+    the first node that uses it."""
     row = [0] * number
     for source, end in sorted(edges, key=lambda edge: edge[1]):
         row[end] = max(row[end], row[source] + 1)
@@ -55,7 +55,7 @@ def _rows(number: int, edges: Sequence[Edge]) -> list[int]:
 
 
 class _Grid:
-    """What stands in the layers: the nodes, and after them the lanes of long edges, which those from one node share."""
+    """The items in the layers: the nodes, followed by the lanes of long edges, which the edges of one node share."""
 
     def __init__(self, widths: list[float], row: list[int]) -> None:
         self.nodes = len(widths)
@@ -65,7 +65,7 @@ class _Grid:
         self.links: dict[Edge, None] = {}
 
     def chain(self, edge: Edge) -> list[int]:
-        """An edge as what it leads through."""
+        """Return the items that an edge passes through."""
         source, end = edge
         chain = [source]
         for row in range(self.row[source] + 1, self.row[end]):
@@ -79,7 +79,7 @@ class _Grid:
         return chain
 
     def neighbours(self) -> tuple[list[list[int]], list[list[int]]]:
-        """Of each: what it is linked with above, and below."""
+        """Return the items that each item is linked with above and below."""
         above: list[list[int]] = [[] for _ in self.row]
         below: list[list[int]] = [[] for _ in self.row]
         for upper, lower in self.links:
@@ -88,8 +88,8 @@ class _Grid:
         return above, below
 
     def ordered(self) -> list[list[int]]:
-        """The layers, in the order with the fewest crossings of some: each sweep puts all below, or above, the mean of what they
-        are linked with."""
+        """Return the layers in the order with the fewest crossings over several sweeps, each of which sorts items by
+        the mean position of the items that they are linked with, above or below."""
         layers: list[list[int]] = [[] for _ in range(max(self.row) + 1)]
         for item, row in enumerate(self.row):
             layers[row].append(item)
@@ -109,7 +109,7 @@ class _Grid:
         return best
 
     def crossings(self, layers: list[list[int]]) -> int:
-        """How many pairs of links cross."""
+        """Return the number of pairs of links that cross."""
         place = {item: i for layer in layers for i, item in enumerate(layer)}
         by_row: dict[int, list[Edge]] = {}
         for upper, lower in self.links:
@@ -122,8 +122,8 @@ class _Grid:
         )
 
     def placed(self, layers: list[list[int]]) -> list[float]:
-        """The middles of all, by Brandes and Koepf (2001): what is in line is put as far to one side as it goes, from above and from
-        below, to the left and to the right; the places are the means of the middle two of these four."""
+        """Return the centres of all items, by Brandes and Koepf (2001): aligned items are moved as far to one side as
+        possible, from above and below, to the left and right; the result is the mean of the middle two of the four."""
         runs = []
         for down in (True, False):
             for side in (1, -1):
@@ -132,13 +132,13 @@ class _Grid:
                 runs.append([side * value for value in x])
         spans = [(min(run), max(run)) for run in runs]
         left, right = min(spans, key=lambda span: span[1] - span[0])
-        for i, (low, high) in enumerate(spans):  # all of them against the sides of the narrowest
+        for i, (low, high) in enumerate(spans):  # align all of them to the sides of the narrowest
             runs[i] = [value + (right - high if i % 2 else left - low) for value in runs[i]]
         return [sum(sorted(places)[1:3]) / 2 for places in zip(*runs, strict=True)]
 
     def in_line(self, layers: list[list[int]], down: bool) -> list[int]:
-        """For each item the first of those that it is in line with: of what each is linked with in the layer before, the middle one,
-        if no other line has it and none is crossed. Nodes are in line with lanes only where they have no other link."""
+        """Return for each item the first item that it is aligned with. An item is aligned with the middle one of its
+        links in the previous layer if that is free and no line is crossed; with lanes only if it has no other links."""
         above, below = self.neighbours()
         before, behind = (above, below) if down else (below, above)
         place = {item: i for layer in layers for i, item in enumerate(layer)}
@@ -156,7 +156,7 @@ class _Grid:
         return first
 
     def pushed(self, layers: list[list[int]], first: list[int]) -> list[float]:
-        """The middles of all, as far to the left as they go, with what is in line at one place."""
+        """Return the centres of all items, as far to the left as possible, with aligned items at the same position."""
         x = [0.0] * len(first)
         moved = True
         while moved:
@@ -169,5 +169,5 @@ class _Grid:
 
 
 def _nodes_first(linked: list[int], nodes: int, item: int) -> list[int]:
-    """Of what an item is linked with, the nodes; the lanes where there are none, or where it is a lane."""
+    """Return the nodes among an item's links; or its lanes, if there are no nodes or the item is a lane itself."""
     return [i for i in linked if i < nodes] or linked if item < nodes else linked

@@ -1,4 +1,4 @@
-"""Lines of text that are marked in the margin where they are about SE: plain in a pipe, in colour in a terminal."""
+"""Lines of text with a mark in the margin of those about SE: plain in a pipe, coloured in a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SE_STYLE = "bold dark_orange"
 
 @dataclass(frozen=True)
 class Line:
-    """A line; ``se`` puts a mark in its margin, ``style`` is rich's."""
+    """A line of text; ``se`` marks it in the margin, ``style`` is a style of rich."""
 
     text: str
     se: bool = False
@@ -26,7 +26,7 @@ class Line:
 
 
 class Lines(tuple[Line, ...]):
-    """Lines as one text: ``str`` gives it plain, ``show`` prints it."""
+    """Lines that form one text: ``str`` returns it without colours, ``show`` prints it."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
@@ -35,7 +35,7 @@ class Lines(tuple[Line, ...]):
         return str(self)
 
     def show(self, file: IO[str] | None = None, console: Console | None = None) -> None:
-        """Print to a file (default: standard output), in colour where rich is installed and the file is a terminal."""
+        """Print to a file (default: standard output), in colour if rich is installed and the file is a terminal."""
         try:
             from rich.console import Console
             from rich.text import Text

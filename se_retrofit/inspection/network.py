@@ -1,4 +1,4 @@
-"""The whole network at the level of its blocks: what takes what from what, with the connections that skip something."""
+"""The whole network at the level of its blocks, with the connections between them, including those that skip blocks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "c
 
 @dataclass(eq=False)
 class Node:
-    """One box of the picture.
+    """A box of the picture.
 
     Attributes:
-        name: path of a block or module; of several modules in a row, that of the first (``last`` is the last); of a join, its sign.
+        name: path of a block or module; of several in a row, the first (``last`` is the last); for a join, its sign.
         words: classes of the modules.
         kind: "block", "module", "join" or "function".
-        bypass: something that the block is given reaches its end past its SE.
-        shape, space: of what it gives, without the batch, and the spatial part of that, which tells the stage; () for a vector.
+        bypass: whether an input of the block reaches its output without passing its SE.
+        shape, space: shape of its output, without the batch, and its spatial part (the stage); () for a vector.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Node:
     taken: list[Node] = field(default_factory=list)
 
     def beside(self, path: str) -> bool:
-        """Whether a module stands where the last of these layers stands."""
+        """Return whether a module has the same parent as the last of these layers."""
         return self.last != "" and self.last.rpartition(".")[0] == path.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A connection; one that ``skips`` something leads past nodes that lead from its source to its end, too."""
+    """A connection; it ``skips`` nodes if another path leads from its source to its end."""
 
     source: Node
     end: Node
@@ -57,14 +57,14 @@ class Edge:
 
 @dataclass
 class Network:
-    """The nodes in the order in which they run, and what connects them."""
+    """The nodes in order of execution, and their connections."""
 
     nodes: list[Node]
     edges: list[Edge]
 
 
 def network_of(found: Inspected) -> Network:
-    """The network of an inspected model: its blocks, what stands between them, and the joins of several values."""
+    """Return the network of an inspected model: its blocks, the modules between them, and the joins of values."""
     called = {pair.path for pair in found.blocks if not pair.is_part}
     opened = {
         call.path
@@ -82,7 +82,7 @@ def network_of(found: Inspected) -> Network:
 
 
 def _joins_stages(call: Call) -> bool:
-    """Whether a module makes one feature map from those of several stages: the decoder of a U-Net, which holds its other half."""
+    """Return whether a module combines feature maps of several stages, such as the decoder of a U-Net."""
     sizes = {op.shape[2:] for op in call.inputs if op.dim > 2}
     return len(sizes) > 2 and call.returned is not None and call.returned.dim > 2
 
@@ -94,7 +94,7 @@ class _Nodes:
     by_op: dict[Op, BlockPair]
     pairs: list[BlockPair]
     result: list[Node] = field(default_factory=list)
-    seen: dict[fx.Node, list[Node]] = field(default_factory=dict)  # what makes, or passes on, a value
+    seen: dict[fx.Node, list[Node]] = field(default_factory=dict)  # the nodes that compute, or pass on, a value
 
     def made(self) -> list[Node]:
         current: tuple[BlockPair, Node] | None = None
@@ -102,7 +102,7 @@ class _Nodes:
             ops = fx_node.meta.get("ops", [])
             taken = list(dict.fromkeys(n for source in fx_node.all_input_nodes for n in self.seen.get(source, [])))
             pair = next((self.by_op[op] for op in ops if op in self.by_op), None)
-            if pair is not None:  # the part of a graph that a block is becomes one node
+            if pair is not None:  # a block that is a part of a graph becomes one node
                 if current is None or current[0] is not pair:
                     current = pair, self.add(pair.path or "(model)", pair.cls, "block", ops, taken, pair)
                 node = current[1]
@@ -115,7 +115,7 @@ class _Nodes:
         return self.result
 
     def other(self, fx_node: fx.Node, ops: list[Op], taken: list[Node]) -> list[Node]:
-        """What stands for a value outside of the blocks that are parts of graphs."""
+        """Return the nodes for a value outside the blocks that are parts of graphs."""
         module, kind = fx_node.meta.get("module"), self.whole.kind(fx_node)
         if fx_node.op in ("placeholder", "get_attr"):
             if not ops or ops[0].role == "param" or fx_node.op == "get_attr":
@@ -141,7 +141,7 @@ class _Nodes:
         return taken
 
     def leaf(self, path: str, words: str, ops: list[Op], taken: list[Node], fx_node: fx.Node) -> Node:
-        """A layer; layers in a row that nothing else takes anything from are one node."""
+        """Add a layer; consecutive layers without other users of their values are merged into one node."""
         before = self.result[-1] if self.result else None
         alone = all(len(source.users) == 1 for source in fx_node.all_input_nodes)
         if before is not None and before.kind == "module" and taken == [before] and alone and before.beside(path):
@@ -162,7 +162,7 @@ class _Nodes:
 
 
 def _shapes(ops: list[Op]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of a value without the batch, and its spatial part."""
+    """Return the shape of a value without the batch, and its spatial part."""
     if not ops:
         return (), ()
     op = ops[0]
@@ -174,7 +174,7 @@ def _shapes(ops: list[Op]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _has_bypass(pair: BlockPair) -> bool:
-    """Whether something reaches a block's output without going through its SE."""
+    """Return whether an input reaches a block's output without passing its SE."""
     past = set(pair.after.graph.find_nodes(op="placeholder"))
     for node in pair.after.graph.nodes:
         if node not in pair.after.ses and past.intersection(node.all_input_nodes):
@@ -183,7 +183,7 @@ def _has_bypass(pair: BlockPair) -> bool:
 
 
 def _connected(nodes: list[Node]) -> Network:
-    """The connections; those are skips whose source is before another one, too."""
+    """Connect the nodes; a connection is a skip if its source also precedes another source."""
     position = {node: i for i, node in enumerate(nodes)}
     ancestors: dict[Node, int] = {}
     edges = []

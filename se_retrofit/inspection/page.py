@@ -1,4 +1,4 @@
-"""All of it on one HTML page, in one file that opens without a network."""
+"""The whole inspection as one HTML file that works offline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CLASSES = {"green": "add", "red": "del", "cyan": "head", "bold": "head"}
 
 
 def page(found: Inspected, report: Report) -> str:
-    """The page about an inspected model."""
+    """Return the page about an inspected model."""
     from .. import __version__
 
     groups = found.distinct()
@@ -53,13 +53,13 @@ def page(found: Inspected, report: Report) -> str:
 
 
 def _classes(column: str) -> str:
-    """The CSS classes of a column of the table of sites."""
+    """Return the CSS classes of a column of the table of sites."""
     names = {"number": column in NUMBERS, "optional": column in OPTIONAL[:-1], "after": column == "SE after"}
     return " ".join(name for name, given in names.items() if given)
 
 
 def _cards(report: Report) -> list[dict[str, Any]]:
-    """The totals; what is a difference is marked as one."""
+    """Return the totals; differences are marked as such."""
     added = report.parameters_after - report.parameters_before
     share = percent(report.trainable_after, report.parameters_after)
     cards: list[tuple[str, str, str, bool]] = [

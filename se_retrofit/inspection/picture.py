@@ -1,4 +1,4 @@
-"""The picture of a whole network: a column for each stage, its blocks as boxes that link to their drawings, SE marked."""
+"""The picture of a whole network: a column for each stage, with blocks as boxes that link to their drawings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .svg import BOLD, RADIUS, Picture, arrow, badge_width, box, join, text, tim
 
 __all__ = ["picture"]
 
-_WIDTH, _HEIGHT, _PITCH = 156, 34, 46  # of a box, and from one box to the next below
-_GUTTER, _LANE = 40, 9  # between columns; between connections that lead past boxes
+_WIDTH, _HEIGHT, _PITCH = 156, 34, 46  # width and height of a box; distance from one box to the next
+_GUTTER, _LANE = 40, 9  # between columns; between connections that pass boxes
 _HEAD = 30  # height of a column's heading
-_MANY = 3  # a node that takes more values past others is one of a dense block
+_MANY = 3  # a node with more skip connections than this belongs to a dense block
 
 
 @dataclass(eq=False)
@@ -34,8 +34,8 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Arc:
-    """A connection within a column, in one of the lanes left of its boxes. A ``rail`` is that of a dense block, with a branch to each
-    of its layers."""
+    """A connection within a column, in one of the lanes to the left of its boxes. A ``rail`` belongs to a dense block,
+    and has a branch to each of its layers."""
 
     first: int
     last: int
@@ -44,7 +44,7 @@ class _Arc:
 
 
 def picture(network: Network, links: Mapping[str, str]) -> Picture:
-    """A network as a picture; ``links`` tell where a block's box leads to, by the path of the block."""
+    """Draw a network; ``links`` holds the link target of each block's box, by the path of the block."""
     columns = _columns(network.nodes)
     where = {node: (i, row) for i, column in enumerate(columns) for row, node in enumerate(column.nodes)}
     arcs = [_arcs(i, column, network.edges, where) for i, column in enumerate(columns)]
@@ -62,7 +62,7 @@ def picture(network: Network, links: Mapping[str, str]) -> Picture:
 
 
 def _columns(nodes: Iterable[Node]) -> list[_Column]:
-    """Neighbours whose feature maps are of one size."""
+    """Group neighbours whose feature maps have the same size."""
     columns: list[_Column] = []
     for node in nodes:
         space = _stage(node)
@@ -70,7 +70,7 @@ def _columns(nodes: Iterable[Node]) -> list[_Column]:
             columns.append(_Column([], space))
         columns[-1].nodes.append(node)
     first = columns[0]
-    if len(first.nodes) == 1 and len(columns) > 1:  # the input alone makes no stage
+    if len(first.nodes) == 1 and len(columns) > 1:  # the input alone is not a stage
         columns[1].nodes.insert(0, first.nodes[0])
         columns.pop(0)
     return columns
@@ -81,7 +81,7 @@ def _stage(node: Node) -> tuple[int, ...]:
 
 
 def _arcs(number: int, column: _Column, edges: Iterable[Edge], where: Mapping[Node, tuple[int, int]]) -> list[_Arc]:
-    """The connections within a column that lead past boxes, the shortest ones in the lanes next to the boxes."""
+    """Return the connections within a column that pass boxes, the shortest ones in the lanes next to the boxes."""
     dense = {node for node in column.nodes if sum(e.skips for e in edges if e.end is node) > _MANY}
     spans: list[tuple[int, int]] = []
     rails: list[tuple[int, int]] = []
@@ -95,7 +95,7 @@ def _arcs(number: int, column: _Column, edges: Iterable[Edge], where: Mapping[No
             rails[-1] = min(first, rails[-1][0]), max(last, rails[-1][1])
         else:
             rails.append((first, last))
-    # the first layers of a dense block, which take few values, are on its rail, too
+    # the first layers of a dense block, which take few values, also belong to its rail
     spans = [s for s in spans if not any(rail[0] <= s[0] and s[1] <= rail[1] for rail in rails)]
     arcs: list[_Arc] = []
     for first, last in sorted(spans + rails, key=lambda span: span[1] - span[0]):
@@ -112,8 +112,8 @@ def _place(
     edges: Iterable[Edge],
     where: Mapping[Node, tuple[int, int]],
 ) -> tuple[float, float]:
-    """Set the columns' places; gives the size of all. Where connections skip whole stages, as in a U-Net, smaller feature maps
-    stand lower, so that these connections lead above them."""
+    """Set the positions of the columns, and return the total size. If connections skip whole stages, as in a U-Net,
+    smaller feature maps are placed lower, so that these connections pass above them."""
     across = any(where[e.end][0] - where[e.source][0] > 1 for e in edges)
     tops: dict[tuple[int, ...], float] = {}
     if across:
@@ -148,7 +148,7 @@ def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str
     room = int((_WIDTH - 18 - badge_width(mark)) / BOLD)
     words = node.words if "," not in node.words else f"{node.words.count(',') + 1} layers"
     if len(node.shape) == len(node.space) + 1 and node.space == column.space != ():
-        shape = str(math.prod(node.shape) // max(math.prod(node.space), 1))  # the heading says the rest
+        shape = str(math.prod(node.shape) // max(math.prod(node.space), 1))  # the heading has the rest
     most = room + 5 - len(shape) - 3
     words = words if len(words) <= most else f"{words[: most - 1]}\u2026"
     lines = [_name(node, room), f"{words} \u00b7 {shape}" if words else shape]
@@ -159,7 +159,7 @@ def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str
 
 
 def _name(node: Node, most: int) -> str:
-    """A node's name, as much of its end as there is room for."""
+    """Return as much of the end of a node's name as there is room for."""
     end = "" if node.last in ("", node.name) else f" \u2013 {node.last.rpartition('.')[2]}"
     name = node.name
     while len(name) + len(end) > most and "." in name:
@@ -169,7 +169,7 @@ def _name(node: Node, most: int) -> str:
 
 
 def _edge(edge: Edge, columns: list[_Column], where: Mapping[Node, tuple[int, int]]) -> str:
-    """The line of a connection between neighbours, or between columns; those past neighbours are arcs."""
+    """Draw a connection between neighbours or between columns; those that pass neighbours are arcs."""
     (i, row), (j, end) = where[edge.source], where[edge.end]
     before, after = columns[i], columns[j]
     cls = "skip" if edge.skips else "flow"
@@ -197,7 +197,7 @@ def _arc(arc: _Arc, column: _Column) -> str:
 
 
 def _side(node: Node) -> float:
-    """Where its right side is; a join is a circle in the middle of its box."""
+    """Return the position of a node's right side; a join is a circle in the middle of its box."""
     return _WIDTH / 2 + RADIUS if node.kind == "join" else _WIDTH
 
 

@@ -1,4 +1,4 @@
-"""The retrofitted network as text: the graph of the whole, at the level of its blocks, or that of one block."""
+"""The retrofitted network as text: the graph of the whole network at the level of its blocks, or that of one block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["block_lines", "headline", "network_lines"]
 
 
 def network_lines(found: Inspected) -> list[Line]:
-    """The blocks of an inspected model and what is between them."""
+    """Return the blocks of an inspected model and what is between them, as lines."""
     names: dict[Node, str] = {}
     seen: Counter[str] = Counter()
     rows = [["name", "module", "output", "takes"]]
@@ -38,7 +38,7 @@ def network_lines(found: Inspected) -> list[Line]:
 
 
 def _words(node: Node) -> str:
-    """The classes of a node's modules, and the SE in it."""
+    """Describe the classes of a node's modules, and the SE in it."""
     pair = node.block
     if pair is None or not node.ses:
         return node.words
@@ -53,7 +53,7 @@ def _site_words(pair: BlockPair, site: Site) -> str:
 
 
 def headline(pair: BlockPair) -> list[Line]:
-    """Which block, and where SE is in it."""
+    """Return lines with the name of a block, and where SE is in it."""
     lines = [Line(f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}", style="bold")]
     for site in pair.sites:
         before = pair.se_before(site)
@@ -62,7 +62,7 @@ def headline(pair: BlockPair) -> list[Line]:
 
 
 def block_lines(pair: BlockPair) -> list[Line]:
-    """One block's graph as a table."""
+    """Return the graph of one block as a table."""
     lines = headline(pair)
     if pair.calls > 1:
         lines.append(Line(f"called {pair.calls} times in a forward; the shapes are the first call's"))

@@ -1,4 +1,4 @@
-"""What a retrofit put where, and what it costs: a table for people, plain data for machines."""
+"""What a retrofit inserted where, and what it costs: as a table for people, and as plain data for programs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 __all__ = ["NUMBERS", "OPTIONAL", "Report", "Row", "percent", "report_of"]
 
 NUMBERS = ("channels", "parameters", "multiply-adds")
-OPTIONAL = ("kind", "channels", "class", "before", "multiply-adds", "feature map")  # what matters least first
+OPTIONAL = ("kind", "channels", "class", "before", "multiply-adds", "feature map")  # least important first
 
 
 @dataclass(frozen=True)
 class Row:
-    """One site.
+    """The row of a site.
 
     Attributes:
-        path: of the SE module.
-        block, cls, kind: path of the block, its class before the retrofit, and what it is ("residual", "dense", ...).
-        after, before: what in the block gives the value that SE scales, and what takes it.
-        shape: of that value, without the batch; () where it is not called on these inputs.
-        channels, parameters: of the SE module.
-        excitation, squeeze_scale: its multiply-adds (see ``costs``); None where it is not called on these inputs.
+        path: path of the SE module.
+        block, cls, kind: path of the block, its class before the retrofit, and its kind ("residual", "dense", ...).
+        after, before: what computes the value that SE scales, and what uses the result, within the block.
+        shape: shape of that value, without the batch; () if the module is not called on these inputs.
+        channels, parameters: numbers of channels and parameters of the SE module.
+        excitation, squeeze_scale: its multiply-adds (see ``costs``); None if it is not called on these inputs.
     """
 
     path: str
@@ -53,11 +53,11 @@ class Row:
 
     @property
     def multiply_adds(self) -> int | None:
-        """All that the SE module costs."""
+        """Total multiply-adds of the SE module."""
         return None if self.excitation is None or self.squeeze_scale is None else self.excitation + self.squeeze_scale
 
     def cells(self) -> dict[str, str]:
-        """The row as text, by the heading of each column."""
+        """Return the row as text, by the heading of each column."""
         return {
             "block": self.block or "(model)",
             "class": self.cls,
@@ -73,20 +73,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a retrofit put where, and what it costs. ``str(report)`` is plain text, ``rich.print(report)`` prints it in colour.
+    """What a retrofit inserted where, and its cost. ``str(report)`` is plain text, ``rich.print(report)`` is coloured.
 
     Attributes:
-        model: name of the model's class, before the retrofit.
+        model: name of the model's class before the retrofit.
         rows: one row per site.
         skipped: the blocks that were skipped, with reasons.
         options: the options of the retrofit.
-        parameters_before, parameters_after: of the whole network.
-        trainable_before, trainable_after: how many of them require a gradient now, without SE's and with them.
-        inputs: one input of the network, as its shape: the multiply-adds are for one.
-        resized: the shape to which the network itself brings it first, as detectors do; None if it does not.
+        parameters_before, parameters_after: number of parameters of the whole network.
+        trainable_before, trainable_after: number of parameters that now require a gradient, without SE and with it.
+        inputs: shape of one input of the network, for which multiply-adds are counted.
+        resized: the shape to which the network itself resizes its input, as detectors do; None if it doesn't.
         multiply_adds_before, multiply_adds_after: of convolutions, linear layers and matrix products; None if unknown.
-        squeeze_scale: multiply-adds of SE's squeezes and scales, one for each value, which these leave out.
-        what: is inserted, in few words: ``"SE"``.
+        squeeze_scale: multiply-adds of SE's squeezes and scales, one per value, which these leave out.
+        what: the inserted attention in few words: ``"SE"``.
     """
 
     model: str
@@ -106,11 +106,11 @@ class Report:
 
     @property
     def title(self) -> str:
-        """What is inserted, in full."""
+        """Full name of what is inserted."""
         return "Squeeze-and-Excitation" if self.what == "SE" else f"{self.what} modules"
 
     def table(self, width: float = math.inf) -> list[str]:
-        """The table as lines, without as many of the columns that matter least as it takes to be no wider than ``width``."""
+        """Return the table as lines; the least important columns are dropped until it is no wider than ``width``."""
         cells = [row.cells() for row in self.rows]
         for gone in range(len(OPTIONAL) + 1):
             columns = [name for name in cells[0] if name not in OPTIONAL[:gone]]
@@ -121,7 +121,7 @@ class Report:
         return lines
 
     def totals(self) -> list[str]:
-        """What stands below the table."""
+        """Return the lines below the table."""
         of = "" if self.what != "SE" else f", reduction {self.options['reduction']}, gate {self.options['gate']}"
         share = percent(self.trainable_after, self.parameters_after)
         totals = {
@@ -173,7 +173,7 @@ class Report:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share, in percent."""
+    """Format a fraction in percent."""
     return f"{100 * part / whole:.2f}%" if whole else "0%"
 
 
@@ -182,7 +182,7 @@ def _change(before: int, after: int) -> str:
 
 
 def report_of(found: Inspected) -> Report:
-    """The report on an inspected model."""
+    """Return the report on an inspected model."""
     model, plan, sites = found.model, found.plan, site_costs(found.record)
     modules = dict(model.named_modules())
     pairs = {site.path: pair for pair in found.blocks for site in pair.sites}
@@ -211,7 +211,7 @@ def report_of(found: Inspected) -> Report:
 
 
 def _row(site: Site, pair: BlockPair | None, cost: SiteCost, modules: Mapping[str, nn.Module]) -> Row:
-    """The row of a site; ``pair`` is None where its block does not run on these inputs."""
+    """Return the row of a site; ``pair`` is None if its block does not run on these inputs."""
     after, before = (site.after, "") if pair is None else (pair.se_after(site), pair.se_before(site))
     cls = class_name(modules.get(site.block, modules[""])) if pair is None else pair.cls
     return Row(

@@ -1,5 +1,5 @@
-"""What pictures are made of, as SVG: boxes, joins, arrows and words, whose classes ``drawing.css`` gives colours to, in light and in
-dark."""
+"""The elements of pictures as SVG: boxes, joins, arrows and text. ``drawing.css`` colours their classes, in light and
+dark mode."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from importlib.resources import files
 
 __all__ = ["BOLD", "LETTER", "RADIUS", "Picture", "arrow", "badge_width", "box", "file_of", "join", "text", "times"]
 
-RADIUS = 13  # of a join
-LETTER, BOLD = 6.0, 7.4  # width of a letter in small and in large print, at most
+RADIUS = 13  # radius of a join
+LETTER, BOLD = 6.0, 7.4  # maximum width of a letter in small and in large print
 TIP = 6
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn, and how large it is."""
+    """The elements of a picture, and its size."""
 
     width: float
     height: float
     parts: tuple[str, ...]
 
     def svg(self, label: str, at: tuple[float, float] | None = None, style: str = "") -> str:
-        """It as an ``<svg>`` element, alone or at a place in another."""
+        """Return the picture as an ``<svg>`` element, on its own or at a position in another one."""
         size = f'width="{self.width:.0f}" height="{self.height:.0f}" viewBox="0 0 {self.width:.0f} {self.height:.0f}"'
         place = "" if at is None else f' x="{at[0]:.0f}" y="{at[1]:.0f}"'
         style = style and f' style="{style}"'
@@ -33,7 +33,7 @@ class Picture:
 
 
 def file_of(picture: Picture, label: str) -> str:
-    """A picture as the text of a file, in light colours that programs without CSS variables know, too."""
+    """Return a picture as the text of a file, in light colours that also work in programs without CSS variables."""
     css = files(__package__).joinpath("drawing.css").read_text(encoding="utf-8")
     light, rules = css[: css.index("}")], css[css.index(".drawing {") :]
     colours = dict(re.findall(r"(--[\w-]+): (#\w+)", light))
@@ -44,14 +44,14 @@ def file_of(picture: Picture, label: str) -> str:
 
 
 def text(cls: str, x: float, y: float, words: str) -> str:
-    """A line of text."""
+    """Draw a line of text."""
     return f'<text class="{cls}" x="{x:.1f}" y="{y:.1f}">{escape(words)}</text>'
 
 
 def box(
     cls: str, x: float, y: float, width: float, height: float, lines: Iterable[str], tip: str, mark: str = ""
 ) -> str:
-    """A box with a name and, in smaller letters, more about it; with what it says when pointed at, and a mark in an orange badge."""
+    """Draw a box with a name, details in smaller letters, a tooltip, and a mark in an orange badge."""
     name, *more = lines
     middle = y + height / 2
     words = [text("name", x + 9, middle + (-3 if more else 4), name)]
@@ -66,23 +66,23 @@ def box(
 
 
 def badge_width(mark: str) -> int:
-    """How wide a mark is."""
+    """Return the width of a mark."""
     return 9 + 7 * len(mark) if mark else 0
 
 
 def join(x: float, y: float, sign: str, tip: str) -> str:
-    """A circle, where values are added, multiplied or concatenated; ``x`` and ``y`` are its middle."""
+    """Draw a circle where values are added, multiplied or concatenated; its centre is at ``x``, ``y``."""
     circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}"/>'
     return f'<g class="join"><title>{escape(tip)}</title>{circle}{text("sign", x, y + 4, sign)}</g>'
 
 
 def arrow(cls: str, path: str, x: float, y: float, *, down: bool = False) -> str:
-    """A line whose tip, to the right or down, is at a point."""
+    """Draw a line with an arrowhead at ``x``, ``y`` that points to the right or down."""
     back, side = (-TIP, TIP // 2)
     head = f"M{x:.1f},{y:.1f} l{-side},{back} h{TIP} z" if down else f"M{x:.1f},{y:.1f} l{back},{-side} v{TIP} z"
     return f'<path class="{cls}" d="{path}"/><path class="{cls} tip" d="{head}"/>'
 
 
 def times(shape: Iterable[int]) -> str:
-    """A shape in words: ``256×56×56``."""
+    """Format a shape: ``256×56×56``."""
     return "\u00d7".join(map(str, shape))

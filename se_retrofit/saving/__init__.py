@@ -1,11 +1,11 @@
-"""Retrofitted networks on disk: the weights as safetensors, and a recipe that says how to build the network again.
+"""Saving of retrofitted networks: the weights as safetensors, and a recipe from which the network is rebuilt.
 
-A folder that ``save_retrofitted`` writes holds two files and no pickle::
+A folder written by ``save_retrofitted`` holds two files and no pickle::
 
     weights.safetensors   every entry of the state dict; tied tensors once
     recipe.json           format, base (library, name, arguments), add_se options, plan, tied names, versions
 
-``save_se`` writes one file, the SE modules alone: a few percent of the network, to be put on the same base again.
+``save_se`` writes a single file with only the SE modules, a few percent of the network, to load onto the same base.
 """
 
 from .hub import from_pretrained, model_card, push_to_hub

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whenever the process is killed."""
+"""Files and folders that are written completely or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["check_replaceable", "replaced_directory", "replaced_file", "settled"
 
 @contextlib.contextmanager
 def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
-    """Fill a fresh folder beside ``path``, which takes its place when the body is through.
+    """Provide a new folder beside ``path`` to fill, which replaces ``path`` on exit.
 
-    Two renames can't be one step: between them ``path`` is missing, and ``settled`` finds the folder that was there.
+    The two renames are not atomic: between them, ``path`` is missing, and ``settled`` finds the previous folder.
 
     Args:
-        path: the folder to make or to replace.
+        path: the folder to create or replace.
         ours: the file names that a folder of this kind may hold.
 
     Raises:
-        RetrofitError: as ``check_replaceable``, or ``path`` can't be written. What was at ``path`` is still there.
+        RetrofitError: As for ``check_replaceable``, or if ``path`` can't be written. What was at ``path`` is kept.
     """
     fresh, aside = _fresh(path), _aside(path)
     try:
@@ -56,7 +56,7 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, ours: Collection[str]) -> None:
-    """Raise where a folder can't be replaced: it is a file, it can't be read, it holds files that would be lost, or one is in it."""
+    """Raise an error if a folder can't be replaced: it is a file or ``.``, can't be read, or holds other files."""
     if path.name in ("", ".."):
         raise RetrofitError(f"'{path}' can't be replaced as a whole; give the name of a folder in it")
     if path.exists() and not path.is_dir():
@@ -73,12 +73,12 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Write to a fresh file beside ``path``, which takes its place when the body is through.
+    """Provide a new file beside ``path`` to write to, which replaces ``path`` on exit.
 
     Raises:
-        RetrofitError: the file can't be written. What was at ``path`` is still there.
+        RetrofitError: If the file can't be written. What was at ``path`` is kept.
     """
-    # The suffix stays: writers that go by it (matplotlib) must see it.
+    # The suffix is kept for writers that depend on it (matplotlib).
     fresh = path.parent / f".{path.stem}.new{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,14 +93,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def settled(path: Path) -> Path:
-    """The folder to read: ``path``, or the one before it, where a kill came between the two renames."""
+    """Return the folder to read: ``path``, or the previous folder if the process was killed between the two renames."""
     return _aside(path) if _aside(path).is_dir() and not path.exists() else path
 
 
 def sync(path: Path) -> None:
-    """Have the file or folder on the disk before going on."""
+    """Flush a file or folder to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows can't open folders
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

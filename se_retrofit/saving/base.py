@@ -1,4 +1,4 @@
-"""Where a network comes from: found from the network itself, or checked against what the caller says."""
+"""The origin of a network, as found in the network itself, or as given by the caller and checked."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["base_of", "check_base", "named_base"]
 
 
 def base_of(model: nn.Module) -> tuple[Base | None, str]:
-    """Where a network comes from, as far as it tells itself, and if it doesn't, why not.
+    """Return the base of a network, if the network knows it, or else the reason why it is unknown.
 
-    Networks that were built by name remember it, and timm's carry their architecture's name. That a rebuilt one has the same layers is
-    checked: other layers may have been put in since, and arguments such as ``output_stride`` leave no trace in timm's name.
+    Networks built by name remember it, and timm's carry the name of their architecture. A rebuilt one must have the
+    same layers: some may have been replaced since, and arguments such as ``output_stride`` don't show in timm's name.
     """
     note = f"{type(model).__module__}.{type(model).__qualname__} does not tell the name that it was built by"
     for base in (Base.noted(model), _told_by_timm(model)):
@@ -36,7 +36,7 @@ def base_of(model: nn.Module) -> tuple[Base | None, str]:
 
 
 def _told_by_timm(model: nn.Module) -> Base | None:
-    """What timm has written into its network: the architecture, the tag of its weights, and how many classes and channels."""
+    """Return what timm has noted in its network: architecture, tag of the weights, numbers of classes and channels."""
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else None
     if not name or not isinstance(config, dict):
@@ -54,8 +54,8 @@ def _told_by_timm(model: nn.Module) -> Base | None:
 
 
 def named_base(recipe: dict[str, Any], folder: Path) -> Base | None:
-    """The base that a recipe names, None where it names none. A folder may be anybody's, so it is one of the libraries' own
-    networks, and takes only arguments that say how it is built: nothing else is read, fetched or run.
+    """Return the base that a recipe names, or None if it names none. A folder may come from anybody, so only the
+    libraries' own networks and arguments for their architecture are allowed: nothing else is read, downloaded or run.
     """
     named = recipe["base"]
     if named is None:
@@ -75,7 +75,7 @@ def named_base(recipe: dict[str, Any], folder: Path) -> Base | None:
 
 
 def check_base(model: nn.Module, base: Base) -> None:
-    """Raise unless ``base`` builds ``model`` without its SE."""
+    """Raise an error unless ``base`` builds ``model`` without its SE."""
     if not isinstance(base, Base):
         raise TypeError(f"base must be a name such as 'timm/resnet18', or a Base, got {brief(base)}")
     if problem := _mismatch(base, model):
@@ -83,7 +83,7 @@ def check_base(model: nn.Module, base: Base) -> None:
 
 
 def _mismatch(base: Base, model: nn.Module) -> str:
-    """What sets the network that ``base`` builds apart from ``model`` without its SE; empty where nothing does."""
+    """Describe how the network that ``base`` builds differs from ``model`` without its SE; empty if it doesn't."""
     sites = plan_of(model).sites if has_se(model) else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -110,7 +110,7 @@ def _mismatch(base: Base, model: nn.Module) -> str:
 
 
 def _layers(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, str]:
-    """Each layer (module without children) as text. Dropout is left out: its rate is no part of the saved network."""
+    """Return each layer (module without children) as text, except dropout, because its rate is not saved."""
     return {
         path: f"{type(module).__name__}({module.extra_repr()})"
         for path, module in model.named_modules()

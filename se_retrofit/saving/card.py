@@ -21,11 +21,11 @@ from .recipe import WEIGHTS, read_recipe
 __all__ = ["card_text"]
 
 SHOWN_CLASSES = 20
-METRICS = ("accuracy", "top5", "precision", "recall", "f1", "map", "loss")  # of a run's history, with val_ before them
+METRICS = ("accuracy", "top5", "precision", "recall", "f1", "map", "loss")  # in a run's history, after val_
 
 
 def card_text(folder: Path, repo_id: str, license: str | None = None) -> str:
-    """The card of the network in a folder, as the hub takes it: Markdown, behind what the hub reads as YAML."""
+    """Return the model card of the network in a folder in the hub's format: Markdown with YAML front matter."""
     recipe, measured = read_recipe(folder), _measured(folder)
     plan = None if recipe["plan"] is None else Plan.from_dict({**recipe["plan"], "options": recipe["add_se"]})
     base, images = named_base(recipe, folder), recipe["images"]
@@ -81,10 +81,10 @@ def _cell(text: str) -> str:
 def _about(
     base: Base | None, images: dict[str, Any] | None, size: int, license: str | None
 ) -> Iterator[tuple[str, str]]:
-    """Base, licence, size, and what ``predict`` knows of images."""
+    """Yield the rows about the base, the licence, the size, and the classes and images that ``predict`` needs."""
     theirs = None
     if base is not None and base.library == "timm":
-        with suppress(RuntimeError):  # of a tag that timm does not know
+        with suppress(RuntimeError):  # raised for a tag that timm does not know
             theirs = getattr(timm.get_pretrained_cfg(base.name), "license", None)
     hint = f"; timm names {theirs} for the base's pretrained weights" if theirs else ""
     arguments = "" if base is None or not base.kwargs else f" with {base.kwargs}"
@@ -102,7 +102,7 @@ def _about(
 
 
 def _scores(measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """How good it was in the validation of its run."""
+    """Yield the rows with the scores from the validation of its run."""
     of = f" on {measured['images']:,} validation images" if "images" in measured else " in validation"
     for name in METRICS:
         if name in measured:
@@ -111,7 +111,7 @@ def _scores(measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _measured(folder: Path) -> dict[str, Any]:
-    """The scores of the best epoch of the run whose result a folder is; nothing where it is none, or has been moved."""
+    """Return the scores of the best epoch of the run that wrote a folder; empty if none did, or it was moved."""
     try:
         state = read_json(folder.parent / "last" / "training.json") if folder.name == "best" else {}
         progress = state["progress"]

@@ -35,26 +35,26 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload a retrofitted network",
 ) -> str:
-    """Upload a retrofitted network to the Hugging Face hub: weights, recipe, and the card that ``model_card`` gives.
+    """Upload a retrofitted network to the Hugging Face hub: weights, recipe, and the card returned by ``model_card``.
 
     All files are uploaded in one commit. An existing card is kept.
 
     Args:
-        model: a network that ``add_se`` made, or the folder that ``save_retrofitted`` or a fine-tune wrote.
+        model: a network from ``add_se``, or a folder written by ``save_retrofitted`` or a fine-tune.
         repo_id: ``"user/name"``; the repository is created if it does not exist.
-        license: what the card says, such as ``"apache-2.0"``.
+        license: the licence to put on the card, such as ``"apache-2.0"``.
         private: whether a newly created repository is private; None for the account's default.
-        token: access token of the account; None for the one that ``hf auth login`` stored.
-        revision: the branch; None for the main one.
-        commit_message: message of the upload's commit.
+        token: access token of the account; None for the one stored by ``hf auth login``.
+        revision: the branch to upload to; None for the main branch.
+        commit_message: message of the commit.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        RetrofitError: what ``save_retrofitted`` raises for the model; the folder is not a saved network; the hub refuses the
+        RetrofitError: As for ``save_retrofitted``; if the folder is not a saved network; or if the hub refuses the
             upload or can't be reached.
-        TypeError: ``model`` is neither a network nor a folder.
+        TypeError: If ``model`` is neither a network nor a folder.
 
     Example:
         >>> import timm
@@ -78,16 +78,16 @@ def push_to_hub(
 
 
 def model_card(model: nn.Module | str | Path, repo_id: str, *, license: str | None = None) -> str:
-    """The card that ``push_to_hub`` would upload. Nothing is sent.
+    """Return the card that ``push_to_hub`` would upload, without uploading anything.
 
-    It has the base, the licence if it is given, the size of the weights, classes and how images are prepared, the scores of the best
-    epoch where the folder is that of a run, how to load the network, and the table of the plan.
+    It shows the base, the licence (if given), the size of the weights, the classes and the preparation of images, the
+    scores of the best epoch (for the folder of a run), how to load the network, and the table of the plan.
 
     Args:
         model, repo_id, license: as for ``push_to_hub``.
 
     Raises:
-        RetrofitError, TypeError: as for ``push_to_hub``; ``repo_id`` is no name for a repository.
+        RetrofitError, TypeError: As for ``push_to_hub``, or if ``repo_id`` is not a valid name for a repository.
 
     Example:
         >>> import timm
@@ -105,7 +105,7 @@ def model_card(model: nn.Module | str | Path, repo_id: str, *, license: str | No
 
 @contextmanager
 def _saved(model: nn.Module | str | Path) -> Iterator[Path]:
-    """The folder of a saved network, made for the while where the network itself is given."""
+    """Provide the folder of a saved network, which is temporary if the network itself is given."""
     if isinstance(model, nn.Module):
         with tempfile.TemporaryDirectory() as temporary:
             yield save_retrofitted(model, Path(temporary) / "network")
@@ -128,18 +128,18 @@ def from_pretrained(
     """Load a retrofitted network from the Hugging Face hub, or from a folder on disk.
 
     Args:
-        name: ``"user/name"`` on the hub, or a folder that ``save_retrofitted`` or a fine-tune wrote.
+        name: ``"user/name"`` on the hub, or a folder written by ``save_retrofitted`` or a fine-tune.
         revision: a branch, tag or commit; None for the main branch.
         token: as for ``push_to_hub``.
-        cache_dir: where downloads are kept; None for the hub's own cache.
+        cache_dir: where to cache downloads; None for the hub's own cache.
         base, attention, example_inputs: as for ``load_retrofitted``.
 
     Returns:
-        The network, on the CPU, in eval mode.
+        The network, on the CPU and in eval mode.
 
     Raises:
-        RetrofitError: what ``load_retrofitted`` raises; there is no such repository or revision, it holds no retrofitted
-            network, or the hub can't be reached and the cache does not have it.
+        RetrofitError: As for ``load_retrofitted``; if there is no such repository or revision, or it holds no
+            retrofitted network; or if the hub can't be reached and the network is not cached.
 
     Example:
         >>> import tempfile, timm
@@ -161,7 +161,7 @@ def from_pretrained(
 
 @contextmanager
 def _hub_errors(what: str) -> Iterator[None]:
-    """Whatever the hub's client raises, as one line: errors of the connection depend on its HTTP library."""
+    """Turn whatever the hub's client raises into one line; connection errors depend on its HTTP library."""
     try:
         yield
     except Exception as error:

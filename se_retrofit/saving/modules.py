@@ -1,4 +1,4 @@
-"""Only the SE modules on disk: one file, a few percent of the network, to be loaded onto the same base again."""
+"""Saving of the SE modules only: one file, a few percent of the network, to load onto the same base."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["load_se", "save_se"]
 
 
 def save_se(model: nn.Module, file: str | Path) -> Path:
-    """Save only the SE modules, to be loaded onto the same base network with ``load_se``; returns the file.
+    """Save only the SE modules, to load them onto the same base network with ``load_se``; return the file.
 
-    Everything else (a new head, batch-norm statistics) is not saved: if more than the SE modules was trained, use
+    Nothing else (a new head, batch-norm statistics) is saved: if more than the SE modules was trained, use
     ``save_retrofitted``.
 
     Args:
-        model: a network that ``add_se`` made.
-        file: the file to write, ``.safetensors``.
+        model: a network from ``add_se``.
+        file: the ``.safetensors`` file to write.
 
     Raises:
-        RetrofitError: the model has no SE modules, or the file can't be written.
-        TypeError: ``model`` is not an nn.Module.
+        RetrofitError: If the model has no SE modules, or the file can't be written.
+        TypeError: If ``model`` is not an nn.Module.
 
     Example:
         >>> import tempfile, timm
@@ -64,18 +64,18 @@ def load_se(
     attention: Attention | None = None,
     example_inputs: Any = None,
 ) -> nn.Module:
-    """Put saved SE modules into a copy of the network that they were trained on.
+    """Load saved SE modules into a copy of the network that they were trained on.
 
     Args:
-        model: the bare network; ``remove_se`` gives that of a retrofitted one. It is not changed.
-        file: what ``save_se`` wrote.
+        model: the bare network (``remove_se`` returns that of a retrofitted one). It is not changed.
+        file: the file written by ``save_se``.
         attention: as for ``load_retrofitted``.
-        example_inputs: where the plan has to be made again, instead of inputs with the shapes that the network was
-            retrofitted with.
+        example_inputs: inputs to use if the network has to be planned again, instead of inputs with the shapes that it
+            was retrofitted with.
 
     Raises:
-        RetrofitError: the file is missing, cut short or of a newer format, or its SE modules don't fit this network.
-        TypeError: ``model`` is not an nn.Module.
+        RetrofitError: If the file is missing, truncated or of a newer format, or its SE modules don't fit this network.
+        TypeError: If ``model`` is not an nn.Module.
 
     Example:
         >>> import tempfile, timm
@@ -105,7 +105,7 @@ def _read_se_header(file: Path) -> tuple[Plan, dict[str, str]]:
     if text is None:
         raise RetrofitError(f"{file} holds no SE modules by save_se; a whole network is loaded by load_retrofitted")
     header = parse_json(text, f"the header of {file}")
-    if isinstance(header, dict) and "plan" not in header:  # as it was written before plans could be carried out
+    if isinstance(header, dict) and "plan" not in header:  # written before plans could be carried out
         parts = {key: header.pop(key) for key in ("sites", "skipped", "inputs") if key in header}
         header["plan"] = {**parts, "options": header.pop("add_se", None)}
     check_fields(header, {"format": (int,), "plan": (dict,), "tied": (dict,)}, file)

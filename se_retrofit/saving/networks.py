@@ -1,4 +1,4 @@
-"""A whole network on disk: a folder with its weights and the recipe to build it again."""
+"""Saving of a whole network: a folder with its weights and the recipe to rebuild it."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ __all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
 
 
 def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
-    """Save a retrofitted network, its weights and the recipe to build it; returns the folder.
+    """Save a retrofitted network, its weights and the recipe to rebuild it; return the folder.
 
     An existing folder of this kind is replaced atomically: a reader finds either the old network or the new one.
 
     Args:
-        model: a network that ``add_se`` made.
+        model: a network from ``add_se``.
         directory: the folder to write; parent folders are created.
-        base: where the network came from before the retrofit: a name such as ``"torchvision/resnet18"``, or with
-            arguments ``Base.of("torchvision/resnet18", num_classes=10)``. timm's networks tell it themselves, and so do those
-            that were built by ``Base.build`` or loaded. If it is not known, the bare network has to be passed when loading.
+        base: how the network was built before the retrofit: a name such as ``"torchvision/resnet18"``, or, with
+            arguments, ``Base.of("torchvision/resnet18", num_classes=10)``. It is known for timm's networks and for
+            those that ``Base.build`` built or that were loaded. If it is unknown, loading requires the bare network.
 
     Raises:
-        RetrofitError: the model has no SE modules; ``base`` builds another network; the folder holds other files or
-            can't be written.
-        TypeError: ``model`` is not an nn.Module, or ``base`` neither a name nor a ``Base``.
+        RetrofitError: If the model has no SE modules, ``base`` builds another network, or the folder holds other files
+            or can't be written.
+        TypeError: If ``model`` is not an nn.Module, or ``base`` is neither a name nor a ``Base``.
 
     Warns:
-        UserWarning: where the network came from is not known, so whoever loads it must have the bare one.
+        UserWarning: If it is unknown how the network was built, so that loading it requires the bare network.
 
     Example:
         >>> import tempfile, timm
@@ -74,28 +74,27 @@ def load_retrofitted(
     attention: Attention | None = None,
     example_inputs: Any = None,
 ) -> nn.Module:
-    """Load the network that ``save_retrofitted`` saved: build the base, carry out the plan, load the weights.
+    """Load a network saved by ``save_retrofitted``: build the base, carry out the plan, and load the weights.
 
     Args:
-        directory: the folder that ``save_retrofitted`` wrote, or that of a fine-tune, whose result is in ``best/``.
-        base: the bare network, or its name, for folders whose recipe names none. It is copied, not changed; its
-            weights don't matter, since all of them are replaced.
-        attention: the class or factory that the network was retrofitted with, which is not saved; None where the attention
+        directory: the folder written by ``save_retrofitted``, or that of a fine-tune, whose result is in ``best/``.
+        base: the bare network, or its name, for folders whose recipe names none. A network is copied, not changed; its
+            weights don't matter, because all of them are replaced.
+        attention: the class or factory that the network was retrofitted with, which is not saved; None if the attention
             has a name.
-        example_inputs: where the plan has to be made again, instead of inputs with the shapes that the network was
-            retrofitted with.
+        example_inputs: inputs to use if the network has to be planned again, instead of inputs with the shapes that it
+            was retrofitted with.
 
     Returns:
-        The network, on the CPU (or where ``base`` is), in eval mode.
+        The network, on the CPU (or the device of ``base``) and in eval mode.
 
     Raises:
-        RetrofitError: there is no such folder; a file is missing, cut short, or holds unknown fields; its format is
-            newer than this version reads; the base or the attention is not known; the plan does not fit the base; the
-            weights don't fit.
+        RetrofitError: If there is no such folder; a file is missing, truncated, has unknown fields, or has a format
+            newer than this version reads; the base or the attention is unknown; or plan or weights don't fit the base.
 
     Warns:
-        UserWarning: the code of a block has changed since the network was saved (another version of its library, say). The
-            plan was then made again and has the same sites.
+        UserWarning: If the code of a block has changed since the network was saved (in another version of its library,
+            say). The network was then planned again, with the same sites.
 
     Example:
         >>> import tempfile, timm, torch
@@ -121,15 +120,15 @@ def load_retrofitted(
 
 
 def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -> str:
-    """Write weights and recipe of a network, retrofitted or not, into an existing folder. What is returned says that the folder does
-    not tell how to build it, where that is so."""
+    """Write the weights and the recipe of a network, retrofitted or not, into an existing folder. Returns a remark if
+    the recipe does not say how to build the base; otherwise it is empty."""
     state, images = tensors_of(model), vars(model).get(IMAGES)
     plan = plan_of(model) if has_se(model) else None
     note = ""
     if base is None:
         base, note = base_of(model)
     else:
-        if isinstance(base, Base) and ":" in base.name:  # the folder tells all by itself: who loads it fetches nothing
+        if isinstance(base, Base) and ":" in base.name:  # the folder is self-contained: loading downloads nothing
             base, images = base.in_library(), images or own_images(model)
         check_base(model, base)
     stored, tied = untied(state)
@@ -155,12 +154,12 @@ def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -
 
 
 def without_name(note: str) -> str:
-    """What is said of a network that can't be built by its name."""
+    """Return the remark about a network that can't be built by name."""
     return f"{note}; to load it, give the bare network: load_retrofitted(folder, base=network)"
 
 
 def _bare(recipe: dict[str, Any], base: nn.Module | Base | None, folder: Path) -> nn.Module:
-    """The network to retrofit: a copy of the one that was given, or built from what is known of it."""
+    """Return the network to retrofit: a copy of the given one, or one built from the given base or the recipe."""
     if isinstance(base, nn.Module):
         return copied(base)
     if base is None:

@@ -1,4 +1,4 @@
-"""The plan that a file tells of, carried out again."""
+"""Carrying out a saved plan again."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["belongs_to", "carried_out"]
 def carried_out(
     model: nn.Module, plan: Plan, where: object, example_inputs: Any, attention: Attention | None, *, inplace: bool
 ) -> nn.Module:
-    """A bare network retrofitted by a plan that was saved, with the attention that is given, where it can't be saved. That
-    it has the same sites is for ``add_se`` to see, and that they have the same paths shows when the weights are loaded."""
+    """Retrofit a bare network by a saved plan, with the given attention if it can't be saved. ``add_se`` checks that
+    the sites are the same, and loading the weights checks their paths."""
     try:
         return add_se(model, plan=plan, example_inputs=example_inputs, attention=attention or "se", inplace=inplace)
     except Warning:
         raise
-    except Exception as error:  # the plan is what a file says, and the base runs with inputs of its choice
+    except Exception as error:  # the plan comes from a file, and the base runs on inputs chosen by it
         raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
 
 

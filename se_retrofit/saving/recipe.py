@@ -1,4 +1,4 @@
-"""What a recipe holds, and reading one: every field is checked."""
+"""The fields of a recipe, and reading one with a check of every field."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ IMAGE_FIELDS: dict[str, tuple[type, ...]] = {
     "classes": (list, type(None)),
     "multi_label": (bool,),
 }
-INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "random")  # those of timm
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "random")  # the names in timm
 
 
 def network_in(folder: Path) -> Path:
-    """The folder itself, or its ``best/`` where it is a run's."""
+    """Return the folder itself, or its ``best/`` if it is the folder of a run."""
     for candidate in (folder, folder / "best"):
         if (settled(candidate) / RECIPE).is_file():
             return candidate
     if not settled(folder).is_dir():
         raise RetrofitError(f"no folder {folder}; give the folder that save_retrofitted or a fine-tune wrote")
     raise RetrofitError(
-        f"{folder} holds no network that save_retrofitted, add, finetune or fold wrote; {RECIPE} was looked for in it and in "
-        f"{folder / 'best'}"
+        f"{folder} holds no network written by save_retrofitted, add, finetune or fold; there is no {RECIPE} in it "
+        f"or in {folder / 'best'}"
     )
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """The recipe of a folder, checked field by field."""
+    """Read the recipe of a folder, and check it field by field."""
     recipe = read_json(folder / RECIPE)
     check_fields(recipe, RECIPE_FIELDS, folder / RECIPE)
     if recipe["base"] is not None:
@@ -83,7 +83,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
 
 
 def read_plan(data: dict[str, Any], options: dict[str, Any] | None, where: object) -> Plan:
-    """The plan that a file holds apart from its options."""
+    """Build a plan from a file that holds its options separately."""
     try:
         return Plan.from_dict({**data, "options": options})
     except RetrofitError as error:
@@ -114,11 +114,11 @@ def _check_images(images: dict[str, Any], where: str) -> None:
 
 
 def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, newest: int = FORMAT) -> None:
-    """Raise unless ``data`` is a mapping with exactly these fields, of these types, and of a format that we know."""
+    """Raise an error unless ``data`` is a mapping with exactly these fields, of these types, and of a known format."""
     if not isinstance(data, dict):
         raise RetrofitError(f"{where} must hold a mapping, got {type(data).__name__}")
     if "format" in fields:
-        # Before anything else: a newer format may well have other fields.
+        # Checked first, because a newer format may well have other fields.
         version = data.get("format")
         if isinstance(version, int) and version > newest:
             raise RetrofitError(
@@ -143,4 +143,4 @@ def version_of(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "unknown"  # run from a checkout that is not installed
+        return "unknown"  # running from a checkout that is not installed

@@ -1,4 +1,4 @@
-"""State dicts as safetensors files, and back: tied tensors once, dtypes kept, keys and shapes checked."""
+"""Saving and loading state dicts as safetensors files: tied tensors are stored once, keys and shapes are checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, which must hold tensors that have values."""
+    """Return the state dict, which must hold only tensors with values."""
     state = model.state_dict()
     for key, value in state.items():
         if not isinstance(value, Tensor):
@@ -37,7 +37,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def untied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, and which names stand for the same tensor: ``(tensors, {name: kept name})``."""
+    """Return each tensor once, and the other names of the same tensors: ``(tensors, {name: kept name})``."""
     kept: dict[tuple[Any, ...], str] = {}
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -67,7 +67,7 @@ def tie(state: dict[str, Tensor], tied: dict[str, str], where: object) -> None:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str]) -> None:
-    # Views of one storage that overlap in part are written each on its own, hence the clone.
+    # Partly overlapping views of one storage are written separately, hence the clone.
     owners: dict[int, int] = {}
     for tensor in tensors.values():
         owners[tensor.untyped_storage().data_ptr()] = owners.get(tensor.untyped_storage().data_ptr(), 0) + 1
@@ -81,36 +81,36 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str]) 
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str] | None = None) -> None:
-    """``safetensors.torch.save_file``, with the system's errors as such and the usual permissions."""
+    """Call ``safetensors.torch.save_file``, but raise system errors as OSErrors, and set the usual file permissions."""
     path.touch()
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata=meta)
     except SafetensorError as error:
-        # it wraps the system's errors, a full disk among them
+        # it wraps system errors, such as a full disk
         raise OSError(str(error)) from error
     path.chmod(mode)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or a ``RetrofitError`` that says what is wrong with it."""
+    """Read a safetensors file, or raise a ``RetrofitError`` that says what is wrong with it."""
     if not path.is_file():
         raise RetrofitError(f"no file {path}")
     try:
         return dict(load_file(path))
-    except Exception as error:  # beside its own, safetensors lets through what torch raises
+    except Exception as error:  # besides errors of its own, safetensors passes on those of torch
         raise RetrofitError(f"{path} can't be read as safetensors, it may be cut short: {error}") from error
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load every tensor with its own dtype; raise, with the model unchanged, unless keys and shapes agree."""
+    """Load every tensor with its own dtype. If keys or shapes differ, an error is raised and the model is unchanged."""
     check_keys(model.state_dict(), state, where)
     retype(model, state)
     model.load_state_dict(state)
 
 
 def retype(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give parameters and buffers the dtypes of ``state``: a network that was saved in bfloat16 comes back in it."""
+    """Convert parameters and buffers to the dtypes of ``state``: a network saved in bfloat16 is loaded in bfloat16."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in state and state[name].dtype != tensor.dtype:
             tensor.data = tensor.data.to(state[name].dtype)

@@ -1,6 +1,6 @@
-"""The surgery: record a run, find the blocks, splice SE in, check.
+"""The surgery: record a run, find the blocks, splice SE in, and check the result.
 
-What a recogniser of one's own needs is here: it is a function from a ``Record`` to ``Block``s.
+This module exports what a custom recogniser needs: it is a function from a ``Record`` to ``Block``s.
 """
 
 from .blocks import PLACEMENTS, RECOGNISERS, Block, Recogniser, Target

@@ -1,4 +1,4 @@
-"""What may be given to the verbs of the retrofit: which models, which options."""
+"""The arguments that the functions of the retrofit accept: models and options."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _check_model(model: Any) -> None:
     name = type(model).__name__
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise RetrofitError(f"the model is wrapped in {name}: retrofit model.module, then wrap the result")
-    # importing either module takes seconds; a model that is of such a class has imported it
+    # importing either module takes seconds; if the model is of such a class, the module is already imported
     dynamo, fsdp = sys.modules.get("torch._dynamo.eval_frame"), sys.modules.get("torch.distributed.fsdp")
     if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
         raise RetrofitError(
@@ -54,7 +54,7 @@ def _check_model(model: Any) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a retrofit, as they were given."""
+    """The options of a retrofit, as given by the caller."""
 
     reduction: Any = 8
     placement: Any = "auto"
@@ -70,10 +70,10 @@ class Options:
 
     @classmethod
     def of(cls, plan: Plan) -> Options:
-        """The options of a plan.
+        """Return the options of a plan.
 
         Raises:
-            RetrofitError: the plan has others, or of other types.
+            RetrofitError: If the plan has unknown options, or options of wrong types.
         """
         try:
             options = cls(**{**plan.options, "recognisers": ()})
@@ -83,7 +83,7 @@ class Options:
         return options
 
     def noted(self) -> dict[str, Any]:
-        """The options as a plan keeps them."""
+        """Return the options in the form that a plan stores."""
         patterns = {name: patterns_of(name, getattr(self, name)) or None for name in ("include", "exclude", "at")}
         return {**vars(self), **patterns, "recognisers": [name_of(find) for find in self.recognisers]}
 
@@ -121,10 +121,10 @@ class Options:
 
 
 def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None, inplace: Any = False) -> None:
-    """Raise unless the arguments of ``add_se`` are of types and in ranges that it takes.
+    """Check the types and ranges of the arguments of ``add_se``.
 
     Raises:
-        RetrofitError, TypeError: one is not; the message names it.
+        RetrofitError, TypeError: If an argument is not valid; the message names it.
     """
     if plan is not None:
         if not isinstance(plan, Plan):

@@ -1,4 +1,4 @@
-"""From a model to the plan that retrofits it, each edit of it seen to be right on a copy. The model itself is not touched."""
+"""Planning the retrofit of a model. Each edit is checked on a copy; the model itself is not changed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ __all__ = ["fitted", "planned"]
 
 
 def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
-    """The plan of a retrofit.
+    """Return the plan of a retrofit.
 
     Raises:
-        RetrofitError: the model can't be copied, or run on the inputs; nothing can be retrofitted.
+        RetrofitError: If the model can't be copied or run on the inputs, or nothing can be retrofitted.
     """
     METHODS.clear()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
@@ -55,20 +55,20 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
 
 
 def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) -> Plan:
-    """A plan that was made before; where the model is another one by now, or its code has changed, the plan made again, if that
-    has the same sites.
+    """Return a plan that was made earlier, in a form that fits the model. If the model or its code has changed since,
+    it is planned again, and must have the same sites.
 
     Raises:
-        RetrofitError: as ``planned``; it has a site that the model has no place for.
+        RetrofitError: As for ``planned``, or if the model has no place for one of the sites.
 
     Warns:
-        UserWarning: a block's code has changed.
+        UserWarning: If the code of a block has changed.
     """
     plan = _with_attention(plan, options.attention)
     chosen = replace(Options.of(plan), recognisers=options.recognisers)
     if not plan.sites:
         raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
-    executable = all(site.edits for site in plan.sites)  # one that was saved by an earlier version has no edits
+    executable = all(site.edits for site in plan.sites)  # plans saved by earlier versions have no edits
     changed = misfit(dict(model.named_modules()), {edit: site.path for site in plan.sites for edit in site.edits})
     if executable and not changed and plan.structure == structure_of(model):
         return plan
@@ -92,10 +92,10 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
 
 
 def _found_again(wanted: Site, again: Plan, model: str) -> Site:
-    """A site of an earlier plan in one that was made now.
+    """Find a site of an earlier plan in a new one.
 
     Raises:
-        RetrofitError: there is none, or its attention would be another.
+        RetrofitError: If it is not there, or has another attention.
     """
     value = (wanted.after, wanted.channels, wanted.channel_dim)
     alike = [site for site in again.sites if (site.after, site.channels, site.channel_dim) == value]
@@ -113,7 +113,7 @@ def _found_again(wanted: Site, again: Plan, model: str) -> Site:
 
 
 def _with_attention(plan: Plan, given: Attention) -> Plan:
-    """A plan that was made before; where it was made with a class or factory and saved, with the one that is given again."""
+    """Return an earlier plan; if it was made with a class or factory and then saved, with the one given again."""
     noted: Any = plan.options.get("attention", "se")
     if not isinstance(noted, dict):
         if given not in ("se", noted):
@@ -133,7 +133,7 @@ def _with_attention(plan: Plan, given: Attention) -> Plan:
 
 
 def _found(record: Record, options: Options) -> Found:
-    """The places of blocks, those that ``at`` names, or both."""
+    """Find the places of blocks, those that ``at`` names, or both."""
     patterns = patterns_of("at", options.at)
     named = places_at(record, patterns) if patterns else Found()
     if patterns and not options.auto:
@@ -148,10 +148,10 @@ def _found(record: Record, options: Options) -> Found:
 
 
 def _asked(find: Any, record: Record) -> Iterator[Block]:
-    """The blocks that a recogniser of the user's yields.
+    """Yield the blocks from a recogniser of the user's.
 
     Raises:
-        RetrofitError: it raises, or yields something else.
+        RetrofitError: If the recogniser raises an error, or yields something else.
     """
     try:
         found = list(find(record))
@@ -164,7 +164,7 @@ def _asked(find: Any, record: Record) -> Iterator[Block]:
 
 
 def _chosen(found: Found, options: Options) -> list[Place]:
-    """The places that ``include`` and ``exclude`` let through, patterns over the paths of blocks."""
+    """Return the places that ``include`` and ``exclude`` select, which are patterns of block paths."""
     included, excluded = patterns_of("include", options.include), patterns_of("exclude", options.exclude)
     blocks = list(dict.fromkeys(place.block for place in found.places if not place.named))
     if found.places and not blocks and (included or excluded):
@@ -205,7 +205,7 @@ def _why_nothing(model: nn.Module, found: Found) -> str:
     if found.attended and len(beside) == len(found.places):
         problem = f"channel attention already, in all of its convolutional blocks ({found.attended}), so there is nothing to retrofit"
     elif left:
-        # what a placement is not for says least
+        # that a placement does not apply is the least informative reason
         block, reason = max(left.items(), key=lambda item: not item[1].startswith("placement "))
         problem = f"no block that can be retrofitted ({len(left)} skipped; {block or 'the model'}: {reason})"
     else:
@@ -221,9 +221,9 @@ def _why_nothing(model: nn.Module, found: Found) -> str:
 
 
 def _sites(model: nn.Module, found: list[SurgerySite], options: Options) -> Iterable[Site]:
-    """The sites as data, each with the number of parameters of a module that was built for it."""
+    """Yield the sites as data, each with the number of parameters of a module built for it."""
     settings, name = vars(options), name_of(options.attention)
-    counts: dict[Any, int] = {}  # of an attention with a name, by what its parameters depend on
+    counts: dict[Any, int] = {}  # for named attentions, by what their parameters depend on
     for site in found:
         place, op = site.place, site.place.op
         assert op.channel_dim is not None
@@ -244,7 +244,7 @@ def _sites(model: nn.Module, found: list[SurgerySite], options: Options) -> Iter
 
 
 def _after(place: Place) -> str:
-    """What makes the value that SE scales: a module's path in the block, or else an operation's name."""
+    """Return what computes the value that SE scales: the path of a module in the block, or the name of an operation."""
     call, op = place.call, place.op
     while op.path is None and op.role in ("shape", "pass") and len(op.data) == 1 and call.shows(op.data[0]):
         op = op.data[0]

@@ -1,4 +1,4 @@
-"""Attentions by name, as a user gives them, and small networks to put them into."""
+"""Attentions by name, as a user gives them, and the networks that they go into."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from networks import NETWORKS, randomise_se
 from timm.layers import EcaModule, GatherExcite, SEModule
 from timm.layers.cbam import CbamModule
 from timm.layers.coord_attn import CoordAttn
@@ -46,6 +47,14 @@ ALL = BUILT_IN | FACTORIES | TIMM
 EVERY_TIME = [*BUILT_IN, "class", "SEModule"]
 IN_SWEEPS = [name for name in ALL if name not in EVERY_TIME]
 
+# Networks with SE whose blocks differ in how it is put into them: a derived forward, a Sequential, channels last; in the sweeps
+# one for several kinds of block, each mode, a wrapped child, list arguments
+LIBRARIES = ["timm/test_resnet", "torchvision/squeezenet1_1", "timm/test_convnext"]
+MORE_OF_LIBRARIES = [
+    "torchvision/shufflenet_v2_x0_5", "torchvision/mobilenet_v2", "torchvision/googlenet", "timm/dla34", "timm/repvgg_b0",
+    "torchvision/densenet121", "timm/hrnet_w18_small",
+]  # fmt: skip
+
 
 class Unit(nn.Module):
     """A residual unit with 1, 2 or 3 spatial dims, on values with their channels second or last."""
@@ -82,9 +91,28 @@ def inputs(dims: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, 3, *(9, 8, 7)[:dims], generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def retrofitted(network: nn.Module, attention: Any, x: Tensor) -> nn.Module:
+def retrofitted(network: nn.Module, attention: Any, x: Tensor | None) -> nn.Module:
     return add_se(network, attention=attention, example_inputs=x)
 
 
 def inserted(model: nn.Module) -> dict[str, Inserted]:
     return {path: m for path, m in model.named_modules() if isinstance(m, Inserted) and m.site is not None}
+
+
+def original(name: str, dims: int = 2, last: bool = False) -> tuple[nn.Module, Tensor]:
+    """A library's network that gets SE, or the small one that gets an attention; and an input."""
+    if name in NETWORKS:
+        return NETWORKS[name].build(), NETWORKS[name].input()
+    return Network(dims, last).eval(), inputs(dims)
+
+
+def citizen(name: str, dims: int = 2, last: bool = False) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network, the same retrofitted, and an input."""
+    network, x = original(name, dims, last)
+    return network, retrofitted(network, ALL.get(name, "se"), None if name in NETWORKS else x), x
+
+
+def learned(name: str, dims: int = 2) -> tuple[nn.Module, Tensor]:
+    """A retrofitted network whose gates are not 1, and an input."""
+    _, model, x = citizen(name, dims)
+    return randomise_se(model, std=0.1 if name in NETWORKS else 0.3), x

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import re
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attentions import Gain, Network, inputs, inserted, retrofitted
+from networks import randomise_se
 from torch import Tensor, nn
 
-from se_retrofit import RetrofitError, add_se, plan_of, plan_se
+from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of, plan_se, save_retrofitted
 from se_retrofit.attention import ATTENTIONS, ECA, FromIdentity, Inserted, Slot, scale, squeeze
+from se_retrofit.inspection import GateLogger
 
 
 def test_a_factory_is_told_its_place() -> None:
@@ -31,24 +37,23 @@ def test_a_factory_is_told_its_place() -> None:
     assert {p.dtype for module in inserted(model).values() for p in module.parameters()} == {torch.bfloat16}
 
 
-def test_parameters_are_counted_on_the_built_module() -> None:
-    for attention in (
-        *ATTENTIONS,
-        Gain,
-        lambda slot: nn.Sequential(Gain(slot.channels), nn.Conv2d(8, 8, 3, padding=1)),
-    ):
-        plan = plan_se(Network(), attention=attention, example_inputs=inputs())
-        for site, module in zip(plan.sites, inserted(add_se(Network(), plan=plan)).values(), strict=True):
-            assert site.parameters == sum(p.numel() for p in module.parameters())
+class Looking(Gain):
+    """Looks at values in its constructor."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        assert self.weight.sum().item() > 0
 
 
-def test_a_class_that_looks_at_values_in_its_constructor_is_counted_all_the_same() -> None:
-    class Looking(Gain):
-        def __init__(self, channels: int) -> None:
-            super().__init__(channels)
-            assert self.weight.sum().item() > 0
+def two(slot: Slot) -> nn.Module:
+    return nn.Sequential(Gain(slot.channels), nn.Conv2d(8, 8, 3, padding=1))
 
-    assert plan_se(Network(), attention=Looking, example_inputs=inputs()).sites[0].parameters == 16
+
+@pytest.mark.parametrize("attention", [*ATTENTIONS, Gain, Looking, two])
+def test_parameters_are_counted_on_the_built_module(attention: Any) -> None:
+    plan = plan_se(Network(), attention=attention, example_inputs=inputs())
+    for site, module in zip(plan.sites, inserted(add_se(Network(), plan=plan)).values(), strict=True):
+        assert site.parameters == sum(p.numel() for p in module.parameters()) > 0
 
 
 def test_an_inserted_of_the_users_own_is_inserted_as_it_is() -> None:
@@ -76,11 +81,12 @@ def overwrite(slot: Slot) -> nn.Module:
     return nn.ReLU(inplace=True)
 
 
-def infinite(slot: Slot) -> nn.Module:
-    class Log(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.log()
+class Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
 
+
+def infinite(slot: Slot) -> nn.Module:
     return Log()
 
 
@@ -93,28 +99,23 @@ SAME = nn.Conv2d(8, 8, 1)
 
 
 @pytest.mark.parametrize(
-    ("attention", "error", "fact"),
+    ("attention", "fact"),
     [
-        ("senet", RetrofitError, "'se', 'eca', 'cbam', 'static', .*'senet'"),
-        (3, TypeError, "attention .*3"),
-        (nn.Identity(), TypeError, "one Identity"),
-        (lambda slot: 3, RetrofitError, "nn.Module, got 3"),
-        (lambda slot: SAME, RetrofitError, "one module to several sites"),
-        (grow, RetrofitError, r"grow, in block first, .*\(2, 8, 7, 6\).* \(2, 16, 7, 6\)"),
-        (overwrite, RetrofitError, "overwrite, in block first, .*in place"),
-        (infinite, RetrofitError, "infinite, in block first, .*not finite"),
-        (lambda slot: nn.Conv2d(3, 8, 1), RetrofitError, "can't be run on a value of shape"),
-        (lambda slot: slot.nothing, RetrofitError, "8 channels, in block first: AttributeError"),
-        (shared(), RetrofitError, "module of another site"),
+        (lambda slot: 3, "nn.Module, got 3"),
+        (lambda slot: SAME, "one module to several sites"),
+        (grow, r"grow, in block first, .*\(2, 8, 7, 6\).* \(2, 16, 7, 6\)"),
+        (overwrite, "overwrite, in block first, .*in place"),
+        (infinite, "infinite, in block first, .*not finite"),
+        (lambda slot: nn.Conv2d(3, 8, 1), "can't be run on a value of shape"),
+        (lambda slot: slot.nothing, "8 channels, in block first: AttributeError"),
+        (shared(), "module of another site"),
     ],
 )
 @pytest.mark.parametrize("inplace", [False, True])
-def test_what_cannot_be_inserted_is_refused_and_the_model_unchanged(
-    attention: Any, error: type[Exception], fact: str, inplace: bool
-) -> None:
+def test_what_cannot_be_inserted_is_refused_and_the_model_unchanged(attention: Any, fact: str, inplace: bool) -> None:
     network = Network()
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(error, match=fact):
+    with pytest.raises(RetrofitError, match=fact):
         add_se(network, attention=attention, example_inputs=inputs(), inplace=inplace)
     assert list(network.state_dict()) == list(before)
     assert type(network.first).__name__ == "Unit"
@@ -131,11 +132,6 @@ def test_random_numbers_in_train_mode_are_said_and_none_are_drawn_in_the_check()
         retrofitted(Network(), Gain, inputs())
 
 
-def test_gate_options_of_se_are_refused_for_others() -> None:
-    with pytest.raises(RetrofitError, match='gate="sigmoid"'):
-        plan_se(Network(), attention="eca", gate="sigmoid", example_inputs=inputs())
-
-
 def test_a_plan_brings_its_attention() -> None:
     plan = plan_se(Network(), attention=Gain, example_inputs=inputs())
     model = add_se(Network(), plan=plan)
@@ -148,17 +144,44 @@ def test_a_plan_brings_its_attention() -> None:
         add_se(Network(), plan=plan_se(Network(), attention="eca", example_inputs=inputs()), attention="cbam")
 
 
-def test_gates_of_eca_and_static_are_factors_of_their_outputs() -> None:
-    for name in ("se", "eca", "static"):
-        for last in (False, True):
-            module = next(iter(inserted(retrofitted(Network(last=last), name, inputs())).values()))
-            for parameter in module.parameters():
-                nn.init.normal_(parameter)
-            x = torch.randn(3, 6, 5, 8) if last else torch.randn(3, 8, 6, 5)
-            gates = module.gates(x)  # type: ignore[operator]
-            assert gates.shape == (3, 8)
-            torch.testing.assert_close(module(x), scale(x, gates, module.channel_dim))
-            if name == "eca":  # against the paper's formula
-                z = squeeze(x, module.channel_dim)
-                expected = 2 * torch.sigmoid(nn.functional.conv1d(z[:, None], module.conv.weight, padding="same")[:, 0])
-                torch.testing.assert_close(gates, expected)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", ["se", "eca", "static"])
+def test_gates_are_factors_of_the_outputs(name: str, last: bool) -> None:
+    module = next(iter(inserted(randomise_se(retrofitted(Network(last=last), name, inputs()))).values()))
+    x = torch.randn(3, 6, 5, 8) if last else torch.randn(3, 8, 6, 5)
+    gates = module.gates(x)  # type: ignore[operator]
+    assert gates.shape == (3, 8)
+    torch.testing.assert_close(module(x), scale(x, gates, module.channel_dim))
+    if name == "eca":  # against the paper's formula
+        z = squeeze(x, module.channel_dim)
+        expected = 2 * torch.sigmoid(nn.functional.conv1d(z[:, None], module.conv.weight, padding="same")[:, 0])
+        torch.testing.assert_close(gates, expected)
+
+
+# The worked example of CONTRIBUTING.md: a stranger adds an attention in one file and one row ---------------------------
+
+TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_one_file_and_one_row_are_all_that_an_attention_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, row = re.findall(r"```python\n(.*?)```", TEXT[TEXT.index("## Add an attention") :], re.DOTALL)[:2]
+    (tmp_path / "effective_se.py").write_text(file, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "effective_se", importlib.import_module("effective_se"))
+    monkeypatch.setitem(ATTENTIONS, "ese", None)  # so that it goes again
+    exec(row, {"ATTENTIONS": ATTENTIONS, "EffectiveSE": sys.modules["effective_se"].EffectiveSE})
+
+    for last in (False, True):
+        network, x = Network(last=last).eval(), inputs()
+        model = add_se(network, attention="ese", example_inputs=x)
+        assert torch.equal(model(x), network(x))
+        assert {type(module).__name__ for module in inserted(model).values()} == {"EffectiveSE"}
+        model(x).square().sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+        with GateLogger(model) as gates:
+            model(x)
+            assert len(gates.summary()) == 2
+        again = load_retrofitted(save_retrofitted(model, tmp_path / "saved"), base=network)
+        assert torch.equal(again(x), model(x))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 from command_line import called as run
+from command_line import said
 from networks import se_modules
 from torch import nn
 
-from se_retrofit import RetrofitError, SEAttention, add_se, load_retrofitted
+from se_retrofit import SEAttention, add_se, load_retrofitted
 from se_retrofit.cli import main
 from se_retrofit.cli.app import run as run_application
 from se_retrofit.cli.commands import app
+from se_retrofit.cli.demo import verdict
+from se_retrofit.cli.demo_network import SmallResNet
 from se_retrofit.cli.options import recipe_fields
 from se_retrofit.finetune import FinetuneConfig
 from se_retrofit.models import Base
@@ -28,49 +34,52 @@ SMALL = "timm/test_resnet"
 
 
 def test_add_prints_the_plan_and_checks_the_identity() -> None:
-    result = run("add", SMALL)
-    assert result.exit_code == 0, result.output
-    assert "SE modules" in result.output
-    assert "layer1.0" in result.output
-    assert "norms' parameters and statistics drawn at random" in result.output
-    assert "eval mode: equal bit for bit, all 2,000 values" in result.output
-    assert "train mode: equal bit for bit, all 2,000 values" in result.output
-    assert "counter-check: with random gates they differ" in result.output
-    assert result.output.rstrip().endswith("verdict: the same function")
+    output = said("add", SMALL)
+    for piece in (
+        "SE modules",
+        "layer1.0",
+        "norms' parameters and statistics drawn at random",
+        "eval mode: equal bit for bit, all 2,000 values",
+        "train mode: equal bit for bit, all 2,000 values",
+        "counter-check: with random gates they differ",
+    ):
+        assert piece in output
+    assert output.rstrip().endswith("verdict: the same function")
 
 
-def test_convert_finds_out_that_a_network_is_not_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def shifted(model: nn.Module) -> None:
+    model.fc.register_forward_hook(lambda module, args, output: output + 1e-6)
+
+
+def idle(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, SEAttention):
+            module.forward = lambda x: x  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(shifted, ["different, by", "NOT shown to be the same function"]), (idle, ["SE takes no part"])],
+)
+def test_add_finds_out_that_a_network_is_not_the_same_or_se_takes_no_part(
+    spoil: Callable[[nn.Module], None], says: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(model: nn.Module, **options: object) -> nn.Module:
         retrofitted = add_se(model, **options)  # type: ignore[arg-type]
-        retrofitted.fc.register_forward_hook(lambda module, args, output: output + 1e-6)
+        spoil(retrofitted)
         return retrofitted
 
     monkeypatch.setattr("se_retrofit.retrofit.add_se", broken)
     result = run("add", SMALL)
     assert result.exit_code == 1
-    assert "different, by" in result.output
-    assert "NOT shown to be the same function" in result.output
-
-
-def test_convert_finds_out_that_se_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    def idle(model: nn.Module, **options: object) -> nn.Module:
-        retrofitted = add_se(model, **options)  # type: ignore[arg-type]
-        for module in retrofitted.modules():
-            if isinstance(module, SEAttention):
-                module.forward = lambda x: x  # type: ignore[method-assign]
-        return retrofitted
-
-    monkeypatch.setattr("se_retrofit.retrofit.add_se", idle)
-    result = run("add", SMALL)
-    assert result.exit_code == 1
-    assert "SE takes no part" in result.output
+    for piece in says:
+        assert piece in result.output
 
 
 def test_a_sigmoid_gate_is_said_to_be_no_identity() -> None:
-    result = run("add", SMALL, "--gate", "sigmoid")
-    assert result.exit_code == 0, result.output
-    assert "eval mode: different" in result.output
-    assert "not the same function, as expected" in result.output
+    output = said("add", SMALL, "--gate", "sigmoid")
+    assert "eval mode: different" in output
+    assert "not the same function, as expected" in output
 
 
 @pytest.mark.parametrize(
@@ -83,10 +92,10 @@ def test_a_sigmoid_gate_is_said_to_be_no_identity() -> None:
     ],
 )
 def test_options_reach_the_retrofit(options: list[str], sites: int, there: str, not_there: str) -> None:
-    said = run("add", SMALL, *options).output
-    assert f"{sites} SE modules" in said
-    assert there in said
-    assert not_there not in said
+    output = said("add", SMALL, *options)
+    assert f"{sites} SE modules" in output
+    assert there in output
+    assert not_there not in output
 
 
 def test_the_output_folder_loads_as_it_is_with_the_checkpoint_that_it_started_from(tmp_path: Path) -> None:
@@ -96,61 +105,72 @@ def test_the_output_folder_loads_as_it_is_with_the_checkpoint_that_it_started_fr
     torch.save({f"net.{key}": value for key, value in original.state_dict().items()}, weights)
     options = ["--num-classes", "5", "--reduction", "4", "--checkpoint", str(weights), "--output", str(folder)]
     assert "remap" in str(run("add", SMALL, *options).exception)
-    options += ["--remap", "order"]
-    result = run("add", SMALL, *options)
-    assert result.exit_code == 0, result.output
-    assert "drawn at random" not in result.output  # the weights given are the ones that were checked
-    assert f"saved {folder}" in result.output
+    output = said("add", SMALL, *options, "--remap", "order")
+    assert "drawn at random" not in output  # the weights given are the ones that were checked
+    assert f"saved {folder}" in output
     loaded, x = load_retrofitted(folder), torch.randn(2, 3, 64, 64)
     assert [se.hidden for se in se_modules(loaded).values()] == [8, 12, 48, 24]
     assert torch.equal(original.eval()(x), loaded(x))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "code", "says"),
     [
-        (["resnet5"], "close names: resnet50"),
-        (["keras/resnet50"], "no library 'keras'"),
-        ([SMALL, "--checkpoint", "nowhere.pth"], "no checkpoint file nowhere.pth"),
-        ([SMALL, "--output", "nowhere/se"], "no folder nowhere"),
-        ([SMALL, "--include", "stage9.*"], "stage9"),
-        (["timm/test_vit"], "VisionTransformer"),
+        ("add resnet5", 1, "close names: resnet50"),
+        ("add resnet[bold]50", 1, "no model 'resnet[bold]50' in timm or torchvision"),
+        ("add keras/resnet50", 1, "no library 'keras'"),
+        (f"add {SMALL} --checkpoint nowhere.pth", 1, "no checkpoint file nowhere.pth"),
+        (f"add {SMALL} --output nowhere/se", 1, "no folder nowhere"),
+        (f"add {SMALL} --include stage9.*", 1, "stage9"),
+        ("add timm/test_vit", 1, "VisionTransformer"),
+        ("finetune", 2, "error: give a MODEL and --data"),
+        (f"finetune {SMALL} --data digits --epochs 0", 2, "error: --epochs: "),
+        ("finetune --resume run --lr 1", 2, "error: --resume reads"),
+        (f"find-lr {SMALL} --data digits --arg x", 2, "error: --arg takes NAME=VALUE"),
     ],
 )
-def test_what_cannot_be_done_is_an_error_with_the_reason(arguments: list[str], said: str) -> None:
-    result = run("add", *arguments)
-    assert result.exit_code == 1
-    assert isinstance(result.exception, RetrofitError)
-    assert said in str(result.exception)
+def test_a_mistake_is_one_line(
+    arguments: str, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["se-retrofit", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert says in told.err
+    assert told.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["add", SMALL, "--reduction", "0"],
-        ["add", SMALL, "--reduction", "many"],
-        ["add", SMALL, "--pretrained", "--checkpoint", "x.pth"],
-        ["add", SMALL, "--remap", "order"],
-        ["finetune", SMALL, "--data", "digits", "--pretrained", "--checkpoint", "x.pth"],
-        ["add", SMALL, "--placement", "middle"],
-        ["add", SMALL, "--gate", "tanh"],
-        ["finetune", SMALL, "--data", "digits", "--gate", "tanh"],
-        ["finetune", SMALL, "--data", "digits", "--epochs", "many"],
-        ["finetune", SMALL, "--data", "digits", "--precision", "fp8"],
-        ["add", SMALL, "--nonsense"],
-        ["demo", "--epochs", "0"],
-        ["nonsense"],
+        f"add {SMALL} --reduction 0",
+        f"add {SMALL} --reduction many",
+        f"add {SMALL} --pretrained --checkpoint x.pth",
+        f"add {SMALL} --remap order",
+        f"add {SMALL} --placement middle",
+        f"add {SMALL} --gate tanh",
+        f"add {SMALL} --nonsense",
+        f"finetune {SMALL} --data digits --pretrained --checkpoint x.pth",
+        f"finetune {SMALL} --data digits --epochs many",
+        f"finetune {SMALL} --data digits --precision fp8",
+        "evaluate . --data digits --split tests",
+        "predict . picture.png --top 0",
+        "demo --epochs 0",
+        "nonsense",
     ],
 )
-def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
-    assert run(*arguments).exit_code == 2
+def test_wrong_usage_exits_with_2(arguments: str) -> None:
+    assert run(*arguments.split()).exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("output", "said"), [("file", "is a file"), ("folder", "mine"), (".", "as a whole"), ("..", "as a whole")]
+    ("output", "says"), [("file", "is a file"), ("folder", "mine"), (".", "as a whole"), ("..", "as a whole")]
 )
 def test_an_output_that_is_in_the_way_is_refused_before_the_work(
-    output: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "folder").mkdir()
     for file in (tmp_path / "file", tmp_path / "folder" / "mine"):
@@ -158,7 +178,7 @@ def test_an_output_that_is_in_the_way_is_refused_before_the_work(
     monkeypatch.chdir(tmp_path / "folder" if output == ".." else tmp_path)
     result = run("add", SMALL, "--output", output)
     assert (result.exit_code, result.output) == (1, "")
-    assert said in str(result.exception)
+    assert says in str(result.exception)
     assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine", "mine"]
 
 
@@ -166,12 +186,12 @@ def test_help_is_quick_and_shows_examples_and_the_recipes_fields() -> None:
     """Without torch, whose import takes seconds."""
     program = "import sys; from se_retrofit.cli import main; sys.argv[1:] = ['finetune', '--help']\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     environment = {**os.environ, "COLUMNS": "200"}
-    told = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
-    ).stdout
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert all(f"--{name.replace('_', '-')}" in told for name in FinetuneConfig.model_fields)
     for name in ("demo", "add"):
-        assert f"se-retrofit {name}" in run(name, "--help").output.partition("Examples")[2]
+        assert f"se-retrofit {name}" in said(name, "--help").partition("Examples")[2]
+    assert said("--version").startswith("se-retrofit ")
 
 
 @pytest.mark.parametrize("module", ["se_retrofit.cli.commands", "se_retrofit.models"])
@@ -187,29 +207,6 @@ def test_ctrl_c_while_it_starts_exits_with_130(monkeypatch: pytest.MonkeyPatch, 
     assert ended.value.code == 130
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says", "code"),
-    [
-        (["add", "resnet[bold]50"], "no model 'resnet[bold]50' in timm or torchvision", 1),
-        (["finetune"], "give a MODEL and --data", 2),
-        (["finetune", SMALL, "--data", "digits", "--epochs", "0"], "--epochs: ", 2),
-        (["finetune", "--resume", "run", "--lr", "1"], "--resume reads", 2),
-        (["find-lr", SMALL, "--data", "digits", "--arg", "x"], "--arg takes NAME=VALUE", 2),
-    ],
-)
-def test_a_mistake_is_one_line(
-    arguments: list[str], says: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["se-retrofit", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == code
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith(f"error: {says}")
-    assert said.err.count("\n") == 1
-
-
 @pytest.mark.sweep
 def test_the_module_runs_as_a_program_whose_piped_output_has_no_colours_and_unbroken_lines() -> None:
     command_line = [sys.executable, "-m", "se_retrofit", "add", SMALL]
@@ -217,12 +214,6 @@ def test_the_module_runs_as_a_program_whose_piped_output_has_no_colours_and_unbr
     assert process.returncode == 0, process.stderr
     assert "\x1b" not in process.stdout
     assert "(china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:\n" in process.stdout
-
-
-def test_version_is_printed() -> None:
-    result = run("--version")
-    assert result.exit_code == 0
-    assert result.output.startswith("se-retrofit ")
 
 
 @pytest.mark.parametrize("name", ["finetune", "compare", "find-lr"])
@@ -253,3 +244,68 @@ def test_letters_that_the_output_lacks_are_escaped_and_a_full_disk_is_one_line(
         run_application(own)
     assert (ended.value.code, written.getvalue()) == (1, b"gr\\xfcn\n")
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+# The demo: the same function after the surgery, honest numbers, the same run for the same seed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow() -> Iterator[None]:
+    """The demo's network with fewer channels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("se_retrofit.cli.demo_network.SmallResNet", functools.partial(SmallResNet, widths=(8, 12, 32)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def output(narrow: None) -> str:
+    return said("demo", "--epochs", 1)
+
+
+def test_it_says_what_was_inserted_and_that_nothing_else_changed(output: str) -> None:
+    for stage in range(3):
+        for block in range(2):
+            assert re.search(rf"stages\.{stage}\.{block} +residual +norm2", output)
+    assert "6 SE modules" in output
+    assert "Yes, in eval mode: torch.equal on all 3,600 outputs for the 360 validation images." in output
+    assert "Yes, in train mode" in output
+    assert "Gates: from 1.0 to 1.0." in output
+
+
+def test_it_prints_accuracies_before_and_after(output: str) -> None:
+    row = r"^(trained network|retrofitted, not yet fine-tuned|fine-tuned \w+ SE) .* (\S+)%$"
+    rows = dict(re.findall(row, output, re.MULTILINE))
+    assert len(rows) == 4
+    assert rows["trained network"] == rows["retrofitted, not yet fine-tuned"]
+    # one epoch is enough for digits to be far better than chance
+    assert all(float(accuracy) > 50 for accuracy in rows.values())
+
+
+@pytest.mark.sweep
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(output: str) -> None:
+    runs = [output, *(said("demo", "--epochs", 1, "--seed", seed) for seed in (0, 1))]
+    first, again, other = (re.sub(r"\d+ seconds", "", run) for run in runs)
+    assert first == again != other
+
+
+def test_a_retrofit_that_changes_the_outputs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("se_retrofit.retrofit.add_se", functools.partial(add_se, gate="sigmoid"))
+    result = run("demo", "--epochs", 1)
+    assert result.exit_code == 1
+    assert "outputs differ" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "says"),
+    [
+        (0, 0, "the same images are right"),
+        (3, 0, "within the noise"),
+        (20, 14, "within the noise"),
+        (30, 5, "in favour of SE"),
+        (5, 30, "in favour of the plain network"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_one_run_shows(won: int, lost: int, says: str) -> None:
+    with_se = torch.tensor([True] * won + [False] * lost + [True] * 50 + [False] * 4)
+    without = torch.tensor([False] * won + [True] * lost + [True] * 50 + [False] * 4)
+    assert says in verdict(with_se, without)

@@ -1,21 +1,22 @@
-"""Bad input: an error that says what was given and what to do, and a model that is as it was."""
+"""Bad input: an error that says what was given and what to do; what goes wrong in the package itself is told as such. And the model
+is as it was."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torchvision
 from networks import assert_untouched, random_states, snapshot
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from se_retrofit import InsertSE, RetrofitError, SEAttention, add_se, has_se, plan_of, plan_se, record, remove_se
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 
 
 def _network() -> nn.Module:
@@ -25,42 +26,31 @@ def _network() -> nn.Module:
     ).eval()
 
 
-def _refused(model: Any, error: type[Exception], message: str, **options: Any) -> None:
-    """plan_se and add_se, on a copy and in place, raise with this message; nothing has changed."""
-    before = snapshot(model) if isinstance(model, nn.Module) else None
-    randomness = list(random_states())
-    calls: list[Callable[[], Any]] = [
-        lambda: plan_se(model, **options),
-        lambda: add_se(model, **options),
-        lambda: add_se(model, inplace=True, **options),
-    ]
-    for call in calls:
-        with pytest.raises(error, match=message):
-            call()
-    if before is not None:
+VERBS = {"plan_se": plan_se, "add_se": add_se, "in place": partial(add_se, inplace=True)}
+
+
+def _refused(call: Callable[..., Any], model: Any, error: type[Exception], message: str, **options: Any) -> None:
+    """A call raises with this message; nothing has changed."""
+    seen = isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+    before, randomness = snapshot(model) if seen else {}, list(random_states())
+    with pytest.raises(error, match=message) as raised:
+        call(model, **options)
+    assert len(str(raised.value)) < 400
+    if seen:
         assert_untouched(model, before)
     assert list(random_states()) == randomness
 
 
+@pytest.mark.parametrize("call", [*VERBS.values(), remove_se, has_se, plan_of, record])
 @pytest.mark.parametrize("model", [None, "resnet50", torch.zeros(3), {"model": 1}, lambda x: x])
-def test_what_is_no_module(model: Any) -> None:
-    fact = rf"nn\.Module.* {type(model).__name__}"
-    _refused(model, TypeError, fact)
-    for call in (remove_se, has_se, plan_of, record):
-        with pytest.raises(TypeError, match=fact):
-            call(model)
+def test_what_is_no_module(call: Callable[..., Any], model: Any) -> None:
+    _refused(call, model, TypeError, rf"nn\.Module.* {type(model).__name__}")
 
 
-def test_what_is_no_flag() -> None:
-    model = add_se(_network())
-    calls: tuple[Callable[..., Any], ...] = (
-        lambda inplace: add_se(_network(), inplace=inplace),
-        partial(remove_se, model),
-    )
-    for call, flag in itertools.product(calls, ("no", 1, torch.zeros(2))):
-        with pytest.raises(TypeError, match="inplace must be True or False"):
-            call(inplace=flag)
-    assert has_se(model)
+@pytest.mark.parametrize("flag", ["no", 1, torch.zeros(2)])
+def test_what_is_no_flag(flag: Any) -> None:
+    for verb, model in ((add_se, _network()), (remove_se, add_se(_network()))):
+        _refused(verb, model, TypeError, "inplace must be True or False", inplace=flag)
 
 
 class _Broken(nn.Module):
@@ -76,6 +66,7 @@ class _Broken(nn.Module):
         raise KeyError("a bug of the user")
 
 
+@pytest.mark.parametrize("call", VERBS.values(), ids=VERBS)
 @pytest.mark.parametrize(
     ("make", "error", "fact"),
     [
@@ -85,13 +76,20 @@ class _Broken(nn.Module):
         (lambda: nn.Sequential(add_se(_network())), RetrofitError, "retrofitted already"),
         (lambda: torch.compile(_network(), backend="eager"), RetrofitError, r"torch\.compile.*_orig_mod"),
         (lambda: nn.DataParallel(_network()), RetrofitError, r"DataParallel.*model\.module"),
+        (lambda: torch.jit.script(_network()), RetrofitError, r"torch\.jit"),
+        (lambda: torch.jit.trace(_network(), torch.zeros(1, 3, 8, 8)), RetrofitError, r"torch\.jit"),
+        # the source of its block is not at hand
+        (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), torch.jit.script(_network())), RetrofitError, "no block"),
         (_Broken, RetrofitError, "_Broken .*KeyError: 'a bug of the user'"),
     ],
 )
-def test_models_that_cannot_be_retrofitted(make: Callable[[], Any], error: type[Exception], fact: str) -> None:
-    _refused(make(), error, fact)
+def test_models_that_cannot_be_retrofitted(
+    call: Callable[..., Any], make: Callable[[], Any], error: type[Exception], fact: str
+) -> None:
+    _refused(call, make(), error, fact)
 
 
+@pytest.mark.parametrize("call", VERBS.values(), ids=VERBS)
 @pytest.mark.parametrize(
     ("options", "error", "fact"),
     [
@@ -100,6 +98,8 @@ def test_models_that_cannot_be_retrofitted(make: Callable[[], Any], error: type[
         ({"reduction": True}, TypeError, "reduction .*True"),
         ({"reduction": "8"}, TypeError, "reduction .*'8'"),
         ({"reduction": None}, TypeError, "reduction .*None"),
+        # inputs in its place are told their name, and not printed whole
+        ({"reduction": torch.rand(1, 3, 64, 64)}, TypeError, "reduction must be a positive int.*example_inputs="),
         ({"min_hidden": 0}, RetrofitError, "min_hidden .*0"),
         ({"min_hidden": 2.0}, TypeError, "min_hidden .*2.0"),
         ({"placement": "behind"}, RetrofitError, "placement .*'auto', .*'behind'"),
@@ -107,6 +107,10 @@ def test_models_that_cannot_be_retrofitted(make: Callable[[], Any], error: type[
         ({"gate": "tanh"}, RetrofitError, "gate .*'identity', 'sigmoid', .*'tanh'"),
         ({"gate": 2}, TypeError, "gate .*2"),
         ({"bias": "yes"}, TypeError, "bias .*'yes'"),
+        ({"attention": "senet"}, RetrofitError, "'se', 'eca', 'cbam', 'static', .*'senet'"),
+        ({"attention": 3}, TypeError, "attention .*3"),
+        ({"attention": nn.Identity()}, TypeError, "one Identity"),
+        ({"attention": "eca", "gate": "sigmoid"}, RetrofitError, 'gate="sigmoid"'),
         ({"include": "layer9.*"}, RetrofitError, r"'layer9\.\*' .* 2 .* 0, 1"),
         ({"exclude": ["1", "nowhere"]}, RetrofitError, "'nowhere'"),
         ({"exclude": "*"}, RetrofitError, "leave no block"),
@@ -118,42 +122,26 @@ def test_models_that_cannot_be_retrofitted(make: Callable[[], Any], error: type[
         ({"example_inputs": (2, 3, 8, 8)}, TypeError, "example_inputs .*tensor"),
         ({"example_inputs": "224"}, TypeError, "example_inputs .*str"),
         ({"example_inputs": [1, 2]}, TypeError, r"example_inputs .*list.*example_inputs=\(\[\.\.\.\],\)"),
+        ({"ratio": 8}, TypeError, "ratio"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], error: type[Exception], fact: str) -> None:
-    _refused(_network(), error, fact, **options)
-
-
-def test_an_unknown_option() -> None:
-    assert issubclass(RetrofitError, ValueError)
-    with pytest.raises(TypeError, match="ratio"):
-        add_se(_network(), ratio=8)  # type: ignore[call-arg]
+def test_options_that_make_no_sense(
+    call: Callable[..., Any], options: dict[str, Any], error: type[Exception], fact: str
+) -> None:
+    _refused(call, _network(), error, fact, **options)
 
 
 def test_remove_se_and_plan_of_without_a_retrofit() -> None:
+    assert issubclass(RetrofitError, ValueError)
     model = nn.Sequential(_network(), SEAttention(4, 2))  # an SE of the user's own is none of ours
-    before = snapshot(model)
     assert not has_se(model)
     for verb in (remove_se, plan_of):
-        with pytest.raises(RetrofitError, match="no SE inserted by add_se"):
-            verb(model)
-    assert_untouched(model, before)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-def test_a_scripted_or_traced_model() -> None:
-    for make in (torch.jit.script, lambda m: torch.jit.trace(m, torch.zeros(1, 3, 8, 8))):
-        scripted = make(_network())
-        for call in (plan_se, add_se):
-            with pytest.raises(RetrofitError, match=r"torch\.jit"):
-                call(scripted)
-        with pytest.raises(RetrofitError, match="no block"):  # its source is not at hand
-            add_se(nn.Sequential(nn.Conv2d(3, 3, 1), scripted))
+        _refused(verb, model, RetrofitError, "no SE inserted by add_se")
 
 
 def test_a_model_with_lazy_parameters() -> None:
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
-    for call in (plan_se, add_se):
+    for call in VERBS.values():
         with pytest.raises(RetrofitError, match=r"lazy parameters.*call the model once"):
             call(model)
     assert isinstance(model[0].weight, nn.UninitializedParameter)
@@ -173,16 +161,57 @@ def test_a_model_that_cannot_be_copied() -> None:
 
 
 def test_the_pass_takes_graph_modules_only() -> None:
-    model = _network()
+    _refused(InsertSE(), _network(), TypeError, r"Sequential.*add_se")
+    _refused(InsertSE(reduction=0), torch.fx.symbolic_trace(_network()), RetrofitError, "reduction")
+
+
+# Faults of the package ---------------------------
+
+
+def _broken(error: BaseException) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "where", ["retrofit.planned", "surgery.splice.carry.built", "surgery.splice.carry.apply_edits", "retrofit.strip"]
+)
+def test_a_fault_asks_to_be_reported(monkeypatch: pytest.MonkeyPatch, where: str, inplace: bool) -> None:
+    model, error = _network(), TypeError("deep inside")
+    call = partial(add_se, example_inputs=torch.zeros(1, 3, 9, 9))
+    if where == "retrofit.strip":
+        model, call = call(model), remove_se
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r"Sequential.*add_se"):
-        InsertSE()(model)  # type: ignore[arg-type]
+    monkeypatch.setattr(f"se_retrofit.{where}", _broken(error))
+    with pytest.raises(RetrofitError, match="please report") as raised:
+        call(model, inplace=inplace)
+    assert raised.value.__cause__ is error
     assert_untouched(model, before)
-    with pytest.raises(RetrofitError, match="reduction"):
-        InsertSE(reduction=0)(torch.fx.symbolic_trace(model))
 
 
-def test_inputs_in_the_place_of_the_reduction_are_told_their_name_and_not_printed_whole() -> None:
-    with pytest.raises(TypeError, match=r"reduction must be a positive int.*example_inputs=") as caught:
-        add_se(torchvision.models.resnet18(), torch.rand(1, 3, 64, 64))  # type: ignore[arg-type]
-    assert len(str(caught.value)) < 200
+@pytest.mark.parametrize("call", [plan_se, InsertSE()])
+def test_so_it_is_in_planning_and_in_the_pass(monkeypatch: pytest.MonkeyPatch, call: Callable[[Any], Any]) -> None:
+    traced = torch.fx.symbolic_trace(_network())
+    monkeypatch.setattr("se_retrofit.retrofit.planned", _broken(KeyError("block")))
+    with pytest.raises(RetrofitError, match="please report"):
+        call(traced)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        SystemExit(3),
+        RetrofitError("with a reason"),
+        torch.OutOfMemoryError(),
+        UserWarning("a warning that the user has made an error"),
+    ],
+)
+def test_interruptions_and_reasons_pass_as_they_are(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    monkeypatch.setattr("se_retrofit.surgery.splice.carry.apply_edits", _broken(error))
+    with pytest.raises(type(error)) as raised:
+        add_se(_network(), example_inputs=torch.zeros(1, 3, 9, 9))
+    assert raised.value is error

@@ -1,15 +1,15 @@
-"""A retrofitted network goes wherever the original goes: files, other formats, wrappers, what the libraries offer."""
+"""A retrofitted network goes wherever the original goes: wrappers, other formats, what the libraries offer for their models.
+
+Copies, pickles, compilers and exporters: tests/attention/test_citizens.py.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import os
 import pickle
-import subprocess
-import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from citizens import KINDS, X, model_and_input, small
 from networks import (
     NETWORKS,
     assert_same_function,
+    assert_untouched,
     gradients,
     narrow_resnet,
     randomise_se,
@@ -29,113 +29,45 @@ from networks import (
     run,
     same_tensors,
     se_modules,
+    snapshot,
 )
-from safetensors.torch import load_model, save_model
-from sweeps import swept
+from sweeps import ON_CUDA, swept
 from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
+from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from se_retrofit import RetrofitError, add_se, has_se, inspect_se, remove_se, save_retrofitted
-
-# Files ---------------------------
+from se_retrofit import RetrofitError, add_se, fuse_se, has_se, inspect_se, remove_se, save_retrofitted
 
 
-FRESH = """
-import pathlib, sys, torch
-for folder in pathlib.Path(sys.argv[1]).iterdir():
-    expected = torch.load(folder / "expected.pt", weights_only=True)
-    model = torch.load(folder / "model.pt", weights_only=False)
-    assert torch.equal(model.eval()(expected["x"]), expected["eval"][0])
-    torch.manual_seed(3)
-    assert torch.equal(model.train()(expected["x"]), expected["train"][0])
-    import se_retrofit
-    assert se_retrofit.has_se(model)
-    assert not se_retrofit.has_se(se_retrofit.remove_se(model))
-"""
+def small() -> nn.Module:
+    """A narrow ResNet with gates that are not 1."""
+    torch.manual_seed(4)
+    return randomise_se(add_se(narrow_resnet(), 4), std=0.1)
 
 
-@pytest.mark.sweep
-def test_a_whole_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
-    """Without add_se or the building libraries being called there."""
-    for name in ("torchvision/squeezenet1_1", "timm/convnext_atto"):
-        model, x = model_and_input(name)
-        folder = tmp_path / name.replace("/", "_")
-        folder.mkdir()
-        torch.save(model, folder / "model.pt")
-        torch.save({"x": x, "eval": run(model, x), "train": run(model.train(), x, seed=3)}, folder / "expected.pt")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, str(tmp_path)], env=environment, check=True)
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
-def test_safetensors_save_and_load(tmp_path: Path) -> None:
-    model = small()
-    save_model(model, str(tmp_path / "model.safetensors"))
-    fresh = add_se(narrow_resnet(), 4)
-    assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
-    assert_same_function(fresh, model, X)
-
-
-def test_copies_of_copies_and_shallow_copies() -> None:
-    model = small()
-    twin = copy.deepcopy(copy.deepcopy(model))
-    assert_same_function(twin, model, X)
-    assert type(twin.layer1[0]) is type(model.layer1[0])
-    assert_same_function(copy.copy(model), model, X)
-    assert_same_function(copy.copy(model.layer2[0]), model.layer2[0], torch.randn(1, 8, 8, 8))
-
-
-def test_the_source_of_a_blocks_class_is_found_as_before() -> None:
-    model = narrow_resnet()
-    assert inspect.getsource(type(add_se(model).layer1[0])) == inspect.getsource(type(model.layer1[0]))
-
-
-# Types and formats ---------------------------
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_any_float_type_autocast_and_memory_format_give_the_same_outputs(name: str) -> None:
-    original, x = NETWORKS[name].build(), NETWORKS[name].input()
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        model = copy.deepcopy(original).to(dtype)
-        retrofitted = add_se(model)
-        assert {p.dtype for se in se_modules(retrofitted).values() for p in se.parameters()} == {dtype}
-        with torch.no_grad():
-            found, wanted = run(retrofitted, x.to(dtype)), run(model, x.to(dtype))
-        # random weights may overflow float16
-        assert same_tensors([y.isfinite() for y in found], [y.isfinite() for y in wanted])
-        assert same_tensors([y.nan_to_num() for y in found], [y.nan_to_num() for y in wanted])
-    model = original.to(memory_format=torch.channels_last)
-    retrofitted = add_se(model)
-    formats: dict[str, tuple[bool, bool]] = {}
-
-    def note(se: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        formats[se.site.path] = tuple(t.is_contiguous(memory_format=torch.channels_last) for t in (args[0], y))
-
-    for module in se_modules(retrofitted).values():
-        module.register_forward_hook(note)
-    with torch.no_grad():
-        x = x.to(memory_format=torch.channels_last)
-        assert same_tensors(run(retrofitted, x), run(model, x))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert same_tensors(run(retrofitted, x), run(model, x))
-    assert len(formats) == len(se_modules(retrofitted))
-    assert all(before == after for before, after in formats.values())
+def assert_same_training(a: nn.Module, b: nn.Module) -> None:
+    """Their outputs and all gradients are equal in train mode; their running statistics need not be."""
+    found, expected = gradients(a.train(), X), gradients(b.train(), X)
+    for name, ours, theirs in zip(expected, found.values(), expected.values(), strict=True):
+        assert torch.equal(ours, theirs), name  # type: ignore[arg-type]
+    assert same_tensors(run(a, X), run(b, X))
 
 
 def test_a_model_on_meta_is_retrofitted_there_and_filled_later() -> None:
     real = narrow_resnet()
-    with torch.device("meta"):
-        model = type(real)(type(real.layer1[0]), [1, 1, 1, 1], num_classes=10, channels=(8, 8, 16, 16))
-    retrofitted = add_se(model)
+    retrofitted = add_se(copy.deepcopy(real).to("meta"))
     assert {p.device.type for p in retrofitted.parameters()} == {"meta"}
     retrofitted.to_empty(device="cpu")
     retrofitted.load_state_dict(real.state_dict(), strict=False)
     for se in se_modules(retrofitted).values():
         se.reset_parameters()
-    assert_same_function(retrofitted.eval(), real, X)
+    assert_same_function(retrofitted, real, X)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -149,18 +81,11 @@ def test_what_was_retrofitted_in_inference_mode_trains(inplace: bool) -> None:
         assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-def _weight_norm(conv: nn.Conv2d) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's word against it; vocoders use it all the same
-        nn.utils.weight_norm(conv)
-
-
-def _pruned(conv: nn.Conv2d) -> None:
-    l1_unstructured(conv, "weight", 0.3)
-
-
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")  # vocoders use it all the same
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("changed", [_weight_norm, _pruned, nn.utils.spectral_norm])
+@pytest.mark.parametrize(
+    "changed", [nn.utils.weight_norm, partial(l1_unstructured, name="weight", amount=0.3), nn.utils.spectral_norm]
+)
 def test_weights_that_a_hook_computes_before_each_forward_are_copied(changed: Any, inplace: bool) -> None:
     def made() -> nn.Module:
         torch.manual_seed(3)
@@ -185,28 +110,16 @@ def test_a_frozen_model_gets_gates_that_train() -> None:
     assert {name for name, gradient in found.items() if gradient is not None} == ours
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", [ON_CUDA])
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/convnext_atto"])
-def test_models_on_cuda(name: str) -> None:
-    model, x = NETWORKS[name].build().cuda(), NETWORKS[name].input().cuda()
+def test_models_on_cuda(name: str, device: str) -> None:
+    model, x = NETWORKS[name].build().to(device), NETWORKS[name].input().to(device)
     before = torch.cuda.get_rng_state()
     retrofitted = add_se(model)
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert {p.device.type for p in retrofitted.parameters()} == {"cuda"}
     with torch.no_grad():
         assert same_tensors(run(retrofitted, x), run(model, x))
-
-
-def test_an_optimizer_stays_bound_to_a_model_retrofitted_in_place() -> None:
-    model = narrow_resnet().train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    before = copy.deepcopy(model.state_dict())
-    retrofitted = add_se(model, inplace=True)
-    run(retrofitted, X)[0].square().sum().backward()
-    optimizer.step()
-    assert not torch.equal(retrofitted.conv1.weight, before["conv1.weight"])
-    optimizer.add_param_group({"params": [p for se in se_modules(model).values() for p in se.parameters()]})
 
 
 # Wrappers ---------------------------
@@ -224,9 +137,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 def test_distributed_data_parallel() -> None:
     model = small().train()
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model))
-    found, expected = gradients(wrapped, X), gradients(model, X)
-    for name, gradient in expected.items():
-        assert torch.equal(found[f"module.{name}"], gradient), name  # type: ignore[arg-type]
+    assert_same_training(wrapped, model)
     with pytest.raises(RetrofitError, match=r"DistributedDataParallel.*model\.module"):
         add_se(nn.parallel.DistributedDataParallel(remove_se(model)))
 
@@ -243,12 +154,9 @@ def test_fully_sharded_data_parallel(tmp_path: Path) -> None:
     for block in (sharded.layer1[0], sharded.layer2[0]):
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    expected = gradients(model, X)
-    generator = torch.Generator().manual_seed(17)
-    y = run(sharded, X)[0]
-    (y * torch.randn(y.shape, generator=generator)).sum().backward()
-    for name, parameter in sharded.named_parameters():
-        torch.testing.assert_close(parameter.grad.full_tensor(), expected[name], rtol=1e-3, atol=1e-4)
+    found, expected = gradients(sharded, X), gradients(model, X)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name].full_tensor(), gradient, rtol=1e-3, atol=1e-4)
     assert set(sharded.state_dict()) == set(model.state_dict())
     with pytest.raises(RetrofitError, match=r"undo that first|FSDP"):
         remove_se(sharded)
@@ -257,20 +165,15 @@ def test_fully_sharded_data_parallel(tmp_path: Path) -> None:
             look(sharded)
 
 
-def test_an_ema_copy_follows() -> None:
-    model = small().train()
-    ema = ModelEmaV3(model, decay=0.5)
-    assert has_se(ema.module)
-    expected = {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
+def test_averaged_copies_follow() -> None:
+    model = small()
+    ema, averaged = ModelEmaV3(model, decay=0), torch.optim.swa_utils.AveragedModel(model)
+    randomise_se(model, seed=6)
     ema.update(model)
-    for name, parameter in ema.module.named_parameters():
-        torch.testing.assert_close(parameter, expected[name] + 0.5)
-    averaged = torch.optim.swa_utils.AveragedModel(model)
     averaged.update_parameters(model)
-    assert has_se(averaged.module)
+    for copied in (ema.module, averaged.module):
+        assert has_se(copied)
+        assert_same_function(copied, model, X)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -290,12 +193,10 @@ def test_data_parallel_and_functional_call() -> None:
 @pytest.mark.parametrize("name", swept(["test_resnet", "test_convnext"], ["mobilenetv2_100", "regnetx_002"]))
 def test_timms_gradient_checkpointing(name: str) -> None:
     model = randomised(timm.create_model(name, num_classes=4)).train()
-    retrofitted = randomise_se(add_se(model), std=0.1)
-    plain = copy.deepcopy(retrofitted)
+    plain = randomise_se(add_se(model), std=0.1)
+    retrofitted = copy.deepcopy(plain)
     retrofitted.set_grad_checkpointing(True)
-    found, expected = gradients(retrofitted, X), gradients(plain, X)
-    for parameter, gradient in expected.items():
-        assert torch.equal(found[parameter], gradient), parameter  # type: ignore[arg-type]
+    assert_same_training(retrofitted, plain)
     model.set_grad_checkpointing(True)
     assert len(se_modules(add_se(model))) == len(se_modules(plain))
 
@@ -305,17 +206,15 @@ def test_memory_efficient_densenets(library: str) -> None:
     def build(efficient: bool) -> nn.Module:
         torch.manual_seed(0)
         if library == "timm":
-            return timm.create_model("densenet121", block_config=(2, 2), num_classes=4, memory_efficient=efficient)
-        return torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4, memory_efficient=efficient)
+            model = timm.create_model("densenet121", block_config=(2, 2), num_classes=4, memory_efficient=efficient)
+        else:
+            model = torchvision.models.DenseNet(8, (2, 2), 16, num_classes=4, memory_efficient=efficient)
+        return randomise_se(add_se(randomised(model).eval()))
 
-    plain, efficient = randomised(build(False)).eval(), randomised(build(True)).eval()
-    retrofitted = add_se(efficient)
-    assert len(se_modules(retrofitted)) == 4
-    ours, theirs = randomise_se(add_se(efficient)), randomise_se(add_se(plain))
-    assert_same_function(ours, theirs, X)
-    found, expected = gradients(retrofitted.train(), X), gradients(plain.train(), X)
-    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())  # type: ignore[arg-type]
-    assert same_tensors(run(ours.train(), X), run(theirs.train(), X))
+    plain, efficient = build(False), build(True)
+    assert len(se_modules(efficient)) == 4
+    assert_same_function(efficient, plain, X)
+    assert_same_training(efficient, plain)
 
 
 @pytest.mark.parametrize("name", swept(["repvgg_a0"], ["mobileone_s0"]))
@@ -343,9 +242,8 @@ def test_timms_feature_api(name: str) -> None:
         assert torch.equal(features, model.forward_features(X))
         assert torch.equal(retrofitted.forward_head(features), model(X))
         if hasattr(model, "forward_intermediates"):
-            final, steps = retrofitted.forward_intermediates(X)
-            expected, expected_steps = model.forward_intermediates(X)
-            assert same_tensors([final, *steps], [expected, *expected_steps])
+            found, expected = (tree_leaves(net.forward_intermediates(X)) for net in (retrofitted, model))
+            assert same_tensors(found, expected)
         retrofitted.reset_classifier(7)
         assert retrofitted(X).shape == (2, 7)
         assert torch.equal(retrofitted.forward_features(X), features)
@@ -380,4 +278,91 @@ def test_blocks_stay_instances_of_their_classes_with_source_and_names() -> None:
     assert len({type(m) for m in model.modules() if isinstance(m, Bottleneck)}) == 1
     before, after = inspect.getsource(Bottleneck.forward), inspect.getsource(type(block).forward)
     assert after == before.replace("out = self.bn3(out)", "out = self.se_attention(self.bn3(out))") != before
+    assert inspect.getsource(type(block)) == inspect.getsource(Bottleneck)
     assert inspect.signature(block.forward) == inspect.signature(Bottleneck(64, 16).forward)
+
+
+# Blocks whose class says how it is copied and pickled ---------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(self.conv1(x).relu()))
+
+
+def rebuilt(cls: type[Block], width: int, state: dict[str, Any]) -> Block:
+    block = cls(width)
+    block.load_state_dict(state)
+    return block
+
+
+class Reduced(Block):
+    def __reduce__(self) -> Any:
+        return rebuilt, (type(self), self.width, self.state_dict())
+
+
+class ReducedByName(Block):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuilt, (ReducedByName, self.width, self.state_dict())
+
+
+class Stateful(Block):
+    def __getstate__(self) -> Any:
+        return {"width": self.width, "tensors": self.state_dict()}
+
+    def __setstate__(self, state: Any) -> None:
+        self.__init__(state["width"])  # type: ignore[misc]
+        self.load_state_dict(state["tensors"])
+
+
+class ReducedWithState(Stateful):
+    def __reduce__(self) -> Any:
+        return type(self), (self.width,), self.__getstate__()
+
+
+class NewWithArguments(Block):
+    def __new__(cls, width: int) -> Any:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> Any:
+        return (self.width,)
+
+
+class Parent(Block):
+    """A child knows the block that it is in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        vars(self.conv1)["parent"] = self
+
+
+CLASSES = [Reduced, ReducedByName, Stateful, ReducedWithState, NewWithArguments, Parent]
+WAYS: dict[str, Callable[[Any], Any]] = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+
+
+@pytest.mark.parametrize(("inplace", "change"), [(False, nn.Identity()), (True, fuse_se)], ids=["copied", "fused"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_block_is_copied_as_its_class_says_with_its_se(cls: Any, way: str, inplace: bool, change: Any) -> None:
+    original = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), cls(8))).eval()
+    before, keys = snapshot(original), list(original.state_dict())
+    model = change(randomise_se(add_se(original, 2, inplace=inplace))).eval()  # the copy of a rebuilt one trains
+    if not inplace:
+        assert_untouched(original, before)
+    again = WAYS[way](model).eval()
+    assert type(again[1]) is type(model[1])
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert same_tensors(list(again.state_dict().values()), list(model.state_dict().values()))
+    assert not {id(t) for t in again.parameters()} & {id(t) for t in model.parameters()}
+    assert_same_function(again, model, X)
+    removed = remove_se(again)
+    assert type(removed[1]) is cls
+    assert list(removed.state_dict()) == keys
+    if cls is Parent:
+        assert again[1].conv1.parent is again[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,30 +17,20 @@ from networks import (
     Network,
     assert_same_function,
     assert_untouched,
-    gradients,
     random_states,
-    randomise_se,
-    run,
-    same_tensors,
     se_keys,
     se_modules,
     snapshot,
 )
+from numeric import check_promises
 from sweeps import swept
 from torch import nn
 
 import se_retrofit.surgery.splice.carry
-from se_retrofit import RetrofitError, SEAttention, add_se, has_se, plan_of, plan_se, remove_se
+from se_retrofit import RetrofitError, add_se, has_se, plan_of, plan_se, remove_se
 from se_retrofit.models import Base
 
 Pair = tuple[Network, nn.Module, nn.Module]
-
-
-@lru_cache(maxsize=2)
-def _pair(name: str) -> Pair:
-    network = NETWORKS[name]
-    model = network.build()
-    return network, model, add_se(model)
 
 
 # Small networks of most kinds of block; the sweeps take one of each further structure. What a network computes and how it trains
@@ -55,35 +44,18 @@ IN_SWEEPS = (
 @pytest.fixture(scope="module", params=swept(EVERY_TIME, IN_SWEEPS))
 def pair(request: pytest.FixtureRequest) -> Pair:
     """A network, a model of it, and the retrofitted model. Tests copy what they change."""
-    return _pair(request.param)
+    network = NETWORKS[request.param]
+    model = network.build()
+    return network, model, add_se(model)
 
 
 # 1. Same function ---------------------------
 
 
-def test_outputs_are_equal_bit_for_bit_in_eval_mode_at_any_size_and_batch(pair: Pair) -> None:
-    network, model, retrofitted = pair
-    for x in (network.input(batch=2), network.input(batch=1, wider=32), network.input(batch=3)):
-        assert_same_function(retrofitted, model, x)
-
-
-def test_in_train_mode_outputs_gradients_and_statistics_are_equal_and_each_se_module_learns(pair: Pair) -> None:
-    network, model, retrofitted = pair
-    model, retrofitted = copy.deepcopy(model).train(), copy.deepcopy(retrofitted).train()
-    calls: list[str] = []
-    for path, se in se_modules(retrofitted).items():
-        se.register_forward_hook(lambda *_, path=path: calls.append(path))
-    x = network.input(train=True)
-    ours, theirs = gradients(retrofitted, x), gradients(model, x)
-    assert sorted(calls) == sorted(se_modules(retrofitted))
-    assert all(ours[f"{path}.fc.2.weight"].any() for path in calls)
-    assert sum(g is not None and bool(g.count_nonzero()) for g in theirs.values()) > len(theirs) // 2
-    for name, gradient in theirs.items():
-        assert ours[name] is None if gradient is None else torch.equal(ours[name], gradient), name
-    for (name, buffer), other in zip(model.named_buffers(), retrofitted.buffers(), strict=True):
-        assert torch.equal(other, buffer), name
-    with torch.no_grad():
-        assert same_tensors(run(retrofitted, x), run(model, x))
+def test_outputs_gradients_and_statistics_are_the_same_bit_for_bit_at_any_size_and_batch(pair: Pair) -> None:
+    network, model, _ = pair
+    images = network.input(batch=2), network.input(batch=1, wider=32), network.input(batch=3)
+    check_promises(copy.deepcopy(model), lambda net: [net(x) for x in images])
 
 
 # 2. Same object ---------------------------
@@ -138,15 +110,12 @@ def test_classes_attributes_hooks_and_flags_stay(pair: Pair) -> None:
 
 def test_only_se_keys_are_new_and_an_original_checkpoint_loads_with_just_these_missing(pair: Pair) -> None:
     network, model, retrofitted = pair
-    before, after, new = model.state_dict(), retrofitted.state_dict(), se_keys(retrofitted)
-    assert set(after) - set(before) == new
-    assert [key for key in after if key not in new] == list(before)
+    before, new = model.state_dict(), se_keys(retrofitted)
+    assert set(retrofitted.state_dict()) - set(before) == new
     assert [n for n, _ in retrofitted.named_parameters() if n not in new] == [n for n, _ in model.named_parameters()]
     target = copy.deepcopy(retrofitted)
-    for key, value in target.state_dict().items():
-        if key not in new:
-            assert torch.equal(value, before[key]), key
-            value.zero_()
+    for key in before:
+        target.state_dict()[key].zero_()
     result = target.load_state_dict(before, strict=False)
     assert set(result.missing_keys) == new
     assert result.unexpected_keys == []
@@ -157,17 +126,11 @@ def test_only_se_keys_are_new_and_an_original_checkpoint_loads_with_just_these_m
 
 
 def test_remove_se_leaves_no_trace(pair: Pair) -> None:
-    network, model, retrofitted = pair
+    _, model, retrofitted = pair
     before, after, shown = snapshot(model), snapshot(retrofitted), repr(model)
-    removed = remove_se(retrofitted)
-    assert_untouched(retrofitted, after)
-    assert [(path, type(m)) for path, m in removed.named_modules()] == [
-        (path, type(m)) for path, m in model.named_modules()
-    ]
-    assert list(removed.state_dict()) == list(model.state_dict())
-    assert_same_function(removed, model, network.input())
     with pytest.raises(RetrofitError, match="nothing to remove"):
-        remove_se(removed)
+        remove_se(remove_se(retrofitted))
+    assert_untouched(retrofitted, after)
     parameters = {id(p) for p in model.parameters()}
     assert add_se(model, inplace=True) is model
     assert parameters <= {id(p) for p in model.parameters()}
@@ -178,13 +141,10 @@ def test_remove_se_leaves_no_trace(pair: Pair) -> None:
     assert repr(model) == shown
 
 
-def test_a_plan_a_copy_and_a_failure_half_way_leave_the_model_untouched(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_and_a_failure_half_way_leave_the_model_untouched(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, _ = pair
     before = snapshot(model)
     plan_se(model)
-    add_se(model, reduction=4, gate="sigmoid", bias=True)
     assert_untouched(model, before)
     real, done = se_retrofit.surgery.splice.carry.apply_edits, []
 
@@ -197,7 +157,7 @@ def test_a_plan_a_copy_and_a_failure_half_way_leave_the_model_untouched(
     monkeypatch.setattr(se_retrofit.surgery.splice.carry, "apply_edits", failing)
     with pytest.raises(MemoryError, match="in the middle"):
         add_se(model, inplace=True)
-    assert done
+    assert done[0]
     assert_untouched(model, before)
 
 
@@ -231,20 +191,7 @@ def test_nothing_is_monkey_patched() -> None:
         assert now == then, thing
 
 
-# 7. A good citizen (more in test_citizen.py) ---------------------------
-
-
-def test_copies_pickles_and_state_dicts_are_those_of_a_retrofitted_network(pair: Pair) -> None:
-    network, model, retrofitted = pair
-    changed = randomise_se(copy.deepcopy(retrofitted))
-    loaded = add_se(model)
-    loaded.load_state_dict(changed.state_dict())
-    for twin in (copy.deepcopy(changed), pickle.loads(pickle.dumps(changed)), loaded):
-        assert_same_function(twin, changed, network.input())
-        assert [type(m) for m in twin.modules()] == [type(m) for m in changed.modules()]
-        assert plan_of(twin) == plan_of(retrofitted)
-        assert not {t.data_ptr() for t in twin.parameters()} & {t.data_ptr() for t in changed.parameters()}
-
+# 7. A good citizen: test_citizen.py, and for each attention tests/attention/test_citizens.py ---------------------------
 
 # 8. Honest refusal ---------------------------
 
@@ -267,20 +214,3 @@ def test_blocks_that_have_attention_already_are_listed_and_left_as_they_are() ->
     assert left == {path.rpartition(".block.")[0] for path in native}
     assert not left & {site.block for site in plan.sites}
     assert f"features.1, features.4, features.5 and {len(left) - 3} more: has channel attention already" in str(plan)
-
-
-def test_every_se_module_is_reported_by_the_plan_with_its_true_figures(pair: Pair) -> None:
-    _, model, retrofitted = pair
-    plan = plan_of(retrofitted)
-    found = se_modules(retrofitted)
-    assert {site.path for site in plan.sites} == set(found)
-    for site in plan.sites:
-        se = found[site.path]
-        assert isinstance(se, SEAttention)
-        assert (se.channel, se.channel_dim) == (site.channels, site.channel_dim)
-        assert se.hidden == max(site.channels // 8, 4)
-        assert site.parameters == sum(p.numel() for p in se.parameters())
-        assert isinstance(model.get_submodule(site.block), nn.Module)
-    added = sum(p.numel() for p in retrofitted.parameters()) - sum(p.numel() for p in model.parameters())
-    assert plan.parameters == added
-    assert f"{len(plan.sites)} SE modules, {added:,} parameters" in str(plan)

@@ -21,17 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torchvision.models import MobileNetV2
 
-from se_retrofit import (
-    RetrofitError,
-    add_se,
-    fuse_se,
-    has_se,
-    inspect_se,
-    plan_of,
-    plan_se,
-    remove_se,
-    save_retrofitted,
-)
+from se_retrofit import RetrofitError, add_se, fuse_se, inspect_se, plan_of, plan_se, remove_se, save_retrofitted
 from se_retrofit.attention import ATTENTIONS
 from se_retrofit.fusion import unfuse_se
 from se_retrofit.inspection import excitations
@@ -48,6 +38,11 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "ConvNeXt": lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
     "dense": lambda: DenseNet(growth_rate=8, block_config=(2, 2)),
 }
+# whether it is called in the mode, and options
+CASES = swept(
+    [(True, {})],
+    [(False, {}), (True, {"gate": "sigmoid"}), *((True, {"attention": a}) for a in (SEModule, *ATTENTIONS))],
+)
 
 
 @pytest.fixture
@@ -55,25 +50,16 @@ def mode() -> FakeTensorMode:
     return FakeTensorMode()
 
 
-def on_fake_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def on_fake_cuda(kind: str, mode: FakeTensorMode) -> nn.Module:
     """The network with fake tensors of its shapes in place of its own. Some can't be built of them from the start: their
     constructors read values."""
 
     def fake(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
+    network = KINDS[kind]()
     with mode:
-        return model._apply(fake)
-
-
-@pytest.fixture(params=swept(["residual", "ConvNeXt"], ["inverted", "dense"]))
-def network(request: pytest.FixtureRequest, mode: FakeTensorMode) -> nn.Module:
-    return on_fake_cuda(KINDS[request.param](), mode)
-
-
-@pytest.fixture(params=swept(["in the mode"], ["outside of it"]))
-def where(request: pytest.FixtureRequest, mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
-    return mode if request.param == "in the mode" else contextlib.nullcontext()
+        return network._apply(fake)
 
 
 def runs_on_cuda(model: nn.Module, mode: FakeTensorMode) -> bool:
@@ -86,54 +72,40 @@ def runs_on_cuda(model: nn.Module, mode: FakeTensorMode) -> bool:
     return {str(t.device) for t in (y, z, *model.parameters(), *model.buffers())} == {"cuda:0"}
 
 
-@pytest.mark.parametrize(
-    "options",
-    swept([{}], [{"attention": SEModule}, {"gate": "sigmoid"}, *({"attention": name} for name in ATTENTIONS)]),
-)
-def test_every_se_parameter_is_on_the_models_device(
-    network: nn.Module, mode: FakeTensorMode, options: dict[str, Any]
-) -> None:
-    before = torch.get_rng_state()
-    model = add_se(network, **options)
-    new = model.state_dict().keys() - network.state_dict().keys()
-    assert len(new) >= len(plan_se(network).sites)
-    assert {str(model.state_dict()[key].device) for key in new} == {"cuda:0"}
-    assert all(value.fake_mode is mode for value in model.state_dict().values())
-    assert torch.equal(torch.get_rng_state(), before)
-    assert runs_on_cuda(model, mode)
-
-
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", swept(["residual", "ConvNeXt"], ["inverted", "dense"]))
 def test_the_surgery_does_on_cuda_what_it_does_elsewhere(
-    network: nn.Module, mode: FakeTensorMode, where: contextlib.AbstractContextManager[Any]
+    kind: str, case: tuple[bool, dict[str, Any]], mode: FakeTensorMode
 ) -> None:
-    keys = list(network.state_dict())
-    with where:
-        model = add_se(network, inplace=True)
-        assert has_se(model)
+    (inside, options), network = case, on_fake_cuda(kind, mode)
+    before, state = torch.get_rng_state(), network.state_dict()
+    with mode if inside else contextlib.nullcontext():
+        model = add_se(network, **options)
+        new = model.state_dict().keys() - state.keys()
+        assert len(new) >= len(plan_se(network).sites)
+        assert all(value.fake_mode is mode for value in model.state_dict().values())
         assert [row.path for row in inspect_se(model).report().rows] == [site.path for site in plan_of(model).sites]
         assert runs_on_cuda(model, mode)
         remove_se(model, inplace=True)
         assert runs_on_cuda(model, mode)
-    assert list(model.state_dict()) == keys
-
-
-def test_a_fused_network_runs_on_cuda(mode: FakeTensorMode, where: contextlib.AbstractContextManager[Any]) -> None:
-    model = on_fake_cuda(KINDS["residual"](), mode)
-    with where:
-        fused = fuse_se(add_se(model))
-        assert runs_on_cuda(fused, mode)
-        assert runs_on_cuda(unfuse_se(fused), mode)
+        assert model.state_dict().keys() == state.keys()
+        if kind == "residual" and not options:
+            fused = fuse_se(add_se(network))
+            assert runs_on_cuda(fused, mode)
+            assert runs_on_cuda(unfuse_se(fused), mode)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_needs_values_says_that_there_are_none(tmp_path: Path, mode: FakeTensorMode) -> None:
-    model = add_se(on_fake_cuda(KINDS["residual"](), mode))
+    model = add_se(on_fake_cuda("residual", mode))
     file = save_se(add_se(KINDS["residual"]()), tmp_path / "real.safetensors")
-    with pytest.raises(RetrofitError, match="fake tensor"):
-        load_se(on_fake_cuda(KINDS["residual"](), mode), file)
-    with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor"):
-        save_retrofitted(model, tmp_path / "saved")
-    with pytest.raises(RetrofitError, match="fake tensor"):
-        save_se(model, tmp_path / "se.safetensors")
-    with pytest.raises(RetrofitError, match=r"conv1\.0\.weight is a fake tensor"):
-        excitations(model, [torch.randn(1, 3, 64, 64)])
+    calls: dict[Callable[[], Any], str] = {
+        lambda: load_se(on_fake_cuda("residual", mode), file): "fake tensor",
+        lambda: save_se(model, tmp_path / "se.safetensors"): "fake tensor",
+        lambda: save_retrofitted(model, tmp_path / "saved"): r"conv1\.0\.weight is a fake tensor",
+        lambda: excitations(model, [torch.randn(1, 3, 64, 64)]): r"conv1\.0\.weight is a fake tensor",
+    }
+    for call, fact in calls.items():
+        with pytest.raises(RetrofitError, match=fact):
+            call()
     assert list(tmp_path.iterdir()) == [file]

@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,13 +23,20 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what the libraries warn of 
 
 def transformers(name: str, **config: Any) -> nn.Module:
     library = pytest.importorskip("transformers")
-    model: nn.Module = getattr(library, f"{name}ForImageClassification")(getattr(library, f"{name}Config")(**config))
-    return model
+    return getattr(library, f"{name}ForImageClassification")(getattr(library, f"{name}Config")(**config))
 
 
 def regnet(layer: str) -> nn.Module:
     widths = {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2], "groups_width": 8}
     return transformers("RegNet", **widths, layer_type=layer, num_labels=5)
+
+
+def resnet() -> nn.Module:
+    return transformers("ResNet", embedding_size=8, hidden_sizes=[16, 24], depths=[2, 2], layer_type="bottleneck")
+
+
+def convnext() -> nn.Module:
+    return transformers("ConvNextV2", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1])
 
 
 def unet() -> nn.Module:
@@ -41,20 +49,13 @@ def segresnet() -> nn.Module:
     return pytest.importorskip("monai.networks.nets").SegResNet(**options, blocks_down=(1, 2), blocks_up=(1,))
 
 
+IMAGES, VOLUMES = (2, 3, 64, 64), (1, 2, 16, 16, 16)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "transformers' ResNet": (
-        lambda: transformers("ResNet", embedding_size=8, hidden_sizes=[16, 24], depths=[2, 2], layer_type="bottleneck"),
-        (2, 3, 64, 64),
-        4,
-    ),
-    "transformers' ConvNeXtV2": (
-        lambda: transformers("ConvNextV2", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1]),
-        (2, 3, 64, 64),
-        5,
-    ),
-    "transformers' RegNetX": (lambda: regnet("x"), (2, 3, 64, 64), 3),
-    "segmentation models' U-Net": (unet, (2, 3, 64, 64), 8),
-    "MONAI's SegResNet, on volumes": (segresnet, (1, 2, 16, 16, 16), 4),
+    "transformers' ResNet": (resnet, IMAGES, 4),
+    "transformers' ConvNeXtV2": (convnext, IMAGES, 5),
+    "transformers' RegNetX": (partial(regnet, "x"), IMAGES, 3),
+    "segmentation models' U-Net": (unet, IMAGES, 8),
+    "MONAI's SegResNet, on volumes": (segresnet, VOLUMES, 4),
 }
 
 

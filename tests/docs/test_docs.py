@@ -5,10 +5,12 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -151,13 +153,44 @@ def test_examples_run(script: Path, run_script: Callable[..., str]) -> None:
 
 
 @pytest.mark.sweep
-def test_the_surgery_benchmark_runs(run_script: Callable[..., str]) -> None:
-    arguments = ("--rounds", "1", "--networks", "torchvision/resnet18", "--depths", "1")
-    assert "| torchvision/resnet18 | 8 |" in run_script(ROOT / "benchmarks" / "surgery.py", *arguments)
+@pytest.mark.parametrize(
+    ("name", "arguments", "says", "times"),
+    [
+        ("surgery", "--networks torchvision/resnet18 --depths 1", "| torchvision/resnet18 | 8 |", 1),
+        ("inference", "--device cpu --batch 2 --size 64 --plain resnet18 --native seresnet18", "retrofitted |", 2),
+    ],
+)
+def test_benchmarks_run(name: str, arguments: str, says: str, times: int, run_script: Callable[..., str]) -> None:
+    output = run_script(ROOT / "benchmarks" / f"{name}.py", "--rounds", "1", *arguments.split())
+    assert output.count(says) == times
+
+
+# what each needs, and what it must say
+TRAINERS = {
+    "trainer_detection.py": (None, ["8 SE modules", "the loss has fallen: True", "same boxes: True"]),
+    "trainer_lightning.py": ("lightning", ["same outputs: True", "right: 100%"]),
+    "trainer_monai.py": ("monai", ["4 SE modules", "the loss has fallen: True", "same mask: True"]),
+    "trainer_segmentation.py": (None, ["16 SE modules", "the loss has fallen: True", "same scores: True"]),
+    "trainer_transformers.py": ("transformers", ["same outputs: True", "right: 100%"]),
+    "trainer_ultralytics.py": ("ultralytics", ["DetectionModel with 10 SE modules", "the base's weights: True"]),
+}
+
+
+def test_every_trainer_example_has_a_test() -> None:
+    assert sorted(path.name for path in (ROOT / "examples").glob("trainer_*.py")) == sorted(TRAINERS)
 
 
 @pytest.mark.sweep
-def test_the_inference_benchmark_runs(run_script: Callable[..., str]) -> None:
-    arguments = ("--rounds", "1", "--batch", "2", "--size", "64", "--plain", "resnet18", "--native", "seresnet18")
-    output = run_script(ROOT / "benchmarks" / "inference.py", "--device", "cpu", *arguments)
-    assert output.count("retrofitted |") == 2
+@pytest.mark.parametrize("name", sorted(TRAINERS))
+def test_a_retrofitted_network_trains_and_is_saved_by(name: str, tmp_path: Path) -> None:
+    package, said = TRAINERS[name]
+    if package is not None:
+        pytest.importorskip(package)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, ROOT / "examples" / name]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    for line in said:
+        assert line in done.stdout

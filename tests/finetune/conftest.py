@@ -1,19 +1,30 @@
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from pictures import make_folder
-from tiny import tiny_data
+from tiny import RECIPE, Finished, config, trained
 
-from se_retrofit.finetune import NamedData
+from se_retrofit import add_se
+from se_retrofit.finetune import load_data
 from se_retrofit.finetune.log import Log
+
+PICTURES = Log.pictures
 
 
 @pytest.fixture(scope="session")
-def digits() -> NamedData:
-    return tiny_data()
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run on the digits, by ``RECIPE``, for tests that leave its folder as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = trained(recipe=RECIPE, output_dir=folder, quiet=False)
+    return Finished(folder, config(**RECIPE), result, said.getvalue().splitlines())
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +33,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("pictures"))
 
 
-PICTURES = Log.pictures
+@pytest.fixture(scope="session")
+def result(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    """The folder of a run on ``pictures``, for tests that leave it as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = add_se(timm.create_model("test_resnet", num_classes=2))
+    recipe = {"epochs": 2, "batch_size": 8, "image_size": 64, "transform_options": {"scale": (0.8, 1.0)}}
+    folder = tmp_path_factory.mktemp("run")
+    trained(model, load_data(pictures), recipe=recipe, output_dir=folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

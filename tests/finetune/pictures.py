@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 
-def make_folder(root: Path) -> Path:
-    """An image folder of two classes, red and blue, in the layout of ImageNet."""
+def make_folder(root: Path, names: tuple[str, ...] = ("blue", "red")) -> Path:
+    """An image folder in the layout of ImageNet, whose classes differ in their colours: 12 and 5 pictures of each."""
     generator = np.random.default_rng(0)
     for part, count in (("train", 12), ("val", 5)):
-        for name, channel in (("blue", 2), ("red", 0)):
+        for name, channel in zip(names, (2, 0, 1), strict=False):
             place = root / part / name
             place.mkdir(parents=True)
             for number in range(count):
@@ -21,6 +21,12 @@ def make_folder(root: Path) -> Path:
                 pixels[:, :, channel] += 180
                 Image.fromarray(pixels).save(place / f"{number}.{'png' if number % 2 else 'jpg'}")
     return root
+
+
+def cut_short(image: Path) -> Path:
+    """The file of an image, without its end."""
+    image.write_bytes(image.read_bytes()[:200])
+    return image
 
 
 def make_cifar10(root: Path) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from sweeps import swept
-from tiny import config, network, trained
+from tiny import config, digits, network, rows_in, trained
+from torch import nn
 
 from se_retrofit import RetrofitError, has_se
-from se_retrofit.finetune import Comparison, Contrast, NamedData, compare, comparing
+from se_retrofit.finetune import Comparison, Contrast, compare, comparing
 from se_retrofit.finetune.comparing import Arm
 
 
@@ -82,17 +83,15 @@ def test_the_verdict_is_plain(plain: list[float], se: list[float], images: int, 
     assert says in str(found)
 
 
-def test_se_is_compared_with_as_many_places_without_a_squeeze() -> None:
+def test_se_is_compared_with_as_many_places_without_a_squeeze_and_the_intervals_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(comparing, "save_figure", lambda figure, file: figures.append(figure))
     found = comparison([0.90, 0.91, 0.92], [0.95, 0.96, 0.971], images=100_000, static=[0.949, 0.961, 0.970])
     assert [(c.name, c.other) for c in found.contrasts] == [("se", "plain"), ("static", "plain"), ("se", "static")]
     for contrast, said in zip(found.contrasts, ("better", "better", "within the noise"), strict=True):
         assert said in contrast.verdict
-
-
-def test_the_intervals_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(comparing, "save_figure", lambda figure, file: figures.append(figure))
-    found = comparison([0.90, 0.91, 0.92], [0.95, 0.96, 0.971], static=[0.949, 0.955, 0.970])
     found.plot(tmp_path / "comparison.png")
     (axes,) = figures[0].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["se - plain", "static - plain", "se - static"]
@@ -104,57 +103,51 @@ def test_the_intervals_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert mean == pytest.approx([100 * contrast.difference])
 
 
+def compared(model: nn.Module, **options: Any) -> Comparison:
+    given: dict[str, Any] = {"config": config(), "seeds": 1, "quiet": True}
+    return compare(model, digits().train, digits().val, **{**given, **options})
+
+
 @pytest.mark.parametrize("seeds", swept([1], [2]))
 def test_all_arms_start_from_the_same_weights_take_as_many_steps_and_go_on_where_they_were(
-    digits: NamedData, tmp_path: Path, seeds: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, seeds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = network(se=False)
-
-    def run() -> Comparison:
-        return compare(
-            plain, digits.train, digits.val, config=config(seed=3), seeds=seeds, se_options={"reduction": 4},
-            output_dir=tmp_path, quiet=True,
-        )  # fmt: skip
-
-    found = run()
+    options = {"config": config(seed=3), "seeds": seeds, "se_options": {"reduction": 4}, "output_dir": tmp_path}
+    found = compared(plain, **options)
     assert not has_se(plain)
     assert found.seeds == [3, 4][:seeds]
     assert found.arms["se"].parameters > found.arms["static"].parameters > found.arms["plain"].parameters
     for arm in found.arms.values():
         assert arm.right.shape == (seeds, 50)
         assert arm.right.double().mean(1).tolist() == pytest.approx(arm.accuracies)
-    files = [tmp_path / f"{arm}-3" / "metrics.jsonl" for arm in ("plain", "se", "static")]
-    first = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    first = [rows_in(tmp_path / f"{arm}-3" / "metrics.jsonl")[0] for arm in ("plain", "se", "static")]
     gates = [row.pop("gates", None) for row in first]
     assert first[0] == first[1] == first[2]  # the evaluation before any step
     assert gates[0] is None
     assert gates[1] == gates[2]  # all 1
     assert (tmp_path / "comparison.png").exists()
     assert json.loads((tmp_path / "comparison.json").read_text()) == json.loads(json.dumps(found.to_dict()))
-    alone = trained(network(se=False), digits, recipe={"seed": found.seeds[-1]})
+    alone = trained(network(se=False), recipe={"seed": found.seeds[-1]})
     assert alone.best_accuracy == found.arms["plain"].accuracies[-1]
 
     state = tmp_path / "se-3" / "last" / "training.json"
     written = state.stat().st_mtime_ns
     (tmp_path / "comparison.json").unlink()
     monkeypatch.setattr(comparing, "processes", lambda: (1, 2))  # the other one writes
-    again = run()
+    again = compared(plain, **options)
     assert not (tmp_path / "comparison.json").exists()
     assert again == found
     assert torch.equal(again.arms["se"].right, found.arms["se"].right)
     assert state.stat().st_mtime_ns == written
 
 
-def test_norms_or_the_head_alone_are_arms_and_a_plain_network_beside_frozen_ones_trains_its_head(
-    digits: NamedData,
-) -> None:
+def test_norms_or_the_head_alone_are_arms_and_a_plain_network_beside_frozen_ones_trains_its_head() -> None:
     arms = ("plain", "se", "norms", "head")
-    found = compare(
-        network(se=False), digits.train, digits.val, config=config(trainable="se+head"), seeds=1, arms=arms, quiet=True
-    ).arms  # fmt: skip
+    found = compared(network(se=False), config=config(trainable="se+head"), arms=arms).arms
     model = network(se=False)
     head = sum(p.numel() for p in model.get_classifier().parameters())
-    norms = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters())
+    norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
     assert found["plain"].accuracies == found["head"].accuracies
     assert found["plain"].trained == head
     assert (found["head"].trained, found["norms"].trained) == (head, head + norms)
@@ -171,7 +164,7 @@ def test_norms_or_the_head_alone_are_arms_and_a_plain_network_beside_frozen_ones
         ({"model": network()}, "retrofitted already"),
     ],
 )
-def test_mistakes_are_refused(digits: NamedData, changes: dict[str, Any], says: str) -> None:
-    given = {"model": network(se=False), "train_data": digits.train, "val_data": digits.val, "config": config()}
+def test_mistakes_are_refused(changes: dict[str, Any], says: str) -> None:
+    given = {"model": network(se=False), "train_data": digits().train, "val_data": digits().val, "config": config()}
     with pytest.raises(RetrofitError, match=says):
-        compare(**{**given, **changes})  # type: ignore[arg-type]
+        compare(**{**given, **changes})

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
-from tiny import classifier, config, network, same, state_of, trained
+from tiny import Items, classifier, config, digits, network, same, state_of, trained
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision.ops import sigmoid_focal_loss
 
 from se_retrofit import RetrofitError
-from se_retrofit.finetune import NamedData, evaluate, finetune
+from se_retrofit.finetune import evaluate
 from se_retrofit.finetune.criteria import FocalLoss, criterion_of
 from se_retrofit.finetune.data import Order
 from se_retrofit.finetune.targets import class_counts, image_weights, targets_of
@@ -33,31 +33,15 @@ def imbalanced(images: int, seed: int) -> TensorDataset:
     return TensorDataset(points[:, :, None, None], targets)
 
 
-@pytest.mark.sweep
-def test_on_imbalanced_classes_balanced_weights_and_sampling_beat_the_default() -> None:
-    train, val = imbalanced(1000, 1), imbalanced(1000, 2)
-    recipe = {
-        "epochs": 6, "batch_size": 50, "lr": 0.03, "weight_decay": 0.0, "label_smoothing": 0.0, "best_metric": "recall",
-        "log_every": 100,
-    }  # fmt: skip
-    default, loss, sampling = (
-        trained(classifier(8, 2), train, val, {**recipe, "balance": how}) for how in (None, "loss", "sampling")
-    )
-    assert (default.best_accuracy or 0) > 0.93  # which says nothing: 95 % are of one class
-    for balanced in (loss, sampling):
-        assert (balanced.best_score or 0) > (default.best_score or 0) + 0.1
-
-
 @pytest.mark.parametrize(("metric", "pick"), [("f1", max), ("loss", min), ("top5", max)])
-def test_the_best_epoch_is_that_of_the_chosen_metric(digits: NamedData, metric: str, pick: Any) -> None:
-    few = NamedData(Subset(digits.train, range(48)), digits.val, 10)
-    result = trained(network(), few, recipe={"epochs": 3, "best_metric": metric})
+def test_the_best_epoch_is_that_of_the_chosen_metric(metric: str, pick: Any) -> None:
+    result = trained(data=digits(48), recipe={"epochs": 3, "best_metric": metric})
     values = {row["epoch"]: row[f"val_{metric}"] for row in result.history[1:]}
     assert result.best_score == pick(values.values())
     assert result.best_epoch is not None
     assert values[result.best_epoch] == result.best_score
     assert result.best_accuracy == result.history[result.best_epoch]["val_accuracy"]
-    assert evaluate(result.model, digits.val, config=config()).scores()[metric] == result.best_score
+    assert evaluate(result.model, digits().val, config=config()).scores()[metric] == result.best_score
 
 
 # Losses
@@ -114,83 +98,45 @@ def test_losses_by_name_and_balanced_weights_are_those_of_the_libraries() -> Non
     assert criterion.weight.tolist() == pytest.approx(list(expected))
 
 
-@pytest.mark.parametrize(
-    ("criterion", "says"),
-    [
-        (lambda logits, targets: F.cross_entropy(logits, targets, reduction="none"), r"shape \(4,\)"),
-        (lambda logits, targets: torch.tensor(1.0), "without a gradient"),
-        (lambda logits, targets: 1.0, r"got 1\.0"),
-    ],
-    ids=["each image", "constant", "number"],
-)
-def test_a_loss_that_cannot_be_learned_from_is_refused(criterion: Any, says: str) -> None:
-    data = TensorDataset(torch.randn(4, 3), torch.arange(4) % 2)
-    with pytest.raises(RetrofitError, match=says):
-        trained(classifier(3, 2), data, criterion=criterion)
-
-
 def own_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, label_smoothing=0.1)
 
 
-def test_an_own_loss_trains_and_its_run_is_not_resumed_with_another_or_a_teacher(
-    digits: NamedData, tmp_path: Path
-) -> None:
+def test_an_own_loss_trains_and_its_run_is_not_resumed_with_another_or_a_teacher(tmp_path: Path) -> None:
     own, named = network(), network()
-    trained(own, digits.train, criterion=own_loss, output_dir=tmp_path)
-    trained(named, digits.train)
+    trained(own, criterion=own_loss, output_dir=tmp_path)
+    trained(named)
     assert same(own.state_dict(), named.state_dict())
     for changes in ({}, {"criterion": nn.CrossEntropyLoss()}, {"criterion": own_loss, "teacher": network(seed=2)}):
         with pytest.raises(RetrofitError, match=r"criterion: |teacher: "):
-            trained(network(), digits.train, output_dir=tmp_path, resume=True, **changes)
+            trained(output_dir=tmp_path, resume=True, **changes)
 
 
 @pytest.mark.sweep
-def test_a_teacher_is_learned_from_and_left_alone(digits: NamedData) -> None:
-    teacher = network(seed=1).train()
-    trained(teacher, digits.train, recipe={"epochs": 10, "lr": 3e-3})
+def test_a_teacher_is_learned_from_and_left_alone() -> None:
+    recipe = {"epochs": 10, "lr": 3e-3}
+    teacher = trained(network(seed=1).train(), digits().train, recipe=recipe).model
     before, modes = state_of(teacher), [module.training for module in teacher.modules()]
     # targets that say nothing: whatever is learned is the teacher's
-    images = torch.stack([digits.train[at][0] for at in range(128)])
+    images = torch.stack([image for image, _ in digits().train])
     blank = TensorDataset(images, torch.full((128, 10), 0.1))
-    recipe = {"epochs": 10, "lr": 3e-3}
-    taught = trained(network(), blank, recipe=recipe, teacher=teacher, distillation=(1.0, 4.0)).model
-    alone = trained(network(), blank, recipe=recipe).model
-    accuracies = [evaluate(model, digits.val, config=config()).accuracy for model in (taught, alone)]
+    taught = trained(None, blank, recipe=recipe, teacher=teacher, distillation=(1.0, 4.0)).model
+    alone = trained(None, blank, recipe=recipe).model
+    accuracies = [evaluate(model, digits().val, config=config()).accuracy for model in (taught, alone)]
     assert accuracies[0] > accuracies[1] + 0.2
     assert same(before, teacher.state_dict())
     assert [module.training for module in teacher.modules()] == modes
-
-
-def test_criteria_and_teachers_that_are_none_are_refused(digits: NamedData) -> None:
-    model = network()
-    for error, says, options in (
-        (TypeError, "function", {"criterion": "focal"}),
-        (TypeError, "function", {"criterion": nn.CrossEntropyLoss}),
-        (RetrofitError, "distillation .*'half'", {"teacher": network(), "distillation": "half"}),
-        (RetrofitError, "has parameters", {"criterion": nn.Bilinear(2, 2, 1)}),
-        (RetrofitError, "own teacher", {"teacher": model}),
-        (RetrofitError, r"distillation .*1\.5", {"teacher": network(), "distillation": (1.5, 4.0)}),
-        (RetrofitError, "the same classes", {"teacher": classifier(3 * 16 * 16, 3)}),
-    ):
-        with pytest.raises(error, match=says):
-            finetune(model, digits.train, config=config(), quiet=True, **options)  # type: ignore[arg-type]
 
 
 # Targets and sampling
 
 
 def test_targets_are_found_without_images() -> None:
-    class Folder(Dataset[Any]):
-        samples: ClassVar[list[tuple[str, int]]] = [("a.png", 2), ("b.png", 0), ("c.png", 2)]
+    def item(index: int) -> Any:
+        raise AssertionError("an image was loaded")
 
-        def __len__(self) -> int:
-            return 3
-
-        def __getitem__(self, index: int) -> Any:
-            raise AssertionError("an image was loaded")
-
-    folder = Folder()
+    folder = Items(3, item)
+    folder.samples = [("a.png", 2), ("b.png", 0), ("c.png", 2)]  # type: ignore[attr-defined]
     for data, found in (
         (folder, [2, 0, 2]), (ConcatDataset([folder, Subset(folder, [1])]), [2, 0, 2, 0]), (DataLoader(folder), [2, 0, 2])
     ):  # fmt: skip
@@ -221,25 +167,37 @@ def test_balanced_sampling_draws_each_class_equally_often_and_alike_on_resume() 
 POINTS = torch.zeros(64, 8, 1, 1)
 
 
+def labelled(targets: Tensor) -> TensorDataset:
+    return TensorDataset(POINTS, targets)
+
+
 @pytest.mark.parametrize(
     ("fields", "data", "says"),
     [
         ({"balance": "sampling"}, DataLoader(imbalanced(64, 0), 32), "sampling.*needs? a Dataset"),
         ({"balance": "loss"}, [(torch.zeros(8, 1, 1), 0)] * 64, "list.*targets"),
         ({"multi_label": True, "loss": "bce"}, imbalanced(64, 0), "vectors of 2 labels"),
-        ({}, TensorDataset(POINTS, torch.zeros(64, 2, dtype=torch.long)), "multi_label=True"),
-        ({"multi_label": True, "loss": "bce"}, TensorDataset(POINTS, torch.full((64, 2), 2)), "0 to 1"),
-        ({}, TensorDataset(POINTS, torch.full((64,), 2)), "class 2, .* 0 to 1.*num_classes"),
-        ({}, TensorDataset(POINTS, torch.full((64,), -1)), "class -1, .* without a label"),
-        ({}, TensorDataset(POINTS, torch.full((64,), 0.5)), r"float32 of shape \(16,\)"),
+        ({}, labelled(torch.zeros(64, 2, dtype=torch.long)), "multi_label=True"),
+        ({"multi_label": True, "loss": "bce"}, labelled(torch.full((64, 2), 2)), "0 to 1"),
+        ({}, labelled(torch.full((64,), 2)), "class 2, .* 0 to 1.*num_classes"),
+        ({}, labelled(torch.full((64,), -1)), "class -1, .* without a label"),
+        ({}, labelled(torch.full((64,), 0.5)), r"float32 of shape \(16,\)"),
         ({}, [(POINTS[0], "cat")] * 64, "'cat', 'cat'"),
         ({}, [(POINTS[0], None)] * 64, "None"),
         ({}, [(POINTS[0], [0, 1]), (POINTS[0], [1])] * 32, "one length"),
+        (
+            lambda logits, targets: F.cross_entropy(logits, targets, reduction="none"),
+            imbalanced(64, 0),
+            r"shape \(16,\)",
+        ),
+        (lambda logits, targets: torch.tensor(1.0), imbalanced(64, 0), "without a gradient"),
+        (lambda logits, targets: 1.0, imbalanced(64, 0), r"got 1\.0"),
     ],
-)  # fmt: skip
-def test_targets_that_do_not_fit_are_refused(fields: dict[str, Any], data: Any, says: str) -> None:
+)
+def test_targets_and_losses_that_do_not_fit_are_refused(fields: Any, data: Any, says: str) -> None:
+    recipe, criterion = (None, fields) if callable(fields) else (fields, None)
     with pytest.raises(RetrofitError, match=says):
-        trained(classifier(8, 2), data, recipe=fields)
+        trained(classifier(8, 2), data, recipe=recipe, criterion=criterion)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -1,4 +1,4 @@
-"""A result stands alone: it knows its classes and transform, is evaluated class by class, and classifies files."""
+"""A result stands alone: it knows its classes and transform, is evaluated class by class, classifies files, and is trained on."""
 
 from __future__ import annotations
 
@@ -15,27 +15,20 @@ import sklearn.metrics
 import timm
 import torch
 from command_line import called as run
+from command_line import said
 from matplotlib.figure import Figure
+from pictures import cut_short, make_folder
 from PIL import Image
-from tiny import config, network, trained
+from safetensors.torch import load_file
+from tiny import config, network, rows_in, state_of, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of, save_retrofitted
+from se_retrofit import RetrofitError, load_retrofitted, save_retrofitted
 from se_retrofit.cli.folders import run_settings
-from se_retrofit.finetune import FinetuneConfig, NamedData, evaluate, load_data, predict, transform_of
-from se_retrofit.models import IMAGES
-
-
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
-    """The folder of a run on red and blue pictures."""
-    torch.manual_seed(0)
-    model = add_se(timm.create_model("test_resnet", num_classes=2))
-    recipe = {"epochs": 2, "batch_size": 8, "image_size": 64, "transform_options": {"scale": (0.8, 1.0)}}
-    folder = tmp_path_factory.mktemp("run")
-    trained(model, load_data(pictures), recipe=recipe, output_dir=folder)
-    return folder
+from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, evaluate, load_data, predict, transform_of
+from se_retrofit.finetune.transforms import class_names
+from se_retrofit.models import IMAGES, Base, load_checkpoint
 
 
 def test_the_result_gives_the_transform_of_its_validation(result: Path, pictures: Path) -> None:
@@ -47,16 +40,15 @@ def test_the_result_gives_the_transform_of_its_validation(result: Path, pictures
     config = timm.data.resolve_data_config({"input_size": (3, 64, 64)}, model=timm.create_model("test_resnet"))
     assert torch.equal(prepared, timm.data.create_transform(**config)(image))
     # so evaluation needs to be told no size, and gives what the run measured
-    best = max(json.loads(line)["val_accuracy"] for line in (result / "metrics.jsonl").read_text().splitlines())
+    best = max(row["val_accuracy"] for row in rows_in(result / "metrics.jsonl"))
     assert evaluate(model, data, config=FinetuneConfig(cpu=True, workers=0)).accuracy == best
     again = load_retrofitted(save_retrofitted(copy.deepcopy(model), result.parent / "again"))
     assert torch.equal(transform_of(again)(image), prepared)
 
 
 def test_a_run_on_tensors_tells_no_transform_but_the_size_that_it_is_evaluated_at(tmp_path: Path) -> None:
-    data = load_data("digits", image_size=16)  # of tensors nothing else tells the size
-    few = NamedData(data.val, data.val, 10)
-    best = trained(network(), few, recipe={"batch_size": 90, "image_size": 16}, output_dir=tmp_path / "run")
+    val = load_data("digits", image_size=16).val  # of tensors nothing else tells the size
+    best = trained(None, val, val, {"batch_size": 90, "image_size": 16}, output_dir=tmp_path / "run")
     with pytest.raises(RetrofitError, match="how its images are prepared"):
         transform_of(best.model)
     saved = tmp_path / "run" / "best"
@@ -65,17 +57,13 @@ def test_a_run_on_tensors_tells_no_transform_but_the_size_that_it_is_evaluated_a
     assert run_settings(tmp_path / "run" / "last") == {}
     again = load_retrofitted(saved, base=network(se=False))
     chosen = FinetuneConfig(**run_settings(saved), cpu=True)
-    assert evaluate(again, data.val, config=chosen).accuracy == best.best_accuracy
+    assert evaluate(again, val, config=chosen).accuracy == best.best_accuracy
 
 
 @pytest.mark.usefixtures("drawn_pictures")
 def test_evaluate_prints_a_table_and_draws_the_confusion(result: Path, pictures: Path, tmp_path: Path) -> None:
-    said = run(
-        "evaluate", result, "--data", pictures, "--confusion", tmp_path / "confusion.png", "--output", tmp_path / "e.json",
-        "--cpu", "--workers", "0",
-    )  # fmt: skip
-    assert said.exit_code == 0, said.output
-    lines = said.output.splitlines()
+    files = ("--confusion", tmp_path / "confusion.png", "--output", tmp_path / "e.json")
+    lines = said("evaluate", result, "--data", pictures, *files, "--cpu", "--workers", "0").splitlines()
     assert lines[1].split() == ["class", "images", "precision", "recall", "F1"]
     assert [line.split()[:2] for line in lines[3:5]] == [["blue", "5"], ["red", "5"]]
     figures = json.loads((tmp_path / "e.json").read_text())
@@ -88,9 +76,8 @@ def test_evaluate_prints_a_table_and_draws_the_confusion(result: Path, pictures:
 
 def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, tmp_path: Path) -> None:
     one = pictures / "train" / "red" / "0.jpg"
-    said = run("predict", result / "best", pictures / "val", one, "--top", "2", "--cpu")
-    assert said.exit_code == 0, said.output
-    rows = list(csv.DictReader(said.output.splitlines()))
+    output = said("predict", result / "best", pictures / "val", one, "--top", "2", "--cpu")
+    rows = list(csv.DictReader(output.splitlines()))
     assert [Path(row["file"]).parent.name for row in rows] == ["blue"] * 5 + ["red"] * 6
     model = load_retrofitted(result / "best")
     with Image.open(rows[7]["file"]) as image, torch.no_grad():
@@ -98,7 +85,7 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     assert rows[7]["class_1"] == ("blue", "red")[int(shares.argmax())]
     assert float(rows[7]["probability_1"]) == pytest.approx(float(shares.max()), abs=1e-5)
     assert float(rows[7]["probability_1"]) + float(rows[7]["probability_2"]) == pytest.approx(1, abs=1e-5)
-    assert run("predict", result, pictures / "val", "--output", tmp_path / "p.csv", "--cpu").output == ""
+    assert said("predict", result, pictures / "val", "--output", tmp_path / "p.csv", "--cpu") == ""
     assert (tmp_path / "p.csv").read_text().splitlines()[0] == "file,class,probability"
     shutil.copytree(pictures / "val", tmp_path / "more")
     shutil.copytree(pictures / "val", tmp_path / "more" / "red" / ".ipynb_checkpoints")
@@ -107,82 +94,108 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     assert {*next(predict(model, [one], top=2)).classes} == {"blue", "1"}
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("predict", "RUN", "pictures/val", "--batch-size", "2"), 1),  # which could not do all
+        (("evaluate", "RUN", "--data", "pictures", "--workers", "0"), 0),
+        (("fold", "RUN", "--data", "pictures", "--tolerance", "100", "--json", "fold.json"), 0),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
 def test_images_that_cannot_be_read_are_named_and_skipped_where_so_asked(
-    result: Path, pictures: Path, tmp_path: Path
+    command: tuple[str, ...], code: int, result: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = Path(shutil.copytree(pictures, tmp_path / "pictures"))
-    bad = folder / "val" / "blue" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:200])
-    for command in (
-        ("predict", result, folder / "val", "--batch-size", "2"), ("evaluate", result, "--data", folder, "--workers", "0"),
-        ("fold", result, "--data", folder, "--tolerance", "100", "--json", tmp_path / "fold.json"),
-    ):  # fmt: skip
-        with pytest.raises(RetrofitError, match=rf"{bad}.*skip"):
-            raise run(*command).exception or AssertionError(command)
-        said = run(*command, "--bad-images", "skip")
-        assert said.output.count(str(bad)) == 1
-        assert said.exit_code == (command[0] == "predict")  # which could not do all
-        if command[0] == "evaluate":
-            assert "9 images: accuracy" in said.output
-        if command[0] == "predict":
-            rows = list(csv.DictReader(said.stdout.splitlines()))
-            names = ["0.jpg", "1.png", "2.jpg", "3.png", "4.jpg"]
-            assert [Path(row["file"]).name for row in rows] == [*names[:1], *names[2:], *names]
-    assert json.loads((tmp_path / "fold.json").read_text())["inputs"] == 9
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, "pictures")
+    bad = cut_short(Path("pictures", "val", "blue", "1.png"))
+    words = [result if word == "RUN" else word for word in command]
+    with pytest.raises(RetrofitError, match=rf"{bad}.*skip"):
+        raise run(*words).exception or AssertionError(command)
+    skipped = run(*words, "--bad-images", "skip")
+    assert skipped.output.count(str(bad)) == 1
+    assert skipped.exit_code == code
+    if command[0] == "predict":
+        rows = list(csv.DictReader(skipped.stdout.splitlines()))
+        names = ["0.jpg", "1.png", "2.jpg", "3.png", "4.jpg"]
+        assert [Path(row["file"]).name for row in rows] == [*names[:1], *names[2:], *names]
+    elif command[0] == "evaluate":
+        assert "9 images: accuracy" in skipped.output
+    else:
+        assert json.loads(Path("fold.json").read_text())["inputs"] == 9
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "code"),
+    ("arguments", "says"),
     [
-        (("predict", "RUN", "nowhere.jpg"), "nowhere.jpg", 1),
-        (("predict", "RUN", "README"), "README can't be read", 1),
-        (("predict", "RUN", "empty"), "empty holds no images", 1),
-        (("evaluate", "empty", "--data", "digits"), "empty holds no network", 1),
-        (("evaluate", "RUN", "--data", "others"), "classes blue, red, .* green, red", 1),
-        (("fold", "RUN", "--data", "others"), "classes blue, red, .* green, red", 1),
-        (("evaluate", "RUN", "--data", "digits", "--split", "tests"), "--split", 2),
-        (("predict", "RUN", "README", "--top", "0"), "--top", 2),
+        (("predict", "RUN", "nowhere.jpg"), "nowhere.jpg"),
+        (("predict", "RUN", "README"), "README can't be read"),
+        (("predict", "RUN", "empty"), "empty holds no images"),
+        (("evaluate", "empty", "--data", "digits"), "empty holds no network"),
+        (("evaluate", "RUN", "--data", "others"), "classes blue, red, .* green, red"),
+        (("fold", "RUN", "--data", "others"), "classes blue, red, .* green, red"),
     ],
 )
 def test_mistakes_are_one_line(
-    arguments: tuple[str, ...], said: str, code: int, result: Path, pictures: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    arguments: tuple[str, ...], says: str, result: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "README").write_text("no image")
-    for name in ("green", "red"):
-        for split in ("train", "val"):
-            shutil.copytree(pictures / split / "red", tmp_path / "others" / split / name)
-    found = run(*(result if argument == "RUN" else argument for argument in arguments))
-    if code == 2:
-        assert found.exit_code == 2
-        assert said in found.output
-    else:
-        with pytest.raises(RetrofitError, match=said):
-            raise found.exception or AssertionError(found.output)
-
-
-@pytest.mark.sweep
-def test_what_add_wrote_is_fine_tuned_as_it_is(tmp_path: Path) -> None:
-    added = tmp_path / "added"
-    assert run("add", "timm/test_resnet", "--reduction", "4", "--include", "layer4.*", "--output", added).exit_code == 0
-    arguments = ("--data", "digits", "--image-size", "16", "--epochs", "1", "--cpu", "--output", tmp_path / "run")
-    said = run("finetune", added, *arguments)
-    assert said.exit_code == 0, said.output
-    again = load_retrofitted(tmp_path / "run" / "best")
-    assert [site.block for site in plan_of(again).sites] == ["layer4.0"]
-    assert plan_of(again).options["reduction"] == 4
-    assert again.num_classes == 10
-    assert run("finetune", added, "--reduction", "8", *arguments).exit_code == 2
+    Path("empty").mkdir()
+    Path("README").write_text("no image")
+    make_folder(Path("others"), ("green", "red"))
+    with pytest.raises(RetrofitError, match=says):
+        raise run(*(result if word == "RUN" else word for word in arguments)).exception or AssertionError(arguments)
 
 
 def test_a_head_for_more_classes_than_the_data_names_is_evaluated(pictures: Path) -> None:
-    found = evaluate(
-        timm.create_model("test_resnet", num_classes=4), load_data(pictures).val, config=config(image_size=32)
-    )
+    model = timm.create_model("test_resnet", num_classes=4)
+    found = evaluate(model, load_data(pictures).val, config=config(image_size=32))
     assert [scores.name for scores in found.classes] == ["blue", "red", "2", "3"]
     assert found.confusion.shape == (4, 4)
+
+
+# Training on
+
+
+@pytest.mark.parametrize(
+    ("names", "recipe", "becomes"),
+    [
+        (("blue", "red"), {"num_classes": 2}, ""),
+        (("green", "yellow"), {}, "the data has green, yellow: the head is kept, "),
+        (("green", "yellow"), {"num_classes": 2}, "the data has green, yellow: the head is new"),
+        (("blue", "green", "red"), {"num_classes": 3}, "the data has blue, green, red: the head is new"),
+    ],
+)
+def test_a_run_begins_with_the_weights_of_a_result_and_says_what_becomes_of_its_head(
+    names: tuple[str, ...], recipe: dict[str, Any], becomes: str, result: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data, begun = load_data(make_folder(tmp_path / "data", names)), {}
+
+    def note(facts: Facts) -> None:
+        if facts.epoch == 0:
+            begun.update(state_of(facts.model))
+
+    model = load_retrofitted(result / "best")
+    recipe = {"batch_size": 8, **recipe}  # the image size is the result's own
+    options: dict[str, Any] = {"output_dir": tmp_path, "callbacks": Callbacks(after_evaluation=note), "quiet": False}
+    found = trained(model, data, recipe=recipe, **options)
+    said = [line for line in capsys.readouterr().out.splitlines() if "was fine-tuned on the classes" in line]
+    assert len(said) == bool(becomes)
+    assert all(f"on the classes blue, red, and {becomes}" in line for line in said)
+    for key, value in load_file(result / "best" / "weights.safetensors").items():
+        same = begun[key].shape == value.shape and torch.equal(begun[key], value)
+        assert same == ("new" not in becomes or not key.startswith("fc.")), key
+    again = load_retrofitted(tmp_path / "best")
+    assert class_names(again) == list(names)
+    assert evaluate(again, data.val, config=config()).accuracy == found.best_accuracy
+
+
+def test_a_result_that_is_given_as_a_checkpoint_is_told_where_it_goes(result: Path) -> None:
+    bare = Base.of("timm/test_resnet", num_classes=2).build()
+    with pytest.raises(RetrofitError, match=r"is a folder, .* its folder goes in MODEL's place"):
+        load_checkpoint(bare, result)
+    with pytest.raises(RetrofitError, match=r"holds SE: give its folder to load_retrofitted, or in MODEL's place"):
+        load_checkpoint(bare, result / "best" / "weights.safetensors")
 
 
 # Scores
@@ -191,15 +204,8 @@ CLASSES = 7
 CONFIG = FinetuneConfig(cpu=True, batch_size=16)
 
 
-class Answers(nn.Module):
-    """Images are the logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1) * self.scale
+# whose images are the logits
+ANSWERS = nn.Sequential(nn.Flatten(), nn.PReLU(init=1.0))
 
 
 def one_class(images: int = 150) -> tuple[Tensor, Tensor]:
@@ -215,7 +221,7 @@ def one_class(images: int = 150) -> tuple[Tensor, Tensor]:
 def test_scores_of_classes_agree_with_scikit_learn(loader: bool) -> None:
     logits, targets = one_class()
     data = TensorDataset(logits[:, :, None, None], targets)
-    scores = evaluate(Answers(), DataLoader(data, 7) if loader else data, config=CONFIG)
+    scores = evaluate(ANSWERS, DataLoader(data, 7) if loader else data, config=CONFIG)
     said, true, labels = logits.argmax(1).numpy(), targets.numpy(), range(CLASSES)
     each = sklearn.metrics.precision_recall_fscore_support(true, said, labels=labels, zero_division=0.0)
     for at, name in enumerate(("precision", "recall", "f1", "images")):
@@ -231,7 +237,7 @@ def test_scores_of_classes_agree_with_scikit_learn(loader: bool) -> None:
 
     # soft labels count as their greatest class
     soft = nn.functional.one_hot(targets, CLASSES) * 0.7 + 0.3 / CLASSES
-    softened = evaluate(Answers(), TensorDataset(logits[:, :, None, None], soft), config=CONFIG)
+    softened = evaluate(ANSWERS, TensorDataset(logits[:, :, None, None], soft), config=CONFIG)
     assert softened.f1 == scores.f1
     assert softened.loss > scores.loss
 
@@ -240,7 +246,7 @@ def test_the_confusion_of_classes_with_long_and_odd_names_has_room_for_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, targets = one_class()
-    found = evaluate(Answers(), TensorDataset(logits[:, :, None, None], targets), config=CONFIG)
+    found = evaluate(ANSWERS, TensorDataset(logits[:, :, None, None], targets), config=CONFIG)
     named = replace(
         found, classes=tuple(replace(c, name=f"$class_{{$ {c.name} {'of a long name ' * 9}") for c in found.classes)
     )
@@ -268,7 +274,7 @@ def test_scores_of_several_labels_agree_with_scikit_learn() -> None:
     targets[:, 2] = 0  # a label that no image has
     logits = torch.randn(150, CLASSES, generator=generator) + targets
     data = TensorDataset(logits[:, :, None, None], targets)
-    scores = evaluate(Answers(), data, config=CONFIG.replace(multi_label=True, loss="bce"))
+    scores = evaluate(ANSWERS, data, config=CONFIG.replace(multi_label=True, loss="bce"))
     said, true, probable = (logits > 0).long().numpy(), targets.numpy(), logits.sigmoid().numpy()
     f1 = sklearn.metrics.f1_score(true, said, average="macro", zero_division=0.0)
     assert scores.f1 == pytest.approx(f1, rel=1e-6)
@@ -284,3 +290,5 @@ def test_scores_of_several_labels_agree_with_scikit_learn() -> None:
     assert json.loads(json.dumps(scores.to_dict()))["map"] == scores.map
     with pytest.raises(RetrofitError, match="several labels"):
         _ = scores.confusion
+    empty = TensorDataset(torch.randn(8, CLASSES), torch.zeros(8, CLASSES))
+    assert evaluate(ANSWERS, empty, config=CONFIG.replace(multi_label=True, loss="bce")).map == 0.0

@@ -1,4 +1,4 @@
-"""An evaluation measures the images that were meant, and says which they were."""
+"""A data set's parts are those that were meant, the same every time, and what is measured says which they were."""
 
 from __future__ import annotations
 
@@ -10,26 +10,13 @@ import pytest
 import timm
 import torch
 from command_line import said
+from pictures import make_cifar10, make_folder
 from tiny import config, trained
 from torch import nn
 from torchvision.datasets import ImageFolder
 
 from se_retrofit import RetrofitError, add_se
 from se_retrofit.finetune import evaluate, load_data, load_split
-
-CONFIG = config(image_size=32, batch_size=8)
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return add_se(timm.create_model("test_resnet", num_classes=2))
-
-
-def make_run(folder: Path, output: Path, model: nn.Module) -> Path:
-    """A short run on a folder of pictures."""
-    trained(model, load_data(folder), recipe={"image_size": 32, "batch_size": 8}, output_dir=output)
-    return output
 
 
 def told(folder: Path, data: Path | str, *options: str) -> list[str]:
@@ -40,38 +27,35 @@ def told(folder: Path, data: Path | str, *options: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path, model: nn.Module) -> Path:
-    """On pictures/train and pictures/val."""
-    return make_run(pictures, tmp_path_factory.mktemp("run"), model)
+def model() -> nn.Module:
+    return add_se(timm.create_model("test_resnet", num_classes=2))
 
 
-@pytest.fixture(scope="module")
-def flowers(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+@pytest.fixture
+def flowers(pictures: Path, tmp_path: Path) -> Path:
     """A folder of classes: 12 pictures of each."""
-    return Path(shutil.copytree(pictures / "train", tmp_path_factory.mktemp("data") / "flowers"))
+    return Path(shutil.copytree(pictures / "train", tmp_path / "flowers"))
 
 
-def test_of_a_folder_with_splits_any_is_measured(run: Path, pictures: Path) -> None:
-    assert told(run, pictures / "val") == [
-        f"all of {pictures / 'val'}: 10 images",
-        "10 images",
-    ]  # of one of classes, all
-    assert told(run, pictures) == [f"val of {pictures}: 10 images", "10 images"]
-    (remark, *rest) = told(run, pictures, "--split", "train")
+def test_of_a_folder_with_splits_any_is_measured(result: Path, pictures: Path) -> None:
+    val = pictures / "val"
+    assert told(result, val) == [f"all of {val}: 10 images", "10 images"]  # of one of classes, all
+    assert told(result, pictures) == [f"val of {pictures}: 10 images", "10 images"]
+    (remark, *rest) = told(result, pictures, "--split", "train")
     assert "trained on these very images" in remark
     assert "--split val" in remark
     assert rest == [f"train of {pictures}: 24 images", "24 images"]
-    (remark, *rest) = told(run, pictures, "--split", "all")
+    (remark, *rest) = told(result, pictures, "--split", "all")
     assert "trained on 24 of these 34 images" in remark
     assert rest == [f"all of {pictures}: 34 images, of train and val", "34 images"]
     with pytest.raises(RetrofitError, match="no test: it has train and val"):
-        told(run, pictures, "--split", "test")
+        told(result, pictures, "--split", "test")
 
 
-def test_a_folder_means_its_validation_or_else_its_test(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_folder_means_its_validation_or_else_its_test(result: Path, pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures / "val", tmp_path / "test")
     shutil.rmtree(tmp_path / "test" / "blue")  # the classes are numbered by the network's, not by those that are there
-    assert told(run, tmp_path) == [f"test of {tmp_path}: 5 images", "5 images"]
+    assert told(result, tmp_path) == [f"test of {tmp_path}: 5 images", "5 images"]
     with pytest.raises(RetrofitError, match="no val: it has test"):
         load_split(tmp_path, "val")
     shutil.copytree(pictures / "train", tmp_path / "train")
@@ -85,51 +69,95 @@ def test_a_folder_means_its_validation_or_else_its_test(run: Path, pictures: Pat
     assert len(load_split(tmp_path, "train").data) == 24
 
 
-def test_a_folder_that_a_run_has_split_by_itself_is_split_alike(
+def test_a_folder_of_classes_alone_is_split_by_class_and_alike_every_time(
     flowers: Path, tmp_path: Path, model: nn.Module
 ) -> None:
-    own = make_run(flowers, tmp_path / "run", model)
-    about, images = told(own, flowers, "--split", "val", "--output", str(tmp_path / "figures.json"))
+    own, figures = tmp_path / "run", tmp_path / "figures.json"
+    last = trained(model, load_data(flowers), recipe={"image_size": 32}, output_dir=own).history[-1]
+    about, images = told(own, flowers, "--split", "val", "--output", str(figures))
     assert about.startswith(f"val of {flowers}: 4 of its 24 images")
     assert images == "4 images"
-    last = json.loads((own / "metrics.jsonl").read_text().splitlines()[-1])
-    assert json.loads((tmp_path / "figures.json").read_text())["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
+    assert json.loads(figures.read_text())["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
     remark, whole, _ = told(own, flowers)
     assert "trained on 20 of these 24 images" in remark
     assert whole == f"all of {flowers}: 24 images"
-    assert "trained on these very images" in told(own, flowers, "--split", "train")[0]
-    assert set(load_split(flowers, "train").data.indices).isdisjoint(load_split(flowers, "val").data.indices)
     with pytest.raises(RetrofitError, match="no test"):
         load_split(flowers, "test")
+
+    data, targets = load_data(flowers, val_fraction=0.25), ImageFolder(str(flowers)).targets
+    assert sorted([*data.train.indices, *data.val.indices]) == list(range(24))
+    assert [targets[index] for index in data.val.indices] == [0] * 3 + [1] * 3  # of each class as many
+    assert "6 of its 24 images" in data.note
+    for file in sorted((flowers / "red").iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(RetrofitError, match=r"red has 1 images"):
+        load_data(flowers)
 
 
 def test_a_class_may_have_the_name_of_a_split(flowers: Path, tmp_path: Path) -> None:
     for name in ("car", "train", "ship"):
-        shutil.copytree(flowers / "red", tmp_path / name)
-    whole = load_split(tmp_path)
+        shutil.copytree(flowers / "red", tmp_path / "odd" / name)
+    whole = load_split(tmp_path / "odd")
     assert (whole.name, len(whole.data), whole.data.classes) == ("all", 36, ["car", "ship", "train"])
-    assert load_data(tmp_path).num_classes == 3
+    assert load_data(tmp_path / "odd").num_classes == 3
 
 
 def test_the_python_functions_take_a_folder_and_a_split(pictures: Path, model: nn.Module) -> None:
+    recipe = config(image_size=32)
     of_folders = {part: ImageFolder(str(pictures / part)) for part in ("train", "val")}
-    parts = [evaluate(model, data, config=CONFIG) for data in of_folders.values()]
-    assert evaluate(model, pictures, split="train", config=CONFIG).classes == parts[0].classes
-    found = evaluate(model, str(pictures), split="all", config=CONFIG)
+    parts = [evaluate(model, data, config=recipe) for data in of_folders.values()]
+    assert evaluate(model, pictures, split="train", config=recipe).classes == parts[0].classes
+    found = evaluate(model, str(pictures), split="all", config=recipe)
     assert torch.equal(found.confusion, sum(part.confusion for part in parts))
     assert str(found).startswith(f"all of {pictures}: 34 images, of train and val\n")
     assert not str(parts[0]).startswith("all")
     with pytest.raises(RetrofitError, match=r"split='val' .* ImageFolder"):
-        evaluate(model, of_folders["val"], split="val", config=CONFIG)
+        evaluate(model, of_folders["val"], split="val", config=recipe)
 
 
-def test_data_without_such_a_split_says_what_it_has(tmp_path: Path) -> None:
+def test_digits_are_split_by_class_and_alike_every_time() -> None:
+    a, b = load_data("digits", image_size=8), load_data("digits", image_size=8)
+    assert a.train[0][0].shape == (3, 8, 8)
+    train, val = ({image.numpy().tobytes() for image, _ in part} for part in (a.train, b.val))
+    assert (len(train | val), len(train & val)) == (1797, 0)
+    assert torch.bincount(a.val.tensors[1]).min() >= 34  # each class has its share
+    assert -1 <= float(a.train.tensors[0].min()) < float(a.train.tensors[0].max()) <= 1
     assert len(load_split("digits", "all", image_size=8).data) == 1797
-    for name, split, says in (
-        ("digits", "test", "it has train and val"), ("torch/cifar10", "all", "no all"), ("digits", "tests", "'tests'")
-    ):  # fmt: skip
-        with pytest.raises(RetrofitError, match=says):
-            load_split(name, split, root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "says"),
+    [
+        ("digit", None, "'digit'"),
+        ("", None, "no data ''"),
+        ("odd", None, "it holds test"),
+        ("high", None, "single class, high"),
+        ("lacking", None, "lacks: green"),
+        ("torch/cifar10", None, "'torch/cifar10'.*download=True"),
+        ("torch/cifar10", "all", "no all"),
+        ("digits", "test", "it has train and val"),
+        ("digits", "tests", "'tests'"),
+    ],
+)
+def test_data_that_is_not_there_is_named(
+    name: str, split: str | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("odd", "test").mkdir(parents=True)
+    make_folder(Path("high", "high"), ("red",))
+    make_folder(Path("lacking"), ("blue", "green", "red"))
+    shutil.rmtree(Path("lacking", "train", "green"))
+    with pytest.raises(RetrofitError, match=says):
+        load_split(name, split, root="none") if split else load_data(name, root="none")
+
+
+def test_a_data_set_of_torchvision_is_read_by_timms_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR-10 as it lies on the disk, with generated images: nothing is downloaded."""
+    make_cifar10(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # other images, other sums
+    data = load_data("torch/cifar10", root=tmp_path)
+    assert (len(data.train), len(data.val), data.num_classes) == (50, 10, 10)
+    assert len(trained(data=data, recipe={"image_size": 16}).history) == 2
 
 
 def test_hidden_and_empty_folders_are_no_classes_and_what_is_left_out_is_said(pictures: Path, tmp_path: Path) -> None:
@@ -154,14 +182,8 @@ def test_hidden_and_empty_folders_are_no_classes_and_what_is_left_out_is_said(pi
     assert len(load_data(tmp_path / "train").train) == 20  # a folder of classes
 
 
-def test_classes_of_very_different_sizes_are_pointed_out(flowers: Path, tmp_path: Path) -> None:
-    shutil.copytree(flowers, tmp_path, dirs_exist_ok=True)
-    rare, *_ = (folder for folder in sorted(tmp_path.iterdir()))
-    common = tmp_path / "common"
-    common.mkdir()
-    image = next(rare.iterdir())
-    for number in range(12 * len(list(rare.iterdir()))):
-        shutil.copy(image, common / f"{number}{image.suffix}")
-    assert "--balance sampling" in load_data(tmp_path).note
-    shutil.rmtree(common)
-    assert "--balance" not in load_data(tmp_path).note
+def test_classes_of_very_different_sizes_are_pointed_out(flowers: Path) -> None:
+    assert "--balance" not in load_data(flowers).note
+    for number in range(12 * 12):
+        shutil.copy(flowers / "red" / "1.png", flowers / "blue" / f"more{number}.png")
+    assert "--balance sampling" in load_data(flowers).note

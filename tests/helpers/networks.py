@@ -21,11 +21,10 @@ from se_retrofit.models import Base
 
 @dataclass(frozen=True)
 class Network:
-    """A network that the contract is tested on, with the smallest square input that it trains on."""
+    """A network that the contract is tested on, with the side of a small input that it takes."""
 
     name: str
-    size: int = 32
-    train_size: int = 0
+    size: int
 
     def build(self, **kwargs: Any) -> nn.Module:
         """The network with 10 classes, random weights and random norms."""
@@ -37,52 +36,23 @@ class Network:
             model = _with_narrow_head(base) if self.name in _WIDE_HEADS else base.build()
             return randomised(model).eval()
 
-    def input(self, batch: int = 2, train: bool = False, wider: int = 0) -> Tensor:
+    def input(self, batch: int = 2, wider: int = 0) -> Tensor:
         """A random batch, the same at every call."""
-        size = self.train_size if train and self.train_size else self.size
-        return torch.randn(batch, 3, size, size + wider, generator=torch.Generator().manual_seed(3))
+        return torch.randn(batch, 3, self.size, self.size + wider, generator=torch.Generator().manual_seed(3))
 
 
-# The smallest sizes that they run at with a batch of two in training mode.
-NETWORKS = {
-    network.name: network
-    for network in (
-        Network("torchvision/resnet18"),
-        Network("torchvision/resnet50"),
-        Network("torchvision/vgg11"),
-        Network("torchvision/vgg16_bn"),
-        Network("torchvision/alexnet", 64),
-        Network("torchvision/densenet121"),
-        Network("torchvision/googlenet"),
-        Network("torchvision/inception_v3", 75, train_size=299),  # the auxiliary head needs a map of 17 by 17
-        Network("torchvision/squeezenet1_1"),
-        Network("torchvision/mobilenet_v2"),
-        Network("torchvision/mobilenet_v3_small"),
-        Network("torchvision/mnasnet1_0"),
-        Network("torchvision/shufflenet_v2_x0_5"),
-        Network("torchvision/regnet_x_400mf"),
-        Network("torchvision/convnext_tiny"),
-        Network("timm/test_resnet"),
-        Network("timm/test_convnext"),
-        Network("timm/resnet50"),
-        Network("timm/resnetv2_50"),
-        Network("timm/densenet121"),
-        Network("timm/mobilenetv2_100"),
-        Network("timm/convnext_atto"),
-        Network("timm/dla34"),
-        Network("timm/res2net50_26w_4s"),
-        Network("timm/hrnet_w18_small"),
-        Network("timm/cspdarknet53"),
-        Network("timm/vovnet39a"),
-        Network("timm/nf_resnet50"),
-        Network("timm/repvgg_b0"),
-        Network("timm/inception_resnet_v2", 75),
-        Network("timm/xception41"),
-        Network("timm/dpn68"),
-    )
-}
+_NAMES = [
+    "torchvision/resnet18", "torchvision/resnet50", "torchvision/vgg11", "torchvision/alexnet", "torchvision/densenet121",
+    "torchvision/googlenet", "torchvision/inception_v3", "torchvision/squeezenet1_1", "torchvision/mobilenet_v2",
+    "torchvision/mobilenet_v3_small", "torchvision/shufflenet_v2_x0_5", "torchvision/regnet_x_400mf", "timm/test_resnet",
+    "timm/test_convnext", "timm/resnet50", "timm/resnetv2_50", "timm/densenet121", "timm/mobilenetv2_100", "timm/convnext_atto",
+    "timm/dla34", "timm/res2net50_26w_4s", "timm/hrnet_w18_small", "timm/cspdarknet53", "timm/vovnet39a", "timm/nf_resnet50",
+    "timm/repvgg_b0", "timm/inception_resnet_v2", "timm/dpn68",
+]  # fmt: skip
+_LARGER = {"torchvision/alexnet": 64, "torchvision/inception_v3": 75, "timm/inception_resnet_v2": 75}
+NETWORKS = {name: Network(name, _LARGER.get(name, 32)) for name in _NAMES}
 
-_WIDE_HEADS = ("torchvision/vgg11", "torchvision/vgg16_bn", "torchvision/alexnet")
+_WIDE_HEADS = ("torchvision/vgg11", "torchvision/alexnet")
 
 # Those in which there is nothing to retrofit, with a part of the reason that has to be given.
 REFUSED = {
@@ -168,12 +138,7 @@ def run(model: nn.Module, *inputs: Any, seed: int = 0, **kwargs: Any) -> list[Te
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         own = tree_map(lambda leaf: leaf, inputs)  # a forward may write into the list or dict that it is given
-        return [leaf for leaf in tree_leaves(outputs_of(model(*own, **kwargs))) if isinstance(leaf, Tensor)]
-
-
-def outputs_of(output: Any) -> Any:
-    """Named tuples and dicts as plain structures."""
-    return tuple(output) if isinstance(output, tuple) else output
+        return [leaf for leaf in tree_leaves(model(*own, **kwargs)) if isinstance(leaf, Tensor)]
 
 
 def gradients(model: nn.Module, *inputs: Any, seed: int = 0) -> dict[str, Tensor | None]:

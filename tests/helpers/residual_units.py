@@ -8,13 +8,12 @@ computed with a convolution over space and a non-linearity, and everything in th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -101,36 +100,25 @@ def _over_space(args: tuple[Any, ...]) -> bool:
     return max(weight.shape[2:], default=1) > 1 and x.shape[2:].numel() > 1 and x.dim() > 3
 
 
-@contextmanager
-def _inside_se(model: nn.Module, watch: _Watch) -> Iterator[None]:
-    def enter(module: nn.Module, args: Any) -> None:
-        watch.inside = module  # type: ignore[assignment]
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        watch.inside = None
-
-    hooks = []
-    for module in model.modules():
-        if isinstance(module, SEAttention):
-            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def residual_units(model: nn.Module, inputs: tuple[Any, ...]) -> list[Unit]:
     """The innermost residual units that one run of a network in eval mode shows, in order."""
     watch = _Watch()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if isinstance(module, SEAttention):
+            watch.inside = module
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module is watch.inside:
+            watch.inside = None
+
     model.eval()
-    with torch.no_grad(), _inside_se(model, watch), watch:
+    with register_module_forward_pre_hook(enter), register_module_forward_hook(leave), torch.no_grad(), watch:
         for tensor in tree_leaves(inputs):
             watch.put(tensor, "input", [])
         model(*inputs)
     units = [unit for node in watch.nodes if (unit := _unit(watch.nodes, node)) is not None]
-    joins = {unit.add: unit for unit in units}
-    return [unit for unit in units if not any(other.add.bit & unit.region for other in joins.values())]
+    return [unit for unit in units if not any(other.add.bit & unit.region for other in units)]
 
 
 def _unit(nodes: list[Node], add: Node) -> Unit | None:

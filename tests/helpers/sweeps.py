@@ -6,8 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
 
-__all__ = ["swept"]
+__all__ = ["ON_CUDA", "swept"]
+
+# the device, as a parameter of a test that is run where there is one
+ON_CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
 
 
 def swept(every_time: Iterable[Any], in_sweeps: Iterable[Any]) -> list[Any]:

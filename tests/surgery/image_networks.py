@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from join_networks import joined
-from structure import Unit, conv, structure, unit
+from structure import Unit, conv, joined, module_of, structure, unit
 from torch import Tensor, nn
 
 IMAGE = torch.randn(2, 3, 16, 16)
@@ -13,225 +14,203 @@ IMAGE = torch.randn(2, 3, 16, 16)
 # A skip over the whole network ----------------------------------------------------------------------------------------
 
 
-@structure(IMAGE, sites={f"body.{i}": 8 for i in (1, 4, 7, 10)}, kind="chain")
-class DnCNN(nn.Module):
-    """Predicts the noise of its input (Zhang et al., arXiv:1608.03981)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        middle = [m for _ in range(3) for m in (conv(8, 8), nn.BatchNorm2d(8), nn.ReLU())]
-        self.body = nn.Sequential(conv(3, 8), nn.ReLU(), *middle, conv(8, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x - self.body(x)
-
-
-@structure(IMAGE, sites={"head": 8, "layers.0": 8, "layers.1": 8, "layers.2": 8}, kind="chain")
-class VDSR(nn.Module):
+@structure(
+    IMAGE[:, :, :8, :8],
+    parts=lambda: {
+        "body": nn.Sequential(*(nn.Sequential(conv(i, 8), nn.ReLU(inplace=True)) for i in (3, 8, 8)), conv(8, 3))
+    },
+    sites={"body.0": 8, "body.1": 8, "body.2": 8},
+    kind="chain",
+)
+def VDSR(self, x: Tensor) -> Tensor:
     """An interpolated image and what a chain adds to it (Kim et al., arXiv:1511.04587)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Sequential(conv(3, 8), nn.ReLU(inplace=True))
-        self.layers = nn.Sequential(*(nn.Sequential(conv(8, 8), nn.ReLU(inplace=True)) for _ in range(3)))
-        self.tail = conv(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="bicubic")
-        return torch.clamp(torch.add(self.tail(self.layers(self.head(x))), x), -9, 9)
+    x = F.interpolate(x, scale_factor=2, mode="bicubic")
+    return torch.clamp(torch.add(self.body(x), x), -9, 9)
 
 
-@structure(IMAGE, sites={"body.0": 8, "body.1": 8})
-class EDSR(nn.Module):
+@module_of(lambda: {"body": nn.Sequential(conv(8, 8), nn.ReLU(True), conv(8, 8))})
+def ResBlock(self, x: Tensor) -> Tensor:
+    res = self.body(x).mul(0.1)
+    res += x
+    return res
+
+
+def super_resolution() -> dict[str, nn.Module]:
+    body = nn.Sequential(ResBlock(), ResBlock(), conv(8, 8))
+    return {"head": conv(3, 8), "body": body, "tail": nn.Sequential(conv(8, 12), nn.PixelShuffle(2), conv(3, 3))}
+
+
+@structure(IMAGE, parts=super_resolution, sites={"body.0": 8, "body.1": 8})
+def EDSR(self, x: Tensor) -> Tensor:
     """Residual units inside of a long skip (Lim et al., arXiv:1707.02921)."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Sequential(conv(8, 8), nn.ReLU(True), conv(8, 8))
-
-        def forward(self, x: Tensor) -> Tensor:
-            res = self.body(x).mul(0.1)
-            res += x
-            return res
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.body = conv(3, 8), nn.Sequential(self.Block(), self.Block(), conv(8, 8))
-        self.tail = nn.Sequential(conv(8, 12), nn.PixelShuffle(2), conv(3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.head(x)
-        res = self.body(x)
-        res += x
-        return self.tail(res)
+    x = self.head(x)
+    res = self.body(x)
+    res += x
+    return self.tail(res)
 
 
-@structure(IMAGE, sites={"head": 8, "body.1": 8, "body.3": 8, "body.5": 8, "body": 8}, kind="chain")
-class LongSkip(nn.Module):
+def prelu_chain() -> dict[str, nn.Module]:
+    body = nn.Sequential(*(m for _ in range(4) for m in (conv(8, 8), nn.PReLU(8))))
+    return {"head": nn.Sequential(conv(3, 8), nn.PReLU()), "body": body, "tail": conv(8, 3)}
+
+
+@structure(IMAGE, parts=prelu_chain, sites={"head": 8, "body.1": 8, "body.3": 8, "body.5": 8, "body": 8}, kind="chain")
+def LongSkip(self, x: Tensor) -> Tensor:
     """A chain inside of a long skip over features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.tail = nn.Sequential(conv(3, 8), nn.PReLU()), conv(8, 3)
-        self.body = nn.Sequential(*(m for _ in range(4) for m in (conv(8, 8), nn.PReLU(8))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.head(x)
-        return self.tail(x + self.body(x))
+    x = self.head(x)
+    return self.tail(x + self.body(x))
 
 
 # Modulated norms ------------------------------------------------------------------------------------------------------
 
 
-class SPADE(nn.Module):
+@module_of(lambda: {"norm": nn.InstanceNorm2d(8), "gamma": conv(3, 8), "beta": conv(3, 8)})
+def SPADE(self, x: Tensor, segmentation: Tensor) -> Tensor:
     """A norm whose scale and shift are made of a map (Park et al., arXiv:1903.07291)."""
-
-    def __init__(self, shared: bool) -> None:
-        super().__init__()
-        self.norm, width = nn.InstanceNorm2d(8), 6 if shared else 3
-        self.shared = nn.Sequential(conv(3, 6), nn.ReLU()) if shared else nn.Identity()
-        self.gamma, self.beta = conv(width, 8), conv(width, 8)
-
-    def forward(self, x: Tensor, segmentation: Tensor) -> Tensor:
-        made = self.shared(F.interpolate(segmentation, size=x.shape[2:], mode="nearest"))
-        return self.norm(x) * (1 + self.gamma(made)) + self.beta(made)
+    made = F.interpolate(segmentation, size=x.shape[2:], mode="nearest")
+    return self.norm(x) * (1 + self.gamma(made)) + self.beta(made)
 
 
-class AdaIN(nn.Module):
+@module_of(lambda: {"norm": nn.InstanceNorm2d(8), "fc": nn.Linear(5, 16)})
+def AdaIN(self, x: Tensor, style: Tensor) -> Tensor:
     """A norm whose scale and shift are made of a style (Karras et al., arXiv:1812.04948)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.fc = nn.InstanceNorm2d(8), nn.Linear(5, 16)
-
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        gamma, beta = self.fc(style)[:, :, None, None].chunk(2, 1)
-        return (1 + gamma) * self.norm(x) + beta
+    gamma, beta = self.fc(style)[:, :, None, None].chunk(2, 1)
+    return (1 + gamma) * self.norm(x) + beta
 
 
-class Modulated(nn.Module):
-    def __init__(self, norm1: nn.Module, norm2: nn.Module) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.conv1, self.conv2 = norm1, norm2, conv(8, 8), conv(8, 8)
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        y = self.conv1(F.leaky_relu(self.norm1(x, other), 0.2))
-        y = self.conv2(F.leaky_relu(self.norm2(y, other), 0.2))
-        return (y + x) / 2**0.5
+def modulated(self: Any, x: Tensor, other: Tensor) -> Tensor:
+    y = self.conv1(F.leaky_relu(self.norm1(x, other), 0.2))
+    y = self.conv2(F.leaky_relu(self.norm2(y, other), 0.2))
+    return (y + x) / 2**0.5
 
 
-@joined("conv2", IMAGE)
-class GauGAN(Modulated):
-    def __init__(self) -> None:
-        super().__init__(SPADE(True), SPADE(False))
-
-
-@joined("conv2", torch.randn(2, 5))
-class StarGAN(Modulated):
-    def __init__(self) -> None:
-        super().__init__(AdaIN(), AdaIN())
+for name, norm, other in (("GauGAN", SPADE, IMAGE), ("StarGAN", AdaIN, torch.randn(2, 5))):
+    block = module_of(lambda norm=norm: {"norm1": norm(), "norm2": norm(), "conv1": conv(8, 8), "conv2": conv(8, 8)})
+    joined("conv2", other, name=name)(block(modulated))
 
 
 # Weighed sums ---------------------------------------------------------------------------------------------------------
 
 
-class SPAB(nn.Module):
+@module_of(lambda: {"conv1": conv(8, 8), "conv2": conv(8, 8)})
+def SPAB(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The branch weighs the sum as well (SPAN, Wan et al., arXiv:2311.12770)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = conv(8, 8), conv(8, 8)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        first = self.conv1(x)
-        out = self.conv2(F.silu(first))
-        weight = torch.sigmoid(out) - 0.5
-        return (out + x) * weight, first, weight
+    first = self.conv1(x)
+    out = self.conv2(F.silu(first))
+    weight = torch.sigmoid(out) - 0.5
+    return (out + x) * weight, first, weight
 
 
-@structure(IMAGE, sites={"blocks.0": 8, "blocks.1": 8, "blocks.2": 8}, after="conv2")
-class SPAN(nn.Module):
+def attention_free() -> dict[str, nn.Module]:
+    blocks = nn.ModuleList(SPAB() for _ in range(3))
+    return {"stem": conv(3, 8), "blocks": blocks, "fuse": nn.Conv2d(24, 8, 1), "out": conv(8, 3)}
+
+
+@structure(IMAGE, parts=attention_free, sites={"blocks.0": 8, "blocks.1": 8, "blocks.2": 8}, after="conv2")
+def SPAN(self, x: Tensor) -> Tensor:
     """The last convolution takes some of the stream's stages, side by side."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.blocks = conv(3, 8), nn.ModuleList(SPAB() for _ in range(3))
-        self.fuse, self.out = nn.Conv2d(24, 8, 1), conv(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        stem = self.stem(x)
-        first, _, _ = self.blocks[0](stem)
-        second, _, _ = self.blocks[1](first)
-        third, tap, _ = self.blocks[2](second)
-        return self.out(self.fuse(torch.cat([stem, third, tap], 1)))
+    stem = self.stem(x)
+    first, _, _ = self.blocks[0](stem)
+    second, _, _ = self.blocks[1](first)
+    third, tap, _ = self.blocks[2](second)
+    return self.out(self.fuse(torch.cat([stem, third, tap], 1)))
 
 
 # Predictions ----------------------------------------------------------------------------------------------------------
 
 
-@structure(IMAGE, sites={"stem": 8, "shared": 8}, kind="chain")
-class Keypoints(nn.Module):
+def heads() -> dict[str, nn.Module]:
+    return {"shared": nn.Sequential(unit(3, 8), unit(8, 8)), **{f"head{n}": conv(8, n) for n in (1, 2, 4)}}
+
+
+@structure(IMAGE, parts=heads, sites={"shared.0": 8, "shared.1": 8}, kind="chain")
+def Keypoints(self, x: Tensor) -> Tensor:
     """A chain and three heads with a map each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.shared = unit(3, 8), unit(8, 8)
-        self.heat, self.offset, self.size = conv(8, 4), conv(8, 2), conv(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.shared(self.stem(x))
-        return torch.cat((self.heat(y), self.offset(y), self.size(y)), dim=1)
+    y = self.shared(x)
+    return torch.cat((self.head4(y), self.head2(y), self.head1(y)), dim=1)
 
 
-class PoseHead(nn.Module):
+@module_of(lambda: {name: nn.Sequential(unit(8, 8), nn.Conv2d(8, n, 1)) for name, n in (("boxes", 4), ("points", 6))})
+def PoseHead(self, x: Tensor) -> Tensor:
     """Boxes beside keypoints, whose places are decoded and whose visibility is squashed, in place (Maji et al., arXiv:2204.06806)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.boxes, self.points = (nn.Sequential(unit(8, 8), nn.Conv2d(8, n, 1)) for n in (4, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        boxes, points = self.boxes(x).flatten(2), self.points(x).flatten(2).clone()
-        boxes = torch.cat([boxes[:, :2] * 8, boxes[:, 2:].exp()], 1)
-        points[:, 2::3] = points[:, 2::3].sigmoid()
-        points[:, :2] = (points[:, :2] * 2.0 + 0.5) * 8
-        return torch.cat([boxes, points], 1)
+    boxes, points = self.boxes(x).flatten(2), self.points(x).flatten(2).clone()
+    boxes = torch.cat([boxes[:, :2] * 8, boxes[:, 2:].exp()], 1)
+    points[:, 2::3] = points[:, 2::3].sigmoid()
+    points[:, :2] = (points[:, :2] * 2.0 + 0.5) * 8
+    return torch.cat([boxes, points], 1)
 
 
 @structure(IMAGE, sites={"1": 8}, skipped={"2.boxes.0": "plain chain", "2.points.0": "plain chain"})
-class Pose(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(unit(3, 8), Unit(), PoseHead())
+def Pose() -> nn.Module:
+    return nn.Sequential(unit(3, 8), Unit(), PoseHead())
 
 
 # Integer codes --------------------------------------------------------------------------------------------------------
 
 
-@structure(IMAGE, sites={"encoder.1": 8, "decoder.0": 8, "decoder.1": 8})
-class VQVAE(nn.Module):
-    """A decoder behind codes (van den Oord et al., arXiv:1711.00937), and those decoded again."""
+def autoencoder() -> dict[str, nn.Module]:
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), Unit())
+    decoder = nn.Sequential(Unit(), Unit(), nn.ConvTranspose2d(8, 3, 4, 2, 1))
+    return {"encoder": encoder, "codes": nn.Embedding(7, 8), "decoder": decoder}
 
-    def __init__(self) -> None:
+
+@structure(IMAGE, parts=autoencoder, sites={"encoder.1": 8, "decoder.0": 8, "decoder.1": 8})
+def VQVAE(self, x: Tensor) -> Tensor:
+    """A decoder behind codes (van den Oord et al., arXiv:1711.00937), and those decoded again."""
+    z = self.encoder(x).permute(0, 2, 3, 1)
+    codes = torch.cdist(z.flatten(0, 2), self.codes.weight).argmin(-1).view(z.shape[:-1])
+    quantised = z + (self.codes(codes) - z).detach()
+    return self.decoder(quantised.permute(0, 3, 1, 2))
+
+
+# U-Nets ---------------------------------------------------------------------------------------------------------------
+
+
+class SkipConnection(nn.Module):
+    """One level of a U-Net around the next (Isola et al., arXiv:1611.07004)."""
+
+    def __init__(self, outer: int, inner: int, *inside: nn.Module) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), Unit())
-        self.codes = nn.Embedding(7, 8)
-        self.decoder = nn.Sequential(Unit(), Unit(), nn.ConvTranspose2d(8, 3, 4, 2, 1))
+        down = [nn.LeakyReLU(0.2), nn.Conv2d(outer, inner, 4, 2, 1), nn.BatchNorm2d(inner)]
+        wide = 2 * inner if inside else inner
+        up = [nn.ReLU(), nn.ConvTranspose2d(wide, outer, 4, 2, 1), nn.BatchNorm2d(outer)]
+        self.model = nn.Sequential(*down, *inside, *up)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.encoder(x).permute(0, 2, 3, 1)
-        codes = torch.cdist(z.flatten(0, 2), self.codes.weight).argmin(-1).view(z.shape[:-1])
-        quantised = z + (self.codes(codes) - z).detach()
-        return self.decoder(quantised.permute(0, 3, 1, 2))
+        return torch.cat([x, self.model(x)], 1)
 
 
-@structure(torch.randint(0, 7, (2, 4, 4)), sites={"decoder.0": 8, "decoder.1": 8})
-class Codes(nn.Module):
-    """The decoder alone."""
+@structure(IMAGE, sites={"1.model.0": 8, "1.model.3.model.0": 12, "1.model.3.model.3": 16}, kind="chain")
+def Pix2Pix() -> nn.Module:
+    """What is convolved and activated in a row gets SE; what is normed and joined with a skip before its activation does not."""
+    up = nn.ReLU(), nn.ConvTranspose2d(16, 3, 4, 2, 1), nn.Tanh()
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), SkipConnection(8, 12, SkipConnection(12, 16)), *up)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.codes, self.decoder = nn.Embedding(7, 8), nn.Sequential(Unit(), Unit(), conv(8, 3))
 
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.decoder(self.codes(codes).permute(0, 3, 1, 2))
+def pre_activated(*pairs: tuple[int, int]) -> nn.ModuleList:
+    return nn.ModuleList(nn.Sequential(nn.InstanceNorm2d(i), nn.PReLU(i), conv(i, o)) for i, o in pairs)
+
+
+@structure(
+    IMAGE,
+    parts=lambda: {
+        "first": conv(3, 8),
+        "down": pre_activated((8, 12), (12, 12)),
+        "up": pre_activated((24, 12), (20, 5)),
+    },
+    sites={"se_attention": 8, "down.0": 12, "down.1": 12, "up.0": 12},
+    kind="chain",
+    skipped={"up.1.2": "no non-linearity"},
+)
+def DISK(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Convolutions whose norm and activation come behind pools and joins; the last predicts descriptors and a heatmap, which is
+    compared with its neighbours (Tyszkiewicz et al., arXiv:2006.13566)."""
+    values = [self.first(x)]
+    for layer in self.down:
+        values.append(layer(F.avg_pool2d(values[-1], 2)))
+    x = values.pop()
+    for layer in self.up:
+        x = layer(torch.cat([F.interpolate(x, scale_factor=2, mode="bilinear"), values.pop()], 1))
+    heat, largest = x[:, 4:], torch.zeros_like(x[:, 4:])
+    largest[..., 1:-1, 1:-1] = F.max_pool2d(heat, 3, 1)
+    return x[:, :4], heat * (heat == largest)

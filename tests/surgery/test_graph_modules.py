@@ -9,35 +9,31 @@ import pytest
 import timm
 import torch
 import torchvision
+from block_networks import OfTraining
 from networks import (
     PLACEMENTS,
     assert_same_function,
     gradients,
+    narrow_resnet,
     randomise_se,
     randomised,
     run,
     same_tensors,
     se_modules,
 )
-from structure import Unit, conv
 from sweeps import swept
-from torch import Tensor, nn
+from torch import nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from se_retrofit import InsertSE, RetrofitError, add_se, plan_se, remove_se
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def _resnet() -> nn.Module:
-    return randomised(ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)).eval()
-
-
 def _traced() -> torch.fx.GraphModule:
-    return torch.fx.symbolic_trace(_resnet())
+    return torch.fx.symbolic_trace(narrow_resnet())
 
 
 def _se_calls(module: torch.fx.GraphModule) -> list[str]:
@@ -79,7 +75,7 @@ def test_a_traced_network_gets_the_sites_of_the_network_itself(name: str) -> Non
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_the_placements_hold_in_a_graph(placement: str) -> None:
-    original = _resnet()
+    original = narrow_resnet()
     retrofitted = add_se(torch.fx.symbolic_trace(original), placement=placement)
     _assert_same_with_gates(retrofitted, original, placement=placement)
 
@@ -112,23 +108,9 @@ def test_a_retrofitted_graph_is_sound_and_copies_and_pickles() -> None:
 # torchvision's feature extractors keep a graph for each mode ------------------------------------------------------------------
 
 
-class Auxiliary(nn.Module):
-    """Has a unit more in train mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.unit, self.extra, self.fc = conv(3, 8), Unit(), Unit(), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.unit(self.stem(x))
-        if self.training:
-            x = self.extra(x)
-        return self.fc(x.mean((2, 3)))
-
-
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing:UserWarning")  # torchvision's
 def test_a_feature_extractor_switches_between_its_graphs() -> None:
-    extractor = create_feature_extractor(randomised(Auxiliary()), {"unit": "middle", "fc": "logits"})
+    extractor = create_feature_extractor(randomised(OfTraining()), {"unit": "middle", "fc": "logits"})
     retrofitted = add_se(extractor.eval())
     assert isinstance(retrofitted, torch.fx.GraphModule)
     for mode in (False, True, False):
@@ -142,14 +124,14 @@ def test_a_feature_extractor_switches_between_its_graphs() -> None:
 
 
 def test_a_feature_extractor_made_of_a_retrofitted_model_has_its_se() -> None:
-    retrofitted = randomise_se(add_se(_resnet()))
+    retrofitted = randomise_se(add_se(narrow_resnet()))
     extractor = create_feature_extractor(retrofitted, ["fc"])
     with torch.no_grad():
         torch.testing.assert_close(extractor(X)["fc"], retrofitted(X))
 
 
 def test_timms_feature_networks_are_retrofitted() -> None:
-    original = randomised(timm.create_model("resnet10t", features_only=True)).eval()
+    original = randomised(timm.create_model("test_resnet", features_only=True)).eval()
     retrofitted = add_se(original)
     assert len(se_modules(retrofitted)) == 4
     assert retrofitted.feature_info.channels() == original.feature_info.channels()
@@ -168,11 +150,11 @@ def test_insert_se_works_in_a_pass_manager_among_other_passes() -> None:
 
     traced = _traced()
     expected = run(traced, X)
-    result = PassManager(passes=[count, InsertSE(reduction=16, min_hidden=8, include="layer[34]*"), count])(traced)
+    result = PassManager(passes=[count, InsertSE(reduction=2, min_hidden=6, include="layer[23]*"), count])(traced)
     assert result.modified
     assert result.graph_module is traced
     assert seen[1] == seen[0] + 2
-    assert {se.hidden for se in se_modules(traced).values()} == {16, 32}
+    assert {se.hidden for se in se_modules(traced).values()} == {6, 8}
     assert same_tensors(run(traced, X), expected)
 
 

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 from networks import assert_same_function, randomised, se_modules
+from structure import conv, module_of, unit
 from torch import Tensor, nn
 
 from se_retrofit import Plan, RetrofitError, add_se, plan_se, remove_se
 
 
-class Step(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.conv2(self.act(self.conv1(x))))
+def step(inputs: int, outputs: int) -> nn.Module:
+    act = nn.ReLU(inplace=True)
+    return nn.Sequential(OrderedDict(conv1=conv(inputs, outputs), act=act, conv2=conv(outputs, outputs), act2=act))
 
 
-class Net(nn.Module):
+def parts() -> dict[str, nn.Module]:
+    block = step(8, 8)
+    decoder = nn.ModuleList([step(8, 8), step(8, 12)])
+    rest = {"pair": nn.LSTM(12, 4, batch_first=True), "unused": nn.Conv2d(1, 1, 1), "same": nn.Identity()}
+    return {"stem": unit(3, 8), "block": block, "decoder": decoder, **rest, "alias": block}
+
+
+@module_of(parts)
+def Net(self, x: Tensor) -> Tensor:
     """An encoder of residual blocks and a decoder of plain steps, one of which runs twice; and a module that never runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.block = Step(8, 8)
-        self.decoder = nn.ModuleList([Step(8, 8), Step(8, 12)])
-        self.pair, self.unused = nn.LSTM(12, 4, batch_first=True), nn.Conv2d(1, 1, 1)
-        self.same, self.alias = nn.Identity(), self.block
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.same(self.stem(x))
-        x = x + self.block(x)
-        x = self.decoder[1](self.decoder[0](self.decoder[0](x)))
-        return self.pair(x.flatten(2).transpose(1, 2))[0]
+    x = self.same(self.stem(x))
+    x = x + self.block(x)
+    x = self.decoder[1](self.decoder[0](self.decoder[0](x)))
+    return self.pair(x.flatten(2).transpose(1, 2))[0]
 
 
 def net() -> nn.Module:

@@ -5,40 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from block_networks import Styled
-from join_networks import Two
+from block_networks import ReLUFirst, Styled
 from networks import PLACEMENTS, assert_same_function, randomise_se, randomised, run, se_modules
 from numeric import check_promises
-from structure import CONVS, Unit, conv
+from structure import Net, Unit, conv, convs, module_of
 from torch import Tensor, nn
 
-from se_retrofit import RetrofitError, add_se, plan_se, remove_se
+from se_retrofit import RetrofitError, add_se, plan_se
 
 X = torch.randn(2, 3, 9, 9)
 
 
-class Chain(nn.Module):
+def chain(dims: int, size: int) -> nn.Module:
     """A plain chain that flattens its features, and so takes inputs of one size only."""
-
-    def __init__(self, dims: int, size: int) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = CONVS[dims](2, 8, 3, padding=1), CONVS[dims](8, 8, 3, padding=1)
-        self.head = nn.Linear(8 * size**dims, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.conv2(self.conv1(x).relu()).relu().flatten(1))
+    layers = (conv(2, 8, dims=dims), nn.ReLU(), conv(8, 8, dims=dims), nn.ReLU())
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * size**dims, 3))
 
 
 @pytest.mark.parametrize(("dims", "size"), [(1, 64), (2, 28), (3, 16)])
 def test_a_network_that_takes_one_usual_size_needs_no_example(dims: int, size: int) -> None:
-    assert len(plan_se(Chain(dims, size)).sites) == 2
+    assert len(plan_se(chain(dims, size)).sites) == 2
 
 
 @pytest.mark.parametrize(("dims", "size"), [(1, 77), (2, 13), (3, 5)])
 def test_one_that_takes_an_unusual_size_says_so_and_works_with_an_example(dims: int, size: int) -> None:
-    with pytest.raises(RetrofitError, match=r"Chain .*example_inputs"):
-        add_se(Chain(dims, size))
-    assert len(plan_se(Chain(dims, size), example_inputs=torch.zeros(2, 2, *(size,) * dims)).sites) == 2
+    with pytest.raises(RetrofitError, match=r"Sequential .*example_inputs"):
+        add_se(chain(dims, size))
+    assert len(plan_se(chain(dims, size), example_inputs=torch.zeros(2, 2, *(size,) * dims)).sites) == 2
 
 
 def test_tied_modules_stay_tied() -> None:
@@ -56,38 +49,26 @@ def test_tied_modules_stay_tied() -> None:
     assert calls == ["1.se_attention", "2.se_attention", "1.se_attention"]
 
 
-class Weights(nn.Module):
+@module_of(lambda: {"stem": conv(3, 8), "convs": nn.ModuleList(conv(8, 8) for _ in range(3))})
+def Weights(self, x: Tensor) -> Tensor:
     """Uses its convolutions' weights in one expression of a loop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.convs = conv(3, 8), nn.ModuleList(conv(8, 8) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for layer in self.convs:
-            x = x + F.relu(F.conv2d(x, layer.weight, padding=1))
-        return x
+    x = self.stem(x)
+    for layer in self.convs:
+        x = x + F.relu(F.conv2d(x, layer.weight, padding=1))
+    return x
 
 
 def test_blocks_of_a_loop_that_cannot_have_their_own_se_are_left_out_with_the_reason() -> None:
     with pytest.raises(RetrofitError, match="one expression of a loop"):
         plan_se(Weights())
-    skipped = {skip.block: skip.reason for skip in plan_se(nn.Sequential(Weights(), Unit())).skipped}
-    assert {block for block, reason in skipped.items() if "one expression" in reason} == {
-        f"0.convs.{i}" for i in range(3)
-    }
+    skipped = plan_se(nn.Sequential(Weights(), Unit())).skipped
+    assert {s.block for s in skipped if "one expression" in s.reason} == {f"0.convs.{i}" for i in range(3)}
 
 
-class Loose(nn.Module):
+@module_of(lambda: {"weight": nn.Parameter(torch.randn(1, 1, 3, 3))})
+def Loose(self, x: Tensor) -> Tensor:
     """Depthwise by its input, whatever the width."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, 1, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.relu(F.conv2d(x, self.weight.expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1]))
+    return x + torch.relu(F.conv2d(x, self.weight.expand(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1]))
 
 
 def test_a_unit_called_with_other_widths_is_left_out_with_the_reason() -> None:
@@ -107,13 +88,9 @@ def test_a_convolution_parametrized_after_the_retrofit() -> None:
 
 
 def test_an_attribute_by_the_name_of_the_se_child_is_no_trouble() -> None:
-    class Named(Unit):
-        def __init__(self) -> None:
-            super().__init__()
-            self.se_attention, self.se = nn.Identity(), "taken"
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.se_attention(self.conv2(self.conv1(x).relu()))
+    @module_of(lambda: {"se_attention": nn.Identity(), "se": "taken"}, Unit)
+    def Named(self, x: Tensor) -> Tensor:
+        return x + self.se_attention(self.conv2(self.conv1(x).relu()))
 
     retrofitted = check_promises(nn.Sequential(conv(3, 8), Named()), lambda net: net(X))
     assert isinstance(retrofitted[1].se_attention, nn.Identity)
@@ -122,9 +99,7 @@ def test_an_attribute_by_the_name_of_the_se_child_is_no_trouble() -> None:
 
 def test_sequentials_can_be_sliced_indexed_and_iterated_as_before() -> None:
     """The SE in a VGG-like `features` sits inside its elements' order, and the original keys stay."""
-    features = nn.Sequential(
-        conv(3, 8), nn.ReLU(inplace=True), nn.MaxPool2d(2), conv(8, 8), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
-    )
+    features = nn.Sequential(conv(3, 8), nn.ReLU(inplace=True), nn.MaxPool2d(2), *convs(8, 8))
     model = randomised(nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))).eval()
     retrofitted = randomise_se(add_se(model))
     assert len(retrofitted) == 4
@@ -138,14 +113,13 @@ def test_sequentials_can_be_sliced_indexed_and_iterated_as_before() -> None:
     assert not torch.equal(features(X), by_hand)
 
 
-class PreActivated(Unit):
+@module_of(dict, Unit)
+def PreActivated(self, x: Tensor) -> Tensor:
     """An in-place ReLU comes first in the branch, and so changes what the skip sees."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.norm1(self.conv1(F.relu_(x))).relu()
-        out = self.conv2(out)
-        out += x
-        return out
+    out = self.norm1(self.conv1(F.relu_(x))).relu()
+    out = self.conv2(out)
+    out += x
+    return out
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -153,26 +127,18 @@ def test_every_placement_works_with_an_in_place_relu_first_in_the_branch(placeme
     check_promises(nn.Sequential(conv(3, 8), PreActivated()), lambda net: net(X), placement=placement)
 
 
-class ReLUFirst(nn.Module):
-    """The same one module further in."""
-
-    def __init__(self, *, swapped: bool) -> None:
-        super().__init__()
-        self.body, self.swapped = nn.Sequential(nn.ReLU(inplace=True), conv(8, 8), nn.ReLU(), conv(8, 8)), swapped
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.add(x, self.body(x)) if self.swapped else self.body(x) + x
-
-
 def test_a_skip_that_is_overwritten_within_the_branch_has_a_place_only_behind_that() -> None:
-    model = nn.Sequential(conv(3, 8), ReLUFirst(swapped=False))
-    check_promises(model, lambda net: net(X), placement="identity")
+    @module_of(dict, ReLUFirst)
+    def BranchFirst(self, x: Tensor) -> Tensor:
+        return self.body(x) + x
+
+    check_promises(nn.Sequential(conv(3, 8), BranchFirst()), lambda net: net(X), placement="identity")
     with pytest.raises(RetrofitError, match=r"1: .*overwritten in place"):
-        add_se(nn.Sequential(conv(3, 8), ReLUFirst(swapped=True)), placement="identity")
+        add_se(nn.Sequential(conv(3, 8), ReLUFirst()), placement="identity")
 
 
 def test_where_the_batch_is_folded_into_the_channels_there_is_no_place() -> None:
-    model = type("Network", (Two,), {"block": Styled})()
+    model = Net(Styled)
     for placement in ("pre", "identity", "post"):
         check_promises(model, lambda net: net(X.clone()), placement=placement)
     with pytest.raises(RetrofitError, match="which dim"):
@@ -184,4 +150,3 @@ def test_the_example_may_be_of_another_size_than_what_comes_later(dims: int) -> 
     model = nn.Sequential(conv(3, 8, dims=dims), Unit(dims=dims))
     example, x = torch.randn(3, 3, *range(6, 6 + dims)), torch.randn(2, 3, *(9,) * dims)
     check_promises(model, lambda net: net(x), example_inputs=example)
-    assert list(remove_se(add_se(model)).state_dict()) == list(model.state_dict())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from block_networks import C2f
 from networks import NETWORKS, PLACEMENTS, randomise_se, randomised, run, se_modules
 from structure import Unit, conv
@@ -15,22 +16,9 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from se_retrofit import RetrofitError, SEAttention, add_se, plan_se
+from se_retrofit import RetrofitError, SEAttention, add_se, from_native, plan_se
 
 # Native SE networks ---------------------------
-
-
-def _load_native(retrofitted: nn.Module, native: nn.Module) -> None:
-    """Copy every weight of timm's native SE network, whose SE is `se` (or `attn`) with the 1x1 convs fc1 and fc2, strictly."""
-    state = {}
-    for key, value in native.state_dict().items():
-        parts = key.split(".")
-        if parts[-2] in ("fc1", "fc2") and parts[-3] in ("se", "attn"):
-            layer = "0" if parts[-2] == "fc1" else "2"
-            key = ".".join([*parts[:-3], "se_attention", "fc", layer, parts[-1]])
-            value = value.flatten(1) if value.dim() == 4 else value
-        state[key] = value
-    retrofitted.load_state_dict(state, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -45,15 +33,15 @@ def _load_native(retrofitted: nn.Module, native: nn.Module) -> None:
 def test_a_retrofit_with_the_weights_of_timms_native_se_network_is_that_network(
     base: str, native: str, options: dict[str, Any]
 ) -> None:
-    theirs = randomised(timm.create_model(native, num_classes=10)).eval()
+    theirs = randomised(timm.create_model(native, num_classes=10)).double().eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "fc1." in name or "fc2." in name:
                 parameter.normal_(std=0.5)
-    ours = timm.create_model(base, num_classes=10).eval()
-    ours = add_se(ours, reduction=16, gate="sigmoid", bias=True, **options)
-    _load_native(ours, theirs)
-    ours, theirs = ours.double(), theirs.double()  # so that rounding is small after the norms of small batches
+    ours = (
+        timm.create_model(base, num_classes=10).double().eval()
+    )  # so that rounding is small after the norms of small batches
+    ours = from_native(add_se(ours, reduction=16, gate="sigmoid", bias=True, **options), theirs)
     x = torch.randn(4, 3, 64, 64).double()
     for train in (False, True):
         expected, found = run(theirs.train(train), x)[0], run(ours.train(train), x)[0]
@@ -84,6 +72,35 @@ def test_the_sites_of_mnasnet_are_those_of_timms_semnasnet() -> None:
     x = torch.randn(2, 3, 64, 64)
     expected, found = run(native, x)[0], run(ours, x)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+# The sizes in the paper ---------------------------
+
+MILLIONS = {2: 45.7, 4: 35.7, 8: 30.7, 16: 28.1, 32: 26.9}
+
+
+def _resnet50() -> nn.Module:
+    with torch.device("meta"):
+        return torchvision.models.resnet50()
+
+
+def _millions(model: nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("reduction", swept([16], [2, 4, 8, 32]))
+def test_parameters_of_se_resnet50_are_those_of_the_papers_table_10(reduction: int) -> None:
+    """With biases, as in the networks that the authors released: without, r = 8 would give 30.59."""
+    model = _resnet50()
+    assert _millions(model) == pytest.approx(25.6, abs=0.1)
+    assert _millions(add_se(model, reduction, bias=True)) == pytest.approx(MILLIONS[reduction], abs=0.1)
+    # without biases (2 / r) * sum over stages of N_s * C_s ** 2 (section 4)
+    stages = ((3, 256), (4, 512), (6, 1024), (3, 2048))
+    assert plan_se(model, reduction).parameters == sum(2 * n * c * c for n, c in stages) // reduction
+
+
+def test_se_inside_the_branch_costs_less_as_in_the_papers_table_14() -> None:
+    assert _millions(add_se(_resnet50(), 16, placement="3x3")) == pytest.approx(25.8, abs=0.1)
 
 
 # The five placements ---------------------------

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from networks import assert_same_function, randomised, se_modules
-from structure import Unit
+from networks import assert_same_function, randomised
+from structure import Unit, conv, module_of
 from torch import Tensor, nn
 
 from se_retrofit import RetrofitError, add_se, plan_se
@@ -19,15 +19,19 @@ from se_retrofit.surgery import RECOGNISERS, Block, Recogniser, Record
 from se_retrofit.surgery.record.runs import Runs
 
 
-class Gated(nn.Module):
+@module_of(lambda: {"value": conv(8, 8), "weight": conv(8, 8)})
+def Gated(self, x: Tensor) -> Tensor:
     """The gated unit of PixelCNN (van den Oord et al., arXiv:1606.05328), which the package knows nothing of."""
+    return torch.tanh(self.value(x)) * torch.sigmoid(self.weight(x))
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.value, self.weight = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.value(x)) * torch.sigmoid(self.weight(x))
+@module_of(dict, Gated)
+def Residual(self, x: Tensor) -> Tensor:
+    return x + Gated.forward(self, x)
+
+
+def network(*blocks: nn.Module) -> nn.Module:
+    return randomised(nn.Sequential(nn.Conv2d(3, 8, 1), *blocks)).eval()
 
 
 def gated_units(record: Record) -> Iterator[Block]:
@@ -38,7 +42,7 @@ def gated_units(record: Record) -> Iterator[Block]:
 
 
 def test_a_recogniser_of_the_users_own_finds_blocks() -> None:
-    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), Gated(8), Gated(8))).eval()
+    model = network(Gated(), Gated())
     assert {site.kind for site in plan_se(model).sites} == {"chain"}
     plan = plan_se(model, recognisers=[gated_units])
     assert [(site.path, site.kind) for site in plan.sites] == [("1.se_attention", "gated"), ("2.se_attention", "gated")]
@@ -59,7 +63,7 @@ def test_one_file_and_one_row_are_all_that_a_kind_of_block_takes(
     before = RECOGNISERS.copy()
     try:
         exec(row, {"RECOGNISERS": RECOGNISERS, "Recogniser": Recogniser, "gated_units": module.gated_units})
-        model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), Gated(8), Gated(8))).eval()
+        model = network(Gated(), Gated())
         assert {site.kind for site in plan_se(model).sites} == {"gated"}
         assert_same_function(model, add_se(model), torch.randn(2, 3, 6, 6))
     finally:
@@ -67,11 +71,7 @@ def test_one_file_and_one_row_are_all_that_a_kind_of_block_takes(
 
 
 def test_it_is_asked_before_those_of_the_package() -> None:
-    class Residual(Gated):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + super().forward(x)
-
-    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), Residual(8))).eval()
+    model = network(Residual())
     assert [site.kind for site in plan_se(model).sites] == ["residual"]
     assert [site.kind for site in plan_se(model, recognisers=[gated_units]).sites] == ["gated"]
 
@@ -81,24 +81,22 @@ def test_every_row_of_the_table_names_its_paper() -> None:
         assert "arXiv:" in (row.find.__doc__ or ""), row.find
 
 
-@pytest.mark.parametrize("recognisers", ["residual", [3], gated_units])
-def test_what_is_no_list_of_functions_is_refused(recognisers: object) -> None:
-    with pytest.raises(TypeError, match="recognisers"):
-        plan_se(nn.Conv2d(3, 4, 3), recognisers=recognisers)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
-    ("recogniser", "says"),
+    ("recognisers", "error", "fact"),
     [
-        (lambda record: 1 / 0, "ZeroDivisionError"),
-        (lambda record: None, "TypeError"),
-        (lambda record: ["x"], "'x'"),
+        ("residual", TypeError, "recognisers"),
+        ([3], TypeError, "recognisers"),
+        (gated_units, TypeError, "recognisers"),
+        ([lambda record: 1 / 0], RetrofitError, "ZeroDivisionError"),
+        ([lambda record: None], RetrofitError, "TypeError"),
+        ([lambda record: ["x"]], RetrofitError, "'x'"),
     ],
 )
-def test_what_a_recogniser_does_wrong_is_told_as_its_own(recogniser: Any, says: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), Gated(8))
-    with pytest.raises(RetrofitError, match=says) as raised:
-        plan_se(model, recognisers=[recogniser])
+def test_what_is_no_list_of_functions_or_does_something_wrong_is_told_as_the_users(
+    recognisers: Any, error: type[Exception], fact: str
+) -> None:
+    with pytest.raises(error, match=fact) as raised:
+        plan_se(network(Gated()), recognisers=recognisers)
     assert "fault of se_retrofit" not in str(raised.value)
 
 
@@ -113,7 +111,7 @@ class Suspicious(Unit):
 def test_the_blocks_at_fault_alone_are_left_out_by_few_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [Unit() for _ in range(12)]
     layers[7] = Suspicious()
-    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 1), *layers)).eval()
+    model = network(*layers)
     again, runs = Runs.again, []
     monkeypatch.setattr(Runs, "again", lambda self, *args, **kwargs: runs.append(1) or again(self, *args, **kwargs))
     plan = plan_se(model)
@@ -121,6 +119,4 @@ def test_the_blocks_at_fault_alone_are_left_out_by_few_recordings(monkeypatch: p
     assert [skip.block for skip in plan.skipped] == ["8"]
     assert "does something else" in plan.skipped[0].reason
     assert len(runs) <= 10
-    x = torch.randn(2, 3, 6, 6)
-    assert_same_function(model, add_se(model), x)
-    assert len(se_modules(add_se(model))) == 11
+    assert_same_function(model, add_se(model, plan=plan), torch.randn(2, 3, 6, 6))

@@ -1,25 +1,112 @@
-"""Short ways that the surgery takes give what the long ways give."""
+"""The record of a run is a torch.fx graph, which computes what the network does; short ways to it give what the long ways give."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
-from structure import Unit, conv
-from torch import Tensor, nn
+from networks import randomised, run, same_tensors
+from structure import Unit, conv, module_of
+from sweeps import swept
+from torch import Tensor, fx, nn
 
-from se_retrofit import plan_se
+from se_retrofit import RetrofitError, add_se, plan_se, record
+from se_retrofit.models import Base
 from se_retrofit.surgery.record.copying import copied, on_meta
 from se_retrofit.surgery.record.meta import MetaOperations
+
+
+def rewriting() -> dict[str, Any]:
+    """With tensors that no operation makes, one of which is neither a parameter nor a buffer."""
+    return {"conv": nn.Conv2d(3, 8, 3), "scale": nn.Parameter(torch.rand(8, 1, 1)), "shift": torch.rand(8, 1, 1)}
+
+
+@module_of(rewriting)
+def Rewriting(self, x: Tensor, *, flip: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Views that are written to, and operations with several outputs."""
+    y = self.conv(x) * self.scale + self.shift
+    y[:, :4].mul_(2).relu_()
+    a, b = y[:, :4], y[:, 4:]
+    a += b
+    values, indices = torch.max(y.flatten(2), -1)
+    return (y.flip(-1) if flip else y), {"max": values, "at": indices.float(), "a": a}
+
+
+NETWORKS = swept(
+    ["timm/test_resnet", "torchvision/shufflenet_v2_x0_5"],
+    ["timm/mobilenetv2_035", "timm/densenet121", "timm/convnext_atto", "timm/hrnet_w18_small", "torchvision/squeezenet1_1", "timm/repvgg_a0",
+     "timm/nf_resnet26", "timm/inception_next_atto", "torchvision/googlenet", "timm/res2net50_14w_8s"],
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_recorded_graph_computes_what_the_network_does(name: str) -> None:
+    model = randomised(Base.of(name).build()).eval()
+    for network in (model, add_se(model)):
+        found = record(network)
+        found.graph.lint()
+        x = torch.rand(2, *found.inputs.args[0].shape[1:])
+        with torch.no_grad():
+            assert torch.equal(fx.GraphModule(network, found.graph)(x), network(x))
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_writes_to_views_and_values_of_no_operation_are_in_the_graph(flip: bool) -> None:
+    model = randomised(Rewriting()).eval()
+    x = torch.randn(2, 3, 9, 9)
+    found = record(model, ((x,), {"flip": flip}))
+    constants = [node for node in found.graph.nodes if node.op == "get_attr" and node.target.startswith("constant")]
+    assert len(constants) == 1
+    constants[0].target = "shift"  # the one thing that a graph can't name
+    model.scale.data.mul_(3)
+    assert same_tensors(run(fx.GraphModule(model, found.graph), x), run(model, x, flip=flip))
+
+
+def test_nodes_tell_shapes_calls_and_modules() -> None:
+    found = record(timm.create_model("test_resnet"), torch.zeros(3, 3, 64, 64))
+    nodes = {node.name: node for node in found.graph.nodes}
+    conv = nodes["layer2_0_conv1"]
+    assert (conv.op, conv.target) == ("call_module", "layer2.0.conv1")
+    assert conv.meta["shape"][0] == 3
+    assert conv.meta["dtype"] is torch.float32
+    assert conv.meta["call"].path == "layer2.0"
+    (adds,) = [n for n in found.graph.nodes if n.op == "call_function" and n.meta["call"].path == "layer2.0"]
+    assert adds.target is torch.ops.aten.add_.Tensor
+    assert [op.node for op in found.ops] == [n for n in found.graph.nodes if n.op != "output"]
+    assert {op.node: op.role for op in found.ops}[adds] == "add"
+
+
+@module_of(lambda: {"conv": nn.Conv2d(3, 4, 3)})
+def Branching(self, x: Tensor, y: Tensor) -> Tensor:
+    return self.conv(x) - y if x.shape[0] > 0 and x.sum() != 0 else x
+
+
+def test_a_network_that_symbolic_trace_cannot_take_has_a_graph_that_takes_its_inputs_in_order() -> None:
+    model, x, y = Branching(), torch.randn(2, 3, 5, 5), torch.randn(2, 4, 3, 3)
+    with pytest.raises(torch.fx.proxy.TraceError):
+        fx.symbolic_trace(model)
+    assert torch.equal(fx.GraphModule(model, record(model, (x, y)).graph)(x, y), model(x, y))
+
+
+def test_a_model_that_cannot_be_run_has_no_record() -> None:
+    with pytest.raises(RetrofitError, match=r"\(2, 5, 8, 8\)"):
+        record(nn.Conv2d(3, 4, 3), torch.zeros(2, 5, 8, 8))
+
+
+# Short ways ---------------------------
 
 aten = torch.ops.aten
 X = torch.empty(2, 4, 6, 6, device="meta")
 LAST = X.to(memory_format=torch.channels_last)
 WEIGHT = torch.empty(8, 4, 3, 3, device="meta")
+CONVOLUTION = (WEIGHT, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 OPERATIONS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.add.Tensor, (X, X)),
     (aten.add.Tensor, (X, LAST)),
@@ -31,8 +118,8 @@ OPERATIONS: list[tuple[Any, tuple[Any, ...]]] = [
     (aten.add.Tensor, (X.bool(), 1)),
     (aten.mean.dim, (X, [2, 3])),
     (aten.mean.dim, (X, [2, 3], True)),
-    (aten.convolution.default, (X, WEIGHT, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)),
-    (aten.convolution.default, (LAST, WEIGHT, None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1)),
+    (aten.convolution.default, (X, *CONVOLUTION)),
+    (aten.convolution.default, (LAST, *CONVOLUTION)),
     (aten.max_pool2d_with_indices.default, (X, [2, 2], [2, 2])),
     (aten.split.Tensor, (X, 2, 1)),
 ]
@@ -50,22 +137,11 @@ def test_an_operation_asked_for_again_has_outputs_of_the_same_form() -> None:
             got, wanted = known.run(operation, args, {}), operation(*args)
             assert forms(got) == forms(wanted), (turn, operation)
             assert type(got) is type(wanted)
-
-
-def test_an_operation_in_place_gives_its_own_input_each_time() -> None:
-    known = MetaOperations()
-    for _ in range(3):
-        x = torch.empty_like(X)
+        x, viewed = torch.empty_like(X), torch.empty_like(X)
         assert known.run(aten.relu_.default, (x,), {}) is x
-        viewed = torch.empty_like(X)
         assert known.run(aten.transpose_.default, (viewed, 0, 1), {}) is viewed
         assert viewed.shape == (4, 2, 6, 6)
-
-
-def test_an_operation_that_depends_on_values_is_refused_each_time() -> None:
-    known = MetaOperations()
-    for _ in range(2):
-        with pytest.raises((NotImplementedError, RuntimeError)):
+        with pytest.raises((NotImplementedError, RuntimeError)):  # it depends on values
             known.run(aten._local_scalar_dense.default, (torch.empty((), device="meta"),), {})
 
 
@@ -102,11 +178,10 @@ def test_a_copy_is_that_of_deepcopy() -> None:
         assert got.empty_again is got.empty is not model.empty
         assert got.second._forward_hooks is got.first._forward_hooks is not model.first._forward_hooks
         assert [n for n, _ in got.named_buffers()] == [n for n, _ in wanted.named_buffers()]
-        assert list(got.state_dict()) == list(wanted.state_dict())
-        assert all(
-            (a.shape, a.dtype, type(a)) == (b.shape, b.dtype, type(b))
-            for a, b in zip((*got.parameters(), *got.buffers()), (*wanted.parameters(), *wanted.buffers()), strict=True)
-        )
+        ours, theirs = got.state_dict(keep_vars=True), wanted.state_dict(keep_vars=True)
+        assert [(n, t.shape, t.dtype, type(t)) for n, t in ours.items()] == [
+            (n, t.shape, t.dtype, type(t)) for n, t in theirs.items()
+        ]
 
 
 class Told(nn.Conv2d):
@@ -124,14 +199,13 @@ def test_a_module_that_copies_in_its_own_way_is_asked() -> None:
 
 
 @pytest.mark.parametrize("switch", [gc.enable, gc.disable], ids=["on", "off"])
-def test_the_garbage_collector_is_left_on_or_off(switch: Callable[[], None]) -> None:
+@pytest.mark.parametrize("model", [nn.Sequential(conv(3, 8), Unit()), nn.Linear(2, 2)], ids=["planned", "refused"])
+def test_the_garbage_collector_is_left_on_or_off(switch: Callable[[], None], model: nn.Module) -> None:
     try:
         switch()
         before = gc.isenabled()
-        plan_se(nn.Sequential(conv(3, 8), Unit()))
-        assert gc.isenabled() == before
-        with pytest.raises(ValueError, match="nothing to retrofit"):
-            plan_se(nn.Linear(2, 2))
+        with contextlib.suppress(RetrofitError):
+            plan_se(model)
         assert gc.isenabled() == before
     finally:
         gc.enable()

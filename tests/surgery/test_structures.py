@@ -6,12 +6,10 @@ import copy
 
 import block_networks  # noqa: F401
 import image_networks  # noqa: F401
-import join_networks  # noqa: F401
 import layer_networks  # noqa: F401
 import pytest
 import signal_networks  # noqa: F401
 import torch
-import unet_networks  # noqa: F401
 from networks import randomised
 from numeric import check_promises
 from structure import STRUCTURES, Structure

@@ -17,9 +17,7 @@ FAMILIES = {row.name for row in smallest_of_each_family()}
 @pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")  # the libraries warn a great deal while they build networks
 @pytest.mark.parametrize(
-    "listed",
-    [row for row in smallest(listed_rows(), structure) if row.name not in FAMILIES],
-    ids=lambda row: row.name,
+    "listed", [row for row in smallest(listed_rows(), structure) if row.name not in FAMILIES], ids=lambda row: row.name
 )
 def test_is_converted_or_refused_as_listed(listed: Row) -> None:
     row = check(*entries([listed.name]))

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,15 +22,29 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 from zoo_rows import listed_rows
 
-from se_retrofit import RetrofitError, SEAttention, add_se
+from se_retrofit import RetrofitError, SEAttention, add_se, has_se
 from se_retrofit.surgery.record.runs import record
-from tools.zoo import Entry, Row, check, entries, read_rows, walk, write_markdown
+from tools.zoo import (
+    Entry,
+    FullRun,
+    Row,
+    changed_since,
+    check,
+    command,
+    entries,
+    present_run,
+    read_rows,
+    read_run,
+    walk,
+    write_markdown,
+)
 from tools.zoo.check import CheckFailed, inspect_model
 from tools.zoo.command import app
 from tools.zoo.tables import BEGIN, END, RowWriter, family_table, summary_line
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries warn a great deal while they build networks
 
+PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 ROWS = [
     Row("timm/a", "one", "converted", 1000, 128, {"residual": 2}, ["Block"], {"it is odd": 1}, 1.5),
     Row("timm/b", "one", "refused: no convolutional blocks", 2000, seconds=0.5),
@@ -93,11 +112,9 @@ def test_every_residual_unit_has_one_se_or_channel_attention_of_its_own(name: st
 class Forgetful(nn.Sequential):
     """Loses a key of its state dict after the retrofit, as a bug in the surgery would."""
 
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
-        state = super().state_dict(*args, **kwargs)  # type: ignore[arg-type]
-        if any(isinstance(m, SEAttention) for m in self.modules()):
-            state.pop("0.weight")
-        return state
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        state = super().state_dict(*args, **kwargs)
+        return {key: state[key] for key in state if key != "0.weight" or not has_se(self)}
 
 
 def test_a_broken_promise_fails_the_row() -> None:
@@ -139,36 +156,40 @@ def test_a_crash_or_a_hang_is_that_models_row_and_the_walk_goes_on() -> None:
 # Tables -----------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_survive_the_csv_file(tmp_path: Path) -> None:
-    path = tmp_path / "zoo.csv"
-    for row in ROWS:  # opened anew for each, as by walks that were cut off
+def written(path: Path, rows: list[Row]) -> None:
+    for row in rows:  # opened anew for each, as by walks that were cut off
         writer = RowWriter(path)
         writer.write(row)
         writer.close()
+
+
+def test_rows_survive_the_csv_file_and_one_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "zoo.csv"
+    assert read_rows(path) == []
+    written(path, ROWS)
     assert read_rows(path) == ROWS
-    assert read_rows(tmp_path / "none.csv") == []
-
-
-def test_a_csv_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "zoo.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(RetrofitError, match=r"was not written by python -m tools\.zoo"):
-        read_rows(path)
-
-
-def test_a_row_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
-    path = tmp_path / "zoo.csv"
-    writer = RowWriter(path)
-    for row in ROWS:
-        writer.write(row)
-    writer.close()
     text = path.read_text()
     path.write_text(text[: text.rindex("3000")])
     assert read_rows(path) == ROWS[:2]
-    writer = RowWriter(path)
-    writer.write(ROWS[2])
-    writer.close()
+    written(path, ROWS[2:])
     assert read_rows(path) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("do", "fact"),
+    [
+        (lambda file: read_rows(file), r"was not written by python -m tools\.zoo"),
+        (lambda file: write_markdown(ROWS, file), "to write between"),
+        (lambda file: app(["torchvision/alexnet", "--output", str(file / "zoo")]), "there is no folder"),
+    ],
+    ids=["csv of something else", "page without the marks", "no folder"],
+)
+def test_a_file_that_is_not_of_the_zoo_is_left_alone(do: Callable[[Path], object], fact: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(RetrofitError, match=fact):
+        do(path)
+    assert path.read_text() == "a,b\n1,2\n"
 
 
 def test_the_tables_replace_the_old_ones_and_leave_the_text_around_them(tmp_path: Path) -> None:
@@ -183,14 +204,6 @@ def test_the_tables_replace_the_old_ones_and_leave_the_text_around_them(tmp_path
     assert r"| torchvision/c | RuntimeError: a \| b |" in text
     assert "| timm/a | converted | 2 residual | 128 (+12.8%) | 1,000 | 1.5 |" in text
     assert "| it is odd | 1 | 1 | timm/a |" in text
-
-
-def test_a_file_without_the_marks_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "zoo.md"
-    path.write_text("mine\n")
-    with pytest.raises(RetrofitError, match="to write between"):
-        write_markdown(ROWS, path)
-    assert path.read_text() == "mine\n"
 
 
 def test_families_are_summed_up() -> None:
@@ -219,15 +232,90 @@ def test_the_command_writes_both_files_and_goes_on_where_it_stopped(tmp_path: Pa
     }  # fmt: skip
     lines = (tmp_path / "zoo.csv").read_text().splitlines(keepends=True)
     (tmp_path / "zoo.csv").write_text("".join(lines[:2]))  # a walk that was cut off after its first row
-    second = CliRunner().invoke(app, arguments)
-    assert second.exit_code == 0, second.output
+    assert CliRunner().invoke(app, arguments).exit_code == 0
     again = read_rows(tmp_path / "zoo.csv")
     assert [row.name for row in again] == [row.name for row in rows]
     assert again[0] == rows[0]  # its seconds, too: it was not done again
     assert "| torchvision/alexnet | converted | 5 chain |" in (tmp_path / "zoo.md").read_text()
 
 
-def test_the_command_names_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["torchvision/alexnet", "--output", str(tmp_path / "none" / "zoo")])
-    assert isinstance(result.exception, RetrofitError)
-    assert "there is no folder" in str(result.exception)
+# The last walk over all names ---------------------------------------------------------------------------------------------
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=me", "-c", "user.email=me@example.org", "-c", "protocol.file.allow=always")
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def write(folder: Path, text: str, message: str) -> str:
+    """A commit of a file of the surgery and of one that is none."""
+    for file in (folder / "README.md", folder / "se_retrofit" / "surgery" / "blocks.py"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "-m", message)
+    return git(folder, "rev-parse", "--short", "HEAD")
+
+
+def test_files_of_the_surgery_that_changed_since_a_commit_are_told_where_git_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, shallow = tmp_path / "repository", tmp_path / "shallow"
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    first = write(folder, "old\n", "first")
+    assert changed_since(first, folder) == []
+    write(folder, "new\n", "second")
+    assert changed_since(first, folder) == ["se_retrofit/surgery/blocks.py"]
+    (folder / "se_retrofit" / "surgery" / "blocks.py").write_text("newer\n")
+    assert changed_since("HEAD", folder) == ["se_retrofit/surgery/blocks.py"]  # what is not committed, too
+    git(tmp_path, "clone", "--quiet", "--depth", "1", folder.as_uri(), "shallow")
+    assert changed_since(first, shallow) is None
+    shutil.rmtree(folder / ".git")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert changed_since(first, folder) is None
+    monkeypatch.setenv("PATH", "")
+    assert changed_since("HEAD", shallow) is None
+
+
+def test_a_walk_over_some_names_or_one_that_was_resumed_is_no_full_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [Entry("timm", "one", "a"), Entry("timm", "one", "b")]
+    monkeypatch.setattr(command, "entries", lambda patterns: names[:1] if patterns else names)
+    monkeypatch.setattr(command, "walk", lambda todo, *_: [Row(e.name, e.family, "converted", 1) for e in todo])
+    page = tmp_path / "zoo.md"
+
+    def walked(*arguments: str) -> FullRun | None:
+        assert CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "zoo")]).exit_code == 0
+        return read_run(page.read_text())
+
+    assert walked("a") is None
+    assert walked() is None  # it went on with the row of a
+    assert walked("--fresh") == present_run()
+    page.write_text(page.read_text().replace(present_run().commit, "0123abc"))
+    (tmp_path / "zoo.csv").write_text("".join((tmp_path / "zoo.csv").read_text().splitlines(keepends=True)[:2]))
+    assert walked() == FullRun("0123abc", present_run().versions)
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("always:the last walk over all names")
+def test_the_page_names_the_last_walk_over_all_names_and_the_summary_says_what_changed_since() -> None:
+    run, present = read_run(PAGE.read_text()), present_run()
+    assert run is not None, "docs/zoo.md must name the last full run: python -m tools.zoo --output docs/zoo --fresh"
+    changed = changed_since(run.commit)
+    missing = {entry.name for entry in entries()} - {row.name for row in read_rows(PAGE.with_suffix(".csv"))}
+    told = []
+    if changed is None:
+        told.append(
+            f"whether the surgery has changed since commit {run.commit} can't be told: git does not have it here"
+        )
+    elif changed:
+        told.append(f"{len(changed)} files of the surgery have changed since commit {run.commit}: {', '.join(changed)}")
+    if run.versions != present.versions:
+        told.append(f"it was with {run.versions}, and here are {present.versions}")
+    if missing:
+        told.append(f"{len(missing)} names are new: {', '.join(sorted(missing)[:10])}")
+    if told:  # nothing is wrong with that: the sweep walks one network of each structure
+        warnings.warn(f"the last walk over all names is not of what is here: {'; '.join(told)}", stacklevel=1)

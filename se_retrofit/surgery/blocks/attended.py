@@ -1,4 +1,4 @@
-"""Convolutions that a branch of attention holds, and what they are for."""
+"""The convolutions in a branch with attention, and their purpose."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ WEIGHTS = ("sigmoid", "softmax", "_softmax")
 
 
 def spatial_convs(ops: list[Op]) -> list[Op]:
-    """The convolutions over space among the operations of a branch, as far as they make features.
+    """Return the spatial convolutions among the operations of a branch that compute features. Not so in attention:
 
-    In a branch of attention, one that makes keys or queries alone weighs the values and makes none (that of keys *and*
-    values may pool them: PVT, Wang et al., arXiv:2102.12122); and a depthwise one without an activation that is added to
-    values or weighs them tells positions (CoaT, Xu et al., arXiv:2104.06399; CSWin, Dong et al., arXiv:2107.00652), unless it has a norm
-    and the sum is activated (EfficientFormerV2, Li et al., arXiv:2212.08059). So does the only layer of a branch beside tokens (wav2vec 2.0, Baevski et al., arXiv:2006.11477).
-    """
+    One that only computes keys or queries (one for keys *and* values may pool them: PVT, Wang et al.,
+    arXiv:2102.12122). A depthwise one without an activation that is added to values or weights them, which encodes
+    positions (CoaT, Xu et al., arXiv:2104.06399; CSWin, Dong et al., arXiv:2107.00652), unless it has a norm and the
+    sum is activated (EfficientFormerV2, Li et al., arXiv:2212.08059). The only layer of a branch beside tokens (wav2vec
+    2.0, Baevski et al., arXiv:2006.11477)."""
     convs = [op for op in ops if op.spatial_conv]
     if not convs:
         return []
@@ -32,7 +32,7 @@ def spatial_convs(ops: list[Op]) -> list[Op]:
 
 
 def adds_positions(conv: Op, act: Op) -> bool:
-    """Whether all that becomes of a lone convolution is added to what it took: it tells positions, where it is no residual unit."""
+    """Return whether a lone convolution is only added to its input: it encodes positions, if it is no residual unit."""
     join, source = act, conv.data[0]
     while join.role != "add":
         user = only_user(join)
@@ -61,7 +61,7 @@ def _is_position(conv: Op) -> bool:
 
 
 def _makes_values(conv: Op, ops: set[Op]) -> bool:
-    """Whether a way leads from a convolution to the end of the branch that is not by the weights of attention."""
+    """Return whether a path from a convolution to the end of the branch avoids the weights of the attention."""
     reached, waiting = {conv}, [conv]
     weights: set[Op] = set()
     for value in waiting:
@@ -78,8 +78,8 @@ def _makes_values(conv: Op, ops: set[Op]) -> bool:
 
 
 def _weighs(value: Op, user: Op, is_weight: bool) -> bool:
-    """Whether a value goes into attention as a weight, query or key: into a product, as what a sigmoid or softmax returned (BAT,
-    Chi et al., arXiv:2006.03318), or into a product that a softmax follows, or as one of the first two of three."""
+    """Return whether a value enters attention as a weight, query or key: into a product, as the output of a sigmoid or
+    softmax (BAT, Chi et al., arXiv:2006.03318) or before a softmax, or as one of the first two of three values."""
     if user.role == "linear" and len(user.data) == 2 and is_weight:
         return True
     if user.role == "other" and len(user.data) == 3:

@@ -1,4 +1,4 @@
-"""What a recogniser yields: a convolutional block, told by what its graph does."""
+"""The result of a recogniser: a convolutional block, described by what its graph does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Block", "Target"]
 @dataclass(frozen=True, eq=False)
 class Target:
     """A value that SE could recalibrate: that of ``op``, as it appears in the code of the module that ``call`` called (None:
-    of none), for ``users`` (None: for all that take it)."""
+    of no module), for ``users`` (None: for all users)."""
 
     call: Call | None
     op: Op
@@ -21,16 +21,16 @@ class Target:
 
 @dataclass(eq=False)
 class Block:
-    """One block.
+    """A convolutional block.
 
     Attributes:
-        kind: what it is, in a word for users: ``"residual"``.
-        call: the call of the module in whose code it ends.
-        region: the operations that it computes anew, as a bit set of their indices.
-        branch: the last value that it computes anew.
-        join: the operation in which that meets what bypassed the block; ``branch`` where nothing does.
-        skip, source: of a residual unit: the value that is added to the branch, and the one from which both come.
-        target: where SE goes by itself, if not on the branch before stochastic depth and layer scale.
+        kind: its kind, in a word for users: ``"residual"``.
+        call: the call of the module in whose code the block ends.
+        region: the operations that the block newly computes, as a bit set of their indices.
+        branch: the last value that it newly computes.
+        join: the operation that joins this value with what bypassed the block; ``branch`` if nothing does.
+        skip, source: for a residual unit, the value that is added to the branch, and the common source of both.
+        target: where SE goes by default, if not on the branch before stochastic depth and layer scale.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Ways past an add, and which of them keep it from being that of a residual unit."""
+"""Paths around an add, and which of them show that it does not belong to a residual unit."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _COLLECTING = (*TRANSPARENT, "add", "cat", "pool")
 
 
 def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region: int) -> bool:
-    """Whether every way from some values to what a module returns passes an add, as far as ways count.
+    """Return whether every path from some values to the output of a module passes an add. Some paths don't count:
 
-    None counts that ends where all stages of a stream are collected: their sum or concat, a list that is returned (but a sum of
-    linear branches, or of what pools and branches make, is one of branches). Nor does a second output that is made in the
-    branch alone (WaveNet's skip output, van den Oord et al., arXiv:1609.03499), or is summed up with others; or is what the module
-    was given and hands on. Nor does a way by which the branch alone weighs the sum (SPAN, Wan et al., arXiv:2311.12770).
+    One that ends where all stages of a stream are collected: in their sum or concat, or in a list that is returned
+    (but a sum of linear branches, or of the outputs of pools and branches, is one of branches). A path to a second
+    output that is computed in the branch only (WaveNet's skip output, van den Oord et al., arXiv:1609.03499), summed
+    with others, or an input. One by which only the branch weights the sum (SPAN, Wan et al., arXiv:2311.12770).
     """
     sources = list(sources)
     reached = set(sources)
     stream = any(source in add.data for source in sources) and has_nonlinearity(record.select(region))
     collected = _collected(call, sources, add, region) if stream else set()
     excused = reached | collected
-    left: set[Op] = set()  # what was made in the branch, as it is, on its way to another sum
+    left: set[Op] = set()  # values computed in the branch that go unchanged to another sum
     for op in record.ops[call.start : call.end]:
         ways = [i for i in op.takes if i in reached and not (op in collected and i in excused)]
         if op is add or not ways or _is_weighed(record, call, op, sources, add, region):
@@ -49,7 +49,7 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
 
 
 def _is_weighed(record: Record, call: Call, op: Op, sources: list[Op], add: Op, region: int) -> bool:
-    """Whether an operation weighs what became of an add by what was made of its branch alone."""
+    """Return whether an operation weights the result of an add by a value computed from its branch only."""
     if op.role != "mul" or len(op.data) != 2:
         return False
     branch = record.ops[region.bit_length() - 1]
@@ -65,12 +65,12 @@ def _is_weighed(record: Record, call: Call, op: Op, sources: list[Op], add: Op, 
 
 
 def _all_from(op: Op, region: int) -> bool:
-    """Whether every operand of an operation is computed inside a region, so that none bypasses it (as in the concat of a dual path)."""
+    """Return whether all operands are computed in a region, so that none bypasses it (as in a dual path's concat)."""
     return bool(op.data) and all(o.lineage & region for o in op.data)
 
 
 def _collected(call: Call, sources: list[Op], add: Op, region: int) -> set[Op]:
-    """The joins that take both the unit's input and its output, each as it is, and what lies between that input and them."""
+    """Return the joins that take a unit's input and output unchanged, and what lies between that input and them."""
     ours = {op for op in _gathered([add], call, 0) if _is_join(op) and op is not add}
     found: set[Op] = set()
     for op in sorted(_gathered(sources, call, region | add.bit), key=lambda op: -op.index):
@@ -84,7 +84,7 @@ def _is_join(op: Op) -> bool:
 
 
 def _gathered(values: list[Op], call: Call, but: int) -> set[Op]:
-    """What a module makes of some values without a learned layer or an activation."""
+    """Return what a module computes from some values without a learned layer or an activation."""
     reached, waiting = set(values), list(values)
     for value in waiting:
         for user in real_users(value):

@@ -15,15 +15,15 @@ __all__ = ["covers_its_input", "is_feature", "lone_convolutions", "plain_chains"
 
 def plain_chains(record: Record) -> Iterator[Block]:
     """Convolutions, norms and activations in a row: SE goes after each non-linearity (VGG, Simonyan and Zisserman,
-    arXiv:1409.1556; with SE: Hu et al., section 6.2; a depthwise-separable pair, as in MobileNet, is one unit); or behind a
-    convolution that is pooled or joined with other values before it is activated (DISK, Tyszkiewicz et al., arXiv:2006.13566)."""
+    arXiv:1409.1556; with SE: Hu et al., section 6.2; a depthwise-separable pair, as in MobileNet, is one unit); or
+    after a convolution that is pooled or joined before it is activated (DISK, Tyszkiewicz et al., arXiv:2006.13566)."""
     for conv, act in _units(record):
         yield from _chain(record, conv, act)
 
 
 def lone_convolutions(record: Record) -> Iterator[Block]:
     """Convolutions without a non-linearity, such as the last of an FPN's levels (Lin et al., arXiv:1612.03144): SE goes after the
-    norm. What is added to something else, or multiplied with it, is a part of that."""
+    norm. A convolution that is added to or multiplied with something else is a part of that."""
     acted = {conv for conv, _ in _units(record)}
     for conv in record.ops:
         if not conv.spatial_conv or conv in acted or covers_its_input(conv):
@@ -47,7 +47,7 @@ def _chain(record: Record, conv: Op, end: Op) -> Iterator[Block]:
 
 
 def _units(record: Record) -> Iterator[tuple[Op, Op]]:
-    """Each conv with the non-linearity that closes its unit."""
+    """Yield each convolution with the non-linearity that ends its unit."""
     for conv in record.ops:
         if not conv.spatial_conv or covers_its_input(conv):
             continue
@@ -70,9 +70,9 @@ _KEEPING = ("norm", "pass", "affine", "pad", "pool", "resize", "cat")
 
 
 def _is_activated_later(conv: Op) -> bool:
-    """Whether all that becomes of a convolution's value is activated before a layer takes it: behind a pool, a change of size, a
-    concat, each of which leaves its features what they are. The norm comes with the activation: behind one that belongs to the
-    convolution, SE before a concat would hand it gradients in another layout, for which its own are not bit-equal."""
+    """Return whether the value of a convolution is always activated before another layer uses it: after a pool, a
+    change of size or a concat, none of which changes its features. The norm comes with the activation: if it came with
+    the convolution, SE before a concat would pass it gradients in another layout, and its own would not be equal."""
     user = only_user(conv)
     if user is not None and user.role == "norm":
         return False
@@ -89,12 +89,12 @@ def _is_activated_later(conv: Op) -> bool:
 
 
 def is_feature(op: Op, pooled: bool = False) -> bool:
-    """Whether a learned layer takes a value, so that it is no prediction; or a pool, if that counts."""
+    """Return whether a learned layer (or, with ``pooled``, a pool) uses a value, which then is not a prediction."""
     return any(learned for _, _, learned in _takers(op, pooled)) and not tells_where(op)
 
 
 def tells_where(op: Op) -> bool:
-    """Whether another value is sampled by this one (boxes, offsets, flows), so that it is a prediction, whatever else takes it."""
+    """Return whether another value is sampled by this one (boxes, offsets, flows), which makes it a prediction."""
     return any(user.name in _SAMPLING and not first for user, first, _ in _takers(op))
 
 
@@ -102,8 +102,8 @@ _SAMPLING = ("grid_sampler_2d", "grid_sampler_3d", "deform_conv2d", "roi_align",
 
 
 def _takers(op: Op, pooled: bool = False) -> Iterator[tuple[Op, bool, bool]]:
-    """What takes a value, up to the first learned layers (or pools): each operation, whether it takes it first, as its data,
-    and whether it is such a layer."""
+    """Yield the operations that use a value, up to the first learned layers (or pools), with whether each takes it as
+    its data (first argument), and whether it is such a layer."""
     reached, waiting = {op}, [op]
     for value in waiting:
         for user in real_users(value):
@@ -117,7 +117,7 @@ def _takers(op: Op, pooled: bool = False) -> Iterator[tuple[Op, bool, bool]]:
 
 
 def _is_learned(op: Op) -> bool:
-    """Whether it is a learned layer. A 1x1 convolution from colours to colours (the mean that is added to an image) is none."""
+    """Return whether an operation is a learned layer. A 1x1 convolution from colours to colours (mean shift) is not."""
     if op.conv is not None and not op.conv.spatial and op.conv.inputs == op.conv.outputs <= 4:
         return False
     weighs = any(source.role == "param" and _is_stored(source) for source in op.inputs) or (
@@ -127,12 +127,12 @@ def _is_learned(op: Op) -> bool:
 
 
 def _is_stored(source: Op) -> bool:
-    """Whether a value comes from a parameter or buffer, and was not made in the run (the zeros that a mask is written into)."""
+    """Return whether a value comes from a parameter or buffer, and not from the run (such as zeros for a mask)."""
     return source.path is not None or any(map(_is_stored, source.inputs))
 
 
 def covers_its_input(conv: Op) -> bool:
-    """Whether a conv's kernel covers its whole input: a fully-connected layer, written as a convolution."""
+    """Return whether a convolution's kernel covers its whole input, as in a fully-connected layer."""
     before = conv.data[0].shape
     assert conv.conv is not None
     dims = len(conv.conv.kernel)

@@ -1,4 +1,4 @@
-"""Blocks whose new features are put beside what bypassed them: dense layers, split units, dual paths."""
+"""Blocks whose new features are concatenated with what bypassed them: dense layers, split units, dual paths."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["dense_layers", "dual_paths", "split_units"]
 
 
 def dense_layers(record: Record) -> Iterator[Block]:
-    """A cat of one value and of what several layers made of it, each of which read all that came before it (DenseNet, Huang
-    et al., arXiv:1608.06993). Where each reads the one before it alone, it is one block of several branches instead."""
+    """A concat of a value and of the outputs of several layers, each of which takes everything before it (DenseNet,
+    Huang et al., arXiv:1608.06993). If each takes only the previous output, it is one multi-branch block instead."""
     for call in reversed(record.calls):
-        for cat in reversed(own_operations(record, call)):  # the last cat of a dense block is the one of all its layers
+        for cat in reversed(own_operations(record, call)):  # the last concat of a dense block has all its layers
             yield from _layers(record, call, cat)
 
 
@@ -45,7 +45,7 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
         )
         if (blocks and not reads_all) or not has_spatial_conv(ops) or not has_nonlinearity(ops):
             return []
-        child = call.child_with(operand)  # a layer that is a module of its own gets its SE itself
+        child = call.child_with(operand)  # a layer that is a module gets SE in that module
         own = child if child is not None and child.shows(operand) else call
         blocks.append(Block("dense", own, region, operand, cat))
         seen |= operand.bit
@@ -54,7 +54,7 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
 
 
 def split_units(record: Record) -> Iterator[Block]:
-    """A cat of (part of) the input and new features that is what the module returns (a dense layer that joins its own
+    """A concat of (part of) the input and new features that the module returns (a dense layer that concatenates its own
     features; ShuffleNetV2's unit at stride 1, Ma et al., arXiv:1807.11164)."""
     for call in reversed(record.calls):
         for cat in own_operations(record, call):
@@ -68,7 +68,7 @@ def _unit(record: Record, call: Call, cat: Op) -> Block | None:
         return None
     if not _is_returned(call, cat):
         return _split_in_graph(record, call, cat) if call.parent is None else None
-    # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
+    # in a dual path block (DPN), part of the new features is added to the bypass, and part is concatenated with it
     added = {o: other for o in cat.data if (other := _added_to_bypass(o, call)) is not None}
     new, bypassed = [], False
     for operand in cat.data:
@@ -83,7 +83,7 @@ def _unit(record: Record, call: Call, cat: Op) -> Block | None:
     if len(new) > 1:
         if any(a.bit & b.ancestors for a in new for b in new):
             return None  # they feed each other: see dense_layers
-        common = common_source(record, call, new)  # they are pieces of one value
+        common = common_source(record, call, new)  # if they are pieces of one value
         if common is None or common.channels is None:
             return None
         new = [common]
@@ -91,7 +91,7 @@ def _unit(record: Record, call: Call, cat: Op) -> Block | None:
 
 
 def _is_returned(call: Call, cat: Op) -> bool:
-    """Whether all that a module returns is this value, at most activated or in another shape."""
+    """Return whether a module returns only this value, possibly activated or in another shape."""
     for output in call.outputs:
         while output is not cat:
             if output.role not in (*TRANSPARENT, "act") or len(output.data) != 1 or not call.holds(output):
@@ -101,7 +101,7 @@ def _is_returned(call: Call, cat: Op) -> bool:
 
 
 def _split_in_graph(record: Record, call: Call, cat: Op) -> Block | None:
-    """The same in a graph that holds many blocks: a piece of a value, and what was made of another piece of it."""
+    """Find a split unit in a graph with many blocks: a piece of a value, and what is computed from another piece."""
     pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
     new = [o for o in cat.data if o not in pieces]
     if len(pieces) != 1 or len(new) != 1:
@@ -113,13 +113,13 @@ def _split_in_graph(record: Record, call: Call, cat: Op) -> Block | None:
 
 
 def _split_inside(record: Record, call: Call, cat: Op) -> Block | None:
-    """The same where what is split is no input of the module, but a value that every way through the module passes."""
+    """Find a split unit in which the split value is not an input of the module, but is on every path through it."""
     whole = common_source(record, call, cat.data)
     if whole is None or escapes(record, call, call.inputs, {whole}):
         return None
     outside = whole.lineage
     if whole in cat.data and any(map(is_conv_or_linear, record.select(outside & call.mask))):
-        return None  # it is newly computed as well: a primary convolution and a cheap one (GhostNet)
+        return None  # it is newly computed, too: a primary convolution and a cheap one (GhostNet)
     new = [o for o in cat.data if bypass_source(o, call, outside, projections=0) is None]
     if len(new) != 1 or len(new) == len(cat.data):
         return None
@@ -132,12 +132,12 @@ def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) ->
     if not has_spatial_conv(ops) or not has_nonlinearity(ops):
         return None
     if any(map(resizes, ops)):
-        return None  # down in resolution and up again: a skip between the levels of a U-Net
+        return None  # the resolution goes down and up again: a skip between the levels of a U-Net
     return Block("dense", call, region, new, cat)
 
 
 def _added_to_bypass(op: Op, call: Call) -> Op | None:
-    """The new one of the two operands of an add, if the other is a bypass."""
+    """Return the newly computed operand of an add, if the other one is a bypass."""
     if op.role != "add" or len(op.data) != 2 or not call.holds(op):
         return None
     new = [o for o in op.data if bypass_source(o, call, 0) is None]
@@ -145,7 +145,7 @@ def _added_to_bypass(op: Op, call: Call) -> Op | None:
 
 
 def dual_paths(record: Record) -> Iterator[Block]:
-    """Several joins of one new value with what bypassed the block, which together are all that it returns (DPN, Chen et
+    """Several joins of one new value with what bypassed the block, which together are its whole output (DPN, Chen et
     al., arXiv:1707.01629)."""
     for call in reversed(record.calls):
         joins = [op for op in own_operations(record, call) if op.role in ("add", "cat")]
@@ -170,7 +170,7 @@ def _dual_path(record: Record, call: Call, joins: list[Op]) -> Block | None:
     if {join.role for join in cut} != {"add", "cat"} or escapes(record, call, call.inputs, cut):
         return None
     if any(join.ancestors & other.bit for join in cut for other in cut):
-        return None  # one behind the other: a block in which something else is joined, too
+        return None  # one after the other: a block in which something else is joined, too
     common = call.mask
     for op in new:
         common &= op.lineage

@@ -17,7 +17,7 @@ __all__ = ["find_places"]
 
 HAS_ATTENTION = "has channel attention already"
 NOT_SHOWN = "the value that SE should recalibrate does not appear in the code of any of its modules"
-# Blocks with less than this share of the spatial convolutions that chains hold are odd ones in a plain network.
+# Blocks with less than this fraction of the spatial convolutions in chains are exceptions in a plain network.
 FEW = 0.1
 
 
@@ -41,10 +41,10 @@ class _Finder:
         self.record = record
         self.placement = placement
         self.found = Found()
-        self.taken = 0  # the bits of all blocks, whether they get SE or not
-        self.sited = 0  # the bits of the values behind which SE goes, and of blocks that have attention
+        self.taken = 0  # the bits of all blocks, whether or not they get SE
+        self.sited = 0  # the bits of the values after which SE goes, and of blocks with attention
         self.covered = 0  # the bits of the blocks that get SE
-        # blocks for which there is no place, with the reason and their bits; one around them may have one
+        # blocks without a place, with the reason and their bits; a block around them may have a place
         self.unplaced: dict[str, tuple[str, int]] = {}
         self.calls: dict[str, int] = {}  # by the path of a convolution, the bits of all its calls
         for op in record.ops:
@@ -52,8 +52,8 @@ class _Finder:
                 self.calls[path] = self.calls.get(path, 0) | op.bit
 
     def few_beside(self, blocks: list[Block]) -> bool:
-        """Whether what was found so far holds next to none of the spatial convolutions beside these blocks. A lone stem is no
-        network."""
+        """Return whether the blocks found so far have hardly any spatial convolutions compared with these. A lone stem
+        does not count."""
         there = sum(op.spatial_conv for op in self.record.select(self.taken))
         beside = sum(op.spatial_conv for block in blocks for op in self.record.select(block.region))
         return len(blocks) > 1 and there < FEW * beside
@@ -71,12 +71,12 @@ class _Finder:
                 self.add(block, aside)
 
     def is_free(self, block: Block) -> bool:
-        """Whether no part of a block belongs to those found so far, and none of its convolutions does in another call."""
+        """Return whether no part of a block belongs to an earlier one, nor its convolutions to one in another call."""
         calls = [self.calls[path] for path in conv_paths(self.record, block)]
         return not any(bits & self.taken for bits in (block.region, *calls))
 
     def add(self, block: Block, aside: str) -> None:
-        """Note the place for a block, or why there is none."""
+        """Note the place for a block, or the reason why there is none."""
         self.taken |= block.region | block.join.bit
         name = name_of(self.record, block)
         target = PLACEMENTS[self.placement](self.record, block)
@@ -112,7 +112,7 @@ class _Finder:
 
 
 def _where_shown(call: Call, op: Op) -> Call | None:
-    """The call in whose code a value appears: this one, or the one inside of it that makes the value."""
+    """Return the call in whose code a value appears: this one, or the one inside it that computes the value."""
     inner: Call | None = call
     while inner is not None and not inner.shows(op):
         if not inner.holds(op):

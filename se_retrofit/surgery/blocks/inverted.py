@@ -1,4 +1,4 @@
-"""The core of the inverted bottleneck, with a bypass around it or without."""
+"""The core of the inverted bottleneck, with or without a bypass around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["core_of", "inverted_bottlenecks"]
 
 
 def inverted_bottlenecks(record: Record) -> Iterator[Block]:
-    """The core of an inverted bottleneck that nothing bypasses: SE goes after the depthwise convolution's norm and
+    """The core of an inverted bottleneck without a bypass: SE goes after the depthwise convolution's norm and
     activation (MobileNetV2, Sandler et al., arXiv:1801.04381; with SE: MnasNet, Tan et al., arXiv:1807.11626)."""
     for conv in record.ops:
         core = _inverted_core(conv)
@@ -30,8 +30,8 @@ def inverted_bottlenecks(record: Record) -> Iterator[Block]:
 
 @dataclass(frozen=True, eq=False)
 class _InvertedCore:
-    """``depthwise conv -> norm -> activation -> pointwise conv``: the value that goes into the projection, the operation that takes
-    it, and the projection's own value."""
+    """``depthwise conv -> norm -> activation -> pointwise conv``: the input of the projection, the operation that takes
+    it, and the output of the projection."""
 
     value: Op
     taker: Op
@@ -39,11 +39,11 @@ class _InvertedCore:
 
 
 def _inverted_core(conv: Op) -> _InvertedCore | None:
-    """The core that begins with this depthwise conv."""
+    """Return the core that starts with this depthwise convolution."""
     if conv.conv is None or not conv.conv.depthwise or conv.flat:
         return None
     op, acted = conv, False
-    padded: tuple[Op, Op] | None = None  # what is padded before the projection, and the padding that takes it
+    padded: tuple[Op, Op] | None = None  # the value that is padded before the projection, and the padding
     while True:
         users = real_users(op)
         gates = [u for u in users if is_gate(u)]
@@ -52,7 +52,7 @@ def _inverted_core(conv: Op) -> _InvertedCore | None:
             continue
         pieces = [only_user(u) for u in users if u.role == "part"]
         if len(users) == len(pieces) > 1 and all(p is not None and is_pointwise(p) for p in pieces):
-            joined = only_user(pieces[0]) if pieces[0] is not None else None  # a projection in groups (MixNet)
+            joined = only_user(pieces[0]) if pieces[0] is not None else None  # a grouped projection (MixNet)
             return (
                 _InvertedCore(op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
             )
@@ -63,7 +63,7 @@ def _inverted_core(conv: Op) -> _InvertedCore | None:
         user = users[0]
         if is_pointwise(user):
             return _InvertedCore(*(padded or (op, user)), user) if acted else None
-        if user.role == "pad":  # padding for any kernel, which for one of size 1 is none
+        if user.role == "pad":  # padding for any kernel, which is zero for one of size 1
             padded, op = padded or (op, user), user
             continue
         padded = None
@@ -78,15 +78,15 @@ def _inverted_core(conv: Op) -> _InvertedCore | None:
 
 
 def _is_summed(op: Op) -> bool:
-    """Whether a pointwise conv makes a part of a sum: the residual or the skip output of a unit (Conv-TasNet, Luo and Mesgarani,
-    arXiv:1809.07454)."""
+    """Return whether a pointwise convolution computes a term of a sum: the residual or the skip output of a unit
+    (Conv-TasNet, Luo and Mesgarani, arXiv:1809.07454)."""
     join = next_after(op, ("norm", "pass", "affine"))
     return is_pointwise(op) and join is not None and join.role == "add"
 
 
 def _projects(op: Op) -> bool:
-    """Whether a pointwise conv is linear and ends a block: no non-linearity follows it, nor a depthwise conv at once (of which it
-    is the first half then: Haase and Amthor, arXiv:2003.13549)."""
+    """Return whether a pointwise convolution is linear and ends a block: it is followed neither by a non-linearity nor
+    directly by a depthwise convolution (of which it would be the first half: Haase and Amthor, arXiv:2003.13549)."""
     following = next_after(op, ("norm", "pass", "affine", "shape"))
     other_half = next_after(op, ("pass", "pad"))
     if other_half is not None and other_half.conv is not None and other_half.conv.depthwise:
@@ -95,7 +95,7 @@ def _projects(op: Op) -> bool:
 
 
 def core_of(record: Record, block: Block) -> _InvertedCore | None:
-    """The core of a residual unit that is an inverted bottleneck."""
+    """Return the core of a residual unit that is an inverted bottleneck."""
     ops = list(record.select(block.region))
     spatial = [op for op in ops if op.spatial_conv]
     if not all(op.conv is not None and op.conv.depthwise for op in spatial):
@@ -113,7 +113,7 @@ def core_of(record: Record, block: Block) -> _InvertedCore | None:
 
 
 def _is_prediction(record: Record, projection: Op) -> bool:
-    """Whether a projection is what a head predicts: no layer with weights comes behind it."""
+    """Return whether a projection is the prediction of a head: no layer with weights follows it."""
     return not any(
         op.ancestors & projection.bit and op.role in ("conv", "linear", "norm")
         for op in record.ops[projection.index + 1 :]

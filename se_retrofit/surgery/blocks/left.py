@@ -1,4 +1,4 @@
-"""Which convolutions over space get no SE, and why."""
+"""The spatial convolutions that get no SE, and the reasons."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["left_out"]
 def left_out(
     record: Record, training: Record | None, found: Found, placed: Sequence[Place], everything: bool
 ) -> list[tuple[str, str, tuple[str, ...]]]:
-    """What gets no SE: the names of blocks, or of convolutions in no block, each with the reason and the paths of its convolutions
-    over space; in order of execution.
+    """Return what gets no SE: the names of blocks, or of convolutions outside all blocks, each with the reason and the
+    paths of its spatial convolutions; in order of execution.
 
     Args:
-        record, training: of the network in eval mode, and in train mode where that is known.
+        record, training: the records of the network in eval mode, and in train mode if there is one.
         found: its blocks; those that were left out since are in ``skipped``.
-        placed: where SE has gone.
-        everything: with the convolutions that are in no block.
+        placed: the places that get SE.
+        everything: whether to include convolutions outside all blocks.
     """
     served: set[str] = set()
     for place in placed:
@@ -51,7 +51,7 @@ def left_out(
 
 
 def _not_evaluated(record: Record, training: Record | None) -> dict[str, str]:
-    """The convolutions over space that did not run in eval mode, and why they get no SE."""
+    """Return the spatial convolutions that did not run in eval mode, and why they get no SE."""
     trained = [] if training is None else training.ops
     found = {_path_of(op): "it runs in train mode alone" for op in trained if op.conv is not None and op.conv.spatial}
     used = {op.path for op in (*record.ops, *trained)}

@@ -1,4 +1,4 @@
-"""Blocks of several branches that are joined."""
+"""Blocks with several branches that are joined."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["multi_branch_blocks"]
 
 
 def multi_branch_blocks(record: Record) -> Iterator[Block]:
-    """A channel cat of branches that come from one value: SE goes behind it, or behind the 1x1 conv that fuses it
+    """A concat along the channels of branches from one value: SE goes after it, or after the 1x1 conv that fuses it
     (Inception, Szegedy et al., arXiv:1409.4842; with SE: Hu et al., section 3.3; Fire, OSA, CSP and NAS cells)."""
     for call in record.calls:
         for cat in reversed(own_operations(record, call)):
             scope, block = call, _block(record, call, cat)
             while block is None and scope.parent is not None and scope.outputs == [cat]:
-                scope = scope.parent  # the conv that fuses the branches may stand further out than the cat
+                scope = scope.parent  # the conv that fuses the branches may be further out than the concat
                 block = _block(record, scope, cat)
             if block is not None:
                 yield block
@@ -40,7 +40,7 @@ def _block(record: Record, call: Call, cat: Op) -> Block | None:
         and call.parent is not None
         and not escapes(record, call, call.inputs, {cat})
     ):
-        # what the branches have in common belongs to the block itself, with what is made of it and the conv that fuses all
+        # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all
         block = _branches_from(record, call, cat, None)
         if block is not None and (block.branch is cat or not call.holds(block.branch)):
             return None
@@ -67,15 +67,15 @@ def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Bl
 
 
 def _predicts(record: Record, cat: Op) -> bool:
-    """Whether a cat is of what heads predict (boxes, scores, keypoints): no learned layer comes behind it, and a branch at least
-    ends in one, squashed at most."""
+    """Return whether a concat joins the predictions of heads (boxes, scores, keypoints): no learned layer follows it,
+    and at least one branch ends in a learned layer, possibly squashed."""
     if any(cat.bit & op.ancestors and op.role in LEARNED for op in record.ops[cat.index + 1 :]):
         return False
     return any(map(_is_decoded, cat.data))
 
 
 def _is_decoded(op: Op) -> bool:
-    """Whether a value is what a layer predicts: squashed, scaled and shifted, its pieces differently perhaps."""
+    """Return whether a value is a layer's prediction: squashed, scaled and shifted, possibly piece by piece."""
     while op.role in ("pass", "affine", "shape", "part") or (op.role == "act" and op.name.lower() in _SQUASHING):
         if len(op.data) != 1:
             break
@@ -89,7 +89,7 @@ _SQUASHING = ("sigmoid", "tanh", "exp", "softmax", "_softmax", "log_softmax", "_
 
 
 def _fusing_end(call: Call, cat: Op, branches: list[Op]) -> Op | None:
-    """Behind a cat: the last value of the pointwise conv that fuses it, with its norm and activation."""
+    """Return the last value of the pointwise conv that fuses a concat, including its norm and activation."""
     op, conv = cat, None
     while True:
         user = only_user(op)
@@ -108,7 +108,7 @@ def _fusing_end(call: Call, cat: Op, branches: list[Op]) -> Op | None:
 
 
 def _same_family(conv: Op, branches: list[Op]) -> bool:
-    """In a graph that holds many blocks, whether a conv's path says that it belongs with these."""
+    """Return whether, in a graph with many blocks, a convolution's path shows that it belongs with these branches."""
     paths = [op.path for op in branches if op.conv is not None]
     if any(p is None for p in [*paths, conv.path]):
         return True

@@ -1,4 +1,4 @@
-"""Places that a user names: on what modules return."""
+"""Places that a user names: the outputs of modules."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["places_at"]
 
 
 def places_at(record: Record, patterns: Sequence[str]) -> Found:
-    """The places on what the modules return whose paths match one of some patterns.
+    """Return the places at the outputs of the modules whose paths match one of the patterns.
 
     Raises:
-        RetrofitError: a pattern matches no module, or none that was called.
+        RetrofitError: If a pattern matches no module, or none that was called.
     """
     found, called, wanted = Found(), _returned(record), set()
     first = {id(module): path for path, module in reversed(list(record.model.named_modules()))}
-    modules = {  # a module may be asked for by any of its paths
+    modules = {  # a module may be named by any of its paths
         path: first[id(module)]
         for path, module in record.model.named_modules(remove_duplicate=False)
         if not isinstance(module, _CONTAINERS)
@@ -45,7 +45,7 @@ def places_at(record: Record, patterns: Sequence[str]) -> Found:
             problem = "it does not return one tensor" if op is None else problem_of(op)
             if problem is not None or op is None:
                 found.skipped[path] = str(problem)
-            elif op not in taken:  # what an outer module returns, an inner one may have made
+            elif op not in taken:  # the output of an outer module may come from an inner one
                 taken.add(op)
                 layers, region = frozenset([path]), op.bit if op.path == path else call.mask
                 found.places.append(Place(path, "named", call, op, layers=layers, region=region, named=True))
@@ -63,7 +63,7 @@ def _why_not(record: Record, path: str) -> str:
 
 
 def _returned(record: Record) -> dict[str, list[tuple[Call, Op | None]]]:
-    """For each module that was called, what each of its calls returned and the call in whose code that appears."""
+    """Return for each module that was called the output of each call, and the call in whose code the output appears."""
     found: dict[str, list[tuple[Call, Op | None]]] = {}
     for call in record.calls:
         found.setdefault(call.path, []).append((call, call.returned))

@@ -1,4 +1,4 @@
-"""What a block is called: by the path of the module that it is, or of what it is made of."""
+"""The name of a block: the path of its module, or of what it consists of."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["conv_paths", "name_of", "path_of"]
 
 
 def name_of(record: Record, block: Block) -> str:
-    """The path of a block: that of the module in which it stands, or of one around it that holds nothing else; in a
-    graph that holds more than the block, what the paths of its convolutions tell. Those convolutions of a plain chain that
-    are a unit of the network together (the two of a U-Net's double convolution) are named after the unit."""
+    """Return the path of a block: that of the module that it is in, or of one around it that holds nothing else; in a
+    graph with other blocks, it is derived from the paths of its convolutions. Convolutions of a plain chain that
+    together form a unit of the network (the two of a U-Net's double convolution) are named after the unit."""
     outer = block.call
     beside = [op for op in record.select(outer.mask & ~block.region) if op.spatial_conv]
     chain, paths = block.kind == "chain", conv_paths(record, block)
@@ -38,13 +38,13 @@ def conv_paths(record: Record, block: Block) -> list[str]:
 
 
 def path_of(conv: Op) -> str | None:
-    """The path of a convolution's module; of the one whose weight a function takes, or in which it makes one."""
+    """Return the path of a convolution's module; for a function, of the one that has, or computes, its weight."""
     weights = (source.path for source in conv.inputs if source.role == "param" and source.path)
     return conv.path or next((path.rpartition(".")[0] or path for path in weights), conv.call.path) or None
 
 
 def _in_list(record: Record, paths: list[str], beside: list[Op]) -> str | None:
-    """What a block is called that a loop over a list makes: by its own part of the list, if there are others in it."""
+    """Return the name of a block computed by a loop over a list: its own element of the list, if there are others."""
     prefix = prefix_of(paths)
     modules = dict(record.model.named_modules())
     for name, around in ((paths[0] if paths else "", prefix), (prefix, prefix.rpartition(".")[0])):
@@ -56,7 +56,7 @@ def _in_list(record: Record, paths: list[str], beside: list[Op]) -> str | None:
 
 
 def _around(record: Record, call: Call) -> Call:
-    """A sequence, or the outermost module around it that holds no convolution beside."""
+    """Return a sequence, or the outermost module around it that holds no other convolution."""
     while is_sequential(call.module) and call.parent is not None and call.parent.path:
         if any(op.conv is not None and not call.holds(op) for op in record.select(call.parent.mask)):
             break
@@ -65,9 +65,9 @@ def _around(record: Record, call: Call) -> Call:
 
 
 def is_unit(record: Record, call: Call, beside: list[Op]) -> bool:
-    """Whether a module with several convolutions is a unit: it has no other modules with convolutions in it and computes at one
-    size, and if it is a sequence, the network has more of the kind. The features of a VGG are none, since their size changes,
-    nor is the one body of a network."""
+    """Return whether a module with several convolutions is a unit: it contains no other modules with convolutions,
+    computes at one size, and if it is a sequence, the network has more like it. The features of a VGG are not a unit,
+    because their size changes, nor is the only body of a network."""
     if any(op.call is not call for op in beside) or not _is_of_one_size(record, call):
         return False
     return not is_sequential(call.module) or any(

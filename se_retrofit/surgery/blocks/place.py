@@ -1,4 +1,4 @@
-"""Where SE goes: a value, as it appears in the code of a module."""
+"""A place for SE: a value, as it appears in the code of a module."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["Found", "Place", "problem_of"]
 
 @dataclass(eq=False)
 class Place:
-    """A place for SE: on the value that ``op`` makes, as it appears in the code of the module that ``call`` called.
+    """A place for SE: the value that ``op`` computes, as it appears in the code of the module that ``call`` called.
 
     Attributes:
         block, kind: path and kind of the block.
-        users: the operations that get the recalibrated value; None means all that come after.
-        layers: the paths of the modules and parameters that make the block: those of another call of the same block are
-            the same, and only with such a one does it share its SE.
+        users: the operations that get the recalibrated value; None means all later ones.
+        layers: the paths of the modules and parameters in the block; they are equal for another call of the same block,
+            which is the only case in which SE is shared.
         region: the operations of the block, as a bit set of their indices.
-        named: the user named it; it is no block that was found.
-        aside: if it is not empty, why the block gets no SE unless ``include`` names it.
+        named: whether the user named the place; it is not a block that was found.
+        aside: if it is not empty, the reason why the block gets no SE unless ``include`` names it.
     """
 
     block: str
@@ -41,7 +41,7 @@ class Place:
 
     @property
     def overwritten(self) -> bool:
-        """Whether the record itself overwrites the value next (``out += identity``): then SE may do so, too."""
+        """Whether the network itself overwrites the value next (``out += identity``), so that SE may do so, too."""
         user = only_user(self.op)
         return self.users is None and user is not None and user.inplace and user.inputs[:1] == (self.op,)
 
@@ -51,10 +51,10 @@ class Found:
     """What was found in a record: where SE goes, and which blocks are skipped and why.
 
     Attributes:
-        places: where SE goes, and where it goes only if ``include`` names the block.
-        skipped: the reason for each block that is skipped.
+        places: the places where SE goes, including those where it goes only if ``include`` names the block.
+        skipped: the reason for each skipped block.
         regions: the operations of blocks, placed or skipped, as bit sets of their indices.
-        attended: how many blocks have channel attention already.
+        attended: number of blocks that already have channel attention.
     """
 
     places: list[Place] = field(default_factory=list)
@@ -63,13 +63,13 @@ class Found:
     attended: int = 0
 
     def leave(self, block: str, reason: str, region: int = 0) -> None:
-        """Skip a block, for this reason if there was none before."""
+        """Skip a block, for this reason unless there already is one."""
         self.skipped.setdefault(block, reason)
         self.regions[block] = self.regions.get(block, 0) | region
 
 
 def problem_of(op: Op) -> str | None:
-    """Why SE can't recalibrate a value, if it can't."""
+    """Return the reason why SE can't recalibrate a value, or None if it can."""
     if op.channels is None:
         return f"it is not known which dim of the output of {op.path or op.name} holds the channels"
     if op.channels < 2:

@@ -1,4 +1,4 @@
-"""Where in a block SE goes: by itself, and in the paper's other variants (Hu et al., section 6.4, figure 5)."""
+"""Where SE goes in a block: by default, and in the paper's other variants (Hu et al., section 6.4, figure 5)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["PLACEMENTS"]
 
 
 def auto(record: Record, block: Block) -> Target | None:
-    """Where the block's recogniser says: on what the block has newly computed, once, at the last value before it joins what
-    bypassed the block."""
+    """Where the block's recogniser puts it: on what the block has newly computed, once, at the last value before it
+    joins what bypassed the block."""
     return block.target or branch_end(record, block)
 
 
 def branch_end(record: Record, block: Block) -> Target:
-    """The branch's last value before stochastic depth and layer scale, also where those stand before a last permutation."""
+    """The branch's last value before stochastic depth and layer scale, even if these are before a last permutation."""
     end = before(block.branch, block.call, ("pass", "affine"))
     moved = before(end, block.call, ("shape",))
     unscaled = before(moved, block.call, ("pass", "affine"))
@@ -27,7 +27,7 @@ def branch_end(record: Record, block: Block) -> Target:
 
 
 def standard(record: Record, block: Block) -> Target | None:
-    """At the end of the branch, of an inverted bottleneck as well."""
+    """At the end of the branch, even in an inverted bottleneck."""
     return None if block.skip is None else branch_end(record, block)
 
 

@@ -1,4 +1,4 @@
-"""What the recognisers ask about operations, calls and the paths between them."""
+"""Questions of the recognisers about operations, calls and the paths between them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..record.graph import Call, Op, Record
 from ..record.joins import LEARNED
 from .block import Target
 
-# What leaves a value the same but for its place, its size or a linear map of each channel.
+# What leaves a value the same except for its position, its size or a linear map of each channel.
 TRANSPARENT = ("pass", "affine", "norm", "shape", "part", "pad")
 
 
 def own_operations(record: Record, call: Call) -> list[Op]:
-    """The operations that a module's own code does in a call, or that of a helper of its: ``self.add(x, self.body(x))``."""
+    """Return the operations of a module's own code in a call, including its helpers': ``self.add(x, self.body(x))``."""
     own = [call]
     for outer in own:
         own += [child for child in outer.children if _is_helper(record, child)]
@@ -24,7 +24,7 @@ def own_operations(record: Record, call: Call) -> list[Op]:
 
 
 def _is_helper(record: Record, call: Call) -> bool:
-    """Whether a call is that of a small module without a learned layer."""
+    """Return whether a call is that of a small module without a learned layer."""
     ops = record.ops[call.start : min(call.end, call.start + _HELPER + 1)]
     return len(ops) <= _HELPER and not any(op.role in LEARNED for op in ops)
 
@@ -33,8 +33,9 @@ _HELPER = 12  # operations
 
 
 def is_gate(op: Op) -> bool:
-    """``x * f(pool(x))`` with a learned or non-linear f: channel attention. Its gate has one value for each channel and no extent in
-    space or time; if it has some (coordinate attention, Hou et al., arXiv:2103.02907), it has all the channels: else it is a mask."""
+    """Return whether an operation is ``x * f(pool(x))`` with a learned or non-linear f: channel attention. Its gate has
+    one value per channel and no extent in space or time, or an extent and all channels (coordinate attention, Hou et
+    al., arXiv:2103.02907); otherwise it is a mask."""
     if op.role != "mul" or op.name == "div" or len(op.data) != 2:
         return False
     a, b = op.data
@@ -43,12 +44,12 @@ def is_gate(op: Op) -> bool:
     gate, scaled = (a, b) if (a.pooled, a.flat) > (b.pooled, b.flat) else (b, a)
     if not gate.flat and gate.channels != scaled.channels:
         return False
-    # one value for all channels weighs a whole branch, as a mixture of experts does
+    # a single value for all channels weights a whole branch, as in a mixture of experts
     return gate.excited and scaled.channels != 1 and math.prod(gate.shape[1:]) > 1
 
 
 def has_nonlinearity(ops: Iterable[Op]) -> bool:
-    """Self-attention counts as one."""
+    """Return whether one of the operations is a non-linearity; self-attention counts as one."""
     return any(op.role in ("act", "other") or (op.role == "mul" and len(op.data) == 2) for op in ops)
 
 
@@ -61,7 +62,7 @@ def is_pointwise(op: Op) -> bool:
 
 
 def next_after(op: Op, through: tuple[str, ...]) -> Op | None:
-    """The first operation after ``op`` whose role is not in ``through``, if only one path leads there."""
+    """Return the first operation after ``op`` whose role is not in ``through``, if only one path leads there."""
     user = only_user(op)
     while user is not None and user.role in through and len(user.data) == 1:
         user = only_user(user)
@@ -69,8 +70,8 @@ def next_after(op: Op, through: tuple[str, ...]) -> Op | None:
 
 
 def activation_after(conv: Op) -> Op | None:
-    """The non-linearity behind a convolution, its norm and a pool: of the value, moved perhaps (a transpose between them); of
-    its halves together (a gated linear unit, a maximum); or beside pools and concats that tap the value (pre-activation)."""
+    """Return the non-linearity after a convolution, its norm and a pool: that of the value, possibly permuted; of its
+    halves together (a gated linear unit, a maximum); or beside pools and concats that tap the value (preactivation)."""
     op = conv
     while True:
         users = real_users(op)
@@ -90,7 +91,7 @@ def activation_after(conv: Op) -> Op | None:
 
 
 def _join_of_halves(halves: list[Op]) -> Op | None:
-    """The one product or maximum of two halves of a value, each of them activated at most."""
+    """Return the only product or maximum of two halves of a value, each of which may be activated."""
     joins = [next_after(half, ("norm", "pass", "affine", "act")) or half for half in halves]
     if len(halves) == 2 and joins[0] is joins[1] and joins[0].role in ("mul", "act") and len(joins[0].data) == 2:
         return joins[0]
@@ -98,7 +99,7 @@ def _join_of_halves(halves: list[Op]) -> Op | None:
 
 
 def gated_after(op: Op) -> bool:
-    """Whether a channel gate follows a value at once, or behind its norm and activation."""
+    """Return whether a channel gate follows a value directly, or after its norm and activation."""
     while True:
         users = real_users(op)
         if any(is_gate(u) for u in users) and all(is_gate(u) or u.pooled for u in users):
@@ -109,7 +110,7 @@ def gated_after(op: Op) -> bool:
 
 
 def joins_channels(op: Op) -> bool:
-    """Whether a cat runs along the channels."""
+    """Return whether a concat is along the channels."""
     if op.role != "cat" or op.channels is None or len(op.data) < 2:
         return False
     dim = op.channel_dim
@@ -119,12 +120,12 @@ def joins_channels(op: Op) -> bool:
 
 
 def escapes(record: Record, call: Call, sources: Iterable[Op], cut: set[Op]) -> bool:
-    """Whether some path from ``sources`` to what the module returns passes none of ``cut``."""
+    """Return whether a path from ``sources`` to the module's output passes none of ``cut``."""
     return not _reached(record, call, sources, cut).isdisjoint(call.outputs)
 
 
 def derives(record: Record, call: Call, value: Op, source: Op, but: Op | None = None) -> bool:
-    """Whether a module computes one value from another, on a way that does not lead over a third."""
+    """Return whether a module computes one value from another, by a path that does not pass a third."""
     return value in _reached(record, call, [source], {but})
 
 
@@ -137,8 +138,8 @@ def _reached(record: Record, call: Call, sources: Iterable[Op], cut: Collection[
 
 
 def bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> Op | None:
-    """Where a bypass begins: follow ``op`` back, through a linear projection at most (pools, and one or two convolutions:
-    a depthwise-separable pair), to something in ``ancestors`` or to an input of the module. None if it is no bypass."""
+    """Return the start of a bypass: follow ``op`` back, at most through a linear projection (pools, and one or two
+    convolutions: a depthwise-separable pair), to something in ``ancestors`` or to an input; None if it is no bypass."""
     given = set(call.inputs)
     convs = acts = 0
     while not (op.bit & ancestors or op in given):
@@ -163,7 +164,7 @@ def resizes(op: Op) -> bool:
 
 
 def common_source(record: Record, call: Call, ops: Iterable[Op]) -> Op | None:
-    """The last operation of the module from which all of ``ops`` come."""
+    """Return the last operation of the module on which all of ``ops`` depend."""
     common = call.mask
     for op in ops:
         common &= op.lineage
@@ -172,7 +173,7 @@ def common_source(record: Record, call: Call, ops: Iterable[Op]) -> Op | None:
 
 
 def prefix_of(paths: list[str]) -> str:
-    """The path that these have in common, without the last part of any."""
+    """Return the common prefix of paths, without the last part of any of them."""
     parts = [p.split(".") for p in paths]
     prefix = []
     for level in zip(*parts, strict=False):
@@ -188,8 +189,7 @@ def prefix_of(paths: list[str]) -> str:
 
 
 def before(op: Op, call: Call | None, roles: tuple[str, ...]) -> Op:
-    """Follow a value back through operations of these roles, to the first that appears in the module's own code; not through another
-    module that scales and shifts, which is a norm (FrozenBatchNorm2d)."""
+    """Follow a value back through these roles to the module's own code, but not through a norm (FrozenBatchNorm2d)."""
     shown, hidden = op, []
     while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op and call is not None:
         hidden.append(op)
@@ -206,6 +206,6 @@ def _shifts(op: Op) -> bool:
 
 
 def edge(record: Record, value: Op, taker: Op) -> Target:
-    """A value as it appears in the module in whose own graph it goes from one operation to another."""
+    """Return a value as it appears in the module in whose own graph it passes from one operation to another."""
     call = innermost(record, [value, taker])
     return Target(call, before(value, call, ("pass",)))

@@ -1,4 +1,4 @@
-"""Sums that are one convolution in disguise."""
+"""Sums that are equivalent to a single convolution."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["reparameterisable_sums", "summed_branches"]
 
 
 def reparameterisable_sums(record: Record) -> Iterator[Block]:
-    """A sum of linear branches, one convolution in disguise: SE goes after the sum, before the activation, so that the
-    branches can still be fused (RepVGG, Ding et al., arXiv:2101.03697; MobileOne)."""
+    """A sum of linear branches, equivalent to a single convolution: SE goes after the sum, before the activation, so
+    that the branches can still be fused (RepVGG, Ding et al., arXiv:2101.03697; MobileOne)."""
     for call in record.calls:
         for add in reversed(own_operations(record, call)):
             region = summed_branches(record, call, add)
@@ -24,17 +24,17 @@ def reparameterisable_sums(record: Record) -> Iterator[Block]:
 
 
 def summed_branches(record: Record, call: Call, add: Op) -> int | None:
-    """The operations of the linear branches that an add sums up, as a bit set; None if it is no such sum."""
+    """Return the operations of the linear branches that an add sums, as a bit set; None if it is not such a sum."""
     if add.role != "add" or len(add.data) != 2:
         return None
     following = next_after(add, ("pass",))
     if following is not None and following.role == "add":
-        return None  # not the last of the sum
+        return None  # not the last add of the sum
     leaves, stack = [], list(add.data)
     while stack:
         op = stack.pop()
         while (op.role == "pass" or (op.role == "affine" and op.name == "add")) and len(op.data) == 1:
-            op = op.data[0]  # sum([a, b]) begins with 0 + a
+            op = op.data[0]  # sum([a, b]) starts with 0 + a
         if op.role == "add" and op.call is call and len(op.data) == 2:
             stack.extend(op.data)
         else:
@@ -47,18 +47,18 @@ def summed_branches(record: Record, call: Call, add: Op) -> int | None:
     if not has_spatial_conv(ops) or has_nonlinearity(ops) or any(op.role in ("resize", "cat") for op in ops):
         return None
     if sum(_is_weighted(record, leaf, region) for leaf in leaves) < 2 or (source is None and len(call.inputs) != 1):
-        return None  # a lone conv beside its input is none; values of two origins are no branches
+        return None  # a lone conv beside its input is not a sum of branches, nor are values of two origins
     return region
 
 
 def _is_weighted(record: Record, leaf: Op, region: int) -> bool:
-    """Whether a branch has weights: one without is a shortcut, such as what a pixel-unshuffle makes of the input."""
+    """Return whether a branch has weights; without weights it is a shortcut, such as a pixel-unshuffle of the input."""
     return any(op.role in (*LEARNED, "affine") for op in record.select(leaf.lineage & region))
 
 
 def _outside(call: Call, add: Op) -> Target:
-    """Behind the sum of a re-parameterisable block and its norm. Where that is all that a module does, the module is
-    one conv in disguise and may be replaced by that conv: SE goes outside of it."""
+    """Return the target after the sum of a re-parameterisable block and its norm. A module that does nothing else may
+    be replaced by the equivalent convolution, so SE goes outside it."""
     inner, op, user = call, add, only_user(add)
     while user is not None and call.holds(user) and user.role in ("norm", "pass", "affine") and len(user.data) == 1:
         op, user = user, only_user(user)
@@ -67,6 +67,6 @@ def _outside(call: Call, add: Op) -> Target:
     if call is not inner:
         return Target(call, op)
     op, user = add, only_user(add)
-    while user is not None and user.role == "affine" and user.name == "add":  # of a branch that is the number 0
+    while user is not None and user.role == "affine" and user.name == "add":  # if a branch is the number 0
         op, user = user, only_user(user)
     return Target(call, op)

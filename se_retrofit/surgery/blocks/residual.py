@@ -26,9 +26,9 @@ __all__ = ["residual_units", "reversible_units"]
 
 
 def residual_units(record: Record) -> Iterator[Block]:
-    """An add of a branch and a skip (the block's input, or a projection of it) that every way to the output passes (He et
-    al., arXiv:1512.03385; with SE: Hu et al., arXiv:1709.01507, section 3.3). One whose branch is the core of an inverted
-    bottleneck is of that kind (Sandler et al., arXiv:1801.04381)."""
+    """An add of a branch and a skip (the block's input, or a projection of it) that every path to the output passes (He
+    et al., arXiv:1512.03385; with SE: Hu et al., arXiv:1709.01507, section 3.3). If the branch is the core of an
+    inverted bottleneck, the block is of that kind (Sandler et al., arXiv:1801.04381)."""
     for call in reversed(record.calls):
         for add in own_operations(record, call):
             block = _unit(record, call, add)
@@ -41,8 +41,8 @@ def residual_units(record: Record) -> Iterator[Block]:
 
 
 def reversible_units(record: Record) -> Iterator[Block]:
-    """Two residual units that are coupled: ``y1 = x1 + f(x2); y2 = x2 + g(y1)`` (RevNet, Gomez et al., arXiv:1707.04585). What
-    bypasses the first is not what its branch is made of."""
+    """Two coupled residual units: ``y1 = x1 + f(x2); y2 = x2 + g(y1)`` (RevNet, Gomez et al., arXiv:1707.04585). What
+    bypasses the first unit is not the input of its branch."""
     for call in reversed(record.calls):
         adds = [op for op in own_operations(record, call) if op.role == "add" and len(op.data) == len(op.takes) == 2]
         for first in adds:
@@ -69,7 +69,7 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
     if add.role != "add" or len(add.data) != 2 or len(add.takes) != 2:
         return None
     if add.data[0].shape != add.data[1].shape:
-        return None  # an embedding, say, that is the same all over the map
+        return None  # an embedding, say, that is the same at all positions
     if _is_modulation(record, call, add):
         return None
     pairs = (add.data, add.data[::-1])
@@ -90,21 +90,21 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         if _is_query(source, region) or _spans_network(record, add, skip, ops):
             continue
         if call.parent is None and any(map(resizes, ops)) and not _resized_between(source, skip):
-            continue  # it goes down in resolution and comes up again: a skip between the levels of an hourglass
+            continue  # the resolution goes down and up again: a skip between the levels of an hourglass
         return Block("residual", call, region, branch, add, skip, source)
     return None
 
 
 def _is_of_another_stream(record: Record, call: Call, source: Op, branch: Op) -> bool:
-    """Whether what a module is given and adds to a branch is another one's work (the waveform's, added to the spectrogram's: Défossez,
-    arXiv:2111.03600): it holds convolutions and non-linearities of which the branch is not made."""
+    """Return whether an input that a module adds to a branch comes from another stream (the waveform's, added to the
+    spectrogram's: Défossez, arXiv:2111.03600): it involves convolutions and non-linearities that the branch doesn't."""
     own = list(record.select(source.lineage & ~branch.ancestors)) if source in call.inputs else []
     return has_spatial_conv(own) and has_nonlinearity(own)
 
 
 def _is_modulation(record: Record, call: Call, add: Op) -> bool:
-    """Whether an add shifts what was scaled by a map of the same origin: ``norm(x) * (1 + gamma) + beta`` (SPADE, Park et al.,
-    arXiv:1903.07291; AdaIN, Huang and Belongie, arXiv:1703.06868; FiLM, Perez et al., arXiv:1709.07871)."""
+    """Return whether an add shifts what a map of the same origin scaled: ``norm(x) * (1 + gamma) + beta`` (SPADE, Park
+    et al., arXiv:1903.07291; AdaIN, Huang and Belongie, arXiv:1703.06868; FiLM, Perez et al., arXiv:1709.07871)."""
     for product, shift in (add.data, add.data[::-1]):
         while product.role in ("pass", "affine") and len(product.data) == 1:
             (product,) = product.data
@@ -121,9 +121,9 @@ def _is_modulation(record: Record, call: Call, add: Op) -> bool:
 
 
 def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
-    """Whether a skip leads over the network as a whole, as in restoration (VDSR, Kim et al., arXiv:1511.04587; DnCNN, Zhang et
-    al., arXiv:1608.03981), so that its branch is a network and no unit: one that holds most of the convolutions; or one that
-    makes an image, added to the one that came in."""
+    """Return whether a skip spans the whole network, as in restoration (VDSR, Kim et al., arXiv:1511.04587; DnCNN,
+    Zhang et al., arXiv:1608.03981), so that its branch is not a unit but a network: it holds most of the convolutions,
+    or it computes an image that is added to the input image."""
     own = [op for op in ops if op.spatial_conv]
     layers = {op.path for op in own}
     if len(layers) > 3 and 2 * len(layers) > len({op.path for op in record.ops if op.spatial_conv}):
@@ -135,7 +135,7 @@ def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
 
 
 def _is_query(source: Op, region: int) -> bool:
-    """Whether attention takes a value as its query: it is added to what attention makes of it, and bypasses no block."""
+    """Return whether a value is a query of attention: it is added to the attention's output, and bypasses no block."""
     users = [source]
     for op in users:
         users += [u for u in op.users if u.bit & region and u.role in ("affine", "pass", "shape")]
@@ -143,8 +143,8 @@ def _is_query(source: Op, region: int) -> bool:
 
 
 def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) -> bool:
-    """Whether a linear branch is a branch all the same: a convolution beside the input itself. Several linear branches are
-    a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
+    """Return whether a linear branch is a residual branch nevertheless: a convolution beside the input itself. Several
+    linear branches are a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
     mixing = any(op.spatial_conv and op.conv is not None and not op.conv.depthwise for op in ops)
     return mixing and not any(map(resizes, ops)) and summed_branches(record, call, add) is None
 

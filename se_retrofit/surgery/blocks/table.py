@@ -1,4 +1,4 @@
-"""The kinds of blocks: one function and one row for each."""
+"""The table of block kinds: one function and one row for each."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Recognise = Callable[[Record], Iterable[Block]]
 
 @dataclass(frozen=True)
 class Recogniser:
-    """One row of the table.
+    """A row of the table.
 
     Attributes:
-        find: yields the blocks of a record, as far as it can tell alone.
-        nests: its blocks may stand around others: of nested ones the innermost gets SE. Rows of this sort that follow each
-            other are asked together.
-        alone: its blocks count in a network that has next to no others.
-        aside: if it is not empty, its blocks count only where ``include`` names them, or where they are alone; this is the reason that
-            is given otherwise.
+        find: yields the blocks of a record, without regard to other recognisers.
+        nests: whether its blocks may contain others: among nested blocks, the innermost gets SE. Consecutive rows of
+            this sort are evaluated together.
+        alone: whether its blocks count in a network that has hardly any others.
+        aside: if it is not empty, its blocks count only if ``include`` names them, or if they are alone; this is the
+            reason that is given otherwise.
     """
 
     find: Recognise
@@ -38,7 +38,7 @@ class Recogniser:
     aside: str = ""
 
 
-# In this order: what one has found is left alone by those that follow.
+# The order matters: what one recogniser has found is ignored by those after it.
 RECOGNISERS: list[Recogniser] = [
     Recogniser(dense_layers, nests=True),
     Recogniser(reversible_units, nests=True),

@@ -1,7 +1,7 @@
-"""Copies of a model that share nothing with it: on the meta device, on the CPU, or where it is.
+"""Copies of a model that share nothing with it: on the meta device, on the CPU, or on its own device.
 
-The objects that the modules of the copy will be are made first, and given to ``copy.deepcopy`` as its memo. Only a module whose
-class has a way of its own to be copied is left to that.
+The modules of the copy are created first, and passed to ``copy.deepcopy`` as its memo. Only modules whose class defines
+how it is copied are left to ``copy.deepcopy``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Convert = Callable[[Tensor], Tensor]
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, strides and dtype without data."""
+    """Return a tensor of the same shape, strides and dtype without data."""
     try:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
     except (RuntimeError, NotImplementedError):  # no strides: a sparse tensor
@@ -41,20 +41,20 @@ def on_meta(tensor: Tensor) -> Tensor:
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """The same values on the CPU; a meta tensor has none, and gets zeros."""
+    """Return the same values on the CPU; a meta tensor has none, and becomes zeros."""
     if tensor.device.type == "meta":
         return torch.zeros(tensor.size(), dtype=tensor.dtype)
     return tensor.detach().to("cpu", copy=True)
 
 
 def in_mode(model: M, training: bool) -> M:
-    """The model, in train or in eval mode. A class of the user's may have a ``train`` of its own that returns nothing."""
+    """Set the model to train or eval mode, and return it. A user's class may have a ``train`` that returns nothing."""
     model.train(training)
     return model
 
 
 def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The mode in which tensors like this one are made: a fake tensor's own, on whose devices nothing is allocated."""
+    """Return the mode in which tensors like this one are created: a fake tensor's own, which allocates nothing."""
     return maybe_get_fake_mode(tensor) or contextlib.nullcontext()
 
 
@@ -70,7 +70,7 @@ def check_whole(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse tensors, given with their names, that have a shape and a dtype alone, or are spread over processes."""
+    """Raise an error if one of the named tensors has only a shape and a dtype, but no values, or is distributed over processes."""
     tensors = list(tensors)
     check_whole(tensors)
     for name, tensor in tensors:
@@ -80,16 +80,16 @@ def check_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def copied(value: T, convert: Convert | None = None, *, independent: bool = False) -> T:
-    """A deep copy of a model or of its inputs.
+    """Return a deep copy of a model or of its inputs.
 
     Args:
-        value: what to copy.
-        convert: what becomes of each tensor in it; None clones.
-        independent: copy what hooks and functions on instances hold, too, and share what can't be copied (a lock,
-            an open file) instead of failing: for a copy that is run once and thrown away.
+        value: the object to copy.
+        convert: function that converts each tensor in it; None clones.
+        independent: also copy what hooks and functions on instances hold, and share what can't be copied (a lock,
+            an open file) instead of failing: for a copy that is run once and discarded.
 
     Raises:
-        RetrofitError: something in it can't be copied.
+        RetrofitError: If something in it can't be copied.
     """
     modules = list(value.modules()) if isinstance(value, nn.Module) else []
     if any(is_lazy(tensor) for module in modules for tensor in module.parameters(recurse=False)):
@@ -100,7 +100,7 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
         check_whole((*value.named_parameters(), *value.named_buffers()))
     with contextlib.ExitStack() as stack:
         if convert is None:
-            # a __deepcopy__ may build anew, and so draw weights; tensors made in inference mode could never be trained
+            # a __deepcopy__ may rebuild modules, drawing weights; tensors from inference mode could never be trained
             stack.enter_context(forked_randomness())
             stack.enter_context(torch.inference_mode(False))
         else:
@@ -121,7 +121,7 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
 
 
 class _Converted(TorchFunctionMode):
-    """While it is active, ``copy.deepcopy`` gives converted tensors, wherever in an object they are."""
+    """While it is active, ``copy.deepcopy`` returns converted tensors, wherever they are in an object."""
 
     def __init__(self, convert: Convert) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ _CONTAINERS = (dict, OrderedDict, set)  # a module has a dozen, most of them emp
 
 
 class _Copy:
-    """A copy in the making. Its memo has what stands in it for an object of the original, by the id of that."""
+    """A copy under construction. Its memo holds the counterparts of the original's objects, by their ids."""
 
     def __init__(self, modules: list[nn.Module], convert: Convert | None, independent: bool, ask: bool = True) -> None:
         self.independent = independent
@@ -160,12 +160,12 @@ class _Copy:
         self.own = set(map(id, modules))
         for module in modules:
             self.tensors(module, convert)
-        for module in reversed(filled):  # children first: a parent that copies itself may look at them
+        for module in reversed(filled):  # children first: a parent that copies itself may need them
             vars(self.memo[id(module)]).update({name: self.of(value) for name, value in vars(module).items()})
 
     def tensors(self, module: nn.Module, convert: Convert | None) -> None:
         found: list[Any] = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        if module._forward_pre_hooks:  # weight_norm, spectral_norm and prune compute weights anew before each forward
+        if module._forward_pre_hooks:  # weight_norm, spectral_norm and prune recompute weights before each forward
             found += [value for value in vars(module).values() if isinstance(value, Tensor)]
         for tensor in found:
             self.own.add(id(tensor))
@@ -179,7 +179,7 @@ class _Copy:
                 self.memo[id(tensor)] = tensor.detach().clone()
 
     def of(self, value: Any) -> Any:
-        """What stands for an object in the copy."""
+        """Return the counterpart of an object in the copy."""
         cls = type(value)
         if cls in _ATOMS:
             return value
@@ -204,7 +204,7 @@ class _Copy:
             return value
 
     def function(self, function: types.FunctionType) -> types.FunctionType:
-        """A hook or a function that was set on an instance. ``copy.deepcopy`` shares it, and with it what its cells hold."""
+        """Copy a hook or a function set on an instance, which ``copy.deepcopy`` shares, with what its cells hold."""
         cells = tuple(map(self.cell, function.__closure__ or ()))
         if all(new is old for new, old in zip(cells, function.__closure__ or (), strict=True)):
             return function
@@ -228,7 +228,7 @@ class _Copy:
         return found
 
     def held(self, value: Any) -> Any:
-        """What stands for an object that a function holds: only a model's own modules and tensors are others in its copy."""
+        """Return the counterpart of an object that a function holds; only the model's modules and tensors have one."""
         if self.independent or id(value) in self.own or isinstance(value, types.FunctionType):
             return self.of(value)
         if isinstance(value, types.MethodType):
@@ -238,8 +238,8 @@ class _Copy:
 
 
 def _copies_itself(module: nn.Module, independent: bool) -> bool:
-    """Whether the copy is left to the module's class: where there is more to it than its ``__dict__`` (a graph, a script, slots, a
-    list), or the class says how; the latter not where that could make tensors with values, or share some."""
+    """Return whether copying is left to the module's class: if the module has more than its ``__dict__`` (a graph, a
+    script, slots, a list), or if the class defines it, unless that could create tensors with values, or share some."""
     cls = type(module)
     if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)) or cls.__basicsize__ > nn.Module.__basicsize__:
         return True

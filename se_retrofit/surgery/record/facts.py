@@ -1,5 +1,5 @@
-"""What each operation of a record does: its role, whether it is a convolution and of which kind, where the channels of its
-output are, and whether that is a pooled value."""
+"""What each operation of a record does: its role, whether it is a convolution and of which kind, which dim of its
+output holds the channels, and whether the output is a pooled value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["innermost", "is_conv_or_linear", "only_user", "read", "real_users"]
 
 
 def read(record: Record) -> Record:
-    """Conclude roles, users, channels and pooling of all operations of a record."""
+    """Determine the roles, users, channels and pooling of all operations of a record."""
     takers: dict[Op, list[Op]] = {}
     for op in record.ops:
         for source in op.inputs:
@@ -32,7 +32,7 @@ def read(record: Record) -> Record:
 def _read(op: Op, takers: Takers, learned: int) -> None:
     op.takes = op.inputs
     op.role, op.takes = meaning(op, _role(op), learned)
-    written_out: tuple[Op, ...] = ()  # operations that are a part of this one
+    written_out: tuple[Op, ...] = ()  # operations that are parts of this one
     if op.role == "mul" and len(op.inputs) == 2:
         for x, gate in (op.inputs, op.inputs[::-1]):
             if not written_out and (written_out := _gate_of_itself(x, gate, takers)):  # x * sigmoid(x), an activation
@@ -48,7 +48,7 @@ def _read(op: Op, takers: Takers, learned: int) -> None:
         op.ancestors |= source.lineage
         source.users.append(op)
     if path:
-        op.takes[1].users[-1] = path[0]  # the code names the branch in the difference alone
+        op.takes[1].users[-1] = path[0]  # the code names the branch only in the difference
     op.channel_dim = _channel_dim(op)
     if op.role == "pool" and op.module is None and op.data:
         op.channel_dim = op.channel_dim or _channel_dim_of_several(op.data[0], op)
@@ -80,7 +80,7 @@ def _role(op: Op) -> str:
 
 
 def only_user(op: Op) -> Op | None:
-    """The one operation that takes a value, if there is just one."""
+    """Return the only operation that uses a value; None if there are several or none."""
     users = real_users(op)
     return users[0] if len(users) == 1 else None
 
@@ -94,7 +94,7 @@ def is_conv_or_linear(op: Op) -> bool:
 
 
 def innermost(record: Record, ops: list[Op]) -> Any:
-    """The innermost module in whose call all of these operations happen."""
+    """Return the innermost module in whose call all of these operations happen."""
     found = None
     for call in record.calls:
         if all(map(call.holds, ops)) and (found is None or call.start >= found.start):
@@ -119,7 +119,7 @@ def _conv_of(op: Op) -> Conv | None:
 
 
 def _summed_stack(op: Op, takers: Takers) -> Op | None:
-    """The stack of two values that is summed up at once along its new dim."""
+    """Return the stack of two values that is directly summed along its new dim."""
     if op.module is not None or op.name not in ("sum", "mean") or len(op.data) != 1 or op.data[0].name != "stack":
         return None
     stack, dims = op.data[0], op.args[1] if len(op.args) > 1 else None
@@ -131,7 +131,7 @@ def _summed_stack(op: Op, takers: Takers) -> Op | None:
 
 
 def _gate_of_itself(x: Op, gate: Op, takers: Takers) -> tuple[Op, ...]:
-    """The operations from ``x`` to ``gate``, if that is an activation of ``x`` that nothing but one product takes."""
+    """Return the operations from ``x`` to ``gate`` if that is an activation of ``x`` that only one product uses."""
     path: list[Op] = []
     while gate is not x:
         if gate.role not in ("act", "affine", "pass") or len(gate.data) != 1 or len(takers[gate]) != 1:
@@ -145,7 +145,7 @@ def _gate_of_itself(x: Op, gate: Op, takers: Takers) -> tuple[Op, ...]:
 
 
 def _spatial(op: Op) -> tuple[int, ...]:
-    """The sizes of a value's dims other than batch and channels; of one whose channels are unknown, all but the first two."""
+    """Return the sizes of a value's dims except batch and channels; if the latter is unknown, all but the first two."""
     shape = list(op.shape)
     if op.channel_dim is not None and len(shape) >= -op.channel_dim:
         del shape[op.channel_dim]
@@ -154,7 +154,7 @@ def _spatial(op: Op) -> tuple[int, ...]:
 
 
 def _channel_dim_of_several(source: Op, op: Op) -> int | None:
-    """Where the channels are in the mean of several maps (the views of an object, the frames of a video); None where
+    """Return the channel dim of the mean of several maps (the views of an object, the frames of a video); None if
     something else is pooled."""
     dim = source.channel_dim
     if dim is None or op.dim != source.dim - 1 or op.dim <= -dim or source.shape[dim:] != op.shape[dim:]:
@@ -163,7 +163,7 @@ def _channel_dim_of_several(source: Op, op: Op) -> int | None:
 
 
 def _follow_pooling(op: Op) -> None:
-    """Tell what is computed from a pooled value: the squeeze and the excitation of a channel gate."""
+    """Determine what is computed from a pooled value: the squeeze and the excitation of a channel gate."""
     data = op.data
     if not data or op.role in ("input", "param"):
         return
@@ -176,7 +176,7 @@ def _follow_pooling(op: Op) -> None:
         op.flat = all(i.flat for i in data) or (op.role == "pool" and _extent(op) == 1)
         op.excited = any(i.excited for i in data) or op.role in ("conv", "linear", "act")
     elif op.role not in ("conv", "part", "cat", "add", "mul") and _extent(op) < _extent(widest):
-        # one spatial dim at least is gone; or, where the pool is written as a product (GlobalContext), all of them
+        # at least one spatial dim is gone; or all of them, if the pool is written as a product (GlobalContext)
         if op.role == "pool":
             op.pooled = _loses_a_dim(widest, op)
         elif _extent(op) == 1 and op.role in ("linear", "other", "shape"):
@@ -188,7 +188,7 @@ def _follow_pooling(op: Op) -> None:
 
 
 def _loses_a_dim(before: Op, after: Op) -> bool:
-    """Whether a pool leaves nothing of a spatial dim. One that was 1 before tells nothing: maps (N, C, T, 1) are pooled over time."""
+    """Return whether a pool removes a spatial dim. Size 1 doesn't count: maps (N, C, T, 1) are pooled over time."""
     was, left = _spatial(before), _spatial(after)
     return len(left) < len(was) or any(new == 1 < old for old, new in zip(was, left, strict=False))
 
@@ -201,7 +201,7 @@ def _extent(op: Op) -> int:
 
 
 def _is_global(op: Op) -> bool:
-    """A pool that is global whatever the input's size is, which a small record can't show."""
+    """Return whether a pool is global for every input size, which a record of a small input can't show."""
     if op.module is not None:
         size = getattr(op.module, "output_size", None)
         return size is not None and all(s == 1 for s in (size if isinstance(size, tuple) else (size,)))
@@ -213,7 +213,7 @@ def _is_global(op: Op) -> bool:
 
 
 def _tell_channels(op: Op, conv: Op) -> None:
-    """What a conv takes has its channels where the conv has them, and so have the values that it is made of in place."""
+    """Set the channel dim of a convolution's input, and of the values that it is computed from in place."""
     while op.channel_dim is None and op.dim == conv.dim:
         op.channel_dim = conv.channel_dim
         if op.role not in ("norm", "act", "pass", "affine") or len(op.data) != 1:
@@ -222,8 +222,8 @@ def _tell_channels(op: Op, conv: Op) -> None:
 
 
 def _folds_batch(conv: Op) -> bool:
-    """Whether a conv has kernels for each image of the batch, which is folded into the channels (StyleGAN2): how many channels
-    there are depends on the batch then."""
+    """Return whether a convolution has kernels for each image of the batch, which is folded into the channels
+    (StyleGAN2), so that the number of channels depends on the batch."""
     given = conv.data[0] if conv.data else None
     if conv.module is not None or given is None:
         return False
@@ -232,7 +232,7 @@ def _folds_batch(conv: Op) -> bool:
 
 
 def _channel_dim(op: Op) -> int | None:
-    """Which dim holds the channels of an operation's output."""
+    """Return the channel dim of an operation's output."""
     if op.conv is not None:
         return None if _folds_batch(op) else -len(op.conv.kernel) - 1
     data = op.data
@@ -255,7 +255,7 @@ def _channel_dim(op: Op) -> int | None:
 
 
 def _channel_dim_after(op: Op, source: Op, position: int) -> int | None:
-    """Which dim holds the channels after a change of shape."""
+    """Return the channel dim after a change of shape."""
     before, after = source.shape, op.dim
     if op.name == "permute":
         dims = op.args[1]
@@ -268,7 +268,7 @@ def _channel_dim_after(op: Op, source: Op, position: int) -> int | None:
         return position - after
     if position == len(before) - 1 and after and op.shape[-1] == before[-1]:
         return -1
-    # or if the batch alone was split or merged (frames, views, windows)
+    # or if only the batch was split or merged (frames, views, windows)
     trailing = len(before) - position
     if trailing > 1 and after > trailing and tuple(op.shape[-trailing:]) == tuple(before[position:]):
         return -trailing

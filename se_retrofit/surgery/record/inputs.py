@@ -1,4 +1,4 @@
-"""What a model is called with when it is recorded: the inputs that were given, or inputs that it may take."""
+"""The inputs that a model is recorded with: those that were given, or inputs that it may accept."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Inputs:
         return copied(self, on_meta)
 
     def of_one(self) -> Inputs:
-        """A batch of one where the tensors are batches."""
+        """Return a batch of one, if the tensors are batches."""
         return Inputs(tuple(a[:1] if isinstance(a, Tensor) else a for a in self.args), self.kwargs)
 
     def with_values(self, generator: torch.Generator) -> Inputs:
-        """The same on the CPU; tensors that have no values get random ones (integers: zeros)."""
+        """Return the same inputs on the CPU; tensors without values get random ones (integers: zeros)."""
 
         def real(tensor: Tensor) -> Tensor:
             if tensor.is_meta and (tensor.is_floating_point() or tensor.is_complex()):
@@ -61,13 +61,13 @@ class Inputs:
 
 
 def given_inputs(example_inputs: Any) -> Inputs:
-    """``example_inputs`` as the arguments of a call.
+    """Return ``example_inputs`` as the arguments of a call.
 
-    A tensor, a dataclass or any other object is the one positional input; a tuple holds the positional inputs; a dict the
-    keyword inputs; ``(args, kwargs)``, a tuple and a dict, both.
+    A tensor, a dataclass or any other object is the only positional input; a tuple holds the positional inputs; a dict
+    the keyword inputs; ``(args, kwargs)``, a tuple and a dict, both.
 
     Raises:
-        TypeError: it is a list, which could be meant either way, or holds no tensor at all.
+        TypeError: If it is a list, which could be meant either way, or holds no tensor at all.
     """
     if isinstance(example_inputs, Inputs):
         return example_inputs
@@ -86,7 +86,7 @@ def given_inputs(example_inputs: Any) -> Inputs:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in a structure of tuples, lists, dicts, dataclasses and plain objects, in order."""
+    """Return all tensors in a structure of tuples, lists, dicts, dataclasses and plain objects, in order."""
     if type(value) is Tensor:
         return [value]
     found: list[Tensor] = []
@@ -111,7 +111,7 @@ def _collect(value: Any, found: list[Tensor], depth: int) -> None:
     else:
         items = getattr(value, "__dict__", {}).values()
     for item in items if depth <= 6 else ():
-        cls = type(item)  # looked at here, because nearly all that is collected is in a tuple
+        cls = type(item)  # handled here, because nearly everything is in a tuple
         if cls is Tensor:
             found.append(item)
         elif cls not in _HOLDS_NOTHING:
@@ -123,8 +123,8 @@ _LIBRARIES = ("builtins", "numpy", "torch")  # whose objects hold no inputs
 
 # Inputs that a model may take -----------------------------------------------------------------------------------------
 
-# Sizes to try where neither the caller nor the model says what it takes. A classifier that flattens its features takes
-# one size only; that is why there are so many.
+# Sizes to try if neither the caller nor the model specifies the input. A classifier that flattens its features accepts
+# only one size, which is why there are so many.
 _SIZES: dict[int, list[tuple[int, ...]]] = {
     1: [(n,) for n in (16000, 1024, 4096, 512, 256, 128, 100, 64, 32, 2048, 8000, 8192, 32000, 44100, 48000)],
     2: [(n, n) for n in (224, 32, 64, 28, 128, 256, 96, 299, 48, 16, 8, 384, 512, 112, 160, 192, 320, 448, 227)],
@@ -138,7 +138,7 @@ _CONFIG_NAMES = ("pretrained_cfg", "default_cfg", "config", "cfg", "hparams")
 
 
 def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
-    """Inputs (on meta) that the model may take, the likeliest first."""
+    """Yield inputs (on meta) that the model may accept, the most likely ones first."""
     conv = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     dtype = float_dtype(model)
     count = _required_inputs(model)
@@ -155,12 +155,12 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's floating parameters: of the first, where they differ."""
+    """Return the dtype of a model's floating-point parameters; that of the first one if they differ."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _kept_shapes(model: nn.Module, conv: Any) -> Iterator[tuple[int, ...]]:
-    """Shapes of an image by the sizes that the model, its config (timm's, say) or one of its direct children keeps."""
+    """Yield image shapes from the sizes that the model, its config (timm's, say) or one of its direct children has."""
     dims = 2 if conv is None else len(conv.kernel_size)
     for module in (model, *model.children()):
         for holder in (*map(vars(module).get, _CONFIG_NAMES), vars(module)):
@@ -191,8 +191,8 @@ def _required_inputs(model: nn.Module) -> int:
 
 
 def describe(inputs: Inputs, model: nn.Module) -> Any:
-    """The inputs of a model as plain data, fit for JSON, with the shape and dtype of each tensor and the model's own dtype; None
-    if they hold anything that can't be written that way."""
+    """Return the inputs of a model as plain data that JSON can hold, with the shape and dtype of each tensor and the
+    model's dtype; None if they hold anything that can't be represented that way."""
     try:
         args, kwargs = [_described(a) for a in inputs.args], _described(inputs.kwargs)["dict"]
     except TypeError:
@@ -217,10 +217,10 @@ def _described(value: Any) -> Any:
 
 
 def described_inputs(description: Any, model: nn.Module) -> Inputs | None:
-    """The inputs (on meta) that ``describe`` wrote, in the dtype that the model has by now; None if there is no description.
+    """Rebuild inputs (on meta) from the result of ``describe``, in the model's current dtype; None if there is none.
 
     Raises:
-        ValueError: it is no such description.
+        ValueError: If it is not such a description.
     """
     if description is None:
         return None
@@ -235,7 +235,7 @@ def described_inputs(description: Any, model: nn.Module) -> Inputs | None:
 
 
 def in_dtype_of(model: nn.Module, inputs: Inputs, before: torch.dtype | None) -> Inputs:
-    """Inputs of a network whose dtype was ``before`` (None: any that is floating) for one like it of another dtype."""
+    """Convert inputs for a network of dtype ``before`` (None: any floating-point dtype) to the dtype of ``model``."""
     now = float_dtype(model)
 
     def cast(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Running a copy of a model without leaving a trace outside of it.
+"""Running a copy of a model without side effects outside it.
 
-A forward may draw random numbers, fill a cache in its module, count its calls on its class. None of that may be seen after
-a recording: random states, registries, caches and counters are put back.
+A forward may draw random numbers, fill a cache in its module, or count its calls on its class. None of that may remain
+after a recording: random states, registries, caches and counters are restored.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 @contextmanager
 def forked_randomness() -> Iterator[None]:
-    """Seed the global random generators of torch, NumPy and Python, the same each time, and set them back in the end."""
-    with _disable_current_modes():  # a FakeTensorMode of the caller's takes no real tensors, and states are such
+    """Seed the global random generators of torch, NumPy and Python, always the same way, and restore them on exit."""
+    with _disable_current_modes():  # a FakeTensorMode of the caller's rejects real tensors, which states are
         python, numpy, cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     random.seed(0)
@@ -51,8 +51,8 @@ def forked_randomness() -> Iterator[None]:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """Put off the collection of cyclic garbage. A record is made of some hundred thousand small objects that all stay; to look
-    through them again and again, and through all of torch, took a third of the surgery's time."""
+    """Postpone the collection of cyclic garbage. A record consists of some hundred thousand small objects that all stay
+    alive; scanning them again and again, and all of torch, took a third of the surgery's time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -64,8 +64,8 @@ def without_collections() -> Iterator[None]:
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Leave the modules and classes that a model's code lives in, and the warning filters, as they are. What it gives puts
-    them back at once, so that one run does not see what another has left."""
+    """Restore the modules and classes that contain a model's code, and the warning filters, on exit. The provided
+    function restores them at once, so that one run does not see the effects of another."""
     saved = _SavedState(model)
     try:
         with warnings.catch_warnings():
@@ -76,12 +76,12 @@ def isolated(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 
 class _SavedState:
-    """What stands in the modules and classes of a model's code, to be put back where a run has changed it."""
+    """The contents of the modules and classes of a model's code, to restore where a run has changed them."""
 
     def __init__(self, model: nn.Module) -> None:
         classes = {cls for own in {type(m) for m in model.modules()} for cls in own.__mro__}
         classes = {cls for cls in classes if cls.__module__.partition(".")[0] not in ("torch", "builtins")}
-        # what stands in each scope now and stood there, how to set a name in it and how to delete one
+        # the current and the saved contents of each scope, and how to set and delete a name in it
         self.scopes: list[tuple[Any, dict[str, Any], Any, Any]] = [
             (names, dict(names), names.__setitem__, names.__delitem__) for names in _namespaces(classes)
         ]
@@ -95,7 +95,7 @@ class _SavedState:
 
     def _save(self, value: Any, depth: int) -> None:
         value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-        if type(value) in _CONTAINERS:  # one of a class of the user's may do anything when it is looked into
+        if type(value) in _CONTAINERS:  # a user's container class may do anything when it is read
             if id(value) in self.containers or len(value) > 10_000:
                 return
             self.containers[id(value)] = (value, value.copy())
@@ -110,7 +110,7 @@ class _SavedState:
         elif isinstance(value, _lru_cache_wrapper):
             self.caches.append((value, value.cache_info().currsize))
         elif isinstance(value, type) and depth == 2 and not str(value.__module__).startswith("torch."):
-            # a helper that is no module: its methods may be cached
+            # a helper that is not a module: its methods may be cached
             own = [m.__func__ if isinstance(m, (staticmethod, classmethod)) else m for m in vars(value).values()]
             self.caches += [(m, m.cache_info().currsize) for m in own if isinstance(m, _lru_cache_wrapper)]
 
@@ -137,7 +137,7 @@ def _ids(container: Any) -> list[int]:
 
 
 def _namespaces(classes: set[type]) -> list[dict[str, Any]]:
-    """The globals of the modules in which classes and their methods are defined; torch's own are left out."""
+    """Return the globals of the modules in which classes and their methods are defined, except torch's own."""
     found = [vars(sys.modules[cls.__module__]) for cls in classes if cls.__module__ in sys.modules]
     for function in (unwrapped(member) for cls in classes for member in vars(cls).values()):
         if function is not None and not str(function.__module__).startswith("torch."):

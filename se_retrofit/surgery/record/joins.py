@@ -1,4 +1,4 @@
-"""Operations that mean less than their names say: masks, thresholds, joins in one call, stochastic depth by selection."""
+"""Operations that mean less than their names say: masks, thresholds, fused joins, stochastic depth by selection."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ __all__ = ["LEARNED", "interpolated", "meaning"]
 
 LEARNED = ("conv", "linear", "norm")
 
-Meaning = tuple[str, tuple[Op, ...]]  # the role of an operation, and what it takes as far as that counts
+Meaning = tuple[str, tuple[Op, ...]]  # the role of an operation, and its inputs as far as they count
 
 
 def meaning(op: Op, role: str, learned: int) -> Meaning:
-    """What an operation of this role does; ``learned`` are the bits of the operations of learned layers so far."""
+    """Return what an operation of this role does; ``learned`` holds the bits of the learned layers so far."""
     data = op.data
     if op.name in ("lerp", "addcmul", "addcdiv"):
-        # x + t * (y - x), x + weight * y: joins, where no third value weighs them
+        # x + t * (y - x), x + weight * y: joins, if no third value weights them
         return (role, data) if len(data) <= 2 else ("other", op.takes)
     if op.name in ("maximum", "minimum"):
         halves = len(data) == 2 and all(i.role == "part" for i in data) and data[0].inputs == data[1].inputs
@@ -34,8 +34,8 @@ def meaning(op: Op, role: str, learned: int) -> Meaning:
 
 
 def interpolated(op: Op) -> tuple[Op, ...]:
-    """The operations of which ``x + t * (y - x)`` is written (as a ``torch.lerp`` by a tensor is on meta), from the difference
-    on; none where an add is no such one."""
+    """Return the operations that make up ``x + t * (y - x)`` (as for a ``torch.lerp`` by a tensor on meta), starting
+    with the difference; empty if an add is something else."""
     for x, step in (op.data, op.data[::-1]) if op.role == "add" and len(op.data) == 2 else ():
         path: list[Op] = []
         while step.role in ("affine", "pass") and len(step.data) == 1:
@@ -47,12 +47,12 @@ def interpolated(op: Op) -> tuple[Op, ...]:
 
 
 def _is_given(op: Op, learned: int) -> bool:
-    """Whether no learned layer has made a value: lengths, padding, dropped frames."""
+    """Return whether a value does not depend on a learned layer: lengths, padding, dropped frames."""
     return not op.lineage & learned
 
 
 def _spans_channels(mask: Op, x: Op) -> bool:
-    """Whether a factor is the same for all channels."""
+    """Return whether a factor is the same for all channels."""
     dim = x.channel_dim
     if dim is None:
         return mask.shape != x.shape
@@ -60,7 +60,7 @@ def _spans_channels(mask: Op, x: Op) -> bool:
 
 
 def _selected(op: Op, role: str) -> Meaning:
-    """A choice between values that no learned layer makes."""
+    """Return the meaning of a selection between values that does not depend on a learned layer."""
     values = [i for i in op.inputs[1:] if i.role != "param"]
     if len(values) == 1:  # masked
         return "affine", (values[0],)

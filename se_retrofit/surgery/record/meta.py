@@ -1,7 +1,7 @@
-"""Operations on the meta device, whose outputs are told by the shapes, strides and dtypes of their inputs.
+"""Operations on the meta device, whose outputs are determined by the shapes, strides and dtypes of their inputs.
 
-torch takes many of them apart in Python to find these, which takes most of a recording's time; so each is asked once,
-and the same operation on inputs of the same form gets an output of the same form.
+torch decomposes many of them in Python, which takes most of a recording's time; so each is run once, and its result is
+reused for inputs of the same form.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.layout, torch.de
 
 
 class MetaOperations:
-    """Runs operations on meta tensors; what it has learned about them holds for one planning."""
+    """Runs operations on meta tensors; cached results are valid for one planning."""
 
     def __init__(self) -> None:
         self.outputs: dict[Any, tuple[bool, tuple[Form, ...]]] = {}
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of an operation all of whose tensors are on meta."""
+        """Return the output of an operation whose tensors are all on meta."""
         kind = _kind(func)
         if kind == "batch norm":
             return _batch_norm(args[0])
@@ -53,7 +53,7 @@ class MetaOperations:
 
 @functools.cache
 def _kind(func: Any) -> str:
-    """Whether an operation's outputs are new tensors, or its first input, changed value by value; or neither is certain."""
+    """Return whether an operation's outputs are new tensors, or its first input changed elementwise, or uncertain."""
     schema = func._schema
     if schema.name in _BATCH_NORMS:
         return "batch norm"

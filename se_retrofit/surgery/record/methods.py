@@ -1,4 +1,4 @@
-"""The methods of a class, by the code objects that run."""
+"""The methods of a class, by their code objects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METHODS: dict[type, dict[types.CodeType, Method]] = {}
 
 
 def methods_of(cls: type) -> dict[types.CodeType, Method]:
-    """The methods of a class and of those it is derived from, by their code objects and by those nested in them."""
+    """Return the methods of a class and its bases, by their code objects and by those nested in them."""
     if cls in METHODS:
         return METHODS[cls]
     found = METHODS[cls] = {}
@@ -46,13 +46,13 @@ def methods_of(cls: type) -> dict[types.CodeType, Method]:
 
 
 def unwrapped(member: Any) -> types.FunctionType | None:
-    """The function behind a member of a class: a method's, a property's, a decorated one's."""
+    """Return the function of a class member: of a method, a property or a decorated function."""
     if isinstance(member, (staticmethod, classmethod)):
         member = member.__func__
     elif isinstance(member, property):
         member = member.fget
     for _ in range(100):
-        # a __getattr__ is not asked: it may have an answer to everything, or raise
+        # __getattr__ is not called: it may answer to every name, or raise
         inner = None if isinstance(member, type) else getattr(member, "__dict__", {}).get("__wrapped__")
         if inner is None:
             break

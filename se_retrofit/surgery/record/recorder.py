@@ -1,5 +1,5 @@
-"""The recorder: a copy of the model is run on real tensors, on the meta device as a rule. Hooks tell which module is called,
-by whom; ``torch.utils._python_dispatch`` tells each operation of ATen. Nothing is symbolic: Python runs as it is.
+"""The recorder: a copy of the model is run on real tensors, usually on the meta device. Hooks record which module calls
+which; ``torch.utils._python_dispatch`` records each ATen operation. Nothing is symbolic: Python runs as it is.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = ["NeedsValues", "record_run"]
 
 
 class NeedsValues(RuntimeError):
-    """The run asks for values, which meta tensors do not have."""
+    """Raised if the run needs values, which meta tensors don't have."""
 
 
 _CALL = nn.Module._call_impl.__code__
 
 
 def _frames(call: Call, skip: int) -> Where:
-    """The frames of a module's own methods that are running, out to its call; ``skip`` calls further in are passed over."""
+    """Return the running frames of a module's own methods, out to its call, ignoring the innermost ``skip`` calls."""
     own = methods_of(type(call.module))
     found = []
     frame = sys._getframe(2)
@@ -61,7 +61,7 @@ class _Single:
     module: nn.Module
     arguments: tuple[Any, Any]
     inputs: tuple[Op, ...]
-    changed: dict[int, Tensor] = field(default_factory=dict)  # the tensors that it has changed, kept alive, by id
+    changed: dict[int, Tensor] = field(default_factory=dict)  # the tensors that it has changed, by id, kept alive
 
 
 class _Recorder(TorchDispatchMode):
@@ -75,7 +75,7 @@ class _Recorder(TorchDispatchMode):
         self.paths = {id(m): path for path, m in modules}
         self.values = Values(result.model, self.given, self.changed_elsewhere)
         self.stack: list[Call] = []
-        self.singles: list[_Single] = []  # a module that counts as one operation, and the SE that was put into it
+        self.singles: list[_Single] = []  # a module that counts as one operation, and the SE inserted into it
         self.failed_in: str | None = None
         self.needed_values: Exception | None = None
 
@@ -86,7 +86,7 @@ class _Recorder(TorchDispatchMode):
         if self.singles:
             around = self.singles[-1]
             if isinstance(module, Inserted) and not isinstance(around.module, Inserted):
-                self.add_module(around, args[0])  # the one operation is retrofitted: SE comes after it
+                self.add_module(around, args[0])  # the operation is retrofitted: SE comes after it
                 self.singles.append(_Single(module, (args, kwargs), (op_of(args[0]),)))
             return
         given = [op_of(t) for t in tensors_in((args, kwargs))]
@@ -108,7 +108,7 @@ class _Recorder(TorchDispatchMode):
             return
         if not any(call.module is module for call in self.stack):
             return
-        while self.stack[-1].module is not module:  # calls that raised, which the model's code has caught
+        while self.stack[-1].module is not module:  # calls that raised an error, which the model's code caught
             self.stack.pop().end = len(self.result.ops)
         call = self.stack[-1]
         call.outputs = [self.values.op_of(t) for t in tensors_in(output)]
@@ -123,12 +123,12 @@ class _Recorder(TorchDispatchMode):
             self.failed_in = self.paths[id(single.module)]
             return
         self.add_module(single, output)
-        if self.singles:  # the rest of what SE was put into takes what SE has scaled
+        if self.singles:  # the rest of the module takes what SE has scaled
             around = self.singles.pop()
             self.singles.append(_Single(around.module, ((output,), {}), (self.values.op_of(output),)))
 
     def add_module(self, single: _Single, output: Any) -> None:
-        """The operation that a module is, one for each tensor that it returns."""
+        """Add the operation for a module, one for each tensor that it returns."""
         module, path = single.module, self.paths[id(single.module)]
         call = self.stack[-1]
         where = _frames(call, 1) if self.traced else ()
@@ -138,7 +138,7 @@ class _Recorder(TorchDispatchMode):
         for index, tensor in enumerate(tensors_in(output)):
             before = self.values.op_of(tensor) if self.values.known(tensor) is not None else None
             changed = id(tensor) in single.changed
-            if before is not None and not changed and before in single.inputs:  # it returned what it was given
+            if before is not None and not changed and before in single.inputs:  # it returned its input
                 call.passes.append((before, module, path))
                 continue
             if whole is None and self.traced:
@@ -221,7 +221,7 @@ class _Recorder(TorchDispatchMode):
             raise self.needs(error) from None
 
     def needs(self, error: Exception) -> Exception:
-        """Note that values were asked for, even if the model's code catches the error; other errors it would meet with values, too."""
+        """Note that values are needed, even if the model's code catches the error; others occur with values, too."""
         if isinstance(error, (NeedsValues, NotImplementedError)) or "meta" in str(error).lower():
             self.needed_values = self.needed_values or error
         return error
@@ -241,7 +241,7 @@ class _Recorder(TorchDispatchMode):
         return op
 
     def given(self, tensor: Tensor, path: str | None) -> Op:
-        """A tensor that no operation made: an input of the network, a parameter or buffer, or a constant."""
+        """Add a tensor that no operation computed: an input of the network, a parameter or buffer, or a constant."""
         call = self.stack[-1] if self.stack else Call(self.result.model, "", None, 0)
         node, graph = None, self.result.graph
         if self.traced:
@@ -254,7 +254,7 @@ class _Recorder(TorchDispatchMode):
         return op
 
     def changed_elsewhere(self, tensor: Tensor, before: Op, by: Op) -> Op:
-        """A value whose data was changed under another name: all of it, or a part."""
+        """Add a value whose data was changed through an alias, completely or in part."""
         node = self.rewritten(tensor, by.node)
         if tensor.shape.numel() == by.shape.numel():
             return self.new_op("alias", (by,), tensor, node)
@@ -265,14 +265,14 @@ class _Recorder(TorchDispatchMode):
         return None if by is None else self.result.graph.call_function(rewritten, (before, by))
 
     def part_of(self, whole: fx.Node | None, output: Any, index: int) -> fx.Node | None:
-        """The node of one of the tensors that an operation returned."""
+        """Return the node of one of the tensors that an operation returned."""
         if whole is None or isinstance(output, Tensor):
             return whole
         flat = isinstance(output, (tuple, list)) and all(isinstance(value, Tensor) for value in output)
         return self.result.graph.call_function(operator.getitem if flat else tensor_of, (whole, index))
 
     def nodes_in(self, value: Any) -> Any:
-        """Arguments with the node in the place of each tensor."""
+        """Return arguments with nodes in place of tensors."""
         return fx.node.map_aggregate(value, self.node_of)
 
     def node_of(self, value: Any) -> Any:
@@ -286,28 +286,28 @@ class _Recorder(TorchDispatchMode):
 def record_run(
     model: nn.Module, inputs: Inputs, on_meta: MetaOperations | None = None, *, traced: bool = True
 ) -> Record:
-    """Run a model once and record it. The model is a copy that the caller made, in the mode in which it is to run.
+    """Run a model once and record it. The model is a copy made by the caller, in the mode in which it is to run.
 
     Args:
-        model, inputs: on the meta device, or on the CPU.
-        on_meta: what earlier recordings have learned about operations on the meta device.
-        traced: make the graph, and look at the frames. Without, the record is only good for a comparison with another.
+        model, inputs: the model and its inputs, on the meta device or on the CPU.
+        on_meta: the cached results of operations on the meta device from earlier recordings.
+        traced: build the graph, and note the frames. Otherwise, the record is only useful for comparison with another.
 
     Returns:
-        The record; where the run raised, of what came before, with the reason in ``broke_off``.
+        The record. If the run raised an error, it ends before that, with the reason in ``broke_off``.
 
     Raises:
-        NeedsValues: the model and its inputs are on the meta device, and the run asks for values.
+        NeedsValues: If the model and its inputs are on the meta device, and the run needs values.
     """
     result = Record(model, inputs)
     with forked_randomness():
         recorder = _Recorder(result, on_meta or MetaOperations(), traced)
-        # a script module takes no such hooks; its operations are its caller's
+        # a script module doesn't support such hooks; its operations count as its caller's
         hooked = [m for m in recorder.modules if not isinstance(m, torch.jit.ScriptModule)]
         handles = [module.register_forward_pre_hook(recorder.begin, with_kwargs=True) for module in hooked]
         handles += [m.register_forward_hook(recorder.end, with_kwargs=True, always_call=True) for m in hooked]
         try:
-            own = copied(inputs, lambda tensor: tensor)  # a forward may write into the list or dict that it is given
+            own = copied(inputs, lambda tensor: tensor)  # a forward may write into a list or dict that it gets
             with recorder:
                 model(*own.args, **own.kwargs)
         except Exception as error:

@@ -1,11 +1,11 @@
 """What an operation does to a feature map, in one word.
 
-A role is told by an operation's ATen name, or, for a module of torch.nn (which counts as one operation), by its class:
+The role depends on an operation's ATen name, or, for a torch.nn module (which counts as one operation), on its class:
 
 ``conv``, ``linear``, ``norm``, ``act``, ``pool``; ``add``, ``mul``, ``cat``; ``pass`` (the values stay, or some are
 dropped), ``shape`` (they stay, in another order), ``part`` (some of them), ``pad``, ``resize``; ``se`` (an SE module of ours);
-``other``. Two more are given where the network is read: ``input``, ``param`` (no input of the network goes into it), and
-``affine``, an addition of or a product with one.
+``other``. Further roles are assigned when the network is read: ``input``, ``param`` (independent of the network's
+input), and ``affine``, an addition of or a product with a ``param``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["is_sequential", "module_role", "role_of"]
 
 
 def _classes_of(module: types.ModuleType) -> tuple[type, ...]:
-    """The classes of layers that are defined in a module."""
+    """Return the layer classes that are defined in a Python module."""
     found = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)
     return tuple(c for c in found if issubclass(c, nn.Module))
 
@@ -40,7 +40,7 @@ _MODULE_ROLES: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("pad", _classes_of(nn.modules.padding)),
 )
 
-# ATen's names, without the underscore of the in-place variants.
+# ATen's names, without the underscores of in-place variants.
 _OPERATION_ROLES: dict[str, str] = {
     name: role
     for role, names in {
@@ -79,15 +79,15 @@ _OPERATION_ROLES: dict[str, str] = {
 
 
 def role_of(operation: str) -> str:
-    """The role of an ATen operation."""
+    """Return the role of an ATen operation."""
     return _OPERATION_ROLES.get(operation, "other")
 
 
 def module_role(module: nn.Module) -> str | None:
-    """The role of a module that counts as one operation, as those of torch.nn do; None for one to look into."""
+    """Return the role of a module that counts as one operation, like those of torch.nn; None for all other modules."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, Inserted, FakeQuantizeBase, ObserverBase)):
         return _known_role(module)
-    # a class that parametrize derived tells nothing: what counts is the one below it
+    # a class derived by parametrize says nothing: its base counts
     own = next(c for c in type(module).__mro__ if c.__module__ != parametrize.__name__)
     if isinstance(module, (nn.Sequential, fx.GraphModule)) or not own.__module__.startswith("torch.nn"):
         return None
@@ -99,5 +99,5 @@ def _known_role(module: nn.Module) -> str | None:
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether a module runs its children one after the other, as ``nn.Sequential`` itself does."""
+    """Return whether a module runs its children one after the other, like ``nn.Sequential`` itself."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward

@@ -1,4 +1,4 @@
-"""A model's records in eval and in train mode, of runs on a copy of it. The model itself is not touched."""
+"""Records of a model in eval and train mode, from runs of a copy. The model itself is not changed."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["Runs", "record"]
 def record(model: nn.Module, example_inputs: Any = None) -> Record:
     """Run a copy of a model once, in eval mode, and record it as a ``torch.fx.Graph``.
 
-    Unlike ``torch.fx.symbolic_trace`` it takes any model, since Python runs as it is.
+    Unlike ``torch.fx.symbolic_trace``, it works with any model, because Python runs as it is.
 
     Args:
-        model: any module; it is not touched.
+        model: any module; it is not changed.
         example_inputs: as for ``add_se``.
 
     Returns:
-        The record: ``record.graph``, the ``torch.fx.Graph``; ``record.ops``, what is known of each of its nodes.
+        The record: ``record.graph`` is the ``torch.fx.Graph``, ``record.ops`` is what is known of each of its nodes.
 
     Raises:
-        RetrofitError: the model can't be copied, or run on the inputs.
-        TypeError: it is not an nn.Module, or the inputs hold no tensor.
+        RetrofitError: If the model can't be copied, or run on the inputs.
+        TypeError: If ``model`` is not an nn.Module, or the inputs hold no tensor.
 
     Example:
         >>> import timm
@@ -50,12 +50,12 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
         return read(Runs.find(model, example_inputs, clean, training=False).evaluation)
 
 
-_WITH_VALUES = 2  # of the inputs that failed on meta, so many are tried with values
+_WITH_VALUES = 2  # number of inputs that failed on meta to retry with values
 
 
 @dataclass(eq=False)
 class Runs:
-    """The records of a model in eval and in train mode, and what it takes to make others like them."""
+    """The records of a model in eval and train mode, and what is needed to repeat them."""
 
     model: nn.Module
     inputs: Inputs
@@ -67,9 +67,9 @@ class Runs:
 
     @classmethod
     def find(cls, model: nn.Module, example_inputs: Any, clean: Callable[[], None], training: bool = True) -> Runs:
-        """Record a model on the inputs given, or on the first that go through: on meta, or where the run asks for values or fails
-        in any other way (as a scripted function may on meta), on a copy that has them. ``clean`` puts back what a run has left
-        outside of the copy."""
+        """Record a model on the given inputs, or on the first that work: on meta, or, if the run needs values or fails
+        in any other way (as a scripted function may on meta), on a copy with values. ``clean`` restores what a run has
+        changed outside the copy."""
         first_error: str | None = None
         failed: list[Inputs] = []
         given = None if example_inputs is None else given_inputs(example_inputs)
@@ -105,7 +105,7 @@ class Runs:
     def _with_values(
         cls, model: nn.Module, inputs: Inputs, given: bool, clean: Callable[[], None], training: bool
     ) -> Runs:
-        # one image of those that we made up is enough, and is as slow as it has to be
+        # a single one of our own images is enough, and slow enough
         values = (inputs if given else inputs.of_one()).with_values(torch.Generator().manual_seed(0))
         return cls._on(model, values, inputs, on_cpu, clean, training)
 
@@ -118,12 +118,12 @@ class Runs:
         evaluation, trained = _recorded(copy, run, known, False), None
         if training and evaluation.broke_off is None:
             trained = _recorded(copy, run, known, True)
-            if trained.broke_off is not None:  # on these inputs it may not run: a detector wants targets
+            if trained.broke_off is not None:  # it may not run on these inputs: a detector needs targets
                 trained = None
         return cls(model, inputs, convert, clean, evaluation, trained, known)
 
     def again(self, prepare: Callable[[nn.Module], None], training: bool = True) -> tuple[Record, Record | None]:
-        """The same runs of a new copy that ``prepare`` has changed; in train mode, too, if the original runs in it."""
+        """Repeat the runs with a new copy changed by ``prepare``; in train mode, too, if the original runs in it."""
         copy = copied(self.model, self.convert, independent=True)
         prepare(copy)
         self.clean()

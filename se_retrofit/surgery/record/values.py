@@ -1,4 +1,4 @@
-"""Which operation made a tensor: tensors are told by identity, and followed under other names and through writes to their data."""
+"""Which operation computed a tensor: tensors are told apart by identity, and tracked through aliases and writes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Values", "makes", "written_by"]
 
 
 class Values:
-    """The operations that made the tensors of one run.
+    """The operations that computed the tensors of a run.
 
     Args:
-        model: what is run.
-        given: makes the operation that stands for a tensor which none made, given the path of the parameter or buffer that it is.
-        changed: makes the one that stands for a tensor changed under another name, given what it was and what changed it.
+        model: the model that is run.
+        given: creates the operation for a tensor that none computed, from the path of its parameter or buffer, if any.
+        changed: creates the operation for a tensor changed through an alias, from its previous one and the writing one.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Values:
         self._known: dict[int, Op] = {}
         self._kept: list[Tensor] = []  # ids are of living tensors
         self._by_storage: dict[int, list[Tensor]] = {}
-        self._stale: dict[int, tuple[Op, Op]] = {}  # tensors whose data was changed under another name
+        self._stale: dict[int, tuple[Op, Op]] = {}  # tensors whose data was changed through an alias
         self._later: dict[int, tuple[Tensor, Callable[[], Op]]] = {}
         modules = list(model.named_modules())
         self._paths = {
@@ -45,11 +45,11 @@ class Values:
         }
 
     def known(self, tensor: Tensor) -> Op | None:
-        """The operation that is known to have made a tensor, whatever changed its data since."""
+        """Return the operation that is known to have computed a tensor, whatever has changed its data since."""
         return self._known.get(id(tensor))
 
     def keep(self, tensor: Tensor, op: Op) -> None:
-        """Note which operation made a tensor."""
+        """Note which operation computed a tensor."""
         if id(tensor) not in self._known:
             self._kept.append(tensor)
             key = _storage(tensor)
@@ -59,12 +59,12 @@ class Values:
         self._stale.pop(id(tensor), None)
 
     def keep_for_later(self, tensor: Tensor, make: Callable[[], Op]) -> None:
-        """Note how to make the operation of a tensor, should something take it."""
+        """Note how to create the operation of a tensor, in case something uses it."""
         if id(tensor) not in self._known:
             self._later[id(tensor)] = (tensor, make)
 
     def op_of(self, tensor: Tensor) -> Op:
-        """The operation that made a tensor; a tensor that came from elsewhere is one, too."""
+        """Return the operation that computed a tensor, or the one that stands for a tensor from elsewhere."""
         found = self._known.get(id(tensor))
         if id(tensor) in self._stale:
             before, by = self._stale.pop(id(tensor))
@@ -80,14 +80,14 @@ class Values:
         return found
 
     def _alias_of(self, tensor: Tensor) -> Op | None:
-        """The last operation whose output is the same data, under another name (``x.data``, what ``autograd`` makes)."""
+        """Return the last operation whose output is an alias of the same data (``x.data``, or one made by autograd)."""
         for other in reversed(self._by_storage.get(_storage(tensor), [])):
             if all(of(other) == of(tensor) for of in (Tensor.size, Tensor.stride, Tensor.storage_offset)):
                 return self.op_of(other)
         return None
 
     def change_aliases(self, written: list[Tensor], changed: Collection[int]) -> None:
-        """What shares its data with a tensor that was written to has changed as well."""
+        """Mark tensors that share their data with a tensor that was written to as changed."""
         for tensor in written:
             source = self._known.get(id(tensor))
             if source is None:
@@ -107,7 +107,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
+    """Return the tensors that an operation writes to."""
     values = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(func)]
     return [t for t in tensors_in(values) if not isinstance(t, nn.Parameter)]
 
@@ -120,6 +120,6 @@ def _written(func: Any) -> list[tuple[int, str]]:
 
 @cache
 def makes(func: Any) -> bool:
-    """Whether an operation makes a tensor anew and takes at most the shape of another (``zeros_like``)."""
+    """Return whether an operation creates a new tensor, using at most the shape of another (``zeros_like``)."""
     name = func._schema.name.rpartition("::")[2]
     return name.endswith("_like") or name.startswith("new_") or name in ("bernoulli", "rand", "randn")

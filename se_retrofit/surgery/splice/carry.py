@@ -1,4 +1,4 @@
-"""Carrying out a plan: its SE modules are built, and called where its edits say. Nothing is recorded and nothing recognised."""
+"""Carrying out a plan: build its SE modules and call them as its edits say, without any recording or recognition."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     """Retrofit a model in place by a plan that fits it.
 
     Raises:
-        RetrofitError: the plan contradicts itself, or a class can't be derived; the model is as it was.
+        RetrofitError: If the plan contradicts itself, or a class can't be derived. The model is unchanged then.
     """
     options, modules = Options.of(plan), {}
     kept = replace(plan, options=noted_options(plan.options))  # plain data, which can be pickled
@@ -78,8 +78,8 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
 
 
 def structure_of(model: nn.Module) -> str:
-    """A digest of a model without its SE: the paths and classes of its modules, the shapes of their parameters and buffers,
-    and which methods each class has of its own, because one that overrides another puts that out of use."""
+    """Return a digest of a model without its SE: the paths and classes of its modules, the shapes of their parameters
+    and buffers, and the methods that each class defines, because a method that is overridden is not called."""
     text: list[str] = []
     classes: set[type] = set()
     inside: set[int] = set()
@@ -98,8 +98,8 @@ def structure_of(model: nn.Module) -> str:
 
 
 def misfit(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> str:
-    """What does not fit first of some edits, the source of a method that has changed, say; empty where all of them do. The modules of
-    the network come by path, edits with the path of their SE module."""
+    """Describe the first edit that does not fit (because the source of a method has changed, say); empty if all fit.
+    Modules are given by path, and edits with the path of their SE module."""
     try:
         for holder in _prepared(modules, edits):
             if holder.recipe is not None:
@@ -110,7 +110,7 @@ def misfit(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> str:
 
 
 def forward_digest(cls: type) -> str:
-    """Of the source of a class's forward; empty where that is not at hand."""
+    """Return a digest of the source of a class's forward; empty if it is not available."""
     function = unwrapped(next((vars(c)["forward"] for c in cls.__mro__ if "forward" in vars(c)), None))
     try:
         return "" if function is None else source_of(function).digest
@@ -122,7 +122,7 @@ def forward_digest(cls: type) -> str:
 
 
 def block_around(model: nn.Module, path: str) -> nn.Module:
-    """The module around an SE module whose parameters it is to be like: the innermost one that has any."""
+    """Return the module around an SE module that determines its device and dtype: the innermost one with parameters."""
     around = [model]
     for name in path.split(".")[:-1]:
         child = around[-1]._modules.get(name)
@@ -146,7 +146,7 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
         raise RetrofitError(
             f"the plan is broken: at {site.path} it has {site.channels} channels in dim {site.channel_dim} of {site.shape}"
         )
-    shape = site.shape or (2, *(site.channels for _ in range(-site.channel_dim)))  # older plans don't tell
+    shape = site.shape or (2, *(site.channels for _ in range(-site.channel_dim)))  # older plans don't store it
     device = torch.device("meta" if like.is_meta else "cpu")
     slot = Slot(site.channels, site.channel_dim, shape, site.kind, site.block, dtype, device, site.inplace)
     module = built(attention, vars(options), slot)
@@ -168,12 +168,12 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
 
 @dataclass(eq=False)
 class _Holder:
-    """What is to be done to one module."""
+    """The changes to make to one module."""
 
     module: nn.Module
     splices: list[Splice] = field(default_factory=list)
     returned: str = ""
-    nodes: dict[Edit, str] = field(default_factory=dict)  # with the path of SE in the GraphModule
+    nodes: dict[Edit, str] = field(default_factory=dict)  # edits, with the path of SE in the GraphModule
     insertions: list[list[Insertion]] = field(default_factory=list)  # for each of them
 
     @property
@@ -185,10 +185,10 @@ class _Holder:
 
 
 def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) -> None:
-    """Insert SE modules into a model: for each edit the path of its SE module, and that module.
+    """Insert SE modules into a model, given the path of the SE module and the module for each edit.
 
     Raises:
-        SpliceError: an edit does not fit, or a class can't be derived. Nothing has been changed then.
+        SpliceError: If an edit does not fit, or a class can't be derived. Nothing is changed then.
     """
     modules = dict(model.named_modules())
     holders = _prepared(modules, {edit: path for edit, (path, _) in edits.items()})
@@ -208,7 +208,7 @@ def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) ->
 
 
 def problems_of(model: nn.Module, edits: Mapping[Edit, str]) -> dict[Edit, str]:
-    """Which of some edits can't be carried out together, and why."""
+    """Return the edits that can't be carried out together, and the reasons."""
     modules = dict(model.named_modules())
     groups: dict[str, dict[Edit, str]] = {}
     for edit, path in edits.items():
@@ -223,7 +223,7 @@ def problems_of(model: nn.Module, edits: Mapping[Edit, str]) -> dict[Edit, str]:
 
 
 def _prepared(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> list[_Holder]:
-    """What is to be done to each module, each edit seen to fit; edits come with the path of their SE module."""
+    """Return the changes to each module, after checking that each edit fits; edits come with their SE module's path."""
     holders: dict[str, _Holder] = {}
     for edit, path in edits.items():
         parent, _, child = path.rpartition(".")
@@ -252,10 +252,10 @@ def _prepared(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> li
 
 
 def _splice(edit: Edit, module: nn.Module, child: str) -> Splice:
-    """A splice with its class, which is looked for among those of the module, and with the name of the SE module.
+    """Return a splice with its class, looked up among the bases of the module's class, and the SE module's name.
 
     Raises:
-        SpliceError: there is no such method, its source has changed, or has nothing of the kind at that place.
+        SpliceError: If there is no such method, its source has changed, or it has no such expression at that position.
     """
     owner = next((c for c in type(module).__mro__ if class_name(c) == edit.owner and edit.method in vars(c)), None)
     if owner is None:
@@ -267,7 +267,7 @@ def _splice(edit: Edit, module: nn.Module, child: str) -> Splice:
     )
     place = (*(line + source.first for line in edit.span[:2]), *edit.span[2:])
     node = next((n for n in source.spans.get(place, ()) if isinstance(n, kinds)), None)
-    variables = (ast.Name, ast.Attribute, ast.Subscript)  # what is put into the source stands there already
+    variables = (ast.Name, ast.Attribute, ast.Subscript)  # what is inserted into the source already exists there
     inside = ast.walk(node) if node is not None and edit.statement != "wrap" else ()
     targets = [source.text(n) for n in inside if isinstance(n, variables)] or [""]
     if node is None or edit.target not in targets:
@@ -280,6 +280,6 @@ def class_name(cls: type) -> str:
 
 
 def has_attribute(module: nn.Module, name: str) -> bool:
-    # not hasattr: a __getattr__ may have an answer to everything
+    # not hasattr: a __getattr__ may answer to every name
     places = (vars(module), module._modules, module._parameters, module._buffers)
     return any(name in place for place in places) or any(name in vars(cls) for cls in type(module).__mro__)

@@ -1,4 +1,4 @@
-"""Whether a retrofitted network does what the original does, plus SE, operation by operation."""
+"""A check that a retrofitted network does what the original does, plus SE, operation by operation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["Findings", "compare_records"]
 
 @dataclass(eq=False)
 class Findings:
-    """What differs between two records.
+    """The differences between two records.
 
     Attributes:
-        wrong: by the path of an SE module, what is wrong about where it scales.
+        wrong: what is wrong with the position of an SE module, by its path.
         called: paths of the SE modules that were called at all.
         different: whether the retrofitted network does anything else than the original.
         broke_off: the error that it raised, if any.
-        again: whether it is to be changed and compared once more.
+        again: whether it has to be changed and compared once more.
     """
 
     wrong: dict[str, str] = field(default_factory=dict)
@@ -41,12 +41,12 @@ def compare_records(before: Record, after: Record, expected: Mapping[str, list[P
     """Compare the record of a network with that of its retrofitted copy.
 
     Args:
-        before, after: the records, of the same inputs in the same mode.
-        expected: by the path of each SE module, the places (in ``before``) where it is to scale.
+        before, after: the records, for the same inputs in the same mode.
+        expected: the places (in ``before``) where each SE module should scale, by its path.
     """
     different = Findings(different=True, broke_off=after.broke_off)
-    same: dict[Op, Op] = {}  # operations of the retrofitted network, and those of the original that they are
-    scaled: dict[str, list[tuple[Op, Op]]] = {}  # by path: what SE was given, and SE's own operation
+    same: dict[Op, Op] = {}  # operations of the retrofitted network, and the same ones of the original
+    scaled: dict[str, list[tuple[Op, Op]]] = {}  # by path: SE's input, and SE's own operation
     index = 0
     for op in after.ops:
         if isinstance(op.module, Inserted) and op.path is not None and op.path in expected:
@@ -82,7 +82,7 @@ OVERWRITTEN = "the value that SE should recalibrate is overwritten in place, and
 
 
 def _taken_early(op: Op, original: Op, same: Mapping[Op, Op]) -> str | None:
-    """The path of the SE module through which an operation takes a value that another one overwrites in between."""
+    """Return the path of the SE module through which an operation takes a value that is overwritten in between."""
     if len(op.inputs) == len(original.inputs):
         for taken, wanted in zip(op.inputs, original.inputs, strict=True):
             if isinstance(taken.module, Inserted) and wanted.inplace and same[taken] in wanted.inputs:
@@ -91,7 +91,7 @@ def _taken_early(op: Op, original: Op, same: Mapping[Op, Op]) -> str | None:
 
 
 class _Takers:
-    """Who takes a value of a retrofitted network; SE modules pass what they take on, so that several can be tried on one value."""
+    """The users of values in a retrofitted network. SE modules pass values on, so several can be tried on one value."""
 
     def __init__(self, record: Record, ses: set[Op]) -> None:
         self._ses = ses
@@ -102,7 +102,7 @@ class _Takers:
         self._returned = {output for call in record.calls for output in call.outputs}
 
     def of(self, value: Op, but: Op | None = None) -> list[Op]:
-        """The operations that take a value, if not by way of ``but``."""
+        """Return the operations that use a value, except through ``but``."""
         found = []
         for user in self._users.get(value, []):
             if user is not but:
@@ -118,7 +118,7 @@ def _signature(op: Op) -> tuple[object, ...]:
 
 
 def _plain(value: object) -> object:
-    """Arguments of an operation as data that can be compared."""
+    """Convert arguments of an operation to data that can be compared."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -131,8 +131,8 @@ def _plain(value: object) -> object:
 
 
 def _like(op: Op, places: list[Place], calls: set[Call]) -> bool:
-    """Whether an operation is that of a place in one more call of the module: RAFT's first iteration, whose flow is a constant,
-    is the same block as the others."""
+    """Return whether an operation is that of a place in another call of the module: RAFT's first iteration, whose flow
+    is constant, is the same block as the others."""
     if op.call in calls:
         return False
     calls.add(op.call)
@@ -141,7 +141,7 @@ def _like(op: Op, places: list[Place], calls: set[Call]) -> bool:
 
 
 def _problem(places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op], takers: _Takers) -> str | None:
-    """What is wrong about the calls of one SE module, by who takes each value and which are returned."""
+    """Describe what is wrong with the calls of an SE module, by the users of each value and by what is returned."""
     if not scaled:
         return "its SE would not be called" if places else None
     wanted = {place.op: place for place in places}

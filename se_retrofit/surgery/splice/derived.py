@@ -1,4 +1,4 @@
-"""Classes derived from those of blocks, in which SE is called, and whose instances copy and pickle."""
+"""Classes derived from those of blocks, which call SE, and whose instances can be copied and pickled."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["Recipe", "RetrofittedBlock", "derived_class", "source_as_before"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a class is derived: by splices into its methods, or, if there are none, by passing what its forward returns
+    """How a class is derived: by splices into its methods, or, if there are none, by passing the result of its forward
     through ``returned``.
 
     Attributes:
-        base: the class of the block as it was.
-        splices: the calls of SE that its methods get.
-        returned: name of the SE module that scales what the module returns; empty if there are splices.
+        base: the original class of the block.
+        splices: the calls of SE inserted into its methods.
+        returned: name of the SE module that scales the module's output; empty if there are splices.
     """
 
     base: type
@@ -37,25 +37,25 @@ class Recipe:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The SE modules that the class calls."""
+        """Names of the SE modules that the class calls."""
         return tuple(dict.fromkeys([s.child for s in self.splices] + [self.returned] * bool(self.returned)))
 
 
 class _Quiet:
-    """Mixed into derived classes, which are no new classes of the user's: registries that are filled here do not get them."""
+    """Mixin for derived classes, which keeps them out of registries that are filled when a class is defined."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass
 
 
 class RetrofittedBlock(_Quiet):
-    """Mixed into the class of each module whose code calls SE."""
+    """Mixin for the class of each module whose code calls SE."""
 
     se_recipe: Recipe
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the author's class reduces the block without SE; the SE modules come with its state."""
-        if "se_recipe" not in vars(type(self)):  # something has derived a class from ours: it is up to that
+        """Reduce the block without SE like the author's class does; the SE modules are added to its state."""
+        if "se_recipe" not in vars(type(self)):  # something has derived a class from ours, and is responsible
             return super().__reduce_ex__(protocol)
         recipe, children = type(self).se_recipe, vars(self)["_modules"]
         reduced = _without_se(self).__reduce_ex__(protocol)
@@ -67,7 +67,7 @@ class RetrofittedBlock(_Quiet):
 
     def __setstate__(self, given: Any) -> None:
         cls = type(self)
-        if not isinstance(given, _State):  # of a class that something has derived from ours
+        if not isinstance(given, _State):  # from a class that something has derived from ours
             super().__setstate__(given)  # type: ignore[misc]
             return
         if given.state is not None:
@@ -82,7 +82,7 @@ class RetrofittedBlock(_Quiet):
 
 
 class _State(NamedTuple):
-    """What a retrofitted block gets back: what its own class keeps of it, its SE modules, and the order of its children."""
+    """The state of a retrofitted block: what its own class saves, its SE modules, and the order of its children."""
 
     state: Any
     ses: dict[str, nn.Module]
@@ -90,7 +90,7 @@ class _State(NamedTuple):
 
 
 def _without_se(block: Any) -> nn.Module:
-    """A block as it was, which shares all but SE with the retrofitted one."""
+    """Return the original block, which shares everything except SE with the retrofitted one."""
     recipe = type(block).se_recipe
     children = {name: child for name, child in block._modules.items() if name not in recipe.names}
     return _bare(recipe.base, {**vars(block), "_modules": children})
@@ -103,10 +103,10 @@ def _bare(cls: type, attributes: dict[str, Any]) -> nn.Module:
 
 
 def _deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """For a base that copies itself in a way of its own: its copy of the block without SE, and SE's own copies."""
+    """Copy a block whose base defines ``__deepcopy__``: the base copies the block without SE; SE is added as a copy."""
     recipe: Recipe = type(self).se_recipe  # type: ignore[attr-defined]
     bare = _without_se(self)
-    memo.setdefault(id(memo), []).append(bare)  # alive as long as the memo, in which its id stands for its copy
+    memo.setdefault(id(memo), []).append(bare)  # kept alive as long as the memo, which refers to it by id
     new = recipe.base.__deepcopy__(bare, memo)  # type: ignore[attr-defined]
     if new is bare:
         return self
@@ -128,11 +128,11 @@ _derived: weakref.WeakValueDictionary[Recipe, type] = weakref.WeakValueDictionar
 
 
 def derived_class(recipe: Recipe) -> type:
-    """The class of a recipe; the same for the same recipe.
+    """Return the class of a recipe; equal recipes give the same class.
 
     Raises:
-        RetrofitError: the source of a method has changed since the recipe was made.
-        SpliceError: the class can't be derived.
+        RetrofitError: If the source of a method has changed since the recipe was made.
+        SpliceError: If the class can't be derived.
     """
     cls = _derived.get(recipe)
     if cls is None:
@@ -145,16 +145,16 @@ def derived_class(recipe: Recipe) -> type:
                     "the network again, retrofit it, and load the state dict"
                 ) from None
         bare = _bare(recipe.base, {"_modules": {}})
-        with isolated(bare):  # to derive a class may fill a registry
+        with isolated(bare):  # deriving a class may fill a registry
             cls = _derived[recipe] = _derive(recipe)
     return cls
 
 
 def source_as_before(splice: Splice) -> Source:
-    """The source of the method that a splice is for.
+    """Return the source of the method that a splice is for.
 
     Raises:
-        SpliceError: it is not that for which the splice was made, or not at hand.
+        SpliceError: If it differs from the source that the splice was made for, or is not available.
     """
     function = unwrapped(vars(splice.owner).get(splice.method))
     source = None if function is None else source_of(function)
@@ -191,17 +191,15 @@ def _derive(recipe: Recipe) -> type:
 
 
 def _names(cls: type) -> dict[str, Any]:
-    """What a class is found by, in its module and in its source."""
+    """Return the attributes by which a class is found, in its module and in its source."""
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    if (
-        line := vars(cls).get("__firstlineno__")
-    ) is not None:  # by which Python 3.13 finds the source, as TorchScript asks it to
+    if (line := vars(cls).get("__firstlineno__")) is not None:  # by which Python 3.13 finds the source for TorchScript
         names["__firstlineno__"] = line
     return names
 
 
 def _keep_overloads(member: Any, base: type, derived: type) -> None:
-    """TorchScript keeps the overloads of a method (torchvision's DenseNet has some) by the name of the class."""
+    """Copy the overloads of a method (as in torchvision's DenseNet), which TorchScript stores by the class name."""
     registered = getattr(torch._jit_internal, "_overloaded_methods", {})
     function = unwrapped(member)
     if function is not None and registered:
@@ -211,7 +209,7 @@ def _keep_overloads(member: Any, base: type, derived: type) -> None:
 
 
 def _returning_through(base: type, child: str) -> Any:
-    """A forward that calls the base's and passes the result through SE, for a class whose source is not at hand."""
+    """Return a forward that calls the base's and passes the result through SE, for a class without available source."""
     inherited: Any = base.forward  # type: ignore[attr-defined]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

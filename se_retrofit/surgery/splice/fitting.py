@@ -1,4 +1,4 @@
-"""Edits that are right: each is carried out on a copy, and the copy's record must be the original's plus SE."""
+"""Finding correct edits: each is carried out on a copy, whose record must be the original's plus SE."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ LOOKS_INSIDE = (
 
 @dataclass(eq=False)
 class SurgerySite:
-    """One SE module: where it will be, at which places it scales, and the edits by which it is called there.
+    """An SE module: its path, the places at which it scales, and the edits that call it there.
 
-    In a block that is called several times it has several places; where a forward has other code in training, several
+    In a block that is called several times, it has several places; if a forward has other code in training, several
     edits.
     """
 
@@ -49,7 +49,7 @@ class SurgerySite:
 
 @dataclass(eq=False)
 class _Options:
-    """The ways for one place that have not been found wrong, and what went wrong first."""
+    """The edits for one place that have not been found wrong, and the first problem."""
 
     edits: list[Edit]
     problem: str
@@ -62,7 +62,7 @@ class _Options:
         return cls(list(dict.fromkeys(way for way in found if isinstance(way, Edit))), problems[0])
 
     def fail(self, edit: Edit, problem: str) -> None:
-        """A way turned out to be wrong; the reason given in the end is that of the first."""
+        """Drop an edit that turned out to be wrong; the reason given in the end is that of the first one."""
         if not self.failed:
             self.problem, self.failed = problem, True
         self.edits.remove(edit)
@@ -70,13 +70,13 @@ class _Options:
 
 @dataclass(eq=False)
 class Fitting:
-    """Tries edits on copies until all that are left are right.
+    """Tries edits on copies until all that remain are correct.
 
     Args:
         runs: the records of the original.
-        places: where SE is to go, in the record of eval mode.
+        places: the places for SE, in the record of eval mode.
         training: the places that were found in the record of train mode.
-        skipped: takes the blocks that are left out, with the reasons.
+        skipped: receives the blocks that are left out, with the reasons.
     """
 
     runs: Runs
@@ -84,10 +84,10 @@ class Fitting:
     training: list[Place]
     skipped: dict[str, str]
     options: dict[Place, _Options] = field(default_factory=dict)
-    extra: dict[Edit, Edit] = field(default_factory=dict)  # for a site: a further edit, for training
+    extra: dict[Edit, Edit] = field(default_factory=dict)  # an additional edit of a site, for training
 
     def sites(self) -> list[SurgerySite]:
-        """The sites for all places that can have SE."""
+        """Return the sites for all places that can have SE."""
         self.options = {place: _Options.of(place) for place in self.places}
         searched = False
         while sites := self.best():
@@ -96,17 +96,17 @@ class Fitting:
                 self.leave_out(self.guilty(sites) or sites[-1:], outcome)
             elif outcome.wrong:
                 self.fail(sites, outcome.wrong)
-                if not searched:  # the ways that are left to these places all at once, rather than one after the other
+                if not searched:  # try all remaining edits for these places at once, rather than one after the other
                     self.search({place for site in sites if site.path in outcome.wrong for place in site.places})
                     searched = True
             elif outcome.right:
                 return sites
         return []
 
-    # Which ways
+    # Choosing edits
 
     def best(self) -> list[SurgerySite]:
-        """The sites by the best way that is left for each place, of which no one alone is known to be wrong."""
+        """Return the sites with the best remaining edit for each place; none of these is known to be wrong alone."""
         while True:
             by_edit: dict[Edit, list[Place]] = {}
             waiting = list(self.places)
@@ -134,7 +134,7 @@ class Fitting:
                 self.options[place].fail(site.edits[0], wrong[site.path])
 
     def search(self, places: set[Place]) -> None:
-        """Try all ways that are left to some places in one run, and forget those that are wrong."""
+        """Try all remaining edits for some places in one run, and drop those that are wrong."""
         by_edit: dict[Edit, list[Place]] = {}
         for place in places:
             for edit in self.options[place].edits:
@@ -145,8 +145,8 @@ class Fitting:
             self.fail(sites, outcome.wrong)
 
     def drop(self, place: Place, reason: str) -> list[Place]:
-        """Leave a block out; or, where a function in a loop computes its value, give the one before that, which a module of its
-        own makes perhaps (``F.relu(norm(conv(x)))``, ``conv(x)[:, :8]``)."""
+        """Leave a block out; or, if a function in a loop computes its value, return the place before that, which may be
+        the output of a separate module (``F.relu(norm(conv(x)))``, ``conv(x)[:, :8]``)."""
         self.places.remove(place)
         op = place.op
         computed = op.role in ("act", "pass", "affine", "pool", "part") and op.module is None and len(op.data) == 1
@@ -171,14 +171,14 @@ class Fitting:
             return Findings({site.path: problems[e] for site in sites for e in site.edits if e in problems})
         for record in (evaluation, trained):
             if record is not None and record.broke_off is not None and record.broke_in in by_path:
-                return Findings({record.broke_in: NOT_ONE_VALUE})  # SE was given something that it can't scale
+                return Findings({record.broke_in: NOT_ONE_VALUE})  # SE got something that it can't scale
         compared = compare_records(self.runs.evaluation, evaluation, {path: s.places for path, s in by_path.items()})
         if not compared.right or trained is None:
             return compared
         return self.trained(by_path, trained)
 
     def trained(self, by_path: Mapping[str, SurgerySite], after: Record) -> Findings:
-        """What the record of train mode shows."""
+        """Return the findings from the record of train mode."""
         assert self.runs.training is not None
         expected = {path: self.in_training(site) for path, site in by_path.items()}
         compared = compare_records(self.runs.training, after, {path: places or [] for path, places in expected.items()})
@@ -186,7 +186,7 @@ class Fitting:
         for path, problem in compared.wrong.items():
             places = expected[path]
             if places is None or path in compared.called:
-                continue  # stochastic depth, say, hides the block or its end; it is the expression that was right in eval mode
+                continue  # hidden by stochastic depth, say; the expression was correct in eval mode
             if self.extend(by_path[path], places):
                 extended = True
             else:
@@ -194,8 +194,8 @@ class Fitting:
         return replace(compared, wrong=wrong, again=extended)
 
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
-        """Insert factors, whatever the attention will be: a product with a parameter, so that a value that can't be scaled shows,
-        and a network that looks at its parameters."""
+        """Insert factors, whatever the attention will be: a product with a parameter reveals values that can't be
+        scaled, and networks that inspect their parameters."""
         device = "cpu" if self.runs.convert is on_cpu else "meta"
         modules: dict[Edit, tuple[str, Inserted]] = {}
         for site in sites:
@@ -207,7 +207,7 @@ class Fitting:
     # In training
 
     def in_training(self, site: SurgerySite) -> list[Place] | None:
-        """The places of a site in the record of training; None if there is no block of its kind there."""
+        """Return the places of a site in the record of train mode; None if there is no block of its kind there."""
         like = (site.place.block, site.place.kind, site.place.aside)
         same = [p for p in self.training if (p.block, p.kind, p.aside) == like]
         own = [p for p in self.places if (p.block, p.kind, p.aside) == like]
@@ -216,7 +216,7 @@ class Fitting:
         return [twin for place, twin in zip(own, same, strict=True) if place in site.places]
 
     def extend(self, site: SurgerySite, places: Sequence[Place]) -> bool:
-        """Give a site a further edit where the forward has other code in training."""
+        """Give a site an additional edit if the forward has other code in training."""
         further = [e for p in places for e in _Options.of(p).edits if e.holder == site.edits[0].holder]
         further = [e for e in further if e.form == "splice" and e not in site.edits]
         if not further or site.edits[0] in self.extra:
@@ -227,8 +227,8 @@ class Fitting:
     # Blame
 
     def guilty(self, sites: list[SurgerySite]) -> list[SurgerySite]:
-        """The sites with which the network does something else, found by halving: first the classes of their blocks, then
-        one or two of each such class; with two, the whole class."""
+        """Return the sites with which the network does something else, found by bisection: first the classes of their
+        blocks, then one or two sites of each such class; if two are found, the whole class."""
         by_class: dict[type, list[SurgerySite]] = {}
         for site in sites:
             by_class.setdefault(type(site.place.call.module), []).append(site)
@@ -239,7 +239,7 @@ class Fitting:
         return found
 
     def halve(self, groups: list[list[SurgerySite]], most: int = 1_000_000) -> list[list[SurgerySite]]:
-        """Those of some groups of sites, at most so many, that alone make a difference."""
+        """Return at most ``most`` of the groups of sites that make a difference on their own."""
         if not groups or not self.trial([site for group in groups for site in group]).different:
             return []
         if len(groups) == 1:
@@ -249,7 +249,7 @@ class Fitting:
         return first + (self.halve(groups[middle:], most - len(first)) if len(first) < most else [])
 
     def leave_out(self, sites: list[SurgerySite], outcome: Findings) -> None:
-        """Leave out the blocks of sites; where their code raised an error, try another way first."""
+        """Leave out the blocks of sites; if their code raised an error, try another edit first."""
         for site in sites:
             broke = f"with SE in it, the network can't be run: {outcome.broke_off}"
             if outcome.broke_off is not None and all(len(self.options[p].edits) > 1 for p in site.places):
@@ -260,6 +260,6 @@ class Fitting:
 
 
 def _one_block(places: list[Place]) -> bool:
-    """Whether the places that one edit reaches are the same block, computed again by the same modules."""
+    """Return whether the places that one edit reaches are the same block, computed again by the same modules."""
     one = max((place.layers for place in places), key=len)
     return all(place.layers <= one for place in places) and len({(p.channels, p.op.channel_dim) for p in places}) == 1

@@ -18,13 +18,13 @@ __all__ = ["Insertion", "graph_place", "graphs_of", "insert_node", "insertions_o
 
 
 def graphs_of(module: nn.Module) -> list[fx.Graph]:
-    """The graphs of a GraphModule; one that keeps a graph for each mode (torchvision's) has several."""
+    """Return the graphs of a GraphModule; one with a graph for each mode (torchvision's) has several."""
     graphs = [g for g in (module.graph, *vars(module).values()) if isinstance(g, fx.Graph)]
     return list({id(g): g for g in graphs}.values())
 
 
 def _code_digest(module: fx.GraphModule, graph: fx.Graph) -> str:
-    """A digest of the code that one of a GraphModule's graphs stands for."""
+    """Return a digest of the code of one of a GraphModule's graphs."""
     return _digest(module.code if graph is module.graph else graph.python_code("self").src)
 
 
@@ -33,10 +33,10 @@ def _digest(code: str) -> str:
 
 
 def graph_place(call: Call, op: Op, users: frozenset[Op] | None) -> Edit:
-    """The edit at the node of a GraphModule's graph whose value an operation makes.
+    """Return the edit at the node of a GraphModule's graph whose value an operation computes.
 
     Raises:
-        SpliceError: it is no node's value.
+        SpliceError: If it is not the value of a node.
     """
     name, digest = _node_name(call, op)
     taking = None if users is None else tuple(sorted(_node_name(call, user)[0] for user in users))
@@ -44,7 +44,7 @@ def graph_place(call: Call, op: Op, users: frozenset[Op] | None) -> Edit:
 
 
 def _node_name(call: Call, op: Op) -> tuple[str, str]:
-    """The node at whose line of generated code an operation happens, and the digest of that code."""
+    """Return the node at whose line of generated code an operation happens, and the digest of that code."""
     assert isinstance(call.module, fx.GraphModule)
     if op in call.inputs:
         placeholders = [n for n in call.module.graph.nodes if n.op == "placeholder"]
@@ -58,7 +58,7 @@ def _node_name(call: Call, op: Op) -> tuple[str, str]:
 
 
 def _assigned(lines: list[str], line: int | None) -> str | None:
-    """The variable that a line of generated code assigns to."""
+    """Return the variable that a line of generated code assigns to."""
     if line is None or not 0 < line <= len(lines):
         return None
     try:
@@ -72,9 +72,9 @@ def _assigned(lines: list[str], line: int | None) -> str | None:
 
 
 def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: Iterable[fx.Node] | None = None) -> fx.Node:
-    """Insert ``target(node)`` behind ``node`` and give it to ``users`` (default: to all users) in ``node``'s place."""
+    """Insert ``target(node)`` after ``node``, and replace ``node`` by it in ``users`` (default: in all users)."""
     after = node
-    if node.op == "placeholder":  # all placeholders stay in front
+    if node.op == "placeholder":  # placeholders must come first
         after = [n for n in graph.nodes if n.op == "placeholder"][-1]
     before = list(node.users) if users is None else [u for u in node.users if u in set(users)]
     with graph.inserting_after(after):
@@ -88,10 +88,10 @@ Insertion = tuple[fx.Graph, fx.Node, list[fx.Node] | None]
 
 
 def insertions_of(module: nn.Module, edits: list[Edit]) -> list[list[Insertion]]:
-    """For each edit the node that it names, and those that get SE's output (None: all), in each of a GraphModule's graphs.
+    """Return for each edit the node that it names and the users of SE's output (None: all), in each of the graphs.
 
     Raises:
-        SpliceError: the graphs are other ones than that for which the edits were made, or have no such nodes.
+        SpliceError: If the graphs are not those that the edits were made for, or have no such nodes.
     """
     graphs = graphs_of(module) if isinstance(module, fx.GraphModule) else []
     read = {_code_digest(module, graph): graph for graph in graphs}  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def insertions_of(module: nn.Module, edits: list[Edit]) -> list[list[Insertion]]
 
 
 def _counterpart(name: str, graph: fx.Graph, other: fx.Graph) -> fx.Node:
-    """The node of ``other`` that does what the named one does in ``graph``: the same operation, as often before."""
+    """Return the node of ``other`` that corresponds to the named one in ``graph``: same operation, same occurrence."""
     node = next((n for n in graph.nodes if n.name == name), None)
     if node is None:
         raise SpliceError(f"{name} is no node of the graph")

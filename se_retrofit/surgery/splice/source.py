@@ -1,4 +1,4 @@
-"""One more call in the author's own source.
+"""An additional call in the author's own source.
 
 ``out = self.bn3(out)`` becomes ``out = self.se_attention(self.bn3(out))`` in a class derived from the block's. The text is
 changed at the expression's span and nothing is unparsed, so comments, layout and line numbers stay.
@@ -26,15 +26,15 @@ Span = tuple[int, ...]  # first line, last line (counted from the method's first
 
 
 class SpliceError(Exception):
-    """A method's source can't be changed; the message says why, and never leaves the surgery but as a reason."""
+    """Raised if a method's source can't be changed; the message says why, and only leaves the surgery as a reason."""
 
 
 @dataclass(frozen=True)
 class Splice:
-    """One more call in one method, as an ``Edit`` says it: the class that defines the method, its name there, what is changed, and
-    the name of the SE module, a child of the instance.
+    """An additional call in a method, according to an ``Edit``: the class that defines the method, the method's name,
+    the change, and the name of the SE module, which is a child of the instance.
 
-    A form that no edit has is ``"norm"``: ``self.bn(x)`` becomes ``self.se(self.bn, x)``; ``target`` is the norm then.
+    The form ``"norm"`` has no edit: ``self.bn(x)`` becomes ``self.se(self.bn, x)``, and ``target`` is the norm.
     """
 
     owner: type
@@ -51,7 +51,7 @@ class Splice:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The text of a function as it stands in its file, and its syntax tree with the file's positions."""
+    """The text of a function as in its file, and its syntax tree with the positions in the file."""
 
     function: types.FunctionType
     lines: tuple[str, ...]
@@ -60,12 +60,12 @@ class Source:
 
     @functools.cached_property
     def nodes(self) -> tuple[ast.AST, ...]:
-        """All nodes of the tree, the outer ones first."""
+        """All nodes of the tree, outer ones first."""
         return tuple(ast.walk(self.tree))
 
     @functools.cached_property
     def own_nodes(self) -> tuple[ast.AST, ...]:
-        """The same without those of functions and classes in the function."""
+        """All nodes, except those of nested functions and classes."""
         return tuple(_own_nodes(self.tree))
 
     def text(self, node: ast.AST) -> str:
@@ -77,7 +77,7 @@ class Source:
 
     @functools.cached_property
     def spans(self) -> dict[Span, list[ast.AST]]:
-        """The expressions and statements at each place, the outer ones first."""
+        """The expressions and statements at each position, outer ones first."""
         found: dict[Span, list[ast.AST]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.expr, ast.stmt)):
@@ -98,10 +98,10 @@ def _own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 @functools.lru_cache(maxsize=512)
 def source_of(function: types.FunctionType) -> Source:
-    """The source of a function.
+    """Return the source of a function.
 
     Raises:
-        SpliceError: there is none, or it is not what the function was compiled from.
+        SpliceError: If there is none, or it is not what the function was compiled from.
     """
     name = function.__qualname__
     if all(position[2] is None for position in function.__code__.co_positions()):
@@ -140,12 +140,12 @@ def _parsed(lines: list[str], first: int) -> ast.FunctionDef | ast.AsyncFunction
 def _compiled(
     tree: ast.FunctionDef | ast.AsyncFunctionDef, function: types.FunctionType, filename: str | None = None
 ) -> types.CodeType:
-    """The code object of a method, compiled as if it stood where it does: with its closure and its class's private names."""
+    """Return the code object of a method, compiled as in its place: with its closure and its class's private names."""
     code = function.__code__
     free = code.co_freevars
     parts = function.__qualname__.split(".")
     owner = parts[-2] if len(parts) > 1 and parts[-2] != "<locals>" else ""
-    # a call of an imported name's attribute (F.relu) compiles to other code than that of any other name's
+    # a call of an attribute of an imported name (F.relu) compiles to other code than that of other names
     around = [f"import {name}" for name in sorted(_imported_in(code.co_filename))]
     around.append(f"def _factory({', '.join(free)}):")
     if owner and owner not in free:
@@ -157,12 +157,12 @@ def _compiled(
     flags = code.co_flags & _FUTURE
     compiled = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
     at_its_line = (c for c in _nested(compiled) if c.co_name == tree.name and c.co_firstlineno == code.co_firstlineno)
-    return next(at_its_line, compiled)  # where the file was edited, another function may be there
+    return next(at_its_line, compiled)  # if the file was edited, another function may be there
 
 
 @functools.lru_cache(maxsize=256)
 def _imported_in(filename: str) -> frozenset[str]:
-    """The names that a file imports outside of functions and classes."""
+    """Return the names that a file imports outside functions and classes."""
     try:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
@@ -201,10 +201,10 @@ def span_of(node: Any) -> Span:
 
 
 def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
-    """The expression, or the augmented assignment, that a frame was at.
+    """Return the expression, or the augmented assignment, that a frame was executing.
 
     Raises:
-        SpliceError: no node of the tree is there.
+        SpliceError: If no node of the tree is at that position.
     """
     position = _positions(code)[lasti // 2]
     if None in position:
@@ -213,7 +213,7 @@ def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
     for node in source.spans.get(position, ()):
         if isinstance(node, (ast.expr, ast.AugAssign)):
             return node
-    for node in source.nodes:  # of a chain of calls over several lines, Python keeps the place of the last
+    for node in source.nodes:  # for a chain of calls over several lines, Python stores the position of the last
         if isinstance(node, ast.Call) and (node.end_lineno, node.end_col_offset) == (end_line, end_column):
             return node
     raise SpliceError("the position of the expression is not known")
@@ -228,11 +228,11 @@ def _positions(code: types.CodeType) -> list[tuple[Any, ...]]:
 
 
 def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, Any], dict[type, dict[str, Any]]]:
-    """The members of a class derived from ``base``: those that replace its own, and those of classes further up that its
-    methods reach by ``super()``, by the class.
+    """Return the members of a class derived from ``base``: those that replace its own, and, by class, those of base
+    classes that its methods reach by ``super()``.
 
     Raises:
-        SpliceError: a method's source can't be changed.
+        SpliceError: If a method's source can't be changed.
     """
     own: dict[str, Any] = {}
     further: dict[type, dict[str, Any]] = {}
@@ -251,7 +251,7 @@ def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, 
 
 
 def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.FunctionType:
-    """The same function with calls of SE in it."""
+    """Return the same function with calls of SE in it."""
     source = source_of(function)
     lines = [line.encode() for line in source.lines]
     self_name = function.__code__.co_varnames[0]
@@ -267,7 +267,7 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
     except (SyntaxError, ValueError, StopIteration) as error:
         raise SpliceError(f"the changed source of {function.__qualname__} does not compile: {error}") from None
     without = _WithoutCalls(self_name, {splice.child for splice in splices}).visit(tree)
-    # not so for an expression in an f-string, say, of which Python has no exact place
+    # fails for an expression in an f-string, say, whose exact position Python does not have
     if ast.dump(without) != ast.dump(source.tree):
         raise SpliceError(f"a call of SE can't be put at the expression in {function.__qualname__}")
     linecache.cache[filename] = (sum(map(len, whole)), None, whole, filename)
@@ -276,7 +276,7 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
 
 
 def _remade(function: types.FunctionType, code: types.CodeType, cells: list[types.CellType]) -> types.FunctionType:
-    """The same function with other code, or another closure."""
+    """Return the same function with other code, or another closure."""
     new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
     new.__kwdefaults__ = function.__kwdefaults__
     new.__annotations__ = dict(function.__annotations__)
@@ -286,7 +286,7 @@ def _remade(function: types.FunctionType, code: types.CodeType, cells: list[type
 
 
 class _WithoutCalls(ast.NodeTransformer):
-    """Takes the calls of SE out of a syntax tree again."""
+    """Removes the calls of SE from a syntax tree."""
 
     def __init__(self, self_name: str, children: set[str]) -> None:
         self.self_name, self.children = self_name, children
@@ -299,19 +299,19 @@ class _WithoutCalls(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if not self.is_se(node):
             return self.generic_visit(node)
-        if len(node.args) == 2:  # the norm and what it is called with
+        if len(node.args) == 2:  # the norm and its argument
             return self.visit(ast.Call(func=node.args[0], args=node.args[1:], keywords=[]))
         return self.visit(node.args[0])
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
         value: Any = node.value
         if self.is_se(value) and ast.unparse(value.args[0]) == ast.unparse(node.targets[0]):
-            return None  # a statement of its own
+            return None  # a separate statement
         return self.generic_visit(node)
 
 
 def _insertions(splices: list[Splice], self_name: str) -> Iterator[tuple[int, int, str]]:
-    # of two expressions that begin at the same place, the inner one's call is put in first, so that the outer's stands before
+    # of two expressions with the same start, the inner one's call is inserted first, so that the outer's precedes it
     for splice in sorted(splices, key=lambda s: (s.span[1] - s.span[0], s.span[3] - s.span[2])):
         first, last, column, end = splice.span
         call = f"{self_name}.{splice.child}("
@@ -331,8 +331,8 @@ def _insertions(splices: list[Splice], self_name: str) -> Iterator[tuple[int, in
 def _rewrapped(
     member: Any, old: types.FunctionType, new: types.FunctionType, made: dict[int, types.FunctionType] | None = None
 ) -> Any:
-    """What the decorators made of a function, made of another one in its place. ``made`` are the wrappers made already, by
-    the ids of those that they stand for: a wrapper may refer to itself."""
+    """Repeat the decoration of a function for another function. ``made`` holds the wrappers that are already rebuilt,
+    by the ids of the original ones, because a wrapper may refer to itself."""
     made = {} if made is None else made
     if member is old:
         return new

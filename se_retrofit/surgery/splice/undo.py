@@ -1,4 +1,4 @@
-"""Telling the SE that a retrofit put in, and taking it out again."""
+"""Finding and removing SE that a retrofit has inserted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .graphs import graphs_of
 
 __all__ = ["PLAN", "is_retrofitted", "lost_sites", "strip"]
 
-PLAN = "_se_plan"  # the attribute by which the model that was retrofitted keeps the plan
+PLAN = "_se_plan"  # the attribute in which a retrofitted model stores its plan
 
 
 def is_retrofitted(module: object) -> TypeGuard[Inserted]:
-    """Whether a module is one that a retrofit put in."""
+    """Return whether a module was inserted by a retrofit."""
     return isinstance(module, Inserted) and module.site is not None
 
 
 def lost_sites(model: nn.Module) -> list[str]:
-    """The paths of SE modules that are gone together with the module that held them, which was replaced after the retrofit."""
+    """Return the paths of SE modules that are gone because the module holding them was replaced after the retrofit."""
     lost = []
     for path, module in model.named_modules():
         plan = vars(module).get(PLAN)
@@ -38,10 +38,10 @@ def lost_sites(model: nn.Module) -> list[str]:
 
 
 def strip(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
-    """Take SE that a retrofit put in out again, in place: all of it, or ``only`` these modules."""
+    """Remove SE inserted by a retrofit, in place: all of it, or ``only`` these modules."""
     chosen = {id(m) for m in (model.modules() if only is None else only) if is_retrofitted(m)}
     modules = list(model.modules())
-    # before anything is changed: to derive a class can fail
+    # before anything is changed, because deriving a class can fail
     classes = {
         id(m): _class_without(m, None if only is None else chosen) for m in modules if isinstance(m, RetrofittedBlock)
     }
@@ -58,7 +58,7 @@ def strip(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
 
 
 def _forget_sites(modules: list[nn.Module], chosen: set[int] | None) -> None:
-    """Take the chosen SE modules (None for all) out of the plan that the model keeps."""
+    """Remove the chosen SE modules (None for all) from the plan that the model stores."""
     for module in modules:
         plan = vars(module).get(PLAN)
         if plan is None:
@@ -72,7 +72,7 @@ def _forget_sites(modules: list[nn.Module], chosen: set[int] | None) -> None:
 
 
 def _class_without(module: RetrofittedBlock, chosen: set[int] | None) -> type:
-    """The class of a block that no longer calls the chosen SE modules; None for all."""
+    """Return the class of a block that no longer calls the chosen SE modules (None for all)."""
     recipe = type(module).se_recipe
     if chosen is None:
         return recipe.base

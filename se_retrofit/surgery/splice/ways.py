@@ -1,7 +1,7 @@
-"""How a module comes to call SE at a place, in the order in which the ways are tried.
+"""The ways in which a module can call SE at a place, in the order in which they are tried.
 
-Whether a way is right is not proven here: the edited copy is recorded, and its record is compared with the original's (see
-``check``). A way that turns out wrong makes room for the next.
+They are not proven correct here: the edited copy is recorded, and its record is compared with the original's (see
+``check``). If a way turns out to be wrong, the next one is tried.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ SE_NAME = "se_attention"
 
 
 def ways(place: Place) -> Iterator[Edit | SpliceError]:
-    """The ways to call SE at a place, the best first; where one is not open, the reason."""
+    """Yield the ways to call SE at a place, best first; if one is not possible, the reason."""
     if place.users is not None:
         yield from _at_users(place.call, place.op, place.users)
         return
-    if place.kind == "rep-sum":  # the sum may be fused into one convolution later: a module behind it sees either
+    if place.kind == "rep-sum":  # the sum may be fused into one convolution later; a module after it works with both
         for op, module, path in reversed(place.call.passes):
             if op is place.op:
                 yield from _as_returned(path, module)
     yield from _at_value(place.call, place.op)
     call = place.call
-    while call.returned is place.op and call.parent is not None:  # what a module returns is a value of its caller, too
+    while call.returned is place.op and call.parent is not None:  # the output of a module is also a value of its caller
         call = call.parent
         yield from _in_source(call, place.op)
     user = only_user(place.op)
-    if user is not None and place.call.holds(user):  # a value that a loop has made in the end: where it is taken
+    if user is not None and place.call.holds(user):  # the final value of a loop: at its user
         yield from _at_users(place.call, place.op, frozenset([user]))
 
 
 def _at_value(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
-    """Ways in the code of the module that a call called, then in that of a module that it calls for the value."""
+    """Yield ways in the code of the called module, then in that of a module that it calls for the value."""
     if isinstance(call.module, fx.GraphModule):
         yield _in_graph(call, op, None)
         return
@@ -67,7 +67,7 @@ def _at_value(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
 
 
 def _in_source(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
-    """Ways at the expressions of a module's own methods whose value it is."""
+    """Yield ways at the expressions of a module's own methods that compute the value."""
     if isinstance(call.module, fx.GraphModule):
         yield _in_graph(call, op, None)
         return
@@ -78,7 +78,7 @@ def _in_source(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
 
 
 def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | SpliceError]:
-    """Ways to pass a value through SE where some operations take it, and only there."""
+    """Yield ways to pass a value through SE only where some operations use it."""
     if isinstance(call.module, fx.GraphModule):
         yield _in_graph(call, op, users)
         return
@@ -86,23 +86,23 @@ def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | Splic
         yield SpliceError(f"{len(users)} operations take the value that SE should recalibrate")
         return
     (user,) = users
-    while not call.holds(user) and call.parent is not None:  # made further in: an in-place ReLU on the block's input
+    while not call.holds(user) and call.parent is not None:  # further inside: an in-place ReLU on the block's input
         call = call.parent
     yield from _splices(call, call.where_of(user), _operands)
 
 
-# What changes in a source: the statement of an edit, the node that it is at, and its target
+# The change in a source: the statement of an edit, its node, and its target
 _Forms = Iterator[tuple[str, ast.AST, str]]
 
 
 def _statements(op: Op, source: Source, node: ast.AST) -> _Forms:
-    """The forms that a call of SE can take for the value of an expression."""
+    """Yield the forms that a call of SE can have for the value of an expression."""
     if isinstance(node, ast.AugAssign):
         yield "after", node, source.text(node.target)
         return
     yield "wrap", node, ""
     statement = next((s for s in source.nodes if isinstance(s, ast.Expr) and s.value is node), None)
-    if statement is not None and op.inplace and isinstance(node, ast.Call):  # F.relu_(x), whose result nobody takes
+    if statement is not None and op.inplace and isinstance(node, ast.Call):  # F.relu_(x), whose result is unused
         arguments = [*node.args[:1], *([node.func.value] if isinstance(node.func, ast.Attribute) else [])]
         for target in arguments:
             if isinstance(target, (ast.Name, ast.Attribute, ast.Subscript)):
@@ -110,7 +110,7 @@ def _statements(op: Op, source: Source, node: ast.AST) -> _Forms:
 
 
 def _operands(source: Source, node: ast.AST) -> _Forms:
-    """The forms that it can take for what an expression takes."""
+    """Yield the forms that it can have for the operands of an expression."""
     operands: list[ast.expr] = []
     if isinstance(node, ast.BinOp):
         operands = [node.left, node.right]
@@ -126,7 +126,7 @@ def _operands(source: Source, node: ast.AST) -> _Forms:
 
 
 def _splices(call: Call, where: Where, forms: Callable[[Source, ast.AST], _Forms]) -> Iterator[Edit | SpliceError]:
-    """Splices at the nodes at which a module's own frames were, innermost first."""
+    """Yield splices at the nodes that a module's own frames were executing, innermost first."""
     if "forward" in vars(call.module):
         yield SpliceError(f"the forward of {call.path or 'the model'} is set on the instance, not by its class")
         return
@@ -151,7 +151,7 @@ def _splice(path: str, method: Method, source: Source, node: ast.AST, form: str,
 
 
 def _as_returned(path: str, module: nn.Module) -> Iterator[Edit | SpliceError]:
-    """Ways to scale all that a module returns: where its forward returns it; in a forward that calls its own."""
+    """Yield ways to scale a module's whole output: where its forward returns it; in a forward that calls its own."""
     if isinstance(module, (fx.GraphModule, nn.ModuleList, nn.ModuleDict)):
         return
     if "forward" in vars(module):
@@ -179,11 +179,11 @@ def _in_graph(call: Call, op: Op, users: frozenset[Op] | None) -> Edit | SpliceE
 
 
 def named(edits: dict[Edit, str], model: nn.Module) -> dict[Edit, str]:
-    """The path of the SE module of each edit; edits come with the path of their block."""
+    """Return the path of the SE module for each edit; edits come with the path of their block."""
     modules = dict(model.named_modules())
     holders = {e: _beside(modules, e.holder, block) if e.form == "graph" else e.holder for e, block in edits.items()}
     name, number = SE_NAME, 1
-    while any(has_attribute(modules[holder], name) for holder in holders.values()):  # one that is free in all modules
+    while any(has_attribute(modules[holder], name) for holder in holders.values()):  # until it is free in all modules
         number += 1
         name = f"{SE_NAME}{number}"
     counted: Counter[str] = Counter()
@@ -196,8 +196,8 @@ def named(edits: dict[Edit, str], model: nn.Module) -> dict[Edit, str]:
 
 
 def _beside(modules: dict[str, nn.Module], root: str, block: str) -> str:
-    """In a GraphModule the SE of a block sits beside the block's other modules, if they still have a path of their own."""
+    """Return where SE goes in a GraphModule: beside the block's other modules, if they still have their own path."""
     holder = block
     if next(modules.get(block, modules[root]).children(), None) is None:
-        holder = block.rpartition(".")[0]  # the unit of a chain is called by its conv
+        holder = block.rpartition(".")[0]  # the unit of a chain is named after its convolution
     return holder if holder in modules and (not root or f"{holder}.".startswith(f"{root}.")) else root

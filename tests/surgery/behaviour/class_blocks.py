@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import enum
 import functools
 import threading
 import time
@@ -14,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from python_blocks import Block
+from structure import conv, module_of
 from torch import Tensor, nn
 
 REGISTRY: list[type] = []
@@ -39,8 +38,7 @@ class Named(Registered, name="named"):
     def forward(self, x):
         type(self).instances += 1
         COUNTS["forward"] += 1
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
+        return x + self.bn2(self.conv2(self.branch(x)))
 
 
 class Copies(Base):
@@ -50,18 +48,27 @@ class Copies(Base):
         return self
 
 
+class Mover(Base):
+    """Keeps copies of itself in the memo, as the documentation of ``copy`` has it; they are built anew, and draw random numbers."""
+
+    def __deepcopy__(self, memo):
+        if id(self) in memo:
+            return memo[id(self)]
+        memo[id(self)] = new = type(self)()
+        new.load_state_dict(self.state_dict())
+        return new.train(self.training)
+
+
 class KnowsParent(nn.Module):
     class Child(Block):
         parent: Any = None
 
         def forward(self, x):
-            out = self.bn2(self.conv2(self.branch(x) * self.parent().alpha))
-            return x + out
+            return x + self.bn2(self.conv2(self.branch(x) * self.parent().alpha))
 
     def __init__(self) -> None:
         super().__init__()
-        self.alpha = 0.5
-        self.child = self.Child()
+        self.alpha, self.child = 0.5, self.Child()
         self.child.parent = weakref.ref(self)
 
     def forward(self, x):
@@ -81,8 +88,7 @@ class Cached(Block):
         n = x.shape[-1]
         if n not in CACHE:
             CACHE[n] = torch.ones(n, device=x.device, dtype=x.dtype) * 0.5
-        out = self.bn2(self.conv2(self.branch(x) * CACHE[n] + grid(n).to(x)))
-        return x + out
+        return x + self.bn2(self.conv2(self.branch(x) * CACHE[n] + grid(n).to(x)))
 
 
 class Yes:
@@ -100,25 +106,15 @@ class NeverRaises(Base):
             return Yes()
 
 
-class OddNames(Block):
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__(channels)
-        self.my_hooks = {"a": 1}
-        self.post_hooks = [0.5]
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x) * self.post_hooks[0] * self.my_hooks["a"]))
-        return x + out
+def odd_names() -> dict[str, Any]:
+    layers = nn.ModuleDict({"class": conv(8, 8), "in": nn.ReLU()})
+    return {"my_hooks": {"a": 1}, "post_hooks": [0.5], "layers": layers}
 
 
-class Adapted(Base):
-    """Takes (x,) with two channels too few: a pre-hook adds them."""
-
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__(channels)
-        self.register_forward_pre_hook(
-            lambda module, args: (F.pad(args[0], (0, 0, 0, 0, 0, channels - args[0].shape[1])),)
-        )
+@module_of(odd_names, Block)
+def OddNames(self, x):
+    out = self.layers["in"](self.layers["class"](x))
+    return x + self.bn2(self.conv2(out * self.post_hooks[0] * self.my_hooks["a"]))
 
 
 class DictResult(Block):
@@ -127,18 +123,12 @@ class DictResult(Block):
         return OrderedDict(out=x + out, skip=x)
 
 
-class Children(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(8, 8, 3, padding=1)
-        self.act = nn.ReLU()
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x):
-        out = x
-        for child in self.children():
-            out = child(out)
-        return x + out
+@module_of(lambda: {"conv1": conv(8, 8), "act": nn.ReLU(), "conv2": conv(8, 8)})
+def Children(self, x):
+    out = x
+    for child in self.children():
+        out = child(out)
+    return x + out
 
 
 class Derived(Base):
@@ -152,16 +142,13 @@ class Diamond(Derived):
 
 
 class Private(Block):
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__(channels)
-        self.__factor = 0.5
+    __factor = 0.5
 
     def __scaled(self, x):
         return self.bn2(self.conv2(x)) * self.__factor
 
     def forward(self, x):
-        out = self.__scaled(self.branch(x))
-        return x + out
+        return x + self.__scaled(self.branch(x))
 
 
 def made(factor: float) -> type[Block]:
@@ -173,39 +160,10 @@ def made(factor: float) -> type[Block]:
     return Made
 
 
-class Mode(str, enum.Enum):  # noqa: UP042
-    add = "add"
-    scale = "scale"
-
-
-class Defaults(Block):
-    def forward(self, x, mode: Mode = Mode.add, dtype: torch.dtype = torch.float32, *, eps: float = 1e-5):
-        out = self.bn2(self.conv2(self.branch(x))).to(dtype)
-        if mode is Mode.scale:
-            out = out * 0.5
-        return x + out + eps
-
-
-class Keyword(Block):
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__(channels)
-        self.layers = nn.ModuleDict({"class": nn.Conv2d(channels, channels, 3, padding=1), "in": nn.ReLU()})
-
-    def forward(self, x):
-        out = self.layers["in"](self.layers["class"](x))
-        out = self.bn2(self.conv2(out))
-        return x + out
-
-
-class Locked(Block):
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__(channels)
-        self.lock = threading.Lock()
-
-    def forward(self, x):
-        with self.lock:
-            out = self.bn2(self.conv2(self.branch(x)))
-        return x + out
+@module_of(lambda: {"lock": threading.Lock()}, Block)
+def Locked(self, x):
+    with self.lock:
+        return x + self.bn2(self.conv2(self.branch(x)))
 
 
 class Property(Block):
@@ -214,75 +172,24 @@ class Property(Block):
         return nn.Sequential(self.conv1, nn.ReLU(), self.conv2)
 
     def forward(self, x):
-        out = self.bn2(self.body(x))
-        return x + out
+        return x + self.bn2(self.body(x))
 
 
-class Rebuilt(Base):
-    """Its copy is built anew."""
-
-    def __deepcopy__(self, memo):
-        new = type(self)(self.channels)
-        new.load_state_dict(self.state_dict())
-        new.train(self.training)
-        for name in ("cfg", "state"):
-            setattr(new, name, copy.deepcopy(getattr(self, name), memo))
-        return new
+class KnowsClass(Base):
+    def branch(self, x):
+        return super().branch(x) * (0.5 if type(self) is KnowsClass else 2.0)
 
 
-class KnowsClass(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out * (0.5 if type(self) is KnowsClass else 2.0)
+class CountsChildren(Base):
+    def branch(self, x):
+        return super().branch(x) * len(list(self.children()))
 
 
-class CountsChildren(Block):
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return torch.add(x, out, alpha=len(list(self.children())))
-
-
-class Timed(Block):
+class Timed(Base):
     """Takes another number in each run."""
 
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.branch(x)))
-        return x + out + time.perf_counter() * 1e-40
-
-
-WITHOUT_SOURCE = """
-class Sourceless(Block):
-    def forward(self, x):
-        return x + self.inner(x)
-
-
-class Inner(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-
-    def forward(self, x):
-        return F.relu(self.conv(x))
-"""
-
-
-def sourceless() -> nn.Module:
-    scope = {"Block": Block, "nn": nn, "F": F, "__name__": __name__}
-    exec(compile(WITHOUT_SOURCE, "<string>", "exec"), scope)
-    block = scope["Sourceless"]()
-    block.inner = scope["Inner"]()
-    return block
-
-
-class Mover(Base):
-    """Keeps copies of itself in the memo, as the documentation of ``copy`` has it."""
-
-    def __deepcopy__(self, memo):
-        if id(self) in memo:
-            return memo[id(self)]
-        memo[id(self)] = new = type(self)()
-        new.load_state_dict(self.state_dict())
-        return new.train(self.training)
+    def branch(self, x):
+        return super().branch(x) + time.perf_counter() * 1e-40
 
 
 class SetForward(nn.Module):
@@ -295,3 +202,23 @@ class SetForward(nn.Module):
 
     def forward(self, x):
         return x + F.relu(self.run(x))
+
+
+WITHOUT_SOURCE = """
+class Sourceless(nn.Module):
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+class Inner(nn.Conv2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+"""
+
+
+def sourceless() -> nn.Module:
+    scope = {"nn": nn, "F": F, "__name__": __name__}
+    exec(compile(WITHOUT_SOURCE, "<string>", "exec"), scope)
+    block = scope["Sourceless"]()
+    block.inner = scope["Inner"](8, 8, 3, padding=1)
+    return block

@@ -80,6 +80,9 @@ WAYS = [  # how the branch's last value comes to be
     "out = F.conv2d(out, self.conv2.weight, padding=1)",
     "out = (\n    {value}\n)  # a comment",
     "out = (\n    self.conv2(out)\n    .mul(0.5)  # è, a letter of two bytes\n    .add(0.1)\n)",
+    "out = (\n    self\n    .bn2(\n        self  # of this block\n        .conv2(out)\n    )\n    .contiguous()\n)",
+    "text = '''two\nlines'''; ñ = {'é→': {value}}['é→']; ü = \"\"\"of\ntext\"\"\"; out = ñ * (len(text) + len(ü))",
+    "block = self\ndel self  # another name's by the time that SE is called\nout = block.bn2(block.conv2(out))",
     "if out is not None:\n    out = {value}",
     "if (out := {value}).dim() != 4:\n    return x",
     "(out,) = [{value_of_y} for y in (out,)]",
@@ -99,6 +102,7 @@ ENDS = [
     "return torch.add(x, out)",
     "x = x + out\nreturn F.relu(x)",
     "return out.add(x)",
+    "return (\n    out\n    .mul(0.5)\n    .add(x)\n    .relu()\n)",
     "match x.shape:\n    case (_, _, h, w) if h == w:\n        return x + out\n    case _:\n        return out + x",
 ]
 # over two blocks that are each other's equals, or the same one again, or of other widths; and how many get SE of their own

@@ -6,26 +6,24 @@ import copy
 
 import pytest
 import python_blocks as blocks
-import syntax_blocks
 import torch
 from python_blocks import Block
-from same_behaviour import Net, check
+from same_behaviour import check
+from structure import Net
 from torch import nn
 
 from se_retrofit import RetrofitError, add_se
 
 ALL = [
     cls
-    for module in (blocks, syntax_blocks)
-    for cls in vars(module).values()
-    if isinstance(cls, type) and issubclass(cls, Block) and cls not in (Block, syntax_blocks.Behind)
+    for cls in vars(blocks).values()
+    if isinstance(cls, type) and issubclass(cls, Block) and cls not in (Block, blocks.Behind)
 ]
 CALLS = {
-    blocks.FillsDict: [((), {"store": {}})],
     blocks.Starred: [((None,), {"pads": (0, 0), "more": 1})],
     blocks.Arguments: [
-        ((0.5,), {}),
-        ((torch.tensor(2.0), 2), {}),
+        ((0.5,), {"store": {}}),
+        ((torch.tensor(2.0), 2), {"mode": blocks.Mode.scale}),
         ((None, 0, [0.5, 2.0]), {"flag": True}),
         ((), {"factors": (), "flag": True}),
     ],
@@ -33,7 +31,7 @@ CALLS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
-@pytest.mark.parametrize("block", ALL, ids=lambda cls: f"{cls.__module__.partition('_')[0]}-{cls.__name__}")
+@pytest.mark.parametrize("block", ALL, ids=lambda cls: cls.__name__)
 def test_a_forward_runs_as_it_is(block: type[Block]) -> None:
     check(Net(block), CALLS.get(block, ()))
 
@@ -46,7 +44,7 @@ def test_any_recorded_call_will_do(block: type[Block]) -> None:
 
 def test_a_generator_that_is_an_argument_is_no_value() -> None:
     with pytest.raises(RetrofitError, match="not the result of one expression"):
-        add_se(Net(syntax_blocks.Weighed), 2, example_inputs=torch.zeros(1, 3, 9, 9))
+        add_se(Net(blocks.Weighed), 2, example_inputs=torch.zeros(1, 3, 9, 9))
 
 
 def test_attributes_and_children_changed_after_the_retrofit_are_followed() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cProfile
 import random
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import python_blocks as blocks
 import torch
-from class_blocks import Rebuilt
-from networks import random_states, randomise_se, randomised
-from same_behaviour import Net
+from networks import random_states, randomise_se, randomised, same_tensors
+from structure import Net
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import BasicBlock
 
 from se_retrofit import RetrofitError, add_se, has_se, inspect_se, load_retrofitted, plan_of, plan_se, save_retrofitted
@@ -30,9 +30,8 @@ def test_a_network_is_retrofitted_under_a_profiler_and_what_that_has_counted_is_
     assert forward.callcount > 1
 
 
-@pytest.mark.parametrize("way", ["trace", "profile"])
-def test_a_network_is_retrofitted_under_a_trace_function_which_goes_on(way: str) -> None:
-    get, put = getattr(sys, f"get{way}"), getattr(sys, f"set{way}")
+@pytest.mark.parametrize(("get", "put"), [(sys.gettrace, sys.settrace), (sys.getprofile, sys.setprofile)])
+def test_a_network_is_retrofitted_under_a_trace_function_which_goes_on(get: Any, put: Any) -> None:
     before, seen = get(), set()
 
     def note(frame: FrameType, event: str, argument: object) -> Any:
@@ -66,23 +65,15 @@ def test_two_threads_call_one_model_in_two_ways_at_once() -> None:
     ways = [((), {}), ((0.5, 2, [0.5]), {"flag": True})]
     with torch.no_grad():
         alone = [model(x, *args, **kwargs) for args, kwargs in ways]
-    wrong: list[int] = []
 
-    def call(number: int) -> None:
-        args, kwargs = ways[number]
-        for _ in range(20):
-            with torch.no_grad():
-                output = model(x, *args, **kwargs)
-            first, expected = (output, alone[number]) if number == 0 else (output[0], alone[number][0])
-            if not torch.equal(first, expected):
-                wrong.append(number)
+    def called(number: int) -> list[Tensor]:
+        args, kwargs = ways[number % 2]
+        with torch.no_grad():
+            return list(tree_leaves(model(x, *args, **kwargs)))
 
-    threads = [threading.Thread(target=call, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(2) as threads:
+        for number, outputs in enumerate(threads.map(called, range(40))):
+            assert same_tensors(outputs, list(tree_leaves(alone[number % 2])))
 
 
 class Structured(nn.Module):
@@ -92,9 +83,7 @@ class Structured(nn.Module):
 
     def forward(self, sample: dict[str, Any], more: tuple[list[Tensor], ...] = ()) -> dict[str, Tensor]:
         x = self.block(self.stem(sample["image"]) * sample["scale"])
-        if more:
-            x = x + more[0][0].mean()
-        return {"out": x}
+        return {"out": x + more[0][0].mean() if more else x}
 
 
 def test_inputs_may_be_nested_and_are_needed_once_only(tmp_path) -> None:
@@ -127,31 +116,7 @@ def test_inputs_may_be_of_any_class_and_are_given_again_for_a_printout() -> None
         inspect_se(retrofitted)
 
 
-class Sized(nn.Module):
-    """Takes one size only, which it keeps as an attribute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.image_size = 37
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), nn.Flatten(), nn.Linear(8 * 35 * 35, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
-
-
 def test_a_size_among_the_models_attributes_is_tried_first() -> None:
-    assert plan_of(add_se(Sized())).inputs["args"][0]["tensor"] == [2, 3, 37, 37]
-
-
-def test_a_copy_that_is_built_anew_draws_no_global_numbers_while_other_threads_are_about() -> None:
-    model = Net(Rebuilt)
-    stop = threading.Event()
-    other = threading.Thread(target=stop.wait)  # as a notebook's or a progress bar's
-    other.start()
-    try:
-        states = list(random_states())
-        add_se(model, 2, example_inputs=torch.zeros(1, 3, 9, 9))
-        assert list(random_states()) == states
-    finally:
-        stop.set()
-        other.join()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), BasicBlock(8, 8), nn.Flatten(), nn.Linear(8 * 35 * 35, 2))
+    model.image_size = 37  # it takes no other
+    assert plan_of(add_se(model)).inputs["args"][0]["tensor"] == [2, 3, 37, 37]
