@@ -56,8 +56,8 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
 
 
 def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterable[Any]:
-    """Return the batches of a DataLoader or another iterable of batches as they are; or batches of 32 items of a
-    Dataset, whose PIL images are prepared as in the validation of ``finetune``."""
+    """Return the batches of a DataLoader or another iterable of batches as they are; or batches of 32 items of a Dataset or
+    a list of pairs of an input and a number, whose PIL images are prepared as in the validation of ``finetune``."""
     if isinstance(data, (DataLoader, Mapping)) or not (isinstance(data, Dataset) or hasattr(data, "__getitem__")):
         return data
     from .finetune.data import gives_images
@@ -67,4 +67,11 @@ def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterabl
             from .finetune.config import FinetuneConfig
             from .finetune.transforms import prepared_batches
         return prepared_batches(model, data, FinetuneConfig(keys=tuple(keys)), print)
-    return data if isinstance(data, (list, tuple)) else DataLoader(data, BATCH_SIZE)
+    if isinstance(data, (list, tuple)) and not (data and is_item(fields_of(data[0], keys))):
+        return data
+    return DataLoader(data, BATCH_SIZE)
+
+
+def is_item(fields: Sequence[Any]) -> bool:
+    """Whether an input has a number for its label, and so is no batch."""
+    return any(isinstance(label, int) or getattr(label, "shape", None) == () for label in fields[1:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -59,12 +60,15 @@ def write_json(console: Console, data: Any, file: Path) -> None:
 
 def run(application: typer.Typer = app) -> None:
     """Run the command named by the arguments; Ctrl-C ends it with exit code 130, as a shell expects."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # names of files and classes may have characters that the output's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         application()
     except SystemExit as ended:
         if isinstance(ended.__context__, typer.Abort):
             sys.exit(130)
         raise
-    except RetrofitError as error:
+    except (RetrofitError, OSError) as error:  # the latter of a disk that is full behind the standard output, say
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2 if isinstance(error, WrongUsage) else 1)

@@ -39,6 +39,7 @@ def compare_command(
     Rerun the command to resume.
     """
     from ..finetune import compare
+    from ..finetune.engine import processes
     from ..finetune.experiment import describe_data, file_digest
 
     start = Start.of(context)
@@ -61,4 +62,5 @@ def compare_command(
             output_dir=output,
             stop=signals.stop,
         )
-    print(f"\n{comparison}\n\nwritten to {output / 'comparison.json'}")
+    if processes()[0] == 0:
+        print(f"\n{comparison}\n\nwritten to {output / 'comparison.json'}")

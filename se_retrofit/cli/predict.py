@@ -42,7 +42,10 @@ def predict_command(
     if output is None:
         errors = write_predictions(predictions, sys.stdout, top)
     else:
-        with replaced_file(output) as fresh, fresh.open("w", encoding="utf-8", newline="") as file:
+        with (
+            replaced_file(output) as fresh,
+            fresh.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        ):
             errors = write_predictions(predictions, file, top)
     for error in errors:
         print(error, file=sys.stderr)

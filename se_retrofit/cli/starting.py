@@ -124,15 +124,18 @@ def open_data(
     """Open the data, and return it with the recipe, completed by the number of classes."""
     from ..finetune import load_data
     from ..finetune.datasets import limited
+    from ..finetune.engine import processes
 
     where = {"root": root or context.params["data_root"], "download": context.params["download"]}
     parts = load_data(data, **where, image_size=recipe.image_size)
-    if parts.note:
+    told = processes()[0] == 0  # by one of several
+    if parts.note and told:
         typer.echo(parts.note)
     if (limit := limit or context.params["limit"]) is not None:
         parts = replace(parts, train=limited(parts.train, limit), val=limited(parts.val, limit))
         few = f"{len(parts.train):,} images to train on, {len(parts.val):,} to validate on"
-        typer.echo(f"at most {limit:,} of each class are taken: {few}")
+        if told:
+            typer.echo(f"at most {limit:,} of each class are taken: {few}")
     if recipe.num_classes is None:
         if parts.num_classes is None:
             raise RetrofitError(f"the number of classes of {data} is not known: give it with --num-classes")

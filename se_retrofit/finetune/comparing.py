@@ -22,6 +22,7 @@ from ..retrofit import add_se
 from ..saving.atomic import replaced_file
 from ..tables import aligned, as_html
 from .config import FinetuneConfig
+from .engine import processes
 from .evaluation import evaluate
 from .randomness import EPOCH, kept_randomness, seed_all
 from .train import finetune
@@ -267,6 +268,7 @@ def compare(
     """
     config = FinetuneConfig() if config is None else config
     _check_arguments(config, seeds, arms, val_data)
+    main = processes()[0] == 0  # of several processes one prints and writes
     numbers = list(range(config.seed, config.seed + seeds))
     output = None if output_dir is None else Path(output_dir)
     outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
@@ -276,7 +278,7 @@ def compare(
             bare = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
             networks = {name: _network(name, bare, se_options or {}) for name in arms}
         for name, network in networks.items():
-            if not quiet:
+            if not quiet and main:
                 print(f"seed {seed}, {name}: {ARMS.get(name, f'with {name.upper()}')}", flush=True)
             recipe = _recipe(name, config).replace(seed=seed)
             result = finetune(
@@ -286,7 +288,7 @@ def compare(
             right = evaluate(result.model, val_data, config=recipe).right
             outcomes[name].append({**vars(result), "model": None, "right": right})  # the weights take much memory
     comparison = Comparison({name: _arm(outcomes[name]) for name in arms}, numbers)
-    if output is not None:
+    if output is not None and main:
         with replaced_file(output / "comparison.json") as fresh:
             fresh.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
         comparison.plot(output / "comparison.png")

@@ -363,11 +363,16 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
             raise RetrofitError("the labels of an image must be from 0 to 1")
         return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
-        hint = "; for several labels per image, set multi_label=True" if targets.dim() == 2 else ""
+        hint = "; vectors are for several labels per image (multi_label=True) or, as floats, for soft labels"
+        hint = hint if targets.dim() == 2 else ""
         raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= classes:
+    if low < 0:
         raise RetrofitError(
-            f"the data has class {low if low < 0 else high}, and the network has classes 0 to {classes - 1}; "
-            "num_classes=... gives it a new head"
+            f"the data has class {low}, and classes are counted from 0; leave out images without a label, whose class is "
+            "-1 in many data sets"
+        )
+    if high >= classes:
+        raise RetrofitError(
+            f"the data has class {high}, and the network has classes 0 to {classes - 1}; num_classes=... gives it a new head"
         )

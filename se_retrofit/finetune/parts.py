@@ -17,6 +17,7 @@ from ..attention import Inserted
 from ..errors import RetrofitError, check_module
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
+from ..surgery.record.copying import check_whole
 from ..surgery.record.roles import module_role
 from .config import FinetuneConfig
 
@@ -34,11 +35,7 @@ def check_network(model: Any) -> None:
         raise RetrofitError(
             f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"
         )
-    if any(type(value).__name__ == "DTensor" for value in (*model.parameters(), *model.buffers())):
-        raise RetrofitError(
-            "the model's parameters are spread over processes (fully_shard); finetune needs the whole network in each "
-            "process: give the model as it was before, and start it with torchrun for DistributedDataParallel"
-        )
+    check_whole((*model.named_parameters(), *model.named_buffers()))
     unmade = [name for name, value in model.named_parameters() if is_lazy(value) or value.is_meta]
     if unmade:
         raise RetrofitError(

@@ -57,10 +57,7 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
     if type(data) is TensorDataset and len(data.tensors) > 1:
         return data.tensors[1].cpu()
     # a Hugging Face data set, or the one in timm's reader
-    rows = getattr(getattr(data, "reader", None), "dataset", data)
-    columns = getattr(rows, "features", None)
-    key = keys_in(columns, keys)[1] if isinstance(columns, dict) else None
-    column = None if key is None else rows[key]
+    column = _column(getattr(getattr(data, "reader", None), "dataset", data), keys)
     for values in (column, getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
         if values is not None and len(values) == len(data):
             if (changed := getattr(data, "target_transform", None)) is not None:
@@ -71,6 +68,19 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
             with _told(list(values)):
                 return torch.as_tensor(list(values))
     return None
+
+
+def _column(rows: Any, keys: Sequence[str]) -> Any:
+    """The labels of a data set of Hugging Face's; None where a transform gives its items other keys than it has columns."""
+    columns = getattr(rows, "features", None)
+    if not isinstance(columns, dict):
+        return None
+    try:
+        key = keys_in(columns, keys)[1]
+        column = None if key is None else rows[key]
+        return column if column is None or isinstance(column, Tensor) else list(column)
+    except (KeyError, RetrofitError):
+        return None
 
 
 def _samples(data: Any) -> list[Any]:

@@ -121,11 +121,14 @@ def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
 
 
 def _names_in(data: Any, keys: Sequence[str]) -> list[str] | None:
-    """Return the class names of a Hugging Face data set."""
+    """Return the class names of a Hugging Face data set; None if a transform gives its items other keys than its columns have."""
     features = getattr(data, "features", None)
     if not isinstance(features, dict):
         return None
-    return getattr(features.get(keys_in(features, keys)[1]), "names", None)
+    try:
+        return getattr(features.get(keys_in(features, keys)[1]), "names", None)
+    except RetrofitError:
+        return None
 
 
 def prepared_batches(

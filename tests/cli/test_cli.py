@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from torch import nn
 
 from se_retrofit import SEAttention, add_se, load_retrofitted
 from se_retrofit.cli import main
+from se_retrofit.cli.app import run as run_application
 from se_retrofit.cli.commands import app
 from se_retrofit.cli.demo import verdict
 from se_retrofit.cli.demo_network import SmallResNet
@@ -224,6 +226,24 @@ def test_options_of_the_recipe_are_its_fields(name: str) -> None:
             assert recipe_fields(context) == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
     without = {"compare": {"patience"}, "find-lr": {"epochs", "max_updates", "lr", "patience"}, "finetune": set()}[name]
     assert set(FinetuneConfig.model_fields) - {p.name for p in command.params} == without
+
+
+def test_letters_that_the_output_lacks_are_escaped_and_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, written = typer.Typer(), io.BytesIO()
+
+    @own.command()
+    def command() -> None:
+        print("gr\u00fcn", flush=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["se-retrofit"])
+    with pytest.raises(SystemExit) as ended:
+        run_application(own)
+    assert (ended.value.code, written.getvalue()) == (1, b"gr\\xfcn\n")
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
 # The demo: the same function after the surgery, honest numbers, the same run for the same seed

@@ -39,7 +39,7 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.utils._pytree import tree_leaves
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from se_retrofit import RetrofitError, add_se, fuse_se, has_se, remove_se
+from se_retrofit import RetrofitError, add_se, fuse_se, has_se, inspect_se, remove_se, save_retrofitted
 
 
 def small() -> nn.Module:
@@ -144,7 +144,7 @@ def test_distributed_data_parallel() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("one_process")
-def test_fully_sharded_data_parallel() -> None:
+def test_fully_sharded_data_parallel(tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -160,6 +160,9 @@ def test_fully_sharded_data_parallel() -> None:
     assert set(sharded.state_dict()) == set(model.state_dict())
     with pytest.raises(RetrofitError, match=r"undo that first|FSDP"):
         remove_se(sharded)
+    for look in (inspect_se, lambda model: save_retrofitted(model, tmp_path / "saved")):
+        with pytest.raises(RetrofitError, match=r"DTensor.*full_state_dict"):
+            look(sharded)
 
 
 def test_averaged_copies_follow() -> None:

@@ -127,6 +127,13 @@ def test_dicts_of_pictures_are_the_same_data_everywhere(image: str, label: str, 
     assert [report.inputs for report in folded] == [40] * 2  # type: ignore[union-attr]
     assert folded[1].accuracy_before == folded[0].accuracy_before  # type: ignore[union-attr]
 
+    # a transform gives items other keys than the columns have
+    rows.columns = {"bild": rows.columns[image], "art": rows.columns[label]}
+    renamed = config(image_size=16, keys=("bild", "art"))
+    assert evaluate(model, rows, config=renamed).accuracy == result.best_accuracy
+    with pytest.raises(RetrofitError, match="its targets"):
+        trained(model, rows, None, {"image_size": 16, "keys": ("bild", "art"), "balance": "sampling"})
+
 
 # Mixup and cutmix
 

@@ -128,6 +128,12 @@ def test_plot_has_a_row_a_stage_and_lines_with_the_names_of_classes(found: Excit
             found.plot(tmp_path / name)
 
 
+def test_a_list_of_images_with_their_classes_is_a_data_set(found: Excitations) -> None:
+    pairs = [(image, int(label)) for images, labels in BATCHES for image, label in zip(images, labels, strict=True)]
+    for site, expected in zip(excitations(network(), pairs).sites, found.sites, strict=True):
+        torch.testing.assert_close(site.mean, expected.mean, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [

@@ -36,6 +36,7 @@ from se_retrofit import (
 )
 from se_retrofit.models import Base
 from se_retrofit.saving import load_se, save_se
+from se_retrofit.saving.atomic import replaced_file
 
 X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -222,6 +223,15 @@ def test_whatever_stops_a_save_leaves_a_network_that_loads(
     # and the next save is not in the way of what is left
     assert_same(load_retrofitted(save_retrofitted(new, saved)), new)
     assert [f.name for f in saved.parent.iterdir()] == ["saved"]
+
+
+def test_a_read_only_file_system_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)  # it refuses to remove what is not there, too
+    with pytest.raises(RetrofitError, match=r"page.html can't be written"), replaced_file(tmp_path / "page.html"):
+        refuse()
 
 
 def test_the_folder_that_one_is_in_loads_and_is_not_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

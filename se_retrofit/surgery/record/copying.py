@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...errors import RetrofitError
 from .isolation import forked_randomness
 
-__all__ = ["check_values", "copied", "in_mode", "mode_of", "on_cpu", "on_meta"]
+__all__ = ["check_values", "check_whole", "copied", "in_mode", "mode_of", "on_cpu", "on_meta"]
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -58,8 +58,21 @@ def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return maybe_get_fake_mode(tensor) or contextlib.nullcontext()
 
 
+def check_whole(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors, given with their names, of which each process may hold a part; reading one as a whole can crash Python."""
+    for name, tensor in tensors:
+        if type(tensor).__name__ == "DTensor":  # whose module takes seconds to import
+            raise RetrofitError(
+                f"{name} is spread over processes (a DTensor): give the whole network, as it was before fully_shard or "
+                "distribute_module; what it has learned since, load into it from get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True))"
+            )
+
+
 def check_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise an error if one of the named tensors has only a shape and a dtype, but no values."""
+    """Raise an error if one of the named tensors has only a shape and a dtype, but no values, or is distributed over processes."""
+    tensors = list(tensors)
+    check_whole(tensors)
     for name, tensor in tensors:
         if tensor.is_meta or maybe_get_fake_mode(tensor) is not None:
             kind = "on the meta device" if tensor.is_meta else "a fake tensor"
@@ -83,6 +96,8 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
         raise RetrofitError(
             "the model has lazy parameters, whose shapes are not known yet: call the model once, then retrofit it"
         )
+    if isinstance(value, nn.Module):
+        check_whole((*value.named_parameters(), *value.named_buffers()))
     with contextlib.ExitStack() as stack:
         if convert is None:
             # a __deepcopy__ may rebuild modules, drawing weights; tensors from inference mode could never be trained
