@@ -45,9 +45,8 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
     shortcut = 0
     for skip in add.data:
         shortcut |= 0 if skip.bit & region else skip.lineage
-    resized = any(
-        map(resizes, record.select(region))
-    )  # another output may be another level of a pyramid then, not this unit's
+    # then another output may be another level of a pyramid, not this unit's
+    resized = any(map(resizes, record.select(region)))
     return all(
         output in sources
         or (
