@@ -86,11 +86,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
         sync(fresh)
         os.replace(fresh, path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise RetrofitError(f"{path} can't be written: {error.strerror or error}") from error
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+    finally:
+        with contextlib.suppress(OSError):  # it has replaced path, or there never was such a file or folder
+            fresh.unlink()
 
 
 def settled(path: Path) -> Path:

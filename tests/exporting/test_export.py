@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,10 @@ def test_a_detector_is_refused_in_three_lines_and_what_they_advise_works(
     again = source["load"](Detector())
     assert all(torch.equal(a[key], b[key]) for a, b in zip(model(inputs), again(inputs), strict=True) for key in a)
     assert export(model.backbone, tmp_path / "backbone.pt2", example_inputs=torch.randn(1, 3, 64, 64)).exists()
+
+
+def test_a_module_may_have_any_name_and_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    model = add_se(nn.Sequential(OrderedDict([("\N{GRINNING FACE}'s", narrow_resnet())])))
+    assert export(model, tmp_path / "net.py").is_file()
+    with pytest.raises(RetrofitError, match=r"net\.pt2 can't be written"):
+        export(model, tmp_path / "net.py" / "net.pt2")
