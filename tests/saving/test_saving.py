@@ -487,3 +487,8 @@ def test_example_inputs_are_given_again_on_loading(tmp_path: Path) -> None:
     save_retrofitted(model, tmp_path / "saved")
     again = load_retrofitted(tmp_path / "saved", base=Plain(), example_inputs=inputs)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_se_gets_the_dtype_of_the_network_that_it_is_loaded_onto(tmp_path: Path) -> None:
+    file = save_se(add_se(small()), tmp_path / "se.safetensors")
+    assert {t.dtype for t in load_se(small().double(), file).parameters()} == {torch.float64}
