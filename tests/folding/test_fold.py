@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from se_retrofit import RetrofitError, add_se, fold_se, has_se, load_retrofitted, plan_of, remove_se, save_retrofitted
 from se_retrofit.attention import StaticFactor
 from se_retrofit.folding.factors import Factors
+from se_retrofit.inspection import excitations
 from se_retrofit.models import Base
 from se_retrofit.saving import load_se, save_se
 from se_retrofit.surgery.record.inputs import given_inputs
@@ -390,3 +392,18 @@ def test_a_model_whose_outputs_are_all_zero_is_refused() -> None:
     nn.init.zeros_(model.fc.bias)
     with pytest.raises(RetrofitError, match="outputs on the data are all zero"):
         fold_se(model, [x])
+
+
+def test_outputs_in_an_object_and_one_number_an_image_are_compared_without_an_accuracy() -> None:
+    model, x, _ = partly_varying()
+    model.register_forward_hook(lambda module, args, logits: SimpleNamespace(score=logits[:, :1]))
+    report: Any = fold_se(model, [(x, torch.zeros(len(x), dtype=torch.long))]).fold_report
+    assert report.folded
+    assert report.accuracy_before is None  # a single number names no class
+
+
+def test_data_come_in_the_dtype_of_the_network() -> None:
+    model, x, _ = partly_varying()
+    report: Any = fold_se(model.double(), [x]).fold_report
+    assert report.folded
+    assert excitations(model, [x]).inputs == len(x)

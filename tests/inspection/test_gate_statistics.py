@@ -142,6 +142,8 @@ def test_mistakes_in_data_and_models() -> None:
         excitations(network(), [])
     with pytest.raises(TypeError, match="got str"):
         excitations(network(), {"image": torch.randn(1, 3, 32, 32)})
+    with pytest.raises(RetrofitError, match="max_batches"):
+        excitations(network(), BATCHES, max_batches=0)
     for look in (lambda model: excitations(model, BATCHES), GateLogger):
         with pytest.raises(RetrofitError, match="no SE"):
             look(small_resnet())
