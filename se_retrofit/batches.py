@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import RetrofitError, extra
 
-__all__ = ["batches_of", "fields_of", "inputs_and_labels", "keys_in"]
+__all__ = ["batches_of", "fields_of", "inputs_and_labels", "keys_in", "placed"]
 
 # The usual names, including those of Hugging Face data sets, of its models' arguments, and of MONAI
 INPUTS = ("pixel_values", "image", "img", "images", "input", "inputs", "x")
@@ -53,6 +54,12 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
     if isinstance(labels, Tensor) and labels.shape == inputs.shape[:1] and not labels.is_floating_point():
         return inputs, labels
     return inputs, None
+
+
+def placed(inputs: Tensor, model: nn.Module) -> Tensor:
+    """Return inputs on the device of a model's parameters and, if they are floating, in their dtype."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=inputs.dtype))
+    return inputs.to(like.device, like.dtype if inputs.is_floating_point() else None)
 
 
 def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterable[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import runpy
 import textwrap
 import types
@@ -14,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import RetrofitError
+from ..fusion.attention import check_unfused
 from ..models import Base
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
@@ -100,6 +100,7 @@ def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs)
     """
     if file.suffix != ".py":
         raise RetrofitError(f"the source is a Python file, so its name must end in .py, got {file.name}")
+    check_unfused(model, "an exported source")
     stored, tied = untied(tensors_of(copy))
     base, _ = base_of(model)
     text = source_text(copy, base, tied)
@@ -131,7 +132,7 @@ def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> st
             _check_importable(recipe.base)
             bodies.append(_class_text(type(module), recipe, classes[recipe]))
             imports.update(_modules_of(recipe))
-        blocks.append(f"    {json.dumps(path)}: {classes[recipe]},")
+        blocks.append(f"    {path!r}: {classes[recipe]},")
     plan = plan_of(model) if has_se(model) else None
     inserted = {site.path: model.get_submodule(site.path) for site in plan.sites} if plan is not None else {}
     sites = {path: arguments_of(path, module) for path, module in inserted.items()}

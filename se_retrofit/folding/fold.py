@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..attention import Inserted, StaticFactor, check_gates
 from ..attention.parts import check_positive
 from ..errors import RetrofitError, brief, check_flag, check_module
+from ..fusion.attention import check_unfused
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Site, Skipped
 from ..retrofit import check_removable, has_se, plan_of
@@ -57,7 +58,8 @@ def fold_se(
         inplace: change the given model instead of a copy.
 
     Raises:
-        RetrofitError: If the model has no SE, only unfoldable factors, or modules without gates (CBAM); without data.
+        RetrofitError: If the model has no SE, only unfoldable factors, modules without gates (CBAM), or SE fused by
+            ``fuse_se``; without data.
         TypeError: If an argument is of the wrong type. Whatever is raised, the model is unchanged.
 
     Example:
@@ -108,6 +110,7 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any,
             "is folded, none is left)"
         )
     check_removable(model, "fold_se")
+    check_unfused(model, "fold_se")
     for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {brief(value)}")

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..batches import batches_of, inputs_and_labels
+from ..batches import batches_of, inputs_and_labels, placed
 from ..errors import RetrofitError
+from ..surgery.record.inputs import tensors_in
 from ..surgery.record.isolation import forked_randomness
 
 __all__ = ["Labelled", "Reference", "first_batches", "outputs_of", "relative_change"]
@@ -30,13 +29,13 @@ def first_batches(model: nn.Module, data: Any, keys: Sequence[str], most: int) -
     """Return the first batches of a Dataset, a DataLoader or any iterable of batches, on the model's device."""
     if isinstance(data, (Tensor, str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found = []
     with forked_randomness():  # a DataLoader draws a seed for its workers
         for batch in islice(_items(batches_of(model, data, keys)), most):
             inputs, labels = inputs_and_labels(batch, keys)
             if len(inputs):
-                found.append(Labelled(inputs.to(device), None if labels is None else labels.to(device)))
+                given = placed(inputs, model)
+                found.append(Labelled(given, None if labels is None else labels.to(given.device)))
     if not found:
         raise RetrofitError("the data yields no batch, so there are no gates to measure; give at least one batch")
     return found
@@ -58,8 +57,7 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
 
 def outputs_of(model: nn.Module, batch: Labelled) -> list[Tensor]:
     """Return all floating-point tensors that a model returns for a batch."""
-    leaves = tree_leaves(model(batch.inputs))
-    return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [t.clone() for t in tensors_in(model(batch.inputs)) if t.is_floating_point()]
 
 
 def relative_change(now: list[Tensor], before: list[Tensor]) -> float:
@@ -97,6 +95,8 @@ class Reference:
         right = count = 0
         for found, batch in zip(outputs, self.batches, strict=True):
             if batch.labels is None or not found or found[0].dim() != 2 or len(found[0]) != len(batch.labels):
+                return None
+            if found[0].shape[1] == 1:  # a single number names no class
                 return None
             right += int((found[0].argmax(1) == batch.labels).sum())
             count += len(batch.labels)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..attention import Inserted, SEAttention
 from ..errors import RetrofitError, check_module
+from ..fusion.attention import check_unfused
 from ..retrofit import has_se, plan_of
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.graph import Record
@@ -127,6 +128,7 @@ def _check_retrofitted(model: nn.Module, caller: str) -> None:
         raise RetrofitError(
             f"{type(model).__name__} has no SE inserted by add_se; {caller} takes a retrofitted network"
         )
+    check_unfused(model, caller)
     check_values(model.named_parameters())
     for path, module in model.named_modules():
         if is_retrofitted(module) and not isinstance(module, SEAttention):

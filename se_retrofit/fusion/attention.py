@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..attention import SEAttention
+from ..errors import RetrofitError
 from .norms import affine_map, parts, process_group, why_no_norm
 
-__all__ = ["FusedSEAttention"]
+__all__ = ["FusedSEAttention", "check_unfused"]
 
 
 class FusedSEAttention(SEAttention):
@@ -42,3 +43,12 @@ class FusedSEAttention(SEAttention):
         gate = self.fc(squeezed).to(values.dtype)
         shape = (*gate.shape, *(1 for _ in spatial))
         return ((a * gate).view(shape) * values + (b * gate).view(shape)).to(u.dtype)
+
+
+def check_unfused(model: nn.Module, caller: str) -> None:
+    """Refuse a network in which ``fuse_se`` has fused SE with norms, for a caller that needs the two apart."""
+    if any(isinstance(module, FusedSEAttention) for module in model.modules()):
+        raise RetrofitError(
+            f"SE is fused with the norms before it, and {caller} needs the two apart: give it "
+            "se_retrofit.fusion.unfuse_se(model)"
+        )

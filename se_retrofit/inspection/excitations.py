@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import batches_of, inputs_and_labels
+from ..attention.parts import check_positive
+from ..batches import batches_of, inputs_and_labels, placed
 from ..errors import RetrofitError
 from ..models import IMAGES
 from ..surgery.record.copying import check_values
@@ -113,7 +114,8 @@ def excitations(
     """
     ses = gated_modules(model)
     check_values(model.named_parameters())
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if max_batches is not None:
+        check_positive("max_batches", max_batches)
     inputs = 0
 
     def labelled() -> Iterable[tuple[Tensor, Tensor | None]]:
@@ -121,7 +123,7 @@ def excitations(
         for batch in islice(batches_of(model, data, keys or ()), max_batches):
             images, labels = inputs_and_labels(batch, keys or ())
             inputs += len(images)
-            yield images.to(device), labels
+            yield placed(images, model), labels
 
     training = [(module, module.training) for module in model.modules()]
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import RetrofitError, check_module
-from ..fusion.attention import FusedSEAttention
+from ..fusion.attention import check_unfused
 from ..models import IMAGES
 from ..paths import writable
 from ..plan import Plan
@@ -200,8 +200,7 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
         raise RetrofitError(
             f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
         ) from None
-    if any(isinstance(module, FusedSEAttention) for module in model.modules()):
-        raise RetrofitError("SE is fused with the norms before it, which hides both: inspect unfuse_se(model)")
+    check_unfused(model, "inspect_se")
     found = record(model, _inputs(model, plan, example_inputs))
     warn_of_lost_sites(model)
     return Inspection(model, plan, found, blocks_of(model, plan, found))

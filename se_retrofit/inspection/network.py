@@ -15,6 +15,7 @@ from .inspected import Inspected
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
 
+MOST_OPERATIONS = 8  # behind the last module, each of which is shown
 JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "cat", "concat": "cat"}
 
 
@@ -78,7 +79,7 @@ def network_of(found: Inspected) -> Network:
         op: pair for pair in found.blocks if pair.is_part for op in found.record.ops[pair.span.start : pair.span.stop]
     }
     by_path = {pair.path: pair for pair in found.blocks if pair.path in called and pair.path}
-    return _connected(_Nodes(whole, by_path, by_op, found.blocks).made())
+    return _connected(_collapsed(_Nodes(whole, by_path, by_op, found.blocks).made()))
 
 
 def _joins_stages(call: Call) -> bool:
@@ -180,6 +181,20 @@ def _has_bypass(pair: BlockPair) -> bool:
         if node not in pair.after.ses and past.intersection(node.all_input_nodes):
             past.add(node)
     return any(node.op == "output" for node in past)
+
+
+def _collapsed(nodes: list[Node]) -> list[Node]:
+    """Replace a long computation on vectors behind all modules, such as a detector's selection of boxes, by one node."""
+    kept: set[Node] = set()
+    for node in reversed(nodes):
+        if node in kept or node.space or node.kind in ("block", "module") or not node.taken:
+            kept.update((node, *node.taken))
+    rest = [node for node in nodes if node not in kept]
+    if len(rest) <= MOST_OPERATIONS:
+        return nodes
+    taken = dict.fromkeys(source for node in rest for source in node.taken if source in kept)
+    whole = Node(f"{len(rest)} operations", "", "function", None, 0, False, rest[-1].shape, (), taken=list(taken))
+    return [*(node for node in nodes if node in kept), whole]
 
 
 def _connected(nodes: list[Node]) -> Network:

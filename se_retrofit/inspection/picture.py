@@ -151,7 +151,7 @@ def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str
         shape = str(math.prod(node.shape) // max(math.prod(node.space), 1))  # the heading has the rest
     most = room + 5 - len(shape) - 3
     words = words if len(words) <= most else f"{words[: most - 1]}\u2026"
-    lines = [_name(node, room), f"{words} \u00b7 {shape}" if words else shape]
+    lines = [_name(node, room - bool(mark)), f"{words} \u00b7 {shape}" if words else shape]
     bypass = f'<path class="skip" d="M{x},{y + 4} h-4 q-5,0 -5,5 v{_HEIGHT - 18} q0,5 5,5 h4"/>' if node.bypass else ""
     drawn = bypass + box(node.kind, x, y, _WIDTH, _HEIGHT, lines, tip, mark)
     link = links.get(node.block.path) if node.block is not None else None

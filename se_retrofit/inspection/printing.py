@@ -43,6 +43,8 @@ def _words(node: Node) -> str:
     if pair is None or not node.ses:
         return node.words
     if len(pair.sites) == 1:
+        if node.name == pair.sites[0].path:  # the network itself is the block
+            return _site_words(pair, pair.sites[0])
         return f"{node.words}, {_site_words(pair, pair.sites[0])}"
     ses = Counter(describe(pair.root.get_submodule(site.path)) for site in pair.sites)
     return ", ".join([node.words, *(f"{number} x {words}" for words, number in ses.items())])

@@ -10,12 +10,18 @@ from pathlib import Path
 
 from ..errors import RetrofitError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["check_replaceable", "replaced_directory", "replaced_file", "settled", "sync"]
 
 
 @contextlib.contextmanager
 def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
-    """Provide a new folder beside ``path`` to fill, which replaces ``path`` on exit.
+    """Provide a new folder beside ``path`` to fill, which replaces ``path`` on exit. Processes that replace folders at
+    the same place do so one after the other.
 
     The two renames are not atomic: between them, ``path`` is missing, and ``settled`` finds the previous folder.
 
@@ -29,30 +35,47 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
     fresh, aside = _fresh(path), _aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if aside.exists() and not path.exists():
-            aside.rename(path)
-        check_replaceable(path, ours)
-        _remove(fresh)
-        fresh.mkdir()
-        yield fresh
-        for file in fresh.iterdir():
-            sync(file)
-        sync(fresh)
-        _remove(aside)
-        if path.exists():
-            path.rename(aside)
-        fresh.rename(path)
-        _remove(aside)
-        sync(path.parent)
+        with _locked(path.parent):
+            try:
+                if aside.exists() and not path.exists():
+                    aside.rename(path)
+                check_replaceable(path, ours)
+                _remove(fresh)
+                fresh.mkdir()
+                yield fresh
+                for file in fresh.iterdir():
+                    sync(file)
+                sync(fresh)
+                _remove(aside)
+                if path.exists():
+                    path.rename(aside)
+                fresh.rename(path)
+                _remove(aside)
+                sync(path.parent)
+            finally:
+                _remove(fresh)
+                if aside.exists() and not path.exists():
+                    aside.rename(path)
     except OSError as error:
-        _remove(fresh)
-        if aside.exists() and not path.exists():
-            aside.rename(path)
         kept = "; what was there before is untouched" if path.exists() else ""
         raise RetrofitError(f"{path} can't be written: {error.strerror or error}{kept}") from error
-    except BaseException:
-        _remove(fresh)
-        raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process has locked a folder, and lock it, on systems and disks that can."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also for children that were forked meanwhile
+        os.close(handle)
 
 
 def check_replaceable(path: Path, ours: Collection[str]) -> None:

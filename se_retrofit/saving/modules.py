@@ -18,7 +18,7 @@ from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
 from .rebuild import belongs_to, carried_out
 from .recipe import FORMAT, check_fields, check_names, read_plan
-from .tensors import read_weights, retype, tensors_of, tie, untied, write_tensors
+from .tensors import read_weights, tensors_of, tie, untied, write_tensors
 
 __all__ = ["load_se", "save_se"]
 
@@ -67,7 +67,8 @@ def load_se(
     """Load saved SE modules into a copy of the network that they were trained on.
 
     Args:
-        model: the bare network (``remove_se`` returns that of a retrofitted one). It is not changed.
+        model: the bare network (``remove_se`` returns that of a retrofitted one). It is not changed, and SE gets its
+            dtypes and devices.
         file: the file written by ``save_se``.
         attention: as for ``load_retrofitted``.
         example_inputs: inputs to use if the network has to be planned again, instead of inputs with the shapes that it
@@ -94,7 +95,6 @@ def load_se(
     result = carried_out(model, plan, file, example_inputs, attention, inplace=False)
     own = {k: v for k, v in tensors_of(result).items() if belongs_to(k, plan_of(result).sites)}
     check_keys(own, state, str(file))
-    retype(result, state)
     result.load_state_dict(state, strict=False)
     return result
 

@@ -17,7 +17,6 @@ from ..surgery.record.copying import check_values
 __all__ = [
     "load_strictly",
     "read_weights",
-    "retype",
     "save_tensors",
     "tensors_of",
     "tie",

@@ -7,6 +7,7 @@ import resource
 import runpy
 import signal
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,10 @@ def change_by_int8(model: nn.Module, images: torch.Tensor, folder: Path) -> floa
     (found,) = onnxruntime.InferenceSession(folder / "int8.onnx").run(None, {"images": images.numpy()})
     wanted = model(images).detach()
     return float((torch.from_numpy(found) - wanted).norm() / wanted.norm())
+
+
+def test_a_module_may_have_any_name_and_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    model = add_se(nn.Sequential(OrderedDict([("\N{GRINNING FACE}'s", narrow_resnet())])))
+    assert export(model, tmp_path / "net.py").is_file()
+    with pytest.raises(RetrofitError, match=r"net\.pt2 can't be written"):
+        export(model, tmp_path / "net.py" / "net.pt2")

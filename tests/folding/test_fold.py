@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from se_retrofit import RetrofitError, add_se, fold_se, has_se, load_retrofitted, plan_of, remove_se, save_retrofitted
 from se_retrofit.attention import StaticFactor
+from se_retrofit.inspection import excitations
 from se_retrofit.models import Base
 
 # layer1 takes 64 from the stem, and so has no projection
@@ -278,3 +280,16 @@ def test_a_model_whose_outputs_are_all_zero_is_refused(model: nn.Module) -> None
     nn.init.zeros_(model.fc.bias)
     with pytest.raises(RetrofitError, match="outputs on the data are all zero"):
         fold_se(model, [X])
+
+
+def test_outputs_in_an_object_and_one_number_an_image_are_compared_without_an_accuracy(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, args, logits: SimpleNamespace(score=logits[:, :1]))
+    report: Any = fold_se(model, [(X, torch.zeros(len(X), dtype=torch.long))]).fold_report
+    assert report.folded
+    assert report.accuracy_before is None  # a single number names no class
+
+
+def test_data_come_in_the_dtype_of_the_network(model: nn.Module) -> None:
+    report: Any = fold_se(model.double(), [X]).fold_report
+    assert report.folded
+    assert excitations(model, [X]).inputs == len(X)

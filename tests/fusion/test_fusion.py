@@ -17,7 +17,18 @@ from sweeps import swept
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from se_retrofit import RetrofitError, add_se, fuse_se, load_retrofitted, remove_se, save_retrofitted
+from se_retrofit import (
+    RetrofitError,
+    add_se,
+    export,
+    fold_se,
+    fuse_se,
+    inspect_se,
+    load_retrofitted,
+    remove_se,
+    save_retrofitted,
+    to_native,
+)
 from se_retrofit.fusion import plan_fusion, unfuse_se
 from se_retrofit.inspection import excitations
 
@@ -279,3 +290,19 @@ def test_a_sync_batch_norm_takes_its_statistics_over_all_processes(tmp_path: Any
             assert close(got[0].double(), value.double(), 1e-12), name
         else:  # each process has the gradients of its own loss; DDP averages them
             assert close(got[0] + got[1], value, 1e-12), name
+
+
+def test_what_needs_norm_and_se_apart_says_how_to_get_them_and_changes_nothing(tmp_path: Any) -> None:
+    fused = fuse_se(retrofitted()).eval()
+    before = copy.deepcopy(fused.state_dict())
+    x = torch.randn(2, 3, 12, 12)
+    for use in (
+        lambda: fold_se(fused, [x], inplace=True),
+        lambda: to_native(fused),
+        lambda: export(fused, tmp_path / "net.py"),
+        lambda: inspect_se(fused),
+    ):
+        with pytest.raises(RetrofitError, match="unfuse_se"):
+            use()
+    assert all(torch.equal(value, before[key]) for key, value in fused.state_dict().items())
+    assert not any(tmp_path.iterdir())

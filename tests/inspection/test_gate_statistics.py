@@ -139,6 +139,7 @@ def test_a_list_of_images_with_their_classes_is_a_data_set(found: Excitations) -
     [
         (lambda: excitations(network(), []), RetrofitError, "no batch"),
         (lambda: excitations(network(), {"image": BATCHES[0][0]}), TypeError, "got str"),
+        (lambda: excitations(network(), BATCHES, max_batches=0), RetrofitError, "max_batches"),
         (lambda: excitations(small_resnet(), BATCHES), RetrofitError, "no SE"),
         (lambda: excitations("resnet18", BATCHES), TypeError, r"nn\.Module"),  # type: ignore[arg-type]
         (lambda: GateLogger(small_resnet()), RetrofitError, "no SE"),

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inspected import Box, UNet, boxes, example, inspected
+from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from se_retrofit import RetrofitError, add_se, inspect_se
@@ -210,6 +211,7 @@ def test_where_the_network_itself_is_the_block_its_se_is_marked() -> None:
     assert [n.block.path for n in network.nodes if n.block is not None] == [""]
     assert skips(network) == [("input", "+")]
     assert inspection.report().model == "BasicBlock"
+    assert str(inspection.graph()).count("SE 8 -> 4 -> 8") == 1
 
 
 def drawn(network: Network) -> ET.Element:
@@ -254,3 +256,22 @@ def test_names_are_text_not_markup() -> None:
     text = picture(Network([node], []), {}).svg("the network")
     assert "<b>" not in text
     assert re.search("&lt;b&gt;, A &amp; B", text)
+
+
+def test_a_long_computation_on_vectors_at_the_end_is_one_node() -> None:
+    class Selects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.one, self.two = BasicBlock(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.block(x).mean((2, 3))
+            one, two = self.one(x), self.two(x)
+            for _ in range(12):
+                one = one + two
+            return one
+
+    inspection = inspect_se(add_se(Selects(), example_inputs=torch.empty(2, 8, 8, 8)))
+    network = network_of(inspection)
+    assert [node.name for node in network.nodes] == ["input", "block", "one", "two", "12 operations"]
+    assert [node.name for node in network.nodes[-1].taken] == ["one", "two"]

@@ -48,7 +48,7 @@ def test_a_folder_of_an_earlier_version_loads(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAVED)
 def test_se_modules_of_an_earlier_version_load(name: str) -> None:
-    model = load_se(SAVED[name].make(), FOLDERS / f"{name}.se.safetensors")
+    model = load_se(SAVED[name].make().to(SAVED[name].dtype), FOLDERS / f"{name}.se.safetensors")
     assert same(se_state(model), load_file(FOLDERS / f"{name}.se.safetensors"))
 
 
@@ -62,7 +62,7 @@ def test_what_this_version_saves_comes_back_the_same_each_time(name: str, tmp_pa
         again = load_retrofitted(tmp_path / folder, base=None if saved.base else saved.make())
     assert plan_of(again) == plan_of(model)
     assert_same_state(again, model)
-    file, base = save_se(model, tmp_path / "se.safetensors"), saved.make()
+    file, base = save_se(model, tmp_path / "se.safetensors"), saved.make().to(saved.dtype)
     assert same(load_file(file), se_state(model))
     assert same(se_state(load_se(base, file)), se_state(model))
     assert not has_se(base)

@@ -6,8 +6,10 @@ import copy
 import pickle
 import shutil
 import stat
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from se_retrofit import (
 )
 from se_retrofit.models import Base
 from se_retrofit.saving import load_se, save_se
-from se_retrofit.saving.atomic import replaced_file
+from se_retrofit.saving.atomic import replaced_directory, replaced_file
 
 X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -296,3 +298,24 @@ def test_what_cannot_be_done_is_refused_and_no_file_changes(
     with pytest.raises(error, match=says):
         call(folder)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_se_gets_the_dtype_of_the_network_that_it_is_loaded_onto(tmp_path: Path) -> None:
+    file = save_se(add_se(small()), tmp_path / "se.safetensors")
+    assert {t.dtype for t in load_se(small().double(), file).parameters()} == {torch.float64}
+
+
+def test_two_that_save_to_one_place_at_once_take_turns(tmp_path: Path) -> None:
+    inside: list[int] = []
+
+    def save(number: int) -> None:
+        with replaced_directory(tmp_path / "saved", ("file",)) as fresh:
+            inside.append(number)
+            time.sleep(0.05)
+            assert inside[-1] == number
+            (fresh / "file").write_text(str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(4)))
+    assert (tmp_path / "saved" / "file").read_text() == str(inside[-1])
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
