@@ -38,7 +38,7 @@ def test_each_epoch_s_row_has_the_gates_on_the_validation_data(ema_decay: float 
     assert rows[2]["gates"] != rows[1]["gates"]
     # the model now has the weights of the best epoch, and its gates
     best = next(row for row in rows if row["epoch"] == result.best_epoch)
-    for site in excitations(model, [(image[None], label) for image, label in digits().val]).sites:
+    for site in excitations(model, digits().val).sites:
         seen, measured = best["gates"][site.path], (site.low, site.high, float(site.std.mean()))
         assert (seen["low"], seen["high"], seen["variation"]) == pytest.approx(measured, abs=1e-5)
     for picture in ("gates.png", "curves.png"):
