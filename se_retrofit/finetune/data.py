@@ -277,19 +277,30 @@ class DatasetStream:
         """Yield the batches of an epoch, starting with number ``start``."""
         self.order.epoch, self.order.start = epoch, start
         batches = iter(self.loader)
-        while True:
-            with told_plainly():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            if batch.complaints and self.bad_images == "error":
-                raise RetrofitError(
-                    f"an image of {self.name} can't be read: {batch.complaints[0]}; "
-                    'repair or remove it, or leave such images out: bad_images="skip"'
-                )
-            news = [complaint for complaint in batch.complaints if complaint not in self.named]
-            self.named.update(news)
-            yield batch._replace(complaints=news)
+        try:
+            while True:
+                with told_plainly():
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                if batch.complaints and self.bad_images == "error":
+                    raise RetrofitError(
+                        f"an image of {self.name} can't be read: {batch.complaints[0]}; "
+                        'repair or remove it, or leave such images out: bad_images="skip"'
+                    )
+                news = [complaint for complaint in batch.complaints if complaint not in self.named]
+                self.named.update(news)
+                yield batch._replace(complaints=news)
+        except Exception:  # and not where the caller has all that it wants of an epoch
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the loading processes. Left to the garbage collector, this can take 5 s for each of them."""
+        loading: Any = self.loader._iterator
+        self.loader._iterator = None
+        if loading is not None:
+            loading._shutdown_workers()
 
 
 # DataLoaders
@@ -317,6 +328,9 @@ class LoaderStream:
 
     def __len__(self) -> int:
         return self.total
+
+    def close(self) -> None:
+        """Leave the caller's loader as it is."""
 
     def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """Return the images and targets at these positions of an evaluation."""

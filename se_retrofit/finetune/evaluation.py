@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -228,10 +229,10 @@ def evaluate(
     part = _opened(data, split, model, config.image_size)
     check_classes(model, part.data, config.keys)
     with as_found(model), kept_randomness(), engine(config) as accelerator:
-        batches = batches_of("data", part.data, model, config, accelerator)
         to_device(model, accelerator.device)
         names = class_names(model) or class_names_of(part.data, config.keys) or []
-        found = measure(model, batches, accelerator, config.multi_label, Log(None, accelerator), names)
+        with closing(batches_of("data", part.data, model, config, accelerator)) as batches:
+            found = measure(model, batches, accelerator, config.multi_label, Log(None, accelerator), names)
     assert found is not None  # only ``stop`` ends it early
     return replace(found, split=part.name, about=part.about)
 

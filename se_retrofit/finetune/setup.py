@@ -117,7 +117,8 @@ def started(job: Job) -> Iterator[Run]:
             if run.folder is not None and run.rank == 0:
                 run.folder.begin(job.command, resumed=resumed)
             run.log.resume(run.progress.updates)
-        with run.log, trackers(accelerator, job.config):
+        val = contextlib.nullcontext() if run.val is None else contextlib.closing(run.val)
+        with run.log, trackers(accelerator, job.config), contextlib.closing(run.train), val:
             introduce(run, remark)
             yield run
 

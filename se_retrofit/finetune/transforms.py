@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,12 @@ def prepared_batches(
         data, name="data", train=False, batch_size=BATCH_SIZE, transform=transforms_for(model, config, train=False),
         bad_images=config.bad_images, keys=config.keys,
     )  # fmt: skip
-    for batch in images.batches(0):
-        for complaint in batch.complaints:
-            tell(complaint)
-        if batch.counts.any():
-            yield batch.images[batch.counts], batch.targets[batch.counts]
+    with closing(images):
+        for batch in images.batches(0):
+            for complaint in batch.complaints:
+                tell(complaint)
+            if batch.counts.any():
+                yield batch.images[batch.counts], batch.targets[batch.counts]
 
 
 def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> Callable[[Any], Any]:

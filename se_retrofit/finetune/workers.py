@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 
 from ..errors import RetrofitError
@@ -50,11 +49,8 @@ def told_plainly() -> Iterator[None]:
     """Raise our errors from a loading process as if they occurred here, without the traceback that PyTorch adds."""
     try:
         yield
-    except Exception as error:
-        # The error and PyTorch's frames refer to each other, and to the loading processes: when the garbage collector
-        # frees such a cycle, it waits 5 s for each process
-        traceback.clear_frames(error.__traceback__)
+    except RetrofitError as error:
         text = str(error)
-        if not isinstance(error, RetrofitError) or "Original Traceback" not in text:
+        if "Original Traceback" not in text:
             raise
         raise RetrofitError(text.rsplit("RetrofitError: ", 1)[-1].strip()) from error

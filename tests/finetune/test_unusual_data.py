@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import warnings
-import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,13 @@ from command_line import said
 from pictures import make_folder
 from PIL import Image
 from timm.data import Mixup
-from tiny import config, digits, network, trained
+from tiny import Items, config, digits, network, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets.folder import pil_loader
 
 from se_retrofit import RetrofitError, add_se, fold_se, load_retrofitted
-from se_retrofit.finetune import engine, evaluate, finetune, load_data, parts, predict, transform_of
+from se_retrofit.finetune import Callbacks, Facts, engine, evaluate, finetune, load_data, parts, predict, transform_of
 from se_retrofit.finetune.datasets import limited
 from se_retrofit.finetune.learning import mixed
 from se_retrofit.finetune.parts import layout_of
@@ -211,19 +212,20 @@ def test_an_error_in_a_loading_process_is_told_without_its_traceback() -> None:
         raise RetrofitError("Caught RetrofitError in worker 0.\nOriginal Traceback: ...\nRetrofitError: as it is")
 
 
-def test_an_error_keeps_nothing_of_the_frames_that_it_went_through() -> None:
-    class Processes:
-        pass
+@pytest.mark.parametrize("where", ["in loading", "in a step", "nowhere"])
+def test_no_loading_process_outlives_its_run(where: str) -> None:
+    def item(index: int) -> tuple[Tensor, int]:
+        if where == "in loading":
+            raise OSError("broken")
+        return torch.zeros(3, 16, 16), index % 10
 
-    def reraise() -> None:
-        held.append(weakref.ref(own := Processes()))
-        error = OSError(f"broken {own}")
-        raise error
+    def after_update(facts: Facts) -> None:
+        if where == "in a step":
+            raise RetrofitError("broken")
 
-    held: list[Any] = []
-    with pytest.raises(OSError, match="broken"), told_plainly():
-        reraise()
-    assert held[0]() is None
+    with nullcontext() if where == "nowhere" else pytest.raises(RetrofitError, match="broken"):
+        trained(data=Items(16, item), recipe={"workers": 1}, callbacks=Callbacks(after_update=after_update))
+    assert not multiprocessing.active_children()
 
 
 def test_images_of_the_validation_that_do_not_fit_are_refused_in_words() -> None:
