@@ -269,10 +269,9 @@ def compare(
     config = FinetuneConfig() if config is None else config
     _check_arguments(config, seeds, arms, val_data)
     main = processes()[0] == 0  # of several processes one prints and writes
-    numbers = list(range(config.seed, config.seed + seeds))
     output = None if output_dir is None else Path(output_dir)
     outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-    for seed in numbers:
+    for seed in (numbers := list(range(config.seed, config.seed + seeds))):
         with kept_randomness():
             seed_all(seed, EPOCH)
             bare = copy.deepcopy(model) if isinstance(model, nn.Module) else model()

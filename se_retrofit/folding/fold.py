@@ -58,8 +58,7 @@ def fold_se(
         inplace: change the given model instead of a copy.
 
     Raises:
-        RetrofitError: If the model has no SE, only unfoldable factors, modules without gates (CBAM), or SE fused by
-            ``fuse_se``; without data.
+        RetrofitError: If there is no data, or no SE with gates that can be folded (unfoldable factors, CBAM, fused SE).
         TypeError: If an argument is of the wrong type. Whatever is raised, the model is unchanged.
 
     Example:
