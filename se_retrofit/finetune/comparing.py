@@ -251,8 +251,7 @@ def compare(
     number of steps. They are compared seed by seed, which removes the variation between seeds.
 
     Args:
-        model: the bare network, which is copied for each run; or a function that builds it, which is called with
-            torch's generator seeded, so that each seed has its own initial weights.
+        model: the bare network, copied for each run; or a function that builds it, called with each seed set.
         train_data, val_data: as for ``finetune``. Accuracies are those of the best epoch, and so slightly high for all.
         config: the recipe; its seed is the first one. With ``trainable="se+head"``, the plain network trains its head.
         seeds: number of seeds.
@@ -269,9 +268,10 @@ def compare(
     config = FinetuneConfig() if config is None else config
     _check_arguments(config, seeds, arms, val_data)
     main = processes()[0] == 0  # of several processes one prints and writes
+    numbers = list(range(config.seed, config.seed + seeds))
     output = None if output_dir is None else Path(output_dir)
     outcomes: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-    for seed in (numbers := list(range(config.seed, config.seed + seeds))):
+    for seed in numbers:
         with kept_randomness():
             seed_all(seed, EPOCH)
             bare = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
