@@ -80,5 +80,5 @@ def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterabl
 
 
 def is_item(fields: Sequence[Any]) -> bool:
-    """Whether an input has a number for its label, and so is no batch."""
+    """Return whether the label is a single number, so that the input is one item and not a batch."""
     return any(isinstance(label, int) or getattr(label, "shape", None) == () for label in fields[1:2])

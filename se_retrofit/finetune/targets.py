@@ -71,7 +71,7 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
 
 
 def _column(rows: Any, keys: Sequence[str]) -> Any:
-    """The labels of a data set of Hugging Face's; None where a transform gives its items other keys than it has columns."""
+    """Return the labels of a Hugging Face data set; None if a transform gives its items other keys than its columns have."""
     columns = getattr(rows, "features", None)
     if not isinstance(columns, dict):
         return None

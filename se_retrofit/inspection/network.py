@@ -15,7 +15,7 @@ from .inspected import Inspected
 
 __all__ = ["Edge", "Network", "Node", "network_of"]
 
-MOST_OPERATIONS = 8  # behind the last module, each of which is shown
+MOST_OPERATIONS = 8  # after the last module; up to so many are shown one by one
 JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "cat", "concat": "cat"}
 
 
@@ -184,7 +184,7 @@ def _has_bypass(pair: BlockPair) -> bool:
 
 
 def _collapsed(nodes: list[Node]) -> list[Node]:
-    """Replace a long computation on vectors behind all modules, such as a detector's selection of boxes, by one node."""
+    """Replace a long computation on vectors after all modules, such as a detector's selection of boxes, by one node."""
     kept: set[Node] = set()
     for node in reversed(nodes):
         if node in kept or node.space or node.kind in ("block", "module") or not node.taken:

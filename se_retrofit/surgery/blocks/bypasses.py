@@ -44,7 +44,8 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
         return False
     shortcut = 0
     for skip in add.data:
-        shortcut |= 0 if skip.bit & region else skip.lineage
+        if not skip.bit & region:
+            shortcut |= skip.lineage
     # then another output may be another level of a pyramid, not this unit's
     resized = any(map(resizes, record.select(region)))
     return all(

@@ -66,7 +66,7 @@ def _units(record: Record, call: Call, cat: Op) -> list[Block]:
         return []
     if not _is_returned(call, cat):
         return _split_in_graph(record, call, cat) if call.parent is None else []
-    # in a dual path block (DPN), part of the new features is added to the bypass and part of them is put beside it
+    # in a dual path block (DPN), some of the new features are added to the bypass, and some are concatenated with it
     added = {o: other for o in cat.data if (other := _added_to_bypass(o, call)) is not None}
     new, bypassed = [], False
     for operand in cat.data:
@@ -98,7 +98,7 @@ def _is_returned(call: Call, cat: Op) -> bool:
 
 
 def _split_in_graph(record: Record, call: Call, cat: Op) -> list[Block]:
-    """The same in a graph that holds many blocks: a piece of a value, and what was made of another piece of it."""
+    """Do the same in a graph with many blocks, for a part of a value and the features computed from another part."""
     pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
     new = [o for o in cat.data if o not in pieces]
     if len(pieces) != 1 or len(new) != 1:
@@ -110,7 +110,7 @@ def _split_in_graph(record: Record, call: Call, cat: Op) -> list[Block]:
 
 
 def _split_inside(record: Record, call: Call, cat: Op) -> list[Block]:
-    """The same where what is split is no input of the module, but a value that every way through the module passes."""
+    """Do the same if the split value is not an input of the module, but every path through the module passes it."""
     whole = common_source(record, call, cat.data)
     if whole is None or escapes(record, call, call.inputs, {whole}):
         return []

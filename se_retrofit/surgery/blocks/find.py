@@ -113,7 +113,7 @@ class _Finder:
 
 
 def _shortcut(block: Block) -> int:
-    """The operations that project the input of a unit to what is added to its branch, as a bit set."""
+    """Return the operations that project the input of a unit to its shortcut, as a bit set."""
     bits, op = 0, block.skip
     while op is not None and op is not block.source and block.call.holds(op) and len(op.data) == 1:
         bits |= op.bit
@@ -122,7 +122,7 @@ def _shortcut(block: Block) -> int:
 
 
 def _has_attention(record: Record, block: Block, target: Target | None) -> bool:
-    """Whether a channel gate is in a block or follows it: what it computes, or, in the same module, its join."""
+    """Return whether a channel gate is in a block, or follows its branch or (in the same module) its join."""
     if any(is_gate(op) for op in record.select(block.region)):
         return True
     if any(gate_after(value) for value in (block.branch, *([] if target is None else [target.op]))):

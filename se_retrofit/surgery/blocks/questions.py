@@ -139,9 +139,9 @@ def _reached(record: Record, call: Call, sources: Iterable[Op], cut: Collection[
 
 
 def bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> Op | None:
-    """Return the start of a bypass: follow ``op`` back, at most through a projection, to something in ``ancestors`` or to an input;
-    None if it is no bypass. A projection has pools, and one convolution or a depthwise-separable pair; an activation is before its
-    convolution or, in a module other than the network, after a pointwise one."""
+    """Return the start of a bypass: follow ``op`` back, at most through a projection, to something in ``ancestors`` or
+    to an input; None if it is not a bypass. A projection may have pools, and one convolution or a depthwise-separable
+    pair. It may have one activation: before the convolution, or after a pointwise one, except in the network itself."""
     given = set(call.inputs)
     convs: list[Op] = []
     acts = 0
@@ -171,11 +171,12 @@ def bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> O
 
 
 def summands(call: Call, add: Op) -> list[tuple[Op, Op]]:
-    """What is summed up by one add after another, ``x + a + b``: each value, and the add that takes it. None where the last is no add
-    of two values."""
+    """Return the values that are added one after another, as in ``x + a + b``, each with the add that takes it; an empty
+    list if ``add`` is not an add of two values."""
     found = []
     for value in add.data if add.role == "add" and len(add.data) == 2 else ():
-        found += (only_user(value) is add and call.holds(value) and summands(call, value)) or [(value, add)]
+        inner = summands(call, value) if only_user(value) is add and call.holds(value) else []
+        found += inner or [(value, add)]
     return found
 
 

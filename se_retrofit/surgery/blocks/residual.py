@@ -43,8 +43,8 @@ def residual_units(record: Record) -> Iterator[Block]:
 
 
 def parallel_branches(record: Record) -> Iterator[Block]:
-    """Residual units of several branches that are added one after another, ``x + f(x) + g(x)``: each branch gets SE (PolyNet, Zhang
-    et al., arXiv:1611.05725)."""
+    """Residual units with several branches that are added one after another, ``x + f(x) + g(x)``: each branch gets SE
+    (PolyNet, Zhang et al., arXiv:1611.05725)."""
     for call in reversed(record.calls):
         for add in own_operations(record, call) if call.parent is not None else ():
             values = summands(call, add)
@@ -54,7 +54,7 @@ def parallel_branches(record: Record) -> Iterator[Block]:
 
 
 def _branches(record: Record, call: Call, skip: Op, values: list[tuple[Op, Op]]) -> Iterator[Block]:
-    """The branches beside a value that is the input itself."""
+    """Yield the branches of a unit whose shortcut is its unchanged input."""
     others = [(value, add) for value, add in values if value is not skip]
     if not all(skip.bit & value.ancestors for value, _ in others):
         return
@@ -64,7 +64,7 @@ def _branches(record: Record, call: Call, skip: Op, values: list[tuple[Op, Op]])
     for branch, add in sorted(others, key=lambda other: other[0].index):
         region = call.region(branch, outside)
         ops = list(record.select(region))
-        outside |= branch.lineage  # of which a further one may be made
+        outside |= branch.lineage  # another branch may be computed from this one
         if spatial_convs(ops) and has_nonlinearity(ops) and not _spans_network(record, add, skip, ops):
             yield Block("residual", call, region, branch, add)
 

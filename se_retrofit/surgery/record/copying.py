@@ -59,7 +59,7 @@ def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def check_whole(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse tensors, given with their names, of which each process may hold a part; reading one as a whole can crash Python."""
+    """Raise an error if a named tensor is distributed over processes: reading such a tensor as a whole can crash Python."""
     for name, tensor in tensors:
         if type(tensor).__name__ == "DTensor":  # whose module takes seconds to import
             raise RetrofitError(
@@ -70,7 +70,7 @@ def check_whole(tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_values(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise an error if one of the named tensors has only a shape and a dtype, but no values, or is distributed over processes."""
+    """Raise an error if a named tensor has no values, only a shape and a dtype, or is distributed over processes."""
     tensors = list(tensors)
     check_whole(tensors)
     for name, tensor in tensors:

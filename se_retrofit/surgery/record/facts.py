@@ -122,7 +122,7 @@ def _conv_of(op: Op) -> Conv | None:
 
 
 def _is_fixed(record: Record, conv: Op, parameters: set[str]) -> bool:
-    """Whether what a convolution filters with is made of no parameter, nor of an input."""
+    """Return whether the weight of a convolution depends neither on a parameter nor on an input."""
     weight = conv.inputs[1]
     return weight.role == "param" and not any(op.path in parameters for op in record.select(weight.lineage))
 

@@ -84,8 +84,8 @@ class Fitting:
     training: list[Place]
     skipped: dict[str, str]
     options: dict[Place, _Options] = field(default_factory=dict)
-    extra: dict[Edit, Edit] = field(default_factory=dict)  # for a site: a further edit, for training
-    deferred: set[Edit] = field(default_factory=set)  # without their holders
+    extra: dict[Edit, Edit] = field(default_factory=dict)  # an additional edit of a site, for training
+    deferred: set[Edit] = field(default_factory=set)  # edits to try last, without their holders
 
     def sites(self) -> list[SurgerySite]:
         """Return the sites for all places that can have SE."""
@@ -99,7 +99,7 @@ class Fitting:
                 self.fail(sites, outcome.wrong)
                 if outcome.broke_off is not None:
                     self.defer(next(site.edits[0] for site in sites if site.path in outcome.wrong))
-                if not searched:  # the ways that are left to these places all at once, rather than one after the other
+                if not searched:  # try all remaining edits for these places at once, rather than one after the other
                     self.search({place for site in sites if site.path in outcome.wrong for place in site.places})
                     searched = True
             elif outcome.right:
@@ -137,8 +137,8 @@ class Fitting:
                 self.options[place].fail(site.edits[0], wrong[site.path])
 
     def defer(self, edit: Edit) -> None:
-        """Try a way at other places after all others, once it has ended the run at one: the same code will most likely do so there,
-        and each run tells of one place alone."""
+        """Try an edit last at all other places once it has broken off the run at one: the same code will most likely fail
+        there as well, and each run shows only one failure."""
         code = replace(edit, holder="")
         if not edit.digest or code in self.deferred:
             return
