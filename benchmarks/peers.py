@@ -31,8 +31,6 @@ from .evidence.results import Results
 from .peers_networks import OWN
 from .peers_ways import LANDING, SE_CLASSES, WAYS
 
-__all__ = ["NATIVE", "PROMISES", "WAYS", "landed", "outcome", "write_page"]
-
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "peers.md"
 ZOO = 60

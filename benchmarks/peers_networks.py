@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["OWN"]
-
 OWN: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {}
 PICTURE = (2, 3, 32, 32)
 

@@ -13,8 +13,6 @@ from torch import Tensor, fx, nn
 
 from se_retrofit import SEAttention, add_se
 
-__all__ = ["LANDING", "SE_CLASSES", "WAYS"]
-
 
 class SqueezeExcite2d(nn.Module):
     """Composer's: a gate between 0 and 1, from 64 hidden channels."""

@@ -15,8 +15,6 @@ from torchvision.models import DenseNet, MobileNetV2, shufflenet_v2_x0_5
 from se_retrofit import SEAttention, add_se
 from se_retrofit.finetune.datasets import digit_images
 
-__all__ = ["NETWORKS", "TASKS", "accuracy", "fine_tuned", "train"]
-
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-10 (residual)": lambda: timm.create_model("resnet10t", num_classes=10),
     "MobileNetV2 (inverted)": lambda: MobileNetV2(

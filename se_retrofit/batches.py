@@ -11,8 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from .errors import RetrofitError, extra
 
-__all__ = ["batches_of", "fields_of", "inputs_and_labels", "keys_in", "placed"]
-
 # The usual names, including those of Hugging Face data sets, of its models' arguments, and of MONAI
 INPUTS = ("pixel_values", "image", "img", "images", "input", "inputs", "x")
 LABELS = ("labels", "label", "target", "targets", "class", "fine_label", "y")

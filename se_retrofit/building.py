@@ -13,8 +13,6 @@ from typing import Any
 
 from .errors import RetrofitError, brief
 
-__all__ = ["check_arguments"]
-
 # The parameters of timm's and torchvision's networks (and of the configs that timm lets users override) whose values
 # are numbers, switches, names of layers, or several of these. Exact names: use_abs_pos is safe, use_pretrained isn't.
 _ARGUMENTS = """

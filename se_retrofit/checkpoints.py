@@ -14,8 +14,6 @@ from .errors import RetrofitError
 from .surgery.splice.ways import SE_NAME
 from .tables import few
 
-__all__ = ["check_keys", "load_checkpoint"]
-
 FIRST = 3  # number of pairs that an error shows
 
 

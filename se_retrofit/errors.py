@@ -6,8 +6,6 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["RetrofitError", "brief", "check_flag", "check_module", "extra", "told_as_fault"]
-
 
 class RetrofitError(ValueError):
     """Raised if something about the model or the options makes the requested operation impossible.

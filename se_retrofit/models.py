@@ -23,11 +23,9 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from .building import check_arguments
-from .checkpoints import load_checkpoint
+from .checkpoints import load_checkpoint as load_checkpoint
 from .errors import RetrofitError, brief
 from .retrofit import add_se
-
-__all__ = ["BASE", "IMAGES", "TIMM_PREFIX", "Base", "load_checkpoint", "own_images", "register_timm"]
 
 LIBRARIES = ("timm", "torchvision")
 # timm's own prefixes, which it resolves itself; the names after them contain slashes

@@ -11,8 +11,6 @@ from .errors import RetrofitError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["as_written", "save_figure", "writable"]
-
 
 def writable(path: str | Path, *suffixes: str) -> Path:
     """Return a path to write to. Its folder must exist, and it must end in one of the suffixes, if any are given."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from .errors import RetrofitError, brief
 
-__all__ = ["parse_json", "parse_yaml", "read_json"]
-
 DEEPEST = 100  # nesting of dicts and lists; well below Python's recursion limit, wherever the data goes
 MOST = 100_000  # values in YAML, where a few lines of aliases can expand to billions
 

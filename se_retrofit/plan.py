@@ -13,8 +13,6 @@ from .errors import RetrofitError, brief
 from .plaindata import parse_json
 from .tables import aligned, as_html, counted, few
 
-__all__ = ["FOLDED", "Edit", "Plan", "Site", "Skipped", "folded", "noted_options"]
-
 FOLDED = "folded"  # the reason why fold_se skips a block, or one of its sites
 
 

@@ -25,8 +25,6 @@ from .surgery.splice.derived import RetrofittedBlock
 from .surgery.splice.undo import is_retrofitted, lost_sites, strip
 from .tables import counted, few
 
-__all__ = ["InsertSE", "add_se", "has_se", "plan_of", "plan_se", "remove_se"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

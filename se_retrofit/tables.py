@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["Name", "aligned", "as_html", "counted", "few", "short"]
-
 
 class Name(str):
     """A string whose repr has no quotes, for names in lists and tuples."""

@@ -17,8 +17,6 @@ from .models import Base
 from .surgery.record.copying import in_mode
 from .surgery.record.inputs import tensors_in
 
-__all__ = ["PHOTOGRAPHS", "Agreement", "agreement", "photographs", "prepared_for", "redraw_vectors", "se_matters"]
-
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 FRAMES = 16  # length of the still clip for video networks, as in the training of torchvision's smallest ones
 

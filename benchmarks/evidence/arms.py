@@ -13,8 +13,6 @@ from torch import nn
 from se_retrofit import add_se, plan_se
 from se_retrofit.attention import Inserted
 
-__all__ = ["ARMS", "Arm", "parameter_groups"]
-
 REDUCTION = 4  # the networks are narrow
 SE_FACTOR = 5.0  # how much faster SE learns than the network around it
 

@@ -12,8 +12,6 @@ from .arms import REDUCTION, Arm, with_se
 from .sites import scored
 from .study import Bench
 
-__all__ = ["CHOICES", "choice_run", "choices_study"]
-
 SHARE = 0.5  # of the parameters that SE has at all sites
 BY_SCORE = {
     "by covariance": "covariance, |Cov(g, s)|²",

@@ -9,8 +9,6 @@ from statistics import fmean, stdev
 
 from scipy.stats import t
 
-__all__ = ["Difference"]
-
 
 @dataclass(frozen=True)
 class Difference:

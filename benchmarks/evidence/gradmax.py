@@ -14,8 +14,6 @@ from .arms import ARMS, Arm
 from .signals import Signals, collect
 from .study import Bench
 
-__all__ = ["EPOCHS", "GRADMAX_LR", "first_layer", "gradmax_run", "gradmax_study"]
-
 EPOCHS = (1, 5, 20)
 GRADMAX_LR = 2e-3
 IMAGES = 1000

@@ -10,8 +10,6 @@ from torch import nn
 from torchvision.models import MobileNetV2
 from torchvision.models.resnet import BasicBlock
 
-__all__ = ["NETWORKS"]
-
 
 def residual(classes: int) -> nn.Module:
     """Ten of ResNet's basic blocks in three stages."""

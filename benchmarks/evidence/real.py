@@ -25,8 +25,6 @@ from .study import SEARCH_SEED, Missing
 from .tasks import Part, Task
 from .training import Recipe, measured, train
 
-__all__ = ["CELLS", "REAL_ARMS", "Cell", "RealBench", "Tuning", "cell_runs"]
-
 EACH = 20  # training images of a class
 RATES = (
     3e-4,

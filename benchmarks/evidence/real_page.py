@@ -17,8 +17,6 @@ from .robustness import EPOCHS, GRID_RATES, GRID_SEEDS, NOW_AND_BEFORE, REDUCTIO
 from .scratch import SCRATCH_ARMS, scratch_run, searched
 from .study import Missing
 
-__all__ = ["write_real"]
-
 OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 NAMES = {"head": "head only", "static": "static factors"}
 

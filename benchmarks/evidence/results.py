@@ -9,8 +9,6 @@ from typing import Any
 
 from filelock import FileLock
 
-__all__ = ["VERSION", "Results"]
-
 VERSION = 1  # raise it when a run of the same description computes something else: older results are then left aside
 
 

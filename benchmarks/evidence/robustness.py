@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 
 from .real import KEPT, RATES_OF_SE, RealBench, Tuning
 
-__all__ = ["EPOCHS", "GRID_RATES", "GRID_SEEDS", "NOW_AND_BEFORE", "REDUCTIONS", "SCOPES", "grid", "grid_runs"]
-
 GRID_RATES = (1e-3, 3e-3, 1e-2)
 GRID_SEEDS = 4
 NOW_AND_BEFORE = (RATES_OF_SE, "lr")

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from .signals import Signals
 
-__all__ = ["SCORES"]
-
 
 def static(signals: Signals) -> float:
     """What a static factor for each channel could win at first: ``|E[g]|^2``."""

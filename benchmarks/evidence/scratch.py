@@ -22,8 +22,6 @@ from .study import SEARCH_SEED
 from .tasks import Part, Task
 from .training import Recipe, measured, train
 
-__all__ = ["SCRATCH_ARMS", "scratch_run", "scratch_runs", "searched"]
-
 EPOCHS = 6
 TRAIN, TEST = 2000, 2000
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)

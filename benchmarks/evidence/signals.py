@@ -13,8 +13,6 @@ from se_retrofit import SEAttention
 
 from .tasks import Part
 
-__all__ = ["Signals", "collect"]
-
 
 @dataclass(frozen=True, eq=False)
 class Signals:

@@ -18,8 +18,6 @@ from .scores import SCORES
 from .signals import collect
 from .study import Bench
 
-__all__ = ["DEPTH", "Scored", "rank_correlation", "scored", "site_gains", "sites_study"]
-
 DEPTH = "how deep the block is"
 SITE_LR = 2e-3
 IMAGES = 1000  # that the scores look at

@@ -11,8 +11,6 @@ from .sites import sites_study
 from .study import Bench, arms_study
 from .tasks import GENERATED
 
-__all__ = ["STUDIES", "Unit", "units_of"]
-
 SEEDS = 3  # of all but the first study
 NETWORK = "residual"  # theirs
 GRADMAX_TASKS = ("colour cast", "texture", "scale")

@@ -20,8 +20,6 @@ from .results import Results
 from .tasks import Part, Task, folder_task, load
 from .training import measured, train
 
-__all__ = ["RATES", "Bench", "Missing", "Setting", "arms_study"]
-
 RATES = (5e-4, 2e-3, 8e-3)  # of the search, the same for each arm
 SEARCH_SEED = 100  # none of the seeds whose results count
 BASE_LR = 4e-3

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["GENERATED", "Part", "Task", "folder_task", "load"]
-
 SIZE = 24
 CLASSES = 10
 

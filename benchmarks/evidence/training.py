@@ -14,8 +14,6 @@ from torch import nn
 from .arms import parameter_groups
 from .tasks import Part
 
-__all__ = ["Recipe", "measured", "train"]
-
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),

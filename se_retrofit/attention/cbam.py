@@ -11,8 +11,6 @@ from ..errors import RetrofitError
 from .inserted import Inserted
 from .parts import TwiceSigmoid, check_kernel, hidden_width, init_bottleneck, undrawn
 
-__all__ = ["CBAM"]
-
 
 def over_channels(x: Tensor, channel_dim: int, dims: int) -> Tensor:
     """Return the mean and the maximum over the channels as two maps, ``(N, 2, *spatial)``."""

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from .inserted import Inserted
 from .parts import TwiceSigmoid, check_kernel, undrawn
 
-__all__ = ["ECA"]
-
 
 class ECA(Inserted):
     """Efficient Channel Attention (Wang et al., arXiv:1910.03151): channel means are convolved along the channels.

@@ -13,8 +13,6 @@ from ..errors import RetrofitError
 from .inserted import Inserted, Slot
 from .parts import broadcast
 
-__all__ = ["FromIdentity", "check_made"]
-
 
 def channels_second(x: Tensor, channel_dim: int) -> Tensor:
     """Permute ``(N, *spatial, C)`` to ``(N, C, *spatial)``; return other values as they are."""

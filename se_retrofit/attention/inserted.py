@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ..errors import RetrofitError, brief
 from .parts import check_positive, scale, squeeze
 
-__all__ = ["Inserted", "Slot", "check_gates", "has_gates"]
-
 torch.fx.wrap("scale")
 torch.fx.wrap("squeeze")
 

@@ -15,18 +15,6 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
 
-__all__ = [
-    "TwiceSigmoid",
-    "broadcast",
-    "check_kernel",
-    "check_positive",
-    "hidden_width",
-    "init_bottleneck",
-    "scale",
-    "squeeze",
-    "undrawn",
-]
-
 
 class TwiceSigmoid(nn.Module):
     """``2 * sigmoid(z)``, which is exactly 1.0 at ``z = 0`` in every float format, and has the range (0, 2)."""

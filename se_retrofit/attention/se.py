@@ -11,8 +11,6 @@ from ..errors import RetrofitError, brief, check_flag
 from .inserted import Inserted
 from .parts import TwiceSigmoid, check_positive, hidden_width, init_bottleneck, undrawn
 
-__all__ = ["GATES", "SEAttention", "check_options"]
-
 GATES = ("identity", "sigmoid")
 
 

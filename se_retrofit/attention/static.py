@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from .inserted import Inserted
 
-__all__ = ["StaticFactor"]
-
 
 class StaticFactor(Inserted):
     """A learned factor for each channel, independent of the input (the scale of SSF, Lian et al., arXiv:2210.08823).

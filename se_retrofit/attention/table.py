@@ -18,8 +18,6 @@ from .inserted import Inserted, Slot
 from .se import SEAttention
 from .static import StaticFactor
 
-__all__ = ["ATTENTIONS", "Attention", "built", "check_attention", "name_of"]
-
 Attention = str | Callable[..., nn.Module]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ResidualBlock", "SmallResNet"]
-
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut around them."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["beside", "run_settings", "training_data_of"]
-
 # the fields of a run's recipe that decide how its network is evaluated
 SETTINGS = ("image_size", "batch_size", "precision", "multi_label")
 

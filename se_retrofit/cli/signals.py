@@ -11,8 +11,6 @@ from typing import Any
 
 import typer
 
-__all__ = ["Signals"]
-
 PATIENCE = 1.0  # seconds; torchrun forwards the terminal's Ctrl-C, so that it arrives twice
 
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from ..finetune import NamedData
 
-__all__ = ["Start", "default_name", "open_data", "read_config"]
-
 
 class Start(BaseModel):
     """The network that a command trains, as given by its options; a folder is stored by its absolute path."""

@@ -14,8 +14,6 @@ from ..attention.parts import broadcast, scale, squeeze
 from ..errors import RetrofitError
 from ..tables import Name
 
-__all__ = ["arguments_of", "classes_text"]
-
 _SE = '''class SqueezeExcitation(nn.Module):
     """Squeeze-and-Excitation (Hu et al., arXiv:1709.01507)."""
 

@@ -24,8 +24,6 @@ from ..surgery.record.runs import record
 from .images import metadata_of
 from .source import export_source
 
-__all__ = ["FORMATS", "export"]
-
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "source": ".py"}
 FORMATS = tuple(SUFFIXES)
 # which sizes of the inputs may change, most first: if the network does not allow one, the next is tried

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ..models import IMAGES
 
-__all__ = ["images_text", "metadata_of", "prepared"]
-
 
 def metadata_of(model: nn.Module) -> dict[str, Any]:
     """Return what ``predict`` needs to know of a network that was fine-tuned on images; empty for other networks."""

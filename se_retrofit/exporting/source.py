@@ -27,8 +27,6 @@ from ..surgery.splice.undo import strip
 from .attentions import arguments_of, classes_text
 from .images import images_text
 
-__all__ = ["export_source"]
-
 _HEAD = '''"""{name} with {what}. ``load()`` builds it and loads the weights, from the file beside this one."""
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ..errors import brief
 
-__all__ = ["Callback", "Callbacks", "Facts"]
-
 
 @dataclass(frozen=True)
 class Facts:

@@ -26,8 +26,6 @@ from .config import FinetuneConfig
 from .experiment import check_same
 from .log import METRICS
 
-__all__ = ["BEST", "LAST", "RUN", "Folder", "Progress", "join", "load_optimizer", "split", "written"]
-
 LAST, BEST, RUN = "last", "best", "run.yaml"
 TENSORS, STATE = "training.safetensors", "training.json"
 FORMAT = 4

@@ -27,8 +27,6 @@ from .evaluation import evaluate
 from .randomness import EPOCH, kept_randomness, seed_all
 from .train import finetune
 
-__all__ = ["Arm", "Comparison", "Contrast", "compare"]
-
 ARMS = {  # in addition to the names of all other attentions
     "plain": "without SE",
     "se": "with SE",

@@ -12,8 +12,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..errors import RetrofitError, brief
 from ..plaindata import parse_yaml
 
-__all__ = ["FinetuneConfig"]
-
 # YAML reads 1e-4 (without a point) as text
 Number = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
 NotNegative = Annotated[Number, Field(ge=0)]

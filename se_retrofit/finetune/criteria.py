@@ -18,8 +18,6 @@ from ..errors import RetrofitError, brief, check_module
 from .config import FinetuneConfig
 from .targets import class_counts
 
-__all__ = ["Criterion", "FocalLoss", "Losses", "check_criterion", "criterion_of"]
-
 Criterion = Callable[[Tensor, Tensor], Tensor]
 FOCAL_GAMMA = 2.0  # as in the paper
 AUXILIARY_WEIGHT = 0.3  # for the auxiliary losses of GoogLeNet and Inception, as in the papers

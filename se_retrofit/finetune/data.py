@@ -20,8 +20,6 @@ from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
 from .targets import class_numbers, image_weights, targets_together
 from .workers import begin_worker, told_plainly
 
-__all__ = ["Batch", "Stream", "gives_images", "stream"]
-
 # What reading a broken image or a missing file raises. Anything else is a bug in the data set, and is not caught.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 MOST_REPLACEMENTS = 10

@@ -33,8 +33,6 @@ from .folders import (
 from .targets import targets_of
 from .transforms import class_names_of
 
-__all__ = ["NamedData", "Split", "digit_images", "limited", "load_data", "load_split", "trained_on"]
-
 TIMM_PREFIXES = ("torch/", "hfds/")
 SPLITS = ("train", "val", "test", "all")
 

@@ -20,8 +20,6 @@ from .config import FinetuneConfig
 from .data import Batch
 from .parts import layout_of
 
-__all__ = ["Forward", "TrainingForm", "called", "engine", "fast_math", "logits_of", "placed", "recomputing", "share"]
-
 BACKEND = "inductor"  # for torch.compile
 SWITCH = "grad_checkpointing"  # the attribute that switches gradient checkpointing on in timm's networks
 

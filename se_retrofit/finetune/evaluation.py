@@ -28,8 +28,6 @@ from .randomness import kept_randomness
 from .setup import batches_of, check_config
 from .transforms import check_classes, class_names, class_names_of
 
-__all__ = ["ClassScores", "Evaluation", "check_targets", "evaluate", "hits", "measure"]
-
 MOST_LIKELY = 5  # classes of each image that are kept
 LONGEST_NAME = 32  # letters, in the plot of the confusion matrix
 HARDEST = 16  # images with the highest losses, of which a run draws a picture

@@ -24,8 +24,6 @@ from ..retrofit import has_se, plan_of
 from .data import UNREADABLE, name_of
 from .randomness import SAMPLE, kept_randomness, seed_all
 
-__all__ = ["check_same", "describe_data", "describe_run", "digest", "file_digest", "plain"]
-
 SAMPLES = 8  # items of a data set whose content is hashed
 DIGITS = 16  # of a hash, in hexadecimal
 SITE = ("path", "block", "kind", "after", "channels", "parameters", "channel_dim", "attention")  # not the edits

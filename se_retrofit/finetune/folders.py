@@ -18,11 +18,6 @@ from ..errors import RetrofitError
 from ..tables import few
 from .transforms import load_image
 
-__all__ = [
-    "Joined", "Subfolder", "check_several", "class_folders", "class_sizes", "files_in", "held_out", "images_in", "is_image", "left_out", "numbers", "readable",
-    "split_folders",
-]  # fmt: skip
-
 # the possible names of a split's folder; the first that exists is used
 FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 MOST_CLASSES = 12  # up to this number, the size of each class is reported

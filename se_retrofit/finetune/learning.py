@@ -21,8 +21,6 @@ from .checkpoint import join, load_optimizer, split
 from .config import FinetuneConfig
 from .parts import head_of, se_modules
 
-__all__ = ["Learning", "fans_in", "learning", "param_groups", "rates_in_words", "se_pace", "try_out"]
-
 FASTEST = 0.01  # the learning rate of an SE layer times its number of inputs, at most, unless lr is higher
 HAVE_FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 

@@ -24,8 +24,6 @@ from ..saving.atomic import replaced_file
 from ..surgery.splice.undo import is_retrofitted
 from .data import Batch
 
-__all__ = ["Log", "listening", "saturated_sites"]
-
 METRICS, UPDATES, CURVES, GATES, HARDEST = "metrics.jsonl", "updates.jsonl", "curves.png", "gates.png", "hardest.png"
 PLAIN_SECONDS = 15.0  # between two lines if there is no terminal for a progress bar
 MANY = 0.1  # fraction of saturated gates from which a site is named

@@ -21,8 +21,6 @@ from ..surgery.record.copying import check_whole
 from ..surgery.record.roles import module_role
 from .config import FinetuneConfig
 
-__all__ = ["as_found", "head_of", "new_head"]
-
 TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
 AUXILIARY_HEADS = ("aux1.fc2", "aux2.fc2", "AuxLogits.fc")  # in torchvision's GoogLeNet and Inception
 

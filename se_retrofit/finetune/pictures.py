@@ -28,8 +28,6 @@ from .transforms import class_names, class_names_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_hardest", "show_batch"]
-
 MOST = 32  # images of a batch that are drawn
 COLUMNS = 8
 LETTERS = 26  # per line above an image

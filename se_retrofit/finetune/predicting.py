@@ -20,8 +20,6 @@ from .folders import files_in, is_image
 from .parts import as_found
 from .transforms import class_names, has_several_labels, load_image, transform_of
 
-__all__ = ["Prediction", "predict", "write_predictions"]
-
 
 @dataclass(frozen=True)
 class Prediction:

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-__all__ = ["EPOCH", "ORDER", "SAMPLE", "UPDATE", "derive", "kept_randomness", "seed_all"]
-
 ORDER, SAMPLE, UPDATE, EPOCH = range(4)  # the kinds of random draws, each with seeds of its own
 
 

@@ -23,8 +23,6 @@ from .run import Run
 from .setup import Job, check, started
 from .train import begin_epoch, update, windows
 
-__all__ = ["LearningRates", "find_lr"]
-
 FEWEST_STEPS = 10
 DIVERGED = 4.0  # the ramp ends at this multiple of the lowest loss
 MEMORY = 0.8  # decay of the running mean that is compared with it

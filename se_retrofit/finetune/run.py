@@ -28,8 +28,6 @@ from .learning import Learning, group_summary, length_of
 from .log import Log
 from .parts import choose_trainable, count, trained_in
 
-__all__ = ["Epoch", "FinetuneResult", "Run", "Stopped"]
-
 RATES = "Try a lower lr, clip_grad, a longer warmup, or precision fp32."
 PIXELS = "Look for NaN and infinities in the data, and for divisions in its transforms."
 

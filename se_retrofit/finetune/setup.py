@@ -46,8 +46,6 @@ from .randomness import EPOCH, kept_randomness, seed_all
 from .run import Run
 from .transforms import note_images, other_classes, transforms_for
 
-__all__ = ["Job", "batches_of", "check", "check_config", "started"]
-
 
 @dataclass(frozen=True)
 class Job:

@@ -13,8 +13,6 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from ..batches import keys_in
 from ..errors import RetrofitError, brief
 
-__all__ = ["class_counts", "class_numbers", "image_weights", "targets_of", "targets_together"]
-
 
 def targets_together(targets: Sequence[Any]) -> Tensor:
     """Stack class numbers to (N,), vectors to (N, classes). A list of one integer, as in some data sets, is a class."""

@@ -31,8 +31,6 @@ from .randomness import UPDATE, seed_all
 from .run import Epoch, FinetuneResult, Run
 from .setup import Job, check, started
 
-__all__ = ["finetune"]
-
 
 def finetune(
     model: nn.Module,

@@ -22,20 +22,6 @@ from .config import FinetuneConfig
 from .data import gives_images, stream
 from .randomness import kept_randomness
 
-__all__ = [
-    "check_classes",
-    "class_names",
-    "class_names_of",
-    "has_several_labels",
-    "load_image",
-    "note_images",
-    "other_classes",
-    "prepared_batches",
-    "settings_of",
-    "transform_of",
-    "transforms_for",
-]
-
 AUGMENTATION = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}  # for timm's transforms in training
 SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 

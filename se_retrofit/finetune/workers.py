@@ -12,8 +12,6 @@ from collections.abc import Iterator
 
 from ..errors import RetrofitError
 
-__all__ = ["begin_worker", "told_plainly"]
-
 LOOK = 1.0  # seconds between two checks of the main process
 
 

@@ -17,8 +17,6 @@ from ..surgery.record.facts import real_users
 from ..surgery.record.graph import Op, Record
 from .probing import along, scales_input, scales_output
 
-__all__ = ["Factors", "Scaling"]
-
 # f(c * x) == c * f(x) for c >= 0, by the names of modules and of ATen operations
 _HOMOGENEOUS = {"ReLU", "relu", "LeakyReLU", "leaky_relu", "PReLU", "prelu", "_prelu_kernel"}
 _LARGEST = {"MaxPool", "AdaptiveMaxPool", "max_pool", "adaptive_max_pool"}

@@ -27,8 +27,6 @@ from .factors import Factors, Scaling
 from .measuring import Labelled, Reference, first_batches, outputs_of, relative_change
 from .result import FoldedSite, FoldReport
 
-__all__ = ["fold_se"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -19,8 +19,6 @@ from ..surgery.blocks import is_gate
 from ..surgery.record.graph import Op, Record
 from ..surgery.splice.undo import is_retrofitted
 
-__all__ = ["Gate", "Layer", "copy_layers", "matched", "parts_of"]
-
 
 @dataclass(frozen=True, eq=False)
 class Layer:

@@ -14,8 +14,6 @@ from ..errors import RetrofitError
 from ..surgery.record.inputs import tensors_in
 from ..surgery.record.isolation import forked_randomness
 
-__all__ = ["Labelled", "Reference", "first_batches", "outputs_of", "relative_change"]
-
 
 @dataclass(frozen=True, eq=False)
 class Labelled:

@@ -28,8 +28,6 @@ from .factors import Factors
 from .matching import Gate, Part, copy_layers, matched, parts_of
 from .measuring import relative_change
 
-__all__ = ["from_native", "to_native"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from ..surgery.record.copying import copied, in_mode
 from ..surgery.record.graph import Op
 
-__all__ = ["along", "scales_input", "scales_output"]
-
 # the factor for each parameter by name, in a shape that broadcasts to the parameter's
 Scales = dict[str, Tensor]
 

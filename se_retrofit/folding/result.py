@@ -8,8 +8,6 @@ from typing import Any
 
 from ..tables import aligned, few
 
-__all__ = ["FoldReport", "FoldedSite"]
-
 
 @dataclass(frozen=True)
 class FoldedSite:

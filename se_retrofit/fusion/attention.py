@@ -10,8 +10,6 @@ from ..attention import SEAttention
 from ..errors import RetrofitError
 from .norms import affine_map, parts, process_group, why_no_norm
 
-__all__ = ["FusedSEAttention", "check_unfused"]
-
 
 class FusedSEAttention(SEAttention):
     """An SE module that is called with the norm before it and the norm's input: ``se(norm, u)`` instead of

@@ -20,8 +20,6 @@ from ..surgery.splice.undo import is_retrofitted
 from .attention import FusedSEAttention
 from .norms import why_no_norm
 
-__all__ = ["Fusion", "fuse_se", "plan_fusion", "unfuse_se"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -13,9 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..surgery.record.roles import is_sequential
 
-__all__ = ["affine_map", "needs_statistics", "parts", "process_group", "why_no_norm"]
-
-
 # The kinds of norms that map each channel affinely, by their forward.
 _KINDS: dict[Any, str] = {
     _BatchNorm.forward: "batch",

@@ -14,8 +14,6 @@ from ..surgery.record.graph import Op, tensor_of
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
 
-__all__ = ["BlockGraph", "BlockPair", "class_name", "describe", "is_getitem", "is_parameter", "join", "sign_of"]
-
 END = "the block's end"
 
 

@@ -24,8 +24,6 @@ from ..surgery.record.isolation import isolated
 from ..surgery.splice.undo import is_retrofitted
 from .graphs import batch_size
 
-__all__ = ["NOT_CALLED", "SiteCost", "human", "multiply_adds", "one_input", "resized", "site_costs"]
-
 
 @dataclass(frozen=True)
 class SiteCost:

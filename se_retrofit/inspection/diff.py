@@ -16,8 +16,6 @@ from ..surgery.splice.undo import strip
 from .blocks import BlockPair, class_name
 from .lines import Line
 
-__all__ = ["ChangedSource", "diff_lines", "sources"]
-
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 

@@ -16,8 +16,6 @@ from .network import JOINS, network_of
 from .picture import picture
 from .svg import BOLD, LETTER, RADIUS, Picture, arrow, box, file_of, join, text
 
-__all__ = ["drawn", "sides_of"]
-
 HEIGHT, GAP, STUB = 34, 34, 16  # height of a box; gap below it; part of that where arrows go straight down
 MOST = 34  # letters per line
 MARGIN = 12

@@ -22,8 +22,6 @@ from .gates import SiteGates, gated_modules, gates_over
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Excitations", "excitations"]
-
 
 @dataclass(frozen=True, eq=False)
 class Excitations:

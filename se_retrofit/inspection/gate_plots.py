@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_gates", "plot_stages"]
-
 MOST_CLASSES = 5  # as in the paper's figure
 # the line at which a gate changes nothing
 _ONE: dict[str, Any] = {"color": "#94a3b8", "linewidth": 0.8, "linestyle": "--"}

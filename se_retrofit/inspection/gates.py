@@ -16,8 +16,6 @@ from ..attention import check_gates
 from ..errors import check_module
 from ..retrofit import plan_of
 
-__all__ = ["GateLogger", "Moments", "SiteGates", "gated_modules", "gates_over", "saturation_limits"]
-
 HARDLY = 0.01  # a gate whose standard deviation over inputs is less than this is as good as constant
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MARGIN = 0.025  # fraction of the gates' range: this close to an end, the slope is below a tenth of its maximum

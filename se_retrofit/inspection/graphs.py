@@ -19,8 +19,6 @@ from ..surgery.record.roles import is_sequential
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, class_name
 
-__all__ = ["batch_size", "blocks_of", "call_graph"]
-
 
 def blocks_of(model: nn.Module, plan: Plan, record: Record) -> list[BlockPair]:
     """Return the blocks of a retrofitted model that were called when it was recorded, in the order of the plan."""

@@ -13,8 +13,6 @@ from ..surgery.record.graph import Record
 from ..tables import few
 from .blocks import BlockPair
 
-__all__ = ["Inspected"]
-
 
 @dataclass(eq=False, repr=False)
 class Inspected:

@@ -32,8 +32,6 @@ from .report import Report, report_of
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-__all__ = ["Inspection", "inspect_se"]
-
 
 class Inspection(Inspected):
     """The result of ``inspect_se``. ``print(inspection)`` prints the report, ``rich.print(inspection)`` in colour.

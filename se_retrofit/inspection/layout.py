@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["Layout", "layered"]
-
 LANE, GAP = 10, 22  # width of an edge's lane; gap between neighbours in a layer
 SWEEPS = 12
 

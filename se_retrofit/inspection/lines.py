@@ -8,8 +8,6 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Line", "Lines"]
-
 SE_STYLE = "bold dark_orange"
 
 

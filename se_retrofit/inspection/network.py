@@ -13,8 +13,6 @@ from .blocks import BlockGraph, BlockPair, class_name, describe, join
 from .graphs import call_graph
 from .inspected import Inspected
 
-__all__ = ["Edge", "Network", "Node", "network_of"]
-
 MOST_OPERATIONS = 8  # after the last module; up to so many are shown one by one
 JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "cat", "concat": "cat"}
 

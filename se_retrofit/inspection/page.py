@@ -21,8 +21,6 @@ from .report import NUMBERS, OPTIONAL, Report, percent
 with extra("inspect"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-__all__ = ["page"]
-
 _CLASSES = {"green": "add", "red": "del", "cyan": "head", "bold": "head"}
 
 

@@ -10,8 +10,6 @@ from html import escape
 from .network import Edge, Network, Node
 from .svg import BOLD, RADIUS, Picture, arrow, badge_width, box, join, text, times
 
-__all__ = ["picture"]
-
 _WIDTH, _HEIGHT, _PITCH = 156, 34, 46  # width and height of a box; distance from one box to the next
 _GUTTER, _LANE = 40, 9  # between columns; between connections that pass boxes
 _HEAD = 30  # height of a column's heading

@@ -15,8 +15,6 @@ from .inspected import Inspected
 from .lines import Line
 from .network import Node, network_of
 
-__all__ = ["block_lines", "headline", "network_lines"]
-
 
 def network_lines(found: Inspected) -> list[Line]:
     """Return the blocks of an inspected model and what is between them, as lines."""

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 
-__all__ = ["NUMBERS", "OPTIONAL", "Report", "Row", "percent", "report_of"]
-
 NUMBERS = ("channels", "parameters", "multiply-adds")
 OPTIONAL = ("kind", "channels", "class", "before", "multiply-adds", "feature map")  # least important first
 

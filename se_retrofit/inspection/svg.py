@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-__all__ = ["BOLD", "LETTER", "RADIUS", "Picture", "arrow", "badge_width", "box", "file_of", "join", "text", "times"]
-
 RADIUS = 13  # radius of a join
 LETTER, BOLD = 6.0, 7.4  # maximum width of a letter in small and in large print
 TIP = 6

@@ -15,8 +15,6 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["check_replaceable", "replaced_directory", "replaced_file", "settled", "sync"]
-
 
 @contextlib.contextmanager
 def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:

@@ -16,8 +16,6 @@ from ..retrofit import has_se, plan_of
 from .rebuild import belongs_to
 from .recipe import RECIPE
 
-__all__ = ["base_of", "check_base", "named_base"]
-
 
 def base_of(model: nn.Module) -> tuple[Base | None, str]:
     """Return the base of a network, if the network knows it, or else the reason why it is unknown.

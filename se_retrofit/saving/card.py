@@ -18,8 +18,6 @@ from ..tables import few
 from .base import named_base
 from .recipe import WEIGHTS, read_recipe
 
-__all__ = ["card_text"]
-
 SHOWN_CLASSES = 20
 METRICS = ("accuracy", "top5", "precision", "recall", "f1", "map", "loss")  # in a run's history, after val_
 

@@ -20,8 +20,6 @@ from .card import card_text
 from .networks import load_retrofitted, save_retrofitted
 from .recipe import RECIPE, WEIGHTS, network_in
 
-__all__ = ["from_pretrained", "model_card", "push_to_hub"]
-
 CARD = "README.md"
 
 

@@ -20,8 +20,6 @@ from .rebuild import belongs_to, carried_out
 from .recipe import FORMAT, check_fields, check_names, read_plan
 from .tensors import read_weights, tensors_of, tie, untied, write_tensors
 
-__all__ = ["load_se", "save_se"]
-
 
 def save_se(model: nn.Module, file: str | Path) -> Path:
     """Save only the SE modules, to load them onto the same base network with ``load_se``; return the file.

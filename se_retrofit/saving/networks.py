@@ -21,8 +21,6 @@ from .rebuild import carried_out
 from .recipe import FORMAT, RECIPE, WEIGHTS, network_in, read_plan, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
-__all__ = ["load_retrofitted", "save_retrofitted", "write_network"]
-
 
 def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
     """Save a retrofitted network, its weights and the recipe to rebuild it; return the folder.

@@ -11,8 +11,6 @@ from ..errors import RetrofitError
 from ..plan import Plan, Site
 from ..retrofit import add_se
 
-__all__ = ["belongs_to", "carried_out"]
-
 
 def carried_out(
     model: nn.Module, plan: Plan, where: object, example_inputs: Any, attention: Attention | None, *, inplace: bool

@@ -12,19 +12,6 @@ from ..plaindata import read_json
 from ..plan import Plan
 from .atomic import settled
 
-__all__ = [
-    "FORMAT",
-    "RECIPE",
-    "RECIPE_FIELDS",
-    "WEIGHTS",
-    "check_fields",
-    "check_names",
-    "network_in",
-    "read_plan",
-    "read_recipe",
-    "version_of",
-]
-
 FORMAT = 2
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.json"

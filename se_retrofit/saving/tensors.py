@@ -14,16 +14,6 @@ from ..checkpoints import check_keys
 from ..errors import RetrofitError
 from ..surgery.record.copying import check_values
 
-__all__ = [
-    "load_strictly",
-    "read_weights",
-    "save_tensors",
-    "tensors_of",
-    "tie",
-    "untied",
-    "write_tensors",
-]
-
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict, which must hold only tensors with values."""

@@ -17,8 +17,6 @@ from .blocks import PLACEMENTS
 from .record.inputs import given_inputs
 from .splice.undo import is_retrofitted
 
-__all__ = ["Options", "Patterns", "check_arguments", "patterns_of"]
-
 Patterns = str | Iterable[str] | None
 
 

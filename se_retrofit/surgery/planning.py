@@ -27,8 +27,6 @@ from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
 
-__all__ = ["fitted", "planned"]
-
 
 def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     """Return the plan of a retrofit.

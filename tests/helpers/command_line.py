@@ -6,8 +6,6 @@ from typer.testing import CliRunner, Result
 
 from se_retrofit.cli.commands import app
 
-__all__ = ["called", "said"]
-
 
 def called(*arguments: object) -> Result:
     """What a command did; what it raised is in the result."""

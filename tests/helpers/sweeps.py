@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-__all__ = ["ON_CUDA", "swept"]
-
 # the device, as a parameter of a test that is run where there is one
 ON_CUDA = pytest.param(
     "cuda",

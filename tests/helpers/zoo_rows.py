@@ -8,8 +8,6 @@ from pathlib import Path
 from tools.zoo import Row, entries, read_rows, smallest
 from tools.zoo.check import CONVERTED
 
-__all__ = ["OUT_OF_DATE", "listed_rows", "never_refused", "smallest_of_each_family"]
-
 OUT_OF_DATE = "docs/zoo.csv is out of date: python -m tools.zoo --output docs/zoo --fresh"
 
 TABLE = Path(__file__).parents[2] / "docs" / "zoo.csv"

@@ -20,8 +20,6 @@ from se_retrofit.surgery.splice.undo import is_retrofitted
 
 from .names import Entry
 
-__all__ = ["CONVERTED", "FAILED", "HAS_ATTENTION", "KINDS", "NO_BLOCKS", "Row", "check", "inspect_model"]
-
 CONVERTED = "converted"
 NO_BLOCKS = "refused: no convolutional blocks"
 HAS_ATTENTION = "refused: has channel attention already"

@@ -11,8 +11,6 @@ import timm
 import torch
 import torchvision
 
-__all__ = ["FullRun", "changed_since", "present_run", "read_run"]
-
 ROOT = Path(__file__).parents[2]
 UNKNOWN = "unknown"
 # what decides where SE goes in a network; a path may be missing on one side of a comparison

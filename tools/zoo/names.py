@@ -16,8 +16,6 @@ from torch import nn
 from se_retrofit.errors import RetrofitError
 from se_retrofit.models import TIMM_PREFIX
 
-__all__ = ["Entry", "entries"]
-
 
 @dataclass(frozen=True, order=True)
 class Entry:

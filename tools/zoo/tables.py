@@ -14,8 +14,6 @@ from se_retrofit.errors import RetrofitError
 from .check import CONVERTED, FAILED, HAS_ATTENTION, KINDS, NO_BLOCKS, Row
 from .last_run import FullRun, read_run
 
-__all__ = ["RowWriter", "family_table", "read_rows", "smallest", "structure", "summary_line", "write_markdown"]
-
 COLUMNS = (
     "name",
     "family",

@@ -19,8 +19,6 @@ import torch
 from .check import FAILED, Row, check
 from .names import Entry
 
-__all__ = ["walk"]
-
 Checker = Callable[[Entry], Row]
 
 

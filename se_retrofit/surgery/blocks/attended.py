@@ -6,8 +6,6 @@ from ..record.facts import only_user, real_users
 from ..record.graph import Op
 from .questions import TRANSPARENT, next_after
 
-__all__ = ["adds_positions", "spatial_convs"]
-
 WEIGHTS = ("sigmoid", "softmax", "_softmax")
 
 

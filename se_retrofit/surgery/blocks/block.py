@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from ..record.graph import Call, Op
 
-__all__ = ["Block", "Target"]
-
 
 @dataclass(frozen=True, eq=False)
 class Target:

@@ -8,8 +8,6 @@ from ..record.facts import real_users
 from ..record.graph import Call, Op, Record
 from .questions import TRANSPARENT, derives, has_nonlinearity, resizes
 
-__all__ = ["all_pass"]
-
 _COLLECTING = (*TRANSPARENT, "add", "cat", "pool")
 
 

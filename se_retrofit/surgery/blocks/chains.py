@@ -10,8 +10,6 @@ from .attended import adds_positions
 from .block import Block, Target
 from .questions import TRANSPARENT, activation_after, is_pointwise, next_after
 
-__all__ = ["covers_its_input", "is_feature", "lone_convolutions", "plain_chains", "tells_where"]
-
 
 def plain_chains(record: Record) -> Iterator[Block]:
     """Convolutions, norms and activations in a row: SE goes after each non-linearity (VGG, Simonyan and Zisserman,

@@ -19,8 +19,6 @@ from .questions import (
     resizes,
 )
 
-__all__ = ["dense_layers", "dual_paths", "split_units"]
-
 
 def dense_layers(record: Record) -> Iterator[Block]:
     """A concat of a value and of the outputs of several layers, each of which takes everything before it (DenseNet,

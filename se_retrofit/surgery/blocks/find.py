@@ -13,8 +13,6 @@ from .placements import PLACEMENTS
 from .questions import gate_after, is_gate
 from .table import RECOGNISERS, Recogniser
 
-__all__ = ["find_places"]
-
 HAS_ATTENTION = "has channel attention already"
 NOT_SHOWN = "the value that SE should recalibrate does not appear in the code of any of its modules"
 # Blocks with less than this fraction of the spatial convolutions in chains are exceptions in a plain network.

@@ -10,8 +10,6 @@ from ..record.graph import Op, Record
 from .block import Block
 from .questions import edge, is_gate, is_pointwise, next_after
 
-__all__ = ["core_of", "inverted_bottlenecks"]
-
 
 def inverted_bottlenecks(record: Record) -> Iterator[Block]:
     """The core of an inverted bottleneck without a bypass: SE goes after the depthwise convolution's norm and

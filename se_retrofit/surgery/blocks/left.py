@@ -12,8 +12,6 @@ from .names import path_of
 from .place import Found, Place
 from .questions import TRANSPARENT, next_after
 
-__all__ = ["left_out"]
-
 
 def left_out(
     record: Record, training: Record | None, found: Found, placed: Sequence[Place], everything: bool

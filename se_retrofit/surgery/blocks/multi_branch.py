@@ -11,8 +11,6 @@ from .attended import spatial_convs
 from .block import Block, Target
 from .questions import common_source, escapes, has_nonlinearity, joins_channels, own_operations, prefix_of, resizes
 
-__all__ = ["multi_branch_blocks"]
-
 
 def multi_branch_blocks(record: Record) -> Iterator[Block]:
     """A concat along the channels of branches from one value: SE goes after it, or after the 1x1 conv that fuses it

@@ -11,8 +11,6 @@ from ...errors import RetrofitError
 from ..record.graph import Call, Op, Record
 from .place import Found, Place, problem_of
 
-__all__ = ["places_at"]
-
 
 def places_at(record: Record, patterns: Sequence[str]) -> Found:
     """Return the places at the outputs of the modules whose paths match one of the patterns.

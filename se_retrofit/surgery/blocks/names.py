@@ -9,8 +9,6 @@ from ..record.roles import is_sequential
 from .block import Block
 from .questions import prefix_of
 
-__all__ = ["conv_paths", "name_of", "path_of"]
-
 
 def name_of(record: Record, block: Block) -> str:
     """Return the path of a block: that of the module that it is in, or of one around it that holds nothing else; in a

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from ..record.facts import only_user
 from ..record.graph import Call, Op
 
-__all__ = ["Found", "Place", "problem_of"]
-
 
 @dataclass(eq=False)
 class Place:

@@ -9,8 +9,6 @@ from ..record.graph import Record
 from .block import Block, Target
 from .questions import before, edge, is_pointwise
 
-__all__ = ["PLACEMENTS"]
-
 
 def auto(record: Record, block: Block) -> Target | None:
     """Where the block's recogniser puts it: on what the block has newly computed, once, at the last value before it

@@ -10,8 +10,6 @@ from ..record.joins import LEARNED
 from .block import Block, Target
 from .questions import common_source, escapes, has_nonlinearity, has_spatial_conv, next_after, own_operations
 
-__all__ = ["reparameterisable_sums", "summed_branches"]
-
 
 def reparameterisable_sums(record: Record) -> Iterator[Block]:
     """A sum of linear branches, equivalent to a single convolution: SE goes after the sum, before the activation, so

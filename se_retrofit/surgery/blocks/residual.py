@@ -24,8 +24,6 @@ from .questions import (
 )
 from .rep_sum import summed_branches
 
-__all__ = ["parallel_branches", "residual_units", "reversible_units"]
-
 
 def residual_units(record: Record) -> Iterator[Block]:
     """An add of a branch and a skip (the block's input, or a projection of it) that every path to the output passes (He

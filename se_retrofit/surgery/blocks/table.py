@@ -14,8 +14,6 @@ from .multi_branch import multi_branch_blocks
 from .rep_sum import reparameterisable_sums
 from .residual import parallel_branches, residual_units, reversible_units
 
-__all__ = ["RECOGNISERS", "Recognise", "Recogniser"]
-
 Recognise = Callable[[Record], Iterable[Block]]
 
 

@@ -25,8 +25,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...errors import RetrofitError
 from .isolation import forked_randomness
 
-__all__ = ["check_values", "check_whole", "copied", "in_mode", "mode_of", "on_cpu", "on_meta"]
-
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 Convert = Callable[[Tensor], Tensor]

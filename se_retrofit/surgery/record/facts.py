@@ -13,8 +13,6 @@ from .roles import module_role, role_of
 
 Takers = dict[Op, list[Op]]
 
-__all__ = ["innermost", "is_conv_or_linear", "only_user", "read", "real_users"]
-
 
 def read(record: Record) -> Record:
     """Determine the roles, users, channels and pooling of all operations of a record."""

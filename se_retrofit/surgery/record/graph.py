@@ -15,8 +15,6 @@ from torch import fx, nn
 
 from .inputs import Inputs, tensors_in
 
-__all__ = ["Call", "Conv", "Op", "Record", "Where", "rewritten", "tensor_of"]
-
 Where = tuple[tuple[types.CodeType, int], ...]  # frames of a module's own methods, innermost first: code and f_lasti
 
 

@@ -15,17 +15,6 @@ from torch import Tensor, nn
 from ...errors import brief
 from .copying import copied, on_cpu, on_meta
 
-__all__ = [
-    "Inputs",
-    "candidate_inputs",
-    "describe",
-    "described_inputs",
-    "float_dtype",
-    "given_inputs",
-    "in_dtype_of",
-    "tensors_in",
-]
-
 
 @dataclass(frozen=True)
 class Inputs:

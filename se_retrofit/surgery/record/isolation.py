@@ -24,8 +24,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .methods import unwrapped
 
-__all__ = ["forked_randomness", "isolated", "without_collections"]
-
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 
 

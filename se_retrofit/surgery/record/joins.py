@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .graph import Op
 
-__all__ = ["LEARNED", "interpolated", "meaning"]
-
 LEARNED = ("conv", "linear", "norm")
 
 Meaning = tuple[str, tuple[Op, ...]]  # the role of an operation, and its inputs as far as they count

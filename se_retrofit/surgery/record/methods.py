@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["METHODS", "Method", "methods_of", "unwrapped"]
-
 
 @dataclass(frozen=True, eq=False)
 class Method:

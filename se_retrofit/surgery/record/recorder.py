@@ -25,8 +25,6 @@ from .methods import methods_of
 from .roles import module_role, role_of
 from .values import Values, makes, written_by
 
-__all__ = ["NeedsValues", "record_run"]
-
 
 class NeedsValues(RuntimeError):
     """Raised if the run needs values, which meta tensors don't have."""

@@ -18,8 +18,6 @@ from torch.nn.utils import parametrize
 
 from ...attention import Inserted
 
-__all__ = ["is_sequential", "module_role", "role_of"]
-
 
 def _classes_of(module: types.ModuleType) -> tuple[type, ...]:
     """Return the layer classes that are defined in a Python module."""

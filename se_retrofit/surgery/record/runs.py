@@ -19,8 +19,6 @@ from .isolation import isolated, without_collections
 from .meta import MetaOperations
 from .recorder import NeedsValues, record_run
 
-__all__ = ["Runs", "record"]
-
 
 def record(model: nn.Module, example_inputs: Any = None) -> Record:
     """Run a copy of a model once, in eval mode, and record it as a ``torch.fx.Graph``.

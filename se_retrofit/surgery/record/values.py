@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .graph import Op
 from .inputs import tensors_in
 
-__all__ = ["Values", "makes", "written_by"]
-
 
 class Values:
     """The operations that computed the tensors of a run.

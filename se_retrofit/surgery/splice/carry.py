@@ -26,18 +26,6 @@ from .graphs import Insertion, insert_node, insertions_of
 from .source import Splice, SpliceError, source_of
 from .undo import PLAN, is_retrofitted, strip
 
-__all__ = [
-    "apply_edits",
-    "block_around",
-    "carry_out",
-    "class_name",
-    "forward_digest",
-    "has_attribute",
-    "misfit",
-    "problems_of",
-    "structure_of",
-]
-
 
 def carry_out(model: nn.Module, plan: Plan) -> None:
     """Retrofit a model in place by a plan that fits it.

@@ -11,8 +11,6 @@ from ...attention import Inserted
 from ..blocks import Place
 from ..record.graph import Call, Op, Record
 
-__all__ = ["Findings", "compare_records"]
-
 
 @dataclass(eq=False)
 class Findings:

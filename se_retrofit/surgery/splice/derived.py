@@ -17,8 +17,6 @@ from ..record.isolation import isolated
 from ..record.methods import unwrapped
 from .source import Source, Splice, SpliceError, source_of, spliced_members
 
-__all__ = ["Recipe", "RetrofittedBlock", "derived_class", "source_as_before"]
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -19,8 +19,6 @@ from .check import Findings, compare_records
 from .source import SpliceError
 from .ways import named, ways
 
-__all__ = ["Fitting", "SurgerySite"]
-
 IN_NO_CODE = "the value that SE should recalibrate appears in no code that can be changed"
 NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one expression"
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"

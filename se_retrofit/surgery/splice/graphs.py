@@ -14,8 +14,6 @@ from ...plan import Edit
 from ..record.graph import Call, Op
 from .source import SpliceError
 
-__all__ = ["Insertion", "graph_place", "graphs_of", "insert_node", "insertions_of"]
-
 
 def graphs_of(module: nn.Module) -> list[fx.Graph]:
     """Return the graphs of a GraphModule; one with a graph for each mode (torchvision's) has several."""

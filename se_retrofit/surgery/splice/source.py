@@ -20,8 +20,6 @@ from typing import Any
 
 from ..record.methods import unwrapped
 
-__all__ = ["Source", "Splice", "SpliceError", "node_at", "source_of", "span_of", "spliced_members"]
-
 Span = tuple[int, ...]  # first line, last line (counted from the method's first), first column, end column
 
 

@@ -12,8 +12,6 @@ from ...attention import Inserted
 from .derived import Recipe, RetrofittedBlock, derived_class
 from .graphs import graphs_of
 
-__all__ = ["PLAN", "is_retrofitted", "lost_sites", "strip"]
-
 PLAN = "_se_plan"  # the attribute in which a retrofitted model stores its plan
 
 

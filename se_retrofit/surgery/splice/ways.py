@@ -24,8 +24,6 @@ from .carry import class_name, forward_digest, has_attribute
 from .graphs import graph_place
 from .source import Source, SpliceError, node_at, source_of, span_of
 
-__all__ = ["SE_NAME", "named", "ways"]
-
 SE_NAME = "se_attention"
 
 
