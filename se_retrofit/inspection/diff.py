@@ -14,18 +14,15 @@ from ..surgery.record.methods import unwrapped
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import strip
 from .blocks import BlockPair, class_name
-from .lines import Line
-
-_STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
-def diff_lines(pair: BlockPair) -> list[Line]:
-    """Return the coloured diff of an inspected block."""
+def diff_lines(pair: BlockPair) -> list[str]:
+    """Return the diff of an inspected block."""
     lines: list[str] = []
     for source in sources(pair):
         before, after = ("".join(text).expandtabs().splitlines() for text in (source.before, source.after))
         lines += difflib.unified_diff(before, after, source.name, f"{source.name} with SE", n=3, lineterm="")
-    return [Line(line, style="bold" if line[:3] in ("---", "+++") else _STYLES.get(line[:1], "")) for line in lines]
+    return [line.rstrip() for line in lines]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ..errors import extra
@@ -12,7 +11,6 @@ from .costs import human
 from .diff import diff_lines
 from .drawing import sides_of
 from .inspected import Inspected
-from .lines import Line
 from .network import network_of
 from .picture import picture
 from .printing import headline
@@ -21,7 +19,8 @@ from .report import NUMBERS, OPTIONAL, Report, percent
 with extra("inspect"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-_CLASSES = {"green": "add", "red": "del", "cyan": "head", "bold": "head"}
+# the CSS classes of lines of a diff, by their first letters
+_CLASSES = {"---": "head", "+++": "head", "@": "head", "+": "add", "-": "del"}
 
 
 def page(found: Inspected, report: Report) -> str:
@@ -80,15 +79,14 @@ def _cards(report: Report) -> list[dict[str, Any]]:
 
 def _block(group: list[BlockPair]) -> dict[str, Any]:
     pair = group[0]
-    title, *places = (line.text for line in headline(pair))
+    title, places = headline(pair)
     return {
         "title": title,
         "place": "; ".join(places),
         "others": [other.path for other in group[1:]],
         "sides": [side.svg(word) for word, side in zip(("before", "after"), sides_of(pair), strict=True)],
-        "diff": _lines(diff_lines(pair)),
+        "diff": [
+            {"text": line, "cls": next((cls for start, cls in _CLASSES.items() if line.startswith(start)), "")}
+            for line in diff_lines(pair)
+        ],
     }
-
-
-def _lines(lines: Iterable[Line]) -> list[dict[str, str]]:
-    return [{"text": line.text, "cls": _CLASSES.get(line.style, "")} for line in lines]
