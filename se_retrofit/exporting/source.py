@@ -6,7 +6,6 @@ import inspect
 import runpy
 import textwrap
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -129,7 +128,7 @@ def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> st
             classes[recipe] = taken + (str(same + 1) if same else "")
             _check_importable(recipe.base)
             bodies.append(_class_text(type(module), recipe, classes[recipe]))
-            imports.update(_modules_of(recipe))
+            imports |= {recipe.base.__module__, *(splice.owner.__module__ for splice in recipe.splices)}
         blocks.append(f"    {path!r}: {classes[recipe]},")
     plan = plan_of(model) if has_se(model) else None
     inserted = {site.path: model.get_submodule(site.path) for site in plan.sites} if plan is not None else {}
@@ -175,11 +174,6 @@ def _check_importable(cls: type) -> None:
             f"the class {cls.__qualname__} of {cls.__module__} can't be imported by another program, so its source can't be exported; "
             "move it to a module"
         )
-
-
-def _modules_of(recipe: Recipe) -> Iterator[str]:
-    yield recipe.base.__module__
-    yield from (splice.owner.__module__ for splice in recipe.splices)
 
 
 def _class_text(derived: type, recipe: Recipe, name: str) -> str:

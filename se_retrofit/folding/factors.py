@@ -142,21 +142,15 @@ class Factors:
         given = op.takes[1:3]  # weight and bias of F.conv2d, F.batch_norm and so on
         if op.role == "linear" or not given or not all(self._is_parameter(p) for p in given):
             return None
-        if op.role == "conv":
-            if op.conv is None or (op.conv.transposed and op.conv.groups > 1):
-                return None
-            dims = [1 if op.conv.transposed else 0, 0]
-        else:
-            dims = [0, 0]
-        if any(p.shape[d] != len(factor) for p, d in zip(given, dims, strict=False)):
+        transposed = op.conv is not None and op.conv.transposed
+        if op.role == "conv" and (op.conv is None or (transposed and op.conv.groups > 1)):
             return None
         if op.role == "norm" and any(p.dim != 1 for p in given):
             return None
-        return [
-            Scaling(p.path, along(factor, d, p.dim), op)
-            for p, d in zip(given, dims, strict=False)
-            if p.path is not None
-        ]
+        own = list(zip(given, (int(transposed), 0), strict=False))
+        if any(p.shape[dim] != len(factor) for p, dim in own):
+            return None
+        return [Scaling(str(p.path), along(factor, dim, p.dim), op) for p, dim in own]
 
     def _multiplied(self, op: Op, factor: Tensor) -> list[Scaling] | None:
         """Fold into a product: into its parameter, such as layer scale, or else further back, into what it scales."""

@@ -76,10 +76,13 @@ def fold_se(
         ses = {site.path: work.get_submodule(site.path) for site in sites}
         gates = gates_over(work, ses, ((batch.inputs, None) for batch in batches))
         reference = Reference(work, batches)
-        effects = _effects(work, gates, reference)
-        kept = _greedy(work, gates, effects, reference, tolerance, max_accuracy_loss)
+        effects, kept = _greedy(work, gates, reference, tolerance, max_accuracy_loss)
         todo = _absorb(work, [path for path in gates if path not in kept], gates, batches)
-        _check_progress(todo, ses)
+        if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
+            raise RetrofitError(
+                f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be "
+                "folded into any weight"
+            )
         carry_out(work, replace(todo, scalings=[]))
         change, accuracy = reference.compare()
     result = model if inplace else copied(model)
@@ -121,22 +124,16 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any,
 # Which gates may be constant ------------------------------------------------------------------------------------------
 
 
-def _effects(work: nn.Module, gates: dict[str, SiteGates], reference: Reference) -> dict[str, float]:
-    """Return how much constant gates at each site change the outputs, with all other sites unchanged."""
-    effects = {}
+def _greedy(
+    work: nn.Module, gates: dict[str, SiteGates], reference: Reference, tolerance: float, max_accuracy_loss: float
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Make gates constant within the limits, starting with the least effect. Return how much constant gates at each site
+    alone change the outputs, and the limits that kept sites."""
+    effects, kept = {}, {}
     for path, found in gates.items():
         se = put_factor(work, path, found.mean)
         effects[path] = reference.compare()[0]
         put(work, path, se)
-    return effects
-
-
-def _greedy(
-    work: nn.Module, gates: dict[str, SiteGates], effects: dict[str, float], reference: Reference,
-    tolerance: float, max_accuracy_loss: float,
-) -> dict[str, str]:  # fmt: skip
-    """Make gates constant within the limits, starting with the least effect; return the limits that kept the others."""
-    kept = {}
     for path in sorted(gates, key=lambda path: effects[path]):
         if effects[path] > tolerance:
             kept[path] = "outputs"
@@ -150,7 +147,7 @@ def _greedy(
             kept[path] = "accuracy"
         if path in kept:
             put(work, path, se)
-    return kept
+    return effects, kept
 
 
 # Where they are folded ------------------------------------------------------------------------------------------------
@@ -204,14 +201,6 @@ def absorb(
         for name, value in before.items():
             work.get_parameter(name).copy_(value)
     return None
-
-
-def _check_progress(todo: Todo, ses: dict[str, nn.Module]) -> None:
-    if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
-        raise RetrofitError(
-            f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be folded into "
-            "any weight"
-        )
 
 
 # Carrying it out ------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def _own_gate(path: str, se: nn.Module) -> Gate:
 
 def _native_gate(product: Op) -> tuple[Gate, set[Op]]:
     gate, scaled = product.data if product.data[0].flat else reversed(product.data)
-    path = next((c.path for c in _calls(gate) if c.path), gate.call.path)
+    path = gate.call.path  # "" only where the network itself computes the gate
     op, own, layers = gate, {product}, []
     for wanted in ("sigmoid", "layer", "relu", "layer", "pool"):
         while op.role in ("pass", "shape") and len(op.data) == 1:
@@ -119,13 +119,6 @@ def _native_gate(product: Op) -> tuple[Gate, set[Op]]:
     shape = next(_tensors(layers[1]))[1]
     biases = (first[1] if len(first) > 1 else None, second[1] if len(second) > 1 else None)
     return Gate(path, int(shape[1]), int(shape[0]), (first[0], second[0]), biases), own
-
-
-def _calls(op: Op) -> Iterator[Any]:
-    call = op.call
-    while call is not None:
-        yield call
-        call = call.parent  # type: ignore[assignment]
 
 
 def _tensors(op: Op) -> Iterator[tuple[str, torch.Size]]:

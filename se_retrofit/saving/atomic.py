@@ -30,7 +30,7 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
     Raises:
         RetrofitError: As for ``check_replaceable``, or if ``path`` can't be written. What was at ``path`` is kept.
     """
-    fresh, aside = _fresh(path), _aside(path)
+    fresh, aside = _beside(path, "new"), _beside(path, "previous")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):
@@ -38,20 +38,20 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
                 if aside.exists() and not path.exists():
                     aside.rename(path)
                 check_replaceable(path, ours)
-                _remove(fresh)
+                shutil.rmtree(fresh, ignore_errors=True)
                 fresh.mkdir()
                 yield fresh
                 for file in fresh.iterdir():
                     sync(file)
                 sync(fresh)
-                _remove(aside)
+                shutil.rmtree(aside, ignore_errors=True)
                 if path.exists():
                     path.rename(aside)
                 fresh.rename(path)
-                _remove(aside)
+                shutil.rmtree(aside, ignore_errors=True)
                 sync(path.parent)
             finally:
-                _remove(fresh)
+                shutil.rmtree(fresh, ignore_errors=True)
                 if aside.exists() and not path.exists():
                     aside.rename(path)
     except OSError as error:
@@ -115,7 +115,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 def settled(path: Path) -> Path:
     """Return the folder to read: ``path``, or the previous folder if the process was killed between the two renames."""
-    return _aside(path) if _aside(path).is_dir() and not path.exists() else path
+    aside = _beside(path, "previous")
+    return aside if aside.is_dir() and not path.exists() else path
 
 
 def sync(path: Path) -> None:
@@ -129,19 +130,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _fresh(path: Path) -> Path:
-    return _beside(path, "new")
-
-
-def _aside(path: Path) -> Path:
-    return _beside(path, "previous")
-
-
 def _beside(path: Path, suffix: str) -> Path:
     whole = Path(os.path.abspath(path))  # "." has no name
     return whole.parent / f".{whole.name}.{suffix}"
-
-
-def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
