@@ -28,11 +28,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: object) -> Any:
-    """Return the content of JSON text from ``where``.
-
-    Raises:
-        RetrofitError: If it is not valid JSON, has a duplicate key, or is nested too deeply.
-    """
+    """Return the content of JSON text, without duplicate keys or deep nesting."""
     try:
         data = json.loads(text, object_pairs_hook=_once)
         json.dumps(data, ensure_ascii=False).encode()  # lone surrogates could be neither printed nor written
@@ -87,11 +83,7 @@ def _check_nesting(data: Any, where: object, most: float = float("inf")) -> None
 
 
 def read_as(value: Any, kind: Any, where: str) -> Any:
-    """Convert plain data to the type that a field is annotated with: a dataclass, or lists, dicts and simple values.
-
-    Raises:
-        RetrofitError: If it is of another type, or a dataclass has other fields; the message names the field.
-    """
+    """Convert plain data to the type that a field is annotated with; an error names the field."""
     base, inner = get_origin(kind) or kind, get_args(kind)
     if kind is Any or (value is None and type(None) in inner):
         return value

@@ -176,8 +176,7 @@ def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...]
 
 
 def as_options(text: str, names: Iterable[str]) -> str:
-    """Replace the arguments that an error names, ``batch_size`` or ``bad_images="skip"``, by the command's options,
-    ``--batch-size`` and ``--bad-images skip``."""
+    """Replace arguments in an error, ``bad_images="skip"``, by the command's options, ``--bad-images skip``."""
 
     def replaced(found: re.Match[str]) -> str:
         before, name, value = found.groups()

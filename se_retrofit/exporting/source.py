@@ -90,11 +90,7 @@ def load({argument}) -> nn.Module:
 
 
 def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs) -> Path:
-    """Write the file and its weights, load them like any program, and compare the outputs.
-
-    Raises:
-        RetrofitError: If the network can't be written in this form, or the outputs differ. No file is left then.
-    """
+    """Write the file and its weights, load them like any program, and compare the outputs; all or nothing."""
     if file.suffix != ".py":
         raise RetrofitError(f"the source is a Python file, so its name must end in .py, got {file.name}")
     check_unfused(model, "an exported source")

@@ -88,11 +88,7 @@ class Folder:
         return self.path / BEST
 
     def save(self, model: nn.Module, progress: Progress, parts: dict[str, Any]) -> None:
-        """Write ``last/``: the network, the progress of the run, and the state dicts in ``parts``.
-
-        Raises:
-            RetrofitError: If it can't be written; the previous checkpoint is untouched.
-        """
+        """Write ``last/``: the network, the progress of the run, and the state dicts in ``parts``."""
         tree, tensors = split(parts)
         state = State(FORMAT, progress, self.config.to_dict(), self.experiment, tree)
         with replaced_directory(self.last, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
@@ -106,11 +102,7 @@ class Folder:
             write_network(model, fresh)
 
     def load(self, model: nn.Module) -> tuple[Progress, dict[str, Any]]:
-        """Load the weights in ``last/`` into ``model``, and return the progress of the run and its state dicts.
-
-        Raises:
-            RetrofitError: If the checkpoint is broken, or of another network, experiment or config; nothing is loaded.
-        """
+        """Load the weights in ``last/`` into ``model``, and return the progress and the state dicts; all or nothing."""
         folder = settled(self.last)
         state: State = read_fields(read_json(folder / STATE), State, f"{folder / STATE}: state", FORMAT)
         self._check_config(state)  # first, because the parameter groups, for example, follow from it
@@ -220,11 +212,7 @@ KINDS: dict[str, Any] = {"tuple": tuple, "list": list, "dict": dict}
 
 
 def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Split nested state dicts into plain data for JSON and tensors by name. ``join`` is the inverse.
-
-    Raises:
-        TypeError: If a value is neither plain data nor a tensor.
-    """
+    """Split nested state dicts into plain data for JSON and tensors by name; anything else raises a TypeError."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, name: str) -> Any:
@@ -244,11 +232,7 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def join(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """Rebuild the state dicts that ``split`` took apart.
-
-    Raises:
-        KeyError, TypeError, ValueError: If a tensor is missing, or the tree has an unknown element.
-    """
+    """Rebuild the state dicts that ``split`` took apart; raises a KeyError, TypeError or ValueError if it can't."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):

@@ -90,10 +90,7 @@ def default_workers(data: Any, world: int) -> int:
 
 
 class Order(Sampler[list[Key]]):
-    """Which items make up the batches of this process.
-
-    Together, the processes use the same batches as a single process with a correspondingly larger batch size.
-    """
+    """Which items make up the batches of this process; together, the processes use those of one with larger batches."""
 
     def __init__(
         self, data: Any, batch_size: int, *, name: str, train: bool, seed: int, rank: int, world: int,

@@ -193,8 +193,7 @@ def limited(data: Any, limit: int | None) -> Any:
 
 
 def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
-    """Return a remark if a run was trained on some of these images, given the result of ``describe_data`` for its
-    training data; empty if it was not, or if that is unknown."""
+    """Return a remark if a run with this description of its training data was trained on some of these images."""
     if training is None:
         return ""
     known = {field: value for field, value in training.items() if field != "batch size"}

@@ -114,8 +114,7 @@ def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Forward(nn.Module):
-    """A module that is passed to Accelerate in place of the network, so that wrappers and the patched ``forward``
-    (autocast) apply to this module, and the caller's network stays as it is."""
+    """What Accelerate wraps and patches (``forward``, for autocast) in place of the caller's network."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

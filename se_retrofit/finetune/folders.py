@@ -83,8 +83,7 @@ def class_sizes(images: ImageFolder) -> str:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of ``train``, ``val`` and ``test`` that exist; none in a folder of classes, one of which may
-    have such a name."""
+    """Return the folders of ``train``, ``val`` and ``test``; none in a folder of classes, which may have such names."""
     found = set(class_folders(folder))
     names = {split: next((name for name in known if name in found), None) for split, known in FOLDERS.items()}
     parts = {split: folder / name for split, name in names.items() if name is not None}

@@ -262,12 +262,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, upda
 
 
 def try_out(config: FinetuneConfig) -> None:
-    """Try out the config's optimizer and schedule: update two small parameters once, save and load the optimizer's
-    state, and step the schedule through the run.
-
-    Raises:
-        RetrofitError: If one can't be built or fails, the optimizer needs a closure, or its state can't be saved.
-    """
+    """Try out the config's optimizer and schedule: an update, saving and loading its state, the schedule's steps."""
     try:
         get_optimizer_class(config.optimizer, bind_defaults=False)
     except ValueError as error:

@@ -19,10 +19,7 @@ LOCK = ".running"
 
 @contextlib.contextmanager
 def alone_in(folder: Path | None) -> Iterator[None]:
-    """Keep other processes from running in the same folder, on systems with ``fcntl``; None stands for no folder.
-
-    The lock belongs to this process, not to the data-loading processes that it starts, and is released however it ends.
-    """
+    """Keep other processes out of a folder, if there is one. The loading processes don't inherit the lock."""
     if fcntl is None or folder is None:
         yield
         return

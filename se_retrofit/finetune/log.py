@@ -47,10 +47,7 @@ COLUMNS = {
 
 
 class Log:
-    """Prints and writes the log of the main process; other processes only print warnings.
-
-    In a terminal, a progress bar is drawn under the table; elsewhere, a line is printed now and then.
-    """
+    """The log of the main process: a table with a progress bar, or lines now and then. Others only print warnings."""
 
     def __init__(
         self, output: Path | None, accelerator: Accelerator, *, quiet: bool = False, epochs: int = 0, updates: int = 0,

@@ -159,8 +159,7 @@ def norms_of(model: nn.Module) -> list[nn.Module]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a module has a scale (and perhaps a shift) for each channel, and is one of PyTorch's norms or
-    behaves like one: its output does not change when its input is scaled."""
+    """Return whether a module with a scale for each channel is a norm: it undoes any scaling of its input."""
     own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
     if not own or len(own) > 2 or any(p.dim() != 1 for p in own):
         return False

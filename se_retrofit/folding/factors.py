@@ -47,8 +47,7 @@ class Scaling:
 
 
 class Factors:
-    """Finds where factors can be folded in a network, from a record of a copy of it; the SE modules at the paths in
-    ``transparent`` already have constant gates."""
+    """Finds where factors can be folded in a recorded network; ``transparent`` are SE modules with constant gates."""
 
     def __init__(self, model: nn.Module, record: Record, transparent: Iterable[str] = ()) -> None:
         self.model = model
@@ -59,8 +58,7 @@ class Factors:
         self.uses = self._uses()
 
     def backwards(self, path: str, factor: Tensor) -> list[Scaling] | None:
-        """Return how to multiply the value that the SE module at ``path`` scales by ``factor`` before it is scaled;
-        None if that is impossible."""
+        """Return how to multiply the value that the SE module at ``path`` scales by ``factor``, or None."""
         return self._for_all_calls(path, lambda op: self._made(op.data[0], op, factor))
 
     def forwards(self, path: str, factor: Tensor) -> list[Scaling] | None:

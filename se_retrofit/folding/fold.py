@@ -155,8 +155,7 @@ def _greedy(
 
 @dataclass(frozen=True)
 class Todo:
-    """The changes to make to a network: the scalings of its parameters, the SE modules that are ``gone`` with their
-    substitutes, and the ``factors`` that replace others, by path."""
+    """Changes to a network: scalings, the SE modules that are ``gone`` with theirs, ``factors`` for others."""
 
     scalings: list[Scaling] = field(default_factory=list)
     gone: dict[str, list[Scaling]] = field(default_factory=dict)
@@ -184,8 +183,7 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], b
 def absorb(
     work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Labelled, wanted: list[Tensor]
 ) -> list[Scaling] | None:
-    """Fold the constant factor of an SE module into the network and set the module's own to 1. If that is impossible,
-    return None and leave the network unchanged."""
+    """Fold the constant factor of an SE module into the network; if that is impossible, change nothing, return None."""
     close = torch.finfo(wanted[0].dtype).eps ** 0.5
     for find in (factors.backwards, factors.forwards):
         scalings = find(path, factor)

@@ -164,11 +164,7 @@ def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
 
 
 def copy_layers(pairs: list[tuple[Part, Part]], source: nn.Module, target: nn.Module) -> None:
-    """Copy the values of each part of ``source`` (the first of a pair) to its part of ``target``.
-
-    Raises:
-        RetrofitError: If a gate of the source has biases, and that of the target has none. Nothing is copied then.
-    """
+    """Copy the values of each part of ``source``, the first of a pair, to that of ``target``; all or nothing."""
     values, own = source.state_dict(), target.state_dict()
     copies: list[tuple[Tensor, Tensor]] = []
     for a, b in pairs:

@@ -94,11 +94,7 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Provide a new file beside ``path`` to write to, which replaces ``path`` on exit.
-
-    Raises:
-        RetrofitError: If the file can't be written. What was at ``path`` is kept.
-    """
+    """Provide a new file beside ``path`` to write to, which replaces ``path`` on exit unless an error is raised."""
     # The suffix is kept for writers that depend on it (matplotlib).
     fresh = path.parent / f".{path.stem}.new{path.suffix}"
     try:
