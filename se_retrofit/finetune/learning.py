@@ -198,12 +198,6 @@ def fans_in(module: nn.Module) -> dict[int, int]:
     return found
 
 
-def group_summary(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each group's name, learning-rate factor, weight decay and number of tensors as plain data."""
-    plain = ("name", "lr_scale", "weight_decay")
-    return [{**{name: group.get(name) for name in plain}, "tensors": len(group["params"])} for group in groups]
-
-
 def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
     """Return a line with the peak learning rates of SE, head and body."""
     scales: dict[str, set[float]] = {}
