@@ -55,16 +55,16 @@ class Split:
     """Images to evaluate a network on.
 
     Attributes:
-        data: a Dataset, or anything else that ``evaluate`` accepts.
-        name: ``"train"``, ``"val"``, ``"test"`` or ``"all"``; empty if the data was not opened by name.
-        about: which images these are, and how many; empty if the data was not opened by name.
+        data: a Dataset for ``evaluate``.
+        name: ``"train"``, ``"val"``, ``"test"`` or ``"all"``.
+        about: which images these are, and how many.
         unseen: the split to evaluate instead to get images that no run trained on; None if there is no other.
         training: for ``"all"``, those of the images that ``finetune`` trains on; None if there are none.
     """
 
     data: Any
-    name: str = ""
-    about: str = ""
+    name: str
+    about: str
     unseen: str | None = None
     training: Any = None
 

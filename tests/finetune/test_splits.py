@@ -11,12 +11,12 @@ import timm
 import torch
 from command_line import said
 from pictures import make_cifar10, make_folder
-from tiny import config, trained
+from tiny import trained
 from torch import nn
 from torchvision.datasets import ImageFolder
 
 from se_retrofit import RetrofitError, add_se
-from se_retrofit.finetune import evaluate, load_data, load_split
+from se_retrofit.finetune import load_data, load_split
 
 
 def told(folder: Path, data: Path | str, *options: str) -> list[str]:
@@ -98,16 +98,6 @@ def test_a_class_may_have_the_name_of_a_split(flowers: Path, tmp_path: Path) -> 
     whole = load_split(tmp_path / "odd")
     assert (whole.name, len(whole.data), whole.data.classes) == ("all", 36, ["car", "ship", "train"])
     assert load_data(tmp_path / "odd").num_classes == 3
-
-
-def test_the_python_functions_take_a_folder_and_a_split(pictures: Path, model: nn.Module) -> None:
-    recipe = config(image_size=32)
-    train = ImageFolder(str(pictures / "train"))
-    whole, found = evaluate(model, train, config=recipe), evaluate(model, str(pictures), split="train", config=recipe)
-    assert found.classes == whole.classes
-    assert str(found) == f"train of {pictures}: 24 images\n{whole}"
-    with pytest.raises(RetrofitError, match=r"split='val' .* ImageFolder"):
-        evaluate(model, train, split="val", config=recipe)
 
 
 def test_digits_are_split_by_class_and_alike_every_time() -> None:
