@@ -1,4 +1,4 @@
-"""The parts of an item or a batch of data: inputs, and labels if any, as pairs or under the usual keys of dicts."""
+"""The batches of the data given to gate statistics and folding, and a batch as a network takes it."""
 
 from __future__ import annotations
 
@@ -9,33 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import RetrofitError, extra
-
-# The usual names, including those of Hugging Face data sets, of its models' arguments, and of MONAI
-INPUTS = ("pixel_values", "image", "img", "images", "input", "inputs", "x")
-LABELS = ("labels", "label", "target", "targets", "class", "fine_label", "y")
-BATCH_SIZE = 32  # for a Dataset, which has none of its own
-
-
-def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | None]:
-    """Return the keys of inputs and labels (None if there are none): those given, or the usual ones among the names."""
-    names = list(names)
-    there = f"the data's dicts have the keys {', '.join(map(str, names))}"
-    if missing := [key for key in keys if key not in names]:
-        raise RetrofitError(f"{there}, and not {' and '.join(missing)}")
-    inputs, labels = (next((key for key in usual if key in names), None) for usual in (INPUTS, LABELS))
-    if len(keys) == 2:
-        inputs, labels = keys
-    if inputs is None:
-        raise RetrofitError(f'{there}: say which are image and class, such as keys=("image", "label")')
-    return inputs, labels
-
-
-def fields_of(item: Any, keys: Sequence[str] = ()) -> Sequence[Any]:
-    """Return the inputs of an item or a batch and what follows them: its parts in order, or by the keys of a dict."""
-    if isinstance(item, Mapping):
-        return [item[key] for key in keys_in(item, keys) if key is not None]
-    return item if isinstance(item, (tuple, list)) and item else (item,)
+from .errors import extra
+from .fields import BATCH_SIZE, fields_of
 
 
 def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Tensor | None]:

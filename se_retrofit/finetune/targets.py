@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
-from ..batches import keys_in
 from ..errors import RetrofitError, brief
+from ..fields import keys_in
 
 
 def targets_together(targets: Sequence[Any]) -> Tensor:

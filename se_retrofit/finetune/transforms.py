@@ -14,8 +14,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from ..batches import BATCH_SIZE, keys_in
 from ..errors import RetrofitError
+from ..fields import BATCH_SIZE, keys_in
 from ..models import IMAGES, Base
 from ..tables import few
 from .config import FinetuneConfig

@@ -1,0 +1,36 @@
+"""The parts of an item or a batch of data: inputs, and labels if any, as pairs or under the usual keys of dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .errors import RetrofitError
+
+# The usual names, including those of Hugging Face data sets, of its models' arguments, and of MONAI
+INPUTS = ("pixel_values", "image", "img", "images", "input", "inputs", "x")
+LABELS = ("labels", "label", "target", "targets", "class", "fine_label", "y")
+BATCH_SIZE = 32  # for a Dataset, which has none of its own
+
+
+def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | None]:
+    """Return the keys of inputs and labels among the names in a dict: the given keys, or the usual ones. The key of the
+    labels is None if there are no labels.
+    """
+    names = list(names)
+    there = f"the data's dicts have the keys {', '.join(map(str, names))}"
+    if missing := [key for key in keys if key not in names]:
+        raise RetrofitError(f"{there}, and not {' and '.join(missing)}")
+    inputs, labels = (next((key for key in usual if key in names), None) for usual in (INPUTS, LABELS))
+    if len(keys) == 2:
+        inputs, labels = keys
+    if inputs is None:
+        raise RetrofitError(f'{there}: say which are image and class, such as keys=("image", "label")')
+    return inputs, labels
+
+
+def fields_of(item: Any, keys: Sequence[str] = ()) -> Sequence[Any]:
+    """Return the inputs of an item or a batch and what follows them: its parts in order, or by the keys of a dict."""
+    if isinstance(item, Mapping):
+        return [item[key] for key in keys_in(item, keys) if key is not None]
+    return item if isinstance(item, (tuple, list)) and item else (item,)
