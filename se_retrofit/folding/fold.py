@@ -77,12 +77,7 @@ def fold_se(
         gates = gates_over(work, ses, ((batch.inputs, None) for batch in batches))
         reference = Reference(work, batches)
         effects, kept = _greedy(work, gates, reference, tolerance, max_accuracy_loss)
-        todo = _absorb(work, [path for path in gates if path not in kept], gates, batches)
-        if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
-            raise RetrofitError(
-                f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be "
-                "folded into any weight"
-            )
+        todo = _absorb(work, ses, [path for path in gates if path not in kept], gates, batches)
         carry_out(work, replace(todo, scalings=[]))
         change, accuracy = reference.compare()
     result = model if inplace else copied(model)
@@ -162,13 +157,18 @@ class Todo:
     factors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Labelled]) -> Todo:
+def _absorb(
+    work: nn.Module,
+    ses: dict[str, nn.Module],
+    constant: list[str],
+    gates: dict[str, SiteGates],
+    batches: list[Labelled],
+) -> Todo:
     """Fold constant gates into the network, after checking that each leaves the outputs unchanged up to rounding."""
     todo = Todo()
-    if not constant:
-        return todo
-    factors = Factors(work, record(work, Inputs((batches[0].inputs,))), constant)
-    wanted = outputs_of(work, batches[0])
+    if constant:
+        factors = Factors(work, record(work, Inputs((batches[0].inputs,))), constant)
+        wanted = outputs_of(work, batches[0])
     for path in constant:
         factor = gates[path].mean
         scalings = absorb(work, factors, path, factor, batches[0], wanted)
@@ -177,6 +177,11 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], b
         else:
             todo.scalings.extend(scalings)
             todo.gone[path] = scalings
+    if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
+        raise RetrofitError(
+            f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be folded into "
+            "any weight"
+        )
     return todo
 
 
