@@ -27,6 +27,15 @@ def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | 
     return inputs, labels
 
 
+def label_column(data: Any, keys: Sequence[str] = ()) -> str | None:
+    """Return the labels' column of a Hugging Face data set; None for other data, and if its items have other keys."""
+    columns = getattr(data, "features", None)
+    try:
+        return keys_in(columns, keys)[1] if isinstance(columns, dict) else None
+    except RetrofitError:
+        return None
+
+
 def fields_of(item: Any, keys: Sequence[str] = ()) -> Sequence[Any]:
     """Return the inputs of an item or a batch and what follows them: its parts in order, or by the keys of a dict."""
     if isinstance(item, Mapping):

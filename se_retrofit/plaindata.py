@@ -40,6 +40,15 @@ def parse_json(text: str, where: object) -> Any:
     return data
 
 
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RetrofitError(f"{path} can't be read: {error}") from error
+    return parse_yaml(text, path)
+
+
 def parse_yaml(text: str, where: object) -> Any:
     """Return the content of YAML text from ``where``, which may only hold plain data."""
     import yaml  # from the extra "finetune"

@@ -17,8 +17,6 @@ from .app import app, say
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan import Plan
-
 HELP = """
 Retrofit a timm or torchvision network, print what was inserted, and check that its outputs are the same.
 
@@ -59,8 +57,8 @@ def add(
     plan = plan_of(retrofitted)
     say(console, f"{base}: {type(original).__name__}")
     say(console, plan)
-    say(console, added(original, plan))
-
+    before = sum(parameter.numel() for parameter in original.parameters())
+    say(console, f"parameters: {before:,} -> {before + plan.parameters:,} (+{plan.parameters / before:.1%})")
     random_weights = not pretrained and checkpoint is None
     same = check(console, original, retrofitted, random_weights=random_weights, gate=context.params["gate"])
     if output is not None:
@@ -70,11 +68,6 @@ def add(
         say(console, f'saved {output}. To load it: se_retrofit.load_retrofitted("{output}")')
     if not same:
         raise typer.Exit(1)
-
-
-def added(model: nn.Module, plan: Plan) -> str:
-    before = sum(parameter.numel() for parameter in model.parameters())
-    return f"parameters: {before:,} -> {before + plan.parameters:,} (+{plan.parameters / before:.1%})"
 
 
 def check(console: Console, original: nn.Module, retrofitted: nn.Module, *, random_weights: bool, gate: str) -> bool:
@@ -102,7 +95,8 @@ def check(console: Console, original: nn.Module, retrofitted: nn.Module, *, rand
         except Exception as error:
             if mode == "eval":
                 raise RetrofitError(f"{type(original).__name__} does not run on random inputs: {error}") from error
-            say(console, f"  train mode: not checked, the network itself does not run so ({first_line(error)})")
+            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            say(console, f"  train mode: not checked, the network itself does not run so ({reason})")
             continue
         if not comparison.finite:
             say(console, f"  {mode} mode: shows nothing, the original's outputs are not finite")
@@ -118,15 +112,8 @@ def check(console: Console, original: nn.Module, retrofitted: nn.Module, *, rand
         as_promised = False
     else:
         say(console, f"  counter-check: with random gates they differ by {counter.difference:.2g} x the largest value")
+    verdict = "the same function" if as_promised else "NOT shown to be the same function"
     if gate != "identity":
-        say(
-            console,
-            "verdict: not the same function, as expected: a sigmoid gate halves what it scales until it is trained",
-        )
-    else:
-        say(console, "verdict: " + ("the same function" if as_promised else "NOT shown to be the same function"))
+        verdict = "not the same function, as expected: a sigmoid gate halves what it scales until it is trained"
+    say(console, f"verdict: {verdict}")
     return as_promised
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -32,7 +33,9 @@ def construction_of(path: str, module: nn.Module) -> Name:
             f"{path} is {words}, whose source can't be exported; that of the built-in attentions can. Save the network with "
             "save_retrofitted, or export it to another format"
         )
-    held = {name: repr(vars(module)[name]) for name in ("channel_dim", "inplace", "dims") if name in vars(module)}
+    held: dict[str, str] = {
+        name: repr(vars(module)[name]) for name in ("channel_dim", "inplace", "dims") if name in vars(module)
+    }
     held |= {name: _construction(child) for name, child in module.named_children()}
     for name, parameter in module.named_parameters(recurse=False):
         held[name] = f"nn.Parameter(torch.ones{tuple(parameter.shape)})"
@@ -54,7 +57,7 @@ def classes_text(modules: Iterable[nn.Module]) -> str:
     modules = list(modules)
     if not modules:
         return ""
-    base = {name: vars(Inserted)[name] for name in ("squeezed", "scaled", "forward")}
+    base: dict[str, Any] = {name: vars(Inserted)[name] for name in ("squeezed", "scaled", "forward")}
     classes = {cls: [vars(cls)[name] for name in METHODS if name in vars(cls)] for cls in map(type, modules)}
     called = dict.fromkeys(f for methods in (base.values(), *classes.values()) for m in methods for f in _called(m))
     layers = dict.fromkeys(type(m) for module in modules for m in module.modules() if not _is_torchs(m))

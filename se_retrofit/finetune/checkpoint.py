@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
-from ..plaindata import parse_yaml, read_json
+from ..plaindata import read_json, read_yaml
 from ..saving.atomic import check_replaceable, replaced_directory, replaced_file, settled
 from ..saving.networks import write_network
 from ..saving.recipe import RECIPE, WEIGHTS, read_fields, read_recipe
@@ -189,8 +189,8 @@ def has_epochs(file: Path) -> bool:
 def written(file: Path) -> dict[str, Any]:
     """Return the content of a ``run.yaml``; empty if it is missing or broken."""
     try:
-        content = parse_yaml(file.read_text(encoding="utf-8"), file)
-    except (OSError, ValueError):
+        content = read_yaml(file)
+    except RetrofitError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
-from ..fields import BATCH_SIZE, keys_in
+from ..fields import BATCH_SIZE, label_column
 from ..models import IMAGES, Base
 from ..tables import few
 from .config import FinetuneConfig
@@ -97,23 +97,14 @@ def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
     for owner in (data, getattr(data, "reader", None), getattr(data, "dataset", None)):
         if getattr(owner, "target_transform", None) is not None:
             return None
-        names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None) or _names_in(owner, keys)
+        names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)
+        if not names and (column := label_column(owner, keys)) is not None:
+            names = getattr(owner.features[column], "names", None)
         if isinstance(names, dict):
             names = sorted(names, key=names.__getitem__)
         if isinstance(names, (list, tuple)):
             return [str(name) for name in names]
     return None
-
-
-def _names_in(data: Any, keys: Sequence[str]) -> list[str] | None:
-    """Return the class names of a Hugging Face data set; None if a transform gives its items other keys than its columns have."""
-    features = getattr(data, "features", None)
-    if not isinstance(features, dict):
-        return None
-    try:
-        return getattr(features.get(keys_in(features, keys)[1]), "names", None)
-    except RetrofitError:
-        return None
 
 
 def prepared_batches(
