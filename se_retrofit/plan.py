@@ -220,9 +220,6 @@ def noted_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "attention": {"callable": name_of(attention)} if callable(attention) else attention}
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
 def _as_now(data: Any) -> Any:
     """Convert the data of older versions, in which SE was the only attention, and a static factor was one of its gates,
     or a site with a hidden width of 0."""

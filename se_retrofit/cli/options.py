@@ -89,9 +89,6 @@ SE_OPTIONS: Options = {
 }
 
 
-# The recipe
-
-
 def bare(annotation: Any) -> tuple[Any, bool]:
     """Return a field's type without its bounds, and whether it may be None."""
     if get_origin(annotation) is Annotated:
@@ -141,9 +138,6 @@ def recipe_of(context: typer.Context, fields: dict[str, Any]) -> FinetuneConfig:
 def recipe_fields(context: typer.Context) -> dict[str, Any]:
     """Return the fields of ``FinetuneConfig`` that are given on the command line."""
     return {name: context.params[name] for name in given(context) if name in RECIPE_FIELDS}
-
-
-# How commands take them
 
 
 def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[..., Any]:

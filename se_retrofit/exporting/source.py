@@ -161,9 +161,6 @@ def _build_text(base: Base | None) -> str:
     return f"    model = {builder}({arguments})"
 
 
-# Classes --------------------------------------------------------------------------------------------------------------
-
-
 def _check_importable(cls: type) -> None:
     if "<locals>" in cls.__qualname__ or cls.__module__ == "__main__":
         raise RetrofitError(

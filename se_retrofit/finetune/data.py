@@ -86,9 +86,6 @@ def default_workers(data: Any, world: int) -> int:
     return max(1, min(8, (os.cpu_count() or 1) // here))
 
 
-# Datasets
-
-
 class Order(Sampler[list[Key]]):
     """Which items make up the batches of this process; together, the processes use those of one with larger batches."""
 
@@ -296,9 +293,6 @@ class DatasetStream:
         self.loader._iterator = None
         if loading is not None:
             loading._shutdown_workers()
-
-
-# DataLoaders
 
 
 class LoaderStream:

@@ -209,9 +209,6 @@ def _joined(notes: Iterable[str]) -> str:
     return "\n".join(filter(None, notes))
 
 
-# Kinds of data
-
-
 def digit_images(size: int) -> tuple[Tensor, Tensor]:
     """Return scikit-learn's 1,797 digits: images (1797, 3, size, size) with values in [-1, 1], and their classes."""
     from sklearn.datasets import load_digits

@@ -103,9 +103,6 @@ def share(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(broadcast(tensor.clone()))
 
 
-# A batch through the network
-
-
 def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the images and targets of a batch on the device."""
     images = batch.images.to(device, non_blocking=True, memory_format=layout_of(batch.images, device))

@@ -80,9 +80,6 @@ def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     return inputs, labels
 
 
-# Groups
-
-
 def param_groups(
     model: nn.Module, lr: float, *, weight_decay: float = 0.05, se_lr_scale: float = 1.0, head_lr_scale: float = 5.0,
     layer_decay: float | None = None,
@@ -209,9 +206,6 @@ def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
         by = ", by the fan-in of its layers" if name == "se" and low != high else ""
         words.append(f"{'SE' if name == 'se' else name} {low if low == high else f'{low} to {high}'}{by}")
     return f"learning rates at their peak: {'; '.join(words)}"
-
-
-# The optimizer and its schedule
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:

@@ -174,9 +174,6 @@ def _width(name: str) -> int:
     return max(len(name), 8)
 
 
-# Gates
-
-
 @contextlib.contextmanager
 def listening(model: nn.Module, wanted: bool = True) -> Iterator[GateLogger | None]:
     """Record the gates of a network while it is evaluated; None if it has no gates."""

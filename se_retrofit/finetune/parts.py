@@ -47,9 +47,6 @@ def count(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-# SE and the head
-
-
 def se_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, Inserted)]
 
@@ -196,9 +193,6 @@ def set_modes(model: nn.Module, part: str, freeze_bn: bool) -> None:
         statistics = isinstance(module, _NormBase) or any(name.startswith("running_") for name in own)
         if (own and id(module) not in chosen) or (freeze_bn and statistics):
             module.eval()
-
-
-# The state of a whole network
 
 
 @contextlib.contextmanager

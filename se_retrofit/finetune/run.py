@@ -174,8 +174,6 @@ class Run:
             self.accelerator.free_memory()
         self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.learning.optimizer)
 
-    # What is saved
-
     def keep_checkpoint(self) -> None:
         """Write ``last/``, after checking that all weights are finite."""
         if self.folder is not None:
@@ -217,8 +215,6 @@ class Run:
             parameters=count(self.model),
             trained_parameters=count(self.model, trainable=True),
         )
-
-    # What ends it
 
     def leave(self, *, with_checkpoint: bool = True) -> NoReturn:
         """End the run because ``stop`` was set, with a checkpoint if its data can resume within an epoch."""

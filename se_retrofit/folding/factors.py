@@ -101,8 +101,6 @@ class Factors:
                         (todo.append if user.role == "param" else users.add)(user)
         return uses
 
-    # Backwards
-
     def _made(self, op: Op, user: Op, factor: Tensor) -> list[Scaling] | None:
         """Multiply the value of an operation, which only ``user`` may use."""
         if real_users(op) != [user] or op in self.returned or op.channels != len(factor) or op.channel_dim is None:
@@ -159,8 +157,6 @@ class Factors:
                 return [Scaling(scale.path, along(factor, dim, scale.dim), op)]
         return self._made(op.data[0], op, factor) if self._same_channels(op.data[0], op) else None
 
-    # Forwards
-
     def _taken(self, op: Op, factor: Tensor) -> list[Scaling] | None:
         users = real_users(op)
         if not users or op in self.returned:
@@ -190,8 +186,6 @@ class Factors:
         if (self._lets_through(user, factor) or padded or multiplied) and self._same_channels(op, user):
             return self._taken(user, factor)
         return None
-
-    # Both
 
     def _lets_through(self, op: Op, factor: Tensor) -> bool:
         """Return whether an operation on one value commutes with a factor for each of its channels."""

@@ -116,9 +116,6 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any,
     check_values(model.named_parameters())
 
 
-# Which gates may be constant ------------------------------------------------------------------------------------------
-
-
 def _greedy(
     work: nn.Module, gates: dict[str, SiteGates], reference: Reference, tolerance: float, max_accuracy_loss: float
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -143,9 +140,6 @@ def _greedy(
         if path in kept:
             put(work, path, se)
     return effects, kept
-
-
-# Where they are folded ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,9 +198,6 @@ def absorb(
         for name, value in before.items():
             work.get_parameter(name).copy_(value)
     return None
-
-
-# Carrying it out ------------------------------------------------------------------------------------------------------
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

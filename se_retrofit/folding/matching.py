@@ -141,9 +141,6 @@ def _leaves(op: Op) -> Iterator[tuple[str, torch.Size]]:
             yield from _leaves(given)
 
 
-# Matching -------------------------------------------------------------------------------------------------------------
-
-
 def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
     """Pair the parts of a retrofitted network with those of a native one."""
     for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):

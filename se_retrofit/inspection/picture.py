@@ -56,9 +56,6 @@ def picture(network: Network, links: Mapping[str, str]) -> Picture:
     return Picture(width, height, tuple(parts))
 
 
-# Where things go ------------------------------------------------------------------------------------------------------
-
-
 def _columns(nodes: Iterable[Node]) -> list[_Column]:
     """Group neighbours whose feature maps have the same size."""
     columns: list[_Column] = []
@@ -122,9 +119,6 @@ def _place(
         column.y = y + _HEAD
         x = column.x + _WIDTH + _GUTTER
     return x - _GUTTER + 10, max(c.y + c.height for c in columns) + 6
-
-
-# What is drawn --------------------------------------------------------------------------------------------------------
 
 
 def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str:
