@@ -218,18 +218,15 @@ def collate(items: Any) -> Batch:
     if isinstance(items, Batch):
         return items
     images, targets, counts, complaints = zip(*items, strict=True)
-    named = list(itertools.chain.from_iterable(complaints))
-    return Batch(images_together(images), targets_together(targets), torch.tensor(counts), named)
-
-
-def images_together(images: Sequence[Any]) -> Any:
     try:
-        return default_collate(list(images))
+        together = default_collate(list(images))
     except (TypeError, RuntimeError) as error:
         kinds = sorted({str(tuple(i.shape)) if hasattr(i, "shape") else type(i).__name__ for i in images})
         raise RetrofitError(
             f"the images of a batch must be PIL images, or tensors of one shape, got {', '.join(kinds[:3])}"
         ) from error
+    named = list(itertools.chain.from_iterable(complaints))
+    return Batch(together, targets_together(targets), torch.tensor(counts), named)
 
 
 class DatasetStream:

@@ -138,7 +138,8 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     if part == "all":
         return [model]
     name, heads = type(model).__name__, head_of(model)
-    modules = {"se": se_modules, "norms": norms_of, "head": lambda _: []}[part.partition("+")[0]](model)
+    wanted = {"se": lambda module: isinstance(module, Inserted), "norms": is_norm}.get(part.partition("+")[0])
+    modules = [module for module in model.modules() if wanted is not None and wanted(module)]
     if part.startswith("se") and not modules:
         raise RetrofitError(
             f'trainable="{part}" needs SE modules, and this {name} has none; retrofit it first: model = add_se(model)'
@@ -148,11 +149,6 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     if part.endswith("head") and not heads:
         raise RetrofitError(f'trainable="{part}": no head found in {name}; use "se" or "all"')
     return modules if part == "se" else modules + heads
-
-
-def norms_of(model: nn.Module) -> list[nn.Module]:
-    """Return the norms that have a scale for each channel."""
-    return [module for module in model.modules() if is_norm(module)]
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -125,7 +125,8 @@ def train_epoch(run: Run, epoch: Epoch) -> None:
             epoch.saturated = saturated_sites(gates)
         epoch.pending.append(tally)
         run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
-        if is_time_to_look(run):
+        told = run.stop.is_set() and run.world == 1  # several processes stop together, in ``look``
+        if told or last or run.progress.step % run.config.log_every == 0:
             look(run, epoch)
 
 
@@ -178,11 +179,6 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
             taught, _ = logits_of(run.losses.teacher(inputs))
     loss = run.losses(logits, auxiliary, labels, taught)
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum(), ~images.isfinite().all()
-
-
-def is_time_to_look(run: Run) -> bool:
-    told = run.stop.is_set() and run.world == 1  # several processes stop together, in ``look``
-    return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_in_epoch
 
 
 def look(run: Run, epoch: Epoch) -> None:
