@@ -32,11 +32,7 @@ class Agreement:
 
 
 def agreement(first: nn.Module, second: nn.Module, inputs: Inputs, *, training: bool = False) -> Agreement:
-    """Run both networks on the same inputs from the same random state, without gradients, and compare their outputs.
-
-    The networks and the global random state are unchanged afterwards: in train mode, in which running statistics are
-    updated, copies are run.
-    """
+    """Run both networks on the same inputs from the same random state, and compare their outputs; nothing is changed."""
     wanted, got = (tensors_in(_run(net, inputs, training)) for net in (first, second))
     alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]
     return Agreement(
@@ -48,11 +44,8 @@ def agreement(first: nn.Module, second: nn.Module, inputs: Inputs, *, training: 
 
 
 def se_matters(model: nn.Module, inputs: Inputs) -> Agreement:
-    """Compare the network with itself under random gates, as the counter-check to an identity.
-
-    If SE took no part in the computation, inserting it would change nothing either; such a network is equal here, too.
-    Both networks are copies with redrawn vectors, because a branch that is still zero would hide its SE.
-    """
+    """Compare the network with itself under random gates: if SE took no part in the computation, it would be equal, too.
+    Both are copies with redrawn vectors, because a branch that is still zero would hide its SE."""
     model = copy.deepcopy(model)
     redraw_vectors(model)
     scrambled = copy.deepcopy(model)
@@ -85,13 +78,8 @@ class _FixedGates(nn.Sequential):
 
 
 def redraw_vectors(model: nn.Module) -> None:
-    """Redraw every vector among the parameters and buffers in place: norms' scales, shifts and running statistics,
-    biases and layer scales.
-
-    The norms of a fresh network mostly hold ones and zeros, and often the last norm of every branch is zero, so that a
-    fault in that branch would not show in the outputs. Scales and variances become uniform in (0.5, 1.5), shifts and
-    means normal with a standard deviation of 0.1.
-    """
+    """Redraw every vector among the parameters and buffers in place: scales and variances uniform in (0.5, 1.5), shifts
+    and means normal. Norms of a fresh network hold ones and zeros, with which a fault might not show in the outputs."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
