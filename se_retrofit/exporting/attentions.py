@@ -29,10 +29,7 @@ def construction_of(path: str, module: nn.Module) -> Name:
     """Return an expression that builds an inserted module in the file; the weights are loaded later."""
     if type(module) not in _BUILT_IN:
         words = module.summary() if isinstance(module, Inserted) else type(module).__name__
-        raise RetrofitError(
-            f"{path} is {words}, whose source can't be exported; that of the built-in attentions can. Save the network with "
-            "save_retrofitted, or export it to another format"
-        )
+        raise RetrofitError(f"{path} is {words}, whose source can't be exported; use another format")
     held: dict[str, str] = {
         name: repr(vars(module)[name]) for name in ("channel_dim", "inplace", "dims") if name in vars(module)
     }

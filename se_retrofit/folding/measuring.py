@@ -45,9 +45,7 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
     except TypeError as error:
         if "default_collate" not in str(error):
             raise
-        raise TypeError(
-            f"the data set's items can't be collated into a batch; give it a transform that returns tensors: {error}"
-        ) from None
+        raise TypeError(f"items can't be collated; give the data a transform that returns tensors: {error}") from None
 
 
 def outputs_of(model: nn.Module, batch: Labelled) -> list[Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..errors import RetrofitError
+from ..tables import few
 
 try:
     import fcntl
@@ -87,9 +88,7 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
     except OSError as error:
         raise RetrofitError(f"{path} can't be read: {error.strerror or error}") from error
     if foreign:
-        raise RetrofitError(
-            f"{path} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; give a new folder"
-        )
+        raise RetrofitError(f"{path} holds other files ({few(foreign)}), which would be lost; give a new folder")
 
 
 @contextlib.contextmanager
