@@ -97,9 +97,7 @@ def _mismatch(base: Base, model: nn.Module) -> str:
     theirs = {k: tuple(v.shape) for k, v in other.state_dict().items()}
     for key in [*ours, *theirs]:
         if ours.get(key) != theirs.get(key):
-            return (
-                f"{key} has the shape {ours.get(key, 'none')} in the network and {theirs.get(key, 'none')} in the base"
-            )
+            return f"{key} has shape {ours.get(key, 'none')} in the network and {theirs.get(key, 'none')} in the base"
     own, rebuilt = _layers(model, sites), _layers(other, ())
     for path in [*own, *rebuilt]:
         if own.get(path) != rebuilt.get(path):
