@@ -109,6 +109,7 @@ def started(job: Job) -> Iterator[Run]:
         with structure_kept(job.model):
             run, remark = build(job, accelerator, wanted)
             resumed = run.folder is not None and job.resume and has_checkpoint(run.folder.path)
+            resumed = broadcast_object_list([resumed])[0]  # a process that can't see the folder of the main one fails
             if resumed:
                 restore(run)
             run.begin_with()
