@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..errors import RetrofitError, brief
+from ..locks import alone_in
 from ..saving.base import base_of
 from ..saving.networks import without_name
 from ..surgery.record.copying import in_mode
@@ -27,7 +28,6 @@ from .data import Stream, stream
 from .engine import TrainingForm, engine, recomputing, share
 from .experiment import describe_run
 from .learning import learning, length_of, rates_in_words, try_out
-from .lock import alone_in
 from .log import Log
 from .parts import (
     as_found,
