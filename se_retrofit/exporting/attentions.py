@@ -61,7 +61,8 @@ def classes_text(modules: Iterable[nn.Module]) -> str:
     classes = {cls: [vars(cls)[name] for name in METHODS if name in vars(cls)] for cls in map(type, modules)}
     called = dict.fromkeys(f for methods in (base.values(), *classes.values()) for m in methods for f in _called(m))
     layers = dict.fromkeys(type(m) for module in modules for m in module.modules() if not _is_torchs(m))
-    texts = [inspect.getsource(part) for part in (*called, *(layer for layer in layers if layer not in classes))]
+    parts: list[Any] = [*called, *(layer for layer in layers if layer not in classes)]
+    texts = [inspect.getsource(part) for part in parts]
     texts.append("\n".join([_BASE, *map(inspect.getsource, base.values())]))
     for cls, methods in classes.items():
         head = f'class {cls.__name__}(Inserted):\n    """{str(cls.__doc__).partition(")")[0]})."""\n'

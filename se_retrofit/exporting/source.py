@@ -97,8 +97,8 @@ def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs)
     stored, tied = untied(tensors_of(copy))
     base, _ = base_of(model)
     text = source_text(copy, base, tied)
-    with replaced_file(file) as fresh, replaced_file(file.with_suffix(".safetensors")) as weights:
-        save_tensors(stored, weights, {"format": "pt"})
+    with replaced_file(file) as fresh:
+        save_tensors(stored, fresh.with_suffix(".safetensors"), {"format": "pt"})
         fresh.write_text(text, encoding="utf-8")
         _check(copy, fresh, base, inputs)
     return file

@@ -96,6 +96,14 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def in_any(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether a flag is set in any process; all of them must ask at the same point."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, "sum") > 0)
+
+
 @torch.no_grad()
 def share(tensors: Iterable[Tensor]) -> None:
     """Copy the values of the main process to all others."""
