@@ -16,6 +16,7 @@ from .errors import RetrofitError, extra
 from .models import Base
 from .surgery.record.copying import in_mode
 from .surgery.record.inputs import tensors_in
+from .surgery.record.isolation import forked_randomness
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 FRAMES = 16  # length of the still clip for video networks, as in the training of torchvision's smallest ones
@@ -116,7 +117,7 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     try:
         net = in_mode(copy.deepcopy(model) if training else model, training)
-        with torch.random.fork_rng(devices=[]):
+        with forked_randomness():
             return net(*inputs)
     finally:
         for module, mode in modes:
