@@ -140,6 +140,9 @@ class Plan:
     inputs: Any = None
     structure: str = ""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # it does not change, and each inserted module has it
+
     @property
     def parameters(self) -> int:
         """Number of parameters that the retrofit adds."""

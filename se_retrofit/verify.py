@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .attention import Inserted
 from .surgery.record.copying import in_mode
 from .surgery.record.inputs import Inputs, tensors_in
+from .surgery.record.isolation import forked_randomness
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _run(model: nn.Module, inputs: Inputs, training: bool) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     try:
         net = in_mode(copy.deepcopy(model) if training else model, training)
-        with torch.random.fork_rng(devices=[]):
+        with forked_randomness():
             return net(*inputs.args, **inputs.kwargs)
     finally:
         for module, mode in modes:

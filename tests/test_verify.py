@@ -52,6 +52,17 @@ def test_one_weight_off_by_one_bit_is_seen_and_dropout_is_no_difference(training
     assert 0 < comparison.difference < 1e-6
 
 
+def test_a_gpus_random_numbers_are_no_difference_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator stands for that of the GPU, from which dropout draws there."""
+    gpu = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [gpu.get_state()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: gpu.set_state(states[0]))
+    before, drawing = gpu.get_state(), Returning(lambda x: x * torch.rand(x.shape, generator=gpu))
+    assert agreement(drawing, drawing, IMAGES).equal
+    assert torch.equal(gpu.get_state(), before)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [

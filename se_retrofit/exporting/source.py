@@ -23,7 +23,7 @@ from ..surgery.record.inputs import Inputs, tensors_in
 from ..surgery.record.methods import unwrapped
 from ..surgery.splice.derived import Recipe, RetrofittedBlock
 from ..surgery.splice.undo import strip
-from .attentions import classes_text, construction_of
+from .attentions import arguments_of, classes_text
 from .images import images_text
 
 _HEAD = '''"""{name} with {what}. ``load()`` builds it and loads the weights, from the file beside this one."""
@@ -59,7 +59,7 @@ def method_of(owner: type):
 '''
 
 _TAIL = '''
-# what builds the inserted modules
+# the inserted modules: their class, and the arguments of its constructor
 SITES = {sites}
 
 # the modules that call them
@@ -74,9 +74,9 @@ TIED: dict[str, str] = {tied}
 def load({argument}) -> nn.Module:
     """The network with its weights, in eval mode{argument_note}."""
 {build}
-    for path, attention in SITES.items():
+    for path, (attention, *arguments) in SITES.items():
         holder, _, name = path.rpartition(".")
-        model.get_submodule(holder).add_module(name, attention())
+        model.get_submodule(holder).add_module(name, attention(*arguments))
     for path, cls in BLOCKS.items():
         model.get_submodule(path).__class__ = cls
     state = load_file(WEIGHTS)
@@ -97,8 +97,8 @@ def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs)
     stored, tied = untied(tensors_of(copy))
     base, _ = base_of(model)
     text = source_text(copy, base, tied)
-    with replaced_file(file) as fresh, replaced_file(file.with_suffix(".safetensors")) as weights:
-        save_tensors(stored, weights, {"format": "pt"})
+    with replaced_file(file) as fresh:
+        save_tensors(stored, fresh.with_suffix(".safetensors"), {"format": "pt"})
         fresh.write_text(text, encoding="utf-8")
         _check(copy, fresh, base, inputs)
     return file
@@ -126,7 +126,7 @@ def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> st
         blocks.append(f"    {path!r}: {classes[recipe]},")
     plan = plan_of(model) if has_se(model) else None
     inserted = {site.path: model.get_submodule(site.path) for site in plan.sites} if plan is not None else {}
-    sites = {path: construction_of(path, module) for path, module in inserted.items()}
+    sites = {path: arguments_of(path, module) for path, module in inserted.items()}
     if base is not None:
         imports.add(base.library)
     images, needed = images_text(model)

@@ -277,8 +277,7 @@ def compare(
         for name, network in networks.items():
             if not quiet and main:
                 print(f"seed {seed}, {name}: {ARMS.get(name, f'with {name.upper()}')}", flush=True)
-            part = "head" if name == "plain" and config.trainable != "all" else PARTS.get(name, config.trainable)
-            recipe = config.replace(trainable=part, seed=seed)
+            recipe = _recipe(name, config).replace(seed=seed)
             result = finetune(
                 network, train_data, val_data, config=recipe, quiet=quiet, stop=stop,
                 output_dir=None if output is None else output / f"{name}-{seed}", resume=output is not None,
@@ -317,6 +316,13 @@ def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Modul
         return add_se(bare, **{**se_options, "attention": "se", "gate": "sigmoid"})
     gate = {} if name == "se" else {"gate": "identity"}  # the only gate of the others
     return add_se(bare, **{**se_options, "attention": name, **gate})
+
+
+def _recipe(name: str, config: FinetuneConfig) -> FinetuneConfig:
+    """Return the recipe of one arm."""
+    if name == "plain" and config.trainable != "all":
+        name = "head"
+    return config.replace(trainable=PARTS.get(name, config.trainable))
 
 
 def _arm(outcomes: list[dict[str, Any]]) -> Arm:

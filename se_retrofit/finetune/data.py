@@ -7,7 +7,8 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,7 +28,8 @@ END = object()
 Key = tuple[int, int, bool]  # epoch, index, whether the item counts
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """Images, their classes (numbers, or a vector for each image), and which of them count: padding in the last batch
     and replacements for unreadable images do not. ``complaints`` names the images that could not be read."""
 
@@ -35,6 +37,14 @@ class Batch(NamedTuple):
     targets: Tensor
     counts: Tensor
     complaints: list[str]
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory; a DataLoader calls this. Tensors that are on a GPU already stay there."""
+        images, targets, counts = (
+            value.pin_memory() if value.device.type == "cpu" else value
+            for value in (self.images, self.targets, self.counts)
+        )
+        return Batch(images, targets, counts, self.complaints)
 
 
 def stream(
@@ -80,6 +90,8 @@ def stream(
 
 def default_workers(data: Any, world: int) -> int:
     """Return 0 for tensors in memory; otherwise this process's share of the machine's cores, at most 8."""
+    while isinstance(data, Subset):
+        data = data.dataset
     if isinstance(data, TensorDataset):
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -277,7 +289,7 @@ class DatasetStream:
                     )
                 news = [complaint for complaint in batch.complaints if complaint not in self.named]
                 self.named.update(news)
-                yield batch._replace(complaints=news)
+                yield replace(batch, complaints=news)
         except Exception:  # and not where the caller has all that it wants of an epoch
             self.close()
             raise

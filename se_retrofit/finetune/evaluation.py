@@ -20,7 +20,7 @@ from ..paths import as_written, save_figure
 from ..tables import aligned, counted, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
-from .engine import called, engine, placed
+from .engine import called, engine, in_any, placed
 from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
@@ -29,6 +29,7 @@ from .transforms import check_classes, class_names, class_names_of
 
 MOST_LIKELY = 5  # classes of each image that are kept
 LONGEST_NAME = 32  # letters, in the plot of the confusion matrix
+TOGETHER = 10  # batches after which several processes agree whether to stop, which takes time
 HARDEST = 16  # images with the highest losses, of which a run draws a picture
 
 
@@ -233,15 +234,16 @@ def measure(
 ) -> Evaluation | None:
     """Evaluate a network on the images of all processes; each image counts once.
 
-    Returns None if ``stop`` is set meanwhile. Several processes must stop together, and so finish the evaluation.
+    Returns None if ``stop`` is set meanwhile, in any process.
     """
     network.eval()
     device = accelerator.device
     totals = torch.zeros(3, dtype=torch.float32, device=device)
     said: list[tuple[Tensor, ...]] = []
     classes = 0
-    for batch in data.batches(0):
-        if stop is not None and stop.is_set() and accelerator.num_processes == 1:
+    every = 1 if accelerator.num_processes == 1 else TOGETHER
+    for number, batch in enumerate(data.batches(0)):
+        if stop is not None and number % every == 0 and in_any(accelerator, stop.is_set()):
             return None
         log.complain(batch)
         images, targets = placed(batch, device)

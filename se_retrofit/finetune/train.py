@@ -21,7 +21,7 @@ from .callbacks import Callbacks
 from .config import FinetuneConfig
 from .criteria import Criterion
 from .data import Batch, Stream
-from .engine import called, logits_of, placed, share
+from .engine import called, in_any, logits_of, placed, share
 from .evaluation import check_targets, hits, measure
 from .learning import mixed
 from .log import listening, log_gates, news_of_saturation, saturated_sites
@@ -262,11 +262,9 @@ def finish_epoch(run: Run, epoch: Epoch) -> None:
     if run.val is not None:
         run.tell(run.callbacks.after_evaluation, number)
     run.tell(run.callbacks.after_epoch, number)
-    if run.progress.finished is None:
-        # Processes may have been stopped at different moments: all leave together or none does
-        _, stop, _ = agree(run, epoch, False)
-        if stop:
-            run.leave(with_checkpoint=False)
+    # Processes may have been stopped at different moments: all leave together or none does
+    if run.progress.finished is None and in_any(run.accelerator, run.stop.is_set()):
+        run.leave(with_checkpoint=False)
 
 
 def training_row(run: Run, epoch: Epoch) -> dict[str, Any]:

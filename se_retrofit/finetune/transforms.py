@@ -94,7 +94,8 @@ def other_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> str:
 
 def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
     """Return the names of a data set's classes by number; None if unknown, or renumbered by a ``target_transform``."""
-    for owner in (data, getattr(data, "reader", None), getattr(data, "dataset", None)):
+    owners: list[Any] = [data, getattr(data, "reader", None), getattr(data, "dataset", None)]
+    for owner in owners:
         if getattr(owner, "target_transform", None) is not None:
             return None
         names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)

@@ -15,6 +15,7 @@ from ..errors import RetrofitError, brief, check_flag, check_module
 from ..fusion.attention import check_unfused
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Site, Skipped
+from ..precision import tf32
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.inputs import Inputs
@@ -72,7 +73,7 @@ def fold_se(
     check_gates({site.path: model.get_submodule(site.path) for site in sites}, "it can't be folded")
     batches = first_batches(model, data, keys or (), max_batches)
     work = in_mode(copied(model, independent=True), False)
-    with isolated(model), forked_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad(), tf32(False):
         ses = {site.path: work.get_submodule(site.path) for site in sites}
         gates = gates_over(work, ses, ((batch.inputs, None) for batch in batches))
         reference = Reference(work, batches)

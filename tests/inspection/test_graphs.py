@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import fx
 
 from se_retrofit import RetrofitError, add_se, fuse_se, inspect_se, record, remove_se
 from se_retrofit.cli.inspect import show
+from se_retrofit.inspection.graphs import blocks_of
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,23 @@ def test_all_views_come_from_one_record(tmp_path: Path, monkeypatch: pytest.Monk
     assert inspection.write_html(tmp_path / "a.html").exists()
     assert inspection.to_dict()["rows"]
     assert recorded == [True]
+
+
+def test_neither_the_record_nor_the_plan_is_gone_through_again_for_each_block() -> None:
+    class Counted(list[Any]):
+        walks = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            Counted.walks += 1
+            return super().__iter__()
+
+    found = inspected("bottleneck")
+    again = record(found.model, example())
+    again.ops, again.calls = Counted(again.ops), Counted(again.calls)
+    assert len(blocks_of(found.model, found.plan, again)) == len(found.blocks) == 5
+    assert Counted.walks <= 3
+    se = found.model.get_submodule(found.plan.sites[0].path)
+    assert copy.deepcopy(se).plan is se.plan
 
 
 def test_the_networks_graph_says_what_each_block_gives_and_takes() -> None:

@@ -1,4 +1,4 @@
-"""A lock that allows one run at a time in a folder."""
+"""Locks on folders, between processes, on systems and disks that have them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import RetrofitError
+from .errors import RetrofitError
 
 try:
     import fcntl
@@ -15,6 +15,23 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".running"
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until nobody else, in this process or another one, is in turn in a folder."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also for children that were forked meanwhile
+        os.close(handle)
 
 
 @contextlib.contextmanager
