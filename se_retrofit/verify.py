@@ -17,19 +17,12 @@ from .surgery.record.isolation import forked_randomness
 
 @dataclass(frozen=True)
 class Agreement:
-    """The outcome of running two networks on the same inputs.
+    """The outcome of running two networks on the same inputs."""
 
-    Attributes:
-        equal: whether every tensor of the outputs is ``torch.equal`` to its counterpart.
-        values: number of values that were compared.
-        difference: largest absolute difference, relative to the largest absolute value of the first network's outputs.
-        finite: whether all outputs of the first network are finite; if not, the comparison shows nothing.
-    """
-
-    equal: bool
-    values: int
-    difference: float
-    finite: bool
+    equal: bool  # whether every tensor of the outputs is ``torch.equal`` to its counterpart
+    values: int  # number of values that were compared
+    difference: float  # the largest, relative to the largest absolute value of the first network's outputs
+    finite: bool  # whether all outputs of the first network are; if not, the comparison shows nothing
 
 
 def agreement(first: nn.Module, second: nn.Module, inputs: Inputs, *, training: bool = False) -> Agreement:

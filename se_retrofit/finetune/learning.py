@@ -27,19 +27,12 @@ HAVE_FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
 @dataclass
 class Learning:
-    """The objects that a network is trained with.
+    """The objects that a network is trained with."""
 
-    Attributes:
-        optimizer: the optimizer of all parameters that are trained in any epoch.
-        schedule: timm's scheduler; None for a constant learning rate.
-        ema: the moving average of the weights, or None.
-        mixup: timm's mixup and cutmix, or None.
-    """
-
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    ema: ModelEmaV3 | None
-    mixup: Mixup | None
+    optimizer: torch.optim.Optimizer  # of all parameters that are trained in any epoch
+    schedule: Any  # timm's; None for a constant learning rate
+    ema: ModelEmaV3 | None  # the moving average of the weights
+    mixup: Mixup | None  # timm's mixup and cutmix
 
 
 def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: int | None) -> Learning:
