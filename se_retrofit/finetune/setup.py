@@ -166,11 +166,8 @@ def batches_of(name: str, data: Any, model: nn.Module, config: FinetuneConfig, a
     """Return this process's batches of ``train_data``, or of data to evaluate on."""
     train = name == "train_data"
     return stream(
-        data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
-        balanced=config.balance == "sampling", keys=config.keys,
-        transform=transforms_for(model, config, train=train), seed=config.seed,
-        workers=config.workers, rank=accelerator.process_index, world=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
+        data, config, transforms_for(model, config, train=train), name=name, train=train, rank=accelerator.process_index,
+        world=accelerator.num_processes, pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import Subset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from se_retrofit import SEAttention, add_se, load_retrofitted
-from se_retrofit.finetune import evaluate, learning
+from se_retrofit.finetune import FinetuneConfig, evaluate, learning
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
 from se_retrofit.finetune.data import Batch, collate, stream
 from se_retrofit.finetune.engine import TrainingForm, placed
@@ -97,7 +97,7 @@ def test_data_on_the_device_is_neither_pinned_nor_loaded_by_other_processes(monk
     with FakeTensorMode():
         images, targets = torch.zeros(8, 3, 4, 4, device=CUDA), torch.zeros(8, dtype=torch.long, device=CUDA)
         for data in (TensorDataset(images, targets), Subset(TensorDataset(images, targets), range(4))):
-            items = stream(data, name="data", train=False, batch_size=4, transform=None)
+            items = stream(data, FinetuneConfig(batch_size=4), None, name="data")
             assert items.loader.num_workers == 0
             batch = pin_memory(collate(items.loader.dataset.__getitems__([(0, 1, True), (0, 2, True)])))
             assert isinstance(batch, Batch)
