@@ -13,8 +13,7 @@ from ..errors import RetrofitError, brief
 from ..models import LIBRARIES, Base
 from ..plan import Site
 from ..retrofit import has_se, plan_of
-from .rebuild import belongs_to
-from .recipe import RECIPE
+from .recipe import RECIPE, belongs_to
 
 
 def base_of(model: nn.Module) -> tuple[Base | None, str]:
