@@ -9,9 +9,8 @@ from torch import fx
 
 from ..surgery.record.graph import Call, Op
 from ..surgery.splice.undo import is_retrofitted
-from .blocks import BlockGraph, BlockPair, class_name, describe, join
+from .blocks import BlockGraph, BlockPair, Inspected, class_name, describe, join
 from .graphs import call_graph
-from .inspected import Inspected
 
 MOST_OPERATIONS = 8  # after the last module; up to so many are shown one by one
 JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "cat", "concat": "cat"}
