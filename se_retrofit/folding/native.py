@@ -131,8 +131,7 @@ def _check_retrofitted(model: nn.Module, caller: str) -> None:
 
 
 def _check_native(network: nn.Module) -> None:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"expected the native network as a torch.nn.Module, got {type(network).__name__}")
+    check_module(network, "the native network")
     if has_se(network):
         raise RetrofitError(f"this {type(network).__name__} was retrofitted by add_se; give a network with native SE")
 
