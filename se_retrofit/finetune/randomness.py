@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from ..surgery.record.isolation import forked_randomness
+
 ORDER, SAMPLE, UPDATE, EPOCH = range(4)  # the kinds of random draws, each with seeds of its own
 
 
@@ -41,13 +43,7 @@ def seed_all(*parts: int) -> None:
 @contextlib.contextmanager
 def kept_randomness() -> Iterator[None]:
     """Restore the states of the caller's random generators on exit."""
-    python, numpy = random.getstate(), np.random.get_state()
     if torch.cuda.is_available():
         torch.cuda.init()  # a seed set before CUDA is initialised would take effect after the body
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    with forked_randomness():
+        yield
