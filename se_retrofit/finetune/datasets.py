@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from ..errors import RetrofitError, brief
-from ..tables import few
 from .experiment import describe_data, plain
 from .folders import (
     Subfolder,
@@ -119,7 +118,10 @@ def load_data(
             note = f"{folder} has no train/ and val/: {len(val):,} of its {len(images):,} images, of each class, are for validation"
             return NamedData(train, val, len(images.classes), _joined((class_sizes(images), note, left_out(folder))))
         held = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    raise RetrofitError(f"{folder} must hold train and val, or folders of classes; it holds {few(held) or 'nothing'}")
+    raise RetrofitError(
+        f"{folder} must hold the folders train and val, each with one folder of images per class, or only the "
+        f"folders of the classes, with images in them; it holds {', '.join(held[:5]) or 'no folders'}"
+    )
 
 
 def load_split(

@@ -96,7 +96,10 @@ def new_head(model: nn.Module, num_classes: int) -> None:
         reset_classifier(num_classes)
         model.to(device=like.device)
     elif not (paths := _head_paths(model)):
-        raise RetrofitError(f"no head is found in {type(model).__name__}: give it one, and leave num_classes out")
+        raise RetrofitError(
+            f"{type(model).__name__} has no reset_classifier, and no {', '.join(TORCHVISION_HEADS)} with a last layer: "
+            f"give it a head for {num_classes} classes yourself, and leave num_classes out"
+        )
     else:
         for path in paths:
             model.set_submodule(path, _resized(model.get_submodule(path), num_classes))

@@ -199,7 +199,7 @@ def test_a_run_begins_with_the_weights_of_a_result_and_says_what_becomes_of_its_
 
 def test_a_result_that_is_given_as_a_checkpoint_is_told_where_it_goes(result: Path) -> None:
     bare = Base.of("timm/test_resnet", num_classes=2).build()
-    with pytest.raises(RetrofitError, match=r"is a folder, .* in MODEL's place"):
+    with pytest.raises(RetrofitError, match=r"is a folder, .* its folder goes in MODEL's place"):
         load_checkpoint(bare, result)
     with pytest.raises(RetrofitError, match=r"holds SE: give its folder to load_retrofitted, or in MODEL's place"):
         load_checkpoint(bare, result / "best" / "weights.safetensors")
