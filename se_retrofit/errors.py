@@ -57,7 +57,9 @@ def check_module(value: object, name: str = "model") -> None:
     from torch import nn
 
     if isinstance(value, type):
-        raise TypeError(f"{name} must be an nn.Module, got the class {value.__name__}; give {value.__name__}(...)")
+        raise TypeError(
+            f"{name} must be an nn.Module, got the class {value.__name__}; make an instance of it: {value.__name__}(...)"
+        )
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, got {brief(value)} of type {type(value).__name__}")
 

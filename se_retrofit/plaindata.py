@@ -19,7 +19,9 @@ def read_json(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RetrofitError(f"no file {path}, as save_retrofitted or a fine-tune writes it") from error
+        raise RetrofitError(
+            f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise RetrofitError(f"{path} can't be read, it may be cut short: {error}") from error
     return parse_json(text, path)

@@ -343,6 +343,11 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
         raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
     if low < 0:
-        raise RetrofitError(f"the data has class {low}, and classes count from 0; leave out images without a label")
+        raise RetrofitError(
+            f"the data has class {low}, and classes are counted from 0; leave out images without a label, whose class is "
+            "-1 in many data sets"
+        )
     if high >= classes:
-        raise RetrofitError(f"the data has class {high}, the network 0 to {classes - 1}; num_classes=... gives others")
+        raise RetrofitError(
+            f"the data has class {high}, and the network has classes 0 to {classes - 1}; num_classes=... gives it a new head"
+        )

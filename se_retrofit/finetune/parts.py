@@ -30,11 +30,16 @@ def check_network(model: Any) -> None:
     check_module(model)
     warn_of_lost_sites(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        raise RetrofitError(f"finetune wraps and compiles the network: give the bare one, not a {type(model).__name__}")
+        raise RetrofitError(
+            f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"
+        )
     check_whole((*model.named_parameters(), *model.named_buffers()))
     unmade = [name for name, value in model.named_parameters() if is_lazy(value) or value.is_meta]
     if unmade:
-        raise RetrofitError(f"{unmade[0]} has no values yet; run a lazy network once, load weights into one on meta")
+        raise RetrofitError(
+            f"{unmade[0]} has no values yet; call the network once on an input where it is lazy, or load its weights where it is "
+            "on the meta device"
+        )
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:
@@ -136,7 +141,9 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     wanted = {"se": lambda module: isinstance(module, Inserted), "norms": is_norm}.get(part.partition("+")[0])
     modules = [module for module in model.modules() if wanted is not None and wanted(module)]
     if part.startswith("se") and not modules:
-        raise RetrofitError(f'trainable="{part}": {name} has no SE modules; retrofit it first: model = add_se(model)')
+        raise RetrofitError(
+            f'trainable="{part}" needs SE modules, and this {name} has none; retrofit it first: model = add_se(model)'
+        )
     if part.startswith("norms") and not modules:
         raise RetrofitError(f'trainable="{part}": no norm of {name} has parameters; use "head" or "all"')
     if part.endswith("head") and not heads:

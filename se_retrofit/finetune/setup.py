@@ -208,7 +208,10 @@ def restore(run: Run) -> None:
         if scaler is not None and "scaler" in saved:
             scaler.load_state_dict(saved["scaler"])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise RetrofitError(f"{run.folder.last} does not fit, it may have been edited: {error!r}") from error
+        raise RetrofitError(
+            f"the state in {run.folder.last} is not that of this run, it may have been edited: {error!r}; restart in "
+            "another folder"
+        ) from error
     if run.progress.best is not None:
         run.best_weights = run.folder.load_best()
 

@@ -12,7 +12,6 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from ..errors import RetrofitError, brief
 from ..fields import label_column
-from ..tables import few
 
 
 def targets_together(targets: Sequence[Any]) -> Tensor:
@@ -29,8 +28,9 @@ def _told(targets: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
-        got = few(map(brief, targets))
-        raise RetrofitError(f"targets must be class numbers, or vectors of one length, got {got}") from error
+        raise RetrofitError(
+            f"targets must be class numbers, or vectors of one length, got {', '.join(map(brief, targets[:3]))}"
+        ) from error
 
 
 def class_numbers(targets: Tensor) -> Tensor:

@@ -229,7 +229,9 @@ def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
         run.leave()
     scores: dict[str, Any] = {f"val_{name}": value for name, value in found.scores().items()}
     if f"val_{run.config.best_metric}" not in scores:
-        raise RetrofitError(f"best_metric={run.config.best_metric!r} needs more than 5 classes")
+        raise RetrofitError(
+            f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {len(found.classes)}"
+        )
     scores["hardest"] = found.hardest()
     if gates is not None:
         scores["gates"] = log_gates(gates, run.accelerator.trackers, run.progress.updates)

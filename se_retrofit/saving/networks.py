@@ -53,7 +53,10 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
     """
     check_module(model)
     if not has_se(model):
-        raise RetrofitError(f"this {type(model).__name__} has no SE modules to save: model = add_se(model)")
+        raise RetrofitError(
+            f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "
+            "add_se returns the retrofitted network: model = add_se(model)"
+        )
     with replaced_directory(Path(directory), (WEIGHTS, RECIPE)) as fresh:
         note = write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
     if note:
@@ -138,7 +141,9 @@ def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -
     try:
         text = json.dumps(recipe, indent=2)
     except TypeError as error:
-        raise RetrofitError(f"the arguments of base and add_se must be plain data to be saved: {error}") from error
+        raise RetrofitError(
+            f"the recipe can't be written as JSON: {error}; the arguments of base and add_se must be plain data"
+        ) from error
     write_tensors(stored, folder / WEIGHTS, {"format": "pt"})
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
     return without_name(note) if base is None else ""

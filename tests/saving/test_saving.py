@@ -267,7 +267,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: save_retrofitted(small(), d / "a"), r"no SE modules.*model = add_se\(model\)"),
     (lambda d: save_retrofitted(add_se(small().to("meta")), d / "a"), "on the meta device and has no values"),
     (lambda d: save_retrofitted(add_se(small()), d / "a", base="resnet18"), "does not build the network that is to be"),
-    (lambda d: save_retrofitted(add_se(small()), d), "holds other files"),
+    (lambda d: save_retrofitted(add_se(small()), d), "holds files of other kinds"),
     (lambda d: save_retrofitted(add_se(small()), d / "thesis.tex"), "is a file"),
     (lambda d: load_retrofitted(d / "nowhere"), "no folder .*nowhere"),
     (lambda d: load_retrofitted(d / "empty"), "holds no network"),
