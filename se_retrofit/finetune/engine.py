@@ -63,6 +63,14 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
             AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
 
 
+def gpu_of(model: nn.Module, config: FinetuneConfig) -> torch.accelerator.device_index:
+    """Return a context in which the GPU that a network is on is the current one, on which a single process runs. Of
+    several processes, each has its own."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    stays = device.type == "cuda" and processes()[1] == 1 and not config.cpu
+    return torch.accelerator.device_index(device.index if stays else None)
+
+
 def _precision(precision: str, cpu: bool) -> str | None:
     if precision in ("fp32", "tf32"):
         return "no"

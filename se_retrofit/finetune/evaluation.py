@@ -21,7 +21,7 @@ from ..tables import aligned, counted, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
 from .datasets import Split, load_split
-from .engine import called, engine, placed
+from .engine import called, engine, gpu_of, placed
 from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
@@ -202,7 +202,7 @@ def evaluate(
     """Evaluate a classifier on images: loss, accuracy and further scores, as measured during a fine-tune.
 
     Args:
-        model: the network; it is moved to the device that it runs on, and stays there.
+        model: the network; on a GPU, it runs there; otherwise it is moved to the device that it runs on, and stays there.
         data: a Dataset or a DataLoader, as for ``finetune``, which is used as a whole; the name of data, such as a
             folder, as for ``load_split``; or the result of ``load_split``.
         split: which images to use of data that is given by name; None for all of a folder of classes, and otherwise for
@@ -226,7 +226,7 @@ def evaluate(
     check_config(config)
     part = _opened(data, split, model, config.image_size)
     check_classes(model, part.data, config.keys)
-    with as_found(model), kept_randomness(), engine(config) as accelerator:
+    with as_found(model), kept_randomness(), gpu_of(model, config), engine(config) as accelerator:
         to_device(model, accelerator.device)
         names = class_names(model) or class_names_of(part.data, config.keys) or []
         with closing(batches_of("data", part.data, model, config, accelerator)) as batches:

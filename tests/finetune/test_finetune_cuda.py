@@ -6,28 +6,36 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from pictures import make_folder
 from safetensors.torch import load_file
 from timm.data import Mixup
 from tiny import config, digits, network, same, trained
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils.data import Subset, TensorDataset
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from se_retrofit import SEAttention, add_se, load_retrofitted
-from se_retrofit.finetune import evaluate, learning
+from se_retrofit import SEAttention, add_se, fold_se, load_retrofitted, plan_of, to_native
+from se_retrofit.finetune import evaluate, learning, load_data
+from se_retrofit.finetune import pictures as pictures_of_runs
+from se_retrofit.finetune.checkpoint import load_optimizer
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
 from se_retrofit.finetune.data import Batch, collate, stream
-from se_retrofit.finetune.engine import TrainingForm, placed
+from se_retrofit.finetune.engine import TrainingForm, gpu_of, placed
 from se_retrofit.finetune.evaluation import answer, hits, losses_of
 from se_retrofit.finetune.randomness import derive, seed_all
 from se_retrofit.finetune.train import mixed
 from se_retrofit.fusion import FusedSEAttention
+from se_retrofit.inspection import excitations
+from se_retrofit.verify import se_matters
 
 CUDA = torch.device("cuda")
 CLASSES = 10
@@ -103,6 +111,67 @@ def test_data_on_the_device_is_neither_pinned_nor_loaded_by_other_processes(monk
             assert isinstance(batch, Batch)
             assert places(batch.images, batch.targets) == {"cuda:0"}
     assert set(pinned) == {"cpu"}  # which of them count
+
+
+def test_pictures_of_data_on_the_device_are_drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(pictures_of_runs, "drawn", lambda images, *_: seen.extend(images))
+    monkeypatch.setattr(pictures_of_runs, "save_figure", lambda *_: None)
+    row = {"epoch": 1, "hardest": [{"image": 0, "loss": 1.0, "answer": [0]}]}
+    with FakeTensorMode():
+        val = SimpleNamespace(items=lambda _: [(torch.zeros(3, 4, 4, device=CUDA), 0)], data=None)
+        progress = SimpleNamespace(history=[row], best_epoch=1)
+        run: Any = SimpleNamespace(progress=progress, val=val, model=nn.Identity(), config=config())
+        pictures_of_runs.draw_hardest(run, Path("hardest.png"))
+    assert places(*seen) == {"cpu"}
+
+
+def test_a_network_on_a_gpu_is_trained_there_unless_processes_have_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        model = nn.Linear(2, 2, device="cuda:1")
+    assert gpu_of(model, config(cpu=False)).idx == 1
+    assert gpu_of(model, config(cpu=True)).idx is None
+    assert gpu_of(network(), config(cpu=False)).idx is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert gpu_of(model, config(cpu=False)).idx is None
+
+
+class DefaultGPU(TorchFunctionMode):
+    """As after ``torch.set_default_device("cuda")``: a generator on the CPU draws no tensor for the default device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _device_constructors() and kwargs.get("device") is None and kwargs.get("generator") is not None:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        return func(*args, **kwargs)
+
+
+def test_a_default_device_changes_nothing(tmp_path: Path) -> None:
+    data, bare = digits(32, 16), network(se=False).eval()
+    recipe = {"trainable": "norms+head"}
+    wanted = trained(network(), data.train, data.val, recipe)
+    x = next(DataLoader(data.val, 4).__iter__())[0]
+    with DefaultGPU():
+        assert same(trained(network(), data.train, data.val, recipe).model.state_dict(), wanted.model.state_dict())
+        assert se_matters(network().eval(), (x,)).finite
+        assert len(load_data(str(make_folder(tmp_path) / "train")).val) == 4  # held out by chance
+    for default in (DefaultGPU(), torch.device("meta")):
+        with default:
+            model = add_se(bare)
+            assert len(fold_se(model, [x]).fold_report.folded) == len(plan_of(model).sites)
+            assert to_native(model)(x).device.type == "cpu"
+            assert excitations(model, [x]).sites[0].quartiles()["low"] == 1.0
+
+
+def test_an_optimizers_state_from_another_machine_is_computed_with_as_on_this_one() -> None:
+    weights = nn.Parameter(torch.ones(3, 2))
+    weights.grad = torch.ones(3, 2)
+    there, here = torch.optim.AdamW([weights]), torch.optim.AdamW([weights], fused=True)
+    there.step()
+    load_optimizer(here, there.state_dict())
+    assert here.param_groups[0]["fused"]
+    here.step()
+    assert here.state[weights]["step"] == 2
 
 
 def test_seeds_reach_the_devices_in_use_alone(monkeypatch: pytest.MonkeyPatch) -> None:
