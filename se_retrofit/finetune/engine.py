@@ -55,6 +55,12 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
             )
         with fast_math(config.precision) if accelerator.device.type == "cuda" else contextlib.nullcontext():
             yield accelerator
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "Less memory is needed with a smaller batch_size (with grad_accum_steps, an update sees as many images), and "
+            "with grad_checkpointing=True"
+        )
+        raise
     finally:
         accelerator.free_memory()
         if ours:

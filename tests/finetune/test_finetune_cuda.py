@@ -14,6 +14,7 @@ import timm
 import torch
 from pictures import make_folder
 from safetensors.torch import load_file
+from sweeps import NEEDS_CUDA
 from timm.data import Mixup
 from tiny import config, digits, network, same, trained
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from se_retrofit import SEAttention, add_se, fold_se, load_retrofitted, plan_of, to_native
-from se_retrofit.finetune import evaluate, learning, load_data
+from se_retrofit.finetune import Callbacks, Facts, evaluate, learning, load_data
 from se_retrofit.finetune import pictures as pictures_of_runs
 from se_retrofit.finetune.checkpoint import load_optimizer
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
@@ -134,6 +135,15 @@ def test_a_network_on_a_gpu_is_trained_there_unless_processes_have_one_each(monk
     assert gpu_of(network(), config(cpu=False)).idx is None
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert gpu_of(model, config(cpu=False)).idx is None
+
+
+def test_an_error_of_too_little_memory_says_what_needs_less() -> None:
+    def full(facts: Facts) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        trained(callbacks=Callbacks(after_update=full))
+    assert "smaller batch_size" in raised.value.__notes__[0]
 
 
 class DefaultGPU(TorchFunctionMode):
@@ -257,13 +267,14 @@ def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
 
 def needs_cuda(test: Any) -> Any:
     """They skip themselves where there is none."""
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+    for mark in NEEDS_CUDA:
+        test = mark(test)
+    return test
 
 
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_it_learns_in_every_precision(tmp_path: Path, precision: str, compiled: bool) -> None:
     recipe = {"cpu": False, "epochs": 12, "lr": 3e-3, "precision": precision, "compile": compiled}
     result = trained(recipe=recipe, output_dir=tmp_path)
