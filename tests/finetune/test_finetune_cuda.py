@@ -3,8 +3,10 @@ isn't there (see tests/contract/test_fake_cuda.py), and on a real one."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +16,19 @@ import timm
 import torch
 from pictures import make_folder
 from safetensors.torch import load_file
-from sweeps import NEEDS_CUDA
+from sweeps import NEEDS_CUDA, ON_CUDA
 from timm.data import Mixup
 from tiny import config, digits, network, same, trained
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from se_retrofit import SEAttention, add_se, fold_se, load_retrofitted, plan_of, to_native
-from se_retrofit.finetune import Callbacks, Facts, evaluate, learning, load_data
+from se_retrofit.finetune import Callbacks, Facts, evaluate, learning, load_data, train
 from se_retrofit.finetune import pictures as pictures_of_runs
 from se_retrofit.finetune.checkpoint import load_optimizer
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
@@ -263,6 +266,47 @@ def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
 
 
 # On a GPU
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a value, but class numbers, which are on the CPU in a run on a GPU, too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        reads = func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        if reads and args[0].dtype != torch.int64:
+            raise AssertionError("on a GPU, this waits until all before it is done")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    if device == "cpu":
+        with NoWaiting():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize(
+    "fields", [{"label_smoothing": 0.1}, {"mixup": 0.2, "cutmix": 0.5}, {"loss": "focal"}], ids=str
+)
+def test_an_update_does_not_wait_for_the_gpu(
+    fields: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = train.update
+
+    def watched(run: Any, batches: Any) -> Any:
+        with no_waiting(device) if run.progress.updates else contextlib.nullcontext():
+            return update(run, batches)
+
+    monkeypatch.setattr(train, "update", watched)
+    recipe = {"cpu": device == "cpu", "optimizer_options": {"fused": True}, "grad_accum_steps": 2, **fields}
+    assert trained(recipe=recipe).updates > 2
 
 
 def needs_cuda(test: Any) -> Any:
