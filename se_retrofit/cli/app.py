@@ -69,8 +69,10 @@ def run(application: typer.Typer = app) -> None:
         if isinstance(ended.__context__, typer.Abort):
             sys.exit(130)
         raise
-    # OSError of a disk that is full behind the standard output, say
-    except (RetrofitError, OSError, *_out_of_memory()) as error:
+    except Exception as error:
+        # OSError of a disk that is full behind the standard output, say
+        if not isinstance(error, (RetrofitError, OSError, *_out_of_memory())):
+            raise
         said = ". ".join([str(error), *getattr(error, "__notes__", ())])
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
         sys.exit(2 if isinstance(error, WrongUsage) else 1)
