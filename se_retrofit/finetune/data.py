@@ -98,14 +98,8 @@ def default_workers(data: Any, world: int) -> int:
     return max(1, min(8, (os.cpu_count() or 1) // here))
 
 
-# Datasets
-
-
 class Order(Sampler[list[Key]]):
-    """Which items make up the batches of this process.
-
-    Together, the processes use the same batches as a single process with a correspondingly larger batch size.
-    """
+    """Which items make up the batches of this process; together, the processes use those of one with larger batches."""
 
     def __init__(
         self, data: Any, batch_size: int, *, name: str, train: bool, seed: int, rank: int, world: int,
@@ -236,18 +230,15 @@ def collate(items: Any) -> Batch:
     if isinstance(items, Batch):
         return items
     images, targets, counts, complaints = zip(*items, strict=True)
-    named = list(itertools.chain.from_iterable(complaints))
-    return Batch(images_together(images), targets_together(targets), torch.tensor(counts), named)
-
-
-def images_together(images: Sequence[Any]) -> Any:
     try:
-        return default_collate(list(images))
+        together = default_collate(list(images))
     except (TypeError, RuntimeError) as error:
         kinds = sorted({str(tuple(i.shape)) if hasattr(i, "shape") else type(i).__name__ for i in images})
         raise RetrofitError(
             f"the images of a batch must be PIL images, or tensors of one shape, got {', '.join(kinds[:3])}"
         ) from error
+    named = list(itertools.chain.from_iterable(complaints))
+    return Batch(together, targets_together(targets), torch.tensor(counts), named)
 
 
 class DatasetStream:
@@ -311,9 +302,6 @@ class DatasetStream:
         self.loader._iterator = None
         if loading is not None:
             loading._shutdown_workers()
-
-
-# DataLoaders
 
 
 class LoaderStream:

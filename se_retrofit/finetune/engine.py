@@ -109,14 +109,19 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def in_any(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether a flag is set in any process; all of them must ask at the same point."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, "sum") > 0)
+
+
 @torch.no_grad()
 def share(tensors: Iterable[Tensor]) -> None:
     """Copy the values of the main process to all others."""
     for tensor in tensors:
         tensor.copy_(broadcast(tensor.clone()))
-
-
-# A batch through the network
 
 
 def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -127,8 +132,7 @@ def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Forward(nn.Module):
-    """A module that is passed to Accelerate in place of the network, so that wrappers and the patched ``forward``
-    (autocast) apply to this module, and the caller's network stays as it is."""
+    """What Accelerate wraps and patches (``forward``, for autocast) in place of the caller's network."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

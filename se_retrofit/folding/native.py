@@ -118,9 +118,6 @@ def from_native(model: M, source: nn.Module) -> M:
     return result
 
 
-# Helpers --------------------------------------------------------------------------------------------------------------
-
-
 def _check_retrofitted(model: nn.Module, caller: str) -> None:
     check_module(model)
     if not has_se(model):
