@@ -39,6 +39,7 @@ from se_retrofit.finetune.randomness import derive, seed_all
 from se_retrofit.finetune.train import mixed
 from se_retrofit.fusion import FusedSEAttention
 from se_retrofit.inspection import excitations
+from se_retrofit.surgery.record.inputs import Inputs
 from se_retrofit.verify import se_matters
 
 CUDA = torch.device("cuda")
@@ -166,7 +167,7 @@ def test_a_default_device_changes_nothing(tmp_path: Path) -> None:
     x = next(DataLoader(data.val, 4).__iter__())[0]
     with DefaultGPU():
         assert same(trained(network(), data.train, data.val, recipe).model.state_dict(), wanted.model.state_dict())
-        assert se_matters(network().eval(), (x,)).finite
+        assert se_matters(network().eval(), Inputs((x,))).finite
         assert len(load_data(str(make_folder(tmp_path) / "train")).val) == 4  # held out by chance
     for default in (DefaultGPU(), torch.device("meta")):
         with default:
