@@ -42,7 +42,7 @@ from se_retrofit.inspection import excitations
 from se_retrofit.surgery.record.inputs import Inputs
 from se_retrofit.verify import se_matters
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda:0")
 CLASSES = 10
 
 
