@@ -187,7 +187,10 @@ def written(file: Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last)."""
+    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last). How the
+    optimizer computes (``fused``) depends on this machine, and not on the one that wrote the checkpoint."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        saved.update({name: group[name] for name in ("fused", "foreach", "capturable") if name in group})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         for name, value in entries.items():

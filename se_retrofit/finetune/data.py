@@ -262,17 +262,17 @@ class DatasetStream:
     def places(self, count: int) -> Tensor:
         """Return the indices in the data of the images of an evaluation's batches, one process after the other."""
         world = self.order.world
-        if world == 1:
-            return torch.arange(count)
-        return torch.arange(count).view(len(self), world, -1).transpose(0, 1).flatten()
+        places = torch.arange(count, device="cpu")
+        return places if world == 1 else places.view(len(self), world, -1).transpose(0, 1).flatten()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, starting with number ``start``."""
         self.order.epoch, self.order.start = epoch, start
-        batches = iter(self.loader)
+        with torch.device("cpu"):  # and so in the loading processes, which can't use a GPU
+            batches = iter(self.loader)
         try:
             while True:
-                with told_plainly():
+                with told_plainly(), torch.device("cpu"):
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -336,7 +336,7 @@ class LoaderStream:
         return [found[index] for index in indices]
 
     def places(self, count: int) -> Tensor:
-        return torch.arange(count)
+        return torch.arange(count, device="cpu")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch; ``start`` is 0."""

@@ -249,7 +249,7 @@ def try_out(config: FinetuneConfig) -> None:
 
 def _small(config: FinetuneConfig) -> torch.optim.Optimizer:
     with torch.random.fork_rng(devices=[]):
-        parameters = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+        parameters = [nn.Parameter(torch.ones(*shape, device="cpu")) for shape in ((3, 2), (3,))]
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 0.1)
         return make_optimizer([{"params": parameters, "lr_scale": 1.0}], config, fused=False)

@@ -162,7 +162,7 @@ def _scale(model: nn.Module, record: Record, by: float) -> None:
     for path, se in _ses(model).items():
         if se.gate != "identity":
             continue
-        factor = torch.full((se.channel,), by, dtype=torch.float64)
+        factor = torch.full((se.channel,), by, dtype=torch.float64, device="cpu")
         scalings = factors.backwards(path, factor)
         squeezed = scalings is not None  # SE's squeeze is larger, too
         if scalings is None:
