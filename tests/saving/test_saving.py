@@ -266,6 +266,8 @@ def folder(saved: Path) -> Path:
 REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: save_retrofitted(small(), d / "a"), r"no SE modules.*model = add_se\(model\)"),
     (lambda d: save_retrofitted(add_se(small().to("meta")), d / "a"), "on the meta device and has no values"),
+    (lambda d: save_retrofitted(nn.DataParallel(add_se(small())), d / "a"), r"give what is in it, model\.module"),
+    (lambda d: save_se(torch.compile(add_se(small())), d / "a.safetensors"), r"what is in it, model\._orig_mod"),  # type: ignore[arg-type]
     (lambda d: save_retrofitted(add_se(small()), d / "a", base="resnet18"), "does not build the network that is to be"),
     (lambda d: save_retrofitted(add_se(small()), d), "holds files of other kinds"),
     (lambda d: save_retrofitted(add_se(small()), d / "thesis.tex"), "is a file"),
