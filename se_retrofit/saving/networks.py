@@ -25,7 +25,7 @@ from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write
 def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
     """Save a retrofitted network, its weights and the recipe to rebuild it; return the folder.
 
-    An existing folder of this kind is replaced atomically: a reader finds either the old network or the new one.
+    An existing folder of this kind is replaced as a whole: whatever stops it leaves either the old network or the new one.
 
     Args:
         model: a network from ``add_se``.
