@@ -36,10 +36,7 @@ def in_turn(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path | None) -> Iterator[None]:
-    """Keep other processes from running in the same folder; None stands for no folder.
-
-    The lock belongs to this process, not to the data-loading processes that it starts, and is released however it ends.
-    """
+    """Keep other processes out of a folder, if there is one. The loading processes don't inherit the lock."""
     if fcntl is None or folder is None:
         yield
         return

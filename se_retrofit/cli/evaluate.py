@@ -66,11 +66,11 @@ def evaluate_command(
     if (limit := context.params["limit"]) is not None:
         few = limited(part.data, limit)
         part = replace(part, data=few, about=f"{part.about}; {len(few):,} of them, at most {limit:,} of each class")
-    found = evaluate(network, part, config=config)
+    found = evaluate(network, part.data, config=config)
     if not main:
         return
-    say(console, found)
+    say(console, f"{part.about}\n{found}")
     if confusion is not None:
         say(console, f"wrote {found.plot(confusion)}")
     if output is not None:
-        write_json(console, found.to_dict(), output)
+        write_json(console, {**found.to_dict(), "split": part.name, "about": part.about}, output)

@@ -94,11 +94,7 @@ def check_config(config: Any) -> None:
 
 @contextlib.contextmanager
 def started(job: Job) -> Iterator[Run]:
-    """Provide a run before its first step, or at the point from which it resumes, and clean up after it.
-
-    If an error is found during setup, the network keeps its structure. Flags, modes, global settings and random
-    generators are restored afterwards.
-    """
+    """Provide a run before its first step, or where it resumes; clean up afterwards, and restore the caller's state."""
     taught = contextlib.nullcontext() if job.teacher is None else as_found(job.teacher)
     folder = None if job.folder is None else str(job.folder)
     with (

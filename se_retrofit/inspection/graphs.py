@@ -37,10 +37,10 @@ def blocks_of(model: nn.Module, plan: Plan, record: Record) -> list[BlockPair]:
     modules = dict(model.named_modules())
     pairs = []
     for path, own in sites.items():
-        call = _call_around(path, called.get(own[0].path))
-        if call is not None:
+        around = _call_around(path, called.get(own[0].path))
+        if around is not None:
             cls = class_name(_unit(calls[path][0]) if path in calls else modules.get(path, model))
-            pairs.append(_block(model, record, own, call, opened, cls, len(calls[call.path])))
+            pairs.append(_block(model, record, own, around, opened, cls, len(calls[around.path])))
     return pairs
 
 

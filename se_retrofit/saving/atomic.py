@@ -27,7 +27,7 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
     Raises:
         RetrofitError: As for ``check_replaceable``, or if ``path`` can't be written. What was at ``path`` is kept.
     """
-    real, fresh, aside = _real(path), _beside(path, "new"), _aside(path)
+    real, fresh, aside = _real(path), _beside(path, "new"), _beside(path, "previous")
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         with in_turn(real.parent):
@@ -35,20 +35,20 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
                 if aside.exists() and not path.exists():
                     aside.rename(real)
                 check_replaceable(path, ours)
-                _remove(fresh)
+                shutil.rmtree(fresh, ignore_errors=True)
                 fresh.mkdir()
                 yield fresh
                 for file in fresh.iterdir():
                     sync(file)
                 sync(fresh)
-                _remove(aside)
+                shutil.rmtree(aside, ignore_errors=True)
                 if path.exists():
                     real.rename(aside)
                 fresh.rename(real)
-                _remove(aside)
+                shutil.rmtree(aside, ignore_errors=True)
                 sync(real.parent)
             finally:
-                _remove(fresh)
+                shutil.rmtree(fresh, ignore_errors=True)
                 if aside.exists() and not path.exists():
                     aside.rename(real)
     except OSError as error:
@@ -96,7 +96,8 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 def settled(path: Path) -> Path:
     """Return the folder to read: ``path``, or the previous folder if the process was killed between the two renames."""
-    return _aside(path) if _aside(path).is_dir() and not path.exists() else path
+    aside = _beside(path, "previous")
+    return aside if aside.is_dir() and not path.exists() else path
 
 
 def sync(path: Path) -> None:
@@ -114,15 +115,6 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # "." has no name, and a link stays a link
 
 
-def _aside(path: Path) -> Path:
-    return _beside(path, "previous")
-
-
 def _beside(path: Path, suffix: str) -> Path:
     real = _real(path)
     return real.parent / f".{real.name}.{suffix}"
-
-
-def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)

@@ -51,7 +51,8 @@ def card_text(folder: Path, repo_id: str, license: str | None = None) -> str:
         importing = "from se_retrofit.finetune import predict\n"
         using = 'print(*predict(model, ["image.jpg"], top=3))\n'
     rows = [*_about(base, images, (folder / WEIGHTS).stat().st_size, license), *_scores(measured)]
-    facts = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
+    cells = [(name, " ".join(value.split()).replace("|", "\\|")) for name, value in rows]
+    facts = "\n".join(f"| {name} | {value} |" for name, value in cells)
     return f"""---
 {data.to_yaml()}
 ---
@@ -74,10 +75,6 @@ model = from_pretrained("{repo_id}"{bare})
 
 Saved with {versions}.
 """
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _about(

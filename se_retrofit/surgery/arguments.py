@@ -61,11 +61,7 @@ class Options:
 
     @classmethod
     def of(cls, plan: Plan) -> Options:
-        """Return the options of a plan.
-
-        Raises:
-            RetrofitError: If the plan has unknown options, or options of wrong types.
-        """
+        """Return the options of a plan, which may be broken."""
         try:
             options = cls(**{**plan.options, "recognisers": ()})
             options.check()
@@ -112,11 +108,7 @@ class Options:
 
 
 def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None, inplace: Any = False) -> None:
-    """Check the types and ranges of the arguments of ``add_se``.
-
-    Raises:
-        RetrofitError, TypeError: If an argument is not valid; the message names it.
-    """
+    """Check the types and ranges of the arguments of ``add_se``."""
     if plan is not None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")

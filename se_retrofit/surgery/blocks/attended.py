@@ -47,12 +47,11 @@ def _is_attention(op: Op) -> bool:
 
 
 def _is_position(conv: Op) -> bool:
-    assert conv.conv is not None
     normed, join = False, only_user(conv)
     while join is not None and join.role in ("norm", "pass", "shape", "affine", "part", "cat"):
         normed = normed or join.role == "norm"
         join = only_user(join)
-    if not conv.conv.depthwise or join is None or join.role not in ("add", "mul") or len(join.data) < 2:
+    if not conv.depthwise or join is None or join.role not in ("add", "mul") or len(join.data) < 2:
         return False
     following = next_after(join, TRANSPARENT) if normed else None
     return following is None or following.role != "act"

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..record.facts import LEARNED
 from ..record.graph import Call, Op, Record
-from ..record.joins import LEARNED
 from .attended import spatial_convs
 from .block import Block
 from .bypasses import all_pass
-from .inverted import core_of
+from .inverted import inverted_target
 from .questions import (
+    behind,
     bypass_source,
     common_source,
     derives,
-    edge,
     escapes,
+    feeds_a_layer,
     has_nonlinearity,
     has_spatial_conv,
     own_operations,
@@ -32,12 +33,10 @@ def residual_units(record: Record) -> Iterator[Block]:
     for call in reversed(record.calls):
         for add in own_operations(record, call):
             block = _unit(record, call, add)
-            if block is None:
-                continue
-            core = core_of(record, block)
-            if core is not None:
-                block.kind, block.target = "inverted", edge(record, core.value, core.taker)
-            yield block
+            if block is not None:
+                block.target = inverted_target(record, block)
+                block.kind = "residual" if block.target is None else "inverted"
+                yield block
 
 
 def parallel_branches(record: Record) -> Iterator[Block]:
@@ -134,8 +133,7 @@ def _is_modulation(record: Record, call: Call, add: Op) -> bool:
     """Return whether an add shifts what a map of the same origin scaled: ``norm(x) * (1 + gamma) + beta`` (SPADE, Park
     et al., arXiv:1903.07291; AdaIN, Huang and Belongie, arXiv:1703.06868; FiLM, Perez et al., arXiv:1709.07871)."""
     for product, shift in (add.data, add.data[::-1]):
-        while product.role in ("pass", "affine") and len(product.data) == 1:
-            (product,) = product.data
+        product = behind(product, ("pass", "affine"))
         if product.role != "mul" or len(product.data) != 2:
             continue
         for scaled, factor in (product.data, product.data[::-1]):
@@ -159,7 +157,7 @@ def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
     if any(op.role in LEARNED for op in record.select(skip.lineage)):
         return False
     widens = max(op.channels or 0 for op in own) > (add.channels or 0) > 0
-    return widens and not any(add.bit & op.ancestors and op.role in LEARNED for op in record.ops[add.index :])
+    return widens and not feeds_a_layer(record, add)
 
 
 def _is_query(source: Op, region: int) -> bool:
@@ -174,7 +172,7 @@ def _is_query(source: Op, region: int) -> bool:
 def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) -> bool:
     """Return whether a linear branch is a residual branch nevertheless: a convolution beside the input itself. Several
     linear branches are a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
-    mixing = any(op.spatial_conv and op.conv is not None and not op.conv.depthwise for op in ops)
+    mixing = any(op.spatial_conv and not op.depthwise for op in ops)
     return mixing and not any(map(resizes, ops)) and summed_branches(record, call, add) is None
 
 

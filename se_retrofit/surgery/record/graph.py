@@ -106,6 +106,11 @@ class Op:
         return self.conv is not None and self.conv.spatial and not self.flat
 
     @property
+    def depthwise(self) -> bool:
+        """Whether it is a depthwise convolution over space."""
+        return self.conv is not None and self.conv.depthwise
+
+    @property
     def channels(self) -> int | None:
         if self.channel_dim is None or self.dim < -self.channel_dim:
             return None

@@ -31,11 +31,7 @@ def _digest(code: str) -> str:
 
 
 def graph_place(call: Call, op: Op, users: frozenset[Op] | None) -> Edit:
-    """Return the edit at the node of a GraphModule's graph whose value an operation computes.
-
-    Raises:
-        SpliceError: If it is not the value of a node.
-    """
+    """Return the edit at the node of a GraphModule's graph whose value an operation computes."""
     name, digest = _node_name(call, op)
     taking = None if users is None else tuple(sorted(_node_name(call, user)[0] for user in users))
     return Edit(call.path, "graph", node=name, users=taking, digest=digest)
@@ -86,11 +82,7 @@ Insertion = tuple[fx.Graph, fx.Node, list[fx.Node] | None]
 
 
 def insertions_of(module: nn.Module, edits: list[Edit]) -> list[list[Insertion]]:
-    """Return for each edit the node that it names and the users of SE's output (None: all), in each of the graphs.
-
-    Raises:
-        SpliceError: If the graphs are not those that the edits were made for, or have no such nodes.
-    """
+    """Return for each edit the node that it names and the users of SE's output (None: all), in each of the graphs."""
     graphs = graphs_of(module) if isinstance(module, fx.GraphModule) else []
     read = {_code_digest(module, graph): graph for graph in graphs}  # type: ignore[arg-type]
     found = []

@@ -96,11 +96,7 @@ def _own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 @functools.lru_cache(maxsize=512)
 def source_of(function: types.FunctionType) -> Source:
-    """Return the source of a function.
-
-    Raises:
-        SpliceError: If there is none, or it is not what the function was compiled from.
-    """
+    """Return the source of a function; if there is none that it was compiled from, raise a SpliceError."""
     name = function.__qualname__
     if all(position[2] is None for position in function.__code__.co_positions()):
         raise SpliceError(
@@ -199,11 +195,7 @@ def span_of(node: Any) -> Span:
 
 
 def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
-    """Return the expression, or the augmented assignment, that a frame was executing.
-
-    Raises:
-        SpliceError: If no node of the tree is at that position.
-    """
+    """Return the expression, or the augmented assignment, that a frame was executing."""
     position = _positions(code)[lasti // 2]
     if None in position:
         raise SpliceError("the position of the expression is not known")
@@ -227,11 +219,7 @@ def _positions(code: types.CodeType) -> list[tuple[Any, ...]]:
 
 def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, Any], dict[type, dict[str, Any]]]:
     """Return the members of a class derived from ``base``: those that replace its own, and, by class, those of base
-    classes that its methods reach by ``super()``.
-
-    Raises:
-        SpliceError: If a method's source can't be changed.
-    """
+    classes that its methods reach by ``super()``."""
     own: dict[str, Any] = {}
     further: dict[type, dict[str, Any]] = {}
     by_method: dict[tuple[type, str], list[Splice]] = {}
