@@ -26,7 +26,7 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
     return inputs, None
 
 
-def placed(inputs: Tensor, model: nn.Module) -> Tensor:
+def as_taken_by(inputs: Tensor, model: nn.Module) -> Tensor:
     """Return inputs on the device of a model's parameters and, if they are floating, in their dtype."""
     like = next((p for p in model.parameters() if p.is_floating_point()), inputs)
     return inputs.to(like.device, like.dtype if inputs.is_floating_point() else None)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..batches import as_taken_by
 from ..errors import RetrofitError
 from ..paths import as_written, save_figure
 from ..tables import aligned, counted, short
@@ -248,7 +249,7 @@ def measure(
         log.complain(batch)
         images, targets = placed(batch, device)
         with accelerator.autocast():
-            logits, _ = called(network, images)
+            logits, _ = called(network, as_taken_by(images, network))
         classes = logits.shape[1]
         check_targets(batch, classes, multi_label)
         counts = batch.counts.to(device, non_blocking=True)
