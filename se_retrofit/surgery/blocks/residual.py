@@ -45,7 +45,7 @@ def parallel_branches(record: Record) -> Iterator[Block]:
     for call in reversed(record.calls):
         for add in own_operations(record, call) if call.parent is not None else ():
             values = summands(call, add)
-            for skip, first in values if len(values) > 2 else ():
+            for skip, first in values:
                 if first is not add:  # else the branches are summed up before, and are one
                     yield from _branches(record, call, skip, values)
 
