@@ -45,11 +45,7 @@ def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterabl
             from .finetune.config import FinetuneConfig
             from .finetune.transforms import prepared_batches
         return prepared_batches(model, data, FinetuneConfig(keys=tuple(keys)), print)
-    if isinstance(data, (list, tuple)) and not (data and is_item(fields_of(data[0], keys))):
-        return data
-    return DataLoader(data, BATCH_SIZE)
-
-
-def is_item(fields: Sequence[Any]) -> bool:
-    """Return whether the label is a single number, so that the input is one item and not a batch."""
-    return any(isinstance(label, int) or getattr(label, "shape", None) == () for label in fields[1:2])
+    labels = fields_of(data[0], keys)[1:2] if isinstance(data, (list, tuple)) and data else ()
+    # a single number is the label of one item, and not of a batch
+    of_items = any(isinstance(label, int) or getattr(label, "shape", None) == () for label in labels)
+    return data if isinstance(data, (list, tuple)) and not of_items else DataLoader(data, BATCH_SIZE)

@@ -14,9 +14,7 @@ BATCH_SIZE = 32  # for a Dataset, which has none of its own
 
 
 def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | None]:
-    """Return the keys of inputs and labels among the names in a dict: the given keys, or the usual ones. The key of the
-    labels is None if there are no labels.
-    """
+    """Return the keys of inputs and labels (None if there are none): those given, or the usual ones among the names."""
     names = list(names)
     there = f"the data's dicts have the keys {', '.join(map(str, names))}"
     if missing := [key for key in keys if key not in names]:
@@ -27,6 +25,15 @@ def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | 
     if inputs is None:
         raise RetrofitError(f'{there}: say which are image and class, such as keys=("image", "label")')
     return inputs, labels
+
+
+def label_column(data: Any, keys: Sequence[str] = ()) -> str | None:
+    """Return the labels' column of a Hugging Face data set; None for other data, and if its items have other keys."""
+    columns = getattr(data, "features", None)
+    try:
+        return keys_in(columns, keys)[1] if isinstance(columns, dict) else None
+    except RetrofitError:
+        return None
 
 
 def fields_of(item: Any, keys: Sequence[str] = ()) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""Checks that two networks compute the same: both run on two real photographs, and outputs are compared bit for bit."""
+"""Checks that two networks compute the same: both run on the same inputs, and outputs are compared bit for bit."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import timm.data
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from .attention import Inserted
-from .errors import RetrofitError, extra
-from .models import Base
 from .surgery.record.copying import in_mode
-from .surgery.record.inputs import tensors_in
-
-PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-FRAMES = 16  # length of the still clip for video networks, as in the training of torchvision's smallest ones
+from .surgery.record.inputs import Inputs, tensors_in
+from .surgery.record.isolation import forked_randomness
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Agreement:
     finite: bool
 
 
-def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> Agreement:
+def agreement(first: nn.Module, second: nn.Module, inputs: Inputs, *, training: bool = False) -> Agreement:
     """Run both networks on the same inputs from the same random state, without gradients, and compare their outputs.
 
     The networks and the global random state are unchanged afterwards: in train mode, in which running statistics are
@@ -54,7 +48,7 @@ def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, t
     )
 
 
-def se_matters(model: nn.Module, inputs: tuple[Any, ...]) -> Agreement:
+def se_matters(model: nn.Module, inputs: Inputs) -> Agreement:
     """Compare the network with itself under random gates, as the counter-check to an identity.
 
     If SE took no part in the computation, inserting it would change nothing either; such a network is equal here, too.
@@ -112,12 +106,12 @@ def redraw_vectors(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Any:
+def _run(model: nn.Module, inputs: Inputs, training: bool) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     try:
         net = in_mode(copy.deepcopy(model) if training else model, training)
-        with torch.random.fork_rng(devices=[]):
-            return net(*inputs)
+        with forked_randomness():
+            return net(*inputs.args, **inputs.kwargs)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -128,50 +122,3 @@ def _relative_difference(wanted: Tensor, got: Tensor) -> float:
         return 0.0
     scale = wanted.double().abs().max().item()
     return (wanted.double() - got.double()).abs().max().item() / (scale or 1.0)
-
-
-def photographs() -> list[Any]:
-    """Return the photographs included in scikit-learn, a temple in China and a flower, 640x427, as PIL images."""
-    from PIL import Image
-
-    with extra("cli"):
-        from sklearn.datasets import load_sample_image
-
-    return [Image.fromarray(load_sample_image(name)) for name in PHOTOGRAPHS]
-
-
-def prepared_for(model: nn.Module) -> tuple[Any, ...]:
-    """Return both photographs as positional arguments for a network that ``Base`` has built, resized and normalised by
-    its library's own rules: a batch of images, a list of images for detection, still clips for video, or two frames for
-    optical flow."""
-    images, base = photographs(), Base.noted(model)
-    if base is None:
-        raise RetrofitError(f"this {type(model).__name__} does not know its name; build it by Base.of(name).build()")
-    if base.library == "timm":
-        return (torch.stack([_timm_transform(model)(image) for image in images]),)
-    transform = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()
-    task = type(transform).__name__
-    if task in ("ImageClassification", "SemanticSegmentation"):
-        return (torch.stack([transform(image) for image in images]),)
-    if task == "ObjectDetection":
-        return ([transform(image) for image in images],)
-    tensors = [torchvision.transforms.functional.pil_to_tensor(image) for image in images]
-    if task == "VideoClassification":
-        return (torch.stack([transform(image.expand(FRAMES, -1, -1, -1)) for image in tensors]),)
-    if task == "OpticalFlow":
-        # these networks need sides that are multiples of 8
-        first, second = (image[:, :424].unsqueeze(0) for image in tensors)
-        return tuple(transform(first, second))
-    raise RetrofitError(f"{base} takes inputs of the kind {task}; no photograph can be prepared for that")
-
-
-def _timm_transform(model: nn.Module) -> Any:
-    config = timm.data.resolve_data_config({}, model=model)
-    transform = timm.data.create_transform(**config)
-    channels = config["input_size"][0]
-
-    def apply(image: Any) -> Tensor:
-        pixels = transform(image)
-        return pixels if channels == 3 else pixels.mean(0, keepdim=True).expand(channels, -1, -1)
-
-    return apply

@@ -39,6 +39,7 @@ def demo(
 
     from ..finetune import load_data
     from ..retrofit import add_se, plan_of
+    from ..surgery.record.inputs import Inputs
     from ..verify import agreement
     from .demo_network import SmallResNet
 
@@ -61,7 +62,7 @@ def demo(
 
     heading(console, "3. Still the same function?")
     for mode in ("eval", "train"):
-        comparison = agreement(model, retrofitted, (images,), training=mode == "train")
+        comparison = agreement(model, retrofitted, Inputs((images,)), training=mode == "train")
         if not comparison.equal:
             raise RetrofitError(
                 f"in {mode} mode, outputs differ by {comparison.difference:.1e}: a bug, please report it"

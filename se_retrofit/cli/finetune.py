@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
-from ..plaindata import parse_yaml
+from ..plaindata import read_yaml
 from . import options
 from .app import WrongUsage, app
 from .signals import Signals
@@ -95,10 +95,7 @@ def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
     if repeated := sorted({*given} - {"resume", "download", "epochs"}):
         names = ", ".join(name.replace("_", "-") for name in repeated)
         raise WrongUsage(f"--resume reads every option but --epochs from {file}; remove {names}")
-    try:
-        content = parse_yaml(file.read_text(encoding="utf-8"), file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error}") from error
+    content = read_yaml(file)
     try:
         if content["command"] is None:
             raise RetrofitError(

@@ -27,8 +27,7 @@ def run_settings(saved: Path) -> dict[str, Any]:
 
 
 def training_data_of(saved: Path) -> dict[str, Any] | None:
-    """Return the fingerprint of the data that a saved network was trained on, from the ``run.yaml`` of its run; None if
-    there is none."""
+    """Return the fingerprint of a saved network's training data, from the ``run.yaml`` of its run, if there is one."""
     from ..finetune.checkpoint import BEST, LAST, RUN, written
 
     if saved.name not in (BEST, LAST):

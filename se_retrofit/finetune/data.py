@@ -7,7 +7,8 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,7 +28,8 @@ END = object()
 Key = tuple[int, int, bool]  # epoch, index, whether the item counts
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """Images, their classes (numbers, or a vector for each image), and which of them count: padding in the last batch
     and replacements for unreadable images do not. ``complaints`` names the images that could not be read."""
 
@@ -35,6 +37,14 @@ class Batch(NamedTuple):
     targets: Tensor
     counts: Tensor
     complaints: list[str]
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory; a DataLoader calls this. Tensors that are on a GPU already stay there."""
+        images, targets, counts = (
+            value.pin_memory() if value.device.type == "cpu" else value
+            for value in (self.images, self.targets, self.counts)
+        )
+        return Batch(images, targets, counts, self.complaints)
 
 
 def stream(
@@ -80,20 +90,16 @@ def stream(
 
 def default_workers(data: Any, world: int) -> int:
     """Return 0 for tensors in memory; otherwise this process's share of the machine's cores, at most 8."""
+    while isinstance(data, Subset):
+        data = data.dataset
     if isinstance(data, TensorDataset):
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return max(1, min(8, (os.cpu_count() or 1) // here))
 
 
-# Datasets
-
-
 class Order(Sampler[list[Key]]):
-    """Which items make up the batches of this process.
-
-    Together, the processes use the same batches as a single process with a correspondingly larger batch size.
-    """
+    """Which items make up the batches of this process; together, the processes use those of one with larger batches."""
 
     def __init__(
         self, data: Any, batch_size: int, *, name: str, train: bool, seed: int, rank: int, world: int,
@@ -224,18 +230,15 @@ def collate(items: Any) -> Batch:
     if isinstance(items, Batch):
         return items
     images, targets, counts, complaints = zip(*items, strict=True)
-    named = list(itertools.chain.from_iterable(complaints))
-    return Batch(images_together(images), targets_together(targets), torch.tensor(counts), named)
-
-
-def images_together(images: Sequence[Any]) -> Any:
     try:
-        return default_collate(list(images))
+        together = default_collate(list(images))
     except (TypeError, RuntimeError) as error:
         kinds = sorted({str(tuple(i.shape)) if hasattr(i, "shape") else type(i).__name__ for i in images})
         raise RetrofitError(
             f"the images of a batch must be PIL images, or tensors of one shape, got {', '.join(kinds[:3])}"
         ) from error
+    named = list(itertools.chain.from_iterable(complaints))
+    return Batch(together, targets_together(targets), torch.tensor(counts), named)
 
 
 class DatasetStream:
@@ -288,7 +291,7 @@ class DatasetStream:
                     )
                 news = [complaint for complaint in batch.complaints if complaint not in self.named]
                 self.named.update(news)
-                yield batch._replace(complaints=news)
+                yield replace(batch, complaints=news)
         except Exception:  # and not where the caller has all that it wants of an epoch
             self.close()
             raise
@@ -299,9 +302,6 @@ class DatasetStream:
         self.loader._iterator = None
         if loading is not None:
             loading._shutdown_workers()
-
-
-# DataLoaders
 
 
 class LoaderStream:

@@ -59,8 +59,7 @@ def describe_run(
 
 
 def describe_data(data: Any) -> dict[str, Any]:
-    """Return a fingerprint of a Dataset or DataLoader: its length, its classes, the names of its files, and the content
-    of a few samples."""
+    """Return a fingerprint of data: length, classes, names of files, and the content of a few samples."""
     described: dict[str, Any] = {}
     if isinstance(data, DataLoader):
         described["batch size"] = data.batch_size

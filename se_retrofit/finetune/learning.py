@@ -80,9 +80,6 @@ def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     return inputs, labels
 
 
-# Groups
-
-
 def param_groups(
     model: nn.Module, lr: float, *, weight_decay: float = 0.05, se_lr_scale: float = 1.0, head_lr_scale: float = 5.0,
     layer_decay: float | None = None,
@@ -198,12 +195,6 @@ def fans_in(module: nn.Module) -> dict[int, int]:
     return found
 
 
-def group_summary(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each group's name, learning-rate factor, weight decay and number of tensors as plain data."""
-    plain = ("name", "lr_scale", "weight_decay")
-    return [{**{name: group.get(name) for name in plain}, "tensors": len(group["params"])} for group in groups]
-
-
 def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
     """Return a line with the peak learning rates of SE, head and body."""
     scales: dict[str, set[float]] = {}
@@ -215,9 +206,6 @@ def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
         by = ", by the fan-in of its layers" if name == "se" and low != high else ""
         words.append(f"{'SE' if name == 'se' else name} {low if low == high else f'{low} to {high}'}{by}")
     return f"learning rates at their peak: {'; '.join(words)}"
-
-
-# The optimizer and its schedule
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
@@ -262,12 +250,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, upda
 
 
 def try_out(config: FinetuneConfig) -> None:
-    """Try out the config's optimizer and schedule: update two small parameters once, save and load the optimizer's
-    state, and step the schedule through the run.
-
-    Raises:
-        RetrofitError: If one can't be built or fails, the optimizer needs a closure, or its state can't be saved.
-    """
+    """Try out the config's optimizer and schedule: an update, saving and loading its state, the schedule's steps."""
     try:
         get_optimizer_class(config.optimizer, bind_defaults=False)
     except ValueError as error:

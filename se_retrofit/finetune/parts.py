@@ -47,9 +47,6 @@ def count(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-# SE and the head
-
-
 def se_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, Inserted)]
 
@@ -141,7 +138,8 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     if part == "all":
         return [model]
     name, heads = type(model).__name__, head_of(model)
-    modules = {"se": se_modules, "norms": norms_of, "head": lambda _: []}[part.partition("+")[0]](model)
+    wanted = {"se": lambda module: isinstance(module, Inserted), "norms": is_norm}.get(part.partition("+")[0])
+    modules = [module for module in model.modules() if wanted is not None and wanted(module)]
     if part.startswith("se") and not modules:
         raise RetrofitError(
             f'trainable="{part}" needs SE modules, and this {name} has none; retrofit it first: model = add_se(model)'
@@ -153,14 +151,8 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     return modules if part == "se" else modules + heads
 
 
-def norms_of(model: nn.Module) -> list[nn.Module]:
-    """Return the norms that have a scale for each channel."""
-    return [module for module in model.modules() if is_norm(module)]
-
-
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a module has a scale (and perhaps a shift) for each channel, and is one of PyTorch's norms or
-    behaves like one: its output does not change when its input is scaled."""
+    """Return whether a module with a scale for each channel is a norm: it undoes any scaling of its input."""
     own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
     if not own or len(own) > 2 or any(p.dim() != 1 for p in own):
         return False
@@ -197,9 +189,6 @@ def set_modes(model: nn.Module, part: str, freeze_bn: bool) -> None:
         statistics = isinstance(module, _NormBase) or any(name.startswith("running_") for name in own)
         if (own and id(module) not in chosen) or (freeze_bn and statistics):
             module.eval()
-
-
-# The state of a whole network
 
 
 @contextlib.contextmanager

@@ -123,8 +123,7 @@ def drawn(images: Sequence[Tensor], titles: Sequence[str], model: nn.Module) -> 
 
 
 def in_colors(images: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
-    """Convert prepared images to colours from 0 to 1, by undoing the normalisation, or, for tensors that the caller
-    prepared, by scaling from the lowest value to the highest."""
+    """Convert prepared images to colours from 0 to 1: undo the normalisation, or scale by the range."""
     settings = vars(model).get(IMAGES)
     if settings is not None:
         mean, std = (torch.tensor(settings[key])[:, None, None] for key in ("mean", "std"))

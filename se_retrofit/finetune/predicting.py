@@ -109,8 +109,7 @@ def _read(file: Path, transform: Any) -> Tensor | str:
 
 
 def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1) -> list[str]:
-    """Write predictions as CSV: the file, and the name and probability of each of the most likely classes. Returns the
-    errors of the images that could not be read."""
+    """Write the likeliest classes of each file and their probabilities as CSV; return the errors."""
     writer = csv.writer(file, lineterminator="\n")
     numbers = [""] if top == 1 else [f"_{number + 1}" for number in range(top)]
     header = ["file", *(f"{field}{number}" for number in numbers for field in ("class", "probability"))]

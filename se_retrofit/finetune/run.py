@@ -24,7 +24,7 @@ from .config import FinetuneConfig
 from .criteria import Losses
 from .data import Stream
 from .engine import Forward, TrainingForm
-from .learning import Learning, group_summary, length_of
+from .learning import Learning, length_of
 from .log import Log
 from .parts import choose_trainable, count, trained_in
 
@@ -52,7 +52,6 @@ class FinetuneResult:
         step_seconds: median time of an update, including data loading; None if the run is too short to measure it.
         parameters: number of the network's parameters.
         trained_parameters: number of the parameters that were trained in the end.
-        groups: the optimizer's groups: name, learning-rate factor, weight decay and number of tensors of each.
     """
 
     model: nn.Module
@@ -66,7 +65,6 @@ class FinetuneResult:
     step_seconds: float | None
     parameters: int
     trained_parameters: int
-    groups: list[dict[str, Any]]
 
     def _repr_html_(self) -> str:
         names = dict.fromkeys(k for row in self.history for k, value in row.items() if isinstance(value, (int, float)))
@@ -176,8 +174,6 @@ class Run:
             self.accelerator.free_memory()
         self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.learning.optimizer)
 
-    # What is saved
-
     def keep_checkpoint(self) -> None:
         """Write ``last/``, after checking that all weights are finite."""
         if self.folder is not None:
@@ -218,10 +214,7 @@ class Run:
             step_seconds=progress.step_seconds,
             parameters=count(self.model),
             trained_parameters=count(self.model, trainable=True),
-            groups=group_summary(self.learning.optimizer.param_groups),
         )
-
-    # What ends it
 
     def leave(self, *, with_checkpoint: bool = True) -> NoReturn:
         """End the run because ``stop`` was set, with a checkpoint if its data can resume within an epoch."""

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..errors import RetrofitError, brief
+from ..locks import alone_in
 from ..saving.base import base_of
 from ..saving.networks import without_name
 from ..surgery.record.copying import in_mode
@@ -27,7 +28,6 @@ from .data import Stream, stream
 from .engine import TrainingForm, engine, recomputing, share
 from .experiment import describe_run
 from .learning import learning, length_of, rates_in_words, try_out
-from .lock import alone_in
 from .log import Log
 from .parts import (
     as_found,
@@ -94,11 +94,7 @@ def check_config(config: Any) -> None:
 
 @contextlib.contextmanager
 def started(job: Job) -> Iterator[Run]:
-    """Provide a run before its first step, or at the point from which it resumes, and clean up after it.
-
-    If an error is found during setup, the network keeps its structure. Flags, modes, global settings and random
-    generators are restored afterwards.
-    """
+    """Provide a run before its first step, or where it resumes; clean up afterwards, and restore the caller's state."""
     taught = contextlib.nullcontext() if job.teacher is None else as_found(job.teacher)
     folder = None if job.folder is None else str(job.folder)
     with (
@@ -109,6 +105,7 @@ def started(job: Job) -> Iterator[Run]:
         with structure_kept(job.model):
             run, remark = build(job, accelerator, wanted)
             resumed = run.folder is not None and job.resume and has_checkpoint(run.folder.path)
+            resumed = broadcast_object_list([resumed])[0]  # a process that can't see the folder of the main one fails
             if resumed:
                 restore(run)
             run.begin_with()

@@ -50,9 +50,6 @@ def _items(loader: Iterable[Any]) -> Iterator[Any]:
         ) from None
 
 
-# Outputs --------------------------------------------------------------------------------------------------------------
-
-
 def outputs_of(model: nn.Module, batch: Labelled) -> list[Tensor]:
     """Return all floating-point tensors that a model returns for a batch."""
     return [t.clone() for t in tensors_in(model(batch.inputs)) if t.is_floating_point()]

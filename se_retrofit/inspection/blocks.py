@@ -47,7 +47,7 @@ class BlockGraph:
         if node.op == "call_module":
             return class_name(node.meta["module"])
         if node.op == "call_function":
-            return "getitem" if is_getitem(node) else sign_of(node.meta["ops"][0])
+            return "getitem" if is_getitem(node) else _sign_of(node.meta["ops"][0])
         return node.op
 
     def path(self, target: str) -> str:
@@ -179,8 +179,7 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def sign_of(op: Op) -> str:
-    """Describe an operation in few words: ``cat``, ``+=``."""
+def _sign_of(op: Op) -> str:
     sign = {"add": "+", "mul": "*", "sub": "-", "div": "/"}.get(op.name)
     return op.name if sign is None else sign + "=" * op.inplace
 

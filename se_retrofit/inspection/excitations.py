@@ -134,10 +134,5 @@ def excitations(
     if not inputs:
         raise RetrofitError("the data yields no batch, so there are no gates to inspect")
     missed = tuple(path for path in ses if path not in found)
-    return Excitations(tuple(found.values()), inputs, missed, _class_names(model, data))
-
-
-def _class_names(model: nn.Module, data: Any) -> tuple[str, ...]:
-    """Return the names of the classes, if the network or the data set has them."""
     names = vars(model).get(IMAGES, {}).get("classes") or getattr(getattr(data, "dataset", data), "classes", ())
-    return tuple(map(str, names))
+    return Excitations(tuple(found.values()), inputs, missed, tuple(map(str, names)))

@@ -95,9 +95,6 @@ class SiteGates:
         return {"channels": channels.tolist(), **numbers}
 
 
-# Gathering ------------------------------------------------------------------------------------------------------------
-
-
 class Moments:
     """Mean, spread and range of the rows of all batches, updated by Chan's method, which avoids cancellation; and the
     fraction of values ``beyond`` the limits. The mean is ``(C,)``, the other statistics are tensors without dims.
@@ -214,9 +211,6 @@ def gated_modules(model: nn.Module) -> dict[str, Any]:
     ses = {site.path: model.get_submodule(site.path) for site in plan_of(model).sites}
     check_gates(ses, "there are none to look at")
     return ses
-
-
-# While it trains ------------------------------------------------------------------------------------------------------
 
 
 class GateLogger:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,17 @@ from ..plan import Plan
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
 from .rebuild import belongs_to, carried_out
-from .recipe import FORMAT, check_fields, check_names, read_plan
+from .recipe import FORMAT, read_fields, read_plan
 from .tensors import read_weights, tensors_of, tie, untied, write_tensors
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the file holds beside the tensors."""
+
+    format: int
+    plan: dict[str, Any]
+    tied: dict[str, str]
 
 
 def save_se(model: nn.Module, file: str | Path) -> Path:
@@ -49,7 +59,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     plan = plan_of(model)
     state = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan.sites)}
     stored, tied = untied(state)
-    header = {"format": FORMAT, "plan": plan.to_dict(), "tied": tied}
+    header = asdict(Header(FORMAT, plan.to_dict(), tied))
     with replaced_file(Path(file)) as fresh:
         write_tensors(stored, fresh, {"se_retrofit": json.dumps(header)})
     return Path(file)
@@ -106,6 +116,5 @@ def _read_se_header(file: Path) -> tuple[Plan, dict[str, str]]:
     if isinstance(header, dict) and "plan" not in header:  # written before plans could be carried out
         parts = {key: header.pop(key) for key in ("sites", "skipped", "inputs") if key in header}
         header["plan"] = {**parts, "options": header.pop("add_se", None)}
-    check_fields(header, {"format": (int,), "plan": (dict,), "tied": (dict,)}, file)
-    check_names(header["tied"], "tied", file)
-    return read_plan(header["plan"], header["plan"].pop("options", None), file), header["tied"]
+    checked: Header = read_fields(header, Header, f"{file}: header")
+    return read_plan(checked.plan, checked.plan.get("options"), file), checked.tied

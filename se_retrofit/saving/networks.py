@@ -118,8 +118,7 @@ def load_retrofitted(
 
 
 def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -> str:
-    """Write the weights and the recipe of a network, retrofitted or not, into an existing folder. Returns a remark if
-    the recipe does not say how to build the base; otherwise it is empty."""
+    """Write weights and recipe into a folder; return a remark if the recipe can't say how to build the base."""
     state, images = tensors_of(model), vars(model).get(IMAGES)
     plan = plan_of(model) if has_se(model) else None
     note = ""

@@ -15,8 +15,7 @@ from ..retrofit import add_se
 def carried_out(
     model: nn.Module, plan: Plan, where: object, example_inputs: Any, attention: Attention | None, *, inplace: bool
 ) -> nn.Module:
-    """Retrofit a bare network by a saved plan, with the given attention if it can't be saved. ``add_se`` checks that
-    the sites are the same, and loading the weights checks their paths."""
+    """Retrofit a bare network by a saved plan, which ``add_se`` checks, with the attention if it can't be saved."""
     try:
         return add_se(model, plan=plan, example_inputs=example_inputs, attention=attention or "se", inplace=inplace)
     except Warning:

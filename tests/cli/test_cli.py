@@ -213,7 +213,7 @@ def test_the_module_runs_as_a_program_whose_piped_output_has_no_colours_and_unbr
     process = subprocess.run(command_line, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "\x1b" not in process.stdout
-    assert "(china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:\n" in process.stdout
+    assert "check on random inputs of the shape (2, 3, 160, 160):\n" in process.stdout
 
 
 @pytest.mark.parametrize("name", ["finetune", "compare", "find-lr"])

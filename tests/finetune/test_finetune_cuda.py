@@ -16,14 +16,16 @@ from timm.data import Mixup
 from tiny import config, digits, network, same, trained
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from se_retrofit import SEAttention, add_se, load_retrofitted
 from se_retrofit.finetune import evaluate, learning
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
-from se_retrofit.finetune.data import Batch
+from se_retrofit.finetune.data import Batch, collate, stream
 from se_retrofit.finetune.engine import TrainingForm, placed
 from se_retrofit.finetune.evaluation import answer, hits, losses_of
+from se_retrofit.finetune.randomness import derive, seed_all
 from se_retrofit.finetune.train import mixed
 from se_retrofit.fusion import FusedSEAttention
 
@@ -87,6 +89,33 @@ def test_images_are_mixed_on_the_device(size: int, smoothing: float) -> None:
     assert images.shape == (size, 3, 32, 32)
     assert labels.shape == (size, CLASSES)
     assert places(images, labels, loss) == {"cuda:0"}
+
+
+def test_data_on_the_device_is_neither_pinned_nor_loaded_by_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[str] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.device.type) or self)
+    with FakeTensorMode():
+        images, targets = torch.zeros(8, 3, 4, 4, device=CUDA), torch.zeros(8, dtype=torch.long, device=CUDA)
+        for data in (TensorDataset(images, targets), Subset(TensorDataset(images, targets), range(4))):
+            items = stream(data, name="data", train=False, batch_size=4, transform=None)
+            assert items.loader.num_workers == 0
+            batch = pin_memory(collate(items.loader.dataset.__getitems__([(0, 1, True), (0, 2, True)])))
+            assert isinstance(batch, Batch)
+            assert places(batch.images, batch.targets) == {"cuda:0"}
+    assert set(pinned) == {"cpu"}  # which of them count
+
+
+def test_seeds_reach_the_devices_in_use_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the others, torch would format the stack at every update and every image, to seed them once they are in use."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    for in_use in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
+        seed_all(1, 2)
+        assert seeds == [derive(1, 2)] * in_use
+    with monkeypatch.context() as patch:
+        patch.setattr("traceback.format_stack", lambda: pytest.fail("this takes a millisecond"))
+        seed_all(1, 2)
 
 
 def classes(model: nn.Module) -> dict[str, type]:

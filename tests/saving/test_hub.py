@@ -19,7 +19,9 @@ from networks import assert_same_function
 from torch import nn
 
 from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of
+from se_retrofit.attention import Slot
 from se_retrofit.saving import from_pretrained, model_card, push_to_hub
+from se_retrofit.saving.networks import write_network
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -109,6 +111,20 @@ def test_the_card_of_a_run_says_what_it_is_and_how_good(run: Path) -> None:
     (run / "last" / "training.json").write_text('{"progress": 3}')
     assert "validation" not in model_card(run, "me/net")
     assert "| classes" not in model_card(add_se(timm.create_model("test_resnet")), "me/net")
+
+
+def own(slot: Slot) -> nn.Module:
+    return nn.Conv2d(slot.channels, slot.channels, 1)
+
+
+def test_the_card_claims_only_what_was_inserted(tmp_path: Path) -> None:
+    write_network(timm.create_model("test_resnet"), tmp_path)  # as a fine-tune without SE does
+    text = model_card(tmp_path, "me/plain")
+    assert "\nA copy of timm/test_resnet.r160_in1k.\n" in text
+    assert huggingface_hub.ModelCard(text).data.tags == ["pytorch"]
+    text = model_card(add_se(timm.create_model("test_resnet"), attention=own), "me/own")
+    assert "with own modules in its" in text
+    assert f"attention={own.__module__}.own)" in text  # as one would write it
 
 
 def refuse(*args: Any, **options: Any) -> None:

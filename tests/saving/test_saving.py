@@ -6,6 +6,7 @@ import copy
 import pickle
 import shutil
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -218,7 +219,7 @@ def test_whatever_stops_a_save_leaves_a_network_that_loads(
             with pytest.raises(RetrofitError, match="No space left on device; what was there before is untouched"):
                 save_retrofitted(new, saved)
         else:
-            patch.setattr(se_retrofit.saving.atomic, "_remove", lambda path: None)
+            patch.setattr(se_retrofit.saving.atomic.shutil, "rmtree", lambda *args, **options: None)
             with pytest.raises(Killed):
                 save_retrofitted(new, saved)
     assert_same(load_retrofitted(saved), old)
@@ -303,6 +304,32 @@ def test_what_cannot_be_done_is_refused_and_no_file_changes(
 def test_se_gets_the_dtype_of_the_network_that_it_is_loaded_onto(tmp_path: Path) -> None:
     file = save_se(add_se(small()), tmp_path / "se.safetensors")
     assert {t.dtype for t in load_se(small().double(), file).parameters()} == {torch.float64}
+
+
+def test_two_that_write_one_file_at_once_each_write_the_whole_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    with replaced_file(file) as last, replaced_file(file) as first:
+        for fresh in (first, last):
+            fresh.write_text(fresh.parent.name)
+            fresh.with_suffix(".data").write_text(fresh.parent.name)
+    assert file.read_text() == file.with_suffix(".data").read_text() == last.parent.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.data", "model.onnx"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has neither")
+def test_links_to_folders_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "saved").symlink_to(tmp_path / "disk" / "saved")
+    for content in ("old", "new"):
+        with replaced_directory(tmp_path / "saved", ("file",)) as fresh:
+            (fresh / "file").write_text(content)
+    assert (tmp_path / "saved").is_symlink()
+    assert (tmp_path / "disk" / "saved" / "file").read_text() == "new"
+    assert len([*tmp_path.rglob("*")]) == 4  # and nothing else
+    (tmp_path / "null").symlink_to("/dev/null")
+    with replaced_file(tmp_path / "null") as fresh:
+        fresh.write_text("lost")
+    assert (tmp_path / "null").is_char_device()
 
 
 def test_two_that_save_to_one_place_at_once_take_turns(tmp_path: Path) -> None:

@@ -159,6 +159,22 @@ def WaveNet(self, x: Tensor, mask: Tensor) -> Tensor:
     return self.head((total + x) * mask)
 
 
+def layers_and_length() -> dict[str, nn.Module]:
+    return {
+        "layers": nn.ModuleList([GatedLayer(), GatedLayer()]),
+        "head": nn.Conv1d(8, 2, 1),
+        "length": nn.Linear(8, 1),
+    }
+
+
+@structure(WAVE, parts=layers_and_length, sites={"layers.0": 8, "layers.1": 8})
+def PredictedLength(self, x: Tensor) -> Tensor:
+    """A mask up to a length that is computed from pooled features is no channel attention (VITS, arXiv:2106.06103)."""
+    length = self.length(x.mean(2)).exp() * 20
+    mask = (torch.arange(x.shape[-1], device=x.device)[None] < length).unsqueeze(1).to(x.dtype)
+    return WaveNet.forward(self, x, mask)
+
+
 def gated() -> dict[str, nn.Module]:
     enter = nn.ModuleList(conv(8, 16, dims=1, dilation=2**i) for i in range(3))
     return {"enter": enter, "leave": nn.ModuleList(nn.Conv1d(8, width, 1) for width in (16, 16, 8))}

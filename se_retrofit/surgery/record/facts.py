@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .graph import Conv, Op, Record
@@ -170,7 +171,8 @@ def meaning(op: Op, role: str, learned: int) -> Meaning:
         return "affine", op.inputs[:1]
     if role == "mul" and len(data) == 2:
         for x, mask in (data, data[::-1]):
-            if _is_given(mask, learned) and not _is_given(x, learned) and _spans_channels(mask, x):
+            given = _is_given(mask, learned) or _is_binary(mask)
+            if given and not _is_given(x, learned) and _spans_channels(mask, x):
                 return "affine", (x,)
     return role, op.takes
 
@@ -191,6 +193,13 @@ def interpolated(op: Op) -> tuple[Op, ...]:
 def _is_given(op: Op, learned: int) -> bool:
     """Return whether a value does not depend on a learned layer: lengths, padding, dropped frames."""
     return not op.lineage & learned
+
+
+def _is_binary(op: Op) -> bool:
+    """Return whether a value is the result of a comparison: no gradient passes that, whatever is compared."""
+    while op.role in ("pass", "shape") and len(op.data) == 1:
+        (op,) = op.data
+    return op.dtype == torch.bool
 
 
 def _spans_channels(mask: Op, x: Op) -> bool:

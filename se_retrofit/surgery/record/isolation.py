@@ -85,7 +85,7 @@ class _SavedState:
         ]
         self.scopes += [(vars(c), dict(vars(c)), partial(setattr, c), partial(delattr, c)) for c in classes]
         self.containers: dict[int, tuple[Any, Any]] = {}
-        self.caches: list[tuple[Any, int]] = []
+        self.caches: dict[Any, int] = {}  # each with its number of misses: a full cache never changes its size
         for _, saved, _, _ in self.scopes:
             for name, value in saved.items():
                 if name != "__builtins__":
@@ -106,11 +106,11 @@ class _SavedState:
                 with suppress(ValueError):  # an empty cell
                     self._save(cell.cell_contents, 0)
         elif isinstance(value, _lru_cache_wrapper):
-            self.caches.append((value, value.cache_info().currsize))
+            self.caches[value] = value.cache_info().misses
         elif isinstance(value, type) and depth == 2 and not str(value.__module__).startswith("torch."):
             # a helper that is not a module: its methods may be cached
             own = [m.__func__ if isinstance(m, (staticmethod, classmethod)) else m for m in vars(value).values()]
-            self.caches += [(m, m.cache_info().currsize) for m in own if isinstance(m, _lru_cache_wrapper)]
+            self.caches |= {m: m.cache_info().misses for m in own if isinstance(m, _lru_cache_wrapper)}
 
     def restore(self) -> None:
         for scope, saved, put, delete in self.scopes:
@@ -124,9 +124,10 @@ class _SavedState:
             if _ids(value) != _ids(saved):
                 value.clear()
                 (value.update if isinstance(value, (dict, set)) else value.extend)(saved)
-        for cached, size in self.caches:
-            if cached.cache_info().currsize != size:
+        for cached, misses in self.caches.items():
+            if cached.cache_info().misses != misses:
                 cached.cache_clear()
+                self.caches[cached] = 0
 
 
 def _ids(container: Any) -> list[int]:

@@ -78,7 +78,7 @@ class KnowsParent(nn.Module):
         return self.__dict__
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1)
 def grid(n: int) -> Tensor:
     return torch.linspace(-1, 1, n)
 

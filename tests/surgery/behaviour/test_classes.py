@@ -28,11 +28,13 @@ SIMPLE = [
 def test_a_class_goes_on_doing_what_it_does(block: type[nn.Module]) -> None:
     registry, cache, counts = list(blocks.REGISTRY), dict(blocks.CACHE), dict(blocks.COUNTS)
     instances = blocks.Named.instances
+    blocks.grid(5)  # its cache is full, as after a run of the model
     add_se(Net(block).eval(), 2, example_inputs=torch.zeros(2, 3, 16, 16))
     assert registry == blocks.REGISTRY, "a class was registered"
     assert counts == blocks.COUNTS
     assert blocks.Named.instances == instances
     assert cache == blocks.CACHE
+    assert not blocks.grid(16).is_meta
     check(Net(block))
 
 
