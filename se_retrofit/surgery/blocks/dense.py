@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import is_conv_or_linear
+from ..record.facts import behind, is_conv_or_linear
 from ..record.graph import Call, Op, Record
 from .block import Block, Target
 from .questions import (
     TRANSPARENT,
-    behind,
     bypass_source,
     common_source,
     escapes,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import LEARNED
+from ..record.facts import LEARNED, behind
 from ..record.graph import Call, Op, Record
 from .attended import spatial_convs
 from .block import Block
 from .bypasses import all_pass
 from .inverted import inverted_target
 from .questions import (
-    behind,
     bypass_source,
     common_source,
     derives,
