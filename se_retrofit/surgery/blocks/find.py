@@ -82,7 +82,7 @@ class _Finder:
         self.found.shortcuts |= _shortcut(block)
         name = name_of(self.record, block)
         target = PLACEMENTS[self.placement](self.record, block)
-        if _has_attention(self.record, block, target):
+        if _has_attention(self.record, block):
             self.sited |= block.region
             self.found.attended += not aside
             self.found.leave(name, HAS_ATTENTION, block.region)
@@ -122,11 +122,9 @@ def _shortcut(block: Block) -> int:
     return bits
 
 
-def _has_attention(record: Record, block: Block, target: Target | None) -> bool:
+def _has_attention(record: Record, block: Block) -> bool:
     """Return whether a channel gate is in a block, or follows its branch or (in the same module) its join."""
-    if any(is_gate(op) for op in record.select(block.region)):
-        return True
-    if any(gate_after(value) for value in (block.branch, *([] if target is None else [target.op]))):
+    if any(map(is_gate, record.select(block.region))) or gate_after(block.branch) is not None:
         return True
     gate = gate_after(block.join)
     return gate is not None and block.call.parent is not None and block.call.holds(gate)
