@@ -104,7 +104,7 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         if source is None or any(value is source for value, _ in summands(call, branch)):
             continue
         common = bool(source.bit & branch.ancestors)
-        region = call.region(branch, source.lineage if common else 0)
+        region = call.region(branch, source.lineage)
         ops = list(record.select(region))
         if not spatial_convs(ops) or _is_of_another_stream(record, call, source, branch):
             continue
