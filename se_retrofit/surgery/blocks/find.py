@@ -79,7 +79,8 @@ class _Finder:
     def add(self, block: Block, aside: str) -> None:
         """Note the place for a block, or the reason why there is none."""
         self.taken |= block.region | block.join.bit
-        self.found.shortcuts |= _shortcut(block)
+        if block.skip is not None and block.source is not None:
+            self.found.shortcuts |= block.call.region(block.skip, block.source.lineage)
         name = name_of(self.record, block)
         target = PLACEMENTS[self.placement](self.record, block)
         if _has_attention(self.record, block):
@@ -111,15 +112,6 @@ class _Finder:
         layers = [op for op in own if op.conv is not None or op.role in ("linear", "norm")]
         layers += [source for op in own for source in op.inputs if source.role == "param"]
         return frozenset(layer.path for layer in layers if layer.path is not None)
-
-
-def _shortcut(block: Block) -> int:
-    """Return the operations that project the input of a unit to its shortcut, as a bit set."""
-    bits, op = 0, block.skip
-    while op is not None and op is not block.source and block.call.holds(op) and len(op.data) == 1:
-        bits |= op.bit
-        (op,) = op.data
-    return bits
 
 
 def _has_attention(record: Record, block: Block) -> bool:

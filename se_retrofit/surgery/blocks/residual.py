@@ -115,7 +115,8 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
             continue
         if _is_query(source, region) or _spans_network(record, add, skip, ops):
             continue
-        if call.parent is None and any(map(resizes, ops)) and not _resized_between(source, skip):
+        shortcut = record.select(skip.lineage & ~source.lineage)
+        if call.parent is None and any(map(resizes, ops)) and not any(map(resizes, shortcut)):
             continue  # the resolution goes down and up again: a skip between the levels of an hourglass
         return Block("residual", call, region, branch, add, skip, source)
     return None
@@ -173,11 +174,3 @@ def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) ->
     linear branches are a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
     mixing = any(op.spatial_conv and not op.depthwise for op in ops)
     return mixing and not any(map(resizes, ops)) and summed_branches(record, call, add) is None
-
-
-def _resized_between(source: Op, op: Op) -> bool:
-    while op is not source and op.data:
-        if resizes(op):
-            return True
-        op = op.data[0]
-    return False
