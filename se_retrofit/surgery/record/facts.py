@@ -70,8 +70,6 @@ def _role(op: Op) -> str:
         return op.name
     if all(i.role == "param" for i in op.inputs):
         return "param"
-    if op.name == "write":
-        return "other"
     if op.module is not None:
         role = module_role(op.module) or "other"
     else:
