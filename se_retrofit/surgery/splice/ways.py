@@ -22,7 +22,7 @@ from ..record.methods import Method, methods_of
 from ..record.roles import is_sequential
 from .carry import class_name, forward_digest, has_attribute
 from .graphs import in_graph
-from .source import Source, SpliceError, node_at, source_of, span_of
+from .source import Source, SpliceError, node_at, own_nodes, source_of, span_of
 
 SE_NAME = "se_attention"
 
@@ -162,7 +162,7 @@ def _as_returned(path: str, module: nn.Module) -> Iterator[Edit | SpliceError]:
     if method is not None and method.self_name is not None:
         with suppress(SpliceError):
             source = source_of(method.function)
-            returns = [r.value for r in source.own_nodes if isinstance(r, ast.Return) and r.value is not None]
+            returns = [r.value for r in own_nodes(source.tree) if isinstance(r, ast.Return) and r.value is not None]
             if len(returns) == 1:
                 yield _splice(path, method, source, returns[0], "wrap")
     yield Edit(path, "return", digest=forward_digest(type(module)))
