@@ -160,7 +160,11 @@ def WaveNet(self, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def layers_and_length() -> dict[str, nn.Module]:
-    return {"layers": nn.ModuleList([GatedLayer(), GatedLayer()]), "head": nn.Conv1d(8, 2, 1), "length": nn.Linear(8, 1)}
+    return {
+        "layers": nn.ModuleList([GatedLayer(), GatedLayer()]),
+        "head": nn.Conv1d(8, 2, 1),
+        "length": nn.Linear(8, 1),
+    }
 
 
 @structure(WAVE, parts=layers_and_length, sites={"layers.0": 8, "layers.1": 8})
