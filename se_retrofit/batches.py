@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,16 +17,18 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
     inputs, *rest = fields_of(batch, keys)
     if not isinstance(inputs, Tensor):
         kind = type(inputs).__name__
-        raise TypeError(f"a batch must be a tensor, a tuple or list that begins with one, or a dict, got {kind}")
+        raise TypeError(
+            f"each batch must be a tensor, a tuple or list that begins with one, or a dict of them, got {kind}"
+        )
     labels = rest[0] if rest else None
     if isinstance(labels, Tensor) and labels.shape == inputs.shape[:1] and not labels.is_floating_point():
         return inputs, labels
     return inputs, None
 
 
-def placed(inputs: Tensor, model: nn.Module) -> Tensor:
+def as_taken_by(inputs: Tensor, model: nn.Module) -> Tensor:
     """Return inputs on the device of a model's parameters and, if they are floating, in their dtype."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=inputs.dtype))
+    like = next((p for p in model.parameters() if p.is_floating_point()), inputs)
     return inputs.to(like.device, like.dtype if inputs.is_floating_point() else None)
 
 

@@ -93,7 +93,10 @@ def check_arguments(network: str, arguments: dict[str, Any]) -> None:
             reason = _fault(value, DEEPEST)
             if not reason:
                 continue
-        raise RetrofitError(f"{network} can't be built with {name}={brief(value)}: {reason}; build it: base=model")
+        raise RetrofitError(
+            f"{network} can't be built with {name}={brief(value)}: {reason}. Files, weights and code are never taken from "
+            "arguments by name; build the network yourself, and pass it instead of its name (base=model)"
+        )
 
 
 def _fault(value: Any, depth: int) -> str:

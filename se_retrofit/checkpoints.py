@@ -48,7 +48,10 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, remap: Literal["order
     """
     path = Path(path)
     if path.is_dir():
-        raise RetrofitError(f"{path} is a folder, for load_retrofitted, or in MODEL's place on the command line")
+        raise RetrofitError(
+            f"{path} is a folder, and a checkpoint is a file; a network that save_retrofitted or a fine-tune wrote is loaded by "
+            "load_retrofitted, and on the command line its folder goes in MODEL's place"
+        )
     if not path.is_file():
         raise RetrofitError(f"no checkpoint file {path}")
     try:

@@ -54,10 +54,12 @@ def se_matters(model: nn.Module, inputs: Inputs) -> Agreement:
 def _scramble(module: Inserted, generator: torch.Generator) -> None:
     """Give a module fixed random gates, or random parameters if it has no gate layer."""
     if module.gate_layer:
-        setattr(module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator)))
+        setattr(
+            module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator, device="cpu"))
+        )
         return
     for parameter in module.parameters():
-        parameter.copy_(2 * torch.rand(parameter.shape, generator=generator))
+        parameter.copy_(2 * torch.rand(parameter.shape, generator=generator, device="cpu"))
 
 
 class _FixedGates(nn.Sequential):
@@ -81,9 +83,9 @@ def redraw_vectors(model: nn.Module) -> None:
                 continue
             shift = name.rpartition(".")[2] in ("bias", "running_mean")
             if shift:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu") * 0.1)
             else:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, device="cpu") + 0.5)
 
 
 @torch.no_grad()

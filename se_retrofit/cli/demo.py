@@ -65,7 +65,9 @@ def demo(
     for mode in ("eval", "train"):
         comparison = agreement(model, retrofitted, Inputs((images,)), training=mode == "train")
         if not comparison.equal:
-            raise RetrofitError(f"in {mode} mode, outputs differ by {comparison.difference:.1e}: please report it")
+            raise RetrofitError(
+                f"in {mode} mode, outputs differ by {comparison.difference:.1e}: a bug, please report it"
+            )
         say(console, f"Yes, in {mode} mode: torch.equal on all {comparison.values:,} outputs "
                      f"for the {len(images)} validation images.")  # fmt: skip
     results["retrofitted, not yet fine-tuned"] = count(retrofitted), right(retrofitted, digits.val)

@@ -97,7 +97,10 @@ def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
     content = read_yaml(file)
     try:
         if content["command"] is None:
-            raise RetrofitError(f"the run in {folder} was started from Python; resume it there, with resume=True")
+            raise RetrofitError(
+                f"the run in {folder} was not started from the command line; resume it from Python: "
+                "finetune(..., output_dir=..., resume=True)"
+            )
         return Command.model_validate(content["command"]), FinetuneConfig(**content["config"])
     except (KeyError, TypeError, ValidationError) as error:
         raise RetrofitError(f"{file} does not hold a command and a config: {error}") from error

@@ -122,7 +122,10 @@ def training_data_of(saved: Path) -> dict[str, Any] | None:
 def check_outside(output: Path, data: str) -> None:
     """Raise an error if the output folder is inside the data folder, where it would later be read as a class."""
     if Path(data).is_dir() and output.resolve().is_relative_to(Path(data).resolve()):
-        raise RetrofitError(f"--output {output} is in the data folder {data}: its pictures would be taken for a class")
+        raise RetrofitError(
+            f"{output} is in the data folder {data}, where its pictures would be taken for those of a class; "
+            "give another folder with --output"
+        )
 
 
 def named_values(settings: list[str]) -> dict[str, Any]:

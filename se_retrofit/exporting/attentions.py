@@ -87,7 +87,10 @@ def arguments_of(path: str, module: nn.Module) -> tuple[Any, ...]:
     """Return the class that represents an inserted module in the file, and the arguments of its constructor."""
     if type(module) not in _CLASSES:
         words = getattr(module, "summary", lambda: type(module).__name__)()
-        raise RetrofitError(f"{path} is {words}, whose source can't be exported; use another format")
+        raise RetrofitError(
+            f"{path} is {words}, whose source can't be exported; that of the built-in attentions can. Save the network with "
+            "save_retrofitted, or export it to another format"
+        )
     return Name(_CLASSES[type(module)][0]), *_sizes(module)
 
 

@@ -139,14 +139,19 @@ class Folder:
         changed = [k for k in now if k not in free and then[k] != now[k]]
         if changed:
             what = "; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)
-            raise RetrofitError(f"{self.path} holds a run with another config ({what}); give the same, or a new folder")
+            raise RetrofitError(
+                f"{self.path} holds a run with another config ({what}); resume with the same, or give a new folder"
+            )
 
 
 def check_folder(path: Path, resume: bool) -> None:
     """Create a folder if it is missing, and raise an error unless a run may start in it, or resume with ``resume``."""
     begun, result = has_checkpoint(path), (settled(path / BEST) / RECIPE).is_file()
     if result and not begun and has_epochs(path / METRICS):  # there are none if the first epoch was killed
-        raise RetrofitError(f"{path} holds a result in {BEST}/, but no {LAST}/ to go on from; give another folder")
+        raise RetrofitError(
+            f"{path} holds the result of a run in {BEST}/, but no {LAST}/ to go on from; give another folder, in which a new run "
+            "does not replace it"
+        )
     if (begun or result) and not resume:
         raise RetrofitError(f"{path} already holds a run; resume it (resume=True), or give another folder")
     try:
@@ -182,7 +187,10 @@ def written(file: Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last)."""
+    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last). How the
+    optimizer computes (``fused``) depends on this machine, and not on the one that wrote the checkpoint."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        saved.update({name: group[name] for name in ("fused", "foreach", "capturable") if name in group})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         for name, value in entries.items():

@@ -299,11 +299,16 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
     if seeds < 1:
         raise RetrofitError(f"seeds must be at least 1, got {seeds}")
     if config.trainable not in ("all", "se+head"):
-        raise RetrofitError(f'compare takes trainable "all" or "se+head" (the rest are arms), not "{config.trainable}"')
+        raise RetrofitError(
+            f'trainable="{config.trainable}" trains nothing in some of the networks; compare with "all" or "se+head" '
+            "(the arms norms and head have their own)"
+        )
     known = list(dict.fromkeys([*ARMS, *ATTENTIONS]))
     unknown = [name for name in arms if name not in known]
     if unknown or "plain" not in arms or len(set(arms)) < max(2, len(arms)):
-        raise RetrofitError(f"arms must be plain and some of {', '.join(known[1:])}, each once, got {list(arms)}")
+        raise RetrofitError(
+            f"arms must be 'plain' and one or more of {', '.join(known[1:])}, each once, got {list(arms)}"
+        )
     if val_data is None:
         raise RetrofitError("compare needs validation data")
 

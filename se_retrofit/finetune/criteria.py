@@ -116,7 +116,8 @@ def distillation_loss(logits: Tensor, taught: Tensor, temperature: float, multi_
     al., "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531)."""
     if logits.shape != taught.shape:
         raise RetrofitError(
-            f"the teacher must know the same classes: {tuple(taught.shape)} is not {tuple(logits.shape)}"
+            f"the teacher's logits are of shape {tuple(taught.shape)}, the network's of {tuple(logits.shape)}; "
+            "the teacher must know the same classes"
         )
     logits, taught = logits.float() / temperature, taught.float() / temperature
     if multi_label:
@@ -132,15 +133,22 @@ def checked_loss(loss: Any) -> Tensor:
         return loss
     got = brief(loss) if not isinstance(loss, Tensor) else f"a tensor of shape {tuple(loss.shape)}"
     got += " without a gradient" if isinstance(loss, Tensor) and not loss.requires_grad else ""
-    raise RetrofitError(f"the criterion must return the mean loss of the batch, a scalar of the logits, got {got}")
+    raise RetrofitError(
+        f"the criterion must return the mean loss of the batch as a scalar tensor computed from the logits, got {got}"
+    )
 
 
 def check_criterion(given: Any, teacher: Any, distillation: tuple[float, float], model: nn.Module) -> None:
     """Raise an error if a criterion, a teacher or the distillation settings are not valid."""
     if given is not None and (not callable(given) or isinstance(given, type)):
-        raise TypeError(f"criterion must be a function of (logits, targets), got {brief(given)}; config.loss has names")
+        raise TypeError(
+            f"criterion must be a function of (logits, targets), got {brief(given)}; a loss by name is the config's: "
+            'FinetuneConfig(loss="focal")'
+        )
     if isinstance(given, nn.Module) and any(True for _ in given.parameters()):
-        raise RetrofitError(f"{type(given).__name__} has parameters, which would not be trained; make them buffers")
+        raise RetrofitError(
+            f"the criterion {type(given).__name__} has parameters, which would not be trained; make them buffers"
+        )
     if teacher is not None:
         check_module(teacher, "teacher")
     if teacher is model:
@@ -151,4 +159,7 @@ def check_criterion(given: Any, teacher: Any, distillation: tuple[float, float],
     except (TypeError, ValueError):
         fits = False
     if not fits:
-        raise RetrofitError(f"distillation must be a part up to 1 and a temperature above 0: {brief(distillation)}")
+        raise RetrofitError(
+            "distillation must be the teacher's part in the loss, from 0 to 1, and a temperature above 0, got "
+            f"{brief(distillation)}"
+        )

@@ -69,7 +69,7 @@ def stream(
     if isinstance(data, (str, bytes, IterableDataset)) or not hasattr(data, "__getitem__"):
         hint = "; se_retrofit.finetune.load_data finds data by name" if isinstance(data, str) else ""
         raise TypeError(
-            f"{name} must be a Dataset of (image, class) pairs or a DataLoader, got {type(data).__name__}{hint}"
+            f"{name} must be a Dataset of (image, class) pairs with indices, or a DataLoader, got {type(data).__name__}{hint}"
         )
     order = Order(
         data, config.batch_size, name=name, train=train, seed=seed, rank=rank, world=world,
@@ -226,7 +226,9 @@ def collate(items: Any) -> Batch:
         together = default_collate(list(images))
     except (TypeError, RuntimeError) as error:
         kinds = sorted({str(tuple(i.shape)) if hasattr(i, "shape") else type(i).__name__ for i in images})
-        raise RetrofitError(f"images must be PIL images or tensors of one shape, not {', '.join(kinds[:3])}") from error
+        raise RetrofitError(
+            f"the images of a batch must be PIL images, or tensors of one shape, got {', '.join(kinds[:3])}"
+        ) from error
     named = list(itertools.chain.from_iterable(complaints))
     return Batch(together, targets_together(targets), torch.tensor(counts), named)
 
@@ -260,17 +262,17 @@ class DatasetStream:
     def places(self, count: int) -> Tensor:
         """Return the indices in the data of the images of an evaluation's batches, one process after the other."""
         world = self.order.world
-        if world == 1:
-            return torch.arange(count)
-        return torch.arange(count).view(len(self), world, -1).transpose(0, 1).flatten()
+        places = torch.arange(count, device="cpu")
+        return places if world == 1 else places.view(len(self), world, -1).transpose(0, 1).flatten()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, starting with number ``start``."""
         self.order.epoch, self.order.start = epoch, start
-        batches = iter(self.loader)
+        with torch.device("cpu"):  # and so in the loading processes, which can't use a GPU
+            batches = iter(self.loader)
         try:
             while True:
-                with told_plainly():
+                with told_plainly(), torch.device("cpu"):
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -308,7 +310,9 @@ class LoaderStream:
         try:
             self.total = len(loader)
         except TypeError as error:
-            raise RetrofitError(f"{name} doesn't know its length; give a loader of data with __len__") from error
+            raise RetrofitError(
+                f"{name} doesn't know its length; give a loader over a data set with __len__"
+            ) from error
         if self.total == 0:
             raise RetrofitError(f"{name} gives 0 batches")
 
@@ -332,7 +336,7 @@ class LoaderStream:
         return [found[index] for index in indices]
 
     def places(self, count: int) -> Tensor:
-        return torch.arange(count)
+        return torch.arange(count, device="cpu")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch; ``start`` is 0."""

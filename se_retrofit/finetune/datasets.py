@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from ..errors import RetrofitError, brief
-from ..tables import few
 from .experiment import describe_data, plain
 from .folders import (
     Subfolder,
@@ -119,7 +118,10 @@ def load_data(
             note = f"{folder} has no train/ and val/: {len(val):,} of its {len(images):,} images, of each class, are for validation"
             return NamedData(train, val, len(images.classes), _joined((class_sizes(images), note, left_out(folder))))
         held = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    raise RetrofitError(f"{folder} must hold train and val, or folders of classes; it holds {few(held) or 'nothing'}")
+    raise RetrofitError(
+        f"{folder} must hold the folders train and val, each with one folder of images per class, or only the "
+        f"folders of the classes, with images in them; it holds {', '.join(held[:5]) or 'no folders'}"
+    )
 
 
 def load_split(
@@ -176,8 +178,10 @@ def limited(data: Any, limit: int | None) -> Any:
         return data
     targets = targets_of(data)
     if targets is None or targets.dim() != 1:
-        raise RetrofitError(f"{type(data).__name__} does not tell the one class of each image: no limit for it")
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+        raise RetrofitError(
+            f"{type(data).__name__} does not tell the one class of each image, so there is no limit for it"
+        )
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0), device="cpu")
     taken: Counter[int] = Counter()
     kept = []
     for index, target in zip(order.tolist(), targets[order].tolist(), strict=True):
@@ -241,9 +245,13 @@ def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
 
 def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence[str] | None) -> Split:
     if split == "test":
-        raise RetrofitError(f"{folder} has no test: a folder of classes has all, and what finetune makes val and train")
+        raise RetrofitError(
+            f"{folder} has no test: it is a folder of classes, which has all, and val and train as finetune splits it"
+        )
     if not class_folders(folder):
-        raise RetrofitError(f"{folder} must hold a folder of images for each class, or train, val or test")
+        raise RetrofitError(
+            f"{folder} must hold a folder of images for each class, or train, val or test; it has no folders"
+        )
     parts = None
     with contextlib.suppress(*((OSError, RetrofitError) if split == "all" else ())):  # finetune would refuse it
         parts = held_out(images_in(folder, several=classes is None), folder, val_fraction)
@@ -277,6 +285,7 @@ def data_folder(name: str | Path) -> Path:
     """Return the folder of this name, or raise an error if there is none."""
     if not str(name) or not Path(name).is_dir():  # "" would be the current folder
         raise RetrofitError(
-            f"no data {str(name)!r}: give digits, a folder, or timm's ({'..., '.join(TIMM_PREFIXES)}...)"
+            f"no data {str(name)!r}: give digits, a folder with train/ and val/, or a name of timm's dataset factory "
+            f"({', '.join(TIMM_PREFIXES)}...)"
         )
     return Path(name)

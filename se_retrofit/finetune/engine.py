@@ -49,15 +49,32 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
             raise RetrofitError(f"trackers not available: {', '.join(sorted(missing))}; are they installed?")
         kind = accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise RetrofitError(f"each process needs the whole network, not {kind.value}: start finetune with torchrun")
+            raise RetrofitError(
+                f"finetune runs on one device or with DistributedDataParallel, not with {kind.value}: each process needs "
+                "the whole network. Start it with torchrun, or with accelerate launch --multi_gpu"
+            )
         with fast_math(config.precision) if accelerator.device.type == "cuda" else contextlib.nullcontext():
             yield accelerator
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "Less memory is needed with a smaller batch_size (with grad_accum_steps, an update sees as many images), and "
+            "with grad_checkpointing=True"
+        )
+        raise
     finally:
         accelerator.free_memory()
         if ours:
             # Accelerate has one state per process; the next run may want another precision. The process group stays.
             GradientState._reset_state()
             AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
+def gpu_of(model: nn.Module, config: FinetuneConfig) -> torch.accelerator.device_index:
+    """Return a context in which the GPU that a network is on is the current one, on which a single process runs. Of
+    several processes, each has its own."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    stays = device.type == "cuda" and processes()[1] == 1 and not config.cpu
+    return torch.accelerator.device_index(device.index if stays else None)
 
 
 def _precision(precision: str, cpu: bool) -> str | None:
@@ -150,7 +167,10 @@ def called(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
                 f"a batch norm gets a single value for each channel from {batch}; use a larger batch_size, larger "
                 "images, or freeze_bn=True"
             ) from error
-        raise RetrofitError(f"the network fails on {batch}: {error}; is that what it expects?") from error
+        raise RetrofitError(
+            f"the network fails on {batch}: {error}; compare the images with what the network expects (channels first, "
+            "their number, size and dtype)"
+        ) from error
 
 
 class TrainingForm:
@@ -190,7 +210,10 @@ def recomputing(model: nn.Module, wanted: bool) -> Iterator[None]:
     with contextlib.suppress(AssertionError):  # raised by timm if the network doesn't support it
         switch(True)
     if not on():
-        raise RetrofitError(f"grad_checkpointing: {type(model).__name__} has no set_grad_checkpointing; leave it out")
+        raise RetrofitError(
+            f"grad_checkpointing=True: {type(model).__name__} has no set_grad_checkpointing like timm's; leave it out, "
+            "or use a smaller batch_size with grad_accum_steps"
+        )
     try:
         yield
     finally:

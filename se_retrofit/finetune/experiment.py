@@ -164,4 +164,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None
     hint = ""
     if any(text.startswith("starting weights") for text in differs):
         hint = "; random weights are the same again only if torch.manual_seed is called before the network is built"
-    raise RetrofitError(f"{output} holds another experiment ({'; '.join(differs)}); give a new folder{hint}")
+    raise RetrofitError(
+        f"{output} holds a run of another experiment ({'; '.join(differs)}); resume with the same network and data, "
+        f"or give a new folder{hint}"
+    )

@@ -102,7 +102,10 @@ def images_in(folder: Path, several: bool = True) -> Subfolder:
 def check_several(classes: list[str], folder: Path) -> None:
     """Raise an error if there is a single class."""
     if len(classes) == 1:  # most likely a folder one level too high
-        raise RetrofitError(f"{folder} holds a single class, {classes[0]}; it must hold a folder for each class")
+        raise RetrofitError(
+            f"{folder} holds a single class, {classes[0]}, and there is nothing to tell it from; it must hold a folder "
+            "of images for each class"
+        )
 
 
 def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Subset[Any], Subset[Any]]:
@@ -116,8 +119,11 @@ def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Su
         members = [index for index, target in enumerate(images.targets) if target == number]
         kept = max(1, round(val_fraction * len(members)))
         if kept >= len(members):
-            raise RetrofitError(f"{folder / name} has {len(members)} images, too few to hold some out; add more")
-        order = torch.randperm(len(members), generator=generator).tolist()
+            raise RetrofitError(
+                f"{folder / name} has {len(members)} images, too few to train on some and validate on others; add more, or "
+                "give a folder with train/ and val/"
+            )
+        order = torch.randperm(len(members), generator=generator, device="cpu").tolist()
         val += sorted(members[place] for place in order[:kept])
         train += sorted(members[place] for place in order[kept:])
     return Subset(images, train), Subset(images, val)
@@ -140,7 +146,10 @@ class Subfolder(ImageFolder):
         found = class_folders(Path(directory))
         unknown = [name for name in found if name not in self.wanted]
         if unknown:
-            raise RetrofitError(f"{directory} holds classes that the training folder lacks: {', '.join(unknown[:5])}")
+            raise RetrofitError(
+                f"{directory} holds classes that the training folder lacks: {', '.join(unknown[:5])}; add them there, "
+                "or remove them here"
+            )
         if not found:
             raise FileNotFoundError(f"it holds no folder of a class: {directory}")
         return found, {name: self.wanted[name] for name in found}

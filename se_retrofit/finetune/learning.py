@@ -55,7 +55,10 @@ def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: in
 def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mix images, and return them with soft labels. timm mixes pairs: the last image of an odd batch stays unmixed."""
     if images.dim() < 4 and mixup.cutmix_alpha:
-        raise RetrofitError(f"cutmix is for images of two dims or more, got {tuple(images.shape)}; set cutmix=0")
+        raise RetrofitError(
+            f"cutmix cuts rectangles out of images of two dimensions or more, got inputs of shape {tuple(images.shape)}; "
+            "set cutmix=0, mixup takes inputs of every shape"
+        )
     pairs = len(targets) // 2 * 2
     parts = []
     if pairs:
@@ -137,7 +140,10 @@ def scales_by_layer(model: nn.Module, layer_decay: float) -> dict[int, float]:
     layers = param_groups_layer_decay(model, layer_decay=layer_decay)
     scales: dict[int, float] = {id(p): layer["lr_scale"] for layer in layers for p in layer["params"]}
     if len(set(scales.values())) == 1:
-        raise RetrofitError(f"layer_decay={layer_decay}: timm finds no layers in {type(model).__name__}; leave it out")
+        raise RetrofitError(
+            f"layer_decay={layer_decay}: timm finds no layers in {type(model).__name__}, which has neither a "
+            "group_matcher nor a pretrained_cfg that names its classifier; leave layer_decay out"
+        )
     return scales
 
 
@@ -236,12 +242,14 @@ def try_out(config: FinetuneConfig) -> None:
     except RetrofitError:
         raise
     except Exception as error:  # each raises errors of its own kind
-        raise RetrofitError(f"{what}: {type(error).__name__}: {error}; try adamw and cosine") from error
+        raise RetrofitError(
+            f"{what}: {type(error).__name__}: {error}; choose another, such as adamw and cosine"
+        ) from error
 
 
 def _small(config: FinetuneConfig) -> torch.optim.Optimizer:
     with torch.random.fork_rng(devices=[]):
-        parameters = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+        parameters = [nn.Parameter(torch.ones(*shape, device="cpu")) for shape in ((3, 2), (3,))]
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 0.1)
         return make_optimizer([{"params": parameters, "lr_scale": 1.0}], config, fused=False)

@@ -114,7 +114,9 @@ class Log:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
             except OSError as error:
-                raise RetrofitError(f"{path} can't be written: {error.strerror}; last/ is kept") from error
+                raise RetrofitError(
+                    f"{path} can't be written: {error.strerror}; the last checkpoint is kept"
+                ) from error
         speed = f"{entry['images_per_second']:,.0f} images/s"
         figures = f"loss {entry['loss']:.4f}  acc {accuracy:.2%}  lr {entry['lr']:.2e}  {speed}"
         where = f"epoch {epoch}/{self.epochs}"

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ..attention import Inserted
-from ..errors import RetrofitError, check_module
+from ..errors import RetrofitError, check_module, check_unwrapped
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
 from ..surgery.record.copying import check_whole
@@ -29,12 +29,14 @@ def check_network(model: Any) -> None:
     """Raise an error if this is not a network that can be trained or evaluated here."""
     check_module(model)
     warn_of_lost_sites(model)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        raise RetrofitError(f"finetune wraps and compiles the network: give the bare one, not a {type(model).__name__}")
+    check_unwrapped(model)  # finetune wraps and compiles it itself
     check_whole((*model.named_parameters(), *model.named_buffers()))
     unmade = [name for name, value in model.named_parameters() if is_lazy(value) or value.is_meta]
     if unmade:
-        raise RetrofitError(f"{unmade[0]} has no values yet; run a lazy network once, load weights into one on meta")
+        raise RetrofitError(
+            f"{unmade[0]} has no values yet; call the network once on an input where it is lazy, or load its weights where it is "
+            "on the meta device"
+        )
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:
@@ -96,7 +98,10 @@ def new_head(model: nn.Module, num_classes: int) -> None:
         reset_classifier(num_classes)
         model.to(device=like.device)
     elif not (paths := _head_paths(model)):
-        raise RetrofitError(f"no head is found in {type(model).__name__}: give it one, and leave num_classes out")
+        raise RetrofitError(
+            f"{type(model).__name__} has no reset_classifier, and no {', '.join(TORCHVISION_HEADS)} with a last layer: "
+            f"give it a head for {num_classes} classes yourself, and leave num_classes out"
+        )
     else:
         for path in paths:
             model.set_submodule(path, _resized(model.get_submodule(path), num_classes))
@@ -133,7 +138,9 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     wanted = {"se": lambda module: isinstance(module, Inserted), "norms": is_norm}.get(part.partition("+")[0])
     modules = [module for module in model.modules() if wanted is not None and wanted(module)]
     if part.startswith("se") and not modules:
-        raise RetrofitError(f'trainable="{part}": {name} has no SE modules; retrofit it first: model = add_se(model)')
+        raise RetrofitError(
+            f'trainable="{part}" needs SE modules, and this {name} has none; retrofit it first: model = add_se(model)'
+        )
     if part.startswith("norms") and not modules:
         raise RetrofitError(f'trainable="{part}": no norm of {name} has parameters; use "head" or "all"')
     if part.endswith("head") and not heads:
@@ -150,7 +157,7 @@ def is_norm(module: nn.Module) -> bool:
         return True
     channels = len(own[0])
     for shape in ((4, channels), (4, channels, 5), (4, channels, 5, 5), (4, 5, 5, channels), (4, channels, 3, 3, 3)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own[0])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(own[0])
         with contextlib.suppress(Exception), torch.no_grad():  # fails if the norm is for other dims
             first, second = (copy.deepcopy(module).train()(scale * x) for scale in (16, 64))
             return bool(

@@ -176,7 +176,8 @@ def learning_rates(rates: list[float], losses: list[float], diverged: bool) -> L
     """Smooth the losses, and find the rate at which they fall fastest."""
     if len(losses) < FEWEST_STEPS:
         raise RetrofitError(
-            f"the loss diverged after {len(losses)} steps, at {rates[-1] if rates else 0:.2e}: start lower (lowest=...)"
+            f"the loss diverged after {len(losses)} steps, at a learning rate of "
+            f"{rates[-1] if rates else 0:.2e}: start lower (lowest=...), or check the data and the loss"
         )
     smoothed = smooth(np.array(losses))
     bottom = int(np.argmin(smoothed))

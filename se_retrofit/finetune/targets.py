@@ -12,7 +12,6 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from ..errors import RetrofitError, brief
 from ..fields import label_column
-from ..tables import few
 
 
 def targets_together(targets: Sequence[Any]) -> Tensor:
@@ -29,8 +28,9 @@ def _told(targets: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
-        got = few(map(brief, targets))
-        raise RetrofitError(f"targets must be class numbers, or vectors of one length, got {got}") from error
+        raise RetrofitError(
+            f"targets must be class numbers, or vectors of one length, got {', '.join(map(brief, targets[:3]))}"
+        ) from error
 
 
 def class_numbers(targets: Tensor) -> Tensor:
@@ -84,7 +84,10 @@ def class_counts(data: Any, classes: int | None, multi_label: bool, keys: Sequen
     targets = targets_of(data, keys)
     if targets is None or targets.dim() != (2 if multi_label else 1):
         kind = "a vector for each image" if multi_label else "one class number for each image"
-        raise RetrofitError(f"{type(data).__name__} does not tell its targets: balance needs {kind} (targets, samples)")
+        raise RetrofitError(
+            f"train_data ({type(data).__name__}) does not tell its targets: a balanced run needs a Dataset with "
+            f"`targets` or `samples`, {kind}, or a criterion with weights of your own"
+        )
     if multi_label:
         return (targets > 0.5).sum(0).float(), len(targets)
     return torch.bincount(targets.long(), minlength=classes or 0).float(), len(targets)

@@ -51,7 +51,7 @@ def finetune(
     """Fine-tune a classifier, retrofitted or not, in place.
 
     Args:
-        model: the network; it stays on the device that it was trained on.
+        model: the network. On a GPU, it is trained there; otherwise on the current GPU, if any, where it stays.
         train_data: a Dataset of (image, class) pairs, or a DataLoader; a class is a number or a vector. PIL images of a
             Dataset get the transforms of the network's own config; tensors are used as they are.
         val_data: the same, for validation; without it, the last epoch is the result.
@@ -124,7 +124,8 @@ def train_epoch(run: Run, epoch: Epoch) -> None:
         if gates is not None:  # without validation, the last update shows which gates are saturated
             epoch.saturated = saturated_sites(gates)
         epoch.pending.append(tally)
-        run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
+        if run.callbacks.after_update is not None:
+            run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
         told = run.stop.is_set() and run.world == 1  # several processes stop together, in ``look``
         if told or last or run.progress.step % run.config.log_every == 0:
             look(run, epoch)
@@ -229,7 +230,9 @@ def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
         run.leave()
     scores: dict[str, Any] = {f"val_{name}": value for name, value in found.scores().items()}
     if f"val_{run.config.best_metric}" not in scores:
-        raise RetrofitError(f"best_metric={run.config.best_metric!r} needs more than 5 classes")
+        raise RetrofitError(
+            f"best_metric={run.config.best_metric!r} needs more than 5 classes, got {len(found.classes)}"
+        )
     scores["hardest"] = found.hardest()
     if gates is not None:
         scores["gates"] = log_gates(gates, run.accelerator.trackers, run.progress.updates)

@@ -130,7 +130,9 @@ def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> 
         with kept_randomness():
             transform(Image.new("RGB", (64, 64)))  # most values are only checked here
     except Exception as error:  # timm, torchvision and Pillow raise errors of all kinds
-        raise RetrofitError(f"no transform with transform_options={config.transform_options}: {error}") from error
+        raise RetrofitError(
+            f"timm makes no transform with transform_options={config.transform_options}: {error}"
+        ) from error
     return transform
 
 

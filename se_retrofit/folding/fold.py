@@ -101,7 +101,10 @@ def _row(site: Site, found: SiteGates, effects: dict[str, float], kept: dict[str
 def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any, inplace: Any) -> None:
     check_module(model)
     if not has_se(model):
-        raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to fold")
+        raise RetrofitError(
+            f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to fold (once all of it "
+            "is folded, none is left)"
+        )
     check_removable(model, "fold_se")
     check_unfused(model, "fold_se")
     for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):
@@ -170,7 +173,10 @@ def _absorb(
             todo.scalings.extend(scalings)
             todo.gone[path] = scalings
     if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
-        raise RetrofitError(f"there is nothing left to fold: {few(ses)} are constant factors that fit into no weight")
+        raise RetrofitError(
+            f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be folded into "
+            "any weight"
+        )
     return todo
 
 

@@ -150,9 +150,10 @@ def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
                 + ("; retrofit with the native network's reduction and min_hidden" if gates else "")
             )
     if len(ours) != len(theirs):
+        longer, which = (ours, "retrofitted") if len(ours) > len(theirs) else (theirs, "native")
         raise RetrofitError(
-            f"the native network does not fit: the retrofitted one has {len(ours)} layers and gates, it has {len(theirs)}; the "
-            f"first that is left over is {max(ours, theirs, key=len)[min(len(ours), len(theirs))]}"
+            f"the native network does not fit: the retrofitted one has {len(ours)} layers and gates, the native one "
+            f"{len(theirs)}; the first that is left over is {longer[min(len(ours), len(theirs))]} of the {which} one"
         )
     return list(zip(ours, theirs, strict=True))
 
@@ -174,7 +175,10 @@ def copy_layers(pairs: list[tuple[Part, Part]], source: nn.Module, target: nn.Mo
                 if to_bias is not None:
                     copies.append((own[to_bias], torch.zeros(()) if bias is None else bias))
                 elif bias is not None and bias.any():
-                    raise RetrofitError(f"{a} has biases, but {b} has none; build it with biases (add_se: bias=True)")
+                    raise RetrofitError(
+                        f"{a} has biases, but {b} has none; retrofit with bias=True, or build the native "
+                        "network with biases"
+                    )
     with torch.no_grad():
         for to, of in copies:
             to.copy_(of.reshape(to.shape) if of.dim() else of.expand(to.shape))

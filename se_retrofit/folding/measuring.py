@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..batches import batches_of, inputs_and_labels, placed
+from ..batches import as_taken_by, batches_of, inputs_and_labels
 from ..errors import RetrofitError
 from ..surgery.record.inputs import tensors_in
 from ..surgery.record.isolation import forked_randomness
@@ -32,7 +32,7 @@ def first_batches(model: nn.Module, data: Any, keys: Sequence[str], most: int) -
         for batch in islice(batches_of(model, data, keys), most):
             inputs, labels = inputs_and_labels(batch, keys)
             if len(inputs):
-                given = placed(inputs, model)
+                given = as_taken_by(inputs, model)
                 found.append(Labelled(given, None if labels is None else labels.to(given.device)))
     if not found:
         raise RetrofitError("the data yields no batch, so there are no gates to measure; give at least one batch")

@@ -121,7 +121,9 @@ def from_native(model: M, source: nn.Module) -> M:
 def _check_retrofitted(model: nn.Module, caller: str) -> None:
     check_module(model)
     if not has_se(model):
-        raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, which {caller} needs")
+        raise RetrofitError(
+            f"{type(model).__name__} has no SE inserted by add_se; {caller} takes a retrofitted network"
+        )
     check_unfused(model, caller)
     check_values(model.named_parameters())
     for path, module in model.named_modules():
@@ -160,13 +162,16 @@ def _scale(model: nn.Module, record: Record, by: float) -> None:
     for path, se in _ses(model).items():
         if se.gate != "identity":
             continue
-        factor = torch.full((se.channel,), by, dtype=torch.float64)
+        factor = torch.full((se.channel,), by, dtype=torch.float64, device="cpu")
         scalings = factors.backwards(path, factor)
         squeezed = scalings is not None  # SE's squeeze is larger, too
         if scalings is None:
             scalings = factors.forwards(path, factor)
         if scalings is None:
-            raise RetrofitError(f"the factor 2 of the gate at {path} can't be moved into what makes or uses the value")
+            raise RetrofitError(
+                f"the factor 2 of the gate at {path} can't be moved into the network: neither the module "
+                "that produces the scaled value nor all modules that use it can take it in"
+            )
         todo.append((se, scalings, squeezed))
     for se, scalings, squeezed in todo:
         for scaling in scalings:

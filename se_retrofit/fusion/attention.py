@@ -42,4 +42,7 @@ class FusedSEAttention(SEAttention):
 def check_unfused(model: nn.Module, caller: str) -> None:
     """Refuse a network in which ``fuse_se`` has fused SE with norms, for a caller that needs the two apart."""
     if any(isinstance(module, FusedSEAttention) for module in model.modules()):
-        raise RetrofitError(f"{caller} needs SE and norms apart, which are fused: se_retrofit.fusion.unfuse_se(model)")
+        raise RetrofitError(
+            f"SE is fused with the norms before it, and {caller} needs the two apart: give it "
+            "se_retrofit.fusion.unfuse_se(model)"
+        )

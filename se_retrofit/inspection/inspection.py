@@ -192,7 +192,9 @@ def inspect_se(model: nn.Module, example_inputs: Any = None) -> Inspection:
     try:
         plan = plan_of(model)
     except RetrofitError as error:
-        raise RetrofitError(f"{error}: call add_se(model) first; plan_se(model) shows what it would do") from None
+        raise RetrofitError(
+            f"{error}: call add_se(model) first, or print(plan_se(model)) to see what it would do"
+        ) from None
     check_unfused(model, "inspect_se")
     found = record(model, _inputs(model, plan, example_inputs))
     warn_of_lost_sites(model)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..attention import Attention
-from ..errors import RetrofitError, brief, check_module
+from ..errors import RetrofitError, brief, check_module, check_unwrapped
 from ..models import IMAGES, Base, own_images
 from ..plan import noted_options
 from ..retrofit import has_se, plan_of
@@ -24,7 +24,7 @@ from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write
 def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
     """Save a retrofitted network, its weights and the recipe to rebuild it; return the folder.
 
-    An existing folder of this kind is replaced atomically: a reader finds either the old network or the new one.
+    An existing folder of this kind is replaced as a whole: whatever stops it leaves either the old network or the new one.
 
     Args:
         model: a network from ``add_se``.
@@ -34,8 +34,8 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
             those that ``Base.build`` built or that were loaded. If it is unknown, loading requires the bare network.
 
     Raises:
-        RetrofitError: If the model has no SE modules, ``base`` builds another network, or the folder holds other files
-            or can't be written.
+        RetrofitError: If the model has no SE modules or is wrapped (by DistributedDataParallel, say), ``base`` builds
+            another network, or the folder holds other files or can't be written.
         TypeError: If ``model`` is not an nn.Module, or ``base`` is neither a name nor a ``Base``.
 
     Warns:
@@ -52,8 +52,12 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
         'ResNet'
     """
     check_module(model)
+    check_unwrapped(model)
     if not has_se(model):
-        raise RetrofitError(f"this {type(model).__name__} has no SE modules to save: model = add_se(model)")
+        raise RetrofitError(
+            f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "
+            "add_se returns the retrofitted network: model = add_se(model)"
+        )
     with replaced_directory(Path(directory), (WEIGHTS, RECIPE)) as fresh:
         note = write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
     if note:
@@ -138,7 +142,9 @@ def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -
     try:
         text = json.dumps(recipe, indent=2)
     except TypeError as error:
-        raise RetrofitError(f"the arguments of base and add_se must be plain data to be saved: {error}") from error
+        raise RetrofitError(
+            f"the recipe can't be written as JSON: {error}; the arguments of base and add_se must be plain data"
+        ) from error
     write_tensors(stored, folder / WEIGHTS, {"format": "pt"})
     (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
     return without_name(note) if base is None else ""

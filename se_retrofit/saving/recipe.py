@@ -69,7 +69,10 @@ def network_in(folder: Path) -> Path:
             return candidate
     if not settled(folder).is_dir():
         raise RetrofitError(f"no folder {folder}; give the folder that save_retrofitted or a fine-tune wrote")
-    raise RetrofitError(f"{folder} holds no network: there is no {RECIPE} in it or in {folder / 'best'}")
+    raise RetrofitError(
+        f"{folder} holds no network written by save_retrofitted, add, finetune or fold; there is no {RECIPE} in it "
+        f"or in {folder / 'best'}"
+    )
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:

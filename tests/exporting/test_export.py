@@ -148,7 +148,7 @@ def of_a_local_class() -> nn.Module:
         (retrofitted, "net.tf", {}, RetrofitError, r"net.tf must end in one of .onnx, .pt2, .py"),
         (retrofitted, "net.txt", {"format": "source"}, RetrofitError, "must end in .py, got net.txt"),
         (retrofitted, "net.pt2", {"dynamic": "size"}, RetrofitError, "one of 'all', 'batch', 'none', got 'size'"),
-        (of_a_local_class, "net.py", {}, RetrofitError, "can't be imported elsewhere"),
+        (of_a_local_class, "net.py", {}, RetrofitError, "can't be imported by another program"),
         (str, "net.onnx", {}, TypeError, r"model must be an nn\.Module, got .* of type str"),
     ],
 )

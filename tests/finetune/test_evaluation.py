@@ -97,6 +97,9 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     shutil.copytree(pictures / "val", tmp_path / "more")
     shutil.copytree(pictures / "val", tmp_path / "more" / "red" / ".ipynb_checkpoints")
     assert len(list(predict(model, [tmp_path / "more"], batch_size=3))) == 10
+    half = next(predict(model.bfloat16(), [one]))
+    assert (half.classes[0], round(half.probabilities[0], 1)) == (rows[-1]["class_1"], round(float(shares.max()), 1))
+    assert evaluate(model, load_data(pictures).val, config=FinetuneConfig(cpu=True, workers=0)).images == 10
     vars(model)[IMAGES]["classes"] = ["blue"]  # fewer than the head has, as where a head of 1000 is kept
     assert {*next(predict(model, [one], top=2)).classes} == {"blue", "1"}
 
@@ -199,7 +202,7 @@ def test_a_run_begins_with_the_weights_of_a_result_and_says_what_becomes_of_its_
 
 def test_a_result_that_is_given_as_a_checkpoint_is_told_where_it_goes(result: Path) -> None:
     bare = Base.of("timm/test_resnet", num_classes=2).build()
-    with pytest.raises(RetrofitError, match=r"is a folder, .* in MODEL's place"):
+    with pytest.raises(RetrofitError, match=r"is a folder, .* its folder goes in MODEL's place"):
         load_checkpoint(bare, result)
     with pytest.raises(RetrofitError, match=r"holds SE: give its folder to load_retrofitted, or in MODEL's place"):
         load_checkpoint(bare, result / "best" / "weights.safetensors")

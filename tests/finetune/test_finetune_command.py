@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_resumed_is_an_error(content: bytes | None, says
 @pytest.mark.parametrize("words", [["finetune", "test_resnet"], ["compare", "test_resnet"], ["fold", "."]])
 def test_nothing_is_written_into_a_folder_of_pictures(words: list[str], pictures: Path) -> None:
     output = pictures / "runs" / "1"
-    with pytest.raises(RetrofitError, match=rf"--output {output} is in the data folder"):
+    with pytest.raises(RetrofitError, match=rf"{output} .*--output"):
         run(*words, "--data", pictures, "--output", output)
     assert not output.parent.exists()
 

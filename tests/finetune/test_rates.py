@@ -231,7 +231,7 @@ def test_there_is_no_suggestion_where_the_loss_hardly_falls() -> None:
         ({"lowest": 1.0, "highest": 0.1}, r"lowest=1\.0, highest=0\.1"),
         ({"lowest": 0.0}, r"lowest=0\.0"),
         ({"steps": 5}, "got 5"),
-        ({"lowest": 1e20, "highest": 1e30}, r"after \d steps, at 1.\d+e\+2\d"),
+        ({"lowest": 1e20, "highest": 1e30}, r"after \d steps, at a learning rate of 1.\d+e\+2\d"),
     ],
 )
 def test_wrong_ramps_are_refused(options: dict[str, Any], message: str) -> None:

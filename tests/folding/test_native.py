@@ -180,8 +180,8 @@ def test_a_target_that_does_not_fit_is_refused_with_the_site(target: Callable[[]
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (bare, "which to_native needs"),
-        (lambda: fold_se(own_retrofitted(), [X], tolerance=100), "which to_native needs"),
+        (bare, "takes a retrofitted network"),
+        (lambda: fold_se(own_retrofitted(), [X], tolerance=100), "takes a retrofitted network"),
         (lambda: own_retrofitted(attention="static"), "is a factor for each of 16 channels, not SE"),
         # nothing can take the factor
         (lambda: own_retrofitted(placement="post", include="1"), "gate at 1.se_attention can't be moved"),
@@ -193,7 +193,7 @@ def test_what_has_no_native_form_is_refused_with_the_reason(model: Callable[[], 
 
 
 def test_what_cannot_be_read_from_a_native_network_is_refused() -> None:
-    with pytest.raises(RetrofitError, match="bias=True"):
+    with pytest.raises(RetrofitError, match="retrofit with bias=True"):
         from_native(own_retrofitted(), own_native(bias=True))
-    with pytest.raises(TypeError, match="the native network must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"the native network must be an nn.Module"):
         from_native(own_retrofitted(), "seresnet50")  # type: ignore[arg-type]
