@@ -87,8 +87,7 @@ def demo(
     rows = [("", "parameters", "right", "accuracy")]
     for name, (size, hits) in results.items():
         rows.append((name, f"{size:,}", f"{int(hits.sum())}/{len(hits)}", f"{hits.float().mean():.2%}"))
-    for line in aligned(rows, left=1):
-        say(console, line)
+    say(console, "\n".join(aligned(rows, left=1)))
     say(console, verdict(results["fine-tuned with SE"][1], results["fine-tuned without SE"][1]))
     say(console, f"\n{time.perf_counter() - started:.0f} seconds. Next: se-retrofit add resnet50")
 
