@@ -22,7 +22,6 @@ from ..surgery.record.graph import Op, Record
 from ..surgery.record.inputs import tensors_in
 from ..surgery.record.isolation import isolated
 from ..surgery.splice.undo import is_retrofitted
-from .graphs import batch_size
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ NOT_CALLED = SiteCost(None, None, ())
 def site_costs(record: Record) -> dict[str, SiteCost]:
     """Return the costs of the SE modules that were called, by path, summed over their calls."""
     sites: dict[str, SiteCost] = {}
-    batch = batch_size(record)
+    _, batch = one_input(record)
     for op in record.ops:
         if is_retrofitted(op.module) and op.path is not None:
             known = sites.get(op.path, SiteCost(0, 0, tuple(op.shape[1:])))
@@ -94,17 +93,18 @@ def multiply_adds(model: nn.Module, record: Record) -> int | None:
                 record.model(*inputs.args, **inputs.kwargs)
         except (RuntimeError, NotImplementedError):
             return None  # unlike the recorded run, a plain run can't mix meta and CPU tensors
-    return counter.get_total_flops() // 2 // batch_size(record)
+    return counter.get_total_flops() // 2 // one_input(record)[1]
 
 
-def one_input(record: Record) -> str:
-    """Describe one input of the network: ``3x224x224``."""
+def one_input(record: Record) -> tuple[str, int]:
+    """Describe one input of the network, ``3x224x224``, and return how many of them were recorded."""
     first = next(iter((*record.inputs.args, *record.inputs.kwargs.values())), None)
-    if isinstance(first, (list, tuple)) and first and isinstance(first[0], Tensor):
-        return "x".join(map(str, first[0].shape))
+    if isinstance(first, (list, tuple)) and first and isinstance(first[0], Tensor):  # images for a detector
+        return "x".join(map(str, first[0].shape)), len(first)
     if not isinstance(first, Tensor):
-        return "one"
-    return "x".join(map(str, first.shape[1:] if first.dim() > 2 else first.shape))
+        return "one", 1
+    batched = first.dim() > 2
+    return "x".join(map(str, first.shape[batched:])), int(first.shape[0]) if batched else 1
 
 
 def resized(record: Record) -> str | None:

@@ -186,13 +186,3 @@ class _Copies(dict[fx.Node, fx.Node]):
         """Return a path relative to the block, and the name of its node."""
         target = path.removeprefix(f"{self.block.scope}.") if self.block.scope else path
         return target, re.sub(r"\W", "_", self.block.path(target))
-
-
-def batch_size(record: Record) -> int:
-    """Return the batch size of a recorded call: the first dim of its first tensor, or the length of an image list."""
-    first = next(iter((*record.inputs.args, *record.inputs.kwargs.values())), None)
-    if isinstance(first, torch.Tensor) and first.dim() > 2:
-        return int(first.shape[0])
-    if isinstance(first, (list, tuple)) and first and all(isinstance(a, torch.Tensor) for a in first):
-        return len(first)
-    return 1

@@ -193,7 +193,7 @@ def report_of(found: Inspected) -> Report:
         parameters_after=_numbers_in(parameters),
         trainable_before=_numbers_in(p for p in old if p.requires_grad),
         trainable_after=_numbers_in(p for p in parameters if p.requires_grad),
-        inputs=one_input(found.record),
+        inputs=one_input(found.record)[0],
         resized=resized(found.record),
         multiply_adds_before=None if after is None or None in excitations else after - sum(e or 0 for e in excitations),
         multiply_adds_after=after,
