@@ -15,7 +15,7 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError
 from .experiment import describe_data, plain
 from .folders import (
     Subfolder,
@@ -33,7 +33,6 @@ from .targets import targets_of
 from .transforms import class_names_of
 
 TIMM_PREFIXES = ("torch/", "hfds/")
-SPLITS = ("train", "val", "test", "all")
 
 
 @dataclass(frozen=True)
@@ -152,8 +151,6 @@ def load_split(
         >>> print(load_split("digits", image_size=16).about)
         val of digits: 360 images
     """
-    if split is not None and split not in SPLITS:
-        raise RetrofitError(f"split must be one of {', '.join(SPLITS)}, got {brief(split)}")
     if is_of_timm(name):
         chosen = _chosen(name, split, ("train", "val", "test"))
         return _split(chosen, name, _of_timm(str(name), chosen, root, download))
@@ -165,7 +162,7 @@ def load_split(
     with readable(folder):
         places = split_folders(folder)
         if not places:
-            return _of_classes(folder, split or "all", val_fraction, classes)
+            return _of_classes(folder, _chosen(folder, split or "all", ("all", "val", "train")), val_fraction, classes)
         chosen = _chosen(folder, split, places)
         place = places[chosen]
         images = Subfolder(place, numbers(place, places.get("train"), classes))
@@ -244,10 +241,6 @@ def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
 
 
 def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence[str] | None) -> Split:
-    if split == "test":
-        raise RetrofitError(
-            f"{folder} has no test: it is a folder of classes, which has all, and val and train as finetune splits it"
-        )
     if not class_folders(folder):
         raise RetrofitError(
             f"{folder} must hold a folder of images for each class, or train, val or test; it has no folders"

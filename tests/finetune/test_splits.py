@@ -121,7 +121,7 @@ def test_digits_are_split_by_class_and_alike_every_time() -> None:
         ("torch/cifar10", None, "'torch/cifar10'.*download=True"),
         ("torch/cifar10", "all", "no all: it has train and val and test"),
         ("digits", "test", "it has train and val"),
-        ("digits", "tests", "'tests'"),
+        ("digits", "tests", "no tests: it has train and val"),
     ],
 )
 def test_data_that_is_not_there_is_named(
