@@ -16,7 +16,8 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from ..attention import ATTENTIONS
-from ..errors import RetrofitError, brief
+from ..attention.parts import check_positive
+from ..errors import RetrofitError
 from ..paths import save_figure
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file
@@ -294,10 +295,7 @@ def compare(
 
 def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], val_data: Any) -> None:
     """Raise an error if the arguments don't make a comparison."""
-    if isinstance(seeds, bool) or not isinstance(seeds, int):
-        raise TypeError(f"seeds must be a positive int, got {brief(seeds)}")
-    if seeds < 1:
-        raise RetrofitError(f"seeds must be at least 1, got {seeds}")
+    check_positive("seeds", seeds)
     if config.trainable not in ("all", "se+head"):
         raise RetrofitError(
             f'trainable="{config.trainable}" trains nothing in some of the networks; compare with "all" or "se+head" '

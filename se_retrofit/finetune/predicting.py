@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..attention.parts import check_positive
 from ..batches import as_taken_by
 from ..errors import RetrofitError
 from ..surgery.record.copying import in_mode
@@ -59,8 +60,8 @@ def predict(
         RetrofitError: If a file is missing or, unless skipped, can't be read; if it is unknown how the network's images
             are prepared; or if ``top`` or ``batch_size`` is below 1.
     """
-    if top < 1 or batch_size < 1:
-        raise RetrofitError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
+    check_positive("top", top)
+    check_positive("batch_size", batch_size)
     transform, names = transform_of(model), class_names(model) or []
     files = list(_files(images))
     for start in range(0, len(files), batch_size):
