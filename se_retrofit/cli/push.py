@@ -27,10 +27,7 @@ def push_command(
     from ..saving.hub import model_card, push_to_hub
 
     if dry_run:
-        say(
-            Console(),
-            f"{model_card(folder, repo, license=license)}\nNothing was uploaded to {repo}: this was a dry run.",
-        )
+        say(Console(), f"{model_card(folder, repo, license=license)}\nNothing was uploaded to {repo}: a dry run.")
         return
     url = push_to_hub(folder, repo, license=license, private=private, revision=revision)
     say(Console(), f"uploaded to {url}")

@@ -157,7 +157,7 @@ def is_norm(module: nn.Module) -> bool:
         return True
     channels = len(own[0])
     for shape in ((4, channels), (4, channels, 5), (4, channels, 5, 5), (4, 5, 5, channels), (4, channels, 3, 3, 3)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own[0])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(own[0])
         with contextlib.suppress(Exception), torch.no_grad():  # fails if the norm is for other dims
             first, second = (copy.deepcopy(module).train()(scale * x) for scale in (16, 64))
             return bool(

@@ -17,8 +17,7 @@ from ..plaindata import parse_json
 from ..plan import Plan
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
-from .rebuild import belongs_to, carried_out
-from .recipe import FORMAT, read_fields, read_plan
+from .recipe import FORMAT, belongs_to, carried_out, read_fields, read_plan
 from .tensors import read_weights, tensors_of, tie, untied, write_tensors
 
 

@@ -17,8 +17,7 @@ from ..retrofit import has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
-from .rebuild import carried_out
-from .recipe import FORMAT, RECIPE, WEIGHTS, network_in, read_plan, read_recipe, version_of
+from .recipe import FORMAT, RECIPE, WEIGHTS, carried_out, network_in, read_plan, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
 

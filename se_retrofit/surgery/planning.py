@@ -22,7 +22,7 @@ from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs
 from .record.isolation import isolated, without_collections
-from .record.methods import METHODS
+from .record.methods import methods_of
 from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
@@ -30,7 +30,7 @@ from .splice.fitting import Fitting, SurgerySite
 
 def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     """Return the plan of a retrofit."""
-    METHODS.clear()
+    methods_of.cache_clear()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
         found = _found(read(runs.evaluation), options)
@@ -231,4 +231,4 @@ def _after(place: Place) -> str:
     path = op.path if child is None else child.path
     if path is None or (op.call is not call and child is None):
         return op.name
-    return path[len(call.path) + 1 :] if call.path else path
+    return path.removeprefix(f"{call.path}.")  # a module that blocks share has its path in one of them

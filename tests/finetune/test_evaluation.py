@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from se_retrofit import RetrofitError, load_retrofitted, save_retrofitted
-from se_retrofit.cli.folders import run_settings
+from se_retrofit.cli.starting import run_settings
 from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, engine, evaluate, load_data, predict, transform_of
 from se_retrofit.finetune.transforms import class_names
 from se_retrofit.models import IMAGES, Base, load_checkpoint

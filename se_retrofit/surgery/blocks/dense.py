@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import is_conv_or_linear
+from ..record.facts import behind, is_conv_or_linear
 from ..record.graph import Call, Op, Record
 from .block import Block, Target
 from .questions import (
     TRANSPARENT,
-    behind,
     bypass_source,
     common_source,
     escapes,
@@ -42,7 +41,7 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
         reads_all = any(
             op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops
         )
-        if (blocks and not reads_all) or not has_spatial_conv(ops) or not has_nonlinearity(ops):
+        if (blocks and not reads_all) or not _is_layer(ops):
             return []
         child = call.child_with(operand)  # a layer that is a module gets SE in that module
         own = child if child is not None and child.shows(operand) else call
@@ -63,10 +62,11 @@ def split_units(record: Record) -> Iterator[Block]:
 def _units(record: Record, call: Call, cat: Op) -> list[Block]:
     if not joins_channels(cat):
         return []
-    if not _is_returned(call, cat):
-        return _split_in_graph(record, call, cat) if call.parent is None else []
+    returned = _is_returned(call, cat)
+    if call.parent is not None and not returned:
+        return []
     new = [o for o in cat.data if bypass_source(o, call, 0, projections=0) is None]
-    if not new or len(new) == len(cat.data):
+    if not returned or not new or len(new) == len(cat.data):
         return _split_inside(record, call, cat)
     if len(new) > 1:
         if any(a.bit & b.ancestors for a in new for b in new):
@@ -82,22 +82,10 @@ def _is_returned(call: Call, cat: Op) -> bool:
     return bool(call.outputs) and all(behind(output, (*TRANSPARENT, "act")) is cat for output in call.outputs)
 
 
-def _split_in_graph(record: Record, call: Call, cat: Op) -> list[Block]:
-    """Do the same in a graph with many blocks, for a part of a value and the features computed from another part."""
-    pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
-    new = [o for o in cat.data if o not in pieces]
-    if len(pieces) != 1 or len(new) != 1:
-        return []
-    whole = pieces[0].data[0]
-    if not whole.bit & new[0].ancestors or escapes(record, call, [whole], {cat}):
-        return []
-    return _new_features(record, cat, new[0], call, whole.lineage)
-
-
 def _split_inside(record: Record, call: Call, cat: Op) -> list[Block]:
-    """Do the same if the split value is not an input of the module, but every path through the module passes it."""
+    """Do the same if the split value is computed in the module, as in a graph with many blocks."""
     whole = common_source(record, call, cat.data)
-    if whole is None or escapes(record, call, call.inputs, {whole}):
+    if whole is None or escapes(record, call, [whole], {cat}):
         return []
     outside = whole.lineage
     if whole in cat.data and any(map(is_conv_or_linear, record.select(outside & call.mask))):
@@ -110,12 +98,15 @@ def _split_inside(record: Record, call: Call, cat: Op) -> list[Block]:
 
 def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) -> list[Block]:
     region = call.region(new, outside)
-    ops = list(record.select(region))
-    if not has_spatial_conv(ops) or not has_nonlinearity(ops):
+    if not _is_layer(list(record.select(region))):
         return []
-    if any(map(resizes, ops)):
-        return []  # down in resolution and up again: a skip between the levels of a U-Net
     return [Block("dense", call, region, new, cat)]
+
+
+def _is_layer(ops: list[Op]) -> bool:
+    """Return whether operations compute features at one resolution; down and up again is a skip between the levels of a
+    U-Net (nested ones: Zhou et al., arXiv:1807.10165)."""
+    return has_spatial_conv(ops) and has_nonlinearity(ops) and not any(map(resizes, ops))
 
 
 def dual_paths(record: Record) -> Iterator[Block]:

@@ -79,10 +79,11 @@ class _Finder:
     def add(self, block: Block, aside: str) -> None:
         """Note the place for a block, or the reason why there is none."""
         self.taken |= block.region | block.join.bit
-        self.found.shortcuts |= _shortcut(block)
+        if block.skip is not None and block.source is not None:
+            self.found.shortcuts |= block.call.region(block.skip, block.source.lineage)
         name = name_of(self.record, block)
         target = PLACEMENTS[self.placement](self.record, block)
-        if _has_attention(self.record, block, target):
+        if _has_attention(self.record, block):
             self.sited |= block.region
             self.found.attended += not aside
             self.found.leave(name, HAS_ATTENTION, block.region)
@@ -113,20 +114,9 @@ class _Finder:
         return frozenset(layer.path for layer in layers if layer.path is not None)
 
 
-def _shortcut(block: Block) -> int:
-    """Return the operations that project the input of a unit to its shortcut, as a bit set."""
-    bits, op = 0, block.skip
-    while op is not None and op is not block.source and block.call.holds(op) and len(op.data) == 1:
-        bits |= op.bit
-        (op,) = op.data
-    return bits
-
-
-def _has_attention(record: Record, block: Block, target: Target | None) -> bool:
+def _has_attention(record: Record, block: Block) -> bool:
     """Return whether a channel gate is in a block, or follows its branch or (in the same module) its join."""
-    if any(is_gate(op) for op in record.select(block.region)):
-        return True
-    if any(gate_after(value) for value in (block.branch, *([] if target is None else [target.op]))):
+    if any(map(is_gate, record.select(block.region))) or gate_after(block.branch) is not None:
         return True
     gate = gate_after(block.join)
     return gate is not None and block.call.parent is not None and block.call.holds(gate)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import is_conv_or_linear, only_user
+from ..record.facts import behind, is_conv_or_linear, only_user
 from ..record.graph import Call, Op, Record
 from .attended import spatial_convs
 from .block import Block, Target
 from .questions import (
-    behind,
     common_source,
     escapes,
     feeds_a_layer,

@@ -68,13 +68,6 @@ def next_after(op: Op, through: tuple[str, ...]) -> Op | None:
     return user
 
 
-def behind(op: Op, roles: tuple[str, ...]) -> Op:
-    """Follow a value back through operations of these roles that have one operand."""
-    while op.role in roles and len(op.data) == 1:
-        (op,) = op.data
-    return op
-
-
 def activation_after(conv: Op) -> Op | None:
     """Return the non-linearity after a convolution, its norm and a pool: that of the value, possibly permuted; of its
     halves together (a gated linear unit, a maximum); or beside pools and concats that tap the value (preactivation)."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import LEARNED
+from ..record.facts import LEARNED, behind
 from ..record.graph import Call, Op, Record
 from .attended import spatial_convs
 from .block import Block
 from .bypasses import all_pass
 from .inverted import inverted_target
 from .questions import (
-    behind,
     bypass_source,
     common_source,
     derives,
@@ -45,7 +44,7 @@ def parallel_branches(record: Record) -> Iterator[Block]:
     for call in reversed(record.calls):
         for add in own_operations(record, call) if call.parent is not None else ():
             values = summands(call, add)
-            for skip, first in values if len(values) > 2 else ():
+            for skip, first in values:
                 if first is not add:  # else the branches are summed up before, and are one
                     yield from _branches(record, call, skip, values)
 
@@ -105,7 +104,7 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         if source is None or any(value is source for value, _ in summands(call, branch)):
             continue
         common = bool(source.bit & branch.ancestors)
-        region = call.region(branch, source.lineage if common else 0)
+        region = call.region(branch, source.lineage)
         ops = list(record.select(region))
         if not spatial_convs(ops) or _is_of_another_stream(record, call, source, branch):
             continue
@@ -116,7 +115,8 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
             continue
         if _is_query(source, region) or _spans_network(record, add, skip, ops):
             continue
-        if call.parent is None and any(map(resizes, ops)) and not _resized_between(source, skip):
+        shortcut = record.select(skip.lineage & ~source.lineage)
+        if call.parent is None and any(map(resizes, ops)) and not any(map(resizes, shortcut)):
             continue  # the resolution goes down and up again: a skip between the levels of an hourglass
         return Block("residual", call, region, branch, add, skip, source)
     return None
@@ -174,11 +174,3 @@ def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) ->
     linear branches are a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
     mixing = any(op.spatial_conv and not op.depthwise for op in ops)
     return mixing and not any(map(resizes, ops)) and summed_branches(record, call, add) is None
-
-
-def _resized_between(source: Op, op: Op) -> bool:
-    while op is not source and op.data:
-        if resizes(op):
-            return True
-        op = op.data[0]
-    return False

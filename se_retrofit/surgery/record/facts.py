@@ -70,8 +70,6 @@ def _role(op: Op) -> str:
         return op.name
     if all(i.role == "param" for i in op.inputs):
         return "param"
-    if op.name == "write":
-        return "other"
     if op.module is not None:
         role = module_role(op.module) or "other"
     else:
@@ -91,6 +89,13 @@ def only_user(op: Op) -> Op | None:
 
 def real_users(op: Op) -> list[Op]:
     return [u for u in op.users if u.role != "param"]
+
+
+def behind(op: Op, roles: tuple[str, ...]) -> Op:
+    """Follow a value back through operations of these roles that have one operand."""
+    while op.role in roles and len(op.data) == 1:
+        (op,) = op.data
+    return op
 
 
 def is_conv_or_linear(op: Op) -> bool:
@@ -197,9 +202,7 @@ def _is_given(op: Op, learned: int) -> bool:
 
 def _is_binary(op: Op) -> bool:
     """Return whether a value is the result of a comparison: no gradient passes that, whatever is compared."""
-    while op.role in ("pass", "shape") and len(op.data) == 1:
-        (op,) = op.data
-    return op.dtype == torch.bool
+    return behind(op, ("pass", "shape")).dtype == torch.bool
 
 
 def _spans_channels(mask: Op, x: Op) -> bool:

@@ -30,10 +30,13 @@ def _digest(code: str) -> str:
     return hashlib.sha256(code.strip().encode()).hexdigest()[:16]
 
 
-def graph_place(call: Call, op: Op, users: frozenset[Op] | None) -> Edit:
-    """Return the edit at the node of a GraphModule's graph whose value an operation computes."""
-    name, digest = _node_name(call, op)
-    taking = None if users is None else tuple(sorted(_node_name(call, user)[0] for user in users))
+def in_graph(call: Call, op: Op, users: frozenset[Op] | None = None) -> Edit | SpliceError:
+    """Return the edit at the node of a GraphModule's graph whose value an operation computes, or why there is none."""
+    try:
+        name, digest = _node_name(call, op)
+        taking = None if users is None else tuple(sorted(_node_name(call, user)[0] for user in users))
+    except SpliceError as error:
+        return error
     return Edit(call.path, "graph", node=name, users=taking, digest=digest)
 
 

@@ -61,11 +61,6 @@ class Source:
         """All nodes of the tree, outer ones first."""
         return tuple(ast.walk(self.tree))
 
-    @functools.cached_property
-    def own_nodes(self) -> tuple[ast.AST, ...]:
-        """All nodes, except those of nested functions and classes."""
-        return tuple(_own_nodes(self.tree))
-
     def text(self, node: ast.AST) -> str:
         a, b, c, d = span_of(node)
         lines = [line.encode() for line in self.lines[a - self.first : b - self.first + 1]]
@@ -87,11 +82,12 @@ class Source:
         return hashlib.sha256("".join(self.lines).encode()).hexdigest()[:16]
 
 
-def _own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+def own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes of a tree, except those of nested functions and classes."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
             yield node
-            yield from _own_nodes(node)
+            yield from own_nodes(node)
 
 
 @functools.lru_cache(maxsize=512)
