@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,9 +26,9 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
     return inputs, None
 
 
-def placed(inputs: Tensor, model: nn.Module) -> Tensor:
+def as_taken_by(inputs: Tensor, model: nn.Module) -> Tensor:
     """Return inputs on the device of a model's parameters and, if they are floating, in their dtype."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=inputs.dtype))
+    like = next((p for p in model.parameters() if p.is_floating_point()), inputs)
     return inputs.to(like.device, like.dtype if inputs.is_floating_point() else None)
 
 

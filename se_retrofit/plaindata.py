@@ -17,7 +17,7 @@ MOST = 100_000  # values in YAML, where a few lines of aliases can expand to bil
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except FileNotFoundError as error:
         raise RetrofitError(
             f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"

@@ -17,27 +17,16 @@ from .surgery.record.isolation import forked_randomness
 
 @dataclass(frozen=True)
 class Agreement:
-    """The outcome of running two networks on the same inputs.
+    """The outcome of running two networks on the same inputs."""
 
-    Attributes:
-        equal: whether every tensor of the outputs is ``torch.equal`` to its counterpart.
-        values: number of values that were compared.
-        difference: largest absolute difference, relative to the largest absolute value of the first network's outputs.
-        finite: whether all outputs of the first network are finite; if not, the comparison shows nothing.
-    """
-
-    equal: bool
-    values: int
-    difference: float
-    finite: bool
+    equal: bool  # whether every tensor of the outputs is ``torch.equal`` to its counterpart
+    values: int  # number of values that were compared
+    difference: float  # the largest, relative to the largest absolute value of the first network's outputs
+    finite: bool  # whether all outputs of the first network are; if not, the comparison shows nothing
 
 
 def agreement(first: nn.Module, second: nn.Module, inputs: Inputs, *, training: bool = False) -> Agreement:
-    """Run both networks on the same inputs from the same random state, without gradients, and compare their outputs.
-
-    The networks and the global random state are unchanged afterwards: in train mode, in which running statistics are
-    updated, copies are run.
-    """
+    """Run both networks on the same inputs from the same random state, and compare their outputs; nothing is changed."""
     wanted, got = (tensors_in(_run(net, inputs, training)) for net in (first, second))
     alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]
     return Agreement(
@@ -49,11 +38,8 @@ def agreement(first: nn.Module, second: nn.Module, inputs: Inputs, *, training: 
 
 
 def se_matters(model: nn.Module, inputs: Inputs) -> Agreement:
-    """Compare the network with itself under random gates, as the counter-check to an identity.
-
-    If SE took no part in the computation, inserting it would change nothing either; such a network is equal here, too.
-    Both networks are copies with redrawn vectors, because a branch that is still zero would hide its SE.
-    """
+    """Compare the network with itself under random gates: if SE took no part in the computation, it would be equal, too.
+    Both are copies with redrawn vectors, because a branch that is still zero would hide its SE."""
     model = copy.deepcopy(model)
     redraw_vectors(model)
     scrambled = copy.deepcopy(model)
@@ -68,10 +54,12 @@ def se_matters(model: nn.Module, inputs: Inputs) -> Agreement:
 def _scramble(module: Inserted, generator: torch.Generator) -> None:
     """Give a module fixed random gates, or random parameters if it has no gate layer."""
     if module.gate_layer:
-        setattr(module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator)))
+        setattr(
+            module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator, device="cpu"))
+        )
         return
     for parameter in module.parameters():
-        parameter.copy_(2 * torch.rand(parameter.shape, generator=generator))
+        parameter.copy_(2 * torch.rand(parameter.shape, generator=generator, device="cpu"))
 
 
 class _FixedGates(nn.Sequential):
@@ -86,13 +74,8 @@ class _FixedGates(nn.Sequential):
 
 
 def redraw_vectors(model: nn.Module) -> None:
-    """Redraw every vector among the parameters and buffers in place: norms' scales, shifts and running statistics,
-    biases and layer scales.
-
-    The norms of a fresh network mostly hold ones and zeros, and often the last norm of every branch is zero, so that a
-    fault in that branch would not show in the outputs. Scales and variances become uniform in (0.5, 1.5), shifts and
-    means normal with a standard deviation of 0.1.
-    """
+    """Redraw every vector among the parameters and buffers in place: scales and variances uniform in (0.5, 1.5), shifts
+    and means normal. Norms of a fresh network hold ones and zeros, with which a fault might not show in the outputs."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -100,9 +83,9 @@ def redraw_vectors(model: nn.Module) -> None:
                 continue
             shift = name.rpartition(".")[2] in ("bias", "running_mean")
             if shift:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu") * 0.1)
             else:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, device="cpu") + 0.5)
 
 
 @torch.no_grad()

@@ -96,6 +96,7 @@ class Inserted(nn.Module):
         self.channel = channel
         self.channel_dim = channel_dim
         self.inplace = inplace
+        self.qconfig: Any = None  # the eager mode of torch.ao.quantization leaves it in floating point
 
     def squeezed(self, x: Tensor, largest: bool = False) -> Tensor:
         """Return the means (or the maxima) over all spatial dims, ``(N, C)``."""

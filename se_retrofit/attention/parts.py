@@ -25,6 +25,8 @@ class TwiceSigmoid(nn.Module):
 
 def squeeze(x: Tensor, channel_dim: int, largest: bool = False) -> Tensor:
     """Return the mean (or the maximum) over all spatial dims: ``(N, C, *spatial) -> (N, C)``, wherever C is."""
+    if x.is_quantized:
+        x = x.dequantize()
     channel = channel_dim % x.dim()
     if channel == x.dim() - 1:
         if channel < 2:
@@ -52,6 +54,10 @@ def broadcast(gate: Tensor, x: Tensor, channel_dim: int) -> Tensor:
 def scale(x: Tensor, gate: Tensor, channel_dim: int, inplace: bool = False) -> Tensor:
     """Multiply each channel of ``x`` by its gate, ``(N, C)`` or ``(C,)``; with ``inplace``, in ``x`` itself if no
     gradient is needed."""
+    if x.is_quantized:  # by torch.ao's eager mode; gates above 1 need a range of their own
+        values = x.dequantize()
+        values = values * broadcast(gate, values, channel_dim)
+        return torch.quantize_per_tensor_dynamic(values, x.dtype, True)
     gate = broadcast(gate, x, channel_dim)
     if inplace and not (torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad)):
         return x.mul_(gate)

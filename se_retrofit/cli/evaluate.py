@@ -12,7 +12,7 @@ from rich.console import Console
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .folders import run_settings, training_data_of
+from .starting import run_settings, training_data_of
 
 SPLIT_HELP = "which images to measure; by default all of a folder of classes, otherwise val, or test if there is no val"
 

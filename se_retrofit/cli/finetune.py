@@ -17,9 +17,8 @@ from .signals import Signals
 from .starting import Start, absolute, check_outside, default_name, open_data, read_config
 
 RESUME_HELP = (
-    "resume the run in this folder, with all options from its run.yaml; a larger --epochs extends a finished run"
+    "resume the run in this folder, with all options of its run.yaml; a larger --epochs extends a finished run"
 )
-
 BATCH_HELP = "draw the first training images and labels into this file, as the network will see them, and do not train"
 
 

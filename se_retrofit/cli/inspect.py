@@ -13,7 +13,7 @@ from ..errors import RetrofitError
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .folders import run_settings
+from .starting import run_settings
 
 if TYPE_CHECKING:
     from torch import nn

@@ -173,10 +173,8 @@ def _class_text(derived: type, recipe: Recipe, name: str) -> str:
     base = f"{recipe.base.__module__}.{recipe.base.__qualname__}"
     lines = ["", f"class {name}({base}):"]
     if not recipe.splices:
-        lines += [
-            "    def forward(self, *args, **kwargs):",
-            f"        return self.{recipe.returned}(super().forward(*args, **kwargs))",
-        ]
+        call = f"self.{recipe.returned}(super().forward(*args, **kwargs))"
+        lines += ["    def forward(self, *args, **kwargs):", f"        return {call}"]
     for method, owner in dict.fromkeys((s.method, s.owner) for s in recipe.splices):
         function = vars(derived).get(method)
         if not isinstance(function, types.FunctionType) or unwrapped(function) is not function:

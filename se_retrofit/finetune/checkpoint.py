@@ -35,29 +35,20 @@ FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
 
 @dataclass
 class Progress:
-    """The progress of a run.
+    """The progress of a run; ``loss``, ``correct`` and ``seen`` are sums over the epoch so far, over all processes."""
 
-    Attributes:
-        epoch, step, updates: the current epoch, from 0; the number of updates in it, and in total.
-        loss, correct, seen: sums over the epoch so far, over all processes.
-        history: a row for each finished epoch; row 0 is the evaluation before training.
-        best, best_epoch, stale: the best validation score, its epoch (from 1), and the number of epochs since then.
-        finished: why the run ended: ``"epochs"``, ``"updates"`` or ``"early stop"``; None while it is running.
-        step_seconds: the median time of an update.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    updates: int = 0
+    epoch: int = 0  # the current one, from 0
+    step: int = 0  # number of updates in it
+    updates: int = 0  # in total
     loss: float = 0.0
     correct: float = 0.0
     seen: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: float | None = None
-    best_epoch: int | None = None
-    stale: int = 0
-    finished: str | None = None
-    step_seconds: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # a row for each epoch; row 0 is before training
+    best: float | None = None  # the best validation score
+    best_epoch: int | None = None  # from 1
+    stale: int = 0  # number of epochs since then
+    finished: str | None = None  # "epochs", "updates" or "early stop"; None while the run goes on
+    step_seconds: float | None = None  # the median time of an update
 
 
 @dataclass
@@ -196,7 +187,10 @@ def written(file: Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last)."""
+    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last). How the
+    optimizer computes (``fused``) depends on this machine, and not on the one that wrote the checkpoint."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        saved.update({name: group[name] for name in ("fused", "foreach", "capturable") if name in group})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         for name, value in entries.items():

@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,6 +20,9 @@ from ..fields import fields_of
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
 from .targets import class_numbers, image_weights, targets_together
 from .workers import begin_worker, told_plainly
+
+if TYPE_CHECKING:
+    from .config import FinetuneConfig  # pydantic, which is from an extra
 
 # What reading a broken image or a missing file raises. Anything else is a bug in the data set, and is not caught.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -48,29 +51,18 @@ class Batch:
 
 
 def stream(
-    data: Any,
-    *,
-    name: str,
-    train: bool,
-    batch_size: int,
-    transform: Callable[[Any], Any] | None,
-    bad_images: str = "error",
-    balanced: bool = False,
-    keys: Sequence[str] = (),
-    seed: int = 0,
-    workers: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    pin_memory: bool = False,
-) -> Stream:
+    data: Any, config: FinetuneConfig, transform: Callable[[Any], Any] | None, *, name: str, train: bool = False,
+    rank: int = 0, world: int = 1, pin_memory: bool = False,
+) -> Stream:  # fmt: skip
     """Return the batches of this process, from a Dataset or a DataLoader.
 
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
     A DataLoader is used as it is. Whatever an item holds after image and class is ignored; in a dict, image and class
-    are found by ``keys``, or by common names.
+    are found by ``config.keys``, or by common names.
     """
+    balanced, keys, seed = train and config.balance == "sampling", config.keys, config.seed
     if isinstance(data, DataLoader):
-        if world > 1 or (balanced and train):
+        if world > 1 or balanced:
             what = f"{world} processes need" if world > 1 else 'balance="sampling" needs'
             raise RetrofitError(f"{what} a Dataset as {name}, got a DataLoader; give its data set")
         return LoaderStream(data, name=name, keys=keys, seed=seed)
@@ -80,12 +72,12 @@ def stream(
             f"{name} must be a Dataset of (image, class) pairs with indices, or a DataLoader, got {type(data).__name__}{hint}"
         )
     order = Order(
-        data, batch_size, name=name, train=train, seed=seed, rank=rank, world=world,
-        weights=image_weights(data, keys) if balanced and train else None,
+        data, config.batch_size, name=name, train=train, seed=seed, rank=rank, world=world,
+        weights=image_weights(data, keys) if balanced else None,
     )  # fmt: skip
-    workers = default_workers(data, world) if workers is None else workers
+    workers = default_workers(data, world) if config.workers is None else config.workers
     items = Items(data, transform, keys=keys, seed=seed, name=name)
-    return DatasetStream(items, order, bad_images=bad_images, workers=workers, pin_memory=pin_memory)
+    return DatasetStream(items, order, bad_images=config.bad_images, workers=workers, pin_memory=pin_memory)
 
 
 def default_workers(data: Any, world: int) -> int:
@@ -270,17 +262,17 @@ class DatasetStream:
     def places(self, count: int) -> Tensor:
         """Return the indices in the data of the images of an evaluation's batches, one process after the other."""
         world = self.order.world
-        if world == 1:
-            return torch.arange(count)
-        return torch.arange(count).view(len(self), world, -1).transpose(0, 1).flatten()
+        places = torch.arange(count, device="cpu")
+        return places if world == 1 else places.view(len(self), world, -1).transpose(0, 1).flatten()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, starting with number ``start``."""
         self.order.epoch, self.order.start = epoch, start
-        batches = iter(self.loader)
+        with torch.device("cpu"):  # and so in the loading processes, which can't use a GPU
+            batches = iter(self.loader)
         try:
             while True:
-                with told_plainly():
+                with told_plainly(), torch.device("cpu"):
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -344,7 +336,7 @@ class LoaderStream:
         return [found[index] for index in indices]
 
     def places(self, count: int) -> Tensor:
-        return torch.arange(count)
+        return torch.arange(count, device="cpu")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch; ``start`` is 0."""

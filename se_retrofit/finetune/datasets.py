@@ -181,7 +181,7 @@ def limited(data: Any, limit: int | None) -> Any:
         raise RetrofitError(
             f"{type(data).__name__} does not tell the one class of each image, so there is no limit for it"
         )
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0), device="cpu")
     taken: Counter[int] = Counter()
     kept = []
     for index, target in zip(order.tolist(), targets[order].tolist(), strict=True):

@@ -55,12 +55,26 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
             )
         with fast_math(config.precision) if accelerator.device.type == "cuda" else contextlib.nullcontext():
             yield accelerator
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "Less memory is needed with a smaller batch_size (with grad_accum_steps, an update sees as many images), and "
+            "with grad_checkpointing=True"
+        )
+        raise
     finally:
         accelerator.free_memory()
         if ours:
             # Accelerate has one state per process; the next run may want another precision. The process group stays.
             GradientState._reset_state()
             AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
+def gpu_of(model: nn.Module, config: FinetuneConfig) -> torch.accelerator.device_index:
+    """Return a context in which the GPU that a network is on is the current one, on which a single process runs. Of
+    several processes, each has its own."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    stays = device.type == "cuda" and processes()[1] == 1 and not config.cpu
+    return torch.accelerator.device_index(device.index if stays else None)
 
 
 def _precision(precision: str, cpu: bool) -> str | None:

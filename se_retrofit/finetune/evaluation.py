@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..batches import as_taken_by
 from ..errors import RetrofitError
 from ..paths import as_written, save_figure
 from ..tables import aligned, counted, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
-from .engine import called, engine, in_any, placed
+from .engine import called, engine, gpu_of, in_any, placed
 from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
@@ -193,7 +194,7 @@ def evaluate(model: nn.Module, data: Any, *, config: FinetuneConfig | None = Non
     """Evaluate a classifier on images: loss, accuracy and further scores, as measured during a fine-tune.
 
     Args:
-        model: the network; it is moved to the device that it runs on, and stays there.
+        model: the network; on a GPU, it runs there; otherwise it is moved to the device that it runs on, and stays there.
         data: a Dataset or a DataLoader, as for ``finetune``, such as ``load_split("pictures", "test").data``.
         config: provides batch size, image size, precision, ``multi_label`` and so on.
 
@@ -213,7 +214,7 @@ def evaluate(model: nn.Module, data: Any, *, config: FinetuneConfig | None = Non
     check_network(model)
     check_config(config)
     check_classes(model, data, config.keys)
-    with as_found(model), kept_randomness(), engine(config) as accelerator:
+    with as_found(model), kept_randomness(), gpu_of(model, config), engine(config) as accelerator:
         to_device(model, accelerator.device)
         names = class_names(model) or class_names_of(data, config.keys) or []
         with closing(batches_of("data", data, model, config, accelerator)) as batches:
@@ -248,7 +249,7 @@ def measure(
         log.complain(batch)
         images, targets = placed(batch, device)
         with accelerator.autocast():
-            logits, _ = called(network, images)
+            logits, _ = called(network, as_taken_by(images, network))
         classes = logits.shape[1]
         check_targets(batch, classes, multi_label)
         counts = batch.counts.to(device, non_blocking=True)

@@ -163,9 +163,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None
         return
     hint = ""
     if any(text.startswith("starting weights") for text in differs):
-        hint = (
-            "; a network with random weights is the same again only if torch.manual_seed is called before it is built"
-        )
+        hint = "; random weights are the same again only if torch.manual_seed is called before the network is built"
     raise RetrofitError(
         f"{output} holds a run of another experiment ({'; '.join(differs)}); resume with the same network and data, "
         f"or give a new folder{hint}"

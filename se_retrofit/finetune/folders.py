@@ -123,7 +123,7 @@ def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Su
                 f"{folder / name} has {len(members)} images, too few to train on some and validate on others; add more, or "
                 "give a folder with train/ and val/"
             )
-        order = torch.randperm(len(members), generator=generator).tolist()
+        order = torch.randperm(len(members), generator=generator, device="cpu").tolist()
         val += sorted(members[place] for place in order[:kept])
         train += sorted(members[place] for place in order[kept:])
     return Subset(images, train), Subset(images, val)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ..attention import Inserted
-from ..errors import RetrofitError, check_module
+from ..errors import RetrofitError, check_module, check_unwrapped
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
 from ..surgery.record.copying import check_whole
@@ -29,10 +29,7 @@ def check_network(model: Any) -> None:
     """Raise an error if this is not a network that can be trained or evaluated here."""
     check_module(model)
     warn_of_lost_sites(model)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        raise RetrofitError(
-            f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"
-        )
+    check_unwrapped(model)  # finetune wraps and compiles it itself
     check_whole((*model.named_parameters(), *model.named_buffers()))
     unmade = [name for name, value in model.named_parameters() if is_lazy(value) or value.is_meta]
     if unmade:
@@ -160,7 +157,7 @@ def is_norm(module: nn.Module) -> bool:
         return True
     channels = len(own[0])
     for shape in ((4, channels), (4, channels, 5), (4, channels, 5, 5), (4, 5, 5, channels), (4, channels, 3, 3, 3)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own[0])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(own[0])
         with contextlib.suppress(Exception), torch.no_grad():  # fails if the norm is for other dims
             first, second = (copy.deepcopy(module).train()(scale * x) for scale in (16, 64))
             return bool(

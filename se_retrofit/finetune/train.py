@@ -51,7 +51,7 @@ def finetune(
     """Fine-tune a classifier, retrofitted or not, in place.
 
     Args:
-        model: the network; it stays on the device that it was trained on.
+        model: the network. On a GPU, it is trained there; otherwise on the current GPU, if any, where it stays.
         train_data: a Dataset of (image, class) pairs, or a DataLoader; a class is a number or a vector. PIL images of a
             Dataset get the transforms of the network's own config; tensors are used as they are.
         val_data: the same, for validation; without it, the last epoch is the result.
@@ -124,7 +124,8 @@ def train_epoch(run: Run, epoch: Epoch) -> None:
         if gates is not None:  # without validation, the last update shows which gates are saturated
             epoch.saturated = saturated_sites(gates)
         epoch.pending.append(tally)
-        run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
+        if run.callbacks.after_update is not None:
+            run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
         told = run.stop.is_set() and run.world == 1  # several processes stop together, in ``look``
         if told or last or run.progress.step % run.config.log_every == 0:
             look(run, epoch)

@@ -112,10 +112,8 @@ def prepared_batches(
     model: nn.Module, data: Any, config: FinetuneConfig, tell: Callable[[str], object]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of 32 images and targets, prepared as for validation; ``tell`` gets complaints that are skipped."""
-    images = stream(
-        data, name="data", train=False, batch_size=BATCH_SIZE, transform=transforms_for(model, config, train=False),
-        bad_images=config.bad_images, keys=config.keys,
-    )  # fmt: skip
+    config = config.replace(batch_size=BATCH_SIZE)
+    images = stream(data, config, transforms_for(model, config, train=False), name="data")
     with closing(images):
         for batch in images.batches(0):
             for complaint in batch.complaints:

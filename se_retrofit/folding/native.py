@@ -133,8 +133,7 @@ def _check_retrofitted(model: nn.Module, caller: str) -> None:
 
 
 def _check_native(network: nn.Module) -> None:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"expected the native network as a torch.nn.Module, got {type(network).__name__}")
+    check_module(network, "the native network")
     if has_se(network):
         raise RetrofitError(f"this {type(network).__name__} was retrofitted by add_se; give a network with native SE")
 
@@ -163,7 +162,7 @@ def _scale(model: nn.Module, record: Record, by: float) -> None:
     for path, se in _ses(model).items():
         if se.gate != "identity":
             continue
-        factor = torch.full((se.channel,), by, dtype=torch.float64)
+        factor = torch.full((se.channel,), by, dtype=torch.float64, device="cpu")
         scalings = factors.backwards(path, factor)
         squeezed = scalings is not None  # SE's squeeze is larger, too
         if scalings is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -15,38 +15,29 @@ from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import strip
 from .blocks import BlockPair, class_name
 
+Source = tuple[str, list[str], list[str]]  # its name, and its lines before and after
+
 
 def diff_lines(pair: BlockPair) -> list[str]:
     """Return the diff of an inspected block."""
     lines: list[str] = []
-    for source in sources(pair):
-        before, after = ("".join(text).expandtabs().splitlines() for text in (source.before, source.after))
-        lines += difflib.unified_diff(before, after, source.name, f"{source.name} with SE", n=3, lineterm="")
+    for name, *texts in _sources(pair):
+        before, after = ("".join(text).expandtabs().splitlines() for text in texts)
+        lines += difflib.unified_diff(before, after, name, f"{name} with SE", n=3, lineterm="")
     return [line.rstrip() for line in lines]
 
 
-@dataclass(frozen=True)
-class ChangedSource:
-    """A method (or container) of a block, as lines before and after."""
-
-    name: str
-    before: list[str]
-    after: list[str]
-
-
-def sources(pair: BlockPair) -> list[ChangedSource]:
-    """Return the methods in which the SE modules of a block are called."""
-    found: list[ChangedSource] = []
+def _sources(pair: BlockPair) -> Iterator[Source]:
+    """Yield the methods (or containers) in which the SE modules of a block are called, as lines before and after."""
     for holder in dict.fromkeys(_holder(pair, site.path) for site in pair.sites):
         module = pair.root.get_submodule(holder)
         title = f"{holder or '(model)'}, {class_name(module)}"
         if isinstance(module, RetrofittedBlock):
-            found += _of_class(type(module), title)
+            yield from _of_class(type(module), title)
         else:
             bare = copied(module, on_meta, independent=True)
             strip(bare)
-            found.append(ChangedSource(title, _lines(_text(bare)), _lines(_text(module))))
-    return found
+            yield title, _lines(_text(bare)), _lines(_text(module))
 
 
 def _holder(pair: BlockPair, path: str) -> str:
@@ -59,21 +50,18 @@ def _holder(pair: BlockPair, path: str) -> str:
     return outer if isinstance(pair.root.get_submodule(outer), fx.GraphModule) else holder
 
 
-def _of_class(cls: Any, title: str) -> list[ChangedSource]:
+def _of_class(cls: Any, title: str) -> Iterator[Source]:
     recipe = cls.se_recipe
-    found = []
     for owner, method in dict.fromkeys((s.owner, s.method) for s in recipe.splices):
         before = unwrapped(vars(owner)[method])
         functions = [f for c in cls.__mro__ if (f := unwrapped(vars(c).get(method))) and f is not before]
         after = next((f for f in functions if before is not None and f.__qualname__ == before.__qualname__), None)
         if before is not None and after is not None:
-            texts = (inspect.getsourcelines(function)[0] for function in (before, after))
-            found.append(ChangedSource(f"{title}.{method}", *texts))
+            yield f"{title}.{method}", inspect.getsourcelines(before)[0], inspect.getsourcelines(after)[0]
     if recipe.returned:
         call, head = "super().forward(*args, **kwargs)", "def forward(self, *args, **kwargs):\n"
-        both = ([head, f"    return {made}\n"] for made in (call, f"self.{recipe.returned}({call})"))
-        found.append(ChangedSource(f"{title}.forward", *both))
-    return found
+        scaled = f"    return self.{recipe.returned}({call})\n"
+        yield f"{title}.forward", [head, f"    return {call}\n"], [head, scaled]
 
 
 def _text(module: nn.Module) -> str:

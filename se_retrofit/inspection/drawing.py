@@ -9,8 +9,7 @@ from torch import fx
 
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import few
-from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem, is_parameter
-from .inspected import Inspected
+from .blocks import BlockGraph, BlockPair, Inspected, class_name, describe, is_getitem, is_parameter
 from .layout import layered
 from .network import JOINS, network_of
 from .picture import picture

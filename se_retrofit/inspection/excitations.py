@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.parts import check_positive
-from ..batches import batches_of, inputs_and_labels, placed
+from ..batches import as_taken_by, batches_of, inputs_and_labels
 from ..errors import RetrofitError
 from ..models import IMAGES
 from ..surgery.record.copying import check_values
@@ -121,7 +121,7 @@ def excitations(
         for batch in islice(batches_of(model, data, keys or ()), max_batches):
             images, labels = inputs_and_labels(batch, keys or ())
             inputs += len(images)
-            yield placed(images, model), labels
+            yield as_taken_by(images, model), labels
 
     training = [(module, module.training) for module in model.modules()]
     try:

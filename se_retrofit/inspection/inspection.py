@@ -21,10 +21,10 @@ from ..saving.atomic import replaced_file
 from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of
 from ..surgery.record.runs import record
 from ..tables import Name, counted
+from .blocks import Inspected
 from .diff import diff_lines
 from .drawing import drawn
 from .graphs import blocks_of
-from .inspected import Inspected
 from .printing import block_lines, network_lines
 from .report import Report, report_of
 

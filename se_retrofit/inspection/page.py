@@ -6,11 +6,10 @@ from typing import Any
 
 from ..errors import extra
 from ..plan import folded
-from .blocks import BlockPair
+from .blocks import BlockPair, Inspected
 from .costs import human
 from .diff import diff_lines
 from .drawing import sides_of
-from .inspected import Inspected
 from .network import network_of
 from .picture import picture
 from .printing import headline

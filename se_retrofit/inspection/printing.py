@@ -11,8 +11,7 @@ from torch.fx.node import map_arg
 from ..plan import Site
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import Name, aligned
-from .blocks import BlockPair, class_name, describe
-from .inspected import Inspected
+from .blocks import BlockPair, Inspected, class_name, describe
 from .network import Node, network_of
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..plan import Site, Skipped, folded
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned, as_html
-from .blocks import BlockPair, class_name
+from .blocks import BlockPair, Inspected, class_name
 from .costs import NOT_CALLED, SiteCost, human, multiply_adds, one_input, resized, site_costs
-from .inspected import Inspected
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

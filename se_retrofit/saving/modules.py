@@ -12,13 +12,12 @@ from torch import nn
 
 from ..attention import Attention
 from ..checkpoints import check_keys
-from ..errors import RetrofitError, check_module
+from ..errors import RetrofitError, check_module, check_unwrapped
 from ..plaindata import parse_json
 from ..plan import Plan
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
-from .rebuild import belongs_to, carried_out
-from .recipe import FORMAT, read_fields, read_plan
+from .recipe import FORMAT, belongs_to, carried_out, read_fields, read_plan
 from .tensors import read_weights, tensors_of, tie, untied, write_tensors
 
 
@@ -42,7 +41,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
         file: the ``.safetensors`` file to write.
 
     Raises:
-        RetrofitError: If the model has no SE modules, or the file can't be written.
+        RetrofitError: If the model has no SE modules or is wrapped, or the file can't be written.
         TypeError: If ``model`` is not an nn.Module.
 
     Example:
@@ -54,6 +53,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
         >>> model = load_se(base, file)
     """
     check_module(model)
+    check_unwrapped(model)
     if not has_se(model):
         raise RetrofitError(f"this {type(model).__name__} has no SE modules to save; retrofit it first: add_se(model)")
     plan = plan_of(model)

@@ -1,4 +1,4 @@
-"""The fields of a recipe, and reading one with a check of every field."""
+"""The fields of a recipe, reading one with a check of every field, and carrying out its plan."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ..attention import Attention
 from ..errors import RetrofitError, brief
 from ..plaindata import read_as, read_json
-from ..plan import Plan
+from ..plan import Plan, Site
+from ..retrofit import add_se
 from .atomic import settled
 
 FORMAT = 2
@@ -91,6 +95,22 @@ def read_plan(data: dict[str, Any], options: dict[str, Any] | None, where: objec
         return Plan.from_dict({**data, "options": options})
     except RetrofitError as error:
         raise RetrofitError(f"{where}: {error}") from error
+
+
+def carried_out(
+    model: nn.Module, plan: Plan, where: object, example_inputs: Any, attention: Attention | None, *, inplace: bool
+) -> nn.Module:
+    """Retrofit a bare network by a saved plan, which ``add_se`` checks, with the attention if it can't be saved."""
+    try:
+        return add_se(model, plan=plan, example_inputs=example_inputs, attention=attention or "se", inplace=inplace)
+    except Warning:
+        raise
+    except Exception as error:  # the plan comes from a file, and the base runs on inputs chosen by it
+        raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
+
+
+def belongs_to(key: str, sites: tuple[Site, ...]) -> bool:
+    return any(key == site.path or key.startswith(f"{site.path}.") for site in sites)
 
 
 def _check_images(images: Images, where: str) -> None:

@@ -84,7 +84,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load every tensor with its own dtype. If keys or shapes differ, an error is raised and the model is unchanged."""
+    """Load every tensor with its own dtype. If keys or shapes differ, or the model has a tensor without values, which
+    load_state_dict would leave so, an error is raised and the model is unchanged."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise RetrofitError(
+                f"{where} can't be loaded: {name} of the network is on the meta device; build it on another one, outside "
+                'of torch.device("meta")'
+            )
     check_keys(model.state_dict(), state, where)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in state and state[name].dtype != tensor.dtype:

@@ -231,4 +231,4 @@ def _after(place: Place) -> str:
     path = op.path if child is None else child.path
     if path is None or (op.call is not call and child is None):
         return op.name
-    return path[len(call.path) + 1 :] if call.path else path
+    return path.removeprefix(f"{call.path}.")  # a module that blocks share has its path in one of them

@@ -195,5 +195,5 @@ def test_what_has_no_native_form_is_refused_with_the_reason(model: Callable[[], 
 def test_what_cannot_be_read_from_a_native_network_is_refused() -> None:
     with pytest.raises(RetrofitError, match="retrofit with bias=True"):
         from_native(own_retrofitted(), own_native(bias=True))
-    with pytest.raises(TypeError, match="native network as a"):
+    with pytest.raises(TypeError, match=r"the native network must be an nn.Module"):
         from_native(own_retrofitted(), "seresnet50")  # type: ignore[arg-type]

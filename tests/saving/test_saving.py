@@ -245,6 +245,12 @@ def test_the_folder_that_one_is_in_loads_and_is_not_replaced(saved: Path, monkey
     assert has_se(load_retrofitted("."))
 
 
+def test_a_recipe_that_an_editor_has_written_again_loads(saved: Path) -> None:
+    file = saved / "recipe.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert has_se(load_retrofitted(saved))
+
+
 def test_the_folder_of_a_run_stands_for_its_result(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run" / "best")
     assert_same(load_retrofitted(tmp_path / "run"), load_retrofitted(saved))
@@ -266,12 +272,18 @@ def folder(saved: Path) -> Path:
 REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: save_retrofitted(small(), d / "a"), r"no SE modules.*model = add_se\(model\)"),
     (lambda d: save_retrofitted(add_se(small().to("meta")), d / "a"), "on the meta device and has no values"),
+    (lambda d: save_retrofitted(nn.DataParallel(add_se(small())), d / "a"), r"give what is in it, model\.module"),
+    (lambda d: save_se(torch.compile(add_se(small())), d / "a.safetensors"), r"what is in it, model\._orig_mod"),  # type: ignore[arg-type]
     (lambda d: save_retrofitted(add_se(small()), d / "a", base="resnet18"), "does not build the network that is to be"),
     (lambda d: save_retrofitted(add_se(small()), d), "holds files of other kinds"),
     (lambda d: save_retrofitted(add_se(small()), d / "thesis.tex"), "is a file"),
     (lambda d: load_retrofitted(d / "nowhere"), "no folder .*nowhere"),
     (lambda d: load_retrofitted(d / "empty"), "holds no network"),
     (lambda d: load_retrofitted(d / "saved", base=nn.Linear(3, 3)), "can't be repeated on this base"),
+    (
+        lambda d: load_retrofitted(d / "saved", base=tiny(num_classes=4).to("meta")),
+        "is on the meta device; build it on",
+    ),
     (lambda d: load_retrofitted(FOLDERS / "inputs", base=Pairs(), example_inputs=X), "on the given example_inputs"),
     (lambda d: save_se(small(), d / "se.safetensors"), "no SE modules to save"),
     (lambda d: load_se(tiny(), d / "se.safetensors"), r"no place for its site layer1\.0"),

@@ -187,6 +187,34 @@ def Pix2Pix() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), SkipConnection(8, 12, SkipConnection(12, 16)), *up)
 
 
+def nested() -> dict[str, nn.Module]:
+    widths = {f"{i}{j}": 8 * (j + 1) if i + j else 3 for j in range(4) for i in range(4 - j)}
+    return {
+        "nodes": nn.ModuleDict({name: unit(width, 8) for name, width in widths.items()}),
+        "head": nn.Conv2d(8, 2, 1),
+    }
+
+
+@structure(
+    torch.randn(2, 3, 16, 16),
+    parts=nested,
+    sites={f"nodes.{i}{j}": 8 for j in range(4) for i in range(4 - j)},
+    kind="chain",
+)
+def NestedUNet(self, x: Tensor) -> Tensor:
+    """A node takes all before it at its level, as in a dense block, but also the level below (Zhou et al., arXiv:1807.10165)."""
+    levels: list[list[Tensor]] = [[], [], [], []]
+    for j in range(4):
+        for i in range(4 - j):
+            if j:
+                x = torch.cat(levels[i], 1)
+                x = torch.cat([x, F.interpolate(levels[i + 1][j - 1], x.shape[2:])], 1)
+            elif i:
+                x = F.max_pool2d(levels[i - 1][0], 2)
+            levels[i].append(self.nodes[f"{i}{j}"](x))
+    return self.head(levels[0][-1])
+
+
 def pre_activated(*pairs: tuple[int, int]) -> nn.ModuleList:
     return nn.ModuleList(nn.Sequential(nn.InstanceNorm2d(i), nn.PReLU(i), conv(i, o)) for i, o in pairs)
 

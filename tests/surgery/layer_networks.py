@@ -186,6 +186,18 @@ def YuNet() -> nn.Module:
     return nn.Sequential(first, second, nn.MaxPool2d(2), third, fourth, nn.Conv2d(12, 2, 1))
 
 
+@module_of(lambda act: {"conv": conv(8, 8), "act": act})
+def WithAct(self, x: Tensor) -> Tensor:
+    return self.act(self.conv(x))
+
+
+@structure(IMAGE, sites={"2": 8, "3": 8}, kind="chain", after="1", skipped={"0": "several times"})
+def SharedActivation() -> nn.Module:
+    """All convolutions share one activation, which is named by its path in the network (YOLO's in ultralytics)."""
+    act = nn.ReLU()
+    return nn.Sequential(conv(3, 8), act, WithAct(act), WithAct(act), nn.Conv2d(8, 2, 1))
+
+
 def tas_unit(last: bool) -> dict[str, nn.Module | None]:
     layers = nn.Conv1d(8, 16, 1), nn.PReLU(), conv(16, 16, dims=1, groups=16), nn.PReLU(), nn.GroupNorm(1, 16)
     residual = None if last else nn.Conv1d(16, 8, 1)

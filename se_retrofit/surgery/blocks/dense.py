@@ -41,7 +41,7 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
         reads_all = any(
             op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops
         )
-        if (blocks and not reads_all) or not has_spatial_conv(ops) or not has_nonlinearity(ops):
+        if (blocks and not reads_all) or not _is_layer(ops):
             return []
         child = call.child_with(operand)  # a layer that is a module gets SE in that module
         own = child if child is not None and child.shows(operand) else call
@@ -101,12 +101,15 @@ def _split_inside(record: Record, call: Call, cat: Op) -> list[Block]:
 
 def _new_features(record: Record, cat: Op, new: Op, call: Call, outside: int) -> list[Block]:
     region = call.region(new, outside)
-    ops = list(record.select(region))
-    if not has_spatial_conv(ops) or not has_nonlinearity(ops):
+    if not _is_layer(list(record.select(region))):
         return []
-    if any(map(resizes, ops)):
-        return []  # down in resolution and up again: a skip between the levels of a U-Net
     return [Block("dense", call, region, new, cat)]
+
+
+def _is_layer(ops: list[Op]) -> bool:
+    """Return whether operations compute features at one resolution; down and up again is a skip between the levels of a
+    U-Net (nested ones: Zhou et al., arXiv:1807.10165)."""
+    return has_spatial_conv(ops) and has_nonlinearity(ops) and not any(map(resizes, ops))
 
 
 def dual_paths(record: Record) -> Iterator[Block]:

@@ -9,11 +9,12 @@ from pathlib import Path
 import class_blocks as blocks
 import pytest
 import torch
-from networks import se_modules
+from networks import randomise_se, randomised, se_modules
 from programs import imported
 from same_behaviour import check
 from structure import Net
 from torch import nn
+from torch.ao.nn.quantized import FloatFunctional
 from torch.nn.utils import parametrizations, parametrize
 
 from se_retrofit import RetrofitError, add_se, plan_se
@@ -203,3 +204,35 @@ def test_quantisation_aware_training_is_kept() -> None:
     assert torch.equal(retrofitted(x), prepared(x))
     for network in (copy.deepcopy(prepared).train(), retrofitted.train()):
         network(x)
+
+
+class Quantisable(blocks.Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.add = FloatFunctional()
+
+    def forward(self, x):
+        return self.add.add(x, self.bn2(self.conv2(self.branch(x))))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attention", ["se", "eca", "static"])
+@pytest.mark.parametrize("prepared_first", [False, True])
+def test_a_network_quantised_in_eager_mode_computes_its_gates_in_floating_point(
+    prepared_first: bool, attention: str
+) -> None:
+    from torch.ao.quantization import DeQuantStub, QuantStub, convert, get_default_qconfig, prepare
+
+    torch.manual_seed(3)
+    model = nn.Sequential(QuantStub(), nn.Conv2d(3, 8, 1), Quantisable(), Quantisable(), DeQuantStub())
+    model = randomised(model).eval()
+    model.qconfig = get_default_qconfig("x86")
+    x = torch.randn(2, 3, 12, 12)
+    if prepared_first:
+        model = prepare(model)
+    fitted = randomise_se(add_se(model, 2, attention=attention, example_inputs=x), std=2)
+    fitted = fitted if prepared_first else prepare(fitted)
+    expected = fitted(x)
+    assert (model(x) - expected).norm() > 0.2 * expected.norm()
+    assert (convert(fitted)(x) - expected).norm() < 0.05 * expected.norm()
