@@ -101,7 +101,10 @@ class Runs:
             first_error = runs.evaluation.broke_off if index == 0 else first_error
         name = type(model).__name__
         if first_error is None:
-            raise RetrofitError(f"{name} has no convolution, so there is nothing to retrofit")
+            raise RetrofitError(
+                f"{name} has no convolution among its modules, so the shape of its input is not known, and most likely there is "
+                "nothing to retrofit; if it convolves with a function (as an exported program does), give example_inputs"
+            )
         if given is not None:
             raise RetrofitError(
                 f"{name} can't be run on the given example_inputs, of shape {given.shapes}; give inputs that it takes. Its "
