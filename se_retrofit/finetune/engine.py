@@ -118,10 +118,12 @@ def in_any(accelerator: Accelerator, flag: bool) -> bool:
 
 
 @torch.no_grad()
-def share(tensors: Iterable[Tensor]) -> None:
-    """Copy the values of the main process to all others."""
+def share(tensors: Iterable[Any]) -> None:
+    """Copy the values of the main process's tensors to all others."""
     for tensor in tensors:
-        tensor.copy_(broadcast(tensor.clone()))
+        if isinstance(tensor, Tensor):  # extra state may be anything, and must be the same anyway
+            # NCCL takes no other layouts, such as that of a transposed weight
+            tensor.copy_(broadcast(tensor.clone(memory_format=torch.contiguous_format)))
 
 
 def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

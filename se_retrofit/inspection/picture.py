@@ -165,9 +165,25 @@ def _edge(edge: Edge, columns: list[_Column], where: Mapping[Node, tuple[int, in
     start, stop = before.x + _side(edge.source), after.x + _WIDTH - _side(edge.end)
     x1, x2 = before.x + _WIDTH, after.x
     y1, y2 = (c.y + r * _PITCH + _HEIGHT / 2 for c, r in ((before, row), (after, end)))
-    bend = max(_GUTTER * 0.7, (x2 - x1) * 0.25) if edge.skips else _GUTTER * 0.7
-    curve = f"C{x1 + bend:.0f},{y1:.0f} {x2 - bend:.0f},{y2:.0f} {x2:.0f},{y2:.0f}"
-    return arrow(cls, f"M{start:.0f},{y1:.0f} H{x1:.0f} {curve} H{stop:.0f}", stop, y2)
+    curve = _curve(x1, y1, x2, y2)
+    if passed := columns[i + 1 : j]:
+        lane = _above(y1, passed)
+        curve = f"{_curve(x1, y1, x1 + _GUTTER, lane)} {_curve(x2 - _GUTTER, lane, x2, y2)}"
+    return arrow(cls, f"M{start:.0f},{y1:.0f} {curve} H{stop:.0f}", stop, y2)
+
+
+def _curve(x1: float, y1: float, x2: float, y2: float) -> str:
+    """Return the part of a path from one point to another that begins and ends horizontally."""
+    bend = _GUTTER * 0.7
+    return f"H{x1:.0f} C{x1 + bend:.0f},{y1:.0f} {x2 - bend:.0f},{y2:.0f} {x2:.0f},{y2:.0f}"
+
+
+def _above(y: float, columns: Iterable[_Column]) -> float:
+    """Return the height at which a connection that starts at ``y`` passes columns: above those that are in its way."""
+    for column in sorted(columns, key=lambda column: -column.y):
+        if column.y - _HEAD < y < column.y + column.height:
+            y = column.y - _HEAD + 1
+    return y
 
 
 def _arc(arc: _Arc, column: _Column) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoints import check_keys
 from ..errors import RetrofitError
@@ -22,6 +23,12 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise RetrofitError(f"{key} in the state dict is a {type(value).__name__}; only tensors can be saved")
     check_values(state.items())
+    for key, value in state.items():
+        if is_traceable_wrapper_subclass(value):
+            raise RetrofitError(
+                f"{key} is a {type(value).__name__} (quantised by torchao, say), which safetensors can't store; save the network "
+                "as it was before, and quantise what is loaded"
+            )
     return state
 
 

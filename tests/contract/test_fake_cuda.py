@@ -96,6 +96,31 @@ def test_the_surgery_does_on_cuda_what_it_does_elsewhere(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class ForGPUs(nn.Module):
+    """With a kernel that runs nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cuda":
+            raise RuntimeError("a kernel for CUDA alone")
+        return x + self.norm(self.conv(x)) + x.new_zeros(8, 1, 1, device="cuda:0")
+
+
+def test_a_network_that_runs_on_cuda_alone_is_recorded_there(
+    mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    with mode, torch.device("cuda:0"):
+        model, x = ForGPUs(), torch.empty(2, 8, 8, 8)
+    model = add_se(model, example_inputs=x)
+    assert [site.after for site in plan_of(model).sites] == ["norm"]
+    with mode:
+        assert model(x).device == x.device
+
+
 def test_gates_are_counted_on_the_device_from_the_start(mode: FakeTensorMode) -> None:
     model = add_se(on_fake_cuda("residual", mode))
     with mode, GateLogger(model) as gates:

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from se_retrofit import SEAttention, add_se, fold_se, load_retrofitted, plan_of, to_native
-from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, evaluate, learning, load_data, train
+from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, engine, evaluate, learning, load_data, train
 from se_retrofit.finetune import pictures as pictures_of_runs
 from se_retrofit.finetune.checkpoint import load_optimizer
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
@@ -139,6 +139,15 @@ def test_a_network_on_a_gpu_is_trained_there_unless_processes_have_one_each(monk
     assert gpu_of(network(), config(cpu=False)).idx is None
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert gpu_of(model, config(cpu=False)).idx is None
+
+
+def test_values_of_every_layout_are_shared_as_nccl_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Tensor] = []
+    monkeypatch.setattr(engine, "broadcast", lambda tensor: sent.append(tensor) or tensor + 1)
+    own = torch.zeros(2, 3).t(), torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    engine.share([*own, {"extra": "state"}])
+    assert all(tensor.is_contiguous() for tensor in sent)
+    assert all(bool((tensor == 1).all()) for tensor in own)
 
 
 def test_an_error_of_too_little_memory_says_what_needs_less() -> None:

@@ -80,6 +80,21 @@ class UNet(nn.Module):
         return self.decoder(first, second, self.bottom(self.pool(second)))
 
 
+class Siamese(nn.Module):
+    """The changes between two images, at two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (BasicBlock(n, 8, 2, nn.Conv2d(n, 8, 1, 2)) for n in (3, 8))
+
+    def stages(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.first(x)
+        return first, self.second(first)
+
+    def forward(self, before: Tensor, after: Tensor) -> list[Tensor]:
+        return [b - a for a, b in zip(self.stages(before), self.stages(after), strict=True)]
+
+
 class Twice(nn.Module):
     """A residual block that is called twice."""
 

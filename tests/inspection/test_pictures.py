@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inspected import Box, UNet, boxes, example, inspected
+from inspected import Box, Siamese, UNet, boxes, example, inspected
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -249,6 +250,31 @@ def test_no_box_lies_on_another_and_in_a_u_net_smaller_maps_stand_lower(name: st
         found = named(svg)
         assert found["d1.net"].text == ["d1.net", "DoubleConv \u00b7 8", "2 SE"]
         assert found["d1.net"].y < found["d2.net"].y < found["bottom.net"].y > found["decoder.u2.net"].y
+
+
+def points_on(path: str) -> Iterator[tuple[int, int]]:
+    """Points on a line of a picture, close together."""
+    x = y = 0.0
+    for step in re.findall("[A-Z][^A-Z]*", path):
+        numbers = [float(number) for number in re.findall(r"[\d.]+", step)]
+        to = {"H": [*numbers, y], "V": [x, *numbers]}.get(step[0], numbers)
+        bends = to if len(to) == 6 else [x, y, *to, *to]
+        for t in [] if step[0] == "M" else [i / 50 for i in range(51)]:
+            weights = torch.tensor([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
+            yield tuple((weights @ torch.tensor([x, y, *bends]).view(4, 2)).round().int().tolist())
+        x, y = to[-2:]
+
+
+def test_connections_lead_past_boxes_also_where_two_images_take_the_same_stages() -> None:
+    images = (example(), torch.empty_like(example()))
+    svg = drawn(network_of(inspect_se(add_se(Siamese(), example_inputs=images), images)))
+    width, height = (float(next(svg.iter("rect")).get(key, "")) for key in ("width", "height"))
+    places = [(box.x, box.y) for box in boxes(svg) if box.role != "join"]
+    lines = [path.get("d", "") for path in svg.iter("path") if path.get("class") == "flow"]
+    between = [path for path in lines if "C" in path]
+    assert len(between) == 8
+    for x, y in (point for path in between for point in points_on(path)):
+        assert not any(left < x < left + width and top < y < top + height for left, top in places)
 
 
 def test_names_are_text_not_markup() -> None:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from saved_before import FOLDERS, Pairs, stirred
 from sweeps import swept
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import se_retrofit.saving.atomic
 import se_retrofit.saving.tensors
@@ -269,11 +270,19 @@ def folder(saved: Path) -> Path:
     return saved.parent
 
 
+def quantised() -> nn.Module:
+    """One with a weight of a subclass of Tensor, as torchao quantises it."""
+    model: Any = add_se(small())
+    model.fc.weight = nn.Parameter(TwoTensor(model.fc.weight.detach(), model.fc.weight.detach()))
+    return model
+
+
 REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: save_retrofitted(small(), d / "a"), r"no SE modules.*model = add_se\(model\)"),
     (lambda d: save_retrofitted(add_se(small().to("meta")), d / "a"), "on the meta device and has no values"),
     (lambda d: save_retrofitted(nn.DataParallel(add_se(small())), d / "a"), r"give what is in it, model\.module"),
     (lambda d: save_se(torch.compile(add_se(small())), d / "a.safetensors"), r"what is in it, model\._orig_mod"),  # type: ignore[arg-type]
+    (lambda d: save_retrofitted(quantised(), d / "a"), r"fc\.weight is a TwoTensor .*quantise what is loaded"),
     (lambda d: save_retrofitted(add_se(small()), d / "a", base="resnet18"), "does not build the network that is to be"),
     (lambda d: save_retrofitted(add_se(small()), d), "holds files of other kinds"),
     (lambda d: save_retrofitted(add_se(small()), d / "thesis.tex"), "is a file"),

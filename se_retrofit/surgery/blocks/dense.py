@@ -83,9 +83,12 @@ def _is_returned(call: Call, cat: Op) -> bool:
 
 
 def _split_inside(record: Record, call: Call, cat: Op) -> list[Block]:
-    """Do the same if the split value is computed in the module, as in a graph with many blocks."""
+    """Do the same if the split value is computed in the module, which must pass it; in a graph with many blocks, only
+    that value must pass the concat."""
     whole = common_source(record, call, cat.data)
     if whole is None or escapes(record, call, [whole], {cat}):
+        return []
+    if call.parent is not None and escapes(record, call, call.inputs, {whole}):
         return []
     outside = whole.lineage
     if whole in cat.data and any(map(is_conv_or_linear, record.select(outside & call.mask))):

@@ -45,6 +45,11 @@ def on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
+def on_its_device(tensor: Tensor) -> Tensor:
+    """Return the same values on the same device."""
+    return tensor.detach().clone()
+
+
 def in_mode(model: M, training: bool) -> M:
     """Set the model to train or eval mode, and return it. A user's class may have a ``train`` that returns nothing."""
     model.train(training)

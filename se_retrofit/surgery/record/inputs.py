@@ -41,6 +41,11 @@ class Inputs:
         return copied(self, real)
 
     @property
+    def first(self) -> Tensor:
+        """The first tensor, on whose device the run is."""
+        return tensors_in((self.args, self.kwargs))[0]
+
+    @property
     def is_meta(self) -> bool:
         return all(t.device.type == "meta" for t in tensors_in((self.args, self.kwargs)))
 

@@ -68,6 +68,7 @@ class _Recorder(TorchDispatchMode):
         self.result = result
         self.on_meta = on_meta
         self.traced = traced
+        self.on_gpu = result.inputs.first.device.type not in ("cpu", "meta")
         modules = list(result.model.named_modules())
         self.modules = [m for _, m in modules]
         self.paths = {id(m): path for path, m in modules}
@@ -207,7 +208,7 @@ class _Recorder(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         with_values = [t for t in given if not t.is_meta]
-        if kwargs.get("device") not in (None, torch.device("meta")):
+        if not self.on_gpu and kwargs.get("device") not in (None, torch.device("meta")):
             # wherever the model's code wants a value, its copy is on meta, or on the CPU
             kwargs = {**kwargs, "device": torch.device("cpu" if len(with_values) == len(given) else "meta")}
         if len(with_values) == len(given):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...errors import RetrofitError, check_module
-from .copying import copied, in_mode, on_cpu, on_meta
+from .copying import copied, in_mode, on_cpu, on_its_device, on_meta
 from .facts import read
 from .graph import Record
 from .inputs import Inputs, candidate_inputs, given_inputs
@@ -66,8 +66,8 @@ class Runs:
     @classmethod
     def find(cls, model: nn.Module, example_inputs: Any, clean: Callable[[], None], training: bool = True) -> Runs:
         """Record a model on the given inputs, or on the first that work: on meta, or, if the run needs values or fails
-        in any other way (as a scripted function may on meta), on a copy with values. ``clean`` restores what a run has
-        changed outside the copy."""
+        in any other way (as a scripted function may on meta), on a copy with values, on the CPU or else on the model's
+        device. ``clean`` restores what a run has changed outside the copy."""
         first_error: str | None = None
         failed: list[Inputs] = []
         given = None if example_inputs is None else given_inputs(example_inputs)
@@ -75,7 +75,14 @@ class Runs:
         def with_values(inputs: Inputs) -> Runs:
             # a single one of our own images is enough, and slow enough
             values = (inputs.of_one() if given is None else inputs).with_values(torch.Generator().manual_seed(0))
-            return cls._on(model, values, inputs, on_cpu, clean, training)
+            runs = cls._on(model, values, inputs, on_cpu, clean, training)
+            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+            if runs.evaluation.broke_off is None or device.type in ("cpu", "meta"):
+                return runs
+            # kernels of its own may run only where the network is
+            there = copied(values, lambda tensor: tensor.to(device, copy=True))
+            own = cls._on(model, there, inputs, on_its_device, clean, training)
+            return runs if own.evaluation.broke_off is not None else own
 
         for inputs in candidate_inputs(model) if given is None else [given]:
             try:
@@ -94,7 +101,10 @@ class Runs:
             first_error = runs.evaluation.broke_off if index == 0 else first_error
         name = type(model).__name__
         if first_error is None:
-            raise RetrofitError(f"{name} has no convolution, so there is nothing to retrofit")
+            raise RetrofitError(
+                f"{name} has no convolution among its modules, so the shape of its input is not known, and most likely there is "
+                "nothing to retrofit; if it convolves with a function (as an exported program does), give example_inputs"
+            )
         if given is not None:
             raise RetrofitError(
                 f"{name} can't be run on the given example_inputs, of shape {given.shapes}; give inputs that it takes. Its "

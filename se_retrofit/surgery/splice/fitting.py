@@ -11,7 +11,7 @@ from torch import nn
 from ...attention import Inserted, StaticFactor
 from ...plan import Edit
 from ..blocks import Place
-from ..record.copying import on_cpu
+from ..record.copying import mode_of
 from ..record.graph import Record
 from ..record.runs import Runs
 from .carry import apply_edits, problems_of
@@ -209,11 +209,12 @@ class Fitting:
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
         """Insert factors, whatever the attention will be: a product with a parameter reveals values that can't be
         scaled, and networks that inspect their parameters."""
-        device = "cpu" if self.runs.convert is on_cpu else "meta"
+        like = self.runs.evaluation.inputs.first
         modules: dict[Edit, tuple[str, Inserted]] = {}
         for site in sites:
             op, channels = site.place.op, site.place.channels
-            factor = StaticFactor(channels, channel_dim=op.channel_dim, dtype=op.dtype, device=device)
+            with mode_of(like):
+                factor = StaticFactor(channels, channel_dim=op.channel_dim, dtype=op.dtype, device=like.device)
             modules.update(dict.fromkeys(site.edits, (site.path, factor.requires_grad_(False))))
         apply_edits(copy, modules)
 
