@@ -43,15 +43,20 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def forward(model: nn.Module, x: Tensor) -> Callable[[], object]:
+def forward(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
     """A step of inference."""
     model.eval()
 
     def step() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(x, dtype):
             model(x)
 
     return step
+
+
+def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """For a single step: within one context for all of them, the weights would be converted in the first step alone."""
+    return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def peak(step: Callable[[], object], device: str) -> str:
@@ -76,10 +81,9 @@ def inference_rows(
 ) -> list[list[object]]:
     """For each network: milliseconds of a forward pass, images a second, the ratios to ``bases``, and peak memory."""
     torch.compiler.reset()
-    steps = {name: forward(torch.compile(m) if compiled else m, x) for name, m in models.items()}  # type: ignore[arg-type]
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        seconds = interleaved(steps, rounds=rounds, warmup=3, device=device)
-        memory = {name: peak(step, device) for name, step in steps.items()}
+    steps = {name: forward(torch.compile(m) if compiled else m, x, dtype) for name, m in models.items()}  # type: ignore[arg-type]
+    seconds = interleaved(steps, rounds=rounds, warmup=3, device=device)
+    memory = {name: peak(step, device) for name, step in steps.items()}
     rows: list[list[object]] = []
     for name, own in seconds.items():
         against = [ratio(own, seconds[base]) if name != base else "1" for base in bases]

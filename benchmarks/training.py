@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from timing import LAYOUTS, interleaved, machine, milliseconds, peak, ratio, table
+from timing import LAYOUTS, autocast, interleaved, machine, milliseconds, peak, ratio, table
 from torch import Tensor, nn
 
 from se_retrofit import add_se, fuse_se
@@ -41,11 +41,13 @@ def variants(name: str) -> tuple[dict[str, nn.Module], str]:
     return models, remark
 
 
-def forward_backward(model: nn.Module, x: Tensor) -> Callable[[], object]:
+def forward_backward(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], object]:
     model.train()
 
     def step() -> None:
-        model(x).float().square().mean().backward()
+        with autocast(x, dtype):
+            output = model(x)
+        output.float().square().mean().backward()
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -77,15 +79,15 @@ def measure(
     x = x.to(memory_format=LAYOUTS[layout])
     steps: dict[str, Callable[[], object]] = {}
     saved: dict[str, int] = {}
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        for name, model in models.items():
-            model.to(device, memory_format=LAYOUTS[layout]).train()
-            runs: Any = torch.compile(model) if compiled else model
-            steps[name] = forward_backward(runs, x)
-            steps[name]()
+    for name, model in models.items():
+        model.to(device, memory_format=LAYOUTS[layout]).train()
+        runs: Any = torch.compile(model) if compiled else model
+        steps[name] = forward_backward(runs, x, dtype)
+        steps[name]()
+        with autocast(x, dtype):
             saved[name] = saved_bytes(runs, x)
-        seconds = interleaved(steps, rounds=options.rounds, warmup=1, device=device)
-        memory = {name: peak(step, device) for name, step in steps.items()}
+    seconds = interleaved(steps, rounds=options.rounds, warmup=1, device=device)
+    memory = {name: peak(step, device) for name, step in steps.items()}
     rows: list[list[object]] = []
     for name in models:
         against = ratio(seconds[name], seconds["plain"]) if name != "plain" else "1"

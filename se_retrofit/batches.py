@@ -1,43 +1,15 @@
-"""The parts of an item or a batch of data: inputs, and labels if any, as pairs or under the usual keys of dicts."""
+"""The batches of the data given to gate statistics and folding, and a batch as a network takes it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import RetrofitError, extra
-
-# The usual names, including those of Hugging Face data sets, of its models' arguments, and of MONAI
-INPUTS = ("pixel_values", "image", "img", "images", "input", "inputs", "x")
-LABELS = ("labels", "label", "target", "targets", "class", "fine_label", "y")
-BATCH_SIZE = 32  # for a Dataset, which has none of its own
-
-
-def keys_in(names: Iterable[str], keys: Sequence[str] = ()) -> tuple[str, str | None]:
-    """Return the keys of inputs and labels among the names in a dict: the given keys, or the usual ones. The key of the
-    labels is None if there are no labels.
-    """
-    names = list(names)
-    there = f"the data's dicts have the keys {', '.join(map(str, names))}"
-    if missing := [key for key in keys if key not in names]:
-        raise RetrofitError(f"{there}, and not {' and '.join(missing)}")
-    inputs, labels = (next((key for key in usual if key in names), None) for usual in (INPUTS, LABELS))
-    if len(keys) == 2:
-        inputs, labels = keys
-    if inputs is None:
-        raise RetrofitError(f'{there}: say which are image and class, such as keys=("image", "label")')
-    return inputs, labels
-
-
-def fields_of(item: Any, keys: Sequence[str] = ()) -> Sequence[Any]:
-    """Return the inputs of an item or a batch and what follows them: its parts in order, or by the keys of a dict."""
-    if isinstance(item, Mapping):
-        return [item[key] for key in keys_in(item, keys) if key is not None]
-    return item if isinstance(item, (tuple, list)) and item else (item,)
+from .errors import extra
+from .fields import BATCH_SIZE, fields_of
 
 
 def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Tensor | None]:
@@ -54,9 +26,9 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
     return inputs, None
 
 
-def placed(inputs: Tensor, model: nn.Module) -> Tensor:
+def as_taken_by(inputs: Tensor, model: nn.Module) -> Tensor:
     """Return inputs on the device of a model's parameters and, if they are floating, in their dtype."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=inputs.dtype))
+    like = next((p for p in model.parameters() if p.is_floating_point()), inputs)
     return inputs.to(like.device, like.dtype if inputs.is_floating_point() else None)
 
 
@@ -72,11 +44,7 @@ def batches_of(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> Iterabl
             from .finetune.config import FinetuneConfig
             from .finetune.transforms import prepared_batches
         return prepared_batches(model, data, FinetuneConfig(keys=tuple(keys)), print)
-    if isinstance(data, (list, tuple)) and not (data and is_item(fields_of(data[0], keys))):
-        return data
-    return DataLoader(data, BATCH_SIZE)
-
-
-def is_item(fields: Sequence[Any]) -> bool:
-    """Return whether the label is a single number, so that the input is one item and not a batch."""
-    return any(isinstance(label, int) or getattr(label, "shape", None) == () for label in fields[1:2])
+    labels = fields_of(data[0], keys)[1:2] if isinstance(data, (list, tuple)) and data else ()
+    # a single number is the label of one item, and not of a batch
+    of_items = any(isinstance(label, int) or getattr(label, "shape", None) == () for label in labels)
+    return data if isinstance(data, (list, tuple)) and not of_items else DataLoader(data, BATCH_SIZE)

@@ -81,8 +81,7 @@ DEEPEST = 4
 
 
 def check_arguments(network: str, arguments: dict[str, Any]) -> None:
-    """Raise an error unless all arguments of a network's builder define its architecture by plain values: numbers,
-    switches, None, short names, and lists and dicts of these."""
+    """Raise an error unless all arguments of a network's builder define its architecture by plain values."""
     for name, value in arguments.items():
         if name in NOTHING and value is None:
             continue

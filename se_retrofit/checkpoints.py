@@ -80,10 +80,7 @@ def by_order(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path)
     # Only a batch norm's batch counter is an integer; older and converted checkpoints lack it
     theirs, ours = ([k for k, t in tensors.items() if t.dim() or t.is_floating_point()] for tensors in (state, own))
     if path.suffix == ".safetensors":
-        return (
-            [],
-            ". A .safetensors file does not keep the order of its tensors, by which keys of other names could be told",
-        )
+        return [], ". A .safetensors file does not keep the order of its tensors, by which others could be told"
     pairs = list(zip(theirs, ours, strict=False))
     others = [pair for pair in pairs if pair[0] != pair[1]] or pairs
     told = f". In order, its keys and those of the network are {_told(others[:FIRST], own, state)}, ..."

@@ -5,6 +5,10 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class RetrofitError(ValueError):
@@ -62,6 +66,18 @@ def check_module(value: object, name: str = "model") -> None:
         )
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be an nn.Module, got {brief(value)} of type {type(value).__name__}")
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise an error if a model is the network in one of torch's wrappers, whose keys and paths differ from its own."""
+    from torch import nn
+
+    data_parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    how, own = (
+        ("DistributedDataParallel or DataParallel", "module") if data_parallel else ("torch.compile", "_orig_mod")
+    )
+    if hasattr(model, own):
+        raise RetrofitError(f"the model is wrapped by {how}: give what is in it, model.{own}")
 
 
 def check_flag(name: str, value: object) -> None:

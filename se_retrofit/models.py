@@ -170,8 +170,7 @@ class Base:
         return model
 
     def _config(self) -> tuple[dict[str, Any], str, dict[str, Any]]:
-        """Return the pretrained config, the architecture and the arguments in the config of a repository or folder. The
-        arguments include those that timm derives from the pretrained config."""
+        """Return the pretrained config, the architecture and the arguments of a repository or folder."""
         scheme, _, place = self.name.partition(":")
         read = load_model_config_from_hf if scheme in HUB_SCHEMES else load_model_config_from_path
         try:
@@ -217,8 +216,7 @@ def own_images(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_hub(repository: str) -> None:
-    """Raise an error if a repository of the Hugging Face hub is not cached and the hub can't be reached; the hub's
-    client would retry several times, with growing delays."""
+    """Raise an error at once if a repository is not cached and the hub can't be reached."""
     name, _, revision = repository.partition("@")
     try:
         if huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision or None) is None:

@@ -36,6 +36,5 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def as_written(name: str) -> str:
-    """Escape a name for matplotlib, which renders text between two dollar signs as a formula, and omits a name that
-    starts with an underscore from the legend."""
+    """Escape a name for matplotlib: ``$...$`` would be a formula, and ``_name`` be left out of a legend."""
     return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import RetrofitError, brief
 
@@ -15,7 +17,7 @@ MOST = 100_000  # values in YAML, where a few lines of aliases can expand to bil
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except FileNotFoundError as error:
         raise RetrofitError(
             f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"
@@ -26,11 +28,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: object) -> Any:
-    """Return the content of JSON text from ``where``.
-
-    Raises:
-        RetrofitError: If it is not valid JSON, has a duplicate key, or is nested too deeply.
-    """
+    """Return the content of JSON text, without duplicate keys or deep nesting."""
     try:
         data = json.loads(text, object_pairs_hook=_once)
         json.dumps(data, ensure_ascii=False).encode()  # lone surrogates could be neither printed nor written
@@ -40,6 +38,15 @@ def parse_json(text: str, where: object) -> Any:
         raise RetrofitError(f"{where} can't be read: {error}") from error
     _check_nesting(data, where)
     return data
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RetrofitError(f"{path} can't be read: {error}") from error
+    return parse_yaml(text, path)
 
 
 def parse_yaml(text: str, where: object) -> Any:
@@ -82,3 +89,33 @@ def _check_nesting(data: Any, where: object, most: float = float("inf")) -> None
         if seen > most:
             raise RetrofitError(f"{where} holds more than {most:,} values, by aliases of aliases")
     raise RetrofitError(f"{where} is nested more than {DEEPEST} levels deep")
+
+
+def read_as(value: Any, kind: Any, where: str) -> Any:
+    """Convert plain data to the type that a field is annotated with; an error names the field."""
+    base, inner = get_origin(kind) or kind, get_args(kind)
+    if kind is Any or (value is None and type(None) in inner):
+        return value
+    if base is UnionType:
+        return read_as(value, inner[0], where)
+    if is_dataclass(base) and isinstance(value, dict):
+        return _read_fields(value, base, where)
+    if base is tuple and isinstance(value, (list, tuple)):
+        return tuple(read_as(item, inner[0], f"{where}[{index}]") for index, item in enumerate(value))
+    if base is list and isinstance(value, list):
+        return [read_as(item, inner[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    if base is dict and isinstance(value, dict):
+        return {key: read_as(item, inner[1], f"{where}.{key}") for key, item in value.items()}
+    if type(value) is base or (base is float and type(value) is int):
+        return value
+    expected = "dict" if is_dataclass(base) else base.__name__
+    raise RetrofitError(f"{where} is of type {type(value).__name__}, expected {expected}: {brief(value)}")
+
+
+def _read_fields(data: dict[str, Any], cls: Any, where: str) -> Any:
+    kinds = get_type_hints(cls)
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    wrong = {"missing": needed - data.keys(), "unknown": data.keys() - kinds.keys()}
+    if told := [f"{what}: {', '.join(sorted(map(str, names)))}" for what, names in wrong.items() if names]:
+        raise RetrofitError(f"{where} is broken, or of another version of se-retrofit; {'; '.join(told)}")
+    return cls(**{name: read_as(value, kinds[name], f"{where}.{name}") for name, value in data.items()})

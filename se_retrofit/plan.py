@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from .attention import name_of
-from .errors import RetrofitError, brief
-from .plaindata import parse_json
+from .plaindata import parse_json, read_as
 from .tables import aligned, as_html, counted, few
 
 FOLDED = "folded"  # the reason why fold_se skips a block, or one of its sites
@@ -142,6 +140,9 @@ class Plan:
     inputs: Any = None
     structure: str = ""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # it does not change, and each inserted module has it
+
     @property
     def parameters(self) -> int:
         """Number of parameters that the retrofit adds."""
@@ -164,7 +165,7 @@ class Plan:
         Raises:
             RetrofitError: If the data is not that of a plan; the message says what is wrong.
         """
-        plan: Plan = _read(_as_now(data), cls, "plan")
+        plan: Plan = read_as(_as_now(data), cls, "plan")
         return plan
 
     def to_json(self) -> str:
@@ -222,9 +223,6 @@ def noted_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "attention": {"callable": name_of(attention)} if callable(attention) else attention}
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
 def _as_now(data: Any) -> Any:
     """Convert the data of older versions, in which SE was the only attention, and a static factor was one of its gates,
     or a site with a hidden width of 0."""
@@ -243,32 +241,3 @@ def _as_now(data: Any) -> Any:
 def _site_as_now(site: dict[str, Any]) -> dict[str, Any]:
     attention = "static" if site.get("hidden") == 0 else "se"
     return {"attention": attention, **{key: value for key, value in site.items() if key != "hidden"}}
-
-
-def _read(value: Any, kind: Any, where: str) -> Any:
-    """Convert plain data to the type that a field is annotated with."""
-    inner = get_args(kind)
-    if kind is Any or (value is None and type(None) in inner):
-        return value
-    if is_dataclass(kind) and isinstance(value, dict):
-        return _read_fields(value, kind, where)
-    if get_origin(kind) is UnionType:
-        return _read(value, inner[0], where)
-    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_read(item, inner[0], f"{where}[{index}]") for index, item in enumerate(value))
-    if type(value) is (get_origin(kind) or kind):
-        return value
-    expected = {tuple: "a list", int: "an int", str: "a string", bool: "true or false"}
-    raise RetrofitError(
-        f"{where} is broken: it must be {expected.get(get_origin(kind) or kind, 'a mapping')}, got {brief(value)}"
-    )
-
-
-def _read_fields(data: dict[str, Any], cls: Any, where: str) -> Any:
-    kinds = get_type_hints(cls)
-    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
-    missing, unknown = sorted(needed - data.keys()), sorted(map(str, data.keys() - kinds.keys()))
-    if missing or unknown:
-        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
-        raise RetrofitError(f"{where} is broken, or of a newer version of se-retrofit; {'; '.join(parts)}")
-    return cls(**{name: _read(value, kinds[name], f"{where}.{name}") for name, value in data.items()})

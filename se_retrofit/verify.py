@@ -1,4 +1,4 @@
-"""Checks that two networks compute the same: both run on two real photographs, and outputs are compared bit for bit."""
+"""Checks that two networks compute the same: both run on the same inputs, and outputs are compared bit for bit."""
 
 from __future__ import annotations
 
@@ -6,44 +6,27 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import timm.data
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from .attention import Inserted
-from .errors import RetrofitError, extra
-from .models import Base
 from .surgery.record.copying import in_mode
-from .surgery.record.inputs import tensors_in
-
-PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-FRAMES = 16  # length of the still clip for video networks, as in the training of torchvision's smallest ones
+from .surgery.record.inputs import Inputs, tensors_in
+from .surgery.record.isolation import forked_randomness
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """The outcome of running two networks on the same inputs.
+    """The outcome of running two networks on the same inputs."""
 
-    Attributes:
-        equal: whether every tensor of the outputs is ``torch.equal`` to its counterpart.
-        values: number of values that were compared.
-        difference: largest absolute difference, relative to the largest absolute value of the first network's outputs.
-        finite: whether all outputs of the first network are finite; if not, the comparison shows nothing.
-    """
-
-    equal: bool
-    values: int
-    difference: float
-    finite: bool
+    equal: bool  # whether every tensor of the outputs is ``torch.equal`` to its counterpart
+    values: int  # number of values that were compared
+    difference: float  # the largest, relative to the largest absolute value of the first network's outputs
+    finite: bool  # whether all outputs of the first network are; if not, the comparison shows nothing
 
 
-def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> Agreement:
-    """Run both networks on the same inputs from the same random state, without gradients, and compare their outputs.
-
-    The networks and the global random state are unchanged afterwards: in train mode, in which running statistics are
-    updated, copies are run.
-    """
+def agreement(first: nn.Module, second: nn.Module, inputs: Inputs, *, training: bool = False) -> Agreement:
+    """Run both networks on the same inputs from the same random state, and compare their outputs; nothing is changed."""
     wanted, got = (tensors_in(_run(net, inputs, training)) for net in (first, second))
     alike = [(w.shape, w.dtype) for w in wanted] == [(g.shape, g.dtype) for g in got]
     return Agreement(
@@ -54,12 +37,9 @@ def agreement(first: nn.Module, second: nn.Module, inputs: tuple[Any, ...], *, t
     )
 
 
-def se_matters(model: nn.Module, inputs: tuple[Any, ...]) -> Agreement:
-    """Compare the network with itself under random gates, as the counter-check to an identity.
-
-    If SE took no part in the computation, inserting it would change nothing either; such a network is equal here, too.
-    Both networks are copies with redrawn vectors, because a branch that is still zero would hide its SE.
-    """
+def se_matters(model: nn.Module, inputs: Inputs) -> Agreement:
+    """Compare the network with itself under random gates: if SE took no part in the computation, it would be equal, too.
+    Both are copies with redrawn vectors, because a branch that is still zero would hide its SE."""
     model = copy.deepcopy(model)
     redraw_vectors(model)
     scrambled = copy.deepcopy(model)
@@ -74,10 +54,12 @@ def se_matters(model: nn.Module, inputs: tuple[Any, ...]) -> Agreement:
 def _scramble(module: Inserted, generator: torch.Generator) -> None:
     """Give a module fixed random gates, or random parameters if it has no gate layer."""
     if module.gate_layer:
-        setattr(module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator)))
+        setattr(
+            module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator, device="cpu"))
+        )
         return
     for parameter in module.parameters():
-        parameter.copy_(2 * torch.rand(parameter.shape, generator=generator))
+        parameter.copy_(2 * torch.rand(parameter.shape, generator=generator, device="cpu"))
 
 
 class _FixedGates(nn.Sequential):
@@ -92,13 +74,8 @@ class _FixedGates(nn.Sequential):
 
 
 def redraw_vectors(model: nn.Module) -> None:
-    """Redraw every vector among the parameters and buffers in place: norms' scales, shifts and running statistics,
-    biases and layer scales.
-
-    The norms of a fresh network mostly hold ones and zeros, and often the last norm of every branch is zero, so that a
-    fault in that branch would not show in the outputs. Scales and variances become uniform in (0.5, 1.5), shifts and
-    means normal with a standard deviation of 0.1.
-    """
+    """Redraw every vector among the parameters and buffers in place: scales and variances uniform in (0.5, 1.5), shifts
+    and means normal. Norms of a fresh network hold ones and zeros, with which a fault might not show in the outputs."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -106,18 +83,18 @@ def redraw_vectors(model: nn.Module) -> None:
                 continue
             shift = name.rpartition(".")[2] in ("bias", "running_mean")
             if shift:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu") * 0.1)
             else:
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, device="cpu") + 0.5)
 
 
 @torch.no_grad()
-def _run(model: nn.Module, inputs: tuple[Any, ...], training: bool) -> Any:
+def _run(model: nn.Module, inputs: Inputs, training: bool) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     try:
         net = in_mode(copy.deepcopy(model) if training else model, training)
-        with torch.random.fork_rng(devices=[]):
-            return net(*inputs)
+        with forked_randomness():
+            return net(*inputs.args, **inputs.kwargs)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -128,50 +105,3 @@ def _relative_difference(wanted: Tensor, got: Tensor) -> float:
         return 0.0
     scale = wanted.double().abs().max().item()
     return (wanted.double() - got.double()).abs().max().item() / (scale or 1.0)
-
-
-def photographs() -> list[Any]:
-    """Return the photographs included in scikit-learn, a temple in China and a flower, 640x427, as PIL images."""
-    from PIL import Image
-
-    with extra("cli"):
-        from sklearn.datasets import load_sample_image
-
-    return [Image.fromarray(load_sample_image(name)) for name in PHOTOGRAPHS]
-
-
-def prepared_for(model: nn.Module) -> tuple[Any, ...]:
-    """Return both photographs as positional arguments for a network that ``Base`` has built, resized and normalised by
-    its library's own rules: a batch of images, a list of images for detection, still clips for video, or two frames for
-    optical flow."""
-    images, base = photographs(), Base.noted(model)
-    if base is None:
-        raise RetrofitError(f"this {type(model).__name__} does not know its name; build it by Base.of(name).build()")
-    if base.library == "timm":
-        return (torch.stack([_timm_transform(model)(image) for image in images]),)
-    transform = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()
-    task = type(transform).__name__
-    if task in ("ImageClassification", "SemanticSegmentation"):
-        return (torch.stack([transform(image) for image in images]),)
-    if task == "ObjectDetection":
-        return ([transform(image) for image in images],)
-    tensors = [torchvision.transforms.functional.pil_to_tensor(image) for image in images]
-    if task == "VideoClassification":
-        return (torch.stack([transform(image.expand(FRAMES, -1, -1, -1)) for image in tensors]),)
-    if task == "OpticalFlow":
-        # these networks need sides that are multiples of 8
-        first, second = (image[:, :424].unsqueeze(0) for image in tensors)
-        return tuple(transform(first, second))
-    raise RetrofitError(f"{base} takes inputs of the kind {task}; no photograph can be prepared for that")
-
-
-def _timm_transform(model: nn.Module) -> Any:
-    config = timm.data.resolve_data_config({}, model=model)
-    transform = timm.data.create_transform(**config)
-    channels = config["input_size"][0]
-
-    def apply(image: Any) -> Tensor:
-        pixels = transform(image)
-        return pixels if channels == 3 else pixels.mean(0, keepdim=True).expand(channels, -1, -1)
-
-    return apply

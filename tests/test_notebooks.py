@@ -28,7 +28,7 @@ def comparison() -> Comparison:
 
 def result() -> FinetuneResult:
     epochs = [{"epoch": 0, "val_accuracy": 0.25}, {"epoch": 1, "train_loss": 0.5, "val_accuracy": 0.75, "gates": {}}]
-    return FinetuneResult(network(), epochs, 0.75, 0.75, 1, "epochs", None, 3, None, 10, 10, [])
+    return FinetuneResult(network(), epochs, 0.75, 0.75, 1, "epochs", None, 3, None, 10, 10)
 
 
 @pytest.mark.parametrize(

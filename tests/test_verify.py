@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from se_retrofit import SEAttention
-from se_retrofit.models import Base
-from se_retrofit.verify import agreement, photographs, prepared_for, redraw_vectors, se_matters
+from se_retrofit.surgery.record.inputs import Inputs
+from se_retrofit.verify import agreement, redraw_vectors, se_matters
 
 
 def network(dropout: float = 0.0) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(dropout), nn.AdaptiveAvgPool2d(1))
 
 
-IMAGES = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
+IMAGES = Inputs((torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),))
 
 
 class Returning(nn.Module):
@@ -52,6 +52,17 @@ def test_one_weight_off_by_one_bit_is_seen_and_dropout_is_no_difference(training
     assert 0 < comparison.difference < 1e-6
 
 
+def test_a_gpus_random_numbers_are_no_difference_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator stands for that of the GPU, from which dropout draws there."""
+    gpu = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [gpu.get_state()])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: gpu.set_state(states[0]))
+    before, drawing = gpu.get_state(), Returning(lambda x: x * torch.rand(x.shape, generator=gpu))
+    assert agreement(drawing, drawing, IMAGES).equal
+    assert torch.equal(gpu.get_state(), before)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
@@ -64,11 +75,11 @@ def test_one_weight_off_by_one_bit_is_seen_and_dropout_is_no_difference(training
 def test_outputs_of_any_kind_are_compared(first: nn.Module, second: nn.Module) -> None:
     assert not agreement(first, second, IMAGES).equal
     assert agreement(second, second, IMAGES).equal
-    assert agreement(second, second, IMAGES).values == IMAGES[0].numel() * len(tree_leaves(second(*IMAGES)))
+    assert agreement(second, second, IMAGES).values == IMAGES.args[0].numel() * len(tree_leaves(second(*IMAGES.args)))
 
 
 def test_outputs_that_are_not_finite_are_told_apart() -> None:
-    assert not agreement(nn.Identity(), nn.Identity(), (torch.tensor([math.nan]),)).finite
+    assert not agreement(nn.Identity(), nn.Identity(), Inputs((torch.tensor([math.nan]),))).finite
 
 
 def test_networks_modes_and_random_state_are_as_before() -> None:
@@ -105,31 +116,3 @@ def test_redrawing_leaves_no_norm_at_its_defaults() -> None:
     assert (net[1].running_var > 0.4).all()
     assert net[1].num_batches_tracked == 0
     assert torch.equal(kernel, net[0].weight)
-
-
-def test_the_photographs_are_real() -> None:
-    china, flower = photographs()
-    assert china.size == flower.size == (640, 427)
-    assert all(len(image.getcolors(maxcolors=2**24)) > 10_000 for image in (china, flower))
-
-
-@pytest.mark.parametrize(
-    ("name", "shapes"),
-    [
-        ("timm/resnet18", [(2, 3, 224, 224)]),
-        ("timm/test_resnet", [(2, 3, 160, 160)]),
-        ("torchvision/inception_v3", [(2, 3, 299, 299)]),
-        ("torchvision/lraspp_mobilenet_v3_large", [(2, 3, 520, 779)]),
-        ("torchvision/r3d_18", [(2, 3, 16, 112, 112)]),
-        ("torchvision/raft_small", [(1, 3, 424, 640), (1, 3, 424, 640)]),
-        ("torchvision/ssdlite320_mobilenet_v3_large", [(3, 427, 640), (3, 427, 640)]),  # in a list
-    ],
-)
-def test_photographs_are_prepared_as_the_model_wants_them(name: str, shapes: list[tuple[int, ...]]) -> None:
-    with torch.device("meta"):  # what preparation needs of a model is its configuration alone
-        model = Base.of(name).build()
-    inputs = prepared_for(model)
-    if isinstance(inputs[0], list):
-        (inputs,) = inputs
-    assert [tuple(x.shape) for x in inputs] == shapes
-    assert all(x.std() > 0.2 for x in inputs)

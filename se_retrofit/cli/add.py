@@ -17,10 +17,8 @@ from .app import app, say
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..plan import Plan
-
 HELP = """
-Retrofit a timm or torchvision network, print what was inserted, and check its outputs for two photographs.
+Retrofit a timm or torchvision network, print what was inserted, and check that its outputs are the same.
 
 Examples:
 
@@ -47,7 +45,6 @@ def add(
     from ..retrofit import add_se, plan_of
     from ..saving.atomic import check_replaceable
     from ..saving.recipe import RECIPE, WEIGHTS
-    from ..verify import prepared_for
 
     if output is not None:  # fail before the work, not after it
         check_replaceable(writable(output), (WEIGHTS, RECIPE))
@@ -56,22 +53,14 @@ def add(
     original = base.build(pretrained)
     if checkpoint is not None:
         load_checkpoint(original, checkpoint, remap=context.params["remap"])
-    inputs = prepared_for(original)
-
     retrofitted = add_se(original, **options.se_options(context))
     plan = plan_of(retrofitted)
     say(console, f"{base}: {type(original).__name__}")
     say(console, plan)
-    say(console, added(original, plan))
-
-    same = check(
-        console,
-        original,
-        retrofitted,
-        inputs,
-        random_weights=not pretrained and checkpoint is None,
-        gate=context.params["gate"],
-    )
+    before = sum(parameter.numel() for parameter in original.parameters())
+    say(console, f"parameters: {before:,} -> {before + plan.parameters:,} (+{plan.parameters / before:.1%})")
+    random_weights = not pretrained and checkpoint is None
+    same = check(console, original, retrofitted, random_weights=random_weights, gate=context.params["gate"])
     if output is not None:
         from ..saving import save_retrofitted
 
@@ -81,25 +70,18 @@ def add(
         raise typer.Exit(1)
 
 
-def added(model: nn.Module, plan: Plan) -> str:
-    before = sum(parameter.numel() for parameter in model.parameters())
-    return f"parameters: {before:,} -> {before + plan.parameters:,} (+{plan.parameters / before:.1%})"
+def check(console: Console, original: nn.Module, retrofitted: nn.Module, *, random_weights: bool, gate: str) -> bool:
+    """Print whether both networks compute the same, and return whether that is as the gate promises."""
+    import torch
 
-
-def check(
-    console: Console,
-    original: nn.Module,
-    retrofitted: nn.Module,
-    inputs: tuple[Any, ...],
-    *,
-    random_weights: bool,
-    gate: str,
-) -> bool:
-    """Print whether both networks compute the same on ``inputs``, and return whether that is as the gate promises."""
+    from ..retrofit import plan_of
+    from ..surgery.record.inputs import described_inputs
     from ..verify import agreement, redraw_vectors, se_matters
 
+    inputs: Any = described_inputs(plan_of(retrofitted).inputs, original)  # of a network by name, always known
+    inputs = inputs.with_values(torch.Generator().manual_seed(0))
     say(console)
-    say(console, "check on two photographs (china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:")
+    say(console, f"check on random inputs of the shape {inputs.shapes}:")
     if random_weights:
         # fresh norms hold ones and zeros, which would hide a fault
         original, retrofitted = copy.deepcopy(original), copy.deepcopy(retrofitted)
@@ -112,8 +94,9 @@ def check(
             comparison = agreement(original, retrofitted, inputs, training=mode == "train")
         except Exception as error:
             if mode == "eval":
-                raise RetrofitError(f"{type(original).__name__} does not run on the photographs: {error}") from error
-            say(console, f"  train mode: not checked, the network itself does not run so ({first_line(error)})")
+                raise RetrofitError(f"{type(original).__name__} does not run on random inputs: {error}") from error
+            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            say(console, f"  train mode: not checked, the network itself does not run so ({reason})")
             continue
         if not comparison.finite:
             say(console, f"  {mode} mode: shows nothing, the original's outputs are not finite")
@@ -129,15 +112,8 @@ def check(
         as_promised = False
     else:
         say(console, f"  counter-check: with random gates they differ by {counter.difference:.2g} x the largest value")
+    verdict = "the same function" if as_promised else "NOT shown to be the same function"
     if gate != "identity":
-        say(
-            console,
-            "verdict: not the same function, as expected: a sigmoid gate halves what it scales until it is trained",
-        )
-    else:
-        say(console, "verdict: " + ("the same function" if as_promised else "NOT shown to be the same function"))
+        verdict = "not the same function, as expected: a sigmoid gate halves what it scales until it is trained"
+    say(console, f"verdict: {verdict}")
     return as_promised
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__

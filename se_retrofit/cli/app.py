@@ -69,6 +69,15 @@ def run(application: typer.Typer = app) -> None:
         if isinstance(ended.__context__, typer.Abort):
             sys.exit(130)
         raise
-    except (RetrofitError, OSError) as error:  # the latter of a disk that is full behind the standard output, say
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    except Exception as error:
+        # OSError of a disk that is full behind the standard output, say
+        if not isinstance(error, (RetrofitError, OSError, *_out_of_memory())):
+            raise
+        said = ". ".join([str(error), *getattr(error, "__notes__", ())])
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True)
         sys.exit(2 if isinstance(error, WrongUsage) else 1)
+
+
+def _out_of_memory() -> tuple[type[Exception], ...]:
+    """Return torch's error for a GPU without memory left; nothing if torch was not needed so far."""
+    return (sys.modules["torch"].OutOfMemoryError,) if "torch" in sys.modules else ()

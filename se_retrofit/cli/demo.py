@@ -38,7 +38,9 @@ def demo(
     import torch
 
     from ..finetune import load_data
+    from ..finetune.parts import count
     from ..retrofit import add_se, plan_of
+    from ..surgery.record.inputs import Inputs
     from ..verify import agreement
     from .demo_network import SmallResNet
 
@@ -50,10 +52,10 @@ def demo(
 
     heading(console, "1. A trained network")
     model: nn.Module = SmallResNet()
-    say(console, f"SmallResNet, {parameters(model):,} parameters, on {len(digits.train):,} handwritten digits; "
+    say(console, f"SmallResNet, {count(model):,} parameters, on {len(digits.train):,} handwritten digits; "
                  f"{len(digits.val)} others to validate on.")  # fmt: skip
     train(console, "training", model, digits.train, epochs=epochs, lr=5e-3, seed=seed)
-    results = {"trained network": (parameters(model), right(model, digits.val))}
+    results = {"trained network": (count(model), right(model, digits.val))}
 
     heading(console, f"2. model = add_se(model, reduction={reduction})")
     retrofitted = add_se(model, reduction)
@@ -61,14 +63,14 @@ def demo(
 
     heading(console, "3. Still the same function?")
     for mode in ("eval", "train"):
-        comparison = agreement(model, retrofitted, (images,), training=mode == "train")
+        comparison = agreement(model, retrofitted, Inputs((images,)), training=mode == "train")
         if not comparison.equal:
             raise RetrofitError(
                 f"in {mode} mode, outputs differ by {comparison.difference:.1e}: a bug, please report it"
             )
         say(console, f"Yes, in {mode} mode: torch.equal on all {comparison.values:,} outputs "
                      f"for the {len(images)} validation images.")  # fmt: skip
-    results["retrofitted, not yet fine-tuned"] = parameters(retrofitted), right(retrofitted, digits.val)
+    results["retrofitted, not yet fine-tuned"] = count(retrofitted), right(retrofitted, digits.val)
     low, high = gate_range(retrofitted, images)
     say(console, f"Gates: from {low} to {high}.")
 
@@ -77,7 +79,7 @@ def demo(
     networks = {"with SE": retrofitted, "without SE": copy.deepcopy(model)}
     for name, network in networks.items():
         train(console, name, network, digits.train, epochs=epochs, lr=2e-4, seed=seed + 1)
-        results[f"fine-tuned {name}"] = parameters(network), right(network, digits.val)
+        results[f"fine-tuned {name}"] = count(network), right(network, digits.val)
     low, high = gate_range(retrofitted, images)
     say(console, f"Gates: from {low:.3f} to {high:.3f}.")
 
@@ -118,17 +120,9 @@ def train(
 
 def right(model: nn.Module, data: TensorDataset) -> Tensor:
     """Return whether the network gets each image right."""
-    import torch
+    from ..finetune import FinetuneConfig, evaluate
 
-    from ..surgery.record.copying import in_mode
-
-    images, labels = data.tensors
-    with torch.no_grad():
-        return in_mode(model, False)(images).argmax(1) == labels
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    return evaluate(model, data, config=FinetuneConfig(cpu=True)).right
 
 
 def gate_range(model: nn.Module, images: Tensor) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .folders import run_settings, training_data_of
+from .starting import run_settings, training_data_of
 
 SPLIT_HELP = "which images to measure; by default all of a folder of classes, otherwise val, or test if there is no val"
 
@@ -42,6 +42,7 @@ def evaluate_command(
     """
     from ..finetune import evaluate, load_split
     from ..finetune.datasets import limited, trained_on
+    from ..finetune.engine import processes
     from ..finetune.transforms import class_names
     from ..saving import load_retrofitted
     from ..saving.recipe import network_in
@@ -59,14 +60,17 @@ def evaluate_command(
         image_size=config.image_size,
         classes=class_names(network),
     )
-    if remark := trained_on(part, training_data_of(saved)):
+    main = processes()[0] == 0  # of several processes one prints and writes
+    if main and (remark := trained_on(part, training_data_of(saved))):
         say(console, remark)
     if (limit := context.params["limit"]) is not None:
         few = limited(part.data, limit)
         part = replace(part, data=few, about=f"{part.about}; {len(few):,} of them, at most {limit:,} of each class")
-    found = evaluate(network, part, config=config)
-    say(console, found)
+    found = evaluate(network, part.data, config=config)
+    if not main:
+        return
+    say(console, f"{part.about}\n{found}")
     if confusion is not None:
         say(console, f"wrote {found.plot(confusion)}")
     if output is not None:
-        write_json(console, found.to_dict(), output)
+        write_json(console, {**found.to_dict(), "split": part.name, "about": part.about}, output)

@@ -11,12 +11,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .app import app, say
-from .folders import beside
 from .options import Folder, InputSize, example_of
+from .starting import beside
 
-DYNAMIC_HELP = (
-    "sizes that onnx and pt2 accept: any batch size; any height and width, too (can take minutes); or one size"
-)
+DYNAMIC_HELP = "sizes that onnx and pt2 accept: any batch size; any height and width, too (slow to export); or one size"
 
 
 @app.command("export")

@@ -10,16 +10,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import RetrofitError
 from ..finetune.config import FinetuneConfig
-from ..plaindata import parse_yaml
+from ..plaindata import read_yaml
 from . import options
 from .app import WrongUsage, app
 from .signals import Signals
 from .starting import Start, absolute, check_outside, default_name, open_data, read_config
 
 RESUME_HELP = (
-    "resume the run in this folder, with all options from its run.yaml; a larger --epochs extends a finished run"
+    "resume the run in this folder, with all options of its run.yaml; a larger --epochs extends a finished run"
 )
-
 BATCH_HELP = "draw the first training images and labels into this file, as the network will see them, and do not train"
 
 
@@ -95,10 +94,7 @@ def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
     if repeated := sorted({*given} - {"resume", "download", "epochs"}):
         names = ", ".join(name.replace("_", "-") for name in repeated)
         raise WrongUsage(f"--resume reads every option but --epochs from {file}; remove {names}")
-    try:
-        content = parse_yaml(file.read_text(encoding="utf-8"), file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RetrofitError(f"{folder} holds no run to resume: run.yaml can't be read: {error}") from error
+    content = read_yaml(file)
     try:
         if content["command"] is None:
             raise RetrofitError(

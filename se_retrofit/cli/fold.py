@@ -11,8 +11,7 @@ from rich.console import Console
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .folders import beside
-from .starting import check_outside, open_data
+from .starting import beside, check_outside, open_data
 
 
 @app.command("fold")

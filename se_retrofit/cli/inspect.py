@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from ..errors import RetrofitError
 from ..paths import writable
 from . import options
 from .app import app, say, write_json
-from .folders import run_settings
+from .starting import run_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,17 +77,28 @@ def inspect(
         else:
             say(console, inspection)
     if graph or (block is not None and not diff):
-        inspection.graph(block).show(console=console)
+        show(console, inspection.graph(block))
     if diff:
         if graph:
             console.print()
-        inspection.diff(block).show(console=console)
+        show(console, inspection.diff(block))
     if draw is not None:
         say(console, f"drew {inspection.draw(draw, block)}")
     if html is not None:
         say(console, f"wrote {inspection.write_html(html)}")
     if json_file is not None:
         write_json(console, {"network": model, **inspection.to_dict()}, json_file)
+
+
+# the styles of lines about SE in a graph, and of a diff, by their first letters
+STYLES = {"> ": "bold dark_orange", "---": "bold", "+++": "bold", "@": "cyan", "+": "green", "-": "red"}
+
+
+def show(console: Console, text: str) -> None:
+    """Print a graph or a diff, in colour if the console is a terminal."""
+    for line in text.splitlines():
+        style = next((style for start, style in STYLES.items() if line.startswith(start)), "")
+        console.print(Text(line, style=style), soft_wrap=True)
 
 
 def network_of(context: typer.Context, model: str) -> nn.Module:

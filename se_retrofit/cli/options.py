@@ -89,9 +89,6 @@ SE_OPTIONS: Options = {
 }
 
 
-# The recipe
-
-
 def bare(annotation: Any) -> tuple[Any, bool]:
     """Return a field's type without its bounds, and whether it may be None."""
     if get_origin(annotation) is Annotated:
@@ -143,9 +140,6 @@ def recipe_fields(context: typer.Context) -> dict[str, Any]:
     return {name: context.params[name] for name in given(context) if name in RECIPE_FIELDS}
 
 
-# How commands take them
-
-
 def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Decorate a command with the options of some groups, after its own. The command reads them from its context."""
     options = {name: option for group in groups for name, option in group.items() if name not in without}
@@ -176,8 +170,7 @@ def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...]
 
 
 def as_options(text: str, names: Iterable[str]) -> str:
-    """Replace the arguments that an error names, ``batch_size`` or ``bad_images="skip"``, by the command's options,
-    ``--batch-size`` and ``--bad-images skip``."""
+    """Replace arguments in an error, ``bad_images="skip"``, by the command's options, ``--bad-images skip``."""
 
     def replaced(found: re.Match[str]) -> str:
         before, name, value = found.groups()

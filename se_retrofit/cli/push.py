@@ -18,7 +18,7 @@ def push_command(
     license: Annotated[str | None, typer.Option(help="license to put on the card, such as apache-2.0")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the card without uploading anything")] = False,
     private: Annotated[bool | None, typer.Option(help="whether a newly created repository is private")] = None,
-    revision: Annotated[str | None, typer.Option(help="the branch to push to")] = None,
+    revision: Annotated[str | None, typer.Option(help="the branch to push to, created if it does not exist")] = None,
 ) -> None:
     """Upload a saved network to the Hugging Face hub with a model card: base, licence, size, classes, scores and plan.
 
@@ -27,10 +27,7 @@ def push_command(
     from ..saving.hub import model_card, push_to_hub
 
     if dry_run:
-        say(
-            Console(),
-            f"{model_card(folder, repo, license=license)}\nNothing was uploaded to {repo}: this was a dry run.",
-        )
+        say(Console(), f"{model_card(folder, repo, license=license)}\nNothing was uploaded to {repo}: a dry run.")
         return
     url = push_to_hub(folder, repo, license=license, private=private, revision=revision)
     say(Console(), f"uploaded to {url}")

@@ -32,9 +32,7 @@ class Signals:
             self.signal, self.since = number, time.monotonic()
             if int(os.environ.get("RANK", 0)) == 0:
                 # print is not reentrant, so a signal handler can't use it
-                os.write(
-                    2, b"stopping after this update and a checkpoint; Ctrl-C stops at once, at the last checkpoint\n"
-                )
+                os.write(2, b"stopping after this update and a checkpoint; Ctrl-C stops at once, at the last one\n")
             self.stop.set()
         elif number == signal.SIGINT and time.monotonic() - self.since > PATIENCE:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What the training commands start from: a network, data and a recipe."""
+"""What commands start from: a network, data and a recipe; and what the folder of a run records."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..finetune import NamedData
+
+
+# the fields of a run's recipe that decide how its network is evaluated
+SETTINGS = ("image_size", "batch_size", "precision", "multi_label")
 
 
 class Start(BaseModel):
@@ -87,6 +91,32 @@ class Start(BaseModel):
 def absolute(name: str) -> str:
     """Return a folder by its absolute path, and any other name as it is."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """Return the path beside a folder that is its name plus an ending; the folder may be given as ``.``."""
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    return named.with_name(named.name + ending)
+
+
+def run_settings(saved: Path) -> dict[str, Any]:
+    """Return the settings with which a run evaluated the network that it saved; empty if no run saved it."""
+    file = saved.parent / "config.yaml"
+    if saved.name != "best" or not file.is_file():
+        return {}
+    recipe = FinetuneConfig.from_yaml(file).to_dict()
+    return {name: recipe[name] for name in SETTINGS}
+
+
+def training_data_of(saved: Path) -> dict[str, Any] | None:
+    """Return the fingerprint of a saved network's training data, from the ``run.yaml`` of its run, if there is one."""
+    from ..finetune.checkpoint import BEST, LAST, RUN, written
+
+    if saved.name not in (BEST, LAST):
+        return None
+    experiment = written(saved.parent / RUN).get("experiment")
+    found = experiment.get("training data") if isinstance(experiment, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def check_outside(output: Path, data: str) -> None:

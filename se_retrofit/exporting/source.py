@@ -6,7 +6,6 @@ import inspect
 import runpy
 import textwrap
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -91,19 +90,15 @@ def load({argument}) -> nn.Module:
 
 
 def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs) -> Path:
-    """Write the file and its weights, load them like any program, and compare the outputs.
-
-    Raises:
-        RetrofitError: If the network can't be written in this form, or the outputs differ. No file is left then.
-    """
+    """Write the file and its weights, load them like any program, and compare the outputs; all or nothing."""
     if file.suffix != ".py":
         raise RetrofitError(f"the source is a Python file, so its name must end in .py, got {file.name}")
     check_unfused(model, "an exported source")
     stored, tied = untied(tensors_of(copy))
     base, _ = base_of(model)
     text = source_text(copy, base, tied)
-    with replaced_file(file) as fresh, replaced_file(file.with_suffix(".safetensors")) as weights:
-        save_tensors(stored, weights, {"format": "pt"})
+    with replaced_file(file) as fresh:
+        save_tensors(stored, fresh.with_suffix(".safetensors"), {"format": "pt"})
         fresh.write_text(text, encoding="utf-8")
         _check(copy, fresh, base, inputs)
     return file
@@ -129,7 +124,7 @@ def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> st
             classes[recipe] = taken + (str(same + 1) if same else "")
             _check_importable(recipe.base)
             bodies.append(_class_text(type(module), recipe, classes[recipe]))
-            imports.update(_modules_of(recipe))
+            imports |= {recipe.base.__module__, *(splice.owner.__module__ for splice in recipe.splices)}
         blocks.append(f"    {path!r}: {classes[recipe]},")
     plan = plan_of(model) if has_se(model) else None
     inserted = {site.path: model.get_submodule(site.path) for site in plan.sites} if plan is not None else {}
@@ -166,9 +161,6 @@ def _build_text(base: Base | None) -> str:
     return f"    model = {builder}({arguments})"
 
 
-# Classes --------------------------------------------------------------------------------------------------------------
-
-
 def _check_importable(cls: type) -> None:
     if "<locals>" in cls.__qualname__ or cls.__module__ == "__main__":
         raise RetrofitError(
@@ -177,19 +169,12 @@ def _check_importable(cls: type) -> None:
         )
 
 
-def _modules_of(recipe: Recipe) -> Iterator[str]:
-    yield recipe.base.__module__
-    yield from (splice.owner.__module__ for splice in recipe.splices)
-
-
 def _class_text(derived: type, recipe: Recipe, name: str) -> str:
     base = f"{recipe.base.__module__}.{recipe.base.__qualname__}"
     lines = ["", f"class {name}({base}):"]
     if not recipe.splices:
-        lines += [
-            "    def forward(self, *args, **kwargs):",
-            f"        return self.{recipe.returned}(super().forward(*args, **kwargs))",
-        ]
+        call = f"self.{recipe.returned}(super().forward(*args, **kwargs))"
+        lines += ["    def forward(self, *args, **kwargs):", f"        return {call}"]
     for method, owner in dict.fromkeys((s.method, s.owner) for s in recipe.splices):
         function = vars(derived).get(method)
         if not isinstance(function, types.FunctionType) or unwrapped(function) is not function:

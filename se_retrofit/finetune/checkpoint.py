@@ -17,10 +17,10 @@ import yaml
 from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
-from ..plaindata import parse_yaml, read_json
+from ..plaindata import read_json, read_yaml
 from ..saving.atomic import check_replaceable, replaced_directory, replaced_file, settled
 from ..saving.networks import write_network
-from ..saving.recipe import RECIPE, WEIGHTS, check_fields, read_recipe
+from ..saving.recipe import RECIPE, WEIGHTS, read_fields, read_recipe
 from ..saving.tensors import load_strictly, read_weights, save_tensors, tie
 from .config import FinetuneConfig
 from .experiment import check_same
@@ -35,39 +35,31 @@ FREE_FIELDS = {"workers", "checkpoint_minutes", "trackers", "bad_images"}
 
 @dataclass
 class Progress:
-    """The progress of a run.
+    """The progress of a run; ``loss``, ``correct`` and ``seen`` are sums over the epoch so far, over all processes."""
 
-    Attributes:
-        epoch, step, updates: the current epoch, from 0; the number of updates in it, and in total.
-        loss, correct, seen: sums over the epoch so far, over all processes.
-        history: a row for each finished epoch; row 0 is the evaluation before training.
-        best, best_epoch, stale: the best validation score, its epoch (from 1), and the number of epochs since then.
-        finished: why the run ended: ``"epochs"``, ``"updates"`` or ``"early stop"``; None while it is running.
-        step_seconds: the median time of an update.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    updates: int = 0
+    epoch: int = 0  # the current one, from 0
+    step: int = 0  # number of updates in it
+    updates: int = 0  # in total
     loss: float = 0.0
     correct: float = 0.0
     seen: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: float | None = None
-    best_epoch: int | None = None
-    stale: int = 0
-    finished: str | None = None
-    step_seconds: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # a row for each epoch; row 0 is before training
+    best: float | None = None  # the best validation score
+    best_epoch: int | None = None  # from 1
+    stale: int = 0  # number of epochs since then
+    finished: str | None = None  # "epochs", "updates" or "early stop"; None while the run goes on
+    step_seconds: float | None = None  # the median time of an update
 
 
-NUMBER, MAYBE = (int, float), (int, float, type(None))
-PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
-    "epoch": (int,), "step": (int,), "updates": (int,), "loss": NUMBER, "correct": NUMBER, "seen": NUMBER, "history": (list,),
-    "best": MAYBE, "best_epoch": (int, type(None)), "stale": (int,), "finished": (str, type(None)), "step_seconds": MAYBE,
-}  # fmt: skip
-STATE_FIELDS: dict[str, tuple[type, ...]] = {
-    "format": (int,), "progress": (dict,), "config": (dict,), "experiment": (dict,), "parts": (dict,),
-}  # fmt: skip
+@dataclass
+class State:
+    """The content of ``training.json``; ``parts`` holds the state dicts with names in place of tensors."""
+
+    format: int
+    progress: Progress
+    config: dict[str, Any]
+    experiment: dict[str, Any]
+    parts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,20 +79,13 @@ class Folder:
         return self.path / BEST
 
     def save(self, model: nn.Module, progress: Progress, parts: dict[str, Any]) -> None:
-        """Write ``last/``: the network, the progress of the run, and the state dicts in ``parts``.
-
-        Raises:
-            RetrofitError: If it can't be written; the previous checkpoint is untouched.
-        """
+        """Write ``last/``: the network, the progress of the run, and the state dicts in ``parts``."""
         tree, tensors = split(parts)
-        state = {
-            "format": FORMAT, "progress": asdict(progress), "config": self.config.to_dict(), "experiment": self.experiment,
-            "parts": tree,
-        }  # fmt: skip
+        state = State(FORMAT, progress, self.config.to_dict(), self.experiment, tree)
         with replaced_directory(self.last, (WEIGHTS, RECIPE, TENSORS, STATE)) as fresh:
             write_network(model, fresh)
             save_tensors(tensors, fresh / TENSORS)
-            (fresh / STATE).write_text(json.dumps(state), encoding="utf-8")
+            (fresh / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
 
     def save_best(self, model: nn.Module) -> None:
         """Write ``best/``, the network that is the result of the run."""
@@ -108,24 +93,18 @@ class Folder:
             write_network(model, fresh)
 
     def load(self, model: nn.Module) -> tuple[Progress, dict[str, Any]]:
-        """Load the weights in ``last/`` into ``model``, and return the progress of the run and its state dicts.
-
-        Raises:
-            RetrofitError: If the checkpoint is broken, or of another network, experiment or config; nothing is loaded.
-        """
+        """Load the weights in ``last/`` into ``model``, and return the progress and the state dicts; all or nothing."""
         folder = settled(self.last)
-        state = read_json(folder / STATE)
-        check_fields(state, STATE_FIELDS, folder / STATE, FORMAT)
-        check_fields(state["progress"], PROGRESS_FIELDS, f"{folder / STATE}: progress", FORMAT)
+        state: State = read_fields(read_json(folder / STATE), State, f"{folder / STATE}: state", FORMAT)
         self._check_config(state)  # first, because the parameter groups, for example, follow from it
-        check_same(state["experiment"], self.experiment, self.path)
+        check_same(state.experiment, self.experiment, self.path)
         weights = self._weights(folder)
         try:
-            parts = join(state["parts"], read_weights(folder / TENSORS))
+            parts = join(state.parts, read_weights(folder / TENSORS))
         except (KeyError, TypeError, ValueError) as error:
             raise RetrofitError(f"{folder / STATE}: parts can't be put together: {error}") from error
         load_strictly(model, weights, str(folder / WEIGHTS))
-        return Progress(**state["progress"]), parts
+        return state.progress, parts
 
     def load_best(self) -> dict[str, Tensor]:
         """Read the weights in ``best/``."""
@@ -147,16 +126,16 @@ class Folder:
         tie(weights, read_recipe(folder)["tied"], folder / RECIPE)
         return weights
 
-    def _check_config(self, state: dict[str, Any]) -> None:
+    def _check_config(self, state: State) -> None:
         """Raise an error if the run had another config. Extending a finished run makes it unfinished again."""
         now, free = self.config.to_dict(), FREE_FIELDS
         # a field added in a later version had no effect then, so it had its default
-        then = {**FinetuneConfig().to_dict(), **state["config"]}
+        then = {**FinetuneConfig().to_dict(), **state.config}
         if type(then["epochs"]) is not int:
             raise RetrofitError(f"{self.last / STATE}: epochs must be a number, got {brief(then['epochs'])}")
-        if state["progress"]["finished"] not in (None, "updates") and now["epochs"] > then["epochs"]:
+        if state.progress.finished not in (None, "updates") and now["epochs"] > then["epochs"]:
             free = free | {"epochs"}
-            state["progress"]["finished"] = None
+            state.progress.finished = None
         changed = [k for k in now if k not in free and then[k] != now[k]]
         if changed:
             what = "; ".join(f"{k}: {then[k]!r} then, {now[k]!r} now" for k in changed)
@@ -201,14 +180,17 @@ def has_epochs(file: Path) -> bool:
 def written(file: Path) -> dict[str, Any]:
     """Return the content of a ``run.yaml``; empty if it is missing or broken."""
     try:
-        content = parse_yaml(file.read_text(encoding="utf-8"), file)
-    except (OSError, ValueError):
+        content = read_yaml(file)
+    except RetrofitError:
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last)."""
+    """Call ``optimizer.load_state_dict`` with each state in the memory format of its parameter (channels last). How the
+    optimizer computes (``fused``) depends on this machine, and not on the one that wrote the checkpoint."""
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        saved.update({name: group[name] for name in ("fused", "foreach", "capturable") if name in group})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, entries in state["state"].items():
         for name, value in entries.items():
@@ -224,11 +206,7 @@ KINDS: dict[str, Any] = {"tuple": tuple, "list": list, "dict": dict}
 
 
 def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Split nested state dicts into plain data for JSON and tensors by name. ``join`` is the inverse.
-
-    Raises:
-        TypeError: If a value is neither plain data nor a tensor.
-    """
+    """Split nested state dicts into plain data for JSON and tensors by name; anything else raises a TypeError."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, name: str) -> Any:
@@ -248,11 +226,7 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def join(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """Rebuild the state dicts that ``split`` took apart.
-
-    Raises:
-        KeyError, TypeError, ValueError: If a tensor is missing, or the tree has an unknown element.
-    """
+    """Rebuild the state dicts that ``split`` took apart; raises a KeyError, TypeError or ValueError if it can't."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, list):

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import RetrofitError, brief
-from ..plaindata import parse_yaml
+from ..plaindata import parse_yaml, read_yaml
 
 # YAML reads 1e-4 (without a point) as text
 Number = Annotated[float, BeforeValidator(lambda value: float(value) if isinstance(value, str) else value)]
@@ -189,12 +189,8 @@ class FinetuneConfig(BaseModel):
             RetrofitError: If the file is missing, is not valid YAML, or has unknown fields or bad values.
         """
         is_path = isinstance(source, Path) or ("\n" not in source and ":" not in source[2:])
-        try:
-            text = Path(source).read_text(encoding="utf-8") if is_path else str(source)
-        except (OSError, UnicodeDecodeError) as error:
-            raise RetrofitError(f"the config file {source} can't be read: {error}") from error
         where = source if is_path else "the config"
-        data = parse_yaml(text, where) or {}
+        data = (read_yaml(Path(source)) if is_path else parse_yaml(str(source), where)) or {}
         if not isinstance(data, dict):
             raise RetrofitError(f"{where} must hold 'field: value' lines, got {type(data).__name__}")
         try:

@@ -25,8 +25,7 @@ AUXILIARY_WEIGHT = 0.3  # for the auxiliary losses of GoogLeNet and Inception, a
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss that is minimised: a criterion, and the distance to a teacher's outputs; ``distillation`` holds the
-    share of the latter in the loss, and the temperature."""
+    """The loss: a criterion, and the distance to a teacher's outputs, with its share and the temperature."""
 
     criterion: Criterion
     teacher: nn.Module | None

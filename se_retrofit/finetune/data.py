@@ -7,18 +7,22 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset, default_collate
 
-from ..batches import fields_of
 from ..errors import RetrofitError
+from ..fields import fields_of
 from .randomness import EPOCH, ORDER, SAMPLE, derive, seed_all
 from .targets import class_numbers, image_weights, targets_together
 from .workers import begin_worker, told_plainly
+
+if TYPE_CHECKING:
+    from .config import FinetuneConfig  # pydantic, which is from an extra
 
 # What reading a broken image or a missing file raises. Anything else is a bug in the data set, and is not caught.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -27,7 +31,8 @@ END = object()
 Key = tuple[int, int, bool]  # epoch, index, whether the item counts
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """Images, their classes (numbers, or a vector for each image), and which of them count: padding in the last batch
     and replacements for unreadable images do not. ``complaints`` names the images that could not be read."""
 
@@ -36,31 +41,28 @@ class Batch(NamedTuple):
     counts: Tensor
     complaints: list[str]
 
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory; a DataLoader calls this. Tensors that are on a GPU already stay there."""
+        images, targets, counts = (
+            value.pin_memory() if value.device.type == "cpu" else value
+            for value in (self.images, self.targets, self.counts)
+        )
+        return Batch(images, targets, counts, self.complaints)
+
 
 def stream(
-    data: Any,
-    *,
-    name: str,
-    train: bool,
-    batch_size: int,
-    transform: Callable[[Any], Any] | None,
-    bad_images: str = "error",
-    balanced: bool = False,
-    keys: Sequence[str] = (),
-    seed: int = 0,
-    workers: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    pin_memory: bool = False,
-) -> Stream:
+    data: Any, config: FinetuneConfig, transform: Callable[[Any], Any] | None, *, name: str, train: bool = False,
+    rank: int = 0, world: int = 1, pin_memory: bool = False,
+) -> Stream:  # fmt: skip
     """Return the batches of this process, from a Dataset or a DataLoader.
 
     A Dataset is shuffled, split over the processes and loaded here; items that are PIL images go through ``transform``.
     A DataLoader is used as it is. Whatever an item holds after image and class is ignored; in a dict, image and class
-    are found by ``keys``, or by common names.
+    are found by ``config.keys``, or by common names.
     """
+    balanced, keys, seed = train and config.balance == "sampling", config.keys, config.seed
     if isinstance(data, DataLoader):
-        if world > 1 or (balanced and train):
+        if world > 1 or balanced:
             what = f"{world} processes need" if world > 1 else 'balance="sampling" needs'
             raise RetrofitError(f"{what} a Dataset as {name}, got a DataLoader; give its data set")
         return LoaderStream(data, name=name, keys=keys, seed=seed)
@@ -70,30 +72,26 @@ def stream(
             f"{name} must be a Dataset of (image, class) pairs with indices, or a DataLoader, got {type(data).__name__}{hint}"
         )
     order = Order(
-        data, batch_size, name=name, train=train, seed=seed, rank=rank, world=world,
-        weights=image_weights(data, keys) if balanced and train else None,
+        data, config.batch_size, name=name, train=train, seed=seed, rank=rank, world=world,
+        weights=image_weights(data, keys) if balanced else None,
     )  # fmt: skip
-    workers = default_workers(data, world) if workers is None else workers
+    workers = default_workers(data, world) if config.workers is None else config.workers
     items = Items(data, transform, keys=keys, seed=seed, name=name)
-    return DatasetStream(items, order, bad_images=bad_images, workers=workers, pin_memory=pin_memory)
+    return DatasetStream(items, order, bad_images=config.bad_images, workers=workers, pin_memory=pin_memory)
 
 
 def default_workers(data: Any, world: int) -> int:
     """Return 0 for tensors in memory; otherwise this process's share of the machine's cores, at most 8."""
+    while isinstance(data, Subset):
+        data = data.dataset
     if isinstance(data, TensorDataset):
         return 0
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return max(1, min(8, (os.cpu_count() or 1) // here))
 
 
-# Datasets
-
-
 class Order(Sampler[list[Key]]):
-    """Which items make up the batches of this process.
-
-    Together, the processes use the same batches as a single process with a correspondingly larger batch size.
-    """
+    """Which items make up the batches of this process; together, the processes use those of one with larger batches."""
 
     def __init__(
         self, data: Any, batch_size: int, *, name: str, train: bool, seed: int, rank: int, world: int,
@@ -224,18 +222,15 @@ def collate(items: Any) -> Batch:
     if isinstance(items, Batch):
         return items
     images, targets, counts, complaints = zip(*items, strict=True)
-    named = list(itertools.chain.from_iterable(complaints))
-    return Batch(images_together(images), targets_together(targets), torch.tensor(counts), named)
-
-
-def images_together(images: Sequence[Any]) -> Any:
     try:
-        return default_collate(list(images))
+        together = default_collate(list(images))
     except (TypeError, RuntimeError) as error:
         kinds = sorted({str(tuple(i.shape)) if hasattr(i, "shape") else type(i).__name__ for i in images})
         raise RetrofitError(
             f"the images of a batch must be PIL images, or tensors of one shape, got {', '.join(kinds[:3])}"
         ) from error
+    named = list(itertools.chain.from_iterable(complaints))
+    return Batch(together, targets_together(targets), torch.tensor(counts), named)
 
 
 class DatasetStream:
@@ -267,17 +262,17 @@ class DatasetStream:
     def places(self, count: int) -> Tensor:
         """Return the indices in the data of the images of an evaluation's batches, one process after the other."""
         world = self.order.world
-        if world == 1:
-            return torch.arange(count)
-        return torch.arange(count).view(len(self), world, -1).transpose(0, 1).flatten()
+        places = torch.arange(count, device="cpu")
+        return places if world == 1 else places.view(len(self), world, -1).transpose(0, 1).flatten()
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, starting with number ``start``."""
         self.order.epoch, self.order.start = epoch, start
-        batches = iter(self.loader)
+        with torch.device("cpu"):  # and so in the loading processes, which can't use a GPU
+            batches = iter(self.loader)
         try:
             while True:
-                with told_plainly():
+                with told_plainly(), torch.device("cpu"):
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -288,7 +283,7 @@ class DatasetStream:
                     )
                 news = [complaint for complaint in batch.complaints if complaint not in self.named]
                 self.named.update(news)
-                yield batch._replace(complaints=news)
+                yield replace(batch, complaints=news)
         except Exception:  # and not where the caller has all that it wants of an epoch
             self.close()
             raise
@@ -299,9 +294,6 @@ class DatasetStream:
         self.loader._iterator = None
         if loading is not None:
             loading._shutdown_workers()
-
-
-# DataLoaders
 
 
 class LoaderStream:
@@ -344,7 +336,7 @@ class LoaderStream:
         return [found[index] for index in indices]
 
     def places(self, count: int) -> Tensor:
-        return torch.arange(count)
+        return torch.arange(count, device="cpu")
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch; ``start`` is 0."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from torch.utils.data import Subset, TensorDataset
 from ..errors import RetrofitError, brief
 from .experiment import describe_data, plain
 from .folders import (
-    Joined,
     Subfolder,
     check_several,
     class_folders,
@@ -56,16 +55,16 @@ class Split:
     """Images to evaluate a network on.
 
     Attributes:
-        data: a Dataset, or anything else that ``evaluate`` accepts.
-        name: ``"train"``, ``"val"``, ``"test"`` or ``"all"``; empty if the data was not opened by name.
-        about: which images these are, and how many; empty if the data was not opened by name.
+        data: a Dataset for ``evaluate``.
+        name: ``"train"``, ``"val"``, ``"test"`` or ``"all"``.
+        about: which images these are, and how many.
         unseen: the split to evaluate instead to get images that no run trained on; None if there is no other.
         training: for ``"all"``, those of the images that ``finetune`` trains on; None if there are none.
     """
 
     data: Any
-    name: str = ""
-    about: str = ""
+    name: str
+    about: str
     unseen: str | None = None
     training: Any = None
 
@@ -139,9 +138,8 @@ def load_split(
 
     Args:
         name: as for ``load_data``, but a folder may have any of ``train/``, ``val/`` and ``test/``.
-        split: ``"train"``, ``"val"``, ``"test"`` or ``"all"``. None means ``"all"`` for a folder of classes, and
-            otherwise ``"val"``, or ``"test"`` if there is no ``"val"``. In a folder of classes, ``"val"`` is the part
-            that ``finetune`` holds out, and ``"train"`` the rest.
+        split: ``"train"``, ``"val"`` or ``"test"``; None for ``"val"``, or ``"test"`` if there is no ``"val"``. A folder of
+            classes has ``"all"``, the default, ``"val"``, the part that ``finetune`` holds out, and ``"train"``, the rest.
         root, download, image_size, val_fraction: as for ``load_data``.
         classes: class names in the order of the network's outputs, which number a folder's classes if they include all
             of them; otherwise, and with None, classes are numbered as in ``train/``, or in the order of their names.
@@ -151,34 +149,27 @@ def load_split(
 
     Example:
         >>> from se_retrofit.finetune import load_split
-        >>> print(load_split("digits", "all", image_size=16).about)
-        all of digits: 1,797 images, of train and val
+        >>> print(load_split("digits", image_size=16).about)
+        val of digits: 360 images
     """
     if split is not None and split not in SPLITS:
         raise RetrofitError(f"split must be one of {', '.join(SPLITS)}, got {brief(split)}")
     if is_of_timm(name):
-        if split == "all":
-            raise RetrofitError(
-                f"{name}: timm opens a data set split by split, so there is no all; choose train, val or test"
-            )
-        data = _of_timm(str(name), split or "val", root, download)
-        return Split(data, split or "val", f"{split or 'val'} of {name}: {len(data):,} images")
+        chosen = _chosen(name, split, ("train", "val", "test"))
+        return _split(chosen, name, _of_timm(str(name), chosen, root, download))
     if str(name) == "digits":
-        train, val = _digits(image_size)
-        return _chosen(name, split, {"train": lambda: train, "val": lambda: val})
+        parts = dict(zip(("train", "val"), _digits(image_size), strict=True))
+        chosen = _chosen(name, split, parts)
+        return _split(chosen, name, parts[chosen], among=parts)
     folder = data_folder(name)
     with readable(folder):
         places = split_folders(folder)
         if not places:
             return _of_classes(folder, split or "all", val_fraction, classes)
-
-        def opener(place: Path) -> Callable[[], Any]:
-            others = [place] if split != "all" else places.values()
-            return lambda: Subfolder(place, numbers(others, places.get("train"), classes))
-
-        chosen = _chosen(folder, split, {part: opener(place) for part, place in places.items()})
-        measured = [place for part, place in places.items() if chosen.name in (part, "all")]
-        return replace(chosen, about="; ".join(filter(None, (chosen.about, *map(left_out, measured)))))
+        chosen = _chosen(folder, split, places)
+        place = places[chosen]
+        images = Subfolder(place, numbers(place, places.get("train"), classes))
+        return _split(chosen, folder, images, left_out(place), among=places)
 
 
 def limited(data: Any, limit: int | None) -> Any:
@@ -190,7 +181,7 @@ def limited(data: Any, limit: int | None) -> Any:
         raise RetrofitError(
             f"{type(data).__name__} does not tell the one class of each image, so there is no limit for it"
         )
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0), device="cpu")
     taken: Counter[int] = Counter()
     kept = []
     for index, target in zip(order.tolist(), targets[order].tolist(), strict=True):
@@ -202,8 +193,7 @@ def limited(data: Any, limit: int | None) -> Any:
 
 
 def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
-    """Return a remark if a run was trained on some of these images, given the result of ``describe_data`` for its
-    training data; empty if it was not, or if that is unknown."""
+    """Return a remark if a run with this description of its training data was trained on some of these images."""
     if training is None:
         return ""
     known = {field: value for field, value in training.items() if field != "batch size"}
@@ -217,9 +207,6 @@ def trained_on(part: Split, training: Mapping[str, Any] | None) -> str:
 
 def _joined(notes: Iterable[str]) -> str:
     return "\n".join(filter(None, notes))
-
-
-# Kinds of data
 
 
 def digit_images(size: int) -> tuple[Tensor, Tensor]:
@@ -269,33 +256,29 @@ def _of_classes(folder: Path, split: str, val_fraction: float, classes: Sequence
     with contextlib.suppress(*((OSError, RetrofitError) if split == "all" else ())):  # finetune would refuse it
         parts = held_out(images_in(folder, several=classes is None), folder, val_fraction)
     if split == "all":
-        whole = Subfolder(folder, numbers([folder], None, classes))
+        whole = Subfolder(folder, numbers(folder, None, classes))
         if classes is None:
             check_several(whole.classes, folder)
-        about = "; ".join(filter(None, (f"all of {folder}: {len(whole):,} images", left_out(folder))))
-        return Split(whole, split, about, "val", parts and parts[0])
+        return replace(_split("all", folder, whole, left_out(folder)), unseen="val", training=parts and parts[0])
     assert parts is not None
     data, whose = parts[split == "val"], "holds out" if split == "val" else "trains on"
     about = f"{split} of {folder}: {len(data):,} of its {sum(map(len, parts)):,} images, which finetune {whose}"
     return Split(data, split, about, "val" if split == "train" else None)
 
 
-def _chosen(origin: object, split: str | None, parts: Mapping[str, Callable[[], Any]]) -> Split:
-    """Return the split that was asked for, or the default one; only what is evaluated is opened."""
+def _chosen(origin: object, split: str | None, there: Iterable[str]) -> str:
+    """Return the split that was asked for, or else the default one."""
     wanted = ("val", "test") if split is None else (split,)
-    chosen = next((name for name in wanted if name == "all" or name in parts), None)
+    chosen = next((name for name in wanted if name in there), None)
     if chosen is None:
-        raise RetrofitError(
-            f"{origin} has no {' and no '.join(wanted)}: it has {' and '.join(parts)}; choose a split, or all"
-        )
-    unseen = next((part for part in ("val", "test") if part in parts and part != chosen), None)
-    if chosen != "all":
-        data = parts[chosen]()
-        return Split(data, chosen, f"{chosen} of {origin}: {len(data):,} images", unseen if chosen == "train" else None)
-    opened = {part: open_part() for part, open_part in parts.items()}
-    whole = Joined(list(opened.values()))
-    about = f"all of {origin}: {len(whole):,} images, of {' and '.join(opened)}"
-    return Split(whole, chosen, about, unseen, opened.get("train"))
+        raise RetrofitError(f"{origin} has no {' and no '.join(wanted)}: it has {' and '.join(there)}; choose a split")
+    return chosen
+
+
+def _split(name: str, origin: object, data: Any, note: str = "", among: Iterable[str] = ()) -> Split:
+    """Describe a split, and name another one for images that no run has trained on."""
+    unseen = next((part for part in ("val", "test") if part in among), None) if name == "train" else None
+    return Split(data, name, "; ".join(filter(None, (f"{name} of {origin}: {len(data):,} images", note))), unseen)
 
 
 def data_folder(name: str | Path) -> Path:

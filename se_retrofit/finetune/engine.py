@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from ..fusion import fuse_se, plan_fusion, unfuse_se
+from ..precision import tf32
 from ..retrofit import has_se
 from .config import FinetuneConfig
 from .data import Batch
@@ -52,14 +53,28 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
                 f"finetune runs on one device or with DistributedDataParallel, not with {kind.value}: each process needs "
                 "the whole network. Start it with torchrun, or with accelerate launch --multi_gpu"
             )
-        with fast_math(config.precision):
+        with fast_math(config.precision) if accelerator.device.type == "cuda" else contextlib.nullcontext():
             yield accelerator
+    except torch.OutOfMemoryError as error:
+        error.add_note(
+            "Less memory is needed with a smaller batch_size (with grad_accum_steps, an update sees as many images), and "
+            "with grad_checkpointing=True"
+        )
+        raise
     finally:
         accelerator.free_memory()
         if ours:
             # Accelerate has one state per process; the next run may want another precision. The process group stays.
             GradientState._reset_state()
             AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
+def gpu_of(model: nn.Module, config: FinetuneConfig) -> torch.accelerator.device_index:
+    """Return a context in which the GPU that a network is on is the current one, on which a single process runs. Of
+    several processes, each has its own."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    stays = device.type == "cuda" and processes()[1] == 1 and not config.cpu
+    return torch.accelerator.device_index(device.index if stays else None)
 
 
 def _precision(precision: str, cpu: bool) -> str | None:
@@ -76,16 +91,14 @@ def _precision(precision: str, cpu: bool) -> str | None:
 
 @contextlib.contextmanager
 def fast_math(precision: str) -> Iterator[None]:
-    """Enable TF32 and cuDNN's search for the fastest kernels for the duration of a run."""
-    products: Any = torch.backends.cuda.matmul
-    convolutions: Any = getattr(torch.backends.cudnn, "conv")  # noqa: B009  (torch's stubs lack it)
-    before = products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark
-    products.fp32_precision = convolutions.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+    """Enable TF32 and cuDNN's search for the fastest kernels for the duration of a run on a GPU."""
+    benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
-        yield
+        with tf32(precision != "fp32"):
+            yield
     finally:
-        products.fp32_precision, convolutions.fp32_precision, torch.backends.cudnn.benchmark = before
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def processes() -> tuple[int, int]:
@@ -96,14 +109,19 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def in_any(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether a flag is set in any process; all of them must ask at the same point."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, "sum") > 0)
+
+
 @torch.no_grad()
 def share(tensors: Iterable[Tensor]) -> None:
     """Copy the values of the main process to all others."""
     for tensor in tensors:
         tensor.copy_(broadcast(tensor.clone()))
-
-
-# A batch through the network
 
 
 def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -114,8 +132,7 @@ def placed(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Forward(nn.Module):
-    """A module that is passed to Accelerate in place of the network, so that wrappers and the patched ``forward``
-    (autocast) apply to this module, and the caller's network stays as it is."""
+    """What Accelerate wraps and patches (``forward``, for autocast) in place of the caller's network."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ import statistics
 import threading
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..batches import as_taken_by
 from ..errors import RetrofitError
 from ..paths import as_written, save_figure
 from ..tables import aligned, counted, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
-from .datasets import Split, load_split
-from .engine import called, engine, placed
+from .engine import called, engine, gpu_of, in_any, placed
 from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
@@ -30,6 +30,7 @@ from .transforms import check_classes, class_names, class_names_of
 
 MOST_LIKELY = 5  # classes of each image that are kept
 LONGEST_NAME = 32  # letters, in the plot of the confusion matrix
+TOGETHER = 10  # batches after which several processes agree whether to stop, which takes time
 HARDEST = 16  # images with the highest losses, of which a run draws a picture
 
 
@@ -61,7 +62,6 @@ class Evaluation:
         targets: the classes, (images,); with several labels, zeros and ones, (images, classes).
         losses: the loss of each image, (images,).
         places: the index of each image in the data, (images,), because several processes evaluate a part each.
-        split, about: which images of which data these are; empty if the data was not given by name.
     """
 
     loss: float
@@ -72,8 +72,6 @@ class Evaluation:
     targets: Tensor = field(repr=False, compare=False)
     losses: Tensor = field(repr=False, compare=False)
     places: Tensor = field(repr=False, compare=False)
-    split: str = ""
-    about: str = ""
 
     @property
     def images(self) -> int:
@@ -159,13 +157,13 @@ class Evaluation:
         more = {"top-5": self.top5, "mAP": self.map, "mean F1": self.f1}
         shown = "".join(f", {name} {value:.2%}" for name, value in more.items() if value is not None)
         last = f"{counted(self.images, 'image')}: accuracy {self.accuracy:.2%}{shown}, loss {self.loss:.4f}"
-        return "\n".join([*([self.about] if self.about else []), *aligned(rows, left=1, rule=True), last])
+        return "\n".join([*aligned(rows, left=1, rule=True), last])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON can hold."""
         return {
             **self.scores(), "images": self.images, "classes": [vars(scores) for scores in self.classes],
-            "confusion": None if self.multi_label else self.confusion.tolist(), "split": self.split, "about": self.about,
+            "confusion": None if self.multi_label else self.confusion.tolist(),
         }  # fmt: skip
 
     def plot(self, file: str | Path) -> Path:
@@ -192,25 +190,16 @@ class Evaluation:
         return Path(file)
 
 
-def evaluate(
-    model: nn.Module,
-    data: Any,
-    *,
-    split: str | None = None,
-    config: FinetuneConfig | None = None,
-) -> Evaluation:
+def evaluate(model: nn.Module, data: Any, *, config: FinetuneConfig | None = None) -> Evaluation:
     """Evaluate a classifier on images: loss, accuracy and further scores, as measured during a fine-tune.
 
     Args:
-        model: the network; it is moved to the device that it runs on, and stays there.
-        data: a Dataset or a DataLoader, as for ``finetune``, which is used as a whole; the name of data, such as a
-            folder, as for ``load_split``; or the result of ``load_split``.
-        split: which images to use of data that is given by name; None for all of a folder of classes, and otherwise for
-            ``"val"``, or ``"test"`` if there is no ``"val"``.
+        model: the network; on a GPU, it runs there; otherwise it is moved to the device that it runs on, and stays there.
+        data: a Dataset or a DataLoader, as for ``finetune``, such as ``load_split("pictures", "test").data``.
         config: provides batch size, image size, precision, ``multi_label`` and so on.
 
     Raises:
-        RetrofitError: If data and network don't fit together, or the data has no such split.
+        RetrofitError: If data and network don't fit together.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -224,27 +213,14 @@ def evaluate(
     config = FinetuneConfig() if config is None else config
     check_network(model)
     check_config(config)
-    part = _opened(data, split, model, config.image_size)
-    check_classes(model, part.data, config.keys)
-    with as_found(model), kept_randomness(), engine(config) as accelerator:
+    check_classes(model, data, config.keys)
+    with as_found(model), kept_randomness(), gpu_of(model, config), engine(config) as accelerator:
         to_device(model, accelerator.device)
-        names = class_names(model) or class_names_of(part.data, config.keys) or []
-        with closing(batches_of("data", part.data, model, config, accelerator)) as batches:
+        names = class_names(model) or class_names_of(data, config.keys) or []
+        with closing(batches_of("data", data, model, config, accelerator)) as batches:
             found = measure(model, batches, accelerator, config.multi_label, Log(None, accelerator), names)
     assert found is not None  # only ``stop`` ends it early
-    return replace(found, split=part.name, about=part.about)
-
-
-def _opened(data: Any, split: str | None, model: nn.Module, image_size: int | None) -> Split:
-    """Return the images to evaluate, opened if they are given by name."""
-    if isinstance(data, (str, Path)):
-        return load_split(data, split, image_size=image_size, classes=class_names(model))
-    if split is not None:
-        raise RetrofitError(
-            f"split={split!r} chooses among the images of data that is given by name, such as a folder, and a "
-            f"{type(data).__name__} is measured whole; leave split out"
-        )
-    return data if isinstance(data, Split) else Split(data)
+    return found
 
 
 @torch.no_grad()
@@ -259,20 +235,21 @@ def measure(
 ) -> Evaluation | None:
     """Evaluate a network on the images of all processes; each image counts once.
 
-    Returns None if ``stop`` is set meanwhile. Several processes must stop together, and so finish the evaluation.
+    Returns None if ``stop`` is set meanwhile, in any process.
     """
     network.eval()
     device = accelerator.device
     totals = torch.zeros(3, dtype=torch.float32, device=device)
     said: list[tuple[Tensor, ...]] = []
     classes = 0
-    for batch in data.batches(0):
-        if stop is not None and stop.is_set() and accelerator.num_processes == 1:
+    every = 1 if accelerator.num_processes == 1 else TOGETHER
+    for number, batch in enumerate(data.batches(0)):
+        if stop is not None and number % every == 0 and in_any(accelerator, stop.is_set()):
             return None
         log.complain(batch)
         images, targets = placed(batch, device)
         with accelerator.autocast():
-            logits, _ = called(network, images)
+            logits, _ = called(network, as_taken_by(images, network))
         classes = logits.shape[1]
         check_targets(batch, classes, multi_label)
         counts = batch.counts.to(device, non_blocking=True)

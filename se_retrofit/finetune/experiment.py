@@ -59,8 +59,7 @@ def describe_run(
 
 
 def describe_data(data: Any) -> dict[str, Any]:
-    """Return a fingerprint of a Dataset or DataLoader: its length, its classes, the names of its files, and the content
-    of a few samples."""
+    """Return a fingerprint of data: length, classes, names of files, and the content of a few samples."""
     described: dict[str, Any] = {}
     if isinstance(data, DataLoader):
         described["batch size"] = data.batch_size
@@ -164,9 +163,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], output: Path) -> None
         return
     hint = ""
     if any(text.startswith("starting weights") for text in differs):
-        hint = (
-            "; a network with random weights is the same again only if torch.manual_seed is called before it is built"
-        )
+        hint = "; random weights are the same again only if torch.manual_seed is called before the network is built"
     raise RetrofitError(
         f"{output} holds a run of another experiment ({'; '.join(differs)}); resume with the same network and data, "
         f"or give a new folder{hint}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
@@ -83,8 +83,7 @@ def class_sizes(images: ImageFolder) -> str:
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of ``train``, ``val`` and ``test`` that exist; none in a folder of classes, one of which may
-    have such a name."""
+    """Return the folders of ``train``, ``val`` and ``test``; none in a folder of classes, which may have such names."""
     found = set(class_folders(folder))
     names = {split: next((name for name in known if name in found), None) for split, known in FOLDERS.items()}
     parts = {split: folder / name for split, name in names.items() if name is not None}
@@ -124,7 +123,7 @@ def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Su
                 f"{folder / name} has {len(members)} images, too few to train on some and validate on others; add more, or "
                 "give a folder with train/ and val/"
             )
-        order = torch.randperm(len(members), generator=generator).tolist()
+        order = torch.randperm(len(members), generator=generator, device="cpu").tolist()
         val += sorted(members[place] for place in order[:kept])
         train += sorted(members[place] for place in order[kept:])
     return Subset(images, train), Subset(images, val)
@@ -156,19 +155,9 @@ class Subfolder(ImageFolder):
         return found, {name: self.wanted[name] for name in found}
 
 
-class Joined(ConcatDataset[Any]):
-    """Several data sets of the same classes, one after the other."""
-
-    def __init__(self, parts: list[Any]) -> None:
-        super().__init__(parts)
-        if all(isinstance(part, ImageFolder) for part in parts):
-            self.classes = parts[0].classes
-            self.samples = [sample for part in parts for sample in part.samples]  # the names of the images
-
-
-def numbers(places: Iterable[Path], train: Path | None, classes: Sequence[str] | None) -> dict[str, int]:
-    """Return the number of each class."""
-    found = sorted({name for place in places for name in class_folders(place)})
+def numbers(place: Path, train: Path | None, classes: Sequence[str] | None) -> dict[str, int]:
+    """Return the number of each class: as in ``classes`` if they include all that are there, or else as in ``train``."""
+    found = class_folders(place)
     if classes is not None and set(found) <= set(classes):
         names = list(classes)
     else:

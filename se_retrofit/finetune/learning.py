@@ -27,19 +27,12 @@ HAVE_FUSED = ("adam", "adamw", "sgd", "nesterov", "momentum")
 
 @dataclass
 class Learning:
-    """The objects that a network is trained with.
+    """The objects that a network is trained with."""
 
-    Attributes:
-        optimizer: the optimizer of all parameters that are trained in any epoch.
-        schedule: timm's scheduler; None for a constant learning rate.
-        ema: the moving average of the weights, or None.
-        mixup: timm's mixup and cutmix, or None.
-    """
-
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    ema: ModelEmaV3 | None
-    mixup: Mixup | None
+    optimizer: torch.optim.Optimizer  # of all parameters that are trained in any epoch
+    schedule: Any  # timm's; None for a constant learning rate
+    ema: ModelEmaV3 | None  # the moving average of the weights
+    mixup: Mixup | None  # timm's mixup and cutmix
 
 
 def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: int | None) -> Learning:
@@ -80,9 +73,6 @@ def mixed(mixup: Mixup, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     return inputs, labels
 
 
-# Groups
-
-
 def param_groups(
     model: nn.Module, lr: float, *, weight_decay: float = 0.05, se_lr_scale: float = 1.0, head_lr_scale: float = 5.0,
     layer_decay: float | None = None,
@@ -119,13 +109,8 @@ def param_groups(
 def scaled_groups(
     model: nn.Module, lr: float, weight_decay: float, se_lr_scale: float, head_lr_scale: float, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Group the parameters that require a gradient: SE, head and body, each with and without weight decay; SE is also
-    grouped by the fan-in of its layers (see ``se_pace``).
-
-    timm's schedulers read ``lr_scale``, which holds for ``lr`` at the schedule's peak. There is no decay for norms and
-    biases (everything with one dim), nor for what the network's own ``no_weight_decay`` names. With ``layer_decay``,
-    each group is split by timm's layers, counted from the head; SE belongs to the layer of its block.
-    """
+    """Group the parameters that require a gradient: SE (by fan-in), head and body, with and without weight decay, and by
+    timm's layers. timm's schedulers read ``lr_scale``, which holds for ``lr`` at the schedule's peak."""
     se = {key: fan_in for module in se_modules(model) for key, fan_in in fans_in(module).items()}
     head = {id(p) for module in head_of(model) for p in module.parameters()}
     no_weight_decay = getattr(model, "no_weight_decay", None)
@@ -166,42 +151,20 @@ def se_pace(fan_in: int, lr: float) -> float:
     """Return the factor on ``lr`` for a layer of an SE module: 16 / fan-in, and less at high rates, so that the layer
     learns at max(lr, 0.01) / fan-in at most; between 1 / fan-in and 1.
 
-    Under Adam, each weight moves by about the learning rate, whatever its gradient, so the output of a layer moves by
-    that times its number of inputs. In a pretrained network, gates behind wide layers are then far from 1 after a few
-    updates, in all blocks at once, and the network has forgotten what it knew. With rates proportional to 1 / fan-in,
-    as in muP (Yang et al., arXiv:2203.03466), gates move alike at every width. At low rates, 16 / fan-in lets them move
-    in a short run; from 0.01 on, 1 / fan-in moves them no faster than a norm's scale (measured: docs/evidence.md).
-
-    Example:
-        >>> from se_retrofit.finetune.learning import se_pace
-        >>> [round(64 * se_pace(64, lr), 2) for lr in (2e-4, 1e-3, 3e-3, 1e-2)]
-        [16.0, 10.0, 3.33, 1.0]
+    Under Adam, the output of a layer moves by about the learning rate times its number of inputs, so gates behind wide
+    layers would be far from 1 after a few updates (docs/finetuning.md; measured in docs/evidence.md).
     """
     return min(1.0, max(1.0, FASTEST / max(lr, FASTEST / 16)) / fan_in)
 
 
 def fans_in(module: nn.Module) -> dict[int, int]:
-    """Return the number of inputs of each parameter's layer, by the parameter's id. A bias has that of its layer; it is
-    1 for parameters of a layer without a weight of two or more dims (a static factor, a norm).
-
-    Example:
-        >>> from torch import nn
-        >>> from se_retrofit.finetune.learning import fans_in
-        >>> list(fans_in(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 64))).values())
-        [64, 64, 8, 8]
-    """
+    """Return the number of inputs of each parameter's layer (1 without a weight of two dims), by the parameter's id."""
     found = {}
     for layer in module.modules():
         own = list(layer.parameters(recurse=False))
         fan_in = max((weight.numel() // max(len(weight), 1) for weight in own if weight.dim() > 1), default=1)
         found.update({id(parameter): max(fan_in, 1) for parameter in own})
     return found
-
-
-def group_summary(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each group's name, learning-rate factor, weight decay and number of tensors as plain data."""
-    plain = ("name", "lr_scale", "weight_decay")
-    return [{**{name: group.get(name) for name in plain}, "tensors": len(group["params"])} for group in groups]
 
 
 def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
@@ -215,9 +178,6 @@ def rates_in_words(groups: Iterable[Mapping[str, Any]], lr: float) -> str:
         by = ", by the fan-in of its layers" if name == "se" and low != high else ""
         words.append(f"{'SE' if name == 'se' else name} {low if low == high else f'{low} to {high}'}{by}")
     return f"learning rates at their peak: {'; '.join(words)}"
-
-
-# The optimizer and its schedule
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: FinetuneConfig, fused: bool) -> torch.optim.Optimizer:
@@ -262,12 +222,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: FinetuneConfig, upda
 
 
 def try_out(config: FinetuneConfig) -> None:
-    """Try out the config's optimizer and schedule: update two small parameters once, save and load the optimizer's
-    state, and step the schedule through the run.
-
-    Raises:
-        RetrofitError: If one can't be built or fails, the optimizer needs a closure, or its state can't be saved.
-    """
+    """Try out the config's optimizer and schedule: an update, saving and loading its state, the schedule's steps."""
     try:
         get_optimizer_class(config.optimizer, bind_defaults=False)
     except ValueError as error:
@@ -294,7 +249,7 @@ def try_out(config: FinetuneConfig) -> None:
 
 def _small(config: FinetuneConfig) -> torch.optim.Optimizer:
     with torch.random.fork_rng(devices=[]):
-        parameters = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))]
+        parameters = [nn.Parameter(torch.ones(*shape, device="cpu")) for shape in ((3, 2), (3,))]
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 0.1)
         return make_optimizer([{"params": parameters, "lr_scale": 1.0}], config, fused=False)

@@ -47,10 +47,7 @@ COLUMNS = {
 
 
 class Log:
-    """Prints and writes the log of the main process; other processes only print warnings.
-
-    In a terminal, a progress bar is drawn under the table; elsewhere, a line is printed now and then.
-    """
+    """The log of the main process: a table with a progress bar, or lines now and then. Others only print warnings."""
 
     def __init__(
         self, output: Path | None, accelerator: Accelerator, *, quiet: bool = False, epochs: int = 0, updates: int = 0,
@@ -175,9 +172,6 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
 
 def _width(name: str) -> int:
     return max(len(name), 8)
-
-
-# Gates
 
 
 @contextlib.contextmanager

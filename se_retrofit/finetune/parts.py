@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from ..attention import Inserted
-from ..errors import RetrofitError, check_module
+from ..errors import RetrofitError, check_module, check_unwrapped
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
 from ..surgery.record.copying import check_whole
@@ -29,10 +29,7 @@ def check_network(model: Any) -> None:
     """Raise an error if this is not a network that can be trained or evaluated here."""
     check_module(model)
     warn_of_lost_sites(model)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
-        raise RetrofitError(
-            f"finetune wraps and compiles the network itself; give the bare one, not a {type(model).__name__}"
-        )
+    check_unwrapped(model)  # finetune wraps and compiles it itself
     check_whole((*model.named_parameters(), *model.named_buffers()))
     unmade = [name for name, value in model.named_parameters() if is_lazy(value) or value.is_meta]
     if unmade:
@@ -45,9 +42,6 @@ def check_network(model: Any) -> None:
 def count(model: nn.Module, trainable: bool = False) -> int:
     """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
-
-
-# SE and the head
 
 
 def se_modules(model: nn.Module) -> list[nn.Module]:
@@ -141,7 +135,8 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     if part == "all":
         return [model]
     name, heads = type(model).__name__, head_of(model)
-    modules = {"se": se_modules, "norms": norms_of, "head": lambda _: []}[part.partition("+")[0]](model)
+    wanted = {"se": lambda module: isinstance(module, Inserted), "norms": is_norm}.get(part.partition("+")[0])
+    modules = [module for module in model.modules() if wanted is not None and wanted(module)]
     if part.startswith("se") and not modules:
         raise RetrofitError(
             f'trainable="{part}" needs SE modules, and this {name} has none; retrofit it first: model = add_se(model)'
@@ -153,14 +148,8 @@ def trained_parts(model: nn.Module, part: str) -> list[nn.Module]:
     return modules if part == "se" else modules + heads
 
 
-def norms_of(model: nn.Module) -> list[nn.Module]:
-    """Return the norms that have a scale for each channel."""
-    return [module for module in model.modules() if is_norm(module)]
-
-
 def is_norm(module: nn.Module) -> bool:
-    """Return whether a module has a scale (and perhaps a shift) for each channel, and is one of PyTorch's norms or
-    behaves like one: its output does not change when its input is scaled."""
+    """Return whether a module with a scale for each channel is a norm: it undoes any scaling of its input."""
     own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
     if not own or len(own) > 2 or any(p.dim() != 1 for p in own):
         return False
@@ -168,7 +157,7 @@ def is_norm(module: nn.Module) -> bool:
         return True
     channels = len(own[0])
     for shape in ((4, channels), (4, channels, 5), (4, channels, 5, 5), (4, 5, 5, channels), (4, channels, 3, 3, 3)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(own[0])
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(own[0])
         with contextlib.suppress(Exception), torch.no_grad():  # fails if the norm is for other dims
             first, second = (copy.deepcopy(module).train()(scale * x) for scale in (16, 64))
             return bool(
@@ -197,9 +186,6 @@ def set_modes(model: nn.Module, part: str, freeze_bn: bool) -> None:
         statistics = isinstance(module, _NormBase) or any(name.startswith("running_") for name in own)
         if (own and id(module) not in chosen) or (freeze_bn and statistics):
             module.eval()
-
-
-# The state of a whole network
 
 
 @contextlib.contextmanager

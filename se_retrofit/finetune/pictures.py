@@ -81,7 +81,7 @@ def draw_hardest(run: Run, file: Path) -> None:
             f"{in_words(targets_together([target])[0], names)}\ntaken for {answer}\nloss {entry['loss']:.2f}\n{place}"
         )
     if is_picture(items[0][0]):
-        save_figure(drawn([image for image, _ in items], titles, run.model), file)
+        save_figure(drawn([image.cpu() for image, _ in items], titles, run.model), file)
 
 
 def name(number: int, names: Sequence[str]) -> str:
@@ -123,11 +123,10 @@ def drawn(images: Sequence[Tensor], titles: Sequence[str], model: nn.Module) -> 
 
 
 def in_colors(images: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
-    """Convert prepared images to colours from 0 to 1, by undoing the normalisation, or, for tensors that the caller
-    prepared, by scaling from the lowest value to the highest."""
+    """Convert prepared images to colours from 0 to 1: undo the normalisation, or scale by the range."""
     settings = vars(model).get(IMAGES)
     if settings is not None:
-        mean, std = (torch.tensor(settings[key])[:, None, None] for key in ("mean", "std"))
+        mean, std = (torch.tensor(settings[key], device="cpu")[:, None, None] for key in ("mean", "std"))
         return [(image.float() * std + mean).clamp(0, 1) for image in images]
     low = min(float(image.min()) for image in images)
     high = max(float(image.max()) for image in images)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..batches import as_taken_by
 from ..errors import RetrofitError
 from ..surgery.record.copying import in_mode
 from .data import UNREADABLE
@@ -62,11 +63,10 @@ def predict(
         raise RetrofitError(f"top and batch_size must be at least 1, got {top} and {batch_size}")
     transform, names = transform_of(model), class_names(model) or []
     files = list(_files(images))
-    device = next(model.parameters()).device
     for start in range(0, len(files), batch_size):
         read = [(file, _read(file, transform)) for file in files[start : start + batch_size]]
         tensors = [image for _, image in read if isinstance(image, Tensor)]
-        answers = _answers(model, torch.stack(tensors).to(device), top) if tensors else iter(())
+        answers = _answers(model, torch.stack(tensors), top) if tensors else iter(())
         for file, image in read:
             if isinstance(image, str):
                 if bad_images == "error":
@@ -80,7 +80,7 @@ def predict(
 def _answers(model: nn.Module, batch: Tensor, top: int) -> Iterator[tuple[list[float], list[int]]]:
     """Yield the probabilities and the numbers of the most likely classes of each image."""
     with as_found(model), torch.no_grad():
-        logits, _ = called(in_mode(model, False), batch)
+        logits, _ = called(in_mode(model, False), as_taken_by(batch, model))
         shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
     values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
     return zip(values.tolist(), indices.tolist(), strict=True)
@@ -109,8 +109,7 @@ def _read(file: Path, transform: Any) -> Tensor | str:
 
 
 def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1) -> list[str]:
-    """Write predictions as CSV: the file, and the name and probability of each of the most likely classes. Returns the
-    errors of the images that could not be read."""
+    """Write the likeliest classes of each file and their probabilities as CSV; return the errors."""
     writer = csv.writer(file, lineterminator="\n")
     numbers = [""] if top == 1 else [f"_{number + 1}" for number in range(top)]
     header = ["file", *(f"{field}{number}" for number in numbers for field in ("class", "probability"))]

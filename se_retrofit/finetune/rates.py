@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from ..errors import RetrofitError, brief
 from ..paths import save_figure
 from .config import FinetuneConfig
 from .criteria import Criterion
-from .data import Batch
 from .learning import se_pace
 from .run import Run
 from .setup import Job, check, started
@@ -155,7 +153,8 @@ def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
     """Return the loss at each rate until it diverges or is no longer finite, and whether that happened."""
     losses: list[float] = []
     mean = lowest = math.inf
-    for rate, batches in zip(ramp, all_windows(run), strict=False):
+    epochs = (windows(run.train.batches(epoch), run.config.grad_accum_steps) for epoch in itertools.count())
+    for rate, batches in zip(ramp, itertools.chain.from_iterable(epochs), strict=False):
         for group in run.learning.optimizer.param_groups:
             # SE's pace depends on the rate, and lr_scale holds the pace for the recipe's rate
             scale = group["lr_scale"] / se_pace(group["fan_in"], run.config.lr)
@@ -171,12 +170,6 @@ def losses_on(run: Run, ramp: list[float]) -> tuple[list[float], bool]:
         if mean > DIVERGED * lowest:
             return losses, True
     return losses, False
-
-
-def all_windows(run: Run) -> Iterator[list[Batch]]:
-    """Yield the batches of each update, epoch after epoch, endlessly."""
-    for epoch in itertools.count():
-        yield from windows(run.train.batches(epoch), run.config.grad_accum_steps)
 
 
 def learning_rates(rates: list[float], losses: list[float], diverged: bool) -> LearningRates:

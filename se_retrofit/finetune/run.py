@@ -24,7 +24,7 @@ from .config import FinetuneConfig
 from .criteria import Losses
 from .data import Stream
 from .engine import Forward, TrainingForm
-from .learning import Learning, group_summary, length_of
+from .learning import Learning, length_of
 from .log import Log
 from .parts import choose_trainable, count, trained_in
 
@@ -52,7 +52,6 @@ class FinetuneResult:
         step_seconds: median time of an update, including data loading; None if the run is too short to measure it.
         parameters: number of the network's parameters.
         trained_parameters: number of the parameters that were trained in the end.
-        groups: the optimizer's groups: name, learning-rate factor, weight decay and number of tensors of each.
     """
 
     model: nn.Module
@@ -66,7 +65,6 @@ class FinetuneResult:
     step_seconds: float | None
     parameters: int
     trained_parameters: int
-    groups: list[dict[str, Any]]
 
     def _repr_html_(self) -> str:
         names = dict.fromkeys(k for row in self.history for k, value in row.items() if isinstance(value, (int, float)))
@@ -91,57 +89,39 @@ class FinetuneResult:
 
 @dataclass
 class Epoch:
-    """The current epoch.
+    """The current epoch."""
 
-    Attributes:
-        number: its number, from 0.
-        seen_before: number of its images that were seen before the run was resumed.
-        began, looked: when it started, and when the loss was last logged.
-        pending: the results of ``update`` that have not been logged yet, on the device.
-        saturated: the sites whose gates were last found to be saturated, with the fraction.
-    """
-
-    number: int
-    seen_before: float
+    number: int  # from 0
+    seen_before: float  # number of its images that were seen before the run was resumed
     began: float = field(default_factory=time.perf_counter)
-    looked: float = field(default_factory=time.perf_counter)
-    pending: list[Tensor] = field(default_factory=list)
-    saturated: dict[str, float] = field(default_factory=dict)
+    looked: float = field(default_factory=time.perf_counter)  # when the loss was last logged
+    pending: list[Tensor] = field(default_factory=list)  # results of ``update`` that have not been logged yet
+    saturated: dict[str, float] = field(default_factory=dict)  # sites with the fraction of their gates
 
 
 @dataclass
 class Run:
-    """The state of a fine-tune.
-
-    Attributes:
-        model: the caller's network; ``network`` is what training calls, wrapped for devices and processes.
-        wanted: the network's own ``requires_grad`` flags.
-        train, val: the batches of this process.
-        optimizer: the optimizer of ``learning``, wrapped by Accelerate.
-        form: the classes that modules have during a training step.
-        stop: once this is set, the run ends after a checkpoint.
-        first_weights, best_weights: the state dicts before the first update and of the best epoch so far, on the CPU.
-        step_times: seconds per update, one value for each time that the loss was logged.
-    """
+    """The state of a fine-tune. ``network`` and ``optimizer`` are the model and the optimizer of ``learning``, wrapped by
+    Accelerate for devices and processes."""
 
     model: nn.Module
     config: FinetuneConfig
     accelerator: Accelerator
-    wanted: dict[str, bool]
+    wanted: dict[str, bool]  # the network's own ``requires_grad`` flags
     train: Stream
     val: Stream | None
     learning: Learning
     losses: Losses
-    form: TrainingForm
+    form: TrainingForm  # the classes that modules have during a training step
     folder: Folder | None
     log: Log
     callbacks: Callbacks
-    stop: threading.Event
+    stop: threading.Event  # once this is set, the run ends after a checkpoint
     progress: Progress = field(default_factory=Progress)
-    first_weights: dict[str, Tensor] = field(default_factory=dict)
-    best_weights: dict[str, Tensor] | None = None
+    first_weights: dict[str, Tensor] = field(default_factory=dict)  # before the first update, on the CPU
+    best_weights: dict[str, Tensor] | None = None  # of the best epoch so far, on the CPU
     saved_at: float = field(default_factory=time.monotonic)
-    step_times: list[float] = field(default_factory=list)
+    step_times: list[float] = field(default_factory=list)  # seconds per update, each time that the loss was logged
 
     def __post_init__(self) -> None:
         self.device: torch.device = self.accelerator.device
@@ -175,8 +155,6 @@ class Run:
         if hasattr(self, "network"):
             self.accelerator.free_memory()
         self.network, self.optimizer = self.accelerator.prepare(Forward(self.model), self.learning.optimizer)
-
-    # What is saved
 
     def keep_checkpoint(self) -> None:
         """Write ``last/``, after checking that all weights are finite."""
@@ -218,10 +196,7 @@ class Run:
             step_seconds=progress.step_seconds,
             parameters=count(self.model),
             trained_parameters=count(self.model, trainable=True),
-            groups=group_summary(self.learning.optimizer.param_groups),
         )
-
-    # What ends it
 
     def leave(self, *, with_checkpoint: bool = True) -> NoReturn:
         """End the run because ``stop`` was set, with a checkpoint if its data can resume within an epoch."""

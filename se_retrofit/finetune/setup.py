@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from ..errors import RetrofitError, brief
+from ..locks import alone_in
 from ..saving.base import base_of
 from ..saving.networks import without_name
 from ..surgery.record.copying import in_mode
@@ -24,10 +26,9 @@ from .checkpoint import Folder, check_folder, has_checkpoint, load_optimizer
 from .config import FinetuneConfig
 from .criteria import Criterion, Losses, check_criterion, criterion_of
 from .data import Stream, stream
-from .engine import TrainingForm, engine, recomputing, share
+from .engine import TrainingForm, engine, gpu_of, recomputing, share
 from .experiment import describe_run
 from .learning import learning, length_of, rates_in_words, try_out
-from .lock import alone_in
 from .log import Log
 from .parts import (
     as_found,
@@ -94,21 +95,20 @@ def check_config(config: Any) -> None:
 
 @contextlib.contextmanager
 def started(job: Job) -> Iterator[Run]:
-    """Provide a run before its first step, or at the point from which it resumes, and clean up after it.
-
-    If an error is found during setup, the network keeps its structure. Flags, modes, global settings and random
-    generators are restored afterwards.
-    """
+    """Provide a run before its first step, or where it resumes; clean up afterwards, and restore the caller's state."""
     taught = contextlib.nullcontext() if job.teacher is None else as_found(job.teacher)
     folder = None if job.folder is None else str(job.folder)
     with (
-        as_found(job.model) as wanted, taught, kept_randomness(), engine(job.config, folder) as accelerator,
+        as_found(job.model) as wanted, taught, kept_randomness(), gpu_of(job.model, job.config),
+        engine(job.config, folder) as accelerator,
         alone_in(job.folder if accelerator.is_main_process else None),
         recomputing(job.model, job.config.grad_checkpointing),
     ):  # fmt: skip
-        with structure_kept(job.model):
+        # on the CPU, from which it is moved, whatever the caller's default device
+        with structure_kept(job.model), torch.device("cpu"):
             run, remark = build(job, accelerator, wanted)
             resumed = run.folder is not None and job.resume and has_checkpoint(run.folder.path)
+            resumed = broadcast_object_list([resumed])[0]  # a process that can't see the folder of the main one fails
             if resumed:
                 restore(run)
             run.begin_with()
@@ -169,11 +169,8 @@ def batches_of(name: str, data: Any, model: nn.Module, config: FinetuneConfig, a
     """Return this process's batches of ``train_data``, or of data to evaluate on."""
     train = name == "train_data"
     return stream(
-        data, name=name, train=train, batch_size=config.batch_size, bad_images=config.bad_images,
-        balanced=config.balance == "sampling", keys=config.keys,
-        transform=transforms_for(model, config, train=train), seed=config.seed,
-        workers=config.workers, rank=accelerator.process_index, world=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
+        data, config, transforms_for(model, config, train=train), name=name, train=train, rank=accelerator.process_index,
+        world=accelerator.num_processes, pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
 
 

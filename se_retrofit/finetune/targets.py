@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
-from ..batches import keys_in
 from ..errors import RetrofitError, brief
+from ..fields import label_column
 
 
 def targets_together(targets: Sequence[Any]) -> Tensor:
@@ -23,7 +23,7 @@ def targets_together(targets: Sequence[Any]) -> Tensor:
     return class_numbers(together)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _told(targets: Sequence[Any]) -> Iterator[None]:
     try:
         yield
@@ -55,7 +55,11 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
     if type(data) is TensorDataset and len(data.tensors) > 1:
         return data.tensors[1].cpu()
     # a Hugging Face data set, or the one in timm's reader
-    column = _column(getattr(getattr(data, "reader", None), "dataset", data), keys)
+    rows = getattr(getattr(data, "reader", None), "dataset", data)
+    key, column = label_column(rows, keys), None
+    with contextlib.suppress(KeyError):
+        column = None if key is None else rows[key]
+    column = list(column) if column is not None and not isinstance(column, Tensor) else column
     for values in (column, getattr(data, "targets", None), [entry[1] for entry in _samples(data)]):
         if values is not None and len(values) == len(data):
             if (changed := getattr(data, "target_transform", None)) is not None:
@@ -66,19 +70,6 @@ def targets_of(data: Any, keys: Sequence[str] = ()) -> Tensor | None:
             with _told(list(values)):
                 return torch.as_tensor(list(values))
     return None
-
-
-def _column(rows: Any, keys: Sequence[str]) -> Any:
-    """Return the labels of a Hugging Face data set; None if a transform gives its items other keys than its columns have."""
-    columns = getattr(rows, "features", None)
-    if not isinstance(columns, dict):
-        return None
-    try:
-        key = keys_in(columns, keys)[1]
-        column = None if key is None else rows[key]
-        return column if column is None or isinstance(column, Tensor) else list(column)
-    except (KeyError, RetrofitError):
-        return None
 
 
 def _samples(data: Any) -> list[Any]:

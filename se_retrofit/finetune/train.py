@@ -21,7 +21,7 @@ from .callbacks import Callbacks
 from .config import FinetuneConfig
 from .criteria import Criterion
 from .data import Batch, Stream
-from .engine import called, logits_of, placed, share
+from .engine import called, in_any, logits_of, placed, share
 from .evaluation import check_targets, hits, measure
 from .learning import mixed
 from .log import listening, log_gates, news_of_saturation, saturated_sites
@@ -51,7 +51,7 @@ def finetune(
     """Fine-tune a classifier, retrofitted or not, in place.
 
     Args:
-        model: the network; it stays on the device that it was trained on.
+        model: the network. On a GPU, it is trained there; otherwise on the current GPU, if any, where it stays.
         train_data: a Dataset of (image, class) pairs, or a DataLoader; a class is a number or a vector. PIL images of a
             Dataset get the transforms of the network's own config; tensors are used as they are.
         val_data: the same, for validation; without it, the last epoch is the result.
@@ -124,8 +124,10 @@ def train_epoch(run: Run, epoch: Epoch) -> None:
         if gates is not None:  # without validation, the last update shows which gates are saturated
             epoch.saturated = saturated_sites(gates)
         epoch.pending.append(tally)
-        run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
-        if is_time_to_look(run):
+        if run.callbacks.after_update is not None:
+            run.tell(run.callbacks.after_update, epoch.number + 1, tally[0] / tally[2])
+        told = run.stop.is_set() and run.world == 1  # several processes stop together, in ``look``
+        if told or last or run.progress.step % run.config.log_every == 0:
             look(run, epoch)
 
 
@@ -136,8 +138,7 @@ def windows(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def update(run: Run, batches: list[Batch]) -> Tensor:
-    """Update the weights once; return loss, correct, seen and the number of batches with images that are not finite,
-    summed over the batches, on the device."""
+    """Update the weights once; return sums over the batches: loss, correct, seen, batches with non-finite images."""
     seed_all(run.config.seed, UPDATE, run.rank, run.progress.updates)
     run.optimizer.zero_grad(set_to_none=True)
     tally = torch.zeros(4, device=run.device)
@@ -181,14 +182,8 @@ def loss_of(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return loss, hits(logits.detach(), targets, run.config.multi_label).sum(), ~images.isfinite().all()
 
 
-def is_time_to_look(run: Run) -> bool:
-    told = run.stop.is_set() and run.world == 1  # several processes stop together, in ``look``
-    return told or run.progress.step % run.config.log_every == 0 or run.progress.step >= run.updates_in_epoch
-
-
 def look(run: Run, epoch: Epoch) -> None:
-    """Log the last updates, and stop or write a checkpoint if that is due. This is the only place where the loop waits
-    for the device and the other processes."""
+    """Log the last updates, and stop or write a checkpoint if due. Only here does the loop wait for the device."""
     progress = run.progress
     due = time.monotonic() - run.saved_at >= 60 * run.config.checkpoint_minutes
     sums, stop, due = agree(run, epoch, due)
@@ -220,16 +215,14 @@ def look(run: Run, epoch: Epoch) -> None:
 
 
 def agree(run: Run, epoch: Epoch, due: bool) -> tuple[list[list[float]], bool, bool]:
-    """Return the sums of the last updates over all processes, and their joint decisions whether to stop and whether to
-    write a checkpoint."""
+    """Return the last updates' sums over all processes, and whether to stop and to write a checkpoint."""
     flags = torch.tensor([float(run.stop.is_set()), float(due and run.rank == 0), 0.0, 0.0], device=run.device)
     *sums, flags = run.accelerator.reduce(torch.stack([*epoch.pending, flags]), "sum").tolist()
     return sums, flags[0] > 0, flags[1] > 0
 
 
 def validate(run: Run, data: Stream) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the scores and gate statistics on the validation data, and the sites with saturated gates. If the run is
-    to stop meanwhile, it ends after a checkpoint of the last update, and resumes with this evaluation."""
+    """Return scores and gate statistics on the validation data, and the saturated sites; on ``stop``, leave the run."""
     network = run.network if run.learning.ema is None else run.learning.ema.module
     with listening(run.tested) as gates:
         found = measure(network, data, run.accelerator, run.config.multi_label, run.log, stop=run.stop)
@@ -272,11 +265,9 @@ def finish_epoch(run: Run, epoch: Epoch) -> None:
     if run.val is not None:
         run.tell(run.callbacks.after_evaluation, number)
     run.tell(run.callbacks.after_epoch, number)
-    if run.progress.finished is None:
-        # Processes may have been stopped at different moments: all leave together or none does
-        _, stop, _ = agree(run, epoch, False)
-        if stop:
-            run.leave(with_checkpoint=False)
+    # Processes may have been stopped at different moments: all leave together or none does
+    if run.progress.finished is None and in_any(run.accelerator, run.stop.is_set()):
+        run.leave(with_checkpoint=False)
 
 
 def training_row(run: Run, epoch: Epoch) -> dict[str, Any]:

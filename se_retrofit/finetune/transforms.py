@@ -14,8 +14,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
-from ..batches import BATCH_SIZE, keys_in
 from ..errors import RetrofitError
+from ..fields import BATCH_SIZE, label_column
 from ..models import IMAGES, Base
 from ..tables import few
 from .config import FinetuneConfig
@@ -85,8 +85,7 @@ def check_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> None
 
 
 def other_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> str:
-    """Describe how the names of the data's classes differ from those that the head was trained on; empty if they don't,
-    or if they are unknown."""
+    """Describe how the data's classes differ from those of the head; empty if they don't, or are unknown."""
     known, given = class_names(model), class_names_of(data, keys)
     if known is None or given is None or known == given:
         return ""
@@ -94,12 +93,14 @@ def other_classes(model: nn.Module, data: Any, keys: Sequence[str] = ()) -> str:
 
 
 def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
-    """Return the names of a data set's classes in the order of their numbers; None if they are unknown, or renumbered
-    by a ``target_transform``."""
-    for owner in (data, getattr(data, "reader", None), getattr(data, "dataset", None)):
+    """Return the names of a data set's classes by number; None if unknown, or renumbered by a ``target_transform``."""
+    owners: list[Any] = [data, getattr(data, "reader", None), getattr(data, "dataset", None)]
+    for owner in owners:
         if getattr(owner, "target_transform", None) is not None:
             return None
-        names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None) or _names_in(owner, keys)
+        names = getattr(owner, "classes", None) or getattr(owner, "class_to_idx", None)
+        if not names and (column := label_column(owner, keys)) is not None:
+            names = getattr(owner.features[column], "names", None)
         if isinstance(names, dict):
             names = sorted(names, key=names.__getitem__)
         if isinstance(names, (list, tuple)):
@@ -107,26 +108,12 @@ def class_names_of(data: Any, keys: Sequence[str] = ()) -> list[str] | None:
     return None
 
 
-def _names_in(data: Any, keys: Sequence[str]) -> list[str] | None:
-    """Return the class names of a Hugging Face data set; None if a transform gives its items other keys than its columns have."""
-    features = getattr(data, "features", None)
-    if not isinstance(features, dict):
-        return None
-    try:
-        return getattr(features.get(keys_in(features, keys)[1]), "names", None)
-    except RetrofitError:
-        return None
-
-
 def prepared_batches(
     model: nn.Module, data: Any, config: FinetuneConfig, tell: Callable[[str], object]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images and targets of a data set in batches of 32, prepared as for validation. If the config skips
-    images that can't be read, ``tell`` is called with each complaint."""
-    images = stream(
-        data, name="data", train=False, batch_size=BATCH_SIZE, transform=transforms_for(model, config, train=False),
-        bad_images=config.bad_images, keys=config.keys,
-    )  # fmt: skip
+    """Yield batches of 32 images and targets, prepared as for validation; ``tell`` gets complaints that are skipped."""
+    config = config.replace(batch_size=BATCH_SIZE)
+    images = stream(data, config, transforms_for(model, config, train=False), name="data")
     with closing(images):
         for batch in images.batches(0):
             for complaint in batch.complaints:
@@ -136,12 +123,7 @@ def prepared_batches(
 
 
 def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> Callable[[Any], Any]:
-    """Return timm's transforms with the network's own size, mean, std and interpolation, or with the usual ones for
-    ImageNet if the network has none; for training, with the config's augmentation.
-
-    Raises:
-        RetrofitError: If there is no such transform, or it fails on a black image.
-    """
+    """Return timm's transforms with the network's own settings or the usual ones; in training, with augmentation."""
     augmentation = {**AUGMENTATION, **config.transform_options} if train else {}
     try:
         transform = _transform(settings_of(model, config.image_size), is_training=train, **augmentation)
@@ -174,8 +156,7 @@ class Prepared:
 
 
 def load_image(file: str | Path) -> Image.Image:
-    """Load an image file like torchvision's own loader: palettes become colours, and transparency is dropped. But
-    16-bit grey is scaled by its range, whereas that loader would make everything above 255 white."""
+    """Load an image as torchvision does, except that 16-bit grey is scaled by its range, not cut off at 255."""
     with Image.open(file) as image:
         return _in_colors(image, "RGB")
 

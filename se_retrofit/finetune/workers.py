@@ -29,8 +29,7 @@ def begin_worker(worker: int) -> None:
 
 
 def _end_with_the_main_process() -> None:
-    """End this process when the main process is gone. PyTorch's own watchdog starts later: if the main process was
-    killed before, it would watch the new parent and wait for work forever."""
+    """End when the main process is gone. PyTorch's own watchdog starts later, and may miss that."""
     main = multiprocessing.parent_process()
     while main is not None and main.is_alive():
         if not hasattr(signal, "sigtimedwait"):

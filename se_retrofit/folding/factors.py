@@ -47,8 +47,7 @@ class Scaling:
 
 
 class Factors:
-    """Finds where factors can be folded in a network, from a record of a copy of it; the SE modules at the paths in
-    ``transparent`` already have constant gates."""
+    """Finds where factors can be folded in a recorded network; ``transparent`` are SE modules with constant gates."""
 
     def __init__(self, model: nn.Module, record: Record, transparent: Iterable[str] = ()) -> None:
         self.model = model
@@ -59,8 +58,7 @@ class Factors:
         self.uses = self._uses()
 
     def backwards(self, path: str, factor: Tensor) -> list[Scaling] | None:
-        """Return how to multiply the value that the SE module at ``path`` scales by ``factor`` before it is scaled;
-        None if that is impossible."""
+        """Return how to multiply the value that the SE module at ``path`` scales by ``factor``, or None."""
         return self._for_all_calls(path, lambda op: self._made(op.data[0], op, factor))
 
     def forwards(self, path: str, factor: Tensor) -> list[Scaling] | None:
@@ -103,8 +101,6 @@ class Factors:
                         (todo.append if user.role == "param" else users.add)(user)
         return uses
 
-    # Backwards
-
     def _made(self, op: Op, user: Op, factor: Tensor) -> list[Scaling] | None:
         """Multiply the value of an operation, which only ``user`` may use."""
         if real_users(op) != [user] or op in self.returned or op.channels != len(factor) or op.channel_dim is None:
@@ -142,21 +138,15 @@ class Factors:
         given = op.takes[1:3]  # weight and bias of F.conv2d, F.batch_norm and so on
         if op.role == "linear" or not given or not all(self._is_parameter(p) for p in given):
             return None
-        if op.role == "conv":
-            if op.conv is None or (op.conv.transposed and op.conv.groups > 1):
-                return None
-            dims = [1 if op.conv.transposed else 0, 0]
-        else:
-            dims = [0, 0]
-        if any(p.shape[d] != len(factor) for p, d in zip(given, dims, strict=False)):
+        transposed = op.conv is not None and op.conv.transposed
+        if op.role == "conv" and (op.conv is None or (transposed and op.conv.groups > 1)):
             return None
         if op.role == "norm" and any(p.dim != 1 for p in given):
             return None
-        return [
-            Scaling(p.path, along(factor, d, p.dim), op)
-            for p, d in zip(given, dims, strict=False)
-            if p.path is not None
-        ]
+        own = list(zip(given, (int(transposed), 0), strict=False))
+        if any(p.shape[dim] != len(factor) for p, dim in own):
+            return None
+        return [Scaling(str(p.path), along(factor, dim, p.dim), op) for p, dim in own]
 
     def _multiplied(self, op: Op, factor: Tensor) -> list[Scaling] | None:
         """Fold into a product: into its parameter, such as layer scale, or else further back, into what it scales."""
@@ -166,8 +156,6 @@ class Factors:
             if op.name != "div" and one_each and scale.path is not None and self._is_parameter(scale):
                 return [Scaling(scale.path, along(factor, dim, scale.dim), op)]
         return self._made(op.data[0], op, factor) if self._same_channels(op.data[0], op) else None
-
-    # Forwards
 
     def _taken(self, op: Op, factor: Tensor) -> list[Scaling] | None:
         users = real_users(op)
@@ -198,8 +186,6 @@ class Factors:
         if (self._lets_through(user, factor) or padded or multiplied) and self._same_channels(op, user):
             return self._taken(user, factor)
         return None
-
-    # Both
 
     def _lets_through(self, op: Op, factor: Tensor) -> bool:
         """Return whether an operation on one value commutes with a factor for each of its channels."""

@@ -15,6 +15,7 @@ from ..errors import RetrofitError, brief, check_flag, check_module
 from ..fusion.attention import check_unfused
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Site, Skipped
+from ..precision import tf32
 from ..retrofit import check_removable, has_se, plan_of
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.inputs import Inputs
@@ -72,14 +73,12 @@ def fold_se(
     check_gates({site.path: model.get_submodule(site.path) for site in sites}, "it can't be folded")
     batches = first_batches(model, data, keys or (), max_batches)
     work = in_mode(copied(model, independent=True), False)
-    with isolated(model), forked_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad(), tf32(False):
         ses = {site.path: work.get_submodule(site.path) for site in sites}
         gates = gates_over(work, ses, ((batch.inputs, None) for batch in batches))
         reference = Reference(work, batches)
-        effects = _effects(work, gates, reference)
-        kept = _greedy(work, gates, effects, reference, tolerance, max_accuracy_loss)
-        todo = _absorb(work, [path for path in gates if path not in kept], gates, batches)
-        _check_progress(todo, ses)
+        effects, kept = _greedy(work, gates, reference, tolerance, max_accuracy_loss)
+        todo = _absorb(work, ses, [path for path in gates if path not in kept], gates, batches)
         carry_out(work, replace(todo, scalings=[]))
         change, accuracy = reference.compare()
     result = model if inplace else copied(model)
@@ -118,25 +117,16 @@ def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any,
     check_values(model.named_parameters())
 
 
-# Which gates may be constant ------------------------------------------------------------------------------------------
-
-
-def _effects(work: nn.Module, gates: dict[str, SiteGates], reference: Reference) -> dict[str, float]:
-    """Return how much constant gates at each site change the outputs, with all other sites unchanged."""
-    effects = {}
+def _greedy(
+    work: nn.Module, gates: dict[str, SiteGates], reference: Reference, tolerance: float, max_accuracy_loss: float
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Make gates constant within the limits, starting with the least effect. Return how much constant gates at each site
+    alone change the outputs, and the limits that kept sites."""
+    effects, kept = {}, {}
     for path, found in gates.items():
         se = put_factor(work, path, found.mean)
         effects[path] = reference.compare()[0]
         put(work, path, se)
-    return effects
-
-
-def _greedy(
-    work: nn.Module, gates: dict[str, SiteGates], effects: dict[str, float], reference: Reference,
-    tolerance: float, max_accuracy_loss: float,
-) -> dict[str, str]:  # fmt: skip
-    """Make gates constant within the limits, starting with the least effect; return the limits that kept the others."""
-    kept = {}
     for path in sorted(gates, key=lambda path: effects[path]):
         if effects[path] > tolerance:
             kept[path] = "outputs"
@@ -150,29 +140,30 @@ def _greedy(
             kept[path] = "accuracy"
         if path in kept:
             put(work, path, se)
-    return kept
-
-
-# Where they are folded ------------------------------------------------------------------------------------------------
+    return effects, kept
 
 
 @dataclass(frozen=True)
 class Todo:
-    """The changes to make to a network: the scalings of its parameters, the SE modules that are ``gone`` with their
-    substitutes, and the ``factors`` that replace others, by path."""
+    """Changes to a network: scalings, the SE modules that are ``gone`` with theirs, ``factors`` for others."""
 
     scalings: list[Scaling] = field(default_factory=list)
     gone: dict[str, list[Scaling]] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], batches: list[Labelled]) -> Todo:
+def _absorb(
+    work: nn.Module,
+    ses: dict[str, nn.Module],
+    constant: list[str],
+    gates: dict[str, SiteGates],
+    batches: list[Labelled],
+) -> Todo:
     """Fold constant gates into the network, after checking that each leaves the outputs unchanged up to rounding."""
     todo = Todo()
-    if not constant:
-        return todo
-    factors = Factors(work, record(work, Inputs((batches[0].inputs,))), constant)
-    wanted = outputs_of(work, batches[0])
+    if constant:
+        factors = Factors(work, record(work, Inputs((batches[0].inputs,))), constant)
+        wanted = outputs_of(work, batches[0])
     for path in constant:
         factor = gates[path].mean
         scalings = absorb(work, factors, path, factor, batches[0], wanted)
@@ -181,14 +172,18 @@ def _absorb(work: nn.Module, constant: list[str], gates: dict[str, SiteGates], b
         else:
             todo.scalings.extend(scalings)
             todo.gone[path] = scalings
+    if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
+        raise RetrofitError(
+            f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be folded into "
+            "any weight"
+        )
     return todo
 
 
 def absorb(
     work: nn.Module, factors: Factors, path: str, factor: Tensor, batch: Labelled, wanted: list[Tensor]
 ) -> list[Scaling] | None:
-    """Fold the constant factor of an SE module into the network and set the module's own to 1. If that is impossible,
-    return None and leave the network unchanged."""
+    """Fold the constant factor of an SE module into the network; if that is impossible, change nothing, return None."""
     close = torch.finfo(wanted[0].dtype).eps ** 0.5
     for find in (factors.backwards, factors.forwards):
         scalings = find(path, factor)
@@ -204,17 +199,6 @@ def absorb(
         for name, value in before.items():
             work.get_parameter(name).copy_(value)
     return None
-
-
-def _check_progress(todo: Todo, ses: dict[str, nn.Module]) -> None:
-    if not todo.gone and all(isinstance(se, StaticFactor) for se in ses.values()):
-        raise RetrofitError(
-            f"there is nothing left to fold: all that is left, {few(ses)}, is constant factors already, which can't be folded into "
-            "any weight"
-        )
-
-
-# Carrying it out ------------------------------------------------------------------------------------------------------
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

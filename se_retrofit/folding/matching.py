@@ -70,7 +70,12 @@ def parts_of(record: Record) -> list[Part]:
         if op in gates:
             parts.setdefault(("gate", gates[op].path), gates[op])
         elif op.module is not None and is_retrofitted(op.module) and op.path is not None:
-            parts.setdefault(("gate", op.path), _own_gate(op.path, op.module))
+            assert isinstance(op.module, SEAttention)
+            first, last = (f"{op.path}.fc.{i}" for i in (0, 2))
+            biases = (f"{first}.bias", f"{last}.bias") if op.module.fc[0].bias is not None else (None, None)  # type: ignore[index]
+            weights = f"{first}.weight", f"{last}.weight"
+            gate = Gate(op.path, op.module.channel, op.module.hidden, weights, biases)
+            parts.setdefault(("gate", op.path), gate)
         elif op not in inside and op.role != "param":
             tensors = tuple(_tensors(op))
             if tensors:
@@ -78,16 +83,9 @@ def parts_of(record: Record) -> list[Part]:
     return list(parts.values())
 
 
-def _own_gate(path: str, se: nn.Module) -> Gate:
-    assert isinstance(se, SEAttention)
-    assert isinstance(se.fc, nn.Sequential)
-    biases = [f"{path}.fc.{i}.bias" if se.fc[i].bias is not None else None for i in (0, 2)]
-    return Gate(path, se.channel, se.hidden, (f"{path}.fc.0.weight", f"{path}.fc.2.weight"), (biases[0], biases[1]))
-
-
 def _native_gate(product: Op) -> tuple[Gate, set[Op]]:
     gate, scaled = product.data if product.data[0].flat else reversed(product.data)
-    path = next((c.path for c in _calls(gate) if c.path), gate.call.path)
+    path = gate.call.path  # "" only where the network itself computes the gate
     op, own, layers = gate, {product}, []
     for wanted in ("sigmoid", "layer", "relu", "layer", "pool"):
         while op.role in ("pass", "shape") and len(op.data) == 1:
@@ -121,13 +119,6 @@ def _native_gate(product: Op) -> tuple[Gate, set[Op]]:
     return Gate(path, int(shape[1]), int(shape[0]), (first[0], second[0]), biases), own
 
 
-def _calls(op: Op) -> Iterator[Any]:
-    call = op.call
-    while call is not None:
-        yield call
-        call = call.parent  # type: ignore[assignment]
-
-
 def _tensors(op: Op) -> Iterator[tuple[str, torch.Size]]:
     """Yield the parameters and buffers that an operation uses, in the order of its arguments."""
     if op.module is not None and op.path is not None:
@@ -146,9 +137,6 @@ def _leaves(op: Op) -> Iterator[tuple[str, torch.Size]]:
             yield op.path, op.shape
         for given in op.inputs:
             yield from _leaves(given)
-
-
-# Matching -------------------------------------------------------------------------------------------------------------
 
 
 def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
@@ -171,11 +159,7 @@ def matched(ours: list[Part], theirs: list[Part]) -> list[tuple[Part, Part]]:
 
 
 def copy_layers(pairs: list[tuple[Part, Part]], source: nn.Module, target: nn.Module) -> None:
-    """Copy the values of each part of ``source`` (the first of a pair) to its part of ``target``.
-
-    Raises:
-        RetrofitError: If a gate of the source has biases, and that of the target has none. Nothing is copied then.
-    """
+    """Copy the values of each part of ``source``, the first of a pair, to that of ``target``; all or nothing."""
     values, own = source.state_dict(), target.state_dict()
     copies: list[tuple[Tensor, Tensor]] = []
     for a, b in pairs:

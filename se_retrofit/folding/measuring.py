@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..batches import batches_of, inputs_and_labels, placed
+from ..batches import as_taken_by, batches_of, inputs_and_labels
 from ..errors import RetrofitError
 from ..surgery.record.inputs import tensors_in
 from ..surgery.record.isolation import forked_randomness
@@ -29,28 +29,14 @@ def first_batches(model: nn.Module, data: Any, keys: Sequence[str], most: int) -
         raise TypeError(f"data must be a Dataset, a DataLoader or an iterable of batches, got {type(data).__name__}")
     found = []
     with forked_randomness():  # a DataLoader draws a seed for its workers
-        for batch in islice(_items(batches_of(model, data, keys)), most):
+        for batch in islice(batches_of(model, data, keys), most):
             inputs, labels = inputs_and_labels(batch, keys)
             if len(inputs):
-                given = placed(inputs, model)
+                given = as_taken_by(inputs, model)
                 found.append(Labelled(given, None if labels is None else labels.to(given.device)))
     if not found:
         raise RetrofitError("the data yields no batch, so there are no gates to measure; give at least one batch")
     return found
-
-
-def _items(loader: Iterable[Any]) -> Iterator[Any]:
-    try:
-        yield from loader
-    except TypeError as error:
-        if "default_collate" not in str(error):
-            raise
-        raise TypeError(
-            f"the data set's items can't be collated into a batch; give it a transform that returns tensors: {error}"
-        ) from None
-
-
-# Outputs --------------------------------------------------------------------------------------------------------------
 
 
 def outputs_of(model: nn.Module, batch: Labelled) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..attention import Inserted, SEAttention
 from ..errors import RetrofitError, check_module
 from ..fusion.attention import check_unfused
+from ..precision import tf32
 from ..retrofit import has_se, plan_of
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.graph import Record
@@ -62,7 +63,7 @@ def to_native(model: nn.Module, target: nn.Module | None = None) -> nn.Module:
     if target is not None:
         _check_native(target)
     result = copied(model)
-    with isolated(model), forked_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad(), tf32(False):
         own = _recorded(result)
         _scale(result, own, 2.0)
         plan = plan_of(result)
@@ -108,16 +109,13 @@ def from_native(model: M, source: nn.Module) -> M:
     _check_retrofitted(model, "from_native")
     _check_native(source)
     result = copied(model)
-    with isolated(model), forked_randomness(), torch.no_grad():
+    with isolated(model), forked_randomness(), torch.no_grad(), tf32(False):
         own = _recorded(result)
         pairs = matched(parts_of(own), _parts_beside(own.inputs, model, source))
         copy_layers([(theirs, ours) for ours, theirs in pairs], source, result)
         _scale(result, own, 0.5)
         _check_same(result, source, own.inputs, "the retrofitted network")
     return result
-
-
-# Helpers --------------------------------------------------------------------------------------------------------------
 
 
 def _check_retrofitted(model: nn.Module, caller: str) -> None:
@@ -135,8 +133,7 @@ def _check_retrofitted(model: nn.Module, caller: str) -> None:
 
 
 def _check_native(network: nn.Module) -> None:
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"expected the native network as a torch.nn.Module, got {type(network).__name__}")
+    check_module(network, "the native network")
     if has_se(network):
         raise RetrofitError(f"this {type(network).__name__} was retrofitted by add_se; give a network with native SE")
 
@@ -165,7 +162,7 @@ def _scale(model: nn.Module, record: Record, by: float) -> None:
     for path, se in _ses(model).items():
         if se.gate != "identity":
             continue
-        factor = torch.full((se.channel,), by, dtype=torch.float64)
+        factor = torch.full((se.channel,), by, dtype=torch.float64, device="cpu")
         scalings = factors.backwards(path, factor)
         squeezed = scalings is not None  # SE's squeeze is larger, too
         if scalings is None:

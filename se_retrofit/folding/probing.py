@@ -80,7 +80,7 @@ def _first_right(
     """Return the first candidate with which a copy of the module has the wanted output for a random input."""
     if not op.data:
         return None
-    x = torch.rand(_small(op), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
+    x = torch.rand(_small(op), generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu") - 0.3
     try:
         original = in_mode(copied(module, _in_float64, independent=True), False)
         with torch.no_grad():

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from .norms import affine_map, parts, process_group, why_no_norm
+from .norms import affine_map, parts, why_no_norm
 
 
 class FusedSEAttention(SEAttention):
@@ -21,18 +21,14 @@ class FusedSEAttention(SEAttention):
         before, norm = parts(norm)
         for module in before:
             u = module(u)
-        # an empty batch has no statistics, unless other processes have images
-        if u.dim() < 3 or u.shape[1:].numel() == 0 or (u.shape[0] == 0 and process_group(norm) is None):
+        if u.dim() < 3 or u.numel() == 0:  # an empty batch has no statistics
             return super().forward(norm(u))
         if isinstance(norm, _BatchNorm):
             norm._check_input_dim(u)
         # not flattened: the gradient of a view has another layout than u, and would have to be copied
         spatial = tuple(range(2, u.dim()))
         values = u.float() if u.dtype in (torch.float16, torch.bfloat16) else u
-        if u.shape[0]:
-            variances, means = torch.var_mean(values, spatial, correction=0)  # (N, C)
-        else:  # torch.var_mean warns
-            variances = means = values.sum(spatial)
+        variances, means = torch.var_mean(values, spatial, correction=0)  # (N, C)
         found = affine_map(norm, means, variances, u.shape[2:].numel())
         if found is None:
             return super().forward(norm(u))

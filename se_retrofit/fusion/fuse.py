@@ -140,8 +140,7 @@ def unfuse_se(model: M, *, inplace: bool = False) -> M:
 
 
 def _put(model: nn.Module, cls: type, change: Callable[[str, Splice], Splice]) -> None:
-    """Change the splices of blocks by ``change``, which gets the path of the SE module and the splice, and the class of
-    these modules to ``cls``. If a class can't be derived, nothing is changed."""
+    """Change the splices of blocks by ``change(path, splice)``, and the class of their SE to ``cls``, or nothing."""
     todo: list[tuple[Any, type, set[str]]] = []
     for path, block in model.named_modules():
         if isinstance(block, RetrofittedBlock) and "se_recipe" in vars(type(block)):

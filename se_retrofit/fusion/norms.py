@@ -8,7 +8,7 @@ from typing import Any
 import timm.layers
 import torch
 import torchvision
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..surgery.record.roles import is_sequential
@@ -17,8 +17,6 @@ from ..surgery.record.roles import is_sequential
 _KINDS: dict[Any, str] = {
     _BatchNorm.forward: "batch",
     timm.layers.BatchNormAct2d.forward: "batch",
-    nn.SyncBatchNorm.forward: "sync",
-    timm.layers.SyncBatchNormAct.forward: "sync",
     torchvision.ops.FrozenBatchNorm2d.forward: "frozen",
     timm.layers.FrozenBatchNormAct2d.forward: "frozen",
     nn.GroupNorm.forward: "group",
@@ -78,11 +76,6 @@ def why_no_norm(module: Any) -> str | None:
     return None
 
 
-def needs_statistics(norm: Any) -> bool:
-    """Return whether a batch norm normalizes by the statistics of the batch, as in training."""
-    return norm.training or norm.running_mean is None or norm.running_var is None
-
-
 def affine_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[Tensor, Tensor] | None:
     """Return the factor and the summand of each channel, ``(C,)``, or ``(N, C)`` for a group norm, from the means and
     variances over ``size`` positions, ``(N, C)``, without Bessel's correction; None if the norm has to raise its own
@@ -90,20 +83,12 @@ def affine_map(norm: Any, means: Tensor, variances: Tensor, size: int) -> tuple[
     kind = _KINDS[type(norm).forward]
     if kind == "group":
         return _group(norm, means, variances)
-    if kind == "frozen" or not needs_statistics(norm):
+    if kind == "frozen" or not (norm.training or norm.running_mean is None or norm.running_var is None):
         return _affine(norm, norm.running_mean, norm.running_var)
-    group = process_group(norm)
-    if group is None:
-        if means.shape[0] * size == 1:
-            return None
-        mean = means.mean(0)
-        return _batch(norm, mean, variances.mean(0) + means.var(0, correction=0), means.shape[0] * size)
-    # two sums instead of one of squares: a difference of large squares has no accuracy left for a variance
-    images = means.new_full((1,), means.shape[0])
-    *total, count = _Sum.apply(torch.cat([means.sum(0), images]), group).split([means.shape[1], 1])
-    mean = total[0] / count
-    within = (variances + (means - mean).square()).sum(0)
-    return _batch(norm, mean, _Sum.apply(within, group) / count, count.detach() * size)
+    count = means.shape[0] * size
+    if count == 1:
+        return None
+    return _batch(norm, means.mean(0), variances.mean(0) + means.var(0, correction=0), count)
 
 
 def _affine(norm: Any, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +98,7 @@ def _affine(norm: Any, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     return a, b if norm.bias is None else b + norm.bias
 
 
-def _batch(norm: Any, mean: Tensor, variance: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+def _batch(norm: Any, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if norm.training and norm.track_running_stats:
         with torch.no_grad():
             factor: Any = 0.0 if norm.momentum is None else norm.momentum
@@ -134,35 +119,3 @@ def _group(norm: nn.GroupNorm, means: Tensor, variances: Tensor) -> tuple[Tensor
     mean = m.mean(-1, keepdim=True).expand_as(m).reshape(images, channels)
     variance = v.mean(-1, keepdim=True) + m.var(-1, correction=0, keepdim=True)
     return _affine(norm, mean, variance.expand_as(m).reshape(images, channels))
-
-
-# Several processes ----------------------------------------------------------------------------------------------------
-
-
-def process_group(norm: Any) -> Any:
-    """Return the process group over which a SyncBatchNorm computes its statistics; None for a single process, in eval
-    mode, and for other norms."""
-    if not (
-        _KINDS[type(norm).forward] == "sync"
-        and norm.training
-        and distributed.is_available()
-        and distributed.is_initialized()
-    ):
-        return None
-    group = norm.process_group or distributed.group.WORLD
-    return group if distributed.get_world_size(group) > 1 else None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum of a tensor over processes. Each process has its own loss; the gradient is that of the losses' sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = x.clone()
-        distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return _Sum.apply(gradient, ctx.group), None

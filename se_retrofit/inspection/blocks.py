@@ -1,4 +1,4 @@
-"""A block as a graph before and after its retrofit, and its description in words."""
+"""A block as a graph before and after its retrofit, a model with all its blocks, and their description in words."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..plan import Site
-from ..surgery.record.graph import Op, tensor_of
+from ..errors import RetrofitError
+from ..plan import Plan, Site
+from ..surgery.record.graph import Op, Record, tensor_of
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import is_retrofitted
+from ..tables import few
 
 END = "the block's end"
 
@@ -47,7 +49,7 @@ class BlockGraph:
         if node.op == "call_module":
             return class_name(node.meta["module"])
         if node.op == "call_function":
-            return "getitem" if is_getitem(node) else sign_of(node.meta["ops"][0])
+            return "getitem" if is_getitem(node) else _sign_of(node.meta["ops"][0])
         return node.op
 
     def path(self, target: str) -> str:
@@ -174,13 +176,49 @@ class BlockPair:
         return (self.cls, self.kind, tuple(rows))
 
 
+@dataclass(eq=False, repr=False)
+class Inspected:
+    """A model, its plan, the record of one run, and its blocks with SE, in the order of the plan."""
+
+    model: nn.Module
+    plan: Plan
+    record: Record
+    blocks: list[BlockPair]
+
+    def distinct(self) -> list[list[BlockPair]]:
+        """Return the blocks in groups of the same structure, each starting with the most telling one: among dense
+        layers, the first that takes several feature maps."""
+        groups: dict[tuple[Any, ...], list[BlockPair]] = {}
+        for block in self.blocks:
+            groups.setdefault(block.signature(), []).append(block)
+        return [sorted(group, key=lambda pair: pair.inputs < 2) for group in groups.values()]
+
+    def block(self, path: str) -> BlockPair:
+        """Return a block, which has a ``before.graph``, an ``after.graph`` and its ``sites``.
+
+        Raises:
+            RetrofitError: If there is no such block.
+        """
+        exact = [pair for pair in self.blocks if path == pair.path or path in [site.path for site in pair.sites]]
+        known = path and path in dict(self.model.named_modules())
+        around = [pair for pair in self.blocks if known and pair.path and path.startswith(f"{pair.path}.")]
+        within = [pair for pair in self.blocks if known and pair.path.startswith(f"{path}.")]
+        if exact or around:
+            return exact[0] if exact else max(around, key=lambda pair: len(pair.path))
+        if len(within) == 1:
+            return within[0]
+        there = few((pair.path for pair in within or self.blocks), 6)
+        if within:
+            raise RetrofitError(f"{len(within)} blocks with SE are in {path!r}, name one: {there}")
+        raise RetrofitError(f"no block with SE that runs on these inputs is {path!r}; those that do are {there}")
+
+
 def join(*parts: str) -> str:
     """Join parts, any of which may be empty, to a module path."""
     return ".".join(part for part in parts if part)
 
 
-def sign_of(op: Op) -> str:
-    """Describe an operation in few words: ``cat``, ``+=``."""
+def _sign_of(op: Op) -> str:
     sign = {"add": "+", "mul": "*", "sub": "-", "div": "/"}.get(op.name)
     return op.name if sign is None else sign + "=" * op.inplace
 

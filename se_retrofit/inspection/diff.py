@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -14,83 +14,54 @@ from ..surgery.record.methods import unwrapped
 from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import strip
 from .blocks import BlockPair, class_name
-from .lines import Line
 
-_STYLES = {"+": "green", "-": "red", "@": "cyan"}
+Source = tuple[str, list[str], list[str]]  # its name, and its lines before and after
 
 
-def diff_lines(pair: BlockPair) -> list[Line]:
-    """Return the coloured diff of an inspected block."""
+def diff_lines(pair: BlockPair) -> list[str]:
+    """Return the diff of an inspected block."""
     lines: list[str] = []
-    for source in sources(pair):
-        before, after = ("".join(text).expandtabs().splitlines() for text in (source.before, source.after))
-        lines += difflib.unified_diff(before, after, source.name, f"{source.name} with SE", n=3, lineterm="")
-    return [Line(line, style="bold" if line[:3] in ("---", "+++") else _STYLES.get(line[:1], "")) for line in lines]
+    for name, *texts in _sources(pair):
+        before, after = ("".join(text).expandtabs().splitlines() for text in texts)
+        lines += difflib.unified_diff(before, after, name, f"{name} with SE", n=3, lineterm="")
+    return [line.rstrip() for line in lines]
 
 
-@dataclass(frozen=True)
-class ChangedSource:
-    """A method (or container) of a block, as lines before and after."""
-
-    name: str
-    before: list[str]
-    after: list[str]
-
-
-def sources(pair: BlockPair) -> list[ChangedSource]:
-    """Return the methods in which the SE modules of a block are called."""
-    found: list[ChangedSource] = []
+def _sources(pair: BlockPair) -> Iterator[Source]:
+    """Yield the methods (or containers) in which the SE modules of a block are called, as lines before and after."""
     for holder in dict.fromkeys(_holder(pair, site.path) for site in pair.sites):
         module = pair.root.get_submodule(holder)
         title = f"{holder or '(model)'}, {class_name(module)}"
         if isinstance(module, RetrofittedBlock):
-            found += _of_class(type(module), title)
+            yield from _of_class(type(module), title)
         else:
             bare = copied(module, on_meta, independent=True)
             strip(bare)
-            found.append(ChangedSource(title, _lines(_text(bare)), _lines(_text(module))))
-    return found
+            yield title, _lines(_text(bare)), _lines(_text(module))
 
 
 def _holder(pair: BlockPair, path: str) -> str:
     """Return the module whose source calls an SE module: the one that holds it, or a GraphModule around that."""
-    holder = path.rpartition(".")[0]
-    while True:
-        module = pair.root.get_submodule(holder)
-        if isinstance(module, (RetrofittedBlock, fx.GraphModule)) or not holder:
-            return holder
-        outer = holder
-        while outer and not isinstance(pair.root.get_submodule(outer), fx.GraphModule):
-            outer = outer.rpartition(".")[0]
-        return outer if isinstance(pair.root.get_submodule(outer), fx.GraphModule) else holder
+    outer = holder = path.rpartition(".")[0]
+    if isinstance(pair.root.get_submodule(holder), RetrofittedBlock):
+        return holder
+    while outer and not isinstance(pair.root.get_submodule(outer), fx.GraphModule):
+        outer = outer.rpartition(".")[0]
+    return outer if isinstance(pair.root.get_submodule(outer), fx.GraphModule) else holder
 
 
-def _of_class(cls: Any, title: str) -> list[ChangedSource]:
+def _of_class(cls: Any, title: str) -> Iterator[Source]:
     recipe = cls.se_recipe
-    found = []
     for owner, method in dict.fromkeys((s.owner, s.method) for s in recipe.splices):
         before = unwrapped(vars(owner)[method])
-        after = next((f for c in cls.__mro__ if (f := unwrapped(vars(c).get(method))) and _is_spliced(f, before)), None)
-        if before is None or after is None:
-            continue
-        found.append(
-            ChangedSource(f"{title}.{method}", inspect.getsourcelines(before)[0], inspect.getsourcelines(after)[0])
-        )
+        functions = [f for c in cls.__mro__ if (f := unwrapped(vars(c).get(method))) and f is not before]
+        after = next((f for f in functions if before is not None and f.__qualname__ == before.__qualname__), None)
+        if before is not None and after is not None:
+            yield f"{title}.{method}", inspect.getsourcelines(before)[0], inspect.getsourcelines(after)[0]
     if recipe.returned:
-        call = "super().forward(*args, **kwargs)"
-        head = "def forward(self, *args, **kwargs):\n"
-        found.append(
-            ChangedSource(
-                f"{title}.forward",
-                [head, f"    return {call}\n"],
-                [head, f"    return self.{recipe.returned}({call})\n"],
-            )
-        )
-    return found
-
-
-def _is_spliced(function: Any, original: Any) -> bool:
-    return function is not original and function.__qualname__ == original.__qualname__
+        call, head = "super().forward(*args, **kwargs)", "def forward(self, *args, **kwargs):\n"
+        scaled = f"    return self.{recipe.returned}({call})\n"
+        yield f"{title}.forward", [head, f"    return {call}\n"], [head, scaled]
 
 
 def _text(module: nn.Module) -> str:

@@ -9,8 +9,7 @@ from torch import fx
 
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import few
-from .blocks import BlockGraph, BlockPair, class_name, describe, is_getitem, is_parameter
-from .inspected import Inspected
+from .blocks import BlockGraph, BlockPair, Inspected, class_name, describe, is_getitem, is_parameter
 from .layout import layered
 from .network import JOINS, network_of
 from .picture import picture
@@ -76,9 +75,6 @@ def sides_of(pair: BlockPair) -> list[Picture]:
     return [diagram.picture(without_se=True), diagram.picture()]
 
 
-# What is drawn of a graph ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Node:
     """A node of a picture: a join, or a box with lines of text, coloured by its role; and the shape of its value."""
@@ -134,9 +130,6 @@ def _node(block: BlockGraph, node: fx.Node, parts: list[fx.Node], inputs: int) -
     low = kind.lower()
     role = next((role for role, words in ROLES if any(word in low for word in words)), "other")
     return _Node(role, tuple(line if len(line) <= MOST else f"{line[: MOST - 1]}\u2026" for line in lines), shape)
-
-
-# Where it is drawn ----------------------------------------------------------------------------------------------------
 
 
 class _Diagram:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.parts import check_positive
-from ..batches import batches_of, inputs_and_labels, placed
+from ..batches import as_taken_by, batches_of, inputs_and_labels
 from ..errors import RetrofitError
 from ..models import IMAGES
 from ..surgery.record.copying import check_values
@@ -121,7 +121,7 @@ def excitations(
         for batch in islice(batches_of(model, data, keys or ()), max_batches):
             images, labels = inputs_and_labels(batch, keys or ())
             inputs += len(images)
-            yield placed(images, model), labels
+            yield as_taken_by(images, model), labels
 
     training = [(module, module.training) for module in model.modules()]
     try:
@@ -134,10 +134,5 @@ def excitations(
     if not inputs:
         raise RetrofitError("the data yields no batch, so there are no gates to inspect")
     missed = tuple(path for path in ses if path not in found)
-    return Excitations(tuple(found.values()), inputs, missed, _class_names(model, data))
-
-
-def _class_names(model: nn.Module, data: Any) -> tuple[str, ...]:
-    """Return the names of the classes, if the network or the data set has them."""
     names = vars(model).get(IMAGES, {}).get("classes") or getattr(getattr(data, "dataset", data), "classes", ())
-    return tuple(map(str, names))
+    return Excitations(tuple(found.values()), inputs, missed, tuple(map(str, names)))

@@ -90,12 +90,9 @@ class SiteGates:
     def quartiles(self) -> dict[str, Any]:
         """Return a few numbers that JSON can hold: the quartiles of the channels' mean gates, their range, their
         variation, and the saturated fraction."""
-        channels = torch.quantile(self.mean, torch.tensor(QUANTILES, dtype=self.mean.dtype))
+        channels = torch.quantile(self.mean, self.mean.new_tensor(QUANTILES))
         numbers = {name: getattr(self, name) for name in ("low", "high", "variation", "saturated")}
         return {"channels": channels.tolist(), **numbers}
-
-
-# Gathering ------------------------------------------------------------------------------------------------------------
 
 
 class Moments:
@@ -107,14 +104,13 @@ class Moments:
     """
 
     def __init__(
-        self, columns: int, dtype: torch.dtype = torch.float32, limits: tuple[float, float] = (-math.inf, math.inf)
-    ) -> None:
+        self, columns: int, dtype: torch.dtype = torch.float32, limits: tuple[float, float] = (-math.inf, math.inf),
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.limits = limits
-        self.rows = torch.zeros((), dtype=dtype)
-        self.mean = torch.zeros(columns, dtype=dtype)
-        self._squares = torch.zeros(columns, dtype=dtype)
-        self.low, self.high = (torch.full((), limit, dtype=dtype) for limit in (math.inf, -math.inf))
-        self.beyond = torch.zeros((), dtype=dtype)
+        self.mean, self._squares = (torch.zeros(columns, dtype=dtype, device=device) for _ in range(2))
+        self.rows, self.beyond = (torch.zeros((), dtype=dtype, device=device) for _ in range(2))
+        self.low, self.high = (self.rows.new_full((), limit) for limit in (math.inf, -math.inf))
 
     @torch.no_grad()
     def add(self, values: Tensor) -> None:
@@ -216,9 +212,6 @@ def gated_modules(model: nn.Module) -> dict[str, Any]:
     return ses
 
 
-# While it trains ------------------------------------------------------------------------------------------------------
-
-
 class GateLogger:
     """Collects the gates of a retrofitted network while it runs, for a training loop of your own.
 
@@ -261,7 +254,11 @@ class GateLogger:
 
     def reset(self) -> None:
         """Discard the statistics, for the next epoch."""
-        self._moments = {path: Moments(se.channel, limits=saturation_limits(se)) for path, se in self._ses.items()}
+        self._moments = {
+            # on the module's device from the start: compiled code would be compiled again once they move there
+            path: Moments(se.channel, limits=saturation_limits(se), device=next(se.parameters(), torch.empty(0)).device)
+            for path, se in self._ses.items()
+        }
 
     def write(self, writer: Any, step: int) -> None:
         """Write the summary to TensorBoard: for each site, a histogram of its channels' mean gates, ``gates/PATH``, and

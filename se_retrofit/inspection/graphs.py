@@ -30,39 +30,50 @@ def blocks_of(model: nn.Module, plan: Plan, record: Record) -> list[BlockPair]:
         for call in record.calls
         if is_sequential(call.module) or any(map(is_retrofitted, call.module.modules()))
     }
-    pairs = (_block(model, record, own, opened) for own in sites.values())
-    return [pair for pair in pairs if pair is not None]
+    called = {op.path: op.call for op in reversed(record.ops)}
+    calls: dict[str, list[Call]] = {}
+    for call in record.calls:
+        calls.setdefault(call.path, []).append(call)
+    modules = dict(model.named_modules())
+    pairs = []
+    for path, own in sites.items():
+        around = _call_around(path, called.get(own[0].path))
+        if around is not None:
+            cls = class_name(_unit(calls[path][0]) if path in calls else modules.get(path, model))
+            pairs.append(_block(model, record, own, around, opened, cls, len(calls[around.path])))
+    return pairs
 
 
 Steps = list[Op | Call]
 
 
-def _block(model: nn.Module, record: Record, sites: list[Site], opened: Container[str]) -> BlockPair | None:
-    """Return the block that contains some sites, or None if it is not called."""
-    path, kind = sites[0].block, sites[0].kind
-    se = next((op for op in record.ops if op.path == sites[0].path), None)
-    call = se.call if se is not None else None
+def _call_around(path: str, call: Call | None) -> Call | None:
+    """Return the first call, beginning with this one, of a module around the module at a path, or of that module."""
     while call is not None and call.path and not f"{path}.".startswith(f"{call.path}."):
         call = call.parent
-    if call is None:
-        return None
+    return call
+
+
+def _block(
+    model: nn.Module, record: Record, sites: list[Site], call: Call, opened: Container[str], cls: str, calls: int
+) -> BlockPair:
+    """Return the block that contains some sites and is ``call``, or a part of it."""
+    path, kind = sites[0].block, sites[0].kind
     steps = _steps(record, call, opened)
     if call.path != path:
         steps = _part(steps, path, sites)
     graph = graph_of(record, steps, call if call.path == path else None)
-    cls = class_name(_unit_around(record, path, model))
-    return BlockPair(path, kind, cls, sites, model, graph, _span(steps), sum(c.path == call.path for c in record.calls))
+    return BlockPair(path, kind, cls, sites, model, graph, _span(steps), calls)
 
 
-def _unit_around(record: Record, path: str, model: nn.Module) -> nn.Module:
-    """Return the module of a block. If it is a sequence that makes up the whole module around it, return that module,
-    whose class is more telling: the double convolution of which it is the ``net``."""
-    call = next((call for call in record.calls if call.path == path), None)
-    while call is not None and call.parent is not None and call.parent.path and is_sequential(call.module):
+def _unit(call: Call) -> nn.Module:
+    """Return the module that is called. If it is a sequence that makes up the whole module around it, return that
+    module, whose class is more telling: the double convolution of which it is the ``net``."""
+    while call.parent is not None and call.parent.path and is_sequential(call.module):
         if call.parent.inputs != call.inputs or call.parent.outputs != call.outputs:
             break
         call = call.parent
-    return call.module if call is not None else dict(model.named_modules()).get(path, model)
+    return call.module
 
 
 def call_graph(record: Record, call: Call, opened: Container[str]) -> BlockGraph:
@@ -132,8 +143,7 @@ class _Copies(dict[fx.Node, fx.Node]):
     """The copies in a block's graph of nodes of a record's graph; missing ones are copied when they are looked up."""
 
     def __init__(self, record: Record, scope: str) -> None:
-        self.record, self.block = record, BlockGraph(fx.Graph(), scope)
-        self.ops = {op.node: op for op in record.ops}
+        self.record, self.ops, self.block = record, record.op_of, BlockGraph(fx.Graph(), scope)
 
     def __missing__(self, node: fx.Node) -> fx.Node:
         # nodes without inputs are copied on first use, as are those that return several tensors, one operation each

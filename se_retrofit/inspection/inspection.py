@@ -20,12 +20,11 @@ from ..retrofit import plan_of, warn_of_lost_sites
 from ..saving.atomic import replaced_file
 from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of
 from ..surgery.record.runs import record
-from ..tables import counted
+from ..tables import Name, counted
+from .blocks import Inspected
 from .diff import diff_lines
 from .drawing import drawn
 from .graphs import blocks_of
-from .inspected import Inspected
-from .lines import Line, Lines
 from .printing import block_lines, network_lines
 from .report import Report, report_of
 
@@ -60,11 +59,11 @@ class Inspection(Inspected):
         > SE 64 -> 4 -> 64 after bn2 (BatchNorm2d), before +=
         ...
         >>> print(inspection.diff("layer1.0"))  # doctest: +ELLIPSIS
-          --- layer1.0, BasicBlock.forward
-          +++ layer1.0, BasicBlock.forward with SE
+        --- layer1.0, BasicBlock.forward
+        +++ layer1.0, BasicBlock.forward with SE
         ...
-          -        x = self.bn2(x)
-          +        x = self.se_attention(self.bn2(x))
+        -        x = self.bn2(x)
+        +        x = self.se_attention(self.bn2(x))
         ...
         >>> inspection.draw(f"{tempfile.mkdtemp()}/resnet18.svg").name
         'resnet18.svg'
@@ -80,16 +79,16 @@ class Inspection(Inspected):
         """Return what was inserted where, and what it costs: a row for each site, and totals."""
         return self._report
 
-    def graph(self, block: str | None = None) -> Lines:
+    def graph(self, block: str | None = None) -> str:
         """Return the network at the level of its blocks, with their classes, inputs and outputs; or the torch.fx graph
         of one block. Lines about SE have a ``>`` in the margin.
 
         Raises:
             RetrofitError: If there is no such block.
         """
-        return Lines(network_lines(self) if block is None else block_lines(self.block(block)))
+        return Name("\n".join(network_lines(self) if block is None else block_lines(self.block(block))))
 
-    def diff(self, block: str | None = None) -> Lines:
+    def diff(self, block: str | None = None) -> str:
         """Return a unified diff of a block's source, from the author's code to the current; by default of all blocks.
 
         If SE is in an ``nn.Sequential``, the diff shows its elements; in a GraphModule, the generated code.
@@ -97,13 +96,11 @@ class Inspection(Inspected):
         Raises:
             RetrofitError: If there is no such block.
         """
-        lines: list[Line] = []
-        for number, (pair, *others) in enumerate(self.distinct() if block is None else [[self.block(block)]]):
-            lines += [Line("")] if number else []
-            lines += diff_lines(pair)
-            if others:
-                lines.append(Line(f"like it: {', '.join(other.path for other in others)}"))
-        return Lines(lines)
+        texts = []
+        for pair, *others in self.distinct() if block is None else [[self.block(block)]]:
+            alike = [f"like it: {', '.join(other.path for other in others)}"] if others else []
+            texts.append("\n".join([*diff_lines(pair), *alike]))
+        return Name("\n\n".join(texts))
 
     def draw(self, path: str | Path, block: str | None = None) -> Path:
         """Draw each distinct block before and after, with shapes on the edges and SE in orange.

@@ -41,8 +41,7 @@ def layered(widths: Sequence[float], edges: Sequence[Edge]) -> Layout:
 
 
 def _rows(number: int, edges: Sequence[Edge]) -> list[int]:
-    """Return the layer of each node: directly below the last of its sources; a node without sources is directly above
-    the first node that uses it."""
+    """Return the layer of each node: below its last source; without sources, above the first node that uses it."""
     row = [0] * number
     for source, end in sorted(edges, key=lambda edge: edge[1]):
         row[end] = max(row[end], row[source] + 1)
@@ -86,8 +85,7 @@ class _Grid:
         return above, below
 
     def ordered(self) -> list[list[int]]:
-        """Return the layers in the order with the fewest crossings over several sweeps, each of which sorts items by
-        the mean position of the items that they are linked with, above or below."""
+        """Return the layers in the best order of several sweeps, which sort items by the mean place of links."""
         layers: list[list[int]] = [[] for _ in range(max(self.row) + 1)]
         for item, row in enumerate(self.row):
             layers[row].append(item)

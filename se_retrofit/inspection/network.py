@@ -9,9 +9,8 @@ from torch import fx
 
 from ..surgery.record.graph import Call, Op
 from ..surgery.splice.undo import is_retrofitted
-from .blocks import BlockGraph, BlockPair, class_name, describe, join
+from .blocks import BlockGraph, BlockPair, Inspected, class_name, describe, join
 from .graphs import call_graph
-from .inspected import Inspected
 
 MOST_OPERATIONS = 8  # after the last module; up to so many are shown one by one
 JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "cat", "concat": "cat"}
@@ -19,25 +18,17 @@ JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "c
 
 @dataclass(eq=False)
 class Node:
-    """A box of the picture.
+    """A box of the picture."""
 
-    Attributes:
-        name: path of a block or module; of several in a row, the first (``last`` is the last); for a join, its sign.
-        words: classes of the modules.
-        kind: "block", "module", "join" or "function".
-        bypass: whether an input of the block reaches its output without passing its SE.
-        shape, space: shape of its output, without the batch, and its spatial part (the stage); () for a vector.
-    """
-
-    name: str
-    words: str
-    kind: str
+    name: str  # path of a block or module, or of the first of several in a row; for a join, its sign
+    words: str  # classes of the modules
+    kind: str  # "block", "module", "join" or "function"
     block: BlockPair | None
     ses: int
-    bypass: bool
-    shape: tuple[int, ...]
-    space: tuple[int, ...]
-    last: str = ""
+    bypass: bool  # whether an input of the block reaches its output without passing its SE
+    shape: tuple[int, ...]  # of its output, without the batch
+    space: tuple[int, ...]  # the spatial part of its shape, which is the stage; () for a vector
+    last: str = ""  # of several modules in a row, the last
     taken: list[Node] = field(default_factory=list)
 
     def beside(self, path: str) -> bool:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ..errors import extra
 from ..plan import folded
-from .blocks import BlockPair
+from .blocks import BlockPair, Inspected
 from .costs import human
 from .diff import diff_lines
 from .drawing import sides_of
-from .inspected import Inspected
-from .lines import Line
 from .network import network_of
 from .picture import picture
 from .printing import headline
@@ -21,7 +18,10 @@ from .report import NUMBERS, OPTIONAL, Report, percent
 with extra("inspect"):
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-_CLASSES = {"green": "add", "red": "del", "cyan": "head", "bold": "head"}
+# the CSS classes of columns of the table of sites
+COLUMNS = {"number": NUMBERS, "optional": OPTIONAL[:-1], "after": ("SE after",)}
+# the CSS classes of lines of a diff, by their first letters
+_CLASSES = {"---": "head", "+++": "head", "@": "head", "+": "add", "-": "del"}
 
 
 def page(found: Inspected, report: Report) -> str:
@@ -44,51 +44,42 @@ def page(found: Inspected, report: Report) -> str:
         network=drawn.svg("the network", style=f"--legible: {0.57 * drawn.width:.0f}px"),
         version=__version__,
         blocks=[_block(group) for group in groups],
-        columns={name: _classes(name) for name in report.rows[0].cells()},
+        columns={
+            name: " ".join(cls for cls, names in COLUMNS.items() if name in names) for name in report.rows[0].cells()
+        },
         links=links,
         skipped=folded(report.skipped),
     )
-
-
-def _classes(column: str) -> str:
-    """Return the CSS classes of a column of the table of sites."""
-    names = {"number": column in NUMBERS, "optional": column in OPTIONAL[:-1], "after": column == "SE after"}
-    return " ".join(name for name, given in names.items() if given)
 
 
 def _cards(report: Report) -> list[dict[str, Any]]:
     """Return the totals; differences are marked as such."""
     added = report.parameters_after - report.parameters_before
     share = percent(report.trainable_after, report.parameters_after)
+    more = f"+{added:,} (+{percent(added, report.parameters_before)})"
     cards: list[tuple[str, str, str, bool]] = [
-        (
-            "parameters",
-            f"{report.parameters_after:,}",
-            f"+{added:,} (+{percent(added, report.parameters_before)})",
-            True,
-        ),
+        ("parameters", f"{report.parameters_after:,}", more, True),
         ("trainable", f"{report.trainable_after:,}", f"{share} of all", False),
     ]
     if report.multiply_adds_before is not None and report.multiply_adds_after is not None:
         whole = report.multiply_adds_after + report.squeeze_scale
-        more = whole - report.multiply_adds_before
+        gained = whole - report.multiply_adds_before
         size = f"one {report.inputs} input" + (f", resized to {report.resized}" if report.resized else "")
-        change = f"+{human(more)} (+{percent(more, report.multiply_adds_before)})"
+        change = f"+{human(gained)} (+{percent(gained, report.multiply_adds_before)})"
         cards.append((f"multiply-adds, {size}", human(whole), change, True))
     return [dict(zip(("what", "much", "more", "is_change"), card, strict=True)) for card in cards]
 
 
 def _block(group: list[BlockPair]) -> dict[str, Any]:
     pair = group[0]
-    title, *places = (line.text for line in headline(pair))
+    title, places = headline(pair)
     return {
         "title": title,
         "place": "; ".join(places),
         "others": [other.path for other in group[1:]],
         "sides": [side.svg(word) for word, side in zip(("before", "after"), sides_of(pair), strict=True)],
-        "diff": _lines(diff_lines(pair)),
+        "diff": [
+            {"text": line, "cls": next((cls for start, cls in _CLASSES.items() if line.startswith(start)), "")}
+            for line in diff_lines(pair)
+        ],
     }
-
-
-def _lines(lines: Iterable[Line]) -> list[dict[str, str]]:
-    return [{"text": line.text, "cls": _CLASSES.get(line.style, "")} for line in lines]

@@ -51,19 +51,16 @@ def picture(network: Network, links: Mapping[str, str]) -> Picture:
     for column, own in zip(columns, arcs, strict=True):
         parts += (_arc(arc, column) for arc in own)
     for column in columns:
-        parts.append(_heading(column))
+        parts.append(text("name", column.x, column.y - 12, times(column.space) or "vector"))
         parts += (_box(node, column, row, links) for row, node in enumerate(column.nodes))
     return Picture(width, height, tuple(parts))
-
-
-# Where things go ------------------------------------------------------------------------------------------------------
 
 
 def _columns(nodes: Iterable[Node]) -> list[_Column]:
     """Group neighbours whose feature maps have the same size."""
     columns: list[_Column] = []
     for node in nodes:
-        space = _stage(node)
+        space = () if all(size == 1 for size in node.space) else node.space
         if not columns or columns[-1].space != space:
             columns.append(_Column([], space))
         columns[-1].nodes.append(node)
@@ -72,10 +69,6 @@ def _columns(nodes: Iterable[Node]) -> list[_Column]:
         columns[1].nodes.insert(0, first.nodes[0])
         columns.pop(0)
     return columns
-
-
-def _stage(node: Node) -> tuple[int, ...]:
-    return () if all(size == 1 for size in node.space) else node.space
 
 
 def _arcs(number: int, column: _Column, edges: Iterable[Edge], where: Mapping[Node, tuple[int, int]]) -> list[_Arc]:
@@ -126,13 +119,6 @@ def _place(
         column.y = y + _HEAD
         x = column.x + _WIDTH + _GUTTER
     return x - _GUTTER + 10, max(c.y + c.height for c in columns) + 6
-
-
-# What is drawn --------------------------------------------------------------------------------------------------------
-
-
-def _heading(column: _Column) -> str:
-    return text("name", column.x, column.y - 12, times(column.space) or "vector")
 
 
 def _box(node: Node, column: _Column, row: int, links: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch.fx.node import map_arg
@@ -10,14 +11,12 @@ from torch.fx.node import map_arg
 from ..plan import Site
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import Name, aligned
-from .blocks import BlockPair, class_name, describe
-from .inspected import Inspected
-from .lines import Line
+from .blocks import BlockPair, Inspected, class_name, describe
 from .network import Node, network_of
 
 
-def network_lines(found: Inspected) -> list[Line]:
-    """Return the blocks of an inspected model and what is between them, as lines."""
+def network_lines(found: Inspected) -> list[str]:
+    """Return the blocks of an inspected model and what is between them, as lines with marks in the margin."""
     names: dict[Node, str] = {}
     seen: Counter[str] = Counter()
     rows = [["name", "module", "output", "takes"]]
@@ -31,8 +30,12 @@ def network_lines(found: Inspected) -> list[Line]:
         name = names[node] + (f" .. {last}" if last else "")
         rows.append([name, _words(node), "x".join(map(str, node.shape)), few])
     marks = [False, *(bool(node.ses) for node in nodes)]
-    header, *lines = (Line(text, mark) for text, mark in zip(aligned(rows), marks, strict=True))
-    return [Line(class_name(found.model), style="bold"), Line(""), Line(header.text, style="bold"), *lines]
+    return [f"  {class_name(found.model)}", "", *_marked(aligned(rows), marks)]
+
+
+def _marked(texts: Iterable[str], marks: Iterable[bool]) -> list[str]:
+    """Return lines with a margin, in which those about SE are marked."""
+    return [("> " if mark else "  ") + text for text, mark in zip(texts, marks, strict=True)]
 
 
 def _words(node: Node) -> str:
@@ -52,20 +55,21 @@ def _site_words(pair: BlockPair, site: Site) -> str:
     return f"{describe(pair.root.get_submodule(site.path))} after {pair.se_after(site)}"
 
 
-def headline(pair: BlockPair) -> list[Line]:
-    """Return lines with the name of a block, and where SE is in it."""
-    lines = [Line(f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}", style="bold")]
+def headline(pair: BlockPair) -> tuple[str, list[str]]:
+    """Return the name of a block with its class and kind, and where each SE is in it."""
+    places = []
     for site in pair.sites:
         before = pair.se_before(site)
-        lines.append(Line(_site_words(pair, site) + (f", before {before}" if before else ""), se=True))
-    return lines
+        places.append(_site_words(pair, site) + (f", before {before}" if before else ""))
+    return f"{pair.path or '(model)'}: {pair.cls}, {pair.kind}", places
 
 
-def block_lines(pair: BlockPair) -> list[Line]:
+def block_lines(pair: BlockPair) -> list[str]:
     """Return the graph of one block as a table."""
-    lines = headline(pair)
+    title, places = headline(pair)
+    lines = [f"  {title}", *(f"> {place}" for place in places)]
     if pair.calls > 1:
-        lines.append(Line(f"called {pair.calls} times in a forward; the shapes are the first call's"))
+        lines.append(f"  called {pair.calls} times in a forward; the shapes are the first call's")
     rows, marks = [["opcode", "name", "target", "args", "module", "output"]], [False]
     for node in pair.after.graph.nodes:
         module = node.meta.get("module")
@@ -73,13 +77,7 @@ def block_lines(pair: BlockPair) -> list[Line]:
         arguments = ", ".join([*(_text(a) for a in node.args), *(f"{k}={_text(v)}" for k, v in node.kwargs.items())])
         rows.append([node.op, node.name, target, arguments, describe(module) if module else "", pair.after.shape(node)])
         marks.append(is_retrofitted(module))
-    header, *texts = aligned(rows)
-    return [
-        *lines,
-        Line(""),
-        Line(header, style="bold"),
-        *(Line(text, mark) for text, mark in zip(texts, marks[1:], strict=True)),
-    ]
+    return [*lines, "", *_marked(aligned(rows), marks)]
 
 
 def _text(argument: Any) -> str:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..plan import Site, Skipped, folded
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import aligned, as_html
-from .blocks import BlockPair, class_name
+from .blocks import BlockPair, Inspected, class_name
 from .costs import NOT_CALLED, SiteCost, human, multiply_adds, one_input, resized, site_costs
-from .inspected import Inspected
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -103,9 +102,9 @@ class Report:
     what: str = "SE"
 
     @property
-    def title(self) -> str:
-        """Full name of what is inserted."""
-        return "Squeeze-and-Excitation" if self.what == "SE" else f"{self.what} modules"
+    def heading(self) -> str:
+        """The network, and the full name of what is inserted."""
+        return f"{self.model} with {'Squeeze-and-Excitation' if self.what == 'SE' else f'{self.what} modules'}"
 
     def table(self, width: float = math.inf) -> list[str]:
         """Return the table as lines; the least important columns are dropped until it is no wider than ``width``."""
@@ -121,10 +120,11 @@ class Report:
     def totals(self) -> list[str]:
         """Return the lines below the table."""
         of = "" if self.what != "SE" else f", reduction {self.options['reduction']}, gate {self.options['gate']}"
-        share = percent(self.trainable_after, self.parameters_after)
+        before, after = self.parameters_before, self.parameters_after
+        share = percent(self.trainable_after, after)
         totals = {
             f"{self.what} modules": f"{len(self.rows)}{of}",
-            "parameters": _change(self.parameters_before, self.parameters_after),
+            "parameters": f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})",
             "trainable": f"{self.trainable_before:,} -> {self.trainable_after:,} ({share} of all)",
             **self._multiply_adds(),
         }
@@ -144,20 +144,18 @@ class Report:
         return {"multiply-adds": f"{whole} for one {self.inputs} input{resized}", "  of layers alone": alone}
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.model} with {self.title}", "", *self.table(), "", *self.totals()])
+        return "\n".join([self.heading, "", *self.table(), "", *self.totals()])
 
     def _repr_html_(self) -> str:
         cells = [row.cells() for row in self.rows]
         left = sum(name not in NUMBERS for name in cells[0])
-        title = f"{self.model} with {self.title}"
-        return as_html(
-            [list(cells[0]), *(list(row.values()) for row in cells)], left=left, above=title, below=self.totals()
-        )
+        rows = [list(cells[0]), *(list(row.values()) for row in cells)]
+        return as_html(rows, left=left, above=self.heading, below=self.totals())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
 
-        yield Text(f"{self.model} with {self.title}\n", "bold")
+        yield Text(f"{self.heading}\n", "bold")
         header, rule, *rows = self.table(options.max_width)
         yield Text(header, "bold", no_wrap=True, overflow="ignore")
         yield Text(rule, no_wrap=True, overflow="ignore")
@@ -173,10 +171,6 @@ class Report:
 def percent(part: int, whole: int) -> str:
     """Format a fraction in percent."""
     return f"{100 * part / whole:.2f}%" if whole else "0%"
-
-
-def _change(before: int, after: int) -> str:
-    return f"{before:,} -> {after:,} (+{after - before:,}, +{percent(after - before, before)})"
 
 
 def report_of(found: Inspected) -> Report:

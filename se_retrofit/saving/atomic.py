@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..errors import RetrofitError
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from ..locks import in_turn
 
 
 @contextlib.contextmanager
@@ -30,50 +27,33 @@ def replaced_directory(path: Path, ours: Collection[str]) -> Iterator[Path]:
     Raises:
         RetrofitError: As for ``check_replaceable``, or if ``path`` can't be written. What was at ``path`` is kept.
     """
-    fresh, aside = _fresh(path), _aside(path)
+    real, fresh, aside = _real(path), _beside(path, "new"), _beside(path, "previous")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with in_turn(real.parent):
             try:
                 if aside.exists() and not path.exists():
-                    aside.rename(path)
+                    aside.rename(real)
                 check_replaceable(path, ours)
-                _remove(fresh)
+                shutil.rmtree(fresh, ignore_errors=True)
                 fresh.mkdir()
                 yield fresh
                 for file in fresh.iterdir():
                     sync(file)
                 sync(fresh)
-                _remove(aside)
+                shutil.rmtree(aside, ignore_errors=True)
                 if path.exists():
-                    path.rename(aside)
-                fresh.rename(path)
-                _remove(aside)
-                sync(path.parent)
+                    real.rename(aside)
+                fresh.rename(real)
+                shutil.rmtree(aside, ignore_errors=True)
+                sync(real.parent)
             finally:
-                _remove(fresh)
+                shutil.rmtree(fresh, ignore_errors=True)
                 if aside.exists() and not path.exists():
-                    aside.rename(path)
+                    aside.rename(real)
     except OSError as error:
         kept = "; what was there before is untouched" if path.exists() else ""
         raise RetrofitError(f"{path} can't be written: {error.strerror or error}{kept}") from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process has locked a folder, and lock it, on systems and disks that can."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # also for children that were forked meanwhile
-        os.close(handle)
 
 
 def check_replaceable(path: Path, ours: Collection[str]) -> None:
@@ -94,28 +74,30 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Provide a new file beside ``path`` to write to, which replaces ``path`` on exit.
+    """Provide a new file of the same name to write to, which replaces ``path`` on exit, as do files written beside it.
+    It is in a folder of its own, because others may be writing to ``path``, too.
 
     Raises:
         RetrofitError: If the file can't be written. What was at ``path`` is kept.
     """
-    # The suffix is kept for writers that depend on it (matplotlib).
-    fresh = path.parent / f".{path.stem}.new{path.suffix}"
     try:
+        if path.is_char_device() or path.is_fifo():  # /dev/stdout must stay what it is
+            yield path
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        sync(fresh)
-        os.replace(fresh, path)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+            yield Path(folder, path.name)
+            for file in sorted(Path(folder).iterdir()):
+                sync(file)
+                os.replace(file, path.with_name(file.name))
     except OSError as error:
         raise RetrofitError(f"{path} can't be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # where nothing can be written, not even what is missing can be removed
-            fresh.unlink(missing_ok=True)
 
 
 def settled(path: Path) -> Path:
     """Return the folder to read: ``path``, or the previous folder if the process was killed between the two renames."""
-    return _aside(path) if _aside(path).is_dir() and not path.exists() else path
+    aside = _beside(path, "previous")
+    return aside if aside.is_dir() and not path.exists() else path
 
 
 def sync(path: Path) -> None:
@@ -129,19 +111,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _fresh(path: Path) -> Path:
-    return _beside(path, "new")
-
-
-def _aside(path: Path) -> Path:
-    return _beside(path, "previous")
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # "." has no name, and a link stays a link
 
 
 def _beside(path: Path, suffix: str) -> Path:
-    whole = Path(os.path.abspath(path))  # "." has no name
-    return whole.parent / f".{whole.name}.{suffix}"
-
-
-def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
+    real = _real(path)
+    return real.parent / f".{real.name}.{suffix}"

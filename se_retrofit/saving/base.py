@@ -13,8 +13,7 @@ from ..errors import RetrofitError, brief
 from ..models import LIBRARIES, Base
 from ..plan import Site
 from ..retrofit import has_se, plan_of
-from .rebuild import belongs_to
-from .recipe import RECIPE
+from .recipe import RECIPE, belongs_to
 
 
 def base_of(model: nn.Module) -> tuple[Base | None, str]:
@@ -97,9 +96,7 @@ def _mismatch(base: Base, model: nn.Module) -> str:
     theirs = {k: tuple(v.shape) for k, v in other.state_dict().items()}
     for key in [*ours, *theirs]:
         if ours.get(key) != theirs.get(key):
-            return (
-                f"{key} has the shape {ours.get(key, 'none')} in the network and {theirs.get(key, 'none')} in the base"
-            )
+            return f"{key} has shape {ours.get(key, 'none')} in the network and {theirs.get(key, 'none')} in the base"
     own, rebuilt = _layers(model, sites), _layers(other, ())
     for path in [*own, *rebuilt]:
         if own.get(path) != rebuilt.get(path):

@@ -29,32 +29,37 @@ def card_text(folder: Path, repo_id: str, license: str | None = None) -> str:
     base, images = named_base(recipe, folder), recipe["images"]
     data = huggingface_hub.ModelCardData(
         library_name="se_retrofit",
-        tags=["squeeze-and-excitation", "channel-attention", "pytorch"],
+        tags=[*(() if plan is None else ("squeeze-and-excitation", "channel-attention")), "pytorch"],
         license=license,
         pipeline_tag=None if images is None else "image-classification",
         base_model=str(base) if base is not None and base.library == "timm" and "." in base.name else None,
         metrics=[name for name in ("accuracy", "f1") if name in measured] or None,
     )
     options = {key: value for key, value in (recipe["add_se"] or {}).items() if value not in (None, [])}
-    given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    given = ", ".join(
+        f"{key}={value.get('callable') if isinstance(value, dict) else repr(value)}" for key, value in options.items()
+    )
     bare = "" if base is not None else ", base=the_bare_network"
     bare += ", attention=the_same" if isinstance(options.get("attention"), dict) else ""
     versions = ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())
     table = "This network has no SE." if plan is None else f"Made by `add_se(model, {given})`:\n\n```text\n{plan}\n```"
-    inserted = "Squeeze-and-Excitation" if plan is None or plan.what == "SE" else f"{plan.what} modules"
+    what = "A network" if base is None else f"A copy of {base}"
+    if plan is not None:
+        what += f" with {'Squeeze-and-Excitation' if plan.what == 'SE' else f'{plan.what} modules'} in its convolutional blocks"
     importing, using = "", ""
     if images is not None:
         importing = "from se_retrofit.finetune import predict\n"
         using = 'print(*predict(model, ["image.jpg"], top=3))\n'
     rows = [*_about(base, images, (folder / WEIGHTS).stat().st_size, license), *_scores(measured)]
-    facts = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
+    cells = [(name, " ".join(value.split()).replace("|", "\\|")) for name, value in rows]
+    facts = "\n".join(f"| {name} | {value} |" for name, value in cells)
     return f"""---
 {data.to_yaml()}
 ---
 
 # {repo_id.rpartition("/")[2]}
 
-A copy{"" if base is None else f" of {base}"} with {inserted} in its convolutional blocks.
+{what}.
 
 | | |
 | --- | --- |
@@ -70,10 +75,6 @@ model = from_pretrained("{repo_id}"{bare})
 
 Saved with {versions}.
 """
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _about(

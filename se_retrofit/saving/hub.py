@@ -43,7 +43,7 @@ def push_to_hub(
         license: the licence to put on the card, such as ``"apache-2.0"``.
         private: whether a newly created repository is private; None for the account's default.
         token: access token of the account; None for the one stored by ``hf auth login``.
-        revision: the branch to upload to; None for the main branch.
+        revision: the branch to upload to, which is created if it does not exist; None for the main branch.
         commit_message: message of the commit.
 
     Returns:
@@ -69,6 +69,8 @@ def push_to_hub(
             shutil.copy(saved / name, folder / name)
         with _hub_errors(f"{repo_id} can't be uploaded"):
             url = str(api.create_repo(repo_id, private=private, exist_ok=True))
+            if revision is not None and not revision.startswith("refs/"):  # a pull request
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             if not api.file_exists(repo_id, CARD, revision=revision):
                 (folder / CARD).write_text(card, encoding="utf-8")
             api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,22 @@ from torch import nn
 
 from ..attention import Attention
 from ..checkpoints import check_keys
-from ..errors import RetrofitError, check_module
+from ..errors import RetrofitError, check_module, check_unwrapped
 from ..plaindata import parse_json
 from ..plan import Plan
 from ..retrofit import has_se, plan_of
 from .atomic import replaced_file
-from .rebuild import belongs_to, carried_out
-from .recipe import FORMAT, check_fields, check_names, read_plan
+from .recipe import FORMAT, belongs_to, carried_out, read_fields, read_plan
 from .tensors import read_weights, tensors_of, tie, untied, write_tensors
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the file holds beside the tensors."""
+
+    format: int
+    plan: dict[str, Any]
+    tied: dict[str, str]
 
 
 def save_se(model: nn.Module, file: str | Path) -> Path:
@@ -32,7 +41,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
         file: the ``.safetensors`` file to write.
 
     Raises:
-        RetrofitError: If the model has no SE modules, or the file can't be written.
+        RetrofitError: If the model has no SE modules or is wrapped, or the file can't be written.
         TypeError: If ``model`` is not an nn.Module.
 
     Example:
@@ -44,12 +53,13 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
         >>> model = load_se(base, file)
     """
     check_module(model)
+    check_unwrapped(model)
     if not has_se(model):
         raise RetrofitError(f"this {type(model).__name__} has no SE modules to save; retrofit it first: add_se(model)")
     plan = plan_of(model)
     state = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan.sites)}
     stored, tied = untied(state)
-    header = {"format": FORMAT, "plan": plan.to_dict(), "tied": tied}
+    header = asdict(Header(FORMAT, plan.to_dict(), tied))
     with replaced_file(Path(file)) as fresh:
         write_tensors(stored, fresh, {"se_retrofit": json.dumps(header)})
     return Path(file)
@@ -106,6 +116,5 @@ def _read_se_header(file: Path) -> tuple[Plan, dict[str, str]]:
     if isinstance(header, dict) and "plan" not in header:  # written before plans could be carried out
         parts = {key: header.pop(key) for key in ("sites", "skipped", "inputs") if key in header}
         header["plan"] = {**parts, "options": header.pop("add_se", None)}
-    check_fields(header, {"format": (int,), "plan": (dict,), "tied": (dict,)}, file)
-    check_names(header["tied"], "tied", file)
-    return read_plan(header["plan"], header["plan"].pop("options", None), file), header["tied"]
+    checked: Header = read_fields(header, Header, f"{file}: header")
+    return read_plan(checked.plan, checked.plan.get("options"), file), checked.tied

@@ -10,22 +10,21 @@ from typing import Any
 from torch import nn
 
 from ..attention import Attention
-from ..errors import RetrofitError, brief, check_module
+from ..errors import RetrofitError, brief, check_module, check_unwrapped
 from ..models import IMAGES, Base, own_images
 from ..plan import noted_options
 from ..retrofit import has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
-from .rebuild import carried_out
-from .recipe import FORMAT, RECIPE, WEIGHTS, network_in, read_plan, read_recipe, version_of
+from .recipe import FORMAT, RECIPE, WEIGHTS, carried_out, network_in, read_plan, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
 
 def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | str | None = None) -> Path:
     """Save a retrofitted network, its weights and the recipe to rebuild it; return the folder.
 
-    An existing folder of this kind is replaced atomically: a reader finds either the old network or the new one.
+    An existing folder of this kind is replaced as a whole: whatever stops it leaves either the old network or the new one.
 
     Args:
         model: a network from ``add_se``.
@@ -35,8 +34,8 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
             those that ``Base.build`` built or that were loaded. If it is unknown, loading requires the bare network.
 
     Raises:
-        RetrofitError: If the model has no SE modules, ``base`` builds another network, or the folder holds other files
-            or can't be written.
+        RetrofitError: If the model has no SE modules or is wrapped (by DistributedDataParallel, say), ``base`` builds
+            another network, or the folder holds other files or can't be written.
         TypeError: If ``model`` is not an nn.Module, or ``base`` is neither a name nor a ``Base``.
 
     Warns:
@@ -53,6 +52,7 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
         'ResNet'
     """
     check_module(model)
+    check_unwrapped(model)
     if not has_se(model):
         raise RetrofitError(
             f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "
@@ -118,8 +118,7 @@ def load_retrofitted(
 
 
 def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -> str:
-    """Write the weights and the recipe of a network, retrofitted or not, into an existing folder. Returns a remark if
-    the recipe does not say how to build the base; otherwise it is empty."""
+    """Write weights and recipe into a folder; return a remark if the recipe can't say how to build the base."""
     state, images = tensors_of(model), vars(model).get(IMAGES)
     plan = plan_of(model) if has_se(model) else None
     note = ""

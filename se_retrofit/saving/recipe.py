@@ -1,41 +1,64 @@
-"""The fields of a recipe, and reading one with a check of every field."""
+"""The fields of a recipe, reading one with a check of every field, and carrying out its plan."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ..attention import Attention
 from ..errors import RetrofitError, brief
-from ..plaindata import read_json
-from ..plan import Plan
+from ..plaindata import read_as, read_json
+from ..plan import Plan, Site
+from ..retrofit import add_se
 from .atomic import settled
 
 FORMAT = 2
 WEIGHTS = "weights.safetensors"
 RECIPE = "recipe.json"
 
-RECIPE_FIELDS: dict[str, tuple[type, ...]] = {
-    "format": (int,),
-    "base": (dict, type(None)),
-    "base_note": (str,),
-    "add_se": (dict, type(None)),
-    "plan": (dict, type(None)),
-    "tied": (dict,),
-    "images": (dict, type(None)),
-    "versions": (dict,),
-}
-IMAGE_FIELDS: dict[str, tuple[type, ...]] = {
-    "input_size": (list,),
-    "mean": (list,),
-    "std": (list,),
-    "interpolation": (str,),
-    "crop_pct": (float, int),
-    "crop_mode": (str,),
-    "classes": (list, type(None)),
-    "multi_label": (bool,),
-}
+
+@dataclass(frozen=True)
+class Named:
+    """The base of a network: a library, a name in it, and arguments."""
+
+    library: str
+    name: str
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Images:
+    """How images are prepared, and the names of their classes."""
+
+    input_size: list[int]
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+    classes: list[str] | None
+    multi_label: bool
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The fields of a recipe."""
+
+    format: int
+    base: Named | None
+    base_note: str
+    add_se: dict[str, Any] | None
+    plan: dict[str, Any] | None
+    tied: dict[str, str]
+    images: Images | None
+    versions: dict[str, str]
+
+
 INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "random")  # the names in timm
 
 
@@ -54,18 +77,15 @@ def network_in(folder: Path) -> Path:
 
 def read_recipe(folder: Path) -> dict[str, Any]:
     """Read the recipe of a folder, and check it field by field."""
-    recipe = read_json(folder / RECIPE)
-    check_fields(recipe, RECIPE_FIELDS, folder / RECIPE)
-    if recipe["base"] is not None:
-        check_fields(recipe["base"], {"library": (str,), "name": (str,), "kwargs": (dict,)}, f"{folder / RECIPE}: base")
-    if (recipe["plan"] is None) != (recipe["add_se"] is None):
-        raise RetrofitError(f"{folder / RECIPE}: add_se and plan must both be given or both be null")
-    if recipe["plan"] is not None:
-        read_plan(recipe["plan"], recipe["add_se"], folder / RECIPE)
-    check_names(recipe["tied"], "tied", folder / RECIPE)
-    check_names(recipe["versions"], "versions", folder / RECIPE)
-    if recipe["images"] is not None:
-        _check_images(recipe["images"], f"{folder / RECIPE}: images")
+    file = folder / RECIPE
+    recipe = read_json(file)
+    checked: Recipe = read_fields(recipe, Recipe, f"{file}: recipe")
+    if (checked.plan is None) != (checked.add_se is None):
+        raise RetrofitError(f"{file}: add_se and plan must both be given or both be null")
+    if checked.plan is not None:
+        read_plan(checked.plan, checked.add_se, file)
+    if checked.images is not None:
+        _check_images(checked.images, f"{file}: images")
     return dict(recipe)
 
 
@@ -77,53 +97,47 @@ def read_plan(data: dict[str, Any], options: dict[str, Any] | None, where: objec
         raise RetrofitError(f"{where}: {error}") from error
 
 
-def check_names(names: dict[str, Any], field: str, where: object) -> None:
-    if not all(isinstance(v, str) for v in names.values()):
-        raise RetrofitError(f"{where}: {field} must map names to names")
+def carried_out(
+    model: nn.Module, plan: Plan, where: object, example_inputs: Any, attention: Attention | None, *, inplace: bool
+) -> nn.Module:
+    """Retrofit a bare network by a saved plan, which ``add_se`` checks, with the attention if it can't be saved."""
+    try:
+        return add_se(model, plan=plan, example_inputs=example_inputs, attention=attention or "se", inplace=inplace)
+    except Warning:
+        raise
+    except Exception as error:  # the plan comes from a file, and the base runs on inputs chosen by it
+        raise RetrofitError(f"the retrofit of {where} can't be repeated on this base: {error}") from error
 
 
-def _check_images(images: dict[str, Any], where: str) -> None:
-    check_fields(images, IMAGE_FIELDS, where)
-    size, crop, classes = images["input_size"], images["crop_pct"], images["classes"]
-    if len(size) != 3 or not all(type(n) is int and 0 < n <= 2**16 for n in size):
-        raise RetrofitError(f"{where}: input_size must be channels, height and width, got {brief(size)}")
-    for name in ("mean", "std"):
-        if not images[name] or not all(type(n) in (int, float) and math.isfinite(n) for n in images[name]):
-            raise RetrofitError(f"{where}: {name} must be a number for each channel, got {brief(images[name])}")
-    if not 0 < crop <= 100:
-        raise RetrofitError(f"{where}: crop_pct must be a part above 0, got {brief(crop)}")
-    if images["interpolation"] not in INTERPOLATIONS:
+def belongs_to(key: str, sites: tuple[Site, ...]) -> bool:
+    return any(key == site.path or key.startswith(f"{site.path}.") for site in sites)
+
+
+def _check_images(images: Images, where: str) -> None:
+    if len(images.input_size) != 3 or not all(0 < n <= 2**16 for n in images.input_size):
+        raise RetrofitError(f"{where}: input_size must be channels, height and width, got {brief(images.input_size)}")
+    for name, numbers in (("mean", images.mean), ("std", images.std)):
+        if not numbers or not all(map(math.isfinite, numbers)):
+            raise RetrofitError(f"{where}: {name} must be a number for each channel, got {brief(numbers)}")
+    if not 0 < images.crop_pct <= 100:
+        raise RetrofitError(f"{where}: crop_pct must be a part above 0, got {brief(images.crop_pct)}")
+    if images.interpolation not in INTERPOLATIONS:
+        known, given = ", ".join(INTERPOLATIONS), brief(images.interpolation)
+        raise RetrofitError(f"{where}: interpolation must be one of {known}, got {given}")
+
+
+def read_fields(data: Any, cls: type, where: str, newest: int = FORMAT) -> Any:
+    """Read data as a dataclass, after checking its format, because another format may well have other fields."""
+    version = data.get("format") if isinstance(data, dict) else None
+    if type(version) is int and version != newest:
+        only = f"se-retrofit {version_of('se-retrofit')} reads {newest}"
         raise RetrofitError(
-            f"{where}: interpolation must be one of {', '.join(INTERPOLATIONS)}, got {brief(images['interpolation'])}"
+            f"{where} is of format {version}, newer than this {only}; upgrade: pip install -U se-retrofit"
+            if version > newest
+            else f"{where} is of format {version}, and {only} alone; load it with the version that wrote it, and save its "
+            "state dict"
         )
-    if classes is not None and not all(isinstance(name, str) for name in classes):
-        raise RetrofitError(f"{where}: classes must be names, got {brief(classes)}")
-
-
-def check_fields(data: Any, fields: dict[str, tuple[type, ...]], where: object, newest: int = FORMAT) -> None:
-    """Raise an error unless ``data`` is a mapping with exactly these fields, of these types, and of a known format."""
-    if not isinstance(data, dict):
-        raise RetrofitError(f"{where} must hold a mapping, got {type(data).__name__}")
-    if "format" in fields:
-        # Checked first, because a newer format may well have other fields.
-        version = data.get("format")
-        if isinstance(version, int) and version > newest:
-            raise RetrofitError(
-                f"{where} is of format {version}, newer than this se-retrofit {version_of('se-retrofit')} reads "
-                f"(up to {newest}); upgrade: pip install -U se-retrofit"
-            )
-        if type(version) is int and version < newest:
-            raise RetrofitError(
-                f"{where} is of format {version}, which se-retrofit {version_of('se-retrofit')} no longer reads (it reads "
-                f"{newest}); load it with the version that wrote it, and save its state dict"
-            )
-    missing, unknown = sorted(fields.keys() - data.keys()), sorted(data.keys() - fields.keys())
-    if missing or unknown:
-        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
-        raise RetrofitError(f"{where} does not match format {newest}; {'; '.join(parts)}")
-    for name, types in fields.items():
-        if not isinstance(data[name], types) or (isinstance(data[name], bool) and bool not in types):
-            raise RetrofitError(f"{where}: {name} is of type {type(data[name]).__name__}, expected {types[0].__name__}")
+    return read_as(data, cls, where)
 
 
 def version_of(distribution: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,13 +39,8 @@ def untied(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]
     tied: dict[str, str] = {}
     for name, tensor in state.items():
         tensor = tensor.detach()
-        identity = (
-            tensor.untyped_storage().data_ptr(),
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-        )
+        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+        identity = (*place, tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and identity in kept:
             tied[name] = kept[identity]
         else:
@@ -64,15 +59,12 @@ def tie(state: dict[str, Tensor], tied: dict[str, str], where: object) -> None:
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, meta: dict[str, str]) -> None:
     # Partly overlapping views of one storage are written separately, hence the clone.
-    owners: dict[int, int] = {}
-    for tensor in tensors.values():
-        owners[tensor.untyped_storage().data_ptr()] = owners.get(tensor.untyped_storage().data_ptr(), 0) + 1
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
     ready = {}
     for name, tensor in tensors.items():
         shared = owners[tensor.untyped_storage().data_ptr()] > 1
-        ready[name] = (
-            tensor.detach().clone(memory_format=torch.contiguous_format) if shared else tensor.detach().contiguous()
-        )
+        tensor = tensor.detach().contiguous()
+        ready[name] = tensor.clone() if shared else tensor
     save_tensors(ready, path, meta)
 
 
@@ -99,14 +91,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load every tensor with its own dtype. If keys or shapes differ, an error is raised and the model is unchanged."""
+    """Load every tensor with its own dtype. If keys or shapes differ, or the model has a tensor without values, which
+    load_state_dict would leave so, an error is raised and the model is unchanged."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise RetrofitError(
+                f"{where} can't be loaded: {name} of the network is on the meta device; build it on another one, outside "
+                'of torch.device("meta")'
+            )
     check_keys(model.state_dict(), state, where)
-    retype(model, state)
-    model.load_state_dict(state)
-
-
-def retype(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Convert parameters and buffers to the dtypes of ``state``: a network saved in bfloat16 is loaded in bfloat16."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in state and state[name].dtype != tensor.dtype:
             tensor.data = tensor.data.to(state[name].dtype)
+    model.load_state_dict(state)

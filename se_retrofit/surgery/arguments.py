@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..attention import check_attention, check_options, name_of
-from ..errors import RetrofitError, brief, check_flag, check_module
+from ..errors import RetrofitError, brief, check_flag, check_module, check_unwrapped
 from ..plan import Plan
 from .blocks import PLACEMENTS
 from .record.inputs import given_inputs
@@ -22,18 +21,12 @@ Patterns = str | Iterable[str] | None
 
 def _check_model(model: Any) -> None:
     check_module(model)
-    name = type(model).__name__
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise RetrofitError(f"the model is wrapped in {name}: retrofit model.module, then wrap the result")
-    # importing either module takes seconds; if the model is of such a class, the module is already imported
-    dynamo, fsdp = sys.modules.get("torch._dynamo.eval_frame"), sys.modules.get("torch.distributed.fsdp")
-    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
-        raise RetrofitError(
-            "the model was compiled by torch.compile: retrofit the model itself (model._orig_mod), then compile the result"
-        )
+    check_unwrapped(model)
+    # importing it takes seconds; if the model is of one of its classes, it is already imported
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise RetrofitError(
-            f"the model is scripted or traced by torch.jit ({name}): retrofit the Python model, then script it"
+            f"the model is scripted or traced by torch.jit ({type(model).__name__}): retrofit the Python model, then script it"
         )
     for path, module in model.named_modules():
         if fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
@@ -68,11 +61,7 @@ class Options:
 
     @classmethod
     def of(cls, plan: Plan) -> Options:
-        """Return the options of a plan.
-
-        Raises:
-            RetrofitError: If the plan has unknown options, or options of wrong types.
-        """
+        """Return the options of a plan, which may be broken."""
         try:
             options = cls(**{**plan.options, "recognisers": ()})
             options.check()
@@ -119,11 +108,7 @@ class Options:
 
 
 def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None, inplace: Any = False) -> None:
-    """Check the types and ranges of the arguments of ``add_se``.
-
-    Raises:
-        RetrofitError, TypeError: If an argument is not valid; the message names it.
-    """
+    """Check the types and ranges of the arguments of ``add_se``."""
     if plan is not None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")

@@ -22,19 +22,15 @@ from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs
 from .record.isolation import isolated, without_collections
-from .record.methods import METHODS
+from .record.methods import methods_of
 from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
 
 
 def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
-    """Return the plan of a retrofit.
-
-    Raises:
-        RetrofitError: If the model can't be copied or run on the inputs, or nothing can be retrofitted.
-    """
-    METHODS.clear()
+    """Return the plan of a retrofit."""
+    methods_of.cache_clear()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
         found = _found(read(runs.evaluation), options)
@@ -54,14 +50,7 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
 
 def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) -> Plan:
     """Return a plan that was made earlier, in a form that fits the model. If the model or its code has changed since,
-    it is planned again, and must have the same sites.
-
-    Raises:
-        RetrofitError: As for ``planned``, or if the model has no place for one of the sites.
-
-    Warns:
-        UserWarning: If the code of a block has changed.
-    """
+    it is planned again, and must have the same sites; if the code of a block has changed, a warning says so."""
     plan = _with_attention(plan, options.attention)
     chosen = replace(Options.of(plan), recognisers=options.recognisers)
     if not plan.sites:
@@ -90,11 +79,7 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
 
 
 def _found_again(wanted: Site, again: Plan, model: str) -> Site:
-    """Find a site of an earlier plan in a new one.
-
-    Raises:
-        RetrofitError: If it is not there, or has another attention.
-    """
+    """Return the site of a new plan that is the same as one of an earlier plan."""
     value = (wanted.after, wanted.channels, wanted.channel_dim)
     alike = [site for site in again.sites if (site.after, site.channels, site.channel_dim) == value]
     found = next((site for site in alike if site.path == wanted.path), None)
@@ -146,11 +131,7 @@ def _found(record: Record, options: Options) -> Found:
 
 
 def _asked(find: Any, record: Record) -> Iterator[Block]:
-    """Yield the blocks from a recogniser of the user's.
-
-    Raises:
-        RetrofitError: If the recogniser raises an error, or yields something else.
-    """
+    """Yield the blocks from a recogniser of the user's, which may raise an error or yield something else."""
     try:
         found = list(find(record))
     except Exception as error:

@@ -44,6 +44,7 @@ from se_retrofit import (
 from se_retrofit.fusion import plan_fusion
 from se_retrofit.inspection import GateLogger, excitations
 from se_retrofit.saving import load_se, save_se
+from se_retrofit.surgery.record.inputs import Inputs
 from se_retrofit.verify import se_matters
 
 # in one process, as PyTorch's compilers and exporters take seconds to import
@@ -73,7 +74,7 @@ def test_copies_pickles_and_state_dicts_are_those_of_the_network_and_undo_leaves
         assert plan_of(twin) == plan_of(model)
         assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
     assert_same_function(copy.copy(model), model, x)
-    assert not se_matters(model, (x,)).equal
+    assert not se_matters(model, Inputs((x,))).equal
     bare = remove_se(model)
     assert not has_se(bare)
     assert list(bare.state_dict()) == list(network.state_dict())

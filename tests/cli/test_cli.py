@@ -213,7 +213,7 @@ def test_the_module_runs_as_a_program_whose_piped_output_has_no_colours_and_unbr
     process = subprocess.run(command_line, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "\x1b" not in process.stdout
-    assert "(china.jpg, flower.jpg of scikit-learn), prepared as the model wants them:\n" in process.stdout
+    assert "check on random inputs of the shape (2, 3, 160, 160):\n" in process.stdout
 
 
 @pytest.mark.parametrize("name", ["finetune", "compare", "find-lr"])
@@ -228,22 +228,25 @@ def test_options_of_the_recipe_are_its_fields(name: str) -> None:
     assert set(FinetuneConfig.model_fields) - {p.name for p in command.params} == without
 
 
-def test_letters_that_the_output_lacks_are_escaped_and_a_full_disk_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("CUDA out of memory")]
+)
+def test_letters_that_the_output_lacks_are_escaped_and_a_full_disk_or_gpu_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own, written = typer.Typer(), io.BytesIO()
 
     @own.command()
     def command() -> None:
         print("gr\u00fcn", flush=True)
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     monkeypatch.setattr(sys, "argv", ["se-retrofit"])
     with pytest.raises(SystemExit) as ended:
         run_application(own)
     assert (ended.value.code, written.getvalue()) == (1, b"gr\\xfcn\n")
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 # The demo: the same function after the surgery, honest numbers, the same run for the same seed

@@ -37,6 +37,7 @@ from se_retrofit import (
 from se_retrofit.attention import GATES
 from se_retrofit.inspection import excitations
 from se_retrofit.saving import load_se, save_se
+from se_retrofit.surgery.record.inputs import Inputs
 from se_retrofit.verify import agreement
 
 NATIVE = {"block_args": {"attn_layer": partial(SEModule, rd_ratio=0.5, rd_divisor=4)}}
@@ -81,7 +82,7 @@ def test_it_goes_everywhere(kind: str, tmp_path: Path) -> None:
     model = add_se(base(), 2, bias=True, example_inputs=x.float())
     model.to(dtype)
     (y,) = run(model, x)
-    assert agreement(remove_se(model), model, (x,), training=True).equal
+    assert agreement(remove_se(model), model, Inputs((x,)), training=True).equal
 
     found = inspect_se(model)
     assert found.report().inputs == "3x32x32"

@@ -24,7 +24,7 @@ from torchvision.models import MobileNetV2
 from se_retrofit import RetrofitError, add_se, fuse_se, inspect_se, plan_of, plan_se, remove_se, save_retrofitted
 from se_retrofit.attention import ATTENTIONS
 from se_retrofit.fusion import unfuse_se
-from se_retrofit.inspection import excitations
+from se_retrofit.inspection import GateLogger, excitations
 from se_retrofit.saving import load_se, save_se
 
 pytestmark = [
@@ -94,6 +94,13 @@ def test_the_surgery_does_on_cuda_what_it_does_elsewhere(
             assert runs_on_cuda(fused, mode)
             assert runs_on_cuda(unfuse_se(fused), mode)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gates_are_counted_on_the_device_from_the_start(mode: FakeTensorMode) -> None:
+    model = add_se(on_fake_cuda("residual", mode))
+    with mode, GateLogger(model) as gates:
+        counts = [value for moments in gates._moments.values() for value in vars(moments).values()]
+    assert {str(count.device) for count in counts if isinstance(count, Tensor)} == {"cuda:0"}
 
 
 def test_what_needs_values_says_that_there_are_none(tmp_path: Path, mode: FakeTensorMode) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from se_retrofit import RetrofitError
-from se_retrofit.finetune import evaluate, load_data, predict, transform_of
+from se_retrofit.finetune import FinetuneConfig, evaluate, load_data, predict, transform_of
 from se_retrofit.finetune.data import Stream, stream
 from se_retrofit.finetune.transforms import transforms_for
 from se_retrofit.models import Base
@@ -34,9 +34,9 @@ def numbers(length: int) -> Items:
     return Items(length, number)
 
 
-def of(data: Any, **options: Any) -> Stream:
-    defaults = {"name": "data", "train": True, "batch_size": 4, "transform": None, "seed": 1, "workers": 0}
-    return stream(data, **{**defaults, **options})
+def of(data: Any, *, train: bool = True, rank: int = 0, world: int = 1, **recipe: Any) -> Stream:
+    config = FinetuneConfig(**{"batch_size": 4, "seed": 1, "workers": 0, **recipe})
+    return stream(data, config, None, name="data", train=train, rank=rank, world=world)
 
 
 def images(batches: Any) -> torch.Tensor:
@@ -91,8 +91,8 @@ def test_less_data_than_a_batch_makes_one_smaller_batch() -> None:
 def test_tensors_in_memory_come_as_a_whole_batch() -> None:
     plain = TensorDataset(*digits().train.dataset.tensors)
     fast, slow = (next(of(data, batch_size=16).batches(3)) for data in (plain, Items(len(plain), plain.__getitem__)))
-    for a, b in zip(fast[:3], slow[:3], strict=True):
-        assert torch.equal(a, b)
+    for name in ("images", "targets", "counts"):
+        assert torch.equal(getattr(fast, name), getattr(slow, name))
 
 
 class Endless(IterableDataset[Any]):

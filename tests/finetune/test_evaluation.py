@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from se_retrofit import RetrofitError, load_retrofitted, save_retrofitted
-from se_retrofit.cli.folders import run_settings
-from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, evaluate, load_data, predict, transform_of
+from se_retrofit.cli.starting import run_settings
+from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, engine, evaluate, load_data, predict, transform_of
 from se_retrofit.finetune.transforms import class_names
 from se_retrofit.models import IMAGES, Base, load_checkpoint
 
@@ -61,9 +61,16 @@ def test_a_run_on_tensors_tells_no_transform_but_the_size_that_it_is_evaluated_a
 
 
 @pytest.mark.usefixtures("drawn_pictures")
-def test_evaluate_prints_a_table_and_draws_the_confusion(result: Path, pictures: Path, tmp_path: Path) -> None:
+def test_evaluate_prints_a_table_and_draws_the_confusion(
+    result: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = ("--confusion", tmp_path / "confusion.png", "--output", tmp_path / "e.json")
-    lines = said("evaluate", result, "--data", pictures, *files, "--cpu", "--workers", "0").splitlines()
+    command = ("evaluate", result, "--data", pictures, *files, "--cpu", "--workers", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "processes", lambda: (1, 2))  # the other one prints and writes
+        assert said(*command) == ""
+        assert not any(tmp_path.iterdir())
+    lines = said(*command).splitlines()
     assert lines[1].split() == ["class", "images", "precision", "recall", "F1"]
     assert [line.split()[:2] for line in lines[3:5]] == [["blue", "5"], ["red", "5"]]
     figures = json.loads((tmp_path / "e.json").read_text())
@@ -90,6 +97,9 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     shutil.copytree(pictures / "val", tmp_path / "more")
     shutil.copytree(pictures / "val", tmp_path / "more" / "red" / ".ipynb_checkpoints")
     assert len(list(predict(model, [tmp_path / "more"], batch_size=3))) == 10
+    half = next(predict(model.bfloat16(), [one]))
+    assert (half.classes[0], round(half.probabilities[0], 1)) == (rows[-1]["class_1"], round(float(shares.max()), 1))
+    assert evaluate(model, load_data(pictures).val, config=FinetuneConfig(cpu=True, workers=0)).images == 10
     vars(model)[IMAGES]["classes"] = ["blue"]  # fewer than the head has, as where a head of 1000 is kept
     assert {*next(predict(model, [one], top=2)).classes} == {"blue", "1"}
 

@@ -3,31 +3,46 @@ isn't there (see tests/contract/test_fake_cuda.py), and on a real one."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from pictures import make_folder
 from safetensors.torch import load_file
+from sweeps import NEEDS_CUDA, ON_CUDA
 from timm.data import Mixup
 from tiny import config, digits, network, same, trained
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils.data import TensorDataset
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from se_retrofit import SEAttention, add_se, load_retrofitted
-from se_retrofit.finetune import evaluate, learning
+from se_retrofit import SEAttention, add_se, fold_se, load_retrofitted, plan_of, to_native
+from se_retrofit.finetune import Callbacks, Facts, FinetuneConfig, evaluate, learning, load_data, train
+from se_retrofit.finetune import pictures as pictures_of_runs
+from se_retrofit.finetune.checkpoint import load_optimizer
 from se_retrofit.finetune.criteria import criterion_of, distillation_loss
-from se_retrofit.finetune.data import Batch
-from se_retrofit.finetune.engine import TrainingForm, placed
+from se_retrofit.finetune.data import Batch, collate, stream
+from se_retrofit.finetune.engine import TrainingForm, gpu_of, placed
 from se_retrofit.finetune.evaluation import answer, hits, losses_of
+from se_retrofit.finetune.randomness import derive, seed_all
 from se_retrofit.finetune.train import mixed
 from se_retrofit.fusion import FusedSEAttention
+from se_retrofit.inspection import excitations
+from se_retrofit.surgery.record.inputs import Inputs
+from se_retrofit.verify import se_matters
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda:0")
 CLASSES = 10
 
 
@@ -87,6 +102,103 @@ def test_images_are_mixed_on_the_device(size: int, smoothing: float) -> None:
     assert images.shape == (size, 3, 32, 32)
     assert labels.shape == (size, CLASSES)
     assert places(images, labels, loss) == {"cuda:0"}
+
+
+def test_data_on_the_device_is_neither_pinned_nor_loaded_by_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[str] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self.device.type) or self)
+    with FakeTensorMode():
+        images, targets = torch.zeros(8, 3, 4, 4, device=CUDA), torch.zeros(8, dtype=torch.long, device=CUDA)
+        for data in (TensorDataset(images, targets), Subset(TensorDataset(images, targets), range(4))):
+            items = stream(data, FinetuneConfig(batch_size=4), None, name="data")
+            assert items.loader.num_workers == 0
+            batch = pin_memory(collate(items.loader.dataset.__getitems__([(0, 1, True), (0, 2, True)])))
+            assert isinstance(batch, Batch)
+            assert places(batch.images, batch.targets) == {"cuda:0"}
+    assert set(pinned) == {"cpu"}  # which of them count
+
+
+def test_pictures_of_data_on_the_device_are_drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(pictures_of_runs, "drawn", lambda images, *_: seen.extend(images))
+    monkeypatch.setattr(pictures_of_runs, "save_figure", lambda *_: None)
+    row = {"epoch": 1, "hardest": [{"image": 0, "loss": 1.0, "answer": [0]}]}
+    with FakeTensorMode():
+        val = SimpleNamespace(items=lambda _: [(torch.zeros(3, 4, 4, device=CUDA), 0)], data=None)
+        progress = SimpleNamespace(history=[row], best_epoch=1)
+        run: Any = SimpleNamespace(progress=progress, val=val, model=nn.Identity(), config=config())
+        pictures_of_runs.draw_hardest(run, Path("hardest.png"))
+    assert places(*seen) == {"cpu"}
+
+
+def test_a_network_on_a_gpu_is_trained_there_unless_processes_have_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        model = nn.Linear(2, 2, device="cuda:1")
+    assert gpu_of(model, config(cpu=False)).idx == 1
+    assert gpu_of(model, config(cpu=True)).idx is None
+    assert gpu_of(network(), config(cpu=False)).idx is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert gpu_of(model, config(cpu=False)).idx is None
+
+
+def test_an_error_of_too_little_memory_says_what_needs_less() -> None:
+    def full(facts: Facts) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        trained(callbacks=Callbacks(after_update=full))
+    assert "smaller batch_size" in raised.value.__notes__[0]
+
+
+class DefaultGPU(TorchFunctionMode):
+    """As after ``torch.set_default_device("cuda")``: a generator on the CPU draws no tensor for the default device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _device_constructors() and kwargs.get("device") is None and kwargs.get("generator") is not None:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        return func(*args, **kwargs)
+
+
+def test_a_default_device_changes_nothing(tmp_path: Path) -> None:
+    data, bare = digits(32, 16), network(se=False).eval()
+    recipe = {"trainable": "norms+head"}
+    wanted = trained(network(), data.train, data.val, recipe)
+    x = next(DataLoader(data.val, 4).__iter__())[0]
+    with DefaultGPU():
+        assert same(trained(network(), data.train, data.val, recipe).model.state_dict(), wanted.model.state_dict())
+        assert se_matters(network().eval(), Inputs((x,))).finite
+        assert len(load_data(str(make_folder(tmp_path) / "train")).val) == 4  # held out by chance
+    for default in (DefaultGPU(), torch.device("meta")):
+        with default:
+            model = add_se(bare)
+            assert len(fold_se(model, [x]).fold_report.folded) == len(plan_of(model).sites)
+            assert to_native(model)(x).device.type == "cpu"
+            assert excitations(model, [x]).sites[0].quartiles()["low"] == 1.0
+
+
+def test_an_optimizers_state_from_another_machine_is_computed_with_as_on_this_one() -> None:
+    weights = nn.Parameter(torch.ones(3, 2))
+    weights.grad = torch.ones(3, 2)
+    there, here = torch.optim.AdamW([weights]), torch.optim.AdamW([weights], fused=True)
+    there.step()
+    load_optimizer(here, there.state_dict())
+    assert here.param_groups[0]["fused"]
+    here.step()
+    assert here.state[weights]["step"] == 2
+
+
+def test_seeds_reach_the_devices_in_use_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the others, torch would format the stack at every update and every image, to seed them once they are in use."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    for in_use in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
+        seed_all(1, 2)
+        assert seeds == [derive(1, 2)] * in_use
+    with monkeypatch.context() as patch:
+        patch.setattr("traceback.format_stack", lambda: pytest.fail("this takes a millisecond"))
+        seed_all(1, 2)
 
 
 def classes(model: nn.Module) -> dict[str, type]:
@@ -157,15 +269,57 @@ def test_a_compiled_run_trains_the_fused_network_and_keeps_the_own_one(
 # On a GPU
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a value, but class numbers, which are on the CPU in a run on a GPU, too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        reads = func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        if reads and args[0].dtype != torch.int64:
+            raise AssertionError("on a GPU, this waits until all before it is done")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    if device == "cpu":
+        with NoWaiting():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize(
+    "fields", [{"label_smoothing": 0.1}, {"mixup": 0.2, "cutmix": 0.5}, {"loss": "focal"}], ids=str
+)
+def test_an_update_does_not_wait_for_the_gpu(
+    fields: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = train.update
+
+    def watched(run: Any, batches: Any) -> Any:
+        with no_waiting(device) if run.progress.updates else contextlib.nullcontext():
+            return update(run, batches)
+
+    monkeypatch.setattr(train, "update", watched)
+    recipe = {"cpu": device == "cpu", "optimizer_options": {"fused": True}, "grad_accum_steps": 2, **fields}
+    assert trained(recipe=recipe).updates > 2
+
+
 def needs_cuda(test: Any) -> Any:
     """They skip themselves where there is none."""
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+    for mark in NEEDS_CUDA:
+        test = mark(test)
+    return test
 
 
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_it_learns_in_every_precision(tmp_path: Path, precision: str, compiled: bool) -> None:
     recipe = {"cpu": False, "epochs": 12, "lr": 3e-3, "precision": precision, "compile": compiled}
     result = trained(recipe=recipe, output_dir=tmp_path)

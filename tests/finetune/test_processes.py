@@ -6,20 +6,22 @@ writes into FOLDER/told.RANK.json what was raised.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ENVIRONMENT, breaking, digits, network, rows_in, same, torchrun, trained
+from tiny import ENVIRONMENT, Items, breaking, digits, network, progress_in, rows_in, same, torchrun, trained
 from torch import nn
 
-from se_retrofit.finetune import FinetuneResult
+from se_retrofit.finetune import FinetuneResult, NamedData, Stopped
 from se_retrofit.finetune.log import Log
 
 pytestmark = pytest.mark.sweep
@@ -38,25 +40,26 @@ DEMANDING = {
 
 
 def train(
-    folder: Path, fields: dict[str, Any], model: nn.Module | None = None, images: int = 128, **options: Any
+    folder: Path, fields: dict[str, Any], model: nn.Module | None = None, data: NamedData | None = None, **options: Any
 ) -> FinetuneResult:
-    return trained(model, digits(images), recipe=fields, output_dir=folder, **options)
+    return trained(model, data or digits(128), recipe=fields, output_dir=folder, **options)
 
 
 def main(root: Path) -> None:
     torch.set_num_threads(1)
     Log.pictures = lambda *_: None  # type: ignore[method-assign]
-    told: dict[str, str] = {}
+    told: dict[str, Any] = {}
+    rank = os.environ["RANK"]
 
     def refused(name: str, *args: Any, **options: Any) -> None:
         try:
             train(*args, **options)
             told[name] = ""
-        except (ZeroDivisionError, ValueError, RuntimeError) as error:
+        except (Stopped, ZeroDivisionError, ValueError, RuntimeError) as error:
             told[name] = f"{type(error).__name__}: {error}"
 
     train(root / "two", {**RECIPE, "batch_size": 8}, quiet=False)
-    few = {"images": 64}
+    few = {"data": digits(64)}
     train(root / "whole", DEMANDING, **few)
     refused("broken", root / "broken", DEMANDING, **few, callbacks=breaking(3))
     train(root / "broken", DEMANDING, **few, resume=True)
@@ -65,7 +68,19 @@ def main(root: Path) -> None:
         model = network()
         model.unused = nn.Linear(2, 2)
         refused(name, root / name, {"batch_size": 8, **changes}, model, **few)
-    (root / f"told.{os.environ['RANK']}.json").write_text(json.dumps(told))
+    stop, readings = threading.Event(), itertools.count()
+
+    def item(index: int) -> Any:
+        if next(readings) == 12 and rank == "1":  # the other process knows it from this one
+            stop.set()
+        return digits().val[index]
+
+    evaluated = NamedData(digits(4).train, Items(50, item), 10)
+    refused("stopped", root / "stopped", {"batch_size": 1, "freeze_bn": True}, data=evaluated, stop=stop)
+    told["read"] = next(readings)
+    # last, because the process that is refused leaves the other one alone
+    refused("apart", root / ("whole" if rank == "0" else "elsewhere"), DEMANDING, **few, resume=True)
+    (root / f"told.{rank}.json").write_text(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +95,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def told(root: Path, name: str) -> list[str]:
+def told(root: Path, name: str) -> list[Any]:
     return [json.loads((root / f"told.{rank}.json").read_text())[name] for rank in (0, 1)]
 
 
@@ -108,6 +123,16 @@ def test_two_processes_resume_to_the_same_weights_and_not_as_another_number(root
 def test_unused_parameters_are_trained_around_where_it_is_told_so(root: Path) -> None:
     assert told(root, "told of unused") == ["", ""]
     assert all("find_unused_parameters" in said for said in told(root, "unused"))
+
+
+def test_an_evaluation_ends_in_all_processes_where_one_of_them_is_stopped(root: Path) -> None:
+    assert all(said.startswith("Stopped: ") for said in told(root, "stopped"))
+    assert all(read < 25 for read in told(root, "read"))  # of as many images each
+    assert progress_in(root / "stopped")["history"] == []
+
+
+def test_a_process_that_does_not_see_the_checkpoint_of_the_others_is_an_error(root: Path) -> None:
+    assert "elsewhere/last/training.json" in told(root, "apart")[1]
 
 
 if __name__ == "__main__":

@@ -77,12 +77,13 @@ def test_static_factors_learn_at_the_full_rate_and_so_do_all_other_parameters() 
 
 
 def test_layers_of_one_rate_share_a_group_and_the_run_tells_the_rates(capsys: pytest.CaptureFixture[str]) -> None:
-    result = trained(wide_network(), digits().val, recipe={"se_lr_scale": 2.0, "head_lr_scale": 5.0}, quiet=False)
-    se = [(group["lr_scale"], group["tensors"]) for group in result.groups if group["name"] == "se"]
+    trained(wide_network(), digits().val, recipe={"se_lr_scale": 2.0, "head_lr_scale": 5.0}, quiet=False)
+    groups = scaled_groups(wide_network(), 1e-3, 0.05, 2.0, 5.0)
+    se = [(group["lr_scale"], len(group["params"])) for group in groups if group["name"] == "se"]
     expected = {4: 2, 8: 3, 16: 1, 32: 1, 64: 1}
     assert sorted(se) == sorted((2 * se_pace(inputs, 1e-3), tensors) for inputs, tensors in expected.items())
-    assert Counter(group["name"] for group in result.groups) == {"se": 5, "head": 2, "body": 2}
-    assert sum(group["tensors"] for group in result.groups) == len(list(result.model.parameters()))
+    assert Counter(group["name"] for group in groups) == {"se": 5, "head": 2, "body": 2}
+    assert sum(len(group["params"]) for group in groups) == len(list(wide_network().parameters()))
     told = "learning rates at their peak: body 1.00e-03; head 5.00e-03; SE 3.13e-04 to 2.00e-03, by the fan-in of its layers"
     assert told in capsys.readouterr().out.splitlines()
 

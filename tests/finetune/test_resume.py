@@ -31,7 +31,7 @@ from se_retrofit import RetrofitError, add_se, load_retrofitted
 from se_retrofit.finetune import FinetuneResult, NamedData
 from se_retrofit.finetune.checkpoint import Folder
 from se_retrofit.finetune.experiment import describe_data, describe_run
-from se_retrofit.finetune.lock import LOCK, alone_in
+from se_retrofit.locks import LOCK, alone_in
 
 # Everything that has state or is random, or changes what an update does
 DEMANDING = {

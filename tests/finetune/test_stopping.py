@@ -21,7 +21,7 @@ from tiny import ENVIRONMENT, Items, config, digits, network, progress_in, same,
 
 from se_retrofit.cli import signals
 from se_retrofit.finetune import Callbacks, Facts, Stopped, evaluate
-from se_retrofit.finetune.lock import LOCK
+from se_retrofit.locks import LOCK
 
 # Callbacks
 

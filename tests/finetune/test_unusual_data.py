@@ -316,6 +316,13 @@ def test_the_callers_precision_of_float32_products_is_given_back(own: str) -> No
         for precision, value in (("auto", "tf32"), ("fp32", "ieee")):
             with engine.fast_math(precision):
                 assert (products.fp32_precision, convolutions.fp32_precision) == (value, value)
+                # Inductor reads the older settings, up to torch 2.10, and torch raises an error if the two differ
+                older = {
+                    products.allow_tf32,
+                    torch.backends.cudnn.allow_tf32,
+                    torch.get_float32_matmul_precision() == "high",
+                }
+                assert older == {value == "tf32"}
             assert (products.fp32_precision, convolutions.fp32_precision) == theirs
         if own == "old":
             assert torch.get_float32_matmul_precision() == "high"

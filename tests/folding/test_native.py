@@ -24,6 +24,9 @@ from se_retrofit import (
     save_retrofitted,
     to_native,
 )
+from se_retrofit.folding import fold, measuring
+from se_retrofit.folding import native as native_form
+from se_retrofit.folding.measuring import relative_change
 
 PAIRS: dict[str, dict[str, str]] = {
     "resnet18": {},
@@ -109,6 +112,23 @@ def own_native(cls: type[NativeUnit] = NativeUnit, width: int = 16, units: int =
     return own(*(cls(width, **options) for _ in range(units)), width=width)
 
 
+def test_outputs_are_compared_in_full_precision_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In TF32, the outputs of equal networks differ by more than what is tolerated."""
+    seen: set[str] = set()
+
+    def noted(*outputs: list[Tensor]) -> float:
+        seen.update((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+        return relative_change(*outputs)
+
+    for module in (fold, measuring, native_form):
+        monkeypatch.setattr(module, "relative_change", noted)
+    model = own_retrofitted()
+    for convert in (to_native, lambda net: fold_se(net, [X])):
+        seen.clear()
+        convert(model)
+        assert seen == {"ieee"}
+
+
 @pytest.mark.parametrize("gate", ["identity", "sigmoid"])
 def test_a_users_native_network_is_filled_and_read_and_nothing_else_changes(gate: str) -> None:
     model, target = own_retrofitted(gate=gate), own_native()
@@ -175,5 +195,5 @@ def test_what_has_no_native_form_is_refused_with_the_reason(model: Callable[[], 
 def test_what_cannot_be_read_from_a_native_network_is_refused() -> None:
     with pytest.raises(RetrofitError, match="retrofit with bias=True"):
         from_native(own_retrofitted(), own_native(bias=True))
-    with pytest.raises(TypeError, match="native network as a"):
+    with pytest.raises(TypeError, match=r"the native network must be an nn.Module"):
         from_native(own_retrofitted(), "seresnet50")  # type: ignore[arg-type]

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+NEEDS_CUDA = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # libraries warn of much that is of no concern here, such as of a thread that had no CUDA context before
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 # the device, as a parameter of a test that is run where there is one
-ON_CUDA = pytest.param(
-    "cuda",
-    marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-)
+ON_CUDA = pytest.param("cuda", marks=NEEDS_CUDA)
 
 
 def swept(every_time: Iterable[Any], in_sweeps: Iterable[Any]) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from rich.console import Console
 from torch import fx
 
 from se_retrofit import RetrofitError, add_se, fuse_se, inspect_se, record, remove_se
-from se_retrofit.inspection.lines import Line, Lines
+from se_retrofit.cli.inspect import show
+from se_retrofit.inspection.graphs import blocks_of
 
 
 @pytest.mark.parametrize(
@@ -151,14 +154,31 @@ def test_all_views_come_from_one_record(tmp_path: Path, monkeypatch: pytest.Monk
     assert recorded == [True]
 
 
+def test_neither_the_record_nor_the_plan_is_gone_through_again_for_each_block() -> None:
+    class Counted(list[Any]):
+        walks = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            Counted.walks += 1
+            return super().__iter__()
+
+    found = inspected("bottleneck")
+    again = record(found.model, example())
+    again.ops, again.calls = Counted(again.ops), Counted(again.calls)
+    assert len(blocks_of(found.model, found.plan, again)) == len(found.blocks) == 5
+    assert Counted.walks <= 3
+    se = found.model.get_submodule(found.plan.sites[0].path)
+    assert copy.deepcopy(se).plan is se.plan
+
+
 def test_the_networks_graph_says_what_each_block_gives_and_takes() -> None:
-    rows = [str(line).split("  ") for line in inspected("unet").graph()]
+    rows = [line.split("  ") for line in inspected("unet").graph().splitlines()]
     rows = [[cell for cell in row if cell] for row in rows if len(row) > 2][1:]
     assert [row[0].removeprefix("> ") for row in rows][:5] == ["input", "d1.net", "pool", "d2.net", "pool (2)"]
     table = {row[0].removeprefix("> "): row[1:] for row in rows}
     assert [cell.strip() for cell in table["d1.net"]] == ["DoubleConv, 2 x SE 8 -> 4 -> 8", "8x64x64"]
     assert [cell.strip() for cell in table["cat (2)"]] == ["16x64x64", "d1.net, decoder.up1"]
-    marked = [str(line) for line in inspected("residual").graph() if line.se]
+    marked = [line for line in inspected("residual").graph().splitlines() if line.startswith("> ")]
     assert [line.split()[1] for line in marked] == [f"layer{block}" for block in ("1.0", "2.0", "2.1", "3.0")]
     assert all("after bn2 (BatchNorm2d)" in line for line in marked)
 
@@ -183,7 +203,7 @@ def test_a_blocks_graph_is_a_table_with_the_mark_at_se() -> None:
     ],
 )
 def test_the_diff_is_one_line_of_the_authors_source(name: str, block: str, added: str) -> None:
-    lines = [line.text for line in inspected(name).diff(block)]
+    lines = inspected(name).diff(block).splitlines()
     changed = [line for line in lines if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
     assert any(added in line for line in changed if line.startswith("+"))
     if name == "residual":
@@ -194,17 +214,16 @@ def test_the_diff_is_one_line_of_the_authors_source(name: str, block: str, added
 
 
 def test_colour_in_a_terminal_only_and_columns_are_left_out_where_it_is_narrow() -> None:
-    pipe = io.StringIO()
-    lines = Lines([Line("plain [bold]x[/bold]"), Line("about SE", se=True)])
-    lines.show(pipe)
-    assert pipe.getvalue() == "  plain [bold]x[/bold]\n> about SE\n"
+    pipe, lines = io.StringIO(), "  plain [bold]x[/bold]\n> about SE\n"
+    show(Console(file=pipe), lines)
+    assert pipe.getvalue() == lines
     found = inspected("residual")
     assert all(line == line.rstrip() for line in str(found).splitlines())
     shown = {}
     for width, coloured in ((80, False), (160, True)):
         terminal = io.StringIO()
         console = Console(file=terminal, force_terminal=coloured, width=width)
-        lines.show(console=console)
+        show(console, lines)
         console.print(found)
         shown[width] = terminal.getvalue()
     assert "\x1b[" in shown[160]

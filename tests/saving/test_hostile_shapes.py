@@ -112,7 +112,7 @@ FILES: dict[str, tuple[str, str | bytes | None, str]] = {
     "cut recipe": (RECIPE, '{"format": 2', "recipe.json .*cut short"),
     "nothing": (RECIPE, "", "recipe.json .*cut short"),
     "no JSON": (RECIPE, "!!python/object/apply:os.system ['true']", "recipe.json .*cut short"),
-    "no mapping": (RECIPE, "NaN", "recipe.json must hold a mapping, got float"),
+    "no mapping": (RECIPE, "NaN", "recipe is of type float"),
 }
 
 

@@ -19,7 +19,9 @@ from networks import assert_same_function
 from torch import nn
 
 from se_retrofit import RetrofitError, add_se, load_retrofitted, plan_of
+from se_retrofit.attention import Slot
 from se_retrofit.saving import from_pretrained, model_card, push_to_hub
+from se_retrofit.saving.networks import write_network
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -37,16 +39,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def file_exists(self: Any, repo_id: str, filename: str, *, revision: str | None) -> bool:
         return (root / repo_id / filename).is_file()
 
+    def create_branch(self: Any, repo_id: str, *, branch: str, exist_ok: bool) -> None:
+        shutil.copytree(root / repo_id, root / f"{repo_id}@{branch}", dirs_exist_ok=exist_ok)
+
     def upload_folder(self: Any, *, repo_id: str, folder_path: Path, revision: str | None, commit_message: str) -> None:
         assert commit_message
-        shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
+        folder = root / (repo_id if revision is None else f"{repo_id}@{revision}")
+        assert folder.is_dir()  # as the hub demands
+        shutil.copytree(folder_path, folder, dirs_exist_ok=True)
 
-    def snapshot_download(repo_id: str, *, allow_patterns: list[str], **options: Any) -> str:
-        if not (root / repo_id).is_dir():
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str], **options: Any) -> str:
+        folder = root / (repo_id if revision is None else f"{repo_id}@{revision}")
+        if not folder.is_dir():
             raise LocalEntryNotFoundError(f"no {repo_id}")
-        return str(root / repo_id)
+        return str(folder)
 
-    for function in (create_repo, file_exists, upload_folder):
+    for function in (create_repo, create_branch, file_exists, upload_folder):
         monkeypatch.setattr(huggingface_hub.HfApi, function.__name__, function)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return root
@@ -68,6 +76,11 @@ def test_a_network_goes_up_and_comes_back_equal_bit_for_bit(hub: Path, model: nn
     (hub / "me/net/README.md").write_text("mine")
     push_to_hub(model, "me/net")
     assert (hub / "me/net/README.md").read_text() == "mine"
+    (hub / "me/net/recipe.json").write_text("{}")  # that of the main branch
+    for _ in ("a new branch", "the same one"):
+        push_to_hub(model, "me/net", revision="v2")
+    assert_same_function(from_pretrained("me/net", revision="v2"), model, X)
+    assert (hub / "me/net/recipe.json").read_text() == "{}"
 
 
 def test_a_saved_folder_goes_up_by_the_command_line(hub: Path, model: nn.Module, saved: Path) -> None:
@@ -109,6 +122,20 @@ def test_the_card_of_a_run_says_what_it_is_and_how_good(run: Path) -> None:
     (run / "last" / "training.json").write_text('{"progress": 3}')
     assert "validation" not in model_card(run, "me/net")
     assert "| classes" not in model_card(add_se(timm.create_model("test_resnet")), "me/net")
+
+
+def own(slot: Slot) -> nn.Module:
+    return nn.Conv2d(slot.channels, slot.channels, 1)
+
+
+def test_the_card_claims_only_what_was_inserted(tmp_path: Path) -> None:
+    write_network(timm.create_model("test_resnet"), tmp_path)  # as a fine-tune without SE does
+    text = model_card(tmp_path, "me/plain")
+    assert "\nA copy of timm/test_resnet.r160_in1k.\n" in text
+    assert huggingface_hub.ModelCard(text).data.tags == ["pytorch"]
+    text = model_card(add_se(timm.create_model("test_resnet"), attention=own), "me/own")
+    assert "with own modules in its" in text
+    assert f"attention={own.__module__}.own)" in text  # as one would write it
 
 
 def refuse(*args: Any, **options: Any) -> None:

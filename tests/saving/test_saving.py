@@ -6,6 +6,7 @@ import copy
 import pickle
 import shutil
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -219,7 +220,7 @@ def test_whatever_stops_a_save_leaves_a_network_that_loads(
             with pytest.raises(RetrofitError, match="No space left on device; what was there before is untouched"):
                 save_retrofitted(new, saved)
         else:
-            patch.setattr(se_retrofit.saving.atomic, "_remove", lambda path: None)
+            patch.setattr(se_retrofit.saving.atomic.shutil, "rmtree", lambda *args, **options: None)
             with pytest.raises(Killed):
                 save_retrofitted(new, saved)
     assert_same(load_retrofitted(saved), old)
@@ -243,6 +244,12 @@ def test_the_folder_that_one_is_in_loads_and_is_not_replaced(saved: Path, monkey
     with pytest.raises(RetrofitError, match="as a whole"):
         save_retrofitted(model, ".")
     assert has_se(load_retrofitted("."))
+
+
+def test_a_recipe_that_an_editor_has_written_again_loads(saved: Path) -> None:
+    file = saved / "recipe.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig", newline="\r\n")
+    assert has_se(load_retrofitted(saved))
 
 
 def test_the_folder_of_a_run_stands_for_its_result(saved: Path, tmp_path: Path) -> None:
@@ -274,12 +281,18 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: save_retrofitted(small(), d / "a"), r"no SE modules.*model = add_se\(model\)"),
     (lambda d: save_retrofitted(add_se(small().to("meta")), d / "a"), "on the meta device and has no values"),
     (lambda d: save_retrofitted(quantised(), d / "a"), r"fc\.weight is a TwoTensor .*quantise what is loaded"),
+    (lambda d: save_retrofitted(nn.DataParallel(add_se(small())), d / "a"), r"give what is in it, model\.module"),
+    (lambda d: save_se(torch.compile(add_se(small())), d / "a.safetensors"), r"what is in it, model\._orig_mod"),  # type: ignore[arg-type]
     (lambda d: save_retrofitted(add_se(small()), d / "a", base="resnet18"), "does not build the network that is to be"),
     (lambda d: save_retrofitted(add_se(small()), d), "holds files of other kinds"),
     (lambda d: save_retrofitted(add_se(small()), d / "thesis.tex"), "is a file"),
     (lambda d: load_retrofitted(d / "nowhere"), "no folder .*nowhere"),
     (lambda d: load_retrofitted(d / "empty"), "holds no network"),
     (lambda d: load_retrofitted(d / "saved", base=nn.Linear(3, 3)), "can't be repeated on this base"),
+    (
+        lambda d: load_retrofitted(d / "saved", base=tiny(num_classes=4).to("meta")),
+        "is on the meta device; build it on",
+    ),
     (lambda d: load_retrofitted(FOLDERS / "inputs", base=Pairs(), example_inputs=X), "on the given example_inputs"),
     (lambda d: save_se(small(), d / "se.safetensors"), "no SE modules to save"),
     (lambda d: load_se(tiny(), d / "se.safetensors"), r"no place for its site layer1\.0"),
@@ -312,6 +325,32 @@ def test_what_cannot_be_done_is_refused_and_no_file_changes(
 def test_se_gets_the_dtype_of_the_network_that_it_is_loaded_onto(tmp_path: Path) -> None:
     file = save_se(add_se(small()), tmp_path / "se.safetensors")
     assert {t.dtype for t in load_se(small().double(), file).parameters()} == {torch.float64}
+
+
+def test_two_that_write_one_file_at_once_each_write_the_whole_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    with replaced_file(file) as last, replaced_file(file) as first:
+        for fresh in (first, last):
+            fresh.write_text(fresh.parent.name)
+            fresh.with_suffix(".data").write_text(fresh.parent.name)
+    assert file.read_text() == file.with_suffix(".data").read_text() == last.parent.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.data", "model.onnx"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has neither")
+def test_links_to_folders_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "saved").symlink_to(tmp_path / "disk" / "saved")
+    for content in ("old", "new"):
+        with replaced_directory(tmp_path / "saved", ("file",)) as fresh:
+            (fresh / "file").write_text(content)
+    assert (tmp_path / "saved").is_symlink()
+    assert (tmp_path / "disk" / "saved" / "file").read_text() == "new"
+    assert len([*tmp_path.rglob("*")]) == 4  # and nothing else
+    (tmp_path / "null").symlink_to("/dev/null")
+    with replaced_file(tmp_path / "null") as fresh:
+        fresh.write_text("lost")
+    assert (tmp_path / "null").is_char_device()
 
 
 def test_two_that_save_to_one_place_at_once_take_turns(tmp_path: Path) -> None:

@@ -47,6 +47,24 @@ class AddedInLoop(Sides):
         return F.relu(total)
 
 
+class Dual(nn.Module):
+    """Some of the new features are added to the projected input, the others put beside it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.f, self.side = nn.Sequential(unit(channels, 8), conv(8, 6)), conv(channels, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, new = self.side(x), self.f(x)
+        return F.relu(torch.cat([x[:, :4] + new[:, :4], x[:, 4:], new[:, 4:]], 1))
+
+
+@structure(IMAGE, sites={"1": 6, "2": 6}, after="f", kind="dense")
+def DualPath() -> nn.Module:
+    """Joins within a join (DPN, Chen et al., arXiv:1707.01629)."""
+    return nn.Sequential(conv(3, 8), Dual(8), Dual(10), conv(10, 8))
+
+
 @joined("f")
 class Activated(Sides):
     """The projection of the input is activated."""

@@ -16,7 +16,7 @@ from structure import Unit, conv, module_of
 from sweeps import swept
 from torch import Tensor, fx, nn
 
-from se_retrofit import RetrofitError, add_se, plan_se, record
+from se_retrofit import RetrofitError, add_se, plan_of, plan_se, record
 from se_retrofit.models import Base
 from se_retrofit.surgery.record.copying import copied, on_meta
 from se_retrofit.surgery.record.meta import MetaOperations
@@ -36,6 +36,16 @@ def Rewriting(self, x: Tensor, *, flip: bool = False) -> tuple[Tensor, dict[str,
     a += b
     values, indices = torch.max(y.flatten(2), -1)
     return (y.flip(-1) if flip else y), {"max": values, "at": indices.float(), "a": a}
+
+
+@module_of(
+    lambda needs_values, where: {"conv": conv(3, 8), "unit": Unit(), "needs_values": needs_values, "where": where}
+)
+def Moving(self, x: Tensor) -> Tensor:
+    y = self.unit(self.conv(x.to(self.where)))
+    if self.needs_values and float(y.mean()) > 1e9:
+        return y
+    return y + torch.arange(y.shape[-1], device=self.where)
 
 
 NETWORKS = swept(
@@ -128,6 +138,19 @@ OPERATIONS: list[tuple[Any, tuple[Any, ...]]] = [
 def forms(output: Any) -> list[tuple[Any, ...]]:
     tensors = [output] if isinstance(output, Tensor) else list(output)
     return [(type(t), t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+
+@pytest.mark.parametrize("needs_values", [False, True])
+def test_a_network_that_moves_values_to_a_gpu_is_recorded_without_it(
+    needs_values: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    model = Moving(needs_values, torch.device("cuda:0"))
+    retrofitted = add_se(model)
+    model.where = retrofitted.where = torch.device("cpu")
+    assert [site.path for site in plan_of(retrofitted).sites] == ["unit.se_attention"]
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(retrofitted(x), model(x))
 
 
 def test_an_operation_asked_for_again_has_outputs_of_the_same_form() -> None:

@@ -4,11 +4,9 @@ One principle: SE recalibrates what the block has newly computed, once, at the l
 the block (Hu et al., sections 3.3 and 6.4). Blocks are recognised by what their graphs do, never by a name.
 """
 
-from .block import Block, Target
-from .find import find_places
+from .block import Block, Found, Place, Target
+from .find import find_places, places_at
 from .left import left_out
-from .named import places_at
-from .place import Found, Place
 from .placements import PLACEMENTS
 from .questions import is_gate
 from .table import RECOGNISERS, Recognise, Recogniser

@@ -6,7 +6,7 @@ from ..record.facts import only_user, real_users
 from ..record.graph import Op
 from .questions import TRANSPARENT, next_after
 
-WEIGHTS = ("sigmoid", "softmax", "_softmax")
+_WEIGHTS = ("sigmoid", "softmax", "_softmax", "_safe_softmax", "softmax2d")
 
 
 def spatial_convs(ops: list[Op]) -> list[Op]:
@@ -47,44 +47,32 @@ def _is_attention(op: Op) -> bool:
 
 
 def _is_position(conv: Op) -> bool:
-    assert conv.conv is not None
     normed, join = False, only_user(conv)
     while join is not None and join.role in ("norm", "pass", "shape", "affine", "part", "cat"):
         normed = normed or join.role == "norm"
         join = only_user(join)
-    if not conv.conv.depthwise or join is None or join.role not in ("add", "mul") or len(join.data) < 2:
+    if not conv.depthwise or join is None or join.role not in ("add", "mul") or len(join.data) < 2:
         return False
     following = next_after(join, TRANSPARENT) if normed else None
     return following is None or following.role != "act"
 
 
 def _makes_values(conv: Op, ops: set[Op]) -> bool:
-    """Return whether a path from a convolution to the end of the branch avoids the weights of the attention."""
+    """Return whether a path from a convolution to the end of the branch does not enter attention as a weight, query or
+    key: into a product as what a sigmoid or softmax made (BAT, Chi et al., arXiv:2006.03318), or as one of the first two
+    of three values."""
     reached, waiting = {conv}, [conv]
     weights: set[Op] = set()
     for value in waiting:
         for user in real_users(value):
             if user not in ops:
                 return True
-            if user in reached or _weighs(value, user, value in weights):
+            weighs = user.role == "linear" and len(user.data) == 2 and value in weights
+            asks = user.role == "other" and len(user.data) == 3 and value is not user.data[2]
+            if user in reached or weighs or asks:
                 continue
             reached.add(user)
             waiting.append(user)
-            if user.name.lower() in WEIGHTS or weights.issuperset(user.data):
+            if user.name.lower() in _WEIGHTS or weights.issuperset(user.data):
                 weights.add(user)
     return False
-
-
-def _weighs(value: Op, user: Op, is_weight: bool) -> bool:
-    """Return whether a value enters attention as a weight, query or key: into a product, as the output of a sigmoid or
-    softmax (BAT, Chi et al., arXiv:2006.03318) or before a softmax, or as one of the first two of three values."""
-    if user.role == "linear" and len(user.data) == 2 and is_weight:
-        return True
-    if user.role == "other" and len(user.data) == 3:
-        return value in user.data[:2] and value is not user.data[2]
-    following = user if user.role == "linear" and len(user.data) == 2 else None
-    while following is not None and following.role in ("linear", "pass", "shape", "affine", "add"):
-        following = only_user(following)
-        if following is not None and following.role == "linear":
-            return False
-    return following is not None and "softmax" in following.name.lower()

@@ -50,7 +50,7 @@ def all_pass(record: Record, call: Call, sources: Iterable[Op], add: Op, region:
         output in sources
         or (
             call.parent is not None
-            and (output.bit & (region | shortcut) or _all_from(output, region))
+            and (output.bit & (region | shortcut) or all(value.lineage & region for value in output.data))
             and not (resized and output.shape[2:] != add.shape[2:])
         )
         for output in bypassing
@@ -73,23 +73,14 @@ def _is_weighed(record: Record, call: Call, op: Op, sources: list[Op], add: Op, 
     return False
 
 
-def _all_from(op: Op, region: int) -> bool:
-    """Return whether all operands are computed in a region, so that none bypasses it (as in a dual path's concat)."""
-    return bool(op.data) and all(o.lineage & region for o in op.data)
-
-
 def _collected(call: Call, sources: list[Op], add: Op, region: int) -> set[Op]:
     """Return the joins that take a unit's input and output unchanged, and what lies between that input and them."""
-    ours = {op for op in _gathered([add], call, 0) if _is_join(op) and op is not add}
+    ours = {op for op in _gathered([add], call, 0) if op.role in ("add", "cat") and len(op.data) > 1 and op is not add}
     found: set[Op] = set()
     for op in sorted(_gathered(sources, call, region | add.bit), key=lambda op: -op.index):
         if op in ours or any(user in found for user in op.users):
             found.add(op)
     return found.difference(sources)
-
-
-def _is_join(op: Op) -> bool:
-    return op.role in ("add", "cat") and len(op.data) > 1
 
 
 def _gathered(values: list[Op], call: Call, but: int) -> set[Op]:

@@ -8,7 +8,7 @@ from ..record.facts import innermost, is_conv_or_linear, only_user, real_users
 from ..record.graph import Op, Record
 from .attended import adds_positions
 from .block import Block, Target
-from .questions import TRANSPARENT, activation_after, is_pointwise, next_after
+from .questions import TRANSPARENT, activation_after, is_pointwise, next_after, resizes
 
 
 def plain_chains(record: Record) -> Iterator[Block]:
@@ -26,9 +26,8 @@ def lone_convolutions(record: Record) -> Iterator[Block]:
     for conv in record.ops:
         if not conv.spatial_conv or conv in acted or covers_its_input(conv):
             continue
-        assert conv.conv is not None
         following = next_after(conv, TRANSPARENT)
-        if conv.conv.depthwise or conv.conv.transposed or (following is not None and following.role in ("add", "mul")):
+        if conv.depthwise or resizes(conv) or (following is not None and following.role in ("add", "mul")):
             continue
         end, user = conv, only_user(conv)
         while user is not None and user.role == "norm":
@@ -50,7 +49,7 @@ def _units(record: Record) -> Iterator[tuple[Op, Op]]:
         if not conv.spatial_conv or covers_its_input(conv):
             continue
         following = activation_after(conv)
-        if conv.conv is not None and conv.conv.depthwise:
+        if conv.depthwise:
             pair = next_after(conv, ("norm", "pass", "affine", "pool"))
             if pair is not None and pair.role == "act":
                 pair = next_after(pair, ("norm", "pass", "affine"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import is_conv_or_linear
+from ..record.facts import behind, is_conv_or_linear
 from ..record.graph import Call, Op, Record
 from .block import Block, Target
 from .questions import (
@@ -62,55 +62,30 @@ def split_units(record: Record) -> Iterator[Block]:
 def _units(record: Record, call: Call, cat: Op) -> list[Block]:
     if not joins_channels(cat):
         return []
-    if not _is_returned(call, cat):
-        return _split_in_graph(record, call, cat) if call.parent is None else []
-    # in a dual path block (DPN), some of the new features are added to the bypass, and some are concatenated with it
-    added = {o: other for o in cat.data if (other := _added_to_bypass(o, call)) is not None}
-    new, bypassed = [], False
-    for operand in cat.data:
-        if operand in added:
-            new.append(added[operand])
-        elif bypass_source(operand, call, 0, projections=2 if added else 0) is not None:
-            bypassed = True
-        else:
-            new.append(operand)
-    if not bypassed or not new:
+    returned = _is_returned(call, cat)
+    if call.parent is not None and not returned:
+        return []
+    new = [o for o in cat.data if bypass_source(o, call, 0, projections=0) is None]
+    if not returned or not new or len(new) == len(cat.data):
         return _split_inside(record, call, cat)
     if len(new) > 1:
         if any(a.bit & b.ancestors for a in new for b in new):
             return []  # they feed each other: see dense_layers
         common = common_source(record, call, new)  # they are pieces of one value
-        if common is not None or added:
-            new = [common] if common is not None and common.channels is not None else []
+        if common is not None:
+            new = [common] if common.channels is not None else []
     return [block for value in new for block in _new_features(record, cat, value, call, 0)]
 
 
 def _is_returned(call: Call, cat: Op) -> bool:
     """Return whether a module returns only this value, possibly activated or in another shape."""
-    for output in call.outputs:
-        while output is not cat:
-            if output.role not in (*TRANSPARENT, "act") or len(output.data) != 1 or not call.holds(output):
-                return False
-            output = output.data[0]
-    return bool(call.outputs)
-
-
-def _split_in_graph(record: Record, call: Call, cat: Op) -> list[Block]:
-    """Do the same in a graph with many blocks, for a part of a value and the features computed from another part."""
-    pieces = [o for o in cat.data if o.role == "part" and len(o.data) == 1]
-    new = [o for o in cat.data if o not in pieces]
-    if len(pieces) != 1 or len(new) != 1:
-        return []
-    whole = pieces[0].data[0]
-    if not whole.bit & new[0].ancestors or escapes(record, call, [whole], {cat}):
-        return []
-    return _new_features(record, cat, new[0], call, whole.lineage)
+    return bool(call.outputs) and all(behind(output, (*TRANSPARENT, "act")) is cat for output in call.outputs)
 
 
 def _split_inside(record: Record, call: Call, cat: Op) -> list[Block]:
-    """Do the same if the split value is not an input of the module, but every path through the module passes it."""
+    """Do the same if the split value is computed in the module, as in a graph with many blocks."""
     whole = common_source(record, call, cat.data)
-    if whole is None or escapes(record, call, call.inputs, {whole}):
+    if whole is None or escapes(record, call, [whole], {cat}):
         return []
     outside = whole.lineage
     if whole in cat.data and any(map(is_conv_or_linear, record.select(outside & call.mask))):
@@ -134,19 +109,11 @@ def _is_layer(ops: list[Op]) -> bool:
     return has_spatial_conv(ops) and has_nonlinearity(ops) and not any(map(resizes, ops))
 
 
-def _added_to_bypass(op: Op, call: Call) -> Op | None:
-    """Return the newly computed operand of an add, if the other one is a bypass."""
-    if op.role != "add" or len(op.data) != 2 or not call.holds(op):
-        return None
-    new = [o for o in op.data if bypass_source(o, call, 0) is None]
-    return new[0] if len(new) == 1 else None
-
-
 def dual_paths(record: Record) -> Iterator[Block]:
-    """Several joins of one new value with what bypassed the block, which together are its whole output (DPN, Chen et
-    al., arXiv:1707.01629)."""
+    """Several joins of pieces of one new value with what bypassed the block, which together are its whole output; they may
+    be concatenated in the end (DPN, Chen et al., arXiv:1707.01629)."""
     for call in reversed(record.calls):
-        joins = [op for op in own_operations(record, call) if op.role in ("add", "cat")]
+        joins = [op for op in own_operations(record, call) if op.role == "add" or joins_channels(op)]
         block = _dual_path(record, call, joins) if len(joins) > 1 else None
         if block is not None:
             yield block
@@ -156,26 +123,18 @@ def _dual_path(record: Record, call: Call, joins: list[Op]) -> Block | None:
     cut: set[Op] = set()
     new: list[Op] = []
     for join in joins:
-        operands = join.data
-        if join.role == "cat" and not joins_channels(join):
-            continue
-        bypass = [o for o in operands if bypass_source(o, call, 0, projections=1) is not None]
-        rest = [o for o in operands if o not in bypass]
-        if not bypass or len(rest) != 1:
-            continue
-        cut.add(join)
-        new += rest
+        bypasses = [o for o in join.data if bypass_source(o, call, 0, projections=1) is not None]
+        rest = [o for o in join.data if o not in bypasses and o not in cut]
+        if bypasses and len(rest) == 1:
+            cut.add(join)
+            new += rest
     if {join.role for join in cut} != {"add", "cat"} or escapes(record, call, call.inputs, cut):
         return None
-    if any(join.ancestors & other.bit for join in cut for other in cut):
+    if any(join.ancestors & other.bit and other not in join.data for join in cut for other in cut):
         return None  # one after the other: a block in which something else is joined, too
-    common = call.mask
-    for op in new:
-        common &= op.lineage
-    candidates = [op for op in record.select(common) if op.channels is not None]
-    if not candidates:
+    branch = common_source(record, call, new)
+    if branch is None or branch.channels is None:
         return None
-    branch = candidates[-1]
     region = call.region(branch)
     if not has_spatial_conv(record.select(region)):
         return None

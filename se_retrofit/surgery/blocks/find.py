@@ -1,14 +1,17 @@
-"""From the blocks that the recognisers yield to the places where SE goes."""
+"""The places where SE goes: in the blocks that the recognisers yield, or where a user names them."""
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from torch import nn
+
+from ...errors import RetrofitError
 from ..record.graph import Call, Op, Record
-from .block import Block, Target
+from .block import Block, Found, Place, Target, problem_of
 from .names import conv_paths, name_of, path_of
-from .place import Found, Place, problem_of
 from .placements import PLACEMENTS
 from .questions import gate_after, is_gate
 from .table import RECOGNISERS, Recogniser
@@ -76,10 +79,11 @@ class _Finder:
     def add(self, block: Block, aside: str) -> None:
         """Note the place for a block, or the reason why there is none."""
         self.taken |= block.region | block.join.bit
-        self.found.shortcuts |= _shortcut(block)
+        if block.skip is not None and block.source is not None:
+            self.found.shortcuts |= block.call.region(block.skip, block.source.lineage)
         name = name_of(self.record, block)
         target = PLACEMENTS[self.placement](self.record, block)
-        if _has_attention(self.record, block, target):
+        if _has_attention(self.record, block):
             self.sited |= block.region
             self.found.attended += not aside
             self.found.leave(name, HAS_ATTENTION, block.region)
@@ -110,20 +114,9 @@ class _Finder:
         return frozenset(layer.path for layer in layers if layer.path is not None)
 
 
-def _shortcut(block: Block) -> int:
-    """Return the operations that project the input of a unit to its shortcut, as a bit set."""
-    bits, op = 0, block.skip
-    while op is not None and op is not block.source and block.call.holds(op) and len(op.data) == 1:
-        bits |= op.bit
-        (op,) = op.data
-    return bits
-
-
-def _has_attention(record: Record, block: Block, target: Target | None) -> bool:
+def _has_attention(record: Record, block: Block) -> bool:
     """Return whether a channel gate is in a block, or follows its branch or (in the same module) its join."""
-    if any(is_gate(op) for op in record.select(block.region)):
-        return True
-    if any(gate_after(value) for value in (block.branch, *([] if target is None else [target.op]))):
+    if any(map(is_gate, record.select(block.region))) or gate_after(block.branch) is not None:
         return True
     gate = gate_after(block.join)
     return gate is not None and block.call.parent is not None and block.call.holds(gate)
@@ -137,3 +130,61 @@ def _where_shown(call: Call, op: Op) -> Call | None:
             return call if op in call.inputs else None
         inner = inner.child_with(op)
     return inner
+
+
+# Places that a user names ---------------------------------------------------------------------------------------------
+
+
+def places_at(record: Record, patterns: Sequence[str]) -> Found:
+    """Return the places at the outputs of the modules whose paths match one of the patterns."""
+    found, called, wanted = Found(), _returned(record), set()
+    first = {id(module): path for path, module in reversed(list(record.model.named_modules()))}
+    modules = {  # a module may be named by any of its paths
+        path: first[id(module)]
+        for path, module in record.model.named_modules(remove_duplicate=False)
+        if not isinstance(module, _CONTAINERS)
+    }
+    for pattern in patterns:
+        matched = {modules[path] for path in fnmatch.filter(modules, pattern)}
+        reasons = {path: _why_not(record, path) for path in matched - called.keys()}
+        if matched <= reasons.keys():
+            what = f"the pattern {pattern!r} matches none of the {len(modules)} modules"
+            for path, reason in list(reasons.items())[:1]:
+                what = f"the pattern {pattern!r} matches {path!r}, but {reason}"
+            raise RetrofitError(
+                f"{what}; called are {', '.join(list(called)[1:5])}, ...: see record(model).graph for all of them"
+            )
+        found.skipped.update(reasons)
+        wanted |= matched & called.keys()
+    taken: set[Op] = set()
+    for path in [path for path in called if path in wanted]:
+        for call, op in called[path]:
+            problem = "it does not return one tensor" if op is None else problem_of(op)
+            if problem is not None or op is None:
+                found.skipped[path] = str(problem)
+            elif op not in taken:  # the output of an outer module may come from an inner one
+                taken.add(op)
+                layers, region = frozenset([path]), op.bit if op.path == path else call.mask
+                found.places.append(Place(path, "named", call, op, layers=layers, region=region, named=True))
+    found.places.sort(key=lambda place: place.op.index)
+    return found
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _why_not(record: Record, path: str) -> str:
+    if any(path == passed for call in record.calls for _, _, passed in call.passes):
+        return "it returns its input as it is: name the module before it"
+    return "it is not called on these inputs"
+
+
+def _returned(record: Record) -> dict[str, list[tuple[Call, Op | None]]]:
+    """Return for each module that was called the output of each call, and the call in whose code the output appears."""
+    found: dict[str, list[tuple[Call, Op | None]]] = {}
+    for call in record.calls:
+        found.setdefault(call.path, []).append((call, call.returned))
+    for op in record.ops:
+        if op.module is not None and op.path is not None:
+            found.setdefault(op.path, []).append((op.call, op))
+    return found

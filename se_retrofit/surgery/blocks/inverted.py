@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ..record.facts import innermost, only_user, real_users
 from ..record.graph import Op, Record
-from .block import Block
-from .questions import edge, is_gate, is_pointwise, next_after
+from .block import Block, Target
+from .questions import edge, feeds_a_layer, is_gate, is_pointwise, next_after
 
 
 def inverted_bottlenecks(record: Record) -> Iterator[Block]:
     """The core of an inverted bottleneck without a bypass: SE goes after the depthwise convolution's norm and
     activation (MobileNetV2, Sandler et al., arXiv:1801.04381; with SE: MnasNet, Tan et al., arXiv:1807.11626)."""
     for conv in record.ops:
-        core = _inverted_core(conv)
-        if core is None or not _projects(core.projection) or _is_prediction(record, core.projection):
+        core = _core(conv)
+        if core is None or not _projects(core[-1]) or not feeds_a_layer(record, core[-1]):
             continue
-        call = innermost(record, [conv, core.projection])
-        if call is None:
-            continue
-        region = core.projection.lineage & ~conv.ancestors
-        target = edge(record, core.value, core.taker)
-        yield Block("inverted", call, region, core.projection, core.projection, target=target)
+        value, taker, end = core
+        call = innermost(record, [conv, end])
+        if call is not None:
+            region = end.lineage & ~conv.ancestors
+            yield Block("inverted", call, region, end, end, target=edge(record, value, taker))
 
 
-@dataclass(frozen=True, eq=False)
-class _InvertedCore:
-    """``depthwise conv -> norm -> activation -> pointwise conv``: the input of the projection, the operation that takes
-    it, and the output of the projection."""
-
-    value: Op
-    taker: Op
-    projection: Op
-
-
-def _inverted_core(conv: Op) -> _InvertedCore | None:
-    """Return the core that starts with this depthwise convolution."""
-    if conv.conv is None or not conv.conv.depthwise or conv.flat:
+def _core(conv: Op) -> tuple[Op, Op, Op] | None:
+    """Return the core that starts with a depthwise convolution, ``conv -> norm -> activation -> projection``: the input
+    of the projection, the operation that takes it, and the output of the projection."""
+    if not conv.depthwise or conv.flat:
         return None
     op, acted = conv, False
     padded: tuple[Op, Op] | None = None  # the value that is padded before the projection, and the padding
@@ -51,22 +40,20 @@ def _inverted_core(conv: Op) -> _InvertedCore | None:
         pieces = [only_user(u) for u in users if u.role == "part"]
         if len(users) == len(pieces) > 1 and all(p is not None and is_pointwise(p) for p in pieces):
             joined = only_user(pieces[0]) if pieces[0] is not None else None  # a grouped projection (MixNet)
-            return (
-                _InvertedCore(op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
-            )
+            return (op, users[0], joined) if acted and joined is not None and joined.role == "cat" else None
         if len(users) > 1 and acted and all(map(_is_summed, users)):
-            return _InvertedCore(op, users[0], users[0])
+            return op, users[0], users[0]
         if len(users) != 1:
             return None
         user = users[0]
         if is_pointwise(user):
-            return _InvertedCore(*(padded or (op, user)), user) if acted else None
+            return (*(padded or (op, user)), user) if acted else None
         if user.role == "pad":  # padding for any kernel, which is zero for one of size 1
             padded, op = padded or (op, user), user
             continue
         padded = None
         if user.role == "cat":  # kernels of several sizes side by side (MixConv)
-            if not all(i.conv is not None and i.conv.depthwise for i in user.data):
+            if not all(i.depthwise for i in user.data):
                 return None
         elif user.role == "act":
             acted = True
@@ -87,32 +74,24 @@ def _projects(op: Op) -> bool:
     directly by a depthwise convolution (of which it would be the first half: Haase and Amthor, arXiv:2003.13549)."""
     following = next_after(op, ("norm", "pass", "affine", "shape"))
     other_half = next_after(op, ("pass", "pad"))
-    if other_half is not None and other_half.conv is not None and other_half.conv.depthwise:
+    if other_half is not None and other_half.depthwise:
         return False
     return following is None or following.role != "act"
 
 
-def core_of(record: Record, block: Block) -> _InvertedCore | None:
-    """Return the core of a residual unit that is an inverted bottleneck."""
+def inverted_target(record: Record, block: Block) -> Target | None:
+    """Return where SE goes in a residual unit that is an inverted bottleneck; None for any other unit."""
     ops = list(record.select(block.region))
     spatial = [op for op in ops if op.spatial_conv]
-    if not all(op.conv is not None and op.conv.depthwise for op in spatial):
+    if not all(op.depthwise for op in spatial):
         return None
-    cores = {core.projection: core for core in map(_inverted_core, spatial) if core is not None}
+    cores = {core[-1]: core for core in map(_core, spatial) if core is not None}
     if len(cores) != 1:
         return None
-    projection, core = cores.popitem()
+    ((value, taker, projection),) = cores.values()
     if not projection.bit & block.region or not _projects(projection):
         return None
     later = [
         op for op in ops if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.flat
     ]
-    return None if later else core
-
-
-def _is_prediction(record: Record, projection: Op) -> bool:
-    """Return whether a projection is the prediction of a head: no layer with weights follows it."""
-    return not any(
-        op.ancestors & projection.bit and op.role in ("conv", "linear", "norm")
-        for op in record.ops[projection.index + 1 :]
-    )
+    return None if later else edge(record, value, taker)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..record.graph import Op, Record
+from .block import Found, Place
 from .chains import covers_its_input, is_feature, tells_where
 from .names import path_of
-from .place import Found, Place
 from .questions import TRANSPARENT, next_after
 
 

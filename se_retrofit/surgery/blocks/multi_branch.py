@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import is_conv_or_linear, only_user
+from ..record.facts import behind, is_conv_or_linear, only_user
 from ..record.graph import Call, Op, Record
-from ..record.joins import LEARNED
 from .attended import spatial_convs
 from .block import Block, Target
-from .questions import common_source, escapes, has_nonlinearity, joins_channels, own_operations, prefix_of, resizes
+from .questions import (
+    common_source,
+    escapes,
+    feeds_a_layer,
+    has_nonlinearity,
+    joins_channels,
+    own_operations,
+    prefix_of,
+    resizes,
+)
 
 
 def multi_branch_blocks(record: Record) -> Iterator[Block]:
@@ -55,7 +63,7 @@ def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Bl
         o for o in cat.data if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
     ]
     end = _fusing_end(call, cat, ops)
-    filters = all(op.conv is None or op.conv.depthwise for op in ops) and not has_nonlinearity(ops)
+    filters = all(op.conv is None or op.depthwise for op in ops) and not has_nonlinearity(ops)
     if end is None and filters and not any(op.role == "norm" for op in ops):
         return None  # each piece of a value is filtered: one depthwise convolution, with kernels of several sizes
     if len(convolved) < 2 or (bypasses and end is None) or _predicts(record, cat):
@@ -67,9 +75,7 @@ def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Bl
 def _predicts(record: Record, cat: Op) -> bool:
     """Return whether a concat joins the predictions of heads (boxes, scores, keypoints): no learned layer follows it,
     and at least one branch ends in a learned layer, possibly squashed."""
-    if any(cat.bit & op.ancestors and op.role in LEARNED for op in record.ops[cat.index + 1 :]):
-        return False
-    return any(map(_is_decoded, cat.data))
+    return not feeds_a_layer(record, cat) and any(map(_is_decoded, cat.data))
 
 
 def _is_decoded(op: Op) -> bool:
@@ -100,9 +106,7 @@ def _fusing_end(call: Call, cat: Op, branches: list[Op]) -> Op | None:
         op = user
     if conv is None or (call.parent is None and not _same_family(conv, branches)):
         return None
-    while op.role in ("pass", "affine") and op is not conv and len(op.data) == 1:
-        op = op.data[0]
-    return op
+    return behind(op, ("pass", "affine"))
 
 
 def _same_family(conv: Op, branches: list[Op]) -> bool:

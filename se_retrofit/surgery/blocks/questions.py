@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 
-from ..record.facts import innermost, only_user, real_users
+from ..record.facts import LEARNED, innermost, only_user, real_users
 from ..record.graph import Call, Op, Record
-from ..record.joins import LEARNED
 from .block import Target
 
 # What leaves a value the same except for its position, its size or a linear map of each channel.
@@ -120,6 +119,11 @@ def joins_channels(op: Op) -> bool:
     return all(len(s) == op.dim for s in shapes) and any(s[dim] != op.shape[dim] for s in shapes)
 
 
+def feeds_a_layer(record: Record, value: Op) -> bool:
+    """Return whether a learned layer depends on a value, which then is not a prediction."""
+    return any(value.bit & op.ancestors and op.role in LEARNED for op in record.ops[value.index + 1 :])
+
+
 def escapes(record: Record, call: Call, sources: Iterable[Op], cut: set[Op]) -> bool:
     """Return whether a path from ``sources`` to the module's output passes none of ``cut``."""
     return not _reached(record, call, sources, cut).isdisjoint(call.outputs)
@@ -162,7 +166,7 @@ def bypass_source(op: Op, call: Call, ancestors: int, projections: int = 2) -> O
             acted = acted or not convs
         elif op.role not in (*TRANSPARENT, "cat") and not (projections and op.role in ("pool", "resize")):
             return None
-        separable = len(convs) < 2 or any(conv.conv is not None and conv.conv.depthwise for conv in convs)
+        separable = len(convs) < 2 or any(conv.depthwise for conv in convs)
         if len(convs) > projections or acts > 1 or not separable:
             return None
         op = op.data[0]

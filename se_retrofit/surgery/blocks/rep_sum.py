@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import only_user
+from ..record.facts import LEARNED, only_user
 from ..record.graph import Call, Op, Record
-from ..record.joins import LEARNED
 from .block import Block, Target
 from .questions import common_source, escapes, has_nonlinearity, has_spatial_conv, next_after, own_operations
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..record.facts import LEARNED, behind
 from ..record.graph import Call, Op, Record
-from ..record.joins import LEARNED
 from .attended import spatial_convs
 from .block import Block
 from .bypasses import all_pass
-from .inverted import core_of
+from .inverted import inverted_target
 from .questions import (
     bypass_source,
     common_source,
     derives,
-    edge,
     escapes,
+    feeds_a_layer,
     has_nonlinearity,
     has_spatial_conv,
     own_operations,
@@ -32,12 +32,10 @@ def residual_units(record: Record) -> Iterator[Block]:
     for call in reversed(record.calls):
         for add in own_operations(record, call):
             block = _unit(record, call, add)
-            if block is None:
-                continue
-            core = core_of(record, block)
-            if core is not None:
-                block.kind, block.target = "inverted", edge(record, core.value, core.taker)
-            yield block
+            if block is not None:
+                block.target = inverted_target(record, block)
+                block.kind = "residual" if block.target is None else "inverted"
+                yield block
 
 
 def parallel_branches(record: Record) -> Iterator[Block]:
@@ -46,7 +44,7 @@ def parallel_branches(record: Record) -> Iterator[Block]:
     for call in reversed(record.calls):
         for add in own_operations(record, call) if call.parent is not None else ():
             values = summands(call, add)
-            for skip, first in values if len(values) > 2 else ():
+            for skip, first in values:
                 if first is not add:  # else the branches are summed up before, and are one
                     yield from _branches(record, call, skip, values)
 
@@ -106,7 +104,7 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
         if source is None or any(value is source for value, _ in summands(call, branch)):
             continue
         common = bool(source.bit & branch.ancestors)
-        region = call.region(branch, source.lineage if common else 0)
+        region = call.region(branch, source.lineage)
         ops = list(record.select(region))
         if not spatial_convs(ops) or _is_of_another_stream(record, call, source, branch):
             continue
@@ -117,7 +115,8 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
             continue
         if _is_query(source, region) or _spans_network(record, add, skip, ops):
             continue
-        if call.parent is None and any(map(resizes, ops)) and not _resized_between(source, skip):
+        shortcut = record.select(skip.lineage & ~source.lineage)
+        if call.parent is None and any(map(resizes, ops)) and not any(map(resizes, shortcut)):
             continue  # the resolution goes down and up again: a skip between the levels of an hourglass
         return Block("residual", call, region, branch, add, skip, source)
     return None
@@ -134,8 +133,7 @@ def _is_modulation(record: Record, call: Call, add: Op) -> bool:
     """Return whether an add shifts what a map of the same origin scaled: ``norm(x) * (1 + gamma) + beta`` (SPADE, Park
     et al., arXiv:1903.07291; AdaIN, Huang and Belongie, arXiv:1703.06868; FiLM, Perez et al., arXiv:1709.07871)."""
     for product, shift in (add.data, add.data[::-1]):
-        while product.role in ("pass", "affine") and len(product.data) == 1:
-            (product,) = product.data
+        product = behind(product, ("pass", "affine"))
         if product.role != "mul" or len(product.data) != 2:
             continue
         for scaled, factor in (product.data, product.data[::-1]):
@@ -159,7 +157,7 @@ def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
     if any(op.role in LEARNED for op in record.select(skip.lineage)):
         return False
     widens = max(op.channels or 0 for op in own) > (add.channels or 0) > 0
-    return widens and not any(add.bit & op.ancestors and op.role in LEARNED for op in record.ops[add.index :])
+    return widens and not feeds_a_layer(record, add)
 
 
 def _is_query(source: Op, region: int) -> bool:
@@ -174,13 +172,5 @@ def _is_query(source: Op, region: int) -> bool:
 def _is_plain_convolution(record: Record, call: Call, add: Op, ops: list[Op]) -> bool:
     """Return whether a linear branch is a residual branch nevertheless: a convolution beside the input itself. Several
     linear branches are a sum to be fused (see rep_sum); a lone depthwise convolution encodes positions."""
-    mixing = any(op.spatial_conv and op.conv is not None and not op.conv.depthwise for op in ops)
+    mixing = any(op.spatial_conv and not op.depthwise for op in ops)
     return mixing and not any(map(resizes, ops)) and summed_branches(record, call, add) is None
-
-
-def _resized_between(source: Op, op: Op) -> bool:
-    while op is not source and op.data:
-        if resizes(op):
-            return True
-        op = op.data[0]
-    return False

@@ -85,9 +85,6 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
         convert: function that converts each tensor in it; None clones.
         independent: also copy what hooks and functions on instances hold, and share what can't be copied (a lock,
             an open file) instead of failing: for a copy that is run once and discarded.
-
-    Raises:
-        RetrofitError: If something in it can't be copied.
     """
     modules = list(value.modules()) if isinstance(value, nn.Module) else []
     if any(is_lazy(tensor) for module in modules for tensor in module.parameters(recurse=False)):

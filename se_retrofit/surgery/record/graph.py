@@ -8,6 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -105,6 +106,11 @@ class Op:
         return self.conv is not None and self.conv.spatial and not self.flat
 
     @property
+    def depthwise(self) -> bool:
+        """Whether it is a depthwise convolution over space."""
+        return self.conv is not None and self.conv.depthwise
+
+    @property
     def channels(self) -> int | None:
         if self.channel_dim is None or self.dim < -self.channel_dim:
             return None
@@ -191,6 +197,11 @@ class Record:
     calls: list[Call] = field(default_factory=list)
     broke_off: str | None = None
     broke_in: str | None = None
+
+    @cached_property
+    def op_of(self) -> dict[fx.Node, Op]:
+        """What is known of each node whose value is a tensor."""
+        return {op.node: op for op in self.ops if op.node is not None}
 
     def select(self, bits: int) -> Iterator[Op]:
         """Yield the operations of a bit set, in order."""

@@ -35,7 +35,7 @@ class Inputs:
 
         def real(tensor: Tensor) -> Tensor:
             if tensor.is_meta and (tensor.is_floating_point() or tensor.is_complex()):
-                return torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
+                return torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
             return on_cpu(tensor)
 
         return copied(self, real)

@@ -207,6 +207,9 @@ class _Recorder(TorchDispatchMode):
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         with_values = [t for t in given if not t.is_meta]
+        if kwargs.get("device") not in (None, torch.device("meta")):
+            # wherever the model's code wants a value, its copy is on meta, or on the CPU
+            kwargs = {**kwargs, "device": torch.device("cpu" if len(with_values) == len(given) else "meta")}
         if len(with_values) == len(given):
             return func(*args, **kwargs)
         if with_values:

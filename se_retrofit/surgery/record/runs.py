@@ -71,18 +71,24 @@ class Runs:
         first_error: str | None = None
         failed: list[Inputs] = []
         given = None if example_inputs is None else given_inputs(example_inputs)
+
+        def with_values(inputs: Inputs) -> Runs:
+            # a single one of our own images is enough, and slow enough
+            values = (inputs.of_one() if given is None else inputs).with_values(torch.Generator().manual_seed(0))
+            return cls._on(model, values, inputs, on_cpu, clean, training)
+
         for inputs in candidate_inputs(model) if given is None else [given]:
             try:
                 runs = cls._on(model, inputs.on_meta(), inputs, on_meta, clean, training)
             except NeedsValues:
-                runs = cls._with_values(model, inputs, given is not None, clean, training)
+                runs = with_values(inputs)
             else:
                 failed.append(inputs)
             if runs.evaluation.broke_off is None:
                 return runs
             first_error = first_error or runs.evaluation.broke_off
         for index, inputs in enumerate(failed[:_WITH_VALUES]):
-            runs = cls._with_values(model, inputs, given is not None, clean, training)
+            runs = with_values(inputs)
             if runs.evaluation.broke_off is None:
                 return runs
             first_error = runs.evaluation.broke_off if index == 0 else first_error
@@ -101,14 +107,6 @@ class Runs:
             f"{name} can't be run on any input that was tried; give add_se(..., example_inputs=...) a tensor (or a tuple of "
             f"positional inputs, or a dict of keyword inputs) of the right shape. On the first one tried its forward raised {first_error}"
         )
-
-    @classmethod
-    def _with_values(
-        cls, model: nn.Module, inputs: Inputs, given: bool, clean: Callable[[], None], training: bool
-    ) -> Runs:
-        # a single one of our own images is enough, and slow enough
-        values = (inputs if given else inputs.of_one()).with_values(torch.Generator().manual_seed(0))
-        return cls._on(model, values, inputs, on_cpu, clean, training)
 
     @classmethod
     def _on(

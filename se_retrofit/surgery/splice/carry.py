@@ -28,11 +28,7 @@ from .undo import PLAN, is_retrofitted, strip
 
 
 def carry_out(model: nn.Module, plan: Plan) -> None:
-    """Retrofit a model in place by a plan that fits it.
-
-    Raises:
-        RetrofitError: If the plan contradicts itself, or a class can't be derived. The model is unchanged then.
-    """
+    """Retrofit a model in place by a plan that fits it. If the plan contradicts itself, the model is unchanged."""
     options, modules = Options.of(plan), {}
     kept = replace(plan, options=noted_options(plan.options))  # plain data, which can be pickled
     with (
@@ -90,8 +86,7 @@ def misfit(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> str:
     Modules are given by path, and edits with the path of their SE module."""
     try:
         for holder in _prepared(modules, edits):
-            if holder.recipe is not None:
-                derived_class(holder.recipe)
+            holder.derived()
     except SpliceError as error:
         return str(error)
     return ""
@@ -164,24 +159,19 @@ class _Holder:
     nodes: dict[Edit, str] = field(default_factory=dict)  # edits, with the path of SE in the GraphModule
     insertions: list[list[Insertion]] = field(default_factory=list)  # for each of them
 
-    @property
-    def recipe(self) -> Recipe | None:
+    def derived(self) -> type:
+        """Return the module's class with SE; its own class if none of its methods calls SE."""
         if not self.splices and not self.returned:
-            return None
+            return type(self.module)
         splices = tuple(sorted(self.splices, key=lambda splice: (splice.method, splice.span)))
-        return Recipe(type(self.module), splices, "" if splices else self.returned)
+        return derived_class(Recipe(type(self.module), splices, "" if splices else self.returned))
 
 
 def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) -> None:
-    """Insert SE modules into a model, given the path of the SE module and the module for each edit.
-
-    Raises:
-        SpliceError: If an edit does not fit, or a class can't be derived. Nothing is changed then.
-    """
+    """Insert SE modules into a model, given the path and the module for each edit; all of them, or none if one can't be."""
     modules = dict(model.named_modules())
     holders = _prepared(modules, {edit: path for edit, (path, _) in edits.items()})
-    recipes = [(holder.module, holder.recipe) for holder in holders]
-    classes = [(module, derived_class(recipe)) for module, recipe in recipes if recipe is not None]
+    classes = [(holder.module, holder.derived()) for holder in holders]
     for path, se in edits.values():
         parent, _, child = path.rpartition(".")
         modules[parent]._modules[child] = se
@@ -240,11 +230,7 @@ def _prepared(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> li
 
 
 def _splice(edit: Edit, module: nn.Module, child: str) -> Splice:
-    """Return a splice with its class, looked up among the bases of the module's class, and the SE module's name.
-
-    Raises:
-        SpliceError: If there is no such method, its source has changed, or it has no such expression at that position.
-    """
+    """Return a splice with its class, looked up among the bases of the module's class, and the SE module's name."""
     owner = next((c for c in type(module).__mro__ if class_name(c) == edit.owner and edit.method in vars(c)), None)
     if owner is None:
         raise SpliceError(f"{class_name(type(module))} has no method {edit.method} of {edit.owner}")

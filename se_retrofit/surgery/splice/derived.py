@@ -126,12 +126,7 @@ _derived: weakref.WeakValueDictionary[Recipe, type] = weakref.WeakValueDictionar
 
 
 def derived_class(recipe: Recipe) -> type:
-    """Return the class of a recipe; equal recipes give the same class.
-
-    Raises:
-        RetrofitError: If the source of a method has changed since the recipe was made.
-        SpliceError: If the class can't be derived.
-    """
+    """Return the class of a recipe; equal recipes give the same class. If it can't be derived, raise a SpliceError."""
     cls = _derived.get(recipe)
     if cls is None:
         for splice in recipe.splices:  # a pickle may come from another version
@@ -149,11 +144,7 @@ def derived_class(recipe: Recipe) -> type:
 
 
 def source_as_before(splice: Splice) -> Source:
-    """Return the source of the method that a splice is for.
-
-    Raises:
-        SpliceError: If it differs from the source that the splice was made for, or is not available.
-    """
+    """Return the source of the method that a splice is for; if it is no longer the same, raise a SpliceError."""
     function = unwrapped(vars(splice.owner).get(splice.method))
     source = None if function is None else source_of(function)
     if source is None or source.digest != splice.digest:

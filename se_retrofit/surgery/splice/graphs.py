@@ -30,14 +30,13 @@ def _digest(code: str) -> str:
     return hashlib.sha256(code.strip().encode()).hexdigest()[:16]
 
 
-def graph_place(call: Call, op: Op, users: frozenset[Op] | None) -> Edit:
-    """Return the edit at the node of a GraphModule's graph whose value an operation computes.
-
-    Raises:
-        SpliceError: If it is not the value of a node.
-    """
-    name, digest = _node_name(call, op)
-    taking = None if users is None else tuple(sorted(_node_name(call, user)[0] for user in users))
+def in_graph(call: Call, op: Op, users: frozenset[Op] | None = None) -> Edit | SpliceError:
+    """Return the edit at the node of a GraphModule's graph whose value an operation computes, or why there is none."""
+    try:
+        name, digest = _node_name(call, op)
+        taking = None if users is None else tuple(sorted(_node_name(call, user)[0] for user in users))
+    except SpliceError as error:
+        return error
     return Edit(call.path, "graph", node=name, users=taking, digest=digest)
 
 
@@ -86,11 +85,7 @@ Insertion = tuple[fx.Graph, fx.Node, list[fx.Node] | None]
 
 
 def insertions_of(module: nn.Module, edits: list[Edit]) -> list[list[Insertion]]:
-    """Return for each edit the node that it names and the users of SE's output (None: all), in each of the graphs.
-
-    Raises:
-        SpliceError: If the graphs are not those that the edits were made for, or have no such nodes.
-    """
+    """Return for each edit the node that it names and the users of SE's output (None: all), in each of the graphs."""
     graphs = graphs_of(module) if isinstance(module, fx.GraphModule) else []
     read = {_code_digest(module, graph): graph for graph in graphs}  # type: ignore[arg-type]
     found = []

@@ -61,11 +61,6 @@ class Source:
         """All nodes of the tree, outer ones first."""
         return tuple(ast.walk(self.tree))
 
-    @functools.cached_property
-    def own_nodes(self) -> tuple[ast.AST, ...]:
-        """All nodes, except those of nested functions and classes."""
-        return tuple(_own_nodes(self.tree))
-
     def text(self, node: ast.AST) -> str:
         a, b, c, d = span_of(node)
         lines = [line.encode() for line in self.lines[a - self.first : b - self.first + 1]]
@@ -87,20 +82,17 @@ class Source:
         return hashlib.sha256("".join(self.lines).encode()).hexdigest()[:16]
 
 
-def _own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+def own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes of a tree, except those of nested functions and classes."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
             yield node
-            yield from _own_nodes(node)
+            yield from own_nodes(node)
 
 
 @functools.lru_cache(maxsize=512)
 def source_of(function: types.FunctionType) -> Source:
-    """Return the source of a function.
-
-    Raises:
-        SpliceError: If there is none, or it is not what the function was compiled from.
-    """
+    """Return the source of a function; if there is none that it was compiled from, raise a SpliceError."""
     name = function.__qualname__
     if all(position[2] is None for position in function.__code__.co_positions()):
         raise SpliceError(
@@ -199,11 +191,7 @@ def span_of(node: Any) -> Span:
 
 
 def node_at(source: Source, code: types.CodeType, lasti: int) -> ast.AST:
-    """Return the expression, or the augmented assignment, that a frame was executing.
-
-    Raises:
-        SpliceError: If no node of the tree is at that position.
-    """
+    """Return the expression, or the augmented assignment, that a frame was executing."""
     position = _positions(code)[lasti // 2]
     if None in position:
         raise SpliceError("the position of the expression is not known")
@@ -227,11 +215,7 @@ def _positions(code: types.CodeType) -> list[tuple[Any, ...]]:
 
 def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, Any], dict[type, dict[str, Any]]]:
     """Return the members of a class derived from ``base``: those that replace its own, and, by class, those of base
-    classes that its methods reach by ``super()``.
-
-    Raises:
-        SpliceError: If a method's source can't be changed.
-    """
+    classes that its methods reach by ``super()``."""
     own: dict[str, Any] = {}
     further: dict[type, dict[str, Any]] = {}
     by_method: dict[tuple[type, str], list[Splice]] = {}

@@ -21,8 +21,8 @@ from ..record.graph import Call, Op, Where
 from ..record.methods import Method, methods_of
 from ..record.roles import is_sequential
 from .carry import class_name, forward_digest, has_attribute
-from .graphs import graph_place
-from .source import Source, SpliceError, node_at, source_of, span_of
+from .graphs import in_graph
+from .source import Source, SpliceError, node_at, own_nodes, source_of, span_of
 
 SE_NAME = "se_attention"
 
@@ -51,7 +51,7 @@ def ways(place: Place) -> Iterator[Edit | SpliceError]:
 def _at_value(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
     """Yield ways in the code of the called module, then in that of a module that it calls for the value."""
     if isinstance(call.module, fx.GraphModule):
-        yield _in_graph(call, op, None)
+        yield in_graph(call, op)
         return
     if is_sequential(call.module) and call.returned is op:
         yield Edit(call.path, "append")
@@ -69,7 +69,7 @@ def _at_value(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
 def _in_source(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
     """Yield ways at the expressions of a module's own methods that compute the value."""
     if isinstance(call.module, fx.GraphModule):
-        yield _in_graph(call, op, None)
+        yield in_graph(call, op)
         return
     appearances = [op.where] if op.call is call else []
     appearances += [child.where for child in call.children if child.returned is op]
@@ -80,7 +80,7 @@ def _in_source(call: Call, op: Op) -> Iterator[Edit | SpliceError]:
 def _at_users(call: Call, op: Op, users: frozenset[Op]) -> Iterator[Edit | SpliceError]:
     """Yield ways to pass a value through SE only where some operations use it."""
     if isinstance(call.module, fx.GraphModule):
-        yield _in_graph(call, op, users)
+        yield in_graph(call, op, users)
         return
     if len(users) != 1:
         yield SpliceError(f"{len(users)} operations take the value that SE should recalibrate")
@@ -162,17 +162,10 @@ def _as_returned(path: str, module: nn.Module) -> Iterator[Edit | SpliceError]:
     if method is not None and method.self_name is not None:
         with suppress(SpliceError):
             source = source_of(method.function)
-            returns = [r.value for r in source.own_nodes if isinstance(r, ast.Return) and r.value is not None]
+            returns = [r.value for r in own_nodes(source.tree) if isinstance(r, ast.Return) and r.value is not None]
             if len(returns) == 1:
                 yield _splice(path, method, source, returns[0], "wrap")
     yield Edit(path, "return", digest=forward_digest(type(module)))
-
-
-def _in_graph(call: Call, op: Op, users: frozenset[Op] | None) -> Edit | SpliceError:
-    try:
-        return graph_place(call, op, users)
-    except SpliceError as error:
-        return error
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

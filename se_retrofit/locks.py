@@ -1,4 +1,4 @@
-"""A lock that allows one run at a time in a folder."""
+"""Locks on folders, between processes, on systems and disks that have them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import RetrofitError
+from .errors import RetrofitError
 
 try:
     import fcntl
@@ -18,11 +18,25 @@ LOCK = ".running"
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path | None) -> Iterator[None]:
-    """Keep other processes from running in the same folder, on systems with ``fcntl``; None stands for no folder.
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until nobody else, in this process or another one, is in turn in a folder."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # also for children that were forked meanwhile
+        os.close(handle)
 
-    The lock belongs to this process, not to the data-loading processes that it starts, and is released however it ends.
-    """
+
+@contextlib.contextmanager
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Keep other processes out of a folder, if there is one. The loading processes don't inherit the lock."""
     if fcntl is None or folder is None:
         yield
         return
