@@ -22,7 +22,7 @@ from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs
 from .record.isolation import isolated, without_collections
-from .record.methods import methods_of
+from .record.methods import METHODS
 from .record.runs import Runs
 from .splice.carry import block_around, misfit, structure_of
 from .splice.fitting import Fitting, SurgerySite
@@ -30,7 +30,7 @@ from .splice.fitting import Fitting, SurgerySite
 
 def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     """Return the plan of a retrofit."""
-    methods_of.cache_clear()
+    METHODS.clear()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
         found = _found(read(runs.evaluation), options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +24,15 @@ class Method:
         return code.co_varnames[0] if code.co_argcount and not static else None
 
 
-@functools.cache  # emptied before each planning, because methods may be patched
+# by class; emptied before each planning, because methods may be patched
+METHODS: dict[type, dict[types.CodeType, Method]] = {}
+
+
 def methods_of(cls: type) -> dict[types.CodeType, Method]:
     """Return the methods of a class and its bases, by their code objects and by those nested in them."""
-    found: dict[types.CodeType, Method] = {}
+    if cls in METHODS:
+        return METHODS[cls]
+    found = METHODS[cls] = {}
     for owner in cls.__mro__:
         if owner in (object, nn.Module):
             continue
