@@ -108,7 +108,7 @@ def read_as(value: Any, kind: Any, where: str) -> Any:
         return {key: read_as(item, inner[1], f"{where}.{key}") for key, item in value.items()}
     if type(value) is base or (base is float and type(value) is int):
         return value
-    expected = "dict" if is_dataclass(base) else base.__name__
+    expected = "dict" if is_dataclass(base) else "list" if base is tuple else base.__name__
     raise RetrofitError(f"{where} is of type {type(value).__name__}, expected {expected}: {brief(value)}")
 
 
