@@ -12,7 +12,7 @@ from torch import fx, nn
 from ..errors import RetrofitError
 from ..plan import Plan, Site
 from ..surgery.record.graph import Op, Record, tensor_of
-from ..surgery.splice.derived import RetrofittedBlock
+from ..surgery.splice.derived import class_before
 from ..surgery.splice.undo import is_retrofitted
 from ..tables import few
 
@@ -225,8 +225,7 @@ def _sign_of(op: Op) -> str:
 
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class before the retrofit."""
-    cls = type(module)
-    return (cls.se_recipe.base if issubclass(cls, RetrofittedBlock) else cls).__name__
+    return class_before(module).__name__
 
 
 def describe(module: nn.Module) -> str:

@@ -13,6 +13,7 @@ from ..errors import RetrofitError, brief
 from ..models import LIBRARIES, Base
 from ..plan import Site
 from ..retrofit import has_se, plan_of
+from ..surgery.splice.derived import class_before
 from .recipe import RECIPE, belongs_to
 
 
@@ -105,11 +106,11 @@ def _mismatch(base: Base, model: nn.Module) -> str:
 
 
 def _layers(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, str]:
-    """Return each layer (module without children) as text, except dropout, because its rate is not saved."""
+    """Return each layer (module without children of its own) as text, except dropout, because its rate is not saved."""
     return {
-        path: f"{type(module).__name__}({module.extra_repr()})"
+        path: f"{class_before(module).__name__}({module.extra_repr()})"
         for path, module in model.named_modules()
-        if not any(module.children())
+        if all(belongs_to(f"{path}.{name}", sites) for name, _ in module.named_children())  # a ReLU may hold SE
         and not isinstance(module, nn.Identity)
         and not type(module).__name__.startswith(("Drop", "StochasticDepth"))
         and not belongs_to(path, sites)

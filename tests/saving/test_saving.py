@@ -41,6 +41,7 @@ from se_retrofit import (
 from se_retrofit.models import Base
 from se_retrofit.saving import load_se, save_se
 from se_retrofit.saving.atomic import replaced_directory, replaced_file
+from se_retrofit.saving.base import base_of
 
 X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -109,6 +110,12 @@ def test_a_network_that_was_built_by_name_remembers_it(tmp_path: Path) -> None:
     model.classifier[1] = nn.Conv2d(512, 7, 1)
     with pytest.raises(RetrofitError, match=r"torchvision/squeezenet.*classifier.1.weight .*\(7, 512, 1, 1\)"):
         load_retrofitted(save_retrofitted(model, tmp_path / "saved"))
+
+
+def test_a_chain_whose_activations_hold_se_is_known_by_its_name() -> None:
+    base = Base.of("torchvision/vgg11")
+    with torch.device("meta"):
+        assert base_of(add_se(base.build(), inplace=True)) == (base, "")
 
 
 def test_arguments_that_leave_no_trace_in_the_name_are_noticed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ..record.copying import mode_of
 from ..record.isolation import without_collections
 from ..record.methods import unwrapped
 from ..record.roles import is_sequential
-from .derived import Recipe, RetrofittedBlock, derived_class, source_as_before
+from .derived import Recipe, class_before, derived_class, source_as_before
 from .graphs import Insertion, insert_node, insertions_of
 from .source import Splice, SpliceError, source_of
 from .undo import PLAN, is_retrofitted, strip
@@ -71,7 +71,7 @@ def structure_of(model: nn.Module) -> str:
         if is_retrofitted(module):
             inside.update(map(id, module.modules()))
         if id(module) not in inside:
-            cls = type(module).se_recipe.base if isinstance(module, RetrofittedBlock) else type(module)
+            cls = class_before(module)
             tensors = (*module._parameters.items(), *module._buffers.items())
             shapes = [(name, is_lazy(t) or tuple(t.shape)) for name, t in tensors if t is not None]
             text.append(f"{path} {class_name(cls)} {shapes}")

@@ -79,6 +79,11 @@ class RetrofittedBlock(_Quiet):
                 children[name] = children.pop(name)
 
 
+def class_before(module: nn.Module) -> type:
+    """Return the class that a module had before the retrofit."""
+    return type(module).se_recipe.base if isinstance(module, RetrofittedBlock) else type(module)
+
+
 class _State(NamedTuple):
     """The state of a retrofitted block: what its own class saves, its SE modules, and the order of its children."""
 
