@@ -56,6 +56,14 @@ def brief(value: object) -> str:
     return " ".join(shorten.repr(value).split())
 
 
+def check_positive(name: str, value: int) -> None:
+    """Raise an error unless ``value`` is an int of at least 1 (not a bool)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a positive int, got {brief(value)} of type {type(value).__name__}")
+    if value < 1:
+        raise RetrofitError(f"{name} must be at least 1, got {value}")
+
+
 def check_module(value: object, name: str = "model") -> None:
     """Raise an error if an argument is not an nn.Module."""
     from torch import nn

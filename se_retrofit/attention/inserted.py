@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief
-from .parts import check_positive, scale, squeeze
+from ..errors import RetrofitError, brief, check_positive
+from .parts import scale, squeeze
 
 torch.fx.wrap("scale")
 torch.fx.wrap("squeeze")

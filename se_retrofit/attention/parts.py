@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, check_positive
 
 
 class TwiceSigmoid(nn.Module):
@@ -92,14 +92,6 @@ def init_bottleneck(first: Any, last: Any) -> None:
     for zeros in (last.weight, first.bias, last.bias):
         if zeros is not None:
             zeros.zero_()
-
-
-def check_positive(name: str, value: int) -> None:
-    """Raise an error unless ``value`` is an int of at least 1 (not a bool)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a positive int, got {brief(value)} of type {type(value).__name__}")
-    if value < 1:
-        raise RetrofitError(f"{name} must be at least 1, got {value}")
 
 
 def check_kernel(size: int) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief, check_flag
+from ..errors import RetrofitError, brief, check_flag, check_positive
 from .inserted import Inserted
-from .parts import TwiceSigmoid, check_positive, hidden_width, init_bottleneck, undrawn
+from .parts import TwiceSigmoid, hidden_width, init_bottleneck, undrawn
 
 GATES = ("identity", "sigmoid")
 

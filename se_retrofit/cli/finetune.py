@@ -94,6 +94,8 @@ def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
     if repeated := sorted({*given} - {"resume", "download", "epochs"}):
         names = ", ".join(name.replace("_", "-") for name in repeated)
         raise WrongUsage(f"--resume reads every option but --epochs from {file}; remove {names}")
+    if not file.is_file():
+        raise RetrofitError(f"{folder} holds no run to resume: there is no {file.name} in it")
     content = read_yaml(file)
     try:
         if content["command"] is None:

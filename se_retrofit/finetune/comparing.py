@@ -16,8 +16,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from ..attention import ATTENTIONS
-from ..attention.parts import check_positive
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_positive
 from ..paths import save_figure
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file

@@ -67,7 +67,7 @@ def stream(
             raise RetrofitError(f"{what} a Dataset as {name}, got a DataLoader; give its data set")
         return LoaderStream(data, name=name, keys=keys, seed=seed)
     if isinstance(data, (str, bytes, IterableDataset)) or not hasattr(data, "__getitem__"):
-        hint = "; se_retrofit.finetune.load_data finds data by name" if isinstance(data, str) else ""
+        hint = "; load_data and load_split of se_retrofit.finetune open data by name" if isinstance(data, str) else ""
         raise TypeError(
             f"{name} must be a Dataset of (image, class) pairs with indices, or a DataLoader, got {type(data).__name__}{hint}"
         )

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..attention.parts import check_positive
 from ..batches import as_taken_by
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_positive
 from ..surgery.record.copying import in_mode
 from .data import UNREADABLE
 from .engine import called

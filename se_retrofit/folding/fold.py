@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Inserted, StaticFactor, check_gates
-from ..attention.parts import check_positive
-from ..errors import RetrofitError, brief, check_flag, check_module
+from ..errors import RetrofitError, brief, check_flag, check_module, check_positive
 from ..fusion.attention import check_unfused
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Site, Skipped

@@ -70,17 +70,19 @@ def parts_of(record: Record) -> list[Part]:
         if op in gates:
             parts.setdefault(("gate", gates[op].path), gates[op])
         elif op.module is not None and is_retrofitted(op.module) and op.path is not None:
-            assert isinstance(op.module, SEAttention)
-            first, last = (f"{op.path}.fc.{i}" for i in (0, 2))
-            biases = (f"{first}.bias", f"{last}.bias") if op.module.fc[0].bias is not None else (None, None)  # type: ignore[index]
-            weights = f"{first}.weight", f"{last}.weight"
-            gate = Gate(op.path, op.module.channel, op.module.hidden, weights, biases)
-            parts.setdefault(("gate", op.path), gate)
+            parts.setdefault(("gate", op.path), _own_gate(op.path, op.module))
         elif op not in inside and op.role != "param":
             tensors = tuple(_tensors(op))
             if tensors:
                 parts.setdefault(tensors, Layer(op.name, tensors))
     return list(parts.values())
+
+
+def _own_gate(path: str, se: nn.Module) -> Gate:
+    assert isinstance(se, SEAttention)
+    assert isinstance(se.fc, nn.Sequential)
+    biases = [f"{path}.fc.{i}.bias" if se.fc[i].bias is not None else None for i in (0, 2)]
+    return Gate(path, se.channel, se.hidden, (f"{path}.fc.0.weight", f"{path}.fc.2.weight"), (biases[0], biases[1]))
 
 
 def _native_gate(product: Op) -> tuple[Gate, set[Op]]:

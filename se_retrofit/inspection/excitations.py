@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.parts import check_positive
 from ..batches import as_taken_by, batches_of, inputs_and_labels
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_positive
 from ..models import IMAGES
 from ..surgery.record.copying import check_values
 from ..tables import aligned
