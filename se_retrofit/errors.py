@@ -84,7 +84,7 @@ def check_unwrapped(model: nn.Module) -> None:
     how, own = (
         ("DistributedDataParallel or DataParallel", "module") if data_parallel else ("torch.compile", "_orig_mod")
     )
-    if hasattr(model, own):
+    if own in model._modules:  # not hasattr: a __getattr__ may answer to every name
         raise RetrofitError(f"the model is wrapped by {how}: give what is in it, model.{own}")
 
 

@@ -219,3 +219,14 @@ def test_interruptions_and_reasons_pass_as_they_are(monkeypatch: pytest.MonkeyPa
     with pytest.raises(type(error)) as raised:
         add_se(_network(), example_inputs=torch.zeros(1, 3, 9, 9))
     assert raised.value is error
+
+
+def test_a_network_that_answers_to_every_name_is_not_taken_for_a_wrapped_one() -> None:
+    class Answering(ResNet):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return None
+
+    assert has_se(add_se(Answering(BasicBlock, [1, 1, 1, 1])))

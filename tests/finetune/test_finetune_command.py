@@ -107,7 +107,7 @@ def test_mistakes_are_one_clear_error_that_names_options(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "run.yaml can.t be read: .*No such file"),
+        (None, r"holds no run to resume: there is no run\.yaml"),
         (b"command: null\n", "from Python"),
         (b"\xff\xfe", "run.yaml"),
         (b"command: {data: 3}\nconfig: {}\n", "run.yaml"),
