@@ -30,11 +30,11 @@ def measure(build: Callable[[], nn.Module], rounds: int) -> tuple[dict[str, list
     plan = plan_se(model)
     fresh = [build(), build()]  # two ahead, for the rounds that insert before they build
 
-    def insert_in_place() -> None:
-        add_se(fresh.pop(), inplace=True)
+    def insert_in_place() -> nn.Module:
+        return add_se(fresh.pop(), inplace=True)
 
-    def carry_out() -> None:
-        add_se(fresh.pop(), plan=plan, inplace=True)
+    def carry_out() -> nn.Module:
+        return add_se(fresh.pop(), plan=plan, inplace=True)
 
     def build_one() -> None:
         fresh.append(build())

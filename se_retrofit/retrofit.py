@@ -208,12 +208,13 @@ def plan_of(model: nn.Module) -> Plan:
         16
     """
     check_module(model)
-    ses = [(path, module) for path, module in model.named_modules() if is_retrofitted(module)]
+    modules = dict(model.named_modules())
+    ses = [(path, module) for path, module in modules.items() if is_retrofitted(module)]
     if not ses:
         raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se")
     plan: Plan = ses[0][1].plan
     sites = tuple(_moved(module.site, path) for path, module in ses)
-    return replace(plan, sites=sites, structure=structure_of(model))
+    return replace(plan, sites=sites, structure=structure_of(modules))
 
 
 def _moved(site: Site, path: str) -> Site:

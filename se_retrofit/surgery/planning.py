@@ -44,8 +44,8 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     placed = [place for site in sites for place in site.places]
     left = left_out(runs.evaluation, trained, found, placed, everything=bool(options.auto or not options.at))
     skipped = tuple(Skipped(*block) for block in left)
-    described = describe(runs.inputs, model)
-    return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure_of(model))
+    described, structure = describe(runs.inputs, model), structure_of(dict(model.named_modules()))
+    return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure)
 
 
 def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) -> Plan:
@@ -56,8 +56,9 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
     if not plan.sites:
         raise RetrofitError("the plan has no sites, so there is nothing to retrofit")
     executable = all(site.edits for site in plan.sites)  # plans saved by earlier versions have no edits
-    changed = misfit(dict(model.named_modules()), {edit: site.path for site in plan.sites for edit in site.edits})
-    if executable and not changed and plan.structure == structure_of(model):
+    modules = dict(model.named_modules())
+    changed = misfit(modules, {edit: site.path for site in plan.sites for edit in site.edits})
+    if executable and not changed and plan.structure == structure_of(modules):
         return plan
     if example_inputs is None:
         try:

@@ -219,16 +219,17 @@ def test_memory_efficient_densenets(library: str) -> None:
 
 @pytest.mark.parametrize("name", swept(["repvgg_a0"], ["mobileone_s0"]))
 def test_timms_reparameterisation_after_the_retrofit(name: str) -> None:
-    model = randomised(timm.create_model(name, num_classes=4)).eval()
+    # in double precision: with random weights, values grow from layer to layer, and the gates amplify rounding errors
+    model, x = randomised(timm.create_model(name, num_classes=4)).eval().double(), X.double()
     retrofitted = randomise_se(add_se(model), std=0.1)
     fused = reparameterize_model(retrofitted)
     assert len(se_modules(fused)) == len(se_modules(retrofitted)) > 0
     assert len(list(fused.modules())) < len(list(retrofitted.modules()))
     with torch.no_grad():
-        y = retrofitted(X)
-        torch.testing.assert_close(fused(X), y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
-        assert not torch.allclose(model(X), y, rtol=1e-2)
-        assert_same_function(pickle.loads(pickle.dumps(fused)), fused, X)
+        y = retrofitted(x)
+        torch.testing.assert_close(fused(x), y, rtol=1e-3, atol=1e-3 * y.abs().max().item())
+        assert not torch.allclose(model(x), y, rtol=1e-2)
+        assert_same_function(pickle.loads(pickle.dumps(fused)), fused, x)
 
 
 @pytest.mark.parametrize(

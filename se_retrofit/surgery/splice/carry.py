@@ -61,13 +61,13 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
 # Whether a plan fits --------------------------------------------------------------------------------------------------
 
 
-def structure_of(model: nn.Module) -> str:
-    """Return a digest of a model without its SE: the paths and classes of its modules, the shapes of their parameters
-    and buffers, and the methods that each class defines, because a method that is overridden is not called."""
+def structure_of(modules: Mapping[str, nn.Module]) -> str:
+    """Return a digest of a model without its SE: the paths and classes of its modules (given by path), the shapes of their
+    parameters and buffers, and the methods that each class defines, because a method that is overridden is not called."""
     text: list[str] = []
     classes: set[type] = set()
     inside: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if is_retrofitted(module):
             inside.update(map(id, module.modules()))
         if id(module) not in inside:

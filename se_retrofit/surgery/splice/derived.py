@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import weakref
@@ -128,6 +129,7 @@ def _revive(recipe: Recipe, function: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 _derived: weakref.WeakValueDictionary[Recipe, type] = weakref.WeakValueDictionary()
+_recent: collections.deque[type] = collections.deque(maxlen=128)  # a plan is usually carried out soon after it was made
 
 
 def derived_class(recipe: Recipe) -> type:
@@ -145,6 +147,7 @@ def derived_class(recipe: Recipe) -> type:
         bare = _bare(recipe.base, {"_modules": {}})
         with isolated(bare):  # deriving a class may fill a registry
             cls = _derived[recipe] = _derive(recipe)
+        _recent.append(cls)
     return cls
 
 

@@ -78,6 +78,11 @@ class Source:
         return found
 
     @functools.cached_property
+    def structure(self) -> str:
+        """The syntax tree as text, without positions."""
+        return ast.dump(self.tree)
+
+    @functools.cached_property
     def digest(self) -> str:
         return hashlib.sha256("".join(self.lines).encode()).hexdigest()[:16]
 
@@ -250,7 +255,7 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
         raise SpliceError(f"the changed source of {function.__qualname__} does not compile: {error}") from None
     without = _WithoutCalls(self_name, {splice.child for splice in splices}).visit(tree)
     # fails for an expression in an f-string, say, whose exact position Python does not have
-    if ast.dump(without) != ast.dump(source.tree):
+    if ast.dump(without) != source.structure:
         raise SpliceError(f"a call of SE can't be put at the expression in {function.__qualname__}")
     linecache.cache[filename] = (sum(map(len, whole)), None, whole, filename)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
