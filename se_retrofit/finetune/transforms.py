@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torchvision
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from ..errors import RetrofitError
 from ..fields import BATCH_SIZE, label_column
@@ -142,17 +144,7 @@ def _transform(settings: dict[str, Any], **options: Any) -> Callable[[Any], Any]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's remarks on interpolation
         transform = create_transform(**chosen, **options)
-    return Prepared(transform, "L" if chosen["input_size"][0] == 1 else "RGB")
-
-
-class Prepared:
-    """A transform that first converts the image to the network's mode. (A nested function can't be pickled.)"""
-
-    def __init__(self, transform: Callable[[Any], Any], mode: str) -> None:
-        self.transform, self.mode = transform, mode
-
-    def __call__(self, image: Image.Image) -> Any:
-        return self.transform(_in_colors(image, self.mode))
+    return Compose([partial(_in_colors, mode="L" if chosen["input_size"][0] == 1 else "RGB"), transform])
 
 
 def load_image(file: str | Path) -> Image.Image:
