@@ -71,9 +71,7 @@ class Inspection(Inspected):
         'resnet18.html'
     """
 
-    @cached_property
-    def _report(self) -> Report:
-        return report_of(self)
+    _report = cached_property(report_of)
 
     def report(self) -> Report:
         """Return what was inserted where, and what it costs: a row for each site, and totals."""
