@@ -19,7 +19,7 @@ from ..attention import ATTENTIONS
 from ..errors import RetrofitError, check_positive
 from ..paths import save_figure
 from ..retrofit import add_se
-from ..saving.atomic import replaced_file
+from ..saving.atomic import write_text
 from ..tables import aligned, as_html
 from .config import FinetuneConfig
 from .engine import processes
@@ -286,8 +286,7 @@ def compare(
             outcomes[name].append({**vars(result), "model": None, "right": right})  # the weights take much memory
     comparison = Comparison({name: _arm(outcomes[name]) for name in arms}, numbers)
     if output is not None and main:
-        with replaced_file(output / "comparison.json") as fresh:
-            fresh.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(output / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
         comparison.plot(output / "comparison.png")
     return comparison
 

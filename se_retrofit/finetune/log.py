@@ -20,7 +20,7 @@ from ..errors import RetrofitError
 from ..inspection.gate_plots import plot_gates
 from ..inspection.gates import GateLogger, saturation_limits
 from ..paths import save_figure
-from ..saving.atomic import replaced_file
+from ..saving.atomic import write_text
 from ..surgery.splice.undo import is_retrofitted
 from .data import Batch
 
@@ -99,8 +99,7 @@ class Log:
             # skips a line that was being written when the run was killed
             with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
                 kept += [line] if json.loads(line)["update"] <= updates else []
-        with replaced_file(path) as fresh:
-            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def header(self) -> None:
         names = [COLUMNS[c][0] for c in self.columns]
@@ -139,8 +138,7 @@ class Log:
     def history(self, history: list[dict[str, Any]]) -> None:
         """Rewrite all rows, so that a kill never leaves an incomplete table."""
         if self.output is not None:
-            with replaced_file(self.output / METRICS) as fresh:
-                fresh.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+            write_text(self.output / METRICS, "".join(json.dumps(row) + "\n" for row in history))
 
     def pictures(self, history: list[dict[str, Any]], draw_hardest: Callable[[Path], None]) -> None:
         if self.output is not None:
