@@ -22,8 +22,8 @@ def writable(path: str | Path, *suffixes: str) -> Path:
     return path
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a matplotlib figure; the suffix determines the format."""
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a matplotlib figure, and return its path; the suffix determines the format."""
     from .saving.atomic import replaced_file  # imports torch, which checking paths doesn't need
 
     path = writable(path)
@@ -33,6 +33,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     with replaced_file(path) as fresh, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a character in a class name that the font lacks
         figure.savefig(fresh, dpi=120)
+    return path
 
 
 def as_written(name: str) -> str:

@@ -223,8 +223,7 @@ class Comparison:
         interval_told = f" with {CONFIDENCE:.0%} interval" if len(self.seeds) > 1 else ""
         axes.set_xlabel(f"accuracy, percentage points: mean{interval_told}, and each seed (gray)")
         axes.grid(axis="x", alpha=0.3)
-        save_figure(figure, file)
-        return Path(file)
+        return save_figure(figure, file)
 
     def _repr_html_(self) -> str:
         return as_html(self._rows(), left=1, below=map(str, self.contrasts))

@@ -186,8 +186,7 @@ class Evaluation:
             include_values=size <= 20, cmap="Blues", values_format=".0%", ax=figure.subplots(),
             xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1},
         )  # fmt: skip
-        save_figure(figure, file)
-        return Path(file)
+        return save_figure(figure, file)
 
 
 def evaluate(model: nn.Module, data: Any, *, config: FinetuneConfig | None = None) -> Evaluation:

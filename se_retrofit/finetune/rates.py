@@ -82,8 +82,7 @@ class LearningRates:
         axes.set_ylabel("training loss")
         axes.grid(alpha=0.3)
         axes.legend()
-        save_figure(figure, file)
-        return Path(file)
+        return save_figure(figure, file)
 
     def _that_matter(self) -> tuple[float, float, int]:
         """Return the lowest and highest loss to plot, and the last step, from which on the smoothed loss is higher."""
