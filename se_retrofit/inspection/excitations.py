@@ -16,6 +16,7 @@ from ..errors import RetrofitError, check_positive
 from ..models import IMAGES
 from ..surgery.record.copying import check_values
 from ..tables import aligned
+from .gate_plots import plot_stages
 from .gates import SiteGates, gated_modules, gates_over
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ class Excitations:
         Raises:
             RetrofitError: If the folder does not exist, or matplotlib doesn't support the format or is not installed.
         """
-        from .gate_plots import plot_stages
-
         return plot_stages(self.stages, self.classes, path)
 
 
