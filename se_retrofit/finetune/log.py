@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,7 @@ class Log:
         write_text(path, "".join(f"{line}\n" for line in kept))
 
     def header(self) -> None:
-        names = [COLUMNS[c][0] for c in self.columns]
-        self.console.print("  ".join(name.rjust(_width(name)) for name in names), markup=False, style="bold")
+        self.console.print(self._line(COLUMNS[column][0] for column in self.columns), markup=False, style="bold")
 
     def update(self, epoch: int, done: int, entry: dict[str, Any], accuracy: float) -> None:
         """Log the loss: in the progress bar (or a line), and in ``updates.jsonl``."""
@@ -128,12 +127,12 @@ class Log:
     def row(self, row: dict[str, Any]) -> None:
         """Print a finished epoch as a row of the table."""
         self.shown = time.monotonic()
-        cells = []
-        for column in self.columns:
-            name, form = COLUMNS[column]
-            value = row.get(column)
-            cells.append(("" if value is None else format(value, form)).rjust(_width(name)))
-        self.note("  ".join(cells))
+        values = ((row.get(column), COLUMNS[column][1]) for column in self.columns)
+        self.note(self._line("" if value is None else format(value, form) for value, form in values))
+
+    def _line(self, texts: Iterable[str]) -> str:
+        widths = (max(len(COLUMNS[column][0]), 8) for column in self.columns)
+        return "  ".join(text.rjust(width) for text, width in zip(texts, widths, strict=True))
 
     def history(self, history: list[dict[str, Any]]) -> None:
         """Rewrite all rows, so that a kill never leaves an incomplete table."""
@@ -166,10 +165,6 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel(what)
         axes.grid(alpha=0.3)
     save_figure(figure, path)
-
-
-def _width(name: str) -> int:
-    return max(len(name), 8)
 
 
 @contextlib.contextmanager
