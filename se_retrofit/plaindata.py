@@ -15,7 +15,6 @@ MOST = 100_000  # values in YAML, where a few lines of aliases can expand to bil
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except FileNotFoundError as error:
@@ -41,7 +40,6 @@ def parse_json(text: str, where: object) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

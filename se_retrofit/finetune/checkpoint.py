@@ -107,7 +107,6 @@ class Folder:
         return state.progress, parts
 
     def load_best(self) -> dict[str, Tensor]:
-        """Read the weights in ``best/``."""
         return self._weights(settled(self.best))
 
     def begin(self, command: dict[str, Any] | None, *, resumed: bool) -> None:

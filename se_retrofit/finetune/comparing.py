@@ -291,7 +291,6 @@ def compare(
 
 
 def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], val_data: Any) -> None:
-    """Raise an error if the arguments don't make a comparison."""
     check_positive("seeds", seeds)
     if config.trainable not in ("all", "se+head"):
         raise RetrofitError(
@@ -309,7 +308,6 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
 
 
 def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Module:
-    """Return a copy of the bare network for one arm."""
     if name == "plain" or name in PARTS:
         return copy.deepcopy(bare)
     if name == "sigmoid":
@@ -319,7 +317,6 @@ def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Modul
 
 
 def _recipe(name: str, config: FinetuneConfig) -> FinetuneConfig:
-    """Return the recipe of one arm."""
     if name == "plain" and config.trainable != "all":
         name = "head"
     return config.replace(trainable=PARTS.get(name, config.trainable))

@@ -40,7 +40,6 @@ def check_network(model: Any) -> None:
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:
-    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 

@@ -19,7 +19,6 @@ Source = tuple[str, list[str], list[str]]  # its name, and its lines before and 
 
 
 def diff_lines(pair: BlockPair) -> list[str]:
-    """Return the diff of an inspected block."""
     lines: list[str] = []
     for name, *texts in _sources(pair):
         before, after = ("".join(text).expandtabs().splitlines() for text in texts)

@@ -20,7 +20,6 @@ _ONE: dict[str, Any] = {"color": "#94a3b8", "linewidth": 0.8, "linestyle": "--"}
 
 
 def plot_stages(stages: list[list[SiteGates]], classes: Sequence[str], path: str | Path | None) -> Figure:
-    """Draw the figure of ``Excitations.plot``."""
     with extra("inspect"):
         from matplotlib.figure import Figure
 
