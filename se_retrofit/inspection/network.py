@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -127,7 +126,7 @@ class _Nodes:
         if kind in JOINS and len(taken) > 1:
             return [self.add(JOINS[kind], "", "join", ops, taken)]
         if len(taken) == 1 and ops and _shapes(ops)[1] not in ((), taken[0].space):
-            return [self.add(re.sub("_", " ", kind), "", "function", ops, taken)]
+            return [self.add(kind.replace("_", " "), "", "function", ops, taken)]
         return taken
 
     def leaf(self, path: str, words: str, ops: list[Op], taken: list[Node], fx_node: fx.Node) -> Node:
