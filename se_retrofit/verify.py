@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Inserted
-from .surgery.record.copying import in_mode
+from .surgery.record.copying import in_mode, modes_kept
 from .surgery.record.inputs import Inputs, tensors_in
 from .surgery.record.isolation import forked_randomness
 
@@ -90,14 +90,9 @@ def redraw_vectors(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Inputs, training: bool) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with modes_kept(model), forked_randomness():
         net = in_mode(copy.deepcopy(model) if training else model, training)
-        with forked_randomness():
-            return net(*inputs.args, **inputs.kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        return net(*inputs.args, **inputs.kwargs)
 
 
 def _relative_difference(wanted: Tensor, got: Tensor) -> float:

@@ -14,11 +14,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..batches import as_taken_by
 from ..errors import RetrofitError, check_positive
-from ..surgery.record.copying import in_mode
+from ..surgery.record.copying import in_mode, modes_kept
 from .data import UNREADABLE
 from .engine import called
 from .folders import files_in, is_image
-from .parts import as_found
 from .transforms import class_names, has_several_labels, load_image, transform_of
 
 
@@ -79,7 +78,7 @@ def predict(
 
 def _answers(model: nn.Module, batch: Tensor, top: int) -> Iterator[tuple[list[float], list[int]]]:
     """Yield the probabilities and the numbers of the most likely classes of each image."""
-    with as_found(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad():
         logits, _ = called(in_mode(model, False), as_taken_by(batch, model))
         shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
     values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
