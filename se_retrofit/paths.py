@@ -1,4 +1,4 @@
-"""Checks of output files before the work rather than after it."""
+"""Checks of output files before the work rather than after it; and figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import RetrofitError
+from .errors import RetrofitError, extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +20,14 @@ def writable(path: str | Path, *suffixes: str) -> Path:
     if not path.parent.is_dir():
         raise RetrofitError(f"can't write {path}: there is no folder {path.parent}")
     return path
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty matplotlib figure of this size in inches; matplotlib is slow to import, and from an extra."""
+    with extra("inspect"):
+        from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..attention import ATTENTIONS
 from ..errors import RetrofitError, check_positive
-from ..paths import save_figure
+from ..paths import new_figure, save_figure
 from ..retrofit import add_se
 from ..saving.atomic import write_text
 from ..tables import aligned, as_html
@@ -206,10 +206,8 @@ class Comparison:
         Raises:
             RetrofitError: If the file can't be written.
         """
-        from matplotlib.figure import Figure
-
         contrasts = self.contrasts
-        figure = Figure(figsize=(7, 1.2 + 0.5 * len(contrasts)), layout="constrained")
+        figure = new_figure(7, 1.2 + 0.5 * len(contrasts))
         axes = figure.subplots()
         axes.axvline(0.0, color="gray", linewidth=0.8)
         for row, contrast in enumerate(contrasts):

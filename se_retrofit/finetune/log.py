@@ -19,7 +19,7 @@ from ..attention import has_gates
 from ..errors import RetrofitError
 from ..inspection.gate_plots import plot_gates
 from ..inspection.gates import GateLogger, saturation_limits
-from ..paths import save_figure
+from ..paths import new_figure, save_figure
 from ..saving.atomic import write_text
 from ..surgery.splice.undo import is_retrofitted
 from .data import Batch
@@ -150,10 +150,9 @@ class Log:
 
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     """Plot loss and accuracy over the epochs as a PNG."""
-    from matplotlib.figure import Figure  # slow to import, and needed once
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = new_figure(9, 3.5)
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part in ("train", "val"):
             points = [(row["epoch"], row[f"{part}_{what}"]) for row in history if row.get(f"{part}_{what}") is not None]
