@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +166,10 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-@contextlib.contextmanager
-def listening(model: nn.Module, wanted: bool = True) -> Iterator[GateLogger | None]:
-    """Record the gates of a network while it is evaluated; None if it has no gates."""
-    if not wanted or not any(is_retrofitted(module) and has_gates(module) for module in model.modules()):
-        yield None
-        return
-    with GateLogger(model) as gates:
-        yield gates
+def listening(model: nn.Module, wanted: bool = True) -> contextlib.AbstractContextManager[GateLogger | None]:
+    """Return a context in which the gates of a network are recorded; it provides None if there are no gates."""
+    gated = any(is_retrofitted(module) and has_gates(module) for module in model.modules())
+    return GateLogger(model) if wanted and gated else contextlib.nullcontext()
 
 
 def log_gates(gates: GateLogger, trackers: Sequence[Any], step: int) -> dict[str, dict[str, Any]]:
