@@ -9,7 +9,7 @@ from torch import fx
 from ..surgery.record.graph import Call, Op
 from ..surgery.splice.undo import is_retrofitted
 from .blocks import BlockGraph, BlockPair, Inspected, class_name, describe, join
-from .graphs import call_graph
+from .graphs import graph_of, steps_of
 
 MOST_OPERATIONS = 8  # after the last module; up to so many are shown one by one
 JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "cat", "concat": "cat"}
@@ -62,7 +62,7 @@ def network_of(found: Inspected) -> Network:
         and (_joins_stages(call) or any(map(is_retrofitted, call.module.modules())))
     }
     root = next(call for call in found.record.calls if not call.path)
-    whole = call_graph(found.record, root, opened)
+    whole = graph_of(found.record, steps_of(found.record, root, opened), root)
     by_op = {
         op: pair for pair in found.blocks if pair.is_part for op in found.record.ops[pair.span.start : pair.span.stop]
     }
