@@ -138,7 +138,6 @@ def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> 
 
 def _transform(settings: dict[str, Any], **options: Any) -> Callable[[Any], Any]:
     chosen = {name: settings[name] for name in SETTINGS}
-    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's remarks on interpolation
         transform = create_transform(**chosen, **options)
