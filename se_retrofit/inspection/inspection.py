@@ -139,8 +139,7 @@ class Inspection(Inspected):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data that JSON can hold."""
-        data: dict[str, Any] = json.loads(json.dumps(asdict(self._report)))
-        return data
+        return json.loads(json.dumps(asdict(self._report)))
 
     def __str__(self) -> str:
         return str(self._report)
