@@ -158,10 +158,8 @@ class Base:
         return Base.listed(f"timm/{architecture}", {**arguments, **self.kwargs})
 
     def _timm(self, pretrained: bool) -> nn.Module:
-        overlay = None
-        if ":" in self.name:
-            # without a source, timm uses the weights that it is given
-            overlay = {"source": "", "state_dict": self._weights()} if pretrained else None
+        # without a source, timm uses the weights that it is given
+        overlay = {"source": "", "state_dict": self._weights()} if pretrained and ":" in self.name else None
         model = timm.create_model(self.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **self.kwargs)
         if overlay is not None:
             vars(model)["pretrained_cfg"].pop("state_dict", None)
