@@ -15,7 +15,6 @@ MOST = 100_000  # values in YAML, where a few lines of aliases can expand to bil
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except FileNotFoundError as error:
@@ -41,7 +40,6 @@ def parse_json(text: str, where: object) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -58,8 +56,7 @@ def parse_yaml(text: str, where: object) -> Any:
             keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if repeated := [value for at, (_, value) in enumerate(keys) if keys[at] in keys[:at]]:
                 raise ValueError(f"{brief(repeated[0])} stands in it twice")
-            made: dict[Any, Any] = super().construct_mapping(node, deep)
-            return made
+            return super().construct_mapping(node, deep)
 
     try:
         data = yaml.load(text, Loader)

@@ -47,14 +47,13 @@ def say(console: Console, text: Any = "") -> None:
 
 def write_json(console: Console, data: Any, file: Path) -> None:
     """Write plain data as JSON; ``-`` stands for the standard output."""
-    from ..saving.atomic import replaced_file
+    from ..saving.atomic import write_text
 
     text = json.dumps(data, indent=2) + "\n"
     if str(file) == "-":
         sys.stdout.write(text)
         return
-    with replaced_file(file) as fresh:
-        fresh.write_text(text, encoding="utf-8")
+    write_text(file, text)
     say(console, f"wrote {file}")
 
 

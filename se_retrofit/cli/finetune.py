@@ -89,7 +89,6 @@ def finetune_command(
 
 
 def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
-    """Read the command and the recipe from ``run.yaml``."""
     file = folder / "run.yaml"
     if repeated := sorted({*given} - {"resume", "download", "epochs"}):
         names = ", ".join(name.replace("_", "-") for name in repeated)

@@ -126,6 +126,6 @@ def size_of_run(network: nn.Module, folder: Path) -> str | None:
     side = run_settings(network_in(folder)).get("image_size") if folder.is_dir() else None
     if side is None:
         return None
-    from ..finetune.transforms import settings_of
+    from ..models import settings_of
 
     return "x".join(map(str, settings_of(network, side)["input_size"]))

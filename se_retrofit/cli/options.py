@@ -128,16 +128,12 @@ RECIPE_OPTIONS: Options = {
 
 
 def recipe_of(context: typer.Context, fields: dict[str, Any]) -> FinetuneConfig:
-    """Build the recipe from fields and from the options, which override them."""
+    """Build the recipe from fields and from the options that are given, which override them."""
+    options = {name: context.params[name] for name in given(context) if name in RECIPE_FIELDS}
     try:
-        return FinetuneConfig(**{**fields, **recipe_fields(context)})
+        return FinetuneConfig(**{**fields, **options})
     except RetrofitError as error:
         raise WrongUsage(str(error)) from error
-
-
-def recipe_fields(context: typer.Context) -> dict[str, Any]:
-    """Return the fields of ``FinetuneConfig`` that are given on the command line."""
-    return {name: context.params[name] for name in given(context) if name in RECIPE_FIELDS}
 
 
 def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[..., Any]:

@@ -169,10 +169,8 @@ def load_split(
         return _split(chosen, folder, images, left_out(place), among=places)
 
 
-def limited(data: Any, limit: int | None) -> Any:
-    """Return at most ``limit`` images of each class, always the same ones; the data itself if ``limit`` is None."""
-    if limit is None:
-        return data
+def limited(data: Any, limit: int) -> Subset[Any]:
+    """Return at most ``limit`` images of each class, always the same ones."""
     targets = targets_of(data)
     if targets is None or targets.dim() != 1:
         raise RetrofitError(

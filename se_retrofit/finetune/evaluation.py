@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..batches import as_taken_by
 from ..errors import RetrofitError
-from ..paths import as_written, save_figure
+from ..paths import as_written, new_figure, save_figure
 from ..tables import aligned, counted, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
@@ -172,7 +172,6 @@ class Evaluation:
         Raises:
             RetrofitError: If the file can't be written, or an image may have several classes.
         """
-        from matplotlib.figure import Figure
         from sklearn.metrics import ConfusionMatrixDisplay
 
         confusion, size = self.confusion, len(self.classes)
@@ -181,13 +180,12 @@ class Evaluation:
         names = [as_written(short(scores.name, LONGEST_NAME)) for scores in self.classes] if size <= 60 else None
         side = min(max(2.2, 0.38 * size), 30.0) + 0.8
         room = 0.085 * max(map(len, names or [""]))  # inches, for names beside the matrix and below it
-        figure = Figure(figsize=(side + room + 0.8, side + room), layout="constrained")
+        figure = new_figure(side + room + 0.8, side + room)
         ConfusionMatrixDisplay(shares.numpy(), display_labels=names).plot(
             include_values=size <= 20, cmap="Blues", values_format=".0%", ax=figure.subplots(),
             xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1},
         )  # fmt: skip
-        save_figure(figure, file)
-        return Path(file)
+        return save_figure(figure, file)
 
 
 def evaluate(model: nn.Module, data: Any, *, config: FinetuneConfig | None = None) -> Evaluation:

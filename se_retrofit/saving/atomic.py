@@ -94,6 +94,12 @@ def replaced_file(path: Path) -> Iterator[Path]:
         raise RetrofitError(f"{path} can't be written: {error.strerror or error}") from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole or not at all, as ``replaced_file`` does."""
+    with replaced_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
 def settled(path: Path) -> Path:
     """Return the folder to read: ``path``, or the previous folder if the process was killed between the two renames."""
     aside = _beside(path, "previous")
