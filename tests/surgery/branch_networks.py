@@ -219,3 +219,32 @@ class Tree(nn.Module):
         y, pooled = self.first(self.stem(x))
         z, _ = self.second(y)
         return self.root(torch.cat([pooled, y, z], 1))
+
+
+@joined("fuse", kind="multi-branch")
+class PassedOn(Sides):
+    """Returns its input as well, which the next blocks take beside their own (SelecSLS, Mehta et al., arXiv:1907.00837)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fuse = conv(24, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fuse(torch.cat([self.f(x), self.g(x), x], 1)), x
+
+
+def halved() -> dict[str, nn.Module]:
+    return {"conv1": conv(4, 4), "conv2": conv(4, 4), "norm": nn.BatchNorm2d(4)}
+
+
+@joined(parts=halved, kind="dense", channels=4)
+def NormBeforeConcat(self, x):
+    """SE behind the norm would pass it dense gradients instead of slices, which it sums up in another order."""
+    x, y = x.chunk(2, 1)
+    return torch.cat([x, self.norm(self.conv2(self.conv1(y).relu()))], 1)
+
+
+@joined(parts=halved, channels=4)
+def AddBeforeConcat(self, x):
+    x, y = x.chunk(2, 1)
+    return torch.cat([x + self.norm(self.conv2(self.conv1(x).relu())), y], 1)
