@@ -46,9 +46,10 @@ def _block(record: Record, call: Call, cat: Op) -> Block | None:
         and call.parent is not None
         and not escapes(record, call, call.inputs, {cat})
     ):
-        # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all
+        # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all;
+        # without such a conv, two values may be a convolution and a cheap one (GhostNet)
         block = _branches_from(record, call, cat, None)
-        if block is not None and (block.branch is cat or not call.holds(block.branch)):
+        if block is not None and (len(cat.data) < 3 if block.branch is cat else not call.holds(block.branch)):
             return None
     return block
 

@@ -125,8 +125,10 @@ def feeds_a_layer(record: Record, value: Op) -> bool:
 
 
 def escapes(record: Record, call: Call, sources: Iterable[Op], cut: set[Op]) -> bool:
-    """Return whether a path from ``sources`` to the module's output passes none of ``cut``."""
-    return not _reached(record, call, sources, cut).isdisjoint(call.outputs)
+    """Return whether a path from ``sources`` to the module's output passes none of ``cut``. A source that the module
+    returns as it is, beside what it computes (SelecSLS, Mehta et al., arXiv:1907.00837), is no such path."""
+    sources = set(sources)
+    return not (_reached(record, call, sources, cut) - sources).isdisjoint(call.outputs)
 
 
 def derives(record: Record, call: Call, value: Op, source: Op, but: Op | None = None) -> bool:

@@ -9,6 +9,7 @@ from ..record.graph import Call, Op, Record
 from .attended import spatial_convs
 from .block import Block
 from .bypasses import all_pass
+from .chains import tells_where
 from .inverted import inverted_target
 from .questions import (
     bypass_source,
@@ -113,7 +114,7 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
             continue
         if not all_pass(record, call, [source] if common else call.inputs, add, region):
             continue
-        if _is_query(source, region) or _spans_network(record, add, skip, ops):
+        if _is_query(source, region) or _spans_network(record, add, skip, ops) or tells_where(add):
             continue
         shortcut = record.select(skip.lineage & ~source.lineage)
         if call.parent is None and any(map(resizes, ops)) and not any(map(resizes, shortcut)):
