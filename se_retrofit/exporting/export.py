@@ -208,7 +208,9 @@ def _to_pt2(model: nn.Module, inputs: Tensors, dynamic: tuple[dict[int, str], ..
     shapes = tuple(dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in dynamic)
     metadata = json.dumps({**metadata_of(model), **_named(model, inputs)})
     program = torch.export.export(model, inputs, dynamic_shapes=shapes)
-    torch.export.save(program, str(file), extra_files={METADATA: metadata})
+    written = io.BytesIO()  # torch's own writer aborts on a full disk
+    torch.export.save(program, written, extra_files={METADATA: metadata})
+    file.write_bytes(written.getbuffer())
     module = torch.export.load(str(file)).module()
     return lambda given: tensors_in(module(*given))
 

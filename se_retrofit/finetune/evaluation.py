@@ -336,7 +336,10 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
         if tuple(targets.shape) != (len(batch.images), classes) or targets.is_complex():
             raise RetrofitError(f"targets must be vectors of {classes} labels, one for each class, got {got}")
         if not bool(((targets >= 0) & (targets <= 1)).all()):
-            raise RetrofitError("the labels of an image must be from 0 to 1")
+            low, high = targets.aminmax()
+            raise RetrofitError(
+                f"the labels of an image must be from 0 to 1, got {low:g} to {high:g}; finetune is for classifiers"
+            )
         return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
         hint = "; vectors are for several labels per image (multi_label=True) or, as floats, for soft labels"
@@ -350,5 +353,6 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
         )
     if high >= classes:
         raise RetrofitError(
-            f"the data has class {high}, and the network has classes 0 to {classes - 1}; num_classes=... gives it a new head"
+            f"the data has class {high}, and the network has classes 0 to {classes - 1}; a fine-tune with "
+            f"num_classes={high + 1} gives it a new head"
         )

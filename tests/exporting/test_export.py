@@ -24,6 +24,7 @@ from networks import (
     randomise_se,
     snapshot,
 )
+from sweeps import swept
 from timm.models.resnet import BasicBlock
 from torch import nn
 
@@ -160,13 +161,14 @@ def test_bad_input_is_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_neither_source_nor_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", swept(["net.py"], ["net.pt2", "net.onnx"]))
+def test_a_full_disk_leaves_no_file(file: str, tmp_path: Path) -> None:
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     model = retrofitted()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         with pytest.raises(RetrofitError, match=r"can't be written: .*File too large"):
-            export(model, tmp_path / "net.py", example_inputs=X)
+            export(model, tmp_path / file, example_inputs=X)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -250,6 +250,7 @@ nn.init.constant_(BROKEN.fc.bias, math.nan)
         (LAZY, RetrofitError, r"2\.weight has no values", {}),
         (nn.Sequential(nn.Linear(2, 2, device="meta")), RetrofitError, r"0\.weight has no values", {}),
         (nn.Conv2d(3, 5, 3), RetrofitError, r"shape \(16, 5, 14, 14\)", {}),
+        (nn.Flatten(), RetrofitError, "no parameter", {}),
         (BROKEN, RetrofitError, r"fc\.bias .* before any training", {}),
         (classifier(768, 10), RetrofitError, "Sequential has no set_grad", {"config": config(grad_checkpointing=True)}),
         (network(), TypeError, "must be Callbacks", {"callbacks": print}),
