@@ -20,7 +20,7 @@ from ..errors import RetrofitError, check_positive
 from ..paths import save_figure
 from ..retrofit import add_se
 from ..saving.atomic import replaced_file
-from ..tables import aligned, as_html
+from ..tables import aligned, as_html, counted
 from .config import FinetuneConfig
 from .engine import processes
 from .evaluation import evaluate
@@ -152,7 +152,7 @@ class Contrast:
             between = f", {CONFIDENCE:.0%} interval {100 * low:+.2f} to {100 * high:+.2f}"
         return (
             f"{self.name} - {self.other}: {100 * self.difference:+.2f} points{between} "
-            f"({len(self.differences)} seeds, {self.images:,} images, paired)\n{self.verdict}"
+            f"({counted(len(self.differences), 'seed')}, {self.images:,} images, paired)\n{self.verdict}"
         )
 
 

@@ -336,9 +336,8 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
         if tuple(targets.shape) != (len(batch.images), classes) or targets.is_complex():
             raise RetrofitError(f"targets must be vectors of {classes} labels, one for each class, got {got}")
         if not bool(((targets >= 0) & (targets <= 1)).all()):
-            low, high = targets.aminmax()
             raise RetrofitError(
-                f"the labels of an image must be from 0 to 1, got {low:g} to {high:g}; finetune is for classifiers"
+                f"the labels of an image must be from 0 to 1, got {targets.min():g} to {targets.max():g}; finetune is for classifiers"
             )
         return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():

@@ -149,15 +149,17 @@ def of_a_local_class() -> nn.Module:
         (retrofitted, "net.tf", {}, RetrofitError, r"net.tf must end in one of .onnx, .pt2, .py"),
         (retrofitted, "net.txt", {"format": "source"}, RetrofitError, "must end in .py, got net.txt"),
         (retrofitted, "net.pt2", {"dynamic": "size"}, RetrofitError, "one of 'all', 'batch', 'none', got 'size'"),
+        (retrofitted, "net.pt2", {"example_inputs": X[:, :1]}, RetrofitError, "give inputs that it takes.*1 channels"),
+        (retrofitted, "net.py", {"example_inputs": X[:, :1]}, RetrofitError, "give inputs that it takes.*1 channels"),
         (of_a_local_class, "net.py", {}, RetrofitError, "can't be imported by another program"),
         (str, "net.onnx", {}, TypeError, r"model must be an nn\.Module, got .* of type str"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(
-    model: Callable[[], Any], file: str, options: dict[str, str], error: type[Exception], says: str, tmp_path: Path
+    model: Callable[[], Any], file: str, options: dict[str, Any], error: type[Exception], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=says):
-        export(model(), tmp_path / file, example_inputs=X, **options)
+        export(model(), tmp_path / file, **{"example_inputs": X, **options})
     assert list(tmp_path.iterdir()) == []
 
 

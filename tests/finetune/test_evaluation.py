@@ -98,7 +98,7 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     shutil.copytree(pictures / "val", tmp_path / "more")
     shutil.copytree(pictures / "val", tmp_path / "more" / "red" / ".ipynb_checkpoints")
     assert len(list(predict(model, [tmp_path / "more"], batch_size=3))) == 10
-    half = next(predict(model.bfloat16(), [one]))
+    half = next(predict(model.bfloat16(), one))
     assert (half.classes[0], round(half.probabilities[0], 1)) == (rows[-1]["class_1"], round(float(shares.max()), 1))
     assert evaluate(model, load_data(pictures).val, config=FinetuneConfig(cpu=True, workers=0)).images == 10
     vars(model)[IMAGES]["classes"] = ["blue"]  # fewer than the head has, as where a head of 1000 is kept

@@ -16,7 +16,7 @@ from command_line import called
 from command_line import said as run
 from pictures import make_cifar10, make_folder
 from safetensors.torch import load_file
-from tiny import same
+from tiny import same, trained
 
 import se_retrofit.finetune
 from se_retrofit import RetrofitError, load_retrofitted, plan_of
@@ -223,6 +223,12 @@ def test_settings_that_contradict_each_other_are_named(fields: dict[str, Any], n
     with pytest.raises(RetrofitError) as raised:
         FinetuneConfig(**fields)
     assert all(name in str(raised.value) for name in names)
+
+
+def test_options_that_no_file_can_hold_are_refused_where_a_run_writes_files(tmp_path: Path) -> None:
+    recipe = {"transform_options": {"re_prob": torch.tensor(0.0)}}
+    with pytest.raises(RetrofitError, match=r"numbers, text, lists and dicts: .*Tensor"):
+        trained(recipe=recipe, output_dir=tmp_path)
 
 
 def test_an_unknown_field_is_refused_with_close_names() -> None:
