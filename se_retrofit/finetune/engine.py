@@ -42,7 +42,8 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
         )
     except (ValueError, ImportError) as error:
-        raise RetrofitError(f"Accelerate can't set up this run: {error}") from error
+        hint = "; trackers need output_dir=..." if config.trackers and project_dir is None else ""
+        raise RetrofitError(f"Accelerate can't set up this run: {error}{hint}") from error
     try:
         missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
         if missing:

@@ -26,6 +26,7 @@ from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
 from .setup import batches_of, check_config
+from .targets import check_counted_from_0
 from .transforms import check_classes, class_names, class_names_of
 
 MOST_LIKELY = 5  # classes of each image that are kept
@@ -345,11 +346,7 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
         hint = hint if targets.dim() == 2 else ""
         raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
-    if low < 0:
-        raise RetrofitError(
-            f"the data has class {low}, and classes are counted from 0; leave out images without a label, whose class is "
-            "-1 in many data sets"
-        )
+    check_counted_from_0(low)
     if high >= classes:
         raise RetrofitError(
             f"the data has class {high}, and the network has classes 0 to {classes - 1}; a fine-tune with "

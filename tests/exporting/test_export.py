@@ -48,6 +48,7 @@ def retrofitted(name: str = SMALL.name, **options: Any) -> nn.Module:
         {"attention": "static"},
         {"gate": "sigmoid", "bias": True},
         {"name": "torchvision/resnet18", "placement": "pre"},
+        {"name": "torchvision/googlenet", "include": "inception3a"},  # a function that hides its module
         pytest.param({"name": "timm/mobilenetv2_100"}, marks=pytest.mark.sweep),
     ],
 )

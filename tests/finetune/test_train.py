@@ -254,6 +254,7 @@ nn.init.constant_(BROKEN.fc.bias, math.nan)
         (BROKEN, RetrofitError, r"fc\.bias .* before any training", {}),
         (classifier(768, 10), RetrofitError, "Sequential has no set_grad", {"config": config(grad_checkpointing=True)}),
         (network(), TypeError, "must be Callbacks", {"callbacks": print}),
+        (network(), TypeError, r"stop must be an event, .*got 'now'", {"stop": "now"}),
         (network(), TypeError, "function", {"criterion": "focal"}),
         (network(), TypeError, "function", {"criterion": nn.CrossEntropyLoss}),
         (network(), RetrofitError, "has parameters", {"criterion": nn.Bilinear(2, 2, 1)}),
