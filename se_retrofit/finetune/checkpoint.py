@@ -116,7 +116,7 @@ class Folder:
             self.config.to_yaml(fresh)
         file, config = self.path / RUN, self.config.to_dict()
         content = {"command": command, "experiment": self.experiment, "config": config}
-        if resumed:  # keep the command that started the run, which may have been extended
+        if resumed and command is None:  # keep the one that started the run
             content = {**content, **written(file), "config": config}
         with replaced_file(file) as fresh:
             fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..attention import ATTENTIONS
 from ..errors import RetrofitError, check_positive
 from ..paths import save_figure
-from ..retrofit import add_se
+from ..retrofit import add_se, has_se
 from ..saving.atomic import replaced_file
 from ..tables import aligned, as_html, counted
 from .config import FinetuneConfig
@@ -273,6 +273,8 @@ def compare(
         with kept_randomness():
             seed_all(seed, EPOCH)
             bare = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+            if has_se(bare):
+                raise RetrofitError("compare adds SE itself, and the network has it already: give the one without SE")
             networks = {name: _network(name, bare, se_options or {}) for name in arms}
         for name, network in networks.items():
             if not quiet and main:

@@ -61,7 +61,11 @@ def test_from_the_command_line_a_result_is_the_model(result: Path, tmp_path: Pat
     data, output = make_folder(tmp_path / "data", ("blue", "green", "red")), tmp_path / "run"
     said = run("finetune", result, "--data", data, "--epochs", 1, "--batch-size", 8, "--cpu", "--output", output)
     assert "the data has blue, green, red: the head is new" in said
+    moved = data.rename(tmp_path / "moved")
+    assert "no data" in str(called("finetune", "--resume", output).exception)
+    assert "resumed" in run("finetune", "--resume", output, "--data", moved)
     assert "resumed" in run("finetune", "--resume", output)
+    data = moved
     assert "15 images: accuracy" in run("evaluate", output, "--data", data, "--cpu")
     assert load_retrofitted(output / "best").fc.out_features == 3
 
