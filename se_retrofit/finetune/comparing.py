@@ -273,8 +273,6 @@ def compare(
         with kept_randomness():
             seed_all(seed, EPOCH)
             bare = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-            if has_se(bare):
-                raise RetrofitError("compare adds SE itself, and the network has it already: give the one without SE")
             networks = {name: _network(name, bare, se_options or {}) for name in arms}
         for name, network in networks.items():
             if not quiet and main:
@@ -314,6 +312,8 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
 
 def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Module:
     """Return a copy of the bare network for one arm."""
+    if has_se(bare):
+        raise RetrofitError("compare adds SE itself, and the network has it already: give the one without SE")
     if name == "plain" or name in PARTS:
         return copy.deepcopy(bare)
     if name == "sigmoid":
