@@ -30,14 +30,22 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def drawable(path: str | Path) -> Path:
+    """Return a path to draw to, whose folder must exist, and whose suffix must be one that matplotlib writes."""
+    with extra("inspect"):
+        from matplotlib.backend_bases import FigureCanvasBase
+
+    path, formats = writable(path), sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in formats:
+        raise RetrofitError(f"{path} has no suffix that matplotlib writes: {', '.join(formats)}")
+    return path
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a matplotlib figure, and return its path; the suffix determines the format."""
     from .saving.atomic import replaced_file  # imports torch, which checking paths doesn't need
 
-    path = writable(path)
-    formats = sorted(figure.canvas.get_supported_filetypes())
-    if path.suffix[1:].lower() not in formats:
-        raise RetrofitError(f"{path} has no suffix that matplotlib writes: {', '.join(formats)}")
+    path = drawable(path)
     with replaced_file(path) as fresh, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a character in a class name that the font lacks
         figure.savefig(fresh, dpi=120)

@@ -33,7 +33,7 @@ NumClasses = Annotated[int | None, typer.Option(min=1, help="number of classes, 
 InputSize = Annotated[str | None, typer.Option(help="size of one input, without the batch, such as 3x224x224")]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 RunFolder = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
-Figures = Annotated[Path | None, typer.Option(help="write all figures into this file as JSON")]
+Figures = Annotated[Path | None, typer.Option(help="write all figures into this file as JSON; - prints them")]
 
 
 def option(kind: Any, default: Any, help: str, *names: str, **more: Any) -> tuple[Any, Any]:

@@ -114,7 +114,7 @@ class Folder:
         write_text(self.path / "config.yaml", self.config.to_yaml())
         file, config = self.path / RUN, self.config.to_dict()
         content = {"command": command, "experiment": self.experiment, "config": config}
-        if resumed:  # keep the command that started the run, which may have been extended
+        if resumed and command is None:  # keep the one that started the run
             content = {**content, **written(file), "config": config}
         write_text(file, yaml.safe_dump(content, sort_keys=False))
 

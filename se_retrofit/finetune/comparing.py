@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..attention import ATTENTIONS
 from ..errors import RetrofitError, check_positive
 from ..paths import new_figure, save_figure
-from ..retrofit import add_se
+from ..retrofit import add_se, has_se
 from ..saving.atomic import write_text
-from ..tables import aligned, as_html
+from ..tables import aligned, as_html, counted
 from .config import FinetuneConfig
 from .engine import processes
 from .evaluation import evaluate
@@ -152,7 +152,7 @@ class Contrast:
             between = f", {CONFIDENCE:.0%} interval {100 * low:+.2f} to {100 * high:+.2f}"
         return (
             f"{self.name} - {self.other}: {100 * self.difference:+.2f} points{between} "
-            f"({len(self.differences)} seeds, {self.images:,} images, paired)\n{self.verdict}"
+            f"({counted(len(self.differences), 'seed')}, {self.images:,} images, paired)\n{self.verdict}"
         )
 
 
@@ -306,6 +306,8 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
 
 
 def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Module:
+    if has_se(bare):
+        raise RetrofitError("compare adds SE itself, and the network has it already: give the one without SE")
     if name == "plain" or name in PARTS:
         return copy.deepcopy(bare)
     if name == "sigmoid":

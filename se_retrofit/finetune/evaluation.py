@@ -26,6 +26,7 @@ from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
 from .setup import batches_of, check_config
+from .targets import check_counted_from_0
 from .transforms import check_classes, class_names, class_names_of
 
 MOST_LIKELY = 5  # classes of each image that are kept
@@ -334,19 +335,18 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
         if tuple(targets.shape) != (len(batch.images), classes) or targets.is_complex():
             raise RetrofitError(f"targets must be vectors of {classes} labels, one for each class, got {got}")
         if not bool(((targets >= 0) & (targets <= 1)).all()):
-            raise RetrofitError("the labels of an image must be from 0 to 1")
+            raise RetrofitError(
+                f"the labels of an image must be from 0 to 1, got {targets.min():g} to {targets.max():g}; finetune is for classifiers"
+            )
         return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
         hint = "; vectors are for several labels per image (multi_label=True) or, as floats, for soft labels"
         hint = hint if targets.dim() == 2 else ""
         raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
-    if low < 0:
-        raise RetrofitError(
-            f"the data has class {low}, and classes are counted from 0; leave out images without a label, whose class is "
-            "-1 in many data sets"
-        )
+    check_counted_from_0(low)
     if high >= classes:
         raise RetrofitError(
-            f"the data has class {high}, and the network has classes 0 to {classes - 1}; num_classes=... gives it a new head"
+            f"the data has class {high}, and the network has classes 0 to {classes - 1}; a fine-tune with "
+            f"num_classes={high + 1} gives it a new head"
         )

@@ -15,7 +15,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
 from ..errors import RetrofitError
-from ..tables import few
+from ..tables import counted, few
 from .transforms import load_image
 
 # the possible names of a split's folder; the first that exists is used
@@ -115,7 +115,7 @@ def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Su
         kept = max(1, round(val_fraction * len(members)))
         if kept >= len(members):
             raise RetrofitError(
-                f"{folder / name} has {len(members)} images, too few to train on some and validate on others; add more, or "
+                f"{folder / name} has {counted(len(members), 'image')}, too few to train on some and validate on others; add more, or "
                 "give a folder with train/ and val/"
             )
         order = torch.randperm(len(members), generator=generator, device="cpu").tolist()

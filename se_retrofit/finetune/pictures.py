@@ -116,7 +116,7 @@ def drawn(images: Sequence[Tensor], titles: Sequence[str], model: nn.Module) -> 
         axes.set(xticks=[], yticks=[], frame_on=False)  # axis("off") would leave no room for the title
     for axes, colors, title in zip(figure.axes, in_colors(images, model), titles, strict=False):
         axes.set_title("\n".join(short(line, LETTERS) for line in title.splitlines()), fontsize=7, parse_math=False)
-        axes.imshow(colors.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(colors.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
     return figure
 
 

@@ -34,7 +34,7 @@ class Prediction:
 
 def predict(
     model: nn.Module,
-    images: Iterable[str | Path],
+    images: Iterable[str | Path] | str | Path,
     *,
     top: int = 1,
     batch_size: int = 64,
@@ -46,7 +46,7 @@ def predict(
 
     Args:
         model: the network; it runs on its own device in eval mode, and its training flags are restored afterwards.
-        images: image files, and folders, which stand for all images in them.
+        images: image files, and folders, which stand for all images in them; or a single one.
         top: number of classes to return for each image.
         batch_size: number of images per batch.
         bad_images: ``"skip"`` to continue after an image that can't be read; its ``Prediction`` says why in ``error``.
@@ -61,7 +61,7 @@ def predict(
     check_positive("top", top)
     check_positive("batch_size", batch_size)
     transform, names = transform_of(model), class_names(model) or []
-    files = list(_files(images))
+    files = list(_files([images] if isinstance(images, (str, Path)) else images))
     for start in range(0, len(files), batch_size):
         read = [(file, _read(file, transform)) for file in files[start : start + batch_size]]
         tensors = [image for _, image in read if isinstance(image, Tensor)]

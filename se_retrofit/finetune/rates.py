@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..errors import RetrofitError, brief
+from ..errors import RetrofitError, brief, check_positive
 from ..paths import new_figure, save_figure
 from .config import FinetuneConfig
 from .criteria import Criterion
@@ -129,6 +129,7 @@ def find_lr(
     """
     if not (0 < lowest < highest and math.isfinite(highest)):
         raise RetrofitError(f"find_lr needs 0 < lowest < highest, got lowest={brief(lowest)}, highest={brief(highest)}")
+    check_positive("steps", steps)
     if steps < FEWEST_STEPS:
         raise RetrofitError(f"find_lr needs steps={FEWEST_STEPS} at least, got {brief(steps)}")
     config = FinetuneConfig() if config is None else config

@@ -10,7 +10,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..errors import RetrofitError
-from ..locks import in_turn
+from ..locks import abandoned, in_turn
+
+NEW = ".se-retrofit-new-"
 
 
 @contextlib.contextmanager
@@ -75,7 +77,7 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Provide a new file of the same name to write to, which replaces ``path`` on exit, as do files written beside it.
-    It is in a folder of its own, because others may be writing to ``path``, too.
+    It is in a folder of its own, because others may be writing to ``path``, too. What killed processes left is removed.
 
     Raises:
         RetrofitError: If the file can't be written. What was at ``path`` is kept.
@@ -85,7 +87,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
             yield path
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+        for left in path.parent.glob(f"{NEW}*"):
+            if any(left.iterdir()) and abandoned(left):  # an empty one may be about to be locked
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=NEW, dir=path.parent) as folder, in_turn(Path(folder)):
             yield Path(folder, path.name)
             for file in sorted(Path(folder).iterdir()):
                 sync(file)
