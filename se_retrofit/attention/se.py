@@ -12,6 +12,7 @@ from .inserted import Inserted
 from .parts import TwiceSigmoid, hidden_width, init_bottleneck, undrawn
 
 GATES = ("identity", "sigmoid")
+WIDEST = 65_536
 
 
 class SEAttention(Inserted):
@@ -112,6 +113,8 @@ def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> Non
     """Raise an error unless an SE module can be built with these options."""
     check_positive("reduction", reduction)
     check_positive("min_hidden", min_hidden)
+    if min_hidden > WIDEST:
+        raise RetrofitError(f"min_hidden must be at most {WIDEST}, got {min_hidden}")
     check_flag("bias", bias)
     if not isinstance(gate, str):
         raise TypeError(f"gate must be a string, got {brief(gate)}")
