@@ -12,6 +12,7 @@ from .inserted import Inserted
 from .parts import TwiceSigmoid, hidden_width, init_bottleneck, undrawn
 
 GATES = ("identity", "sigmoid")
+WIDEST = 65_536
 
 
 class SEAttention(Inserted):
@@ -70,12 +71,12 @@ class SEAttention(Inserted):
         super().__init__(channel, channel_dim, inplace)
         self.reduction = reduction
         self.gate = gate
-        self.hidden = hidden_width(channel, reduction, min_hidden)
+        hidden = hidden_width(channel, reduction, min_hidden)
         factory = {"device": device, "dtype": dtype}
         self.fc: nn.Module = nn.Sequential(
-            undrawn(nn.Linear, channel, self.hidden, bias=bias, **factory),
+            undrawn(nn.Linear, channel, hidden, bias=bias, **factory),
             nn.ReLU(inplace=True),
-            undrawn(nn.Linear, self.hidden, channel, bias=bias, **factory),
+            undrawn(nn.Linear, hidden, channel, bias=bias, **factory),
             nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid(),
         )
         self.reset_parameters()
@@ -91,6 +92,15 @@ class SEAttention(Inserted):
         if self.gate == "sigmoid":
             fc[0].weight.normal_(0, 0.001)
             fc[2].weight.normal_(0, 0.001)
+
+    @property
+    def channel(self) -> int:
+        """Number of channels that the weights are for, of which a library may have pruned some."""
+        return self.fc[0].in_features  # type: ignore[index]
+
+    @property
+    def hidden(self) -> int:
+        return self.fc[0].out_features  # type: ignore[index]
 
     @property
     def gate_range(self) -> tuple[float, float]:
@@ -112,6 +122,8 @@ def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> Non
     """Raise an error unless an SE module can be built with these options."""
     check_positive("reduction", reduction)
     check_positive("min_hidden", min_hidden)
+    if min_hidden > WIDEST:
+        raise RetrofitError(f"min_hidden must be at most {WIDEST}, got {min_hidden}")
     check_flag("bias", bias)
     if not isinstance(gate, str):
         raise TypeError(f"gate must be a string, got {brief(gate)}")

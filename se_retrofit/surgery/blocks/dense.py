@@ -15,6 +15,7 @@ from .questions import (
     has_nonlinearity,
     has_spatial_conv,
     joins_channels,
+    next_after,
     own_operations,
     resizes,
 )
@@ -84,6 +85,8 @@ def _units(record: Record, call: Call, cat: Op) -> list[Block]:
     returned = _is_returned(call, cat)
     if call.parent is not None and not returned:
         return []
+    if _is_upsampled(cat):
+        return []
     new = [o for o in cat.data if bypass_source(o, call, 0, projections=0) is None]
     if not returned or not new or len(new) == len(cat.data):
         return _split_inside(record, call, cat)
@@ -94,6 +97,12 @@ def _units(record: Record, call: Call, cat: Op) -> list[Block]:
         if common is not None:
             new = [common] if common.channels is not None else []
     return [block for value in new for block in _new_features(record, cat, value, call, 0)]
+
+
+def _is_upsampled(cat: Op) -> bool:
+    """Return whether a lone concat is upsampled next: the skip at the lowest level of a U-Net."""
+    following = next_after(cat, TRANSPARENT)
+    return following is not None and resizes(following) and all(o.role != "cat" for o in cat.data)
 
 
 def _is_returned(call: Call, cat: Op) -> bool:

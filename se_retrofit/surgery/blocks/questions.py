@@ -49,7 +49,7 @@ def is_gate(op: Op) -> bool:
 
 def has_nonlinearity(ops: Iterable[Op]) -> bool:
     """Return whether one of the operations is a non-linearity; self-attention counts as one."""
-    return any(op.role in ("act", "other") or (op.role == "mul" and len(op.data) == 2) for op in ops)
+    return any(op.role in ("act", "other") or op.activated or (op.role == "mul" and len(op.data) == 2) for op in ops)
 
 
 def has_spatial_conv(ops: Iterable[Op]) -> bool:
@@ -72,7 +72,7 @@ def activation_after(conv: Op) -> Op | None:
     """Return the non-linearity after a convolution, its norm and a pool: that of the value, possibly permuted; of its
     halves together (a gated linear unit, a maximum); or beside pools and concats that tap the value (preactivation)."""
     op = conv
-    while True:
+    while not op.activated:
         users = real_users(op)
         acts = [u for u in users if u.role == "act"]
         if len(acts) == 1 and all(u in acts or u.role in ("pool", "cat") for u in users):
@@ -87,6 +87,7 @@ def activation_after(conv: Op) -> Op | None:
         ):
             return None
         (op,) = users
+    return op
 
 
 def _join_of_halves(halves: list[Op]) -> Op | None:

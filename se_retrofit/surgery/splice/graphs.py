@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import linecache
+import operator
 from collections.abc import Iterable
 from functools import partial
 
@@ -49,8 +50,10 @@ def _node_name(call: Call, op: Op) -> tuple[str, str]:
     for code, lasti in call.where_of(op):
         lines = linecache.getlines(code.co_filename)
         name = _assigned(lines, list(code.co_positions())[lasti // 2][0])
-        if name is not None and any(n.name == name for graph in graphs_of(call.module) for n in graph.nodes):
-            return name, _digest("".join(lines))
+        for node in [n for graph in graphs_of(call.module) for n in graph.nodes if n.name == name]:
+            first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+            # a decomposed norm returns a tuple, of which the first is its value
+            return (first[0] if first and op.role == "norm" else node).name, _digest("".join(lines))
     raise SpliceError(f"the output of {op.path or op.name} is not a node of the graph of {call.path or 'the model'}")
 
 
