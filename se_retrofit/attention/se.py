@@ -71,7 +71,7 @@ class SEAttention(Inserted):
         super().__init__(channel, channel_dim, inplace)
         self.reduction = reduction
         self.gate = gate
-        hidden = hidden_width(channel, reduction, min_hidden)
+        vars(self)["hidden"] = hidden = hidden_width(channel, reduction, min_hidden)
         factory = {"device": device, "dtype": dtype}
         self.fc: nn.Module = nn.Sequential(
             undrawn(nn.Linear, channel, hidden, bias=bias, **factory),
@@ -93,14 +93,20 @@ class SEAttention(Inserted):
             fc[0].weight.normal_(0, 0.001)
             fc[2].weight.normal_(0, 0.001)
 
+    __jit_unused_properties__ = ("channel", "hidden")
+
+    # some may have been pruned since, or a layer be wrapped (by LoRA, say)
     @property
     def channel(self) -> int:
-        """Number of channels that the weights are for, of which a library may have pruned some."""
-        return self.fc[0].in_features  # type: ignore[index]
+        """Number of channels."""
+        first: Any = self.fc[0]  # type: ignore[index]
+        return getattr(first, "in_features", vars(self)["channel"])
 
     @property
     def hidden(self) -> int:
-        return self.fc[0].out_features  # type: ignore[index]
+        """Width of the bottleneck."""
+        first: Any = self.fc[0]  # type: ignore[index]
+        return getattr(first, "out_features", vars(self)["hidden"])
 
     @property
     def gate_range(self) -> tuple[float, float]:

@@ -265,11 +265,14 @@ def prune(layer: nn.Module, dim: int, keep: int, name: str) -> None:
     setattr(layer, name, keep)
 
 
+def chain() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+
 @pytest.mark.filterwarnings("ignore:.*does not tell the name:UserWarning")
 @pytest.mark.parametrize("attention", ["se", "static"])
 def test_of_channels_that_are_pruned_after_the_retrofit_those_left_are_told(attention: str, tmp_path: Path) -> None:
-    bare = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
-    model = randomise_se(add_se(bare, 2, attention=attention)).eval()
+    model = randomise_se(add_se(chain(), 2, attention=attention)).eval()
     prune(model[0], 0, 4, "out_channels")
     prune(model[2], 1, 4, "in_channels")
     se = next(module for module in model[1].modules() if isinstance(module, Inserted))
@@ -284,3 +287,12 @@ def test_of_channels_that_are_pruned_after_the_retrofit_those_left_are_told(atte
     assert fold_se(model, [x])(x).shape == model(x).shape
     folder = save_retrofitted(model, tmp_path / "pruned")
     assert torch.equal(load_retrofitted(folder, base=remove_se(model)).eval()(x), model(x))
+
+
+def test_of_a_layer_that_is_wrapped_after_the_retrofit_the_widths_are_still_told() -> None:
+    model = add_se(chain(), 2)
+    se = next(module for module in model.modules() if isinstance(module, Inserted))
+    se.fc[0] = nn.Sequential(se.fc[0])  # as LoRA does
+    assert se.extra_repr().startswith("8, hidden=4")
+    assert plan_of(model).sites[0].channels == 8
+    assert len(excitations(model, [torch.randn(2, 3, 9, 9)]).sites[0].mean) == 8
