@@ -20,7 +20,6 @@ from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.inputs import Inputs
 from ..surgery.record.isolation import forked_randomness, isolated
 from ..surgery.record.runs import record
-from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
 from ..tables import few
 from .factors import Factors, Scaling
@@ -226,11 +225,8 @@ def carry_out(model: nn.Module, todo: Todo) -> None:
     """Make the changes to a retrofitted network. If a class can't be derived, nothing is changed."""
     modules = dict(model.named_modules())
     gone = [site for site in plan_of(model).sites if site.path in todo.gone]
-    try:
-        with isolated(model):
-            strip(model, [modules[path] for path in todo.gone])
-    except SpliceError as error:
-        raise RetrofitError(str(error)) from None
+    with isolated(model):
+        strip(model, [modules[path] for path in todo.gone])
     for path, factor in todo.factors.items():
         put_factor(model, path, factor)
     for scaling in todo.scalings:

@@ -15,7 +15,7 @@ from ..plan import Skipped
 from ..surgery.record.copying import copied
 from ..surgery.record.methods import unwrapped
 from ..surgery.splice.derived import Recipe, RetrofittedBlock, derived_class
-from ..surgery.splice.source import Splice, SpliceError, source_of, span_of
+from ..surgery.splice.source import Splice, source_of, span_of
 from ..surgery.splice.undo import is_retrofitted
 from .attention import FusedSEAttention
 from .norms import why_no_norm
@@ -147,10 +147,7 @@ def _put(model: nn.Module, cls: type, change: Callable[[str, Splice], Splice]) -
             recipe: Recipe = type(block).se_recipe
             splices = tuple(change(f"{path}.{s.child}" if path else s.child, s) for s in recipe.splices)
             names = {s.child for s, new in zip(recipe.splices, splices, strict=True) if new is not s}
-            try:
-                todo.append((block, derived_class(replace(recipe, splices=splices)), names))
-            except SpliceError as error:
-                raise RetrofitError(str(error)) from None
+            todo.append((block, derived_class(replace(recipe, splices=splices)), names))
     for block, derived, names in todo:
         object.__setattr__(block, "__class__", derived)
         for name in names:

@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import RetrofitError
 from ..record.methods import unwrapped
 
 Span = tuple[int, ...]  # first line, last line (counted from the method's first), first column, end column
 
 
-class SpliceError(Exception):
-    """Raised if a method's source can't be changed; the message says why, and only leaves the surgery as a reason."""
+class SpliceError(RetrofitError):
+    """Raised if a method's source can't be changed; the message says why, and mostly becomes the reason of a block."""
 
 
 @dataclass(frozen=True)
