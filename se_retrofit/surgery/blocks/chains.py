@@ -37,7 +37,7 @@ def lone_convolutions(record: Record) -> Iterator[Block]:
 
 
 def _chain(record: Record, conv: Op, end: Op) -> Iterator[Block]:
-    call = innermost(record, [conv, end])
+    call = innermost(conv, end)
     if call is not None:
         region = end.lineage & ~conv.ancestors
         yield Block("chain", call, region, end, end, target=Target(call, end))

@@ -18,10 +18,10 @@ def inverted_bottlenecks(record: Record) -> Iterator[Block]:
         if core is None or not _projects(core[-1]) or not feeds_a_layer(record, core[-1]):
             continue
         value, taker, end = core
-        call = innermost(record, [conv, end])
+        call = innermost(conv, end)
         if call is not None:
             region = end.lineage & ~conv.ancestors
-            yield Block("inverted", call, region, end, end, target=edge(record, value, taker))
+            yield Block("inverted", call, region, end, end, target=edge(value, taker))
 
 
 def _core(conv: Op) -> tuple[Op, Op, Op] | None:
@@ -94,4 +94,4 @@ def inverted_target(record: Record, block: Block) -> Target | None:
     later = [
         op for op in ops if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.flat
     ]
-    return None if later else edge(record, value, taker)
+    return None if later else edge(value, taker)

@@ -68,7 +68,7 @@ def spatial(record: Record, block: Block) -> Target | None:
             op, acted = user, acted or user.role == "act"
             user = only_user(op)
         if user is not None and (acted or is_pointwise(user)):
-            return edge(record, op, user)
+            return edge(op, user)
     return branch_end(record, block)
 
 

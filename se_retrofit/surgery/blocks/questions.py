@@ -230,7 +230,7 @@ def _shifts(op: Op) -> bool:
     return op.role == "affine" and op.name not in ("mul", "multiply", "div")
 
 
-def edge(record: Record, value: Op, taker: Op) -> Target:
+def edge(value: Op, taker: Op) -> Target:
     """Return a value as it appears in the module in whose own graph it passes from one operation to another."""
-    call = innermost(record, [value, taker])
+    call = innermost(value, taker)
     return Target(call, before(value, call, ("pass",)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .graph import Conv, Op, Record
+from .graph import Call, Conv, Op, Record
 from .roles import module_role, role_of
 
 LEARNED = ("conv", "linear", "norm")
@@ -102,13 +102,12 @@ def is_conv_or_linear(op: Op) -> bool:
     return op.conv is not None or op.role == "linear"
 
 
-def innermost(record: Record, ops: list[Op]) -> Any:
-    """Return the innermost module in whose call all of these operations happen."""
-    found = None
-    for call in record.calls:
-        if all(map(call.holds, ops)) and (found is None or call.start >= found.start):
-            found = call
-    return found
+def innermost(first: Op, second: Op) -> Call | None:
+    """Return the innermost module in whose call both operations happen."""
+    call: Call | None = first.call
+    while call is not None and not (call.holds(first) and call.holds(second)):
+        call = call.parent
+    return call
 
 
 def _conv_of(op: Op) -> Conv | None:
