@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from itertools import takewhile
 
 from ..record.facts import LEARNED, innermost, only_user, real_users
 from ..record.graph import Call, Op, Record
@@ -199,15 +200,8 @@ def common_source(record: Record, call: Call, ops: Iterable[Op]) -> Op | None:
 
 def prefix_of(paths: list[str]) -> str:
     """Return the common prefix of paths, without the last part of any of them."""
-    parts = [p.split(".") for p in paths]
-    prefix = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        prefix.append(level[0])
-    if prefix and any(len(p) == len(prefix) for p in parts):
-        prefix.pop()
-    return ".".join(prefix)
+    levels = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 # Where values appear -------------------------------------------------------------------------
