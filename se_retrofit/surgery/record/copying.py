@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...errors import RetrofitError
 from .isolation import forked_randomness
+from .methods import remade
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -208,11 +209,7 @@ class _Copy:
         cells = tuple(map(self.cell, function.__closure__ or ()))
         if all(new is old for new, old in zip(cells, function.__closure__ or (), strict=True)):
             return function
-        new = types.FunctionType(function.__code__, function.__globals__, closure=cells)
-        for name in ("__name__", "__qualname__", "__doc__", "__defaults__", "__kwdefaults__"):
-            setattr(new, name, getattr(function, name))
-        vars(new).update(vars(function))
-        return new
+        return remade(function, function.__code__, cells)
 
     def cell(self, cell: types.CellType) -> types.CellType:
         if id(cell) not in self.memo:

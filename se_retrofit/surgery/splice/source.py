@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RetrofitError
-from ..record.methods import unwrapped
+from ..record.methods import nested, remade, unwrapped
 
 Span = tuple[int, ...]  # first line, last line (counted from the method's first), first column, end column
 
@@ -152,7 +152,7 @@ def _compiled(
     holder.body = [tree]
     flags = code.co_flags & _FUTURE
     compiled = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
-    at_its_line = (c for c in _nested(compiled) if c.co_name == tree.name and c.co_firstlineno == code.co_firstlineno)
+    at_its_line = (c for c in nested(compiled) if c.co_name == tree.name and c.co_firstlineno == code.co_firstlineno)
     return next(at_its_line, compiled)  # if the file was edited, another function may be there
 
 
@@ -179,17 +179,10 @@ _FUTURE = functools.reduce(
 )
 
 
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield constant
-            yield from _nested(constant)
-
-
 def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
     if a.replace(co_flags=b.co_flags) != b:  # one may be nested in a function, the other not
         return False
-    return all(x.co_linetable == y.co_linetable for x, y in zip((a, *_nested(a)), (b, *_nested(b)), strict=True))
+    return all(x.co_linetable == y.co_linetable for x, y in zip((a, *nested(a)), (b, *nested(b)), strict=True))
 
 
 def span_of(node: Any) -> Span:
@@ -260,17 +253,7 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
         raise SpliceError(f"a call of SE can't be put at the expression in {function.__qualname__}")
     linecache.cache[filename] = (sum(map(len, whole)), None, whole, filename)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    return _remade(function, code, [cells[name] for name in code.co_freevars])
-
-
-def _remade(function: types.FunctionType, code: types.CodeType, cells: list[types.CellType]) -> types.FunctionType:
-    """Return the same function with other code, or another closure."""
-    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
-    new.__kwdefaults__ = function.__kwdefaults__
-    new.__annotations__ = dict(function.__annotations__)
-    new.__qualname__, new.__module__, new.__doc__ = function.__qualname__, function.__module__, function.__doc__
-    vars(new).update(vars(function))
-    return new
+    return remade(function, code, [cells[name] for name in code.co_freevars])
 
 
 class _WithoutCalls(ast.NodeTransformer):
@@ -342,7 +325,7 @@ def _rewrapped(
                 replaced.append((cell, content))
             cells.append(cell)
         if any(content is not member for _, content in replaced):
-            wrapper = made[id(member)] = _remade(member, member.__code__, cells)
+            wrapper = made[id(member)] = remade(member, member.__code__, cells)
             for cell, content in replaced:
                 cell.cell_contents = _rewrapped(content, old, new, made)
             wrapper.__wrapped__ = _rewrapped(member.__wrapped__, old, new, made)  # type: ignore[attr-defined]
