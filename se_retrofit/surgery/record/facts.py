@@ -3,6 +3,7 @@ output holds the channels, and whether the output is a pooled value."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -175,7 +176,8 @@ def meaning(op: Op, role: str, learned: int) -> Meaning:
         return "affine", op.inputs[:1]
     if role == "mul" and len(data) == 2:
         for x, mask in (data, data[::-1]):
-            given = _is_given(mask, learned) or _is_binary(mask)
+            # no gradient passes a comparison, whatever is compared
+            given = _is_given(mask, learned) or behind(mask, ("pass", "shape")).dtype == torch.bool
             if given and not _is_given(x, learned) and _spans_channels(mask, x):
                 return "affine", (x,)
     return role, op.takes
@@ -197,11 +199,6 @@ def interpolated(op: Op) -> tuple[Op, ...]:
 def _is_given(op: Op, learned: int) -> bool:
     """Return whether a value does not depend on a learned layer: lengths, padding, dropped frames."""
     return not op.lineage & learned
-
-
-def _is_binary(op: Op) -> bool:
-    """Return whether a value is the result of a comparison: no gradient passes that, whatever is compared."""
-    return behind(op, ("pass", "shape")).dtype == torch.bool
 
 
 def _spans_channels(mask: Op, x: Op) -> bool:
@@ -276,10 +273,7 @@ def _loses_a_dim(before: Op, after: Op) -> bool:
 
 
 def _extent(op: Op) -> int:
-    size = 1
-    for s in _spatial(op):
-        size *= int(s)
-    return size
+    return math.prod(map(int, _spatial(op)))
 
 
 def _is_global(op: Op) -> bool:

@@ -62,8 +62,6 @@ def _assigned(lines: list[str], line: int | None) -> str | None:
         statement = ast.parse(lines[line - 1].strip()).body[0]
     except (SyntaxError, IndexError):
         return None
-    if isinstance(statement, ast.Return):
-        return None
     target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
     return target.id if isinstance(target, ast.Name) else None
 
