@@ -155,7 +155,7 @@ class _Holder:
     splices: list[Splice] = field(default_factory=list)
     returned: str = ""
     nodes: dict[Edit, str] = field(default_factory=dict)  # edits, with the path of SE in the GraphModule
-    insertions: list[list[Insertion]] = field(default_factory=list)  # for each of them
+    insertions: list[Insertion] = field(default_factory=list)
 
     def derived(self) -> type:
         """Return the module's class with SE; its own class if none of its methods calls SE."""
@@ -174,10 +174,9 @@ def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) ->
         parent, _, child = path.rpartition(".")
         modules[parent]._modules[child] = se
     for holder in holders:
-        for path, insertions in zip(holder.nodes.values(), holder.insertions, strict=True):
-            for graph, node, users in insertions:
-                insert_node(graph, node, path, users)
-        if holder.nodes:
+        for insertion in holder.insertions:
+            insert_node(*insertion)
+        if holder.insertions:
             holder.module.recompile()  # type: ignore[operator]
     for module, cls in classes:
         object.__setattr__(module, "__class__", cls)
@@ -223,7 +222,7 @@ def _prepared(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> li
             )
     for holder in holders.values():
         if holder.nodes:
-            holder.insertions = insertions_of(holder.module, list(holder.nodes))
+            holder.insertions = list(insertions_of(holder.module, holder.nodes))
     return list(holders.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import linecache
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 from torch import fx, nn
@@ -79,25 +79,19 @@ def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: Iterable[fx.
     return se
 
 
-Insertion = tuple[fx.Graph, fx.Node, list[fx.Node] | None]
+Insertion = tuple[fx.Graph, fx.Node, str, list[fx.Node] | None]
 
 
-def insertions_of(module: nn.Module, edits: list[Edit]) -> list[list[Insertion]]:
-    """Return for each edit the node that it names and the users of SE's output (None: all), in each of the graphs."""
+def insertions_of(module: nn.Module, edits: Mapping[Edit, str]) -> Iterator[Insertion]:
+    """Yield the node after which SE goes, SE's path, and the users of its output (None: all), in each of the graphs."""
     graphs = graphs_of(module) if isinstance(module, fx.GraphModule) else []
     read = {_code_digest(module, graph): graph for graph in graphs}  # type: ignore[arg-type]
-    found = []
-    for edit in edits:
+    for edit, path in edits.items():
         if edit.digest not in read:
             raise SpliceError(f"the graph of {edit.holder or 'the model'} has changed")
-        twins = [partial(_counterpart, graph=read[edit.digest], other=graph) for graph in graphs]
-        found.append(
-            [
-                (graph, twin(edit.node), None if edit.users is None else [twin(user) for user in edit.users])
-                for graph, twin in zip(graphs, twins, strict=True)
-            ]
-        )
-    return found
+        for graph in graphs:
+            twin = partial(_counterpart, graph=read[edit.digest], other=graph)
+            yield graph, twin(edit.node), path, None if edit.users is None else list(map(twin, edit.users))
 
 
 def _counterpart(name: str, graph: fx.Graph, other: fx.Graph) -> fx.Node:
