@@ -102,9 +102,7 @@ class Base:
             known = _known(candidate, model)
             if known is not None:
                 return cls(candidate, known, kwargs)
-        close = _close_names(model, libraries)
-        hint = f"; close names: {', '.join(close)}" if close else ""
-        raise RetrofitError(f"no model {model!r} in {' or '.join(libraries)}{hint}")
+        raise RetrofitError(f"no model {model!r} in {' or '.join(libraries)}{_close_names(model, libraries)}")
 
     @classmethod
     def noted(cls, model: nn.Module) -> Base | None:
@@ -263,8 +261,7 @@ def register_timm(*patterns: str) -> list[str]:
         found = fnmatch.filter(every, pattern)
         if not found:
             close = _close_names(pattern, ("timm",))
-            hint = f"; close names: {', '.join(close)}" if close else ""
-            raise RetrofitError(f"the pattern {pattern!r} matches no architecture of timm{hint}")
+            raise RetrofitError(f"the pattern {pattern!r} matches no architecture of timm{close}")
         names.update(found)
     for name in sorted(names):
         if not timm.is_model(TIMM_PREFIX + name):
@@ -290,10 +287,6 @@ def _register(name: str) -> None:
         del sys.modules[home.__name__]
 
 
-def _names(library: str) -> list[str]:
-    return timm.list_models() if library == "timm" else torchvision.models.list_models()
-
-
 def _known(library: str, name: str) -> str | None:
     """Return the library's own spelling of a name, or None if it has no such model."""
     if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
@@ -303,6 +296,8 @@ def _known(library: str, name: str) -> str | None:
     return name.lower() if name.lower() in torchvision.models.list_models() else None
 
 
-def _close_names(name: str, libraries: tuple[str, ...]) -> list[str]:
-    names = dict.fromkeys(known for library in libraries for known in _names(library))
-    return difflib.get_close_matches(name.lower(), names, n=3)
+def _close_names(name: str, libraries: tuple[str, ...]) -> str:
+    listed = {"timm": timm.list_models, "torchvision": torchvision.models.list_models}
+    names = dict.fromkeys(known for library in libraries for known in listed[library]())
+    close = difflib.get_close_matches(name.lower(), names, n=3)
+    return f"; close names: {', '.join(close)}" if close else ""
