@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import brief
-from .copying import copied, on_cpu, on_meta
+from .copying import copied, on_cpu
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,6 @@ class Inputs:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def on_meta(self) -> Inputs:
-        return copied(self, on_meta)
 
     def of_one(self) -> Inputs:
         """Return a batch of one, if the tensors are batches."""

@@ -86,7 +86,7 @@ class Runs:
 
         for inputs in candidate_inputs(model) if given is None else [given]:
             try:
-                runs = cls._on(model, inputs.on_meta(), inputs, on_meta, clean, training)
+                runs = cls._on(model, copied(inputs, on_meta), inputs, on_meta, clean, training)
             except NeedsValues:
                 runs = with_values(inputs)
             else:

@@ -22,10 +22,7 @@ class Values:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        given: Callable[[Tensor, str | None], Op],
-        changed: Callable[[Tensor, Op, Op], Op],
+        self, model: nn.Module, given: Callable[[Tensor, str | None], Op], changed: Callable[[Tensor, Op, Op], Op]
     ) -> None:
         self._given = given
         self._changed = changed
