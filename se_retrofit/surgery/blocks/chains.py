@@ -16,7 +16,7 @@ def plain_chains(record: Record) -> Iterator[Block]:
     arXiv:1409.1556; with SE: Hu et al., section 6.2; a depthwise-separable pair, as in MobileNet, is one unit); or
     after a convolution that is pooled or joined before it is activated (DISK, Tyszkiewicz et al., arXiv:2006.13566)."""
     for conv, act in _units(record):
-        yield from _chain(record, conv, act)
+        yield _chain(conv, act)
 
 
 def lone_convolutions(record: Record) -> Iterator[Block]:
@@ -33,14 +33,12 @@ def lone_convolutions(record: Record) -> Iterator[Block]:
         while user is not None and user.role == "norm":
             end, user = user, only_user(user)
         if is_feature(end):
-            yield from _chain(record, conv, end)
+            yield _chain(conv, end)
 
 
-def _chain(record: Record, conv: Op, end: Op) -> Iterator[Block]:
+def _chain(conv: Op, end: Op) -> Block:
     call = innermost(conv, end)
-    if call is not None:
-        region = end.lineage & ~conv.ancestors
-        yield Block("chain", call, region, end, end, target=Target(call, end))
+    return Block("chain", call, end.lineage & ~conv.ancestors, end, end, target=Target(call, end))
 
 
 def _units(record: Record) -> Iterator[tuple[Op, Op]]:

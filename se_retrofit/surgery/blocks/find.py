@@ -96,7 +96,7 @@ class _Finder:
 
     def place(self, block: Block, name: str, target: Target, aside: str) -> None:
         op = target.op
-        call = None if target.call is None else _where_shown(target.call, op)
+        call = _where_shown(target.call, op)
         problem = NOT_SHOWN if call is None else problem_of(op)
         if call is None or problem is not None:
             self.unplaced[name] = (str(problem), block.region)

@@ -18,10 +18,8 @@ def inverted_bottlenecks(record: Record) -> Iterator[Block]:
         if core is None or not _projects(core[-1]) or not feeds_a_layer(record, core[-1]):
             continue
         value, taker, end = core
-        call = innermost(conv, end)
-        if call is not None:
-            region = end.lineage & ~conv.ancestors
-            yield Block("inverted", call, region, end, end, target=edge(value, taker))
+        region = end.lineage & ~conv.ancestors
+        yield Block("inverted", innermost(conv, end), region, end, end, target=edge(value, taker))
 
 
 def _core(conv: Op) -> tuple[Op, Op, Op] | None:

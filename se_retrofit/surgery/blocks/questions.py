@@ -207,10 +207,10 @@ def prefix_of(paths: list[str]) -> str:
 # Where values appear -------------------------------------------------------------------------
 
 
-def before(op: Op, call: Call | None, roles: tuple[str, ...]) -> Op:
+def before(op: Op, call: Call, roles: tuple[str, ...]) -> Op:
     """Follow a value back through these roles to the module's own code, but not through a norm (FrozenBatchNorm2d)."""
     shown, hidden = op, []
-    while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op and call is not None:
+    while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op:
         hidden.append(op)
         op = op.data[0]
         if call.shows(op):

@@ -103,10 +103,10 @@ def is_conv_or_linear(op: Op) -> bool:
     return op.conv is not None or op.role == "linear"
 
 
-def innermost(first: Op, second: Op) -> Call | None:
-    """Return the innermost module in whose call both operations happen."""
-    call: Call | None = first.call
-    while call is not None and not (call.holds(first) and call.holds(second)):
+def innermost(first: Op, second: Op) -> Call:
+    """Return the innermost call of a module in which both operations happen."""
+    call = first.call
+    while call.parent is not None and not call.holds(second):
         call = call.parent
     return call
 
