@@ -16,7 +16,7 @@ from .attention import Attention
 from .errors import RetrofitError, check_flag, check_module, told_as_fault
 from .plan import Plan, Site
 from .surgery.arguments import Options, Patterns, check_arguments
-from .surgery.blocks import Recognise
+from .surgery.blocks.table import Recognise
 from .surgery.planning import fitted, planned
 from .surgery.record.copying import copied
 from .surgery.record.isolation import without_collections

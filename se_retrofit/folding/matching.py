@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..surgery.blocks import is_gate
+from ..surgery.blocks.questions import is_gate
 from ..surgery.record.graph import Op, Record
 from ..surgery.splice.undo import is_retrofitted
 

@@ -12,7 +12,7 @@ import torch
 from ..attention import check_attention, check_options, name_of
 from ..errors import RetrofitError, brief, check_flag, check_module, check_unwrapped
 from ..plan import Plan
-from .blocks import PLACEMENTS
+from .blocks.placements import PLACEMENTS
 from .record.inputs import given_inputs
 from .splice.undo import is_retrofitted
 

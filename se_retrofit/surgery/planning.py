@@ -17,7 +17,10 @@ from ..attention import Attention, Slot, built, name_of
 from ..errors import RetrofitError, brief
 from ..plan import Plan, Site, Skipped
 from .arguments import Options, patterns_of
-from .blocks import RECOGNISERS, Block, Found, Place, Recogniser, find_places, left_out, places_at
+from .blocks.block import Block, Found, Place
+from .blocks.find import find_places, places_at
+from .blocks.left import left_out
+from .blocks.table import RECOGNISERS, Recogniser
 from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs

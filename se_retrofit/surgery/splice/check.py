@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...attention import Inserted
-from ..blocks import Place
+from ..blocks.block import Place
 from ..record.graph import Call, Op, Record
 
 

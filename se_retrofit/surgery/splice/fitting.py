@@ -10,7 +10,7 @@ from torch import nn
 
 from ...attention import Inserted, StaticFactor
 from ...plan import Edit
-from ..blocks import Place
+from ..blocks.block import Place
 from ..record.copying import mode_of
 from ..record.graph import Record
 from ..record.runs import Runs
