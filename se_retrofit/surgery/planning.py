@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..attention import Attention, Slot, built, name_of
 from ..errors import RetrofitError, brief
-from ..plan import Plan, Site, Skipped
+from ..plan import Plan, Site
 from .arguments import Options, patterns_of
 from .blocks.block import Block, Found, Place
 from .blocks.find import find_places, places_at
@@ -45,8 +45,7 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     if not sites:
         raise RetrofitError(_why_nothing(model, found))
     placed = [place for site in sites for place in site.places]
-    left = left_out(runs.evaluation, trained, found, placed, everything=bool(options.auto or not options.at))
-    skipped = tuple(Skipped(*block) for block in left)
+    skipped = left_out(runs.evaluation, trained, found, placed, everything=bool(options.auto or not options.at))
     described, structure = describe(runs.inputs, model), structure_of(dict(model.named_modules()))
     return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure)
 
