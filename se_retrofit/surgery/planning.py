@@ -121,11 +121,10 @@ def _with_attention(plan: Plan, given: Attention) -> Plan:
 def _found(record: Record, options: Options) -> Found:
     """Find the places of blocks, those that ``at`` names, or both."""
     patterns = patterns_of("at", options.at)
-    named = places_at(record, patterns) if patterns else Found()
-    if patterns and not options.auto:
-        return named
-    table = [*(Recogniser(partial(_asked, find)) for find in options.recognisers), *RECOGNISERS]
-    found = find_places(record, options.placement, table)
+    named, found = places_at(record, patterns) if patterns else Found(), Found()
+    if options.auto or not patterns:
+        table = [*(Recogniser(partial(_asked, find)) for find in options.recognisers), *RECOGNISERS]
+        found = find_places(record, options.placement, table)
     taken = {place.op for place in named.places}
     places = [*named.places, *(place for place in found.places if place.op not in taken)]
     found.places = sorted(places, key=lambda place: place.op.index)

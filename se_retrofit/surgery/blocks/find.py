@@ -63,7 +63,6 @@ class _Finder:
         for name, (reason, region) in self.unplaced.items():
             if not region & self.covered:
                 self.found.leave(name, reason, region)
-        self.found.places.sort(key=lambda place: place.op.index)
         return self.found
 
     def add_all(self, blocks: Iterable[Block], nests: bool, aside: str = "") -> None:
@@ -166,7 +165,6 @@ def places_at(record: Record, patterns: Sequence[str]) -> Found:
                 taken.add(op)
                 layers, region = frozenset([path]), op.bit if op.path == path else call.mask
                 found.places.append(Place(path, "named", call, op, layers=layers, region=region, named=True))
-    found.places.sort(key=lambda place: place.op.index)
     return found
 
 
