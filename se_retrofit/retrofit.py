@@ -141,10 +141,8 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
         >>> list(remove_se(add_se(model)).state_dict()) == list(model.state_dict())
         True
     """
-    check_module(model)
     check_flag("inplace", inplace)
-    if not has_se(model):
-        raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to remove")
+    check_retrofitted(model, "so there is nothing to remove")
     check_removable(model, "remove_se")
     with told_as_fault():
         target = model if inplace else copied(model)
@@ -181,6 +179,12 @@ def has_se(model: nn.Module) -> bool:
     check_module(model)
     warn_of_lost_sites(model)
     return any(map(is_retrofitted, model.modules()))
+
+
+def check_retrofitted(model: nn.Module, otherwise: str) -> None:
+    """Raise an error, which ends with ``otherwise``, if ``add_se`` has not added SE to this model."""
+    if not has_se(model):
+        raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, {otherwise}")
 
 
 def warn_of_lost_sites(model: nn.Module) -> None:

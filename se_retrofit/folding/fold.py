@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Inserted, StaticFactor, check_gates
-from ..errors import RetrofitError, brief, check_flag, check_module, check_positive
+from ..errors import RetrofitError, brief, check_flag, check_positive
 from ..fusion.attention import check_unfused
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Site, Skipped
 from ..precision import tf32
-from ..retrofit import check_removable, has_se, plan_of
+from ..retrofit import check_removable, check_retrofitted, plan_of
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.inputs import Inputs
 from ..surgery.record.isolation import forked_randomness, isolated
@@ -97,12 +97,7 @@ def _row(site: Site, found: SiteGates, effects: dict[str, float], kept: dict[str
 
 
 def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any, inplace: Any) -> None:
-    check_module(model)
-    if not has_se(model):
-        raise RetrofitError(
-            f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to fold (once all of it "
-            "is folded, none is left)"
-        )
+    check_retrofitted(model, "so there is nothing to fold (once all of it is folded, none is left)")
     check_removable(model, "fold_se")
     check_unfused(model, "fold_se")
     for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):

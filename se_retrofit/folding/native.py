@@ -18,7 +18,7 @@ from ..attention import Inserted, SEAttention
 from ..errors import RetrofitError, check_module
 from ..fusion.attention import check_unfused
 from ..precision import tf32
-from ..retrofit import has_se, plan_of
+from ..retrofit import check_retrofitted, has_se, plan_of
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.graph import Record
 from ..surgery.record.inputs import Inputs, described_inputs, float_dtype, in_dtype_of, tensors_in
@@ -119,11 +119,7 @@ def from_native(model: M, source: nn.Module) -> M:
 
 
 def _check_retrofitted(model: nn.Module, caller: str) -> None:
-    check_module(model)
-    if not has_se(model):
-        raise RetrofitError(
-            f"{type(model).__name__} has no SE inserted by add_se; {caller} takes a retrofitted network"
-        )
+    check_retrofitted(model, f"and {caller} takes a retrofitted network")
     check_unfused(model, caller)
     check_values(model.named_parameters())
     for path, module in model.named_modules():

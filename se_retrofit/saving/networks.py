@@ -13,7 +13,7 @@ from ..attention import Attention
 from ..errors import RetrofitError, brief, check_module, check_unwrapped
 from ..models import IMAGES, Base, own_images
 from ..plan import noted_options
-from ..retrofit import has_se, plan_of
+from ..retrofit import check_retrofitted, has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
@@ -53,11 +53,9 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
     """
     check_module(model)
     check_unwrapped(model)
-    if not has_se(model):
-        raise RetrofitError(
-            f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "
-            "add_se returns the retrofitted network: model = add_se(model)"
-        )
+    check_retrofitted(
+        model, "so there is no retrofit to save; add_se returns the retrofitted network: model = add_se(model)"
+    )
     with replaced_directory(Path(directory), (WEIGHTS, RECIPE)) as fresh:
         note = write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
     if note:
