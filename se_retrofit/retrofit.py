@@ -250,7 +250,5 @@ class InsertSE(PassBase):
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         if not isinstance(graph_module, torch.fx.GraphModule):
-            raise TypeError(
-                f"InsertSE takes a GraphModule, got {type(graph_module).__name__}; for other modules call add_se"
-            )
+            raise TypeError(f"InsertSE takes a GraphModule, got {type(graph_module).__name__}; for others, call add_se")
         return PassResult(add_se(graph_module, self.reduction, **self.options, inplace=True), True)

@@ -97,7 +97,7 @@ def _inserted(module: nn.Module, attention: Attention, slot: Slot) -> Inserted:
     """Return a module in the form that is inserted: with the slot's dtype, and as an exact identity."""
     if isinstance(module, Inserted) and module.site is not None:
         raise RetrofitError(
-            f"attention={name_of(attention)} gave the module of another site; it must make a new one each time"
+            f"attention={name_of(attention)} gave another site's module; it must make a new one each time"
         )
     check_made(module, slot, name_of(attention))
     if not isinstance(module, Inserted):

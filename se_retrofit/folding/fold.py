@@ -205,14 +205,12 @@ def put_factor(model: nn.Module, path: str, factor: Tensor) -> nn.Module:
     se = model.get_submodule(path)
     assert isinstance(se, Inserted)
     like = next(se.parameters())
-    static = StaticFactor(
-        se.channel, channel_dim=se.channel_dim, inplace=se.inplace, device=like.device, dtype=like.dtype
-    )
+    new = StaticFactor(se.channel, channel_dim=se.channel_dim, inplace=se.inplace, device=like.device, dtype=like.dtype)
     with torch.no_grad():
-        static.factor.copy_(factor)
+        new.factor.copy_(factor)
     site = replace(se.site, attention="static", parameters=se.channel)
-    vars(static).update(site=site, plan=se.plan)
-    put(model, path, static.train(se.training))
+    vars(new).update(site=site, plan=se.plan)
+    put(model, path, new.train(se.training))
     return se
 
 

@@ -66,9 +66,7 @@ def why_no_norm(module: Any) -> str | None:
         return f"{name} is not a norm that is known to be an affine map of each channel"
     for inner in (getattr(norm, "drop", None), getattr(norm, "act", None)):
         if inner is not None and type(inner) is not nn.Identity:
-            return (
-                f"{name} ends in {type(inner).__name__}: the mean of its output does not follow from that of its input"
-            )
+            return f"{name} ends in {type(inner).__name__}: its output's mean does not follow from its input's"
     if getattr(norm, "_fast_norm", False):
         return f"{name} computes its statistics in half precision"
     if hasattr(norm, "parametrizations"):

@@ -53,9 +53,7 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
     """
     check_module(model)
     check_unwrapped(model)
-    check_retrofitted(
-        model, "so there is no retrofit to save; add_se returns the retrofitted network: model = add_se(model)"
-    )
+    check_retrofitted(model, "so there is nothing to save; add_se returns the retrofitted one: model = add_se(model)")
     with replaced_directory(Path(directory), (WEIGHTS, RECIPE)) as fresh:
         note = write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
     if note:

@@ -89,15 +89,11 @@ class Options:
         if self.auto is False and not at:
             raise RetrofitError("auto=False leaves nothing to retrofit unless at names modules")
         if at and not self.auto and self.placement != "auto":
-            raise RetrofitError(
-                f"placement={brief(self.placement)} is for the blocks found; with at, give auto=True as well"
-            )
+            raise RetrofitError(f"placement={brief(self.placement)} is for blocks found; with at, give auto=True, too")
         if not isinstance(self.recognisers, (list, tuple)) or not all(map(callable, self.recognisers)):
             raise TypeError(f"recognisers must be a list of functions, got {brief(self.recognisers)}")
         if self.attention != "se" and self.gate == "sigmoid":
-            raise RetrofitError(
-                'gate="sigmoid" is SE\'s alone (attention="se"); the other attentions start as an identity'
-            )
+            raise RetrofitError('gate="sigmoid" is SE\'s alone (attention="se"); others start as an identity')
         check_options(self.reduction, self.gate, self.bias, self.min_hidden)
         if not isinstance(self.placement, str):
             raise TypeError(f"placement must be a string, got {brief(self.placement)}")

@@ -150,9 +150,7 @@ def places_at(record: Record, patterns: Sequence[str]) -> Found:
             what = f"the pattern {pattern!r} matches none of the {len(modules)} modules"
             for path, reason in list(reasons.items())[:1]:
                 what = f"the pattern {pattern!r} matches {path!r}, but {reason}"
-            raise RetrofitError(
-                f"{what}; called are {', '.join(list(called)[1:5])}, ...: see record(model).graph for all of them"
-            )
+            raise RetrofitError(f"{what}; called are {', '.join(list(called)[1:5])}, ...: see record(model).graph")
         found.skipped.update(reasons)
         wanted |= matched & called.keys()
     taken: set[Op] = set()

@@ -94,9 +94,7 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
     """
     modules = list(value.modules()) if isinstance(value, nn.Module) else []
     if any(is_lazy(tensor) for module in modules for tensor in module.parameters(recurse=False)):
-        raise RetrofitError(
-            "the model has lazy parameters, whose shapes are not known yet: call the model once, then retrofit it"
-        )
+        raise RetrofitError("the model has lazy parameters, without shapes yet: call the model once, then retrofit it")
     if isinstance(value, nn.Module):
         check_whole((*value.named_parameters(), *value.named_buffers()))
     with contextlib.ExitStack() as stack:
@@ -109,9 +107,8 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
             stack.enter_context(_Converted(convert))
         try:
             result = _Copy(modules, convert, independent).of(value)
-            if isinstance(result, nn.Module) and not set(modules).isdisjoint(
-                result.modules()
-            ):  # some returned themselves
+            # some returned themselves
+            if isinstance(result, nn.Module) and not set(modules).isdisjoint(result.modules()):
                 result = _Copy(modules, convert, independent, ask=False).of(value)
         except Exception as error:
             raise RetrofitError(

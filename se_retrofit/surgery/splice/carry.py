@@ -133,9 +133,7 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
     module = built(attention, vars(options), slot)
     count = sum(parameter.numel() for parameter in module.parameters())
     if count != site.parameters:
-        raise RetrofitError(
-            f"the plan is broken: {site.path} has {site.parameters} parameters, by its options it has {count}"
-        )
+        raise RetrofitError(f"the plan is broken: {site.path} has {site.parameters} parameters, by its options {count}")
     with mode_of(like) as fake:
         if fake is not None:
             module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
@@ -217,9 +215,7 @@ def _prepared(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> li
         elif edit.form == "return" and edit.digest == forward_digest(type(module)):
             holder.returned = child
         elif edit.form != "append" or not is_sequential(module):
-            raise SpliceError(
-                f"the source of {type(module).__module__}.{type(module).__qualname__}.forward has changed"
-            )
+            raise SpliceError(f"the source of {class_name(type(module))}.forward has changed")
     for holder in holders.values():
         if holder.nodes:
             holder.insertions = list(insertions_of(holder.module, holder.nodes))
