@@ -54,9 +54,8 @@ def se_matters(model: nn.Module, inputs: Inputs) -> Agreement:
 def _scramble(module: Inserted, generator: torch.Generator) -> None:
     """Give a module fixed random gates, or random parameters if it has no gate layer."""
     if module.gate_layer:
-        setattr(
-            module, module.gate_layer, _FixedGates(2 * torch.rand(module.channel, generator=generator, device="cpu"))
-        )
+        gates = 2 * torch.rand(module.channel, generator=generator, device="cpu")
+        setattr(module, module.gate_layer, _FixedGates(gates))
         return
     for parameter in module.parameters():
         parameter.copy_(2 * torch.rand(parameter.shape, generator=generator, device="cpu"))

@@ -172,9 +172,8 @@ def _chosen(found: Found, options: Options) -> list[Place]:
         raise RetrofitError("include and exclude together leave no block to retrofit")
     kept = {place.block for place in chosen}
     for place, reason in reasons.items():  # a chain in a block that keeps its SE is named after its layers
-        found.leave(
-            min(place.layers, default=place.block) if place.block in kept else place.block, reason, place.region
-        )
+        name = min(place.layers, default=place.block) if place.block in kept else place.block
+        found.leave(name, reason, place.region)
     return chosen
 
 

@@ -131,8 +131,5 @@ def covers_its_input(conv: Op) -> bool:
     before = conv.data[0].shape
     assert conv.conv is not None
     dims = len(conv.conv.kernel)
-    return (
-        not conv.conv.transposed
-        and all(s == 1 for s in conv.shape[-dims:])
-        and tuple(before[-dims:]) == conv.conv.kernel
-    )
+    one = all(size == 1 for size in conv.shape[-dims:])
+    return one and not conv.conv.transposed and tuple(before[-dims:]) == conv.conv.kernel

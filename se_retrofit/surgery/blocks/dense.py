@@ -38,9 +38,8 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
     for operand in new:
         region = call.region(operand, outside)
         ops = list(record.select(region))
-        reads_all = any(
-            op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops
-        )
+        concats = [op for op in ops if op.role == "cat" and len(op.data) == len(blocks) + 1]
+        reads_all = any(all(i.bit & seen for i in op.data) for op in concats)
         if (blocks and not reads_all) or not _is_layer(ops):
             return []
         child = call.child_with(operand)  # a layer that is a module gets SE in that module

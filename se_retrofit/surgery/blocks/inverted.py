@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import innermost, only_user, real_users
+from ..record.facts import innermost, is_conv_or_linear, only_user, real_users
 from ..record.graph import Op, Record
 from .block import Block, Target
 from .questions import edge, feeds_a_layer, is_gate, is_pointwise, next_after
@@ -89,7 +89,5 @@ def inverted_target(record: Record, block: Block) -> Target | None:
     ((value, taker, projection),) = cores.values()
     if not projection.bit & block.region or not _projects(projection):
         return None
-    later = [
-        op for op in ops if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.flat
-    ]
-    return None if later else edge(value, taker)
+    later = [op for op in ops if op.index > projection.index and not op.flat]
+    return None if any(map(is_conv_or_linear, later)) else edge(value, taker)

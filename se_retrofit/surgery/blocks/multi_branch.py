@@ -40,17 +40,12 @@ def _block(record: Record, call: Call, cat: Op) -> Block | None:
     if escapes(record, call, [source] if source is not None else call.inputs, {cat}):
         return None
     block = _branches_from(record, call, cat, source)
-    if (
-        block is None
-        and source is not None
-        and call.parent is not None
-        and not escapes(record, call, call.inputs, {cat})
-    ):
-        # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all
-        block = _branches_from(record, call, cat, None)
-        if block is not None and (block.branch is cat or not call.holds(block.branch)):
-            return None
-    return block
+    if block is not None or source is None or call.parent is None or escapes(record, call, call.inputs, {cat}):
+        return block
+    # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all
+    block = _branches_from(record, call, cat, None)
+    fused = block is not None and block.branch is not cat and call.holds(block.branch)
+    return block if fused else None
 
 
 def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Block | None:

@@ -80,14 +80,13 @@ def activation_after(conv: Op) -> Op | None:
             return acts[0]
         if len(users) > 1 and all(u.role == "part" for u in users):
             return _join_of_halves(users)
-        moved = len(users) == 1 and users[0].role == "shape" and users[0].channels == op.channels
-        if (
-            len(users) != 1
-            or not (moved or users[0].role in ("norm", "pass", "affine", "pool"))
-            or len(users[0].data) != 1
-        ):
+        if len(users) != 1 or len(users[0].data) != 1:
             return None
-        (op,) = users
+        (user,) = users
+        moved = user.role == "shape" and user.channels == op.channels
+        if not moved and user.role not in ("norm", "pass", "affine", "pool"):
+            return None
+        op = user
 
 
 def _join_of_halves(halves: list[Op]) -> Op | None:

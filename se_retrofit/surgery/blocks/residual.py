@@ -138,9 +138,8 @@ def _is_modulation(record: Record, call: Call, add: Op) -> bool:
             continue
         for scaled, factor in (product.data, product.data[::-1]):
             origin = common_source(record, call, [factor, shift])
-            origins = (
-                [origin] if origin is not None else [i for i in call.inputs if i.bit & factor.lineage & shift.lineage]
-            )
+            given = [i for i in call.inputs if i.bit & factor.lineage & shift.lineage]
+            origins = given if origin is None else [origin]
             if shift not in origins and origins and not any(derives(record, call, scaled, o) for o in origins):
                 return True
     return False

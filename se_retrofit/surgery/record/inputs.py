@@ -158,15 +158,12 @@ def _kept_shapes(model: nn.Module, conv: Any) -> Iterator[tuple[int, ...]]:
             for name in _SIZE_NAMES:
                 size = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
                 size = (size,) * dims if type(size) is int else size
-                if (
-                    isinstance(size, (tuple, list))
-                    and len(size) >= dims
-                    and all(type(n) is int and 0 < n < 1e5 for n in size)
-                ):
-                    if len(size) > dims:
-                        yield tuple(size)
-                    if conv is not None:
-                        yield (conv.in_channels, *size[-dims:])
+                if not isinstance(size, (tuple, list)) or not all(type(n) is int and 0 < n < 1e5 for n in size):
+                    continue
+                if len(size) > dims:
+                    yield tuple(size)
+                if len(size) >= dims and conv is not None:
+                    yield (conv.in_channels, *size[-dims:])
 
 
 def _required_inputs(model: nn.Module) -> int:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import inspect
 import linecache
-import operator
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -174,9 +173,7 @@ def _imported_in(filename: str) -> frozenset[str]:
     return frozenset(names - {"*"})
 
 
-_FUTURE = functools.reduce(
-    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-)
+_FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)  # a bit each
 
 
 def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
