@@ -178,8 +178,7 @@ def copy_layers(pairs: list[tuple[Part, Part]], source: nn.Module, target: nn.Mo
                     copies.append((own[to_bias], torch.zeros(()) if bias is None else bias))
                 elif bias is not None and bias.any():
                     raise RetrofitError(
-                        f"{a} has biases, but {b} has none; retrofit with bias=True, or build the native "
-                        "network with biases"
+                        f"{a} has biases, but {b} has none; retrofit with bias=True, or build the native one with biases"
                     )
     with torch.no_grad():
         for to, of in copies:

@@ -108,8 +108,7 @@ def _with_attention(plan: Plan, given: Attention) -> Plan:
     saved = noted.get("callable")
     if isinstance(given, str):
         raise RetrofitError(
-            f"the plan was made with a class or factory for the attention, {saved}, which is not saved; give it again: "
-            "attention=..."
+            f"the plan was made with a class or factory, {saved}, which is not saved; give it again: attention=..."
         )
     sites = tuple(replace(s, attention=name_of(given)) if s.attention == saved else s for s in plan.sites)
     return replace(plan, sites=sites, options={**plan.options, "attention": given})

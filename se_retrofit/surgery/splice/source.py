@@ -114,8 +114,7 @@ def source_of(function: types.FunctionType) -> Source:
         raise SpliceError(f"the source of {name} can't be compiled on its own") from None
     if not _same_code(code, function.__code__):
         raise SpliceError(
-            f"the source of {name} differs from the code that runs: its file was edited since it was imported, or an import hook "
-            "rewrote it"
+            f"the source of {name} differs from the code that runs: its file was edited since its import, or an import hook rewrote it"
         )
     return Source(function, tuple(lines), first, tree)
 
