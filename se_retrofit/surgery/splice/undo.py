@@ -25,12 +25,9 @@ def lost_sites(model: nn.Module) -> list[str]:
     lost = []
     for path, module in model.named_modules():
         plan = vars(module).get(PLAN)
+        modules = {} if plan is None else dict(module.named_modules(remove_duplicate=False))
         for site in plan.sites if plan is not None else ():
-            try:
-                found = is_retrofitted(module.get_submodule(site.path))
-            except AttributeError:
-                found = False
-            if not found:
+            if not is_retrofitted(modules.get(site.path)):
                 lost.append(f"{path}.{site.path}" if path else site.path)
     return lost
 
