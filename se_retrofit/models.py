@@ -142,7 +142,6 @@ class Base:
             raise RetrofitError(f"{self.library} can't build {self.name!r} {weights}{given}: {reason}") from error
 
     def note(self, model: nn.Module) -> None:
-        """Note this base on a network."""
         vars(model)[BASE] = asdict(self)
 
     def in_library(self) -> Base:

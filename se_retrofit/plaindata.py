@@ -15,7 +15,6 @@ MOST = 100_000  # values in YAML, where a few lines of aliases can expand to bil
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file."""
     if not path.exists():
         raise RetrofitError(f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote")
     return parse_json(_text_of(path), path)
@@ -42,7 +41,6 @@ def parse_json(text: str, where: object) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file."""
     return parse_yaml(_text_of(path), path)
 
 

@@ -105,7 +105,6 @@ def _refusal(model: nn.Module, format: str, reason: str) -> RetrofitError:
 
 
 def _format_of(file: Path, format: str | None) -> str:
-    """Return the format that was asked for, or that of the file's suffix."""
     if format in SUFFIXES:
         return str(format)
     if format is not None:

@@ -105,7 +105,6 @@ def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs)
 
 
 def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> str:
-    """Return the text of a network's Python file."""
     classes: dict[Recipe, str] = {}
     bodies: list[str] = []
     blocks: list[str] = []

@@ -195,7 +195,6 @@ def absorb(
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace a module."""
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module
 

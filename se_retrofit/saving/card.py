@@ -101,7 +101,6 @@ def _about(
 
 
 def _scores(measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the rows with the scores from the validation of its run."""
     of = f" on {measured['images']:,} validation images" if "images" in measured else " in validation"
     for name in METRICS:
         if name in measured:

@@ -147,7 +147,6 @@ def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -
 
 
 def without_name(note: str) -> str:
-    """Return the remark about a network that can't be built by name."""
     return f"{note}; to load it, give the bare network: load_retrofitted(folder, base=network)"
 
 

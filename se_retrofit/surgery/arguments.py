@@ -104,7 +104,6 @@ class Options:
 
 
 def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None, inplace: Any = False) -> None:
-    """Check the types and ranges of the arguments of ``add_se``."""
     if plan is not None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")

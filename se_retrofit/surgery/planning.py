@@ -32,7 +32,6 @@ from .splice.fitting import Fitting, SurgerySite
 
 
 def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
-    """Return the plan of a retrofit."""
     METHODS.clear()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
@@ -82,7 +81,6 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
 
 
 def _found_again(wanted: Site, again: Plan, model: str) -> Site:
-    """Return the site of a new plan that is the same as one of an earlier plan."""
     value = (wanted.after, wanted.channels, wanted.channel_dim)
     alike = [site for site in again.sites if (site.after, site.channels, site.channel_dim) == value]
     found = next((site for site in alike if site.path == wanted.path), None)

@@ -47,7 +47,6 @@ def on_cpu(tensor: Tensor) -> Tensor:
 
 
 def on_its_device(tensor: Tensor) -> Tensor:
-    """Return the same values on the same device."""
     return tensor.detach().clone()
 
 

@@ -308,7 +308,6 @@ def _folds_batch(conv: Op) -> bool:
 
 
 def _channel_dim(op: Op) -> int | None:
-    """Return the channel dim of an operation's output."""
     if op.conv is not None:
         return None if _folds_batch(op) else -len(op.conv.kernel) - 1
     data = op.data

@@ -274,7 +274,6 @@ class _Recorder(TorchDispatchMode):
         return self.result.graph.call_function(operator.getitem if flat else tensor_of, (whole, index))
 
     def nodes_in(self, value: Any) -> Any:
-        """Return arguments with nodes in place of tensors."""
         return fx.node.map_aggregate(value, self.node_of)
 
     def node_of(self, value: Any) -> Any:

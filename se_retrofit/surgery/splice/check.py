@@ -100,7 +100,6 @@ class _Takers:
         self._returned = {output for call in record.calls for output in call.outputs}
 
     def of(self, value: Op, but: Op | None = None) -> list[Op]:
-        """Return the operations that use a value, except through ``but``."""
         found = []
         for user in self._users.get(value, []):
             if user is not but:

@@ -81,7 +81,6 @@ class RetrofittedBlock(_Quiet):
 
 
 def class_before(module: nn.Module) -> type:
-    """Return the class that a module had before the retrofit."""
     return type(module).se_recipe.base if isinstance(module, RetrofittedBlock) else type(module)
 
 

@@ -22,7 +22,6 @@ def graphs_of(module: nn.Module) -> list[fx.Graph]:
 
 
 def _code_digest(module: fx.GraphModule, graph: fx.Graph) -> str:
-    """Return a digest of the code of one of a GraphModule's graphs."""
     return _digest(module.code if graph is module.graph else graph.python_code("self").src)
 
 

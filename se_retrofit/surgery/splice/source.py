@@ -79,7 +79,6 @@ class Source:
 
     @functools.cached_property
     def structure(self) -> str:
-        """The syntax tree as text, without positions."""
         return ast.dump(self.tree)
 
     @functools.cached_property
@@ -228,7 +227,6 @@ def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, 
 
 
 def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.FunctionType:
-    """Return the same function with calls of SE in it."""
     source = source_of(function)
     lines = [line.encode() for line in source.lines]
     self_name = function.__code__.co_varnames[0]
@@ -253,8 +251,6 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
 
 
 class _WithoutCalls(ast.NodeTransformer):
-    """Removes the calls of SE from a syntax tree."""
-
     def __init__(self, self_name: str, children: set[str]) -> None:
         self.self_name, self.children = self_name, children
 
