@@ -13,9 +13,8 @@ from ..attention import SEAttention
 from ..errors import RetrofitError, check_flag, check_module
 from ..plan import Skipped
 from ..surgery.record.copying import copied
-from ..surgery.record.methods import unwrapped
-from ..surgery.splice.derived import Recipe, RetrofittedBlock, derived_class
-from ..surgery.splice.source import Splice, source_of, span_of
+from ..surgery.splice.derived import Recipe, RetrofittedBlock, derived_class, source_as_before
+from ..surgery.splice.source import Splice, span_of
 from ..surgery.splice.undo import is_retrofitted
 from .attention import FusedSEAttention
 from .norms import why_no_norm
@@ -180,9 +179,7 @@ def _why_not(block: Any, name: str) -> str | None:
 
 def _norm_called(splice: Splice) -> str | None:
     """Return the child that the spliced expression calls with one positional argument; None for other expressions."""
-    function = unwrapped(vars(splice.owner)[splice.method])
-    assert function is not None
-    source = source_of(function)
+    source = source_as_before(splice)
     first, last, column, end = splice.span
     wanted = (first + source.first, last + source.first, column, end)
     for node in source.nodes:
@@ -191,7 +188,7 @@ def _norm_called(splice: Splice) -> str | None:
         callee, text = node.func, source.text(node)
         if not isinstance(callee, ast.Attribute) or not isinstance(callee.value, ast.Name):
             return None
-        if callee.value.id != function.__code__.co_varnames[0] or node.keywords or len(node.args) != 1:
+        if callee.value.id != source.self_name or node.keywords or len(node.args) != 1:
             return None
         if isinstance(node.args[0], (ast.Starred, ast.GeneratorExp)) or text[:-1].rstrip().endswith(","):
             return None
@@ -200,6 +197,4 @@ def _norm_called(splice: Splice) -> str | None:
 
 
 def _fused(splice: Splice) -> Splice:
-    function = unwrapped(vars(splice.owner)[splice.method])
-    assert function is not None
-    return replace(splice, form="norm", target=f"{function.__code__.co_varnames[0]}.{_norm_called(splice)}")
+    return replace(splice, form="norm", target=f"{source_as_before(splice).self_name}.{_norm_called(splice)}")

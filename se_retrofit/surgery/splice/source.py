@@ -56,6 +56,10 @@ class Source:
     first: int
     tree: ast.FunctionDef | ast.AsyncFunctionDef
 
+    @property
+    def self_name(self) -> str:
+        return self.function.__code__.co_varnames[0]
+
     @functools.cached_property
     def nodes(self) -> tuple[ast.AST, ...]:
         """All nodes of the tree, outer ones first."""
@@ -229,8 +233,7 @@ def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, 
 def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.FunctionType:
     source = source_of(function)
     lines = [line.encode() for line in source.lines]
-    self_name = function.__code__.co_varnames[0]
-    for row, column, text in sorted(_insertions(splices, self_name), key=lambda item: item[:2], reverse=True):
+    for row, column, text in sorted(_insertions(splices, source.self_name), key=lambda item: item[:2], reverse=True):
         lines[row] = lines[row][:column] + text.encode() + lines[row][column:]
     new_lines = b"".join(lines).decode().splitlines(keepends=True)
     digest = hashlib.sha256("".join(new_lines).encode()).hexdigest()[:12]
@@ -241,7 +244,7 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
         code = _compiled(tree, function, filename)
     except (SyntaxError, ValueError, StopIteration) as error:
         raise SpliceError(f"the changed source of {function.__qualname__} does not compile: {error}") from None
-    without = _WithoutCalls(self_name, {splice.child for splice in splices}).visit(tree)
+    without = _WithoutCalls(source.self_name, {splice.child for splice in splices}).visit(tree)
     # fails for an expression in an f-string, say, whose exact position Python does not have
     if ast.dump(without) != source.structure:
         raise SpliceError(f"a call of SE can't be put at the expression in {function.__qualname__}")
