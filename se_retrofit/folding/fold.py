@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import Inserted, StaticFactor, check_gates
+from ..attention import StaticFactor, check_gates
 from ..errors import RetrofitError, brief, check_flag, check_positive
 from ..fusion.attention import check_unfused
 from ..inspection.gates import SiteGates, gates_over
@@ -201,8 +201,7 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def put_factor(model: nn.Module, path: str, factor: Tensor) -> nn.Module:
     """Replace an SE module by a constant factor for each channel, and return the SE module."""
-    se = model.get_submodule(path)
-    assert isinstance(se, Inserted)
+    se: Any = model.get_submodule(path)
     like = next(se.parameters())
     new = StaticFactor(se.channel, channel_dim=se.channel_dim, inplace=se.inplace, device=like.device, dtype=like.dtype)
     with torch.no_grad():

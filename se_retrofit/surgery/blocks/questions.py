@@ -111,11 +111,10 @@ def gate_after(op: Op) -> Op | None:
 
 def joins_channels(op: Op) -> bool:
     """Return whether a concat is along the channels."""
-    if op.role != "cat" or op.channels is None or len(op.data) < 2:
-        return False
     dim = op.channel_dim
+    if op.role != "cat" or dim is None or op.channels is None or len(op.data) < 2:
+        return False
     shapes = [i.shape for i in op.data]
-    assert dim is not None
     return all(len(s) == op.dim for s in shapes) and any(s[dim] != op.shape[dim] for s in shapes)
 
 

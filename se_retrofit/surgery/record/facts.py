@@ -55,8 +55,6 @@ def _read(op: Op, takers: Takers, learned: int) -> None:
     if path:
         op.takes[1].users[-1] = path[0]  # the code names the branch only in the difference
     op.channel_dim = _channel_dim(op)
-    if op.role == "pool" and op.module is None and op.data:
-        op.channel_dim = op.channel_dim or _channel_dim_of_several(op.data[0], op)
     if op.conv is not None and op.data:
         _tell_channels(op.data[0], op)
     elif op.role == "add" and op.channel_dim is not None:
@@ -326,7 +324,7 @@ def _channel_dim(op: Op) -> int | None:
         return _channel_dim_after(op, source, position)
     if before == after and (op.role != "other" or op.shape[position] == source.shape[position]):
         return source.channel_dim
-    return None
+    return _channel_dim_of_several(source, op) if op.role == "pool" and op.module is None else None
 
 
 def _channel_dim_after(op: Op, source: Op, position: int) -> int | None:
