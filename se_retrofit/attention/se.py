@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief, check_flag, check_positive
+from ..errors import check_choice, check_flag, check_positive
 from .inserted import Inserted
 from .parts import TwiceSigmoid, hidden_width, init_bottleneck, undrawn
 
@@ -113,7 +113,4 @@ def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> Non
     check_positive("reduction", reduction)
     check_positive("min_hidden", min_hidden)
     check_flag("bias", bias)
-    if not isinstance(gate, str):
-        raise TypeError(f"gate must be a string, got {brief(gate)}")
-    if gate not in GATES:
-        raise RetrofitError(f"gate must be one of {', '.join(map(repr, GATES))}, got {brief(gate)}")
+    check_choice("gate", gate, GATES)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..attention import check_attention, check_options, name_of
-from ..errors import RetrofitError, brief, check_flag, check_module, check_unwrapped
+from ..errors import RetrofitError, brief, check_choice, check_flag, check_module, check_unwrapped
 from ..plan import Plan
 from .blocks.placements import PLACEMENTS
 from .record.inputs import given_inputs
@@ -95,12 +95,7 @@ class Options:
         if self.attention != "se" and self.gate == "sigmoid":
             raise RetrofitError('gate="sigmoid" is SE\'s alone (attention="se"); others start as an identity')
         check_options(self.reduction, self.gate, self.bias, self.min_hidden)
-        if not isinstance(self.placement, str):
-            raise TypeError(f"placement must be a string, got {brief(self.placement)}")
-        if self.placement not in PLACEMENTS:
-            raise RetrofitError(
-                f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {brief(self.placement)}"
-            )
+        check_choice("placement", self.placement, PLACEMENTS)
 
 
 def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None, inplace: Any = False) -> None:
