@@ -18,7 +18,6 @@ from ...errors import RetrofitError
 from ...plan import Edit, Plan, Site, noted_options
 from ..arguments import Options
 from ..record.copying import mode_of
-from ..record.isolation import without_collections
 from ..record.methods import unwrapped
 from ..record.roles import is_sequential
 from .derived import Recipe, class_before, derived_class, source_as_before
@@ -31,12 +30,7 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     """Retrofit a model in place by a plan that fits it. If the plan contradicts itself, the model is unchanged."""
     options, modules = Options.of(plan), {}
     kept = replace(plan, options=noted_options(plan.options))  # plain data, which can be pickled
-    with (
-        _disable_current_modes(),
-        torch.inference_mode(False),
-        torch.random.fork_rng(devices=[]),
-        without_collections(),
-    ):
+    with _disable_current_modes(), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for site in plan.sites:
             modules[site.path] = _built(model, site, options)
             vars(modules[site.path]).update(site=site, plan=kept)
