@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import linecache
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from torch import fx, nn
@@ -65,17 +65,16 @@ def _assigned(lines: list[str], line: int | None) -> str | None:
     return target.id if isinstance(target, ast.Name) else None
 
 
-def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: Iterable[fx.Node] | None = None) -> fx.Node:
-    """Insert ``target(node)`` after ``node``, and replace ``node`` by it in ``users`` (default: in all users)."""
+def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: list[fx.Node] | None) -> None:
+    """Insert ``target(node)`` after ``node``, and replace ``node`` by it in ``users`` (None: in all users)."""
     after = node
     if node.op == "placeholder":  # placeholders must come first
         after = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    before = list(node.users) if users is None else [u for u in node.users if u in set(users)]
+    before = [user for user in node.users if users is None or user in users]
     with graph.inserting_after(after):
         se = graph.call_module(target, (node,))
     for user in before:
         user.replace_input_with(node, se)
-    return se
 
 
 Insertion = tuple[fx.Graph, fx.Node, str, list[fx.Node] | None]
