@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import check_choice, check_flag, check_positive
 from .inserted import Inserted
-from .parts import TwiceSigmoid, hidden_width, init_bottleneck, undrawn
+from .parts import TwiceSigmoid, bottleneck, hidden_width, init_bottleneck
 
 GATES = ("identity", "sigmoid")
 
@@ -71,13 +71,8 @@ class SEAttention(Inserted):
         self.reduction = reduction
         self.gate = gate
         self.hidden = hidden_width(channel, reduction, min_hidden)
-        factory = {"device": device, "dtype": dtype}
-        self.fc: nn.Module = nn.Sequential(
-            undrawn(nn.Linear, channel, self.hidden, bias=bias, **factory),
-            nn.ReLU(inplace=True),
-            undrawn(nn.Linear, self.hidden, channel, bias=bias, **factory),
-            nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid(),
-        )
+        layers = bottleneck(channel, self.hidden, bias, device=device, dtype=dtype)
+        self.fc: nn.Module = nn.Sequential(*layers, nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid())
         self.reset_parameters()
 
     @torch.no_grad()
