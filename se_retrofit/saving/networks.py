@@ -17,7 +17,7 @@ from ..retrofit import check_retrofitted, has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
-from .recipe import FORMAT, RECIPE, WEIGHTS, carried_out, network_in, read_plan, read_recipe, version_of
+from .recipe import FORMAT, RECIPE, WEIGHTS, carried_out, network_in, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
 
@@ -105,8 +105,7 @@ def load_retrofitted(
     tie(state, recipe["tied"], folder / RECIPE)
     model = _bare(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     if recipe["plan"] is not None:
-        plan = read_plan(recipe["plan"], recipe["add_se"], folder / RECIPE)
-        model = carried_out(model, plan, folder, example_inputs, attention, inplace=True)
+        model = carried_out(model, recipe["plan"], folder, example_inputs, attention, inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     if recipe["images"] is not None:
         vars(model)[IMAGES] = recipe["images"]
