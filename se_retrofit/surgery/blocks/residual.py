@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 from ..record.facts import LEARNED, behind
 from ..record.graph import Call, Op, Record
@@ -70,10 +71,8 @@ def reversible_units(record: Record) -> Iterator[Block]:
     bypasses the first unit is not the input of its branch."""
     for call in reversed(record.calls):
         adds = [op for op in own_operations(record, call) if op.role == "add" and len(op.data) == len(op.takes) == 2]
-        for first in adds:
-            for second in adds:
-                if first.index < second.index:
-                    yield from _coupled(record, call, first, second)
+        for first, second in combinations(adds, 2):
+            yield from _coupled(record, call, first, second)
 
 
 def _coupled(record: Record, call: Call, first: Op, second: Op) -> Iterator[Block]:
