@@ -291,7 +291,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
     (lambda d: save_se(torch.compile(add_se(small())), d / "a.safetensors"), r"what is in it, model\._orig_mod"),  # type: ignore[arg-type]
     (lambda d: save_retrofitted(quantised(), d / "a"), r"fc\.weight is a TwoTensor .*quantise what is loaded"),
     (lambda d: save_retrofitted(add_se(small()), d / "a", base="resnet18"), "does not build the network that is to be"),
-    (lambda d: save_retrofitted(add_se(small()), d), "holds files of other kinds"),
+    (lambda d: save_retrofitted(add_se(small()), d), "holds other files"),
     (lambda d: save_retrofitted(add_se(small()), d / "thesis.tex"), "is a file"),
     (lambda d: load_retrofitted(d / "nowhere"), "no folder .*nowhere"),
     (lambda d: load_retrofitted(d / "empty"), "holds no network"),
