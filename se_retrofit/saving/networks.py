@@ -134,14 +134,8 @@ def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -
         "images": images,
         "versions": {name: version_of(name) for name in ("se-retrofit", "torch", "torchvision", "timm")},
     }
-    try:
-        text = json.dumps(recipe, indent=2)
-    except TypeError as error:
-        raise RetrofitError(
-            f"the recipe can't be written as JSON: {error}; the arguments of base and add_se must be plain data"
-        ) from error
     write_tensors(stored, folder / WEIGHTS, {"format": "pt"})
-    (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     return without_name(note) if base is None else ""
 
 

@@ -221,9 +221,7 @@ def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, 
         by_method.setdefault((splice.owner, splice.method), []).append(splice)
     for (owner, name), group in by_method.items():
         member = vars(owner).get(name)
-        function = unwrapped(member)
-        if function is None:
-            raise SpliceError(f"{owner.__qualname__} has no method {name}")
+        function: Any = unwrapped(member)
         new = _rewrapped(member, function, _respliced(function, group))
         first = next(c for c in base.__mro__ if name in vars(c))
         (own if first is owner else further.setdefault(owner, {}))[name] = new
@@ -242,7 +240,7 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
     try:
         tree = _parsed(new_lines, source.first)
         code = _compiled(tree, function, filename)
-    except (SyntaxError, ValueError, StopIteration) as error:
+    except (SyntaxError, ValueError) as error:
         raise SpliceError(f"the changed source of {function.__qualname__} does not compile: {error}") from None
     without = _WithoutCalls(source.self_name, {splice.child for splice in splices}).visit(tree)
     # fails for an expression in an f-string, say, whose exact position Python does not have
