@@ -18,18 +18,17 @@ from ..surgery.record.facts import real_users
 from ..surgery.record.graph import Op, Record
 from .probing import Scales, along, scales_input, scales_output
 
-# f(c * x) == c * f(x) for c >= 0, by the names of modules and of ATen operations
-_HOMOGENEOUS = {"ReLU", "relu", "LeakyReLU", "leaky_relu", "PReLU", "prelu", "_prelu_kernel"}
-_LARGEST = {"MaxPool", "AdaptiveMaxPool", "max_pool", "adaptive_max_pool"}
-_LINEAR = {"AvgPool", "AdaptiveAvgPool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool"}
-_LAYOUT = {
-    "permute", "transpose", "view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "Flatten", "unsqueeze",
+# f(c * x) == c * f(x), by the names of modules and of ATen operations without their numbers of dims: for c >= 0; for all c
+_HOMOGENEOUS = {
+    "ReLU", "relu", "LeakyReLU", "leaky_relu", "PReLU", "prelu", "_prelu_kernel", "MaxPool", "AdaptiveMaxPool", "max_pool",
+    "adaptive_max_pool",
 }  # fmt: skip
-_PASSED = {
-    "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "clone", "contiguous", "alias", "detach", "dropout",
-    "feature_dropout", "native_dropout",
+_LINEAR = {
+    "AvgPool", "AdaptiveAvgPool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "permute", "transpose", "view",
+    "reshape", "_unsafe_view", "_reshape_alias", "flatten", "Flatten", "unsqueeze", "Identity", "Dropout", "clone",
+    "contiguous", "alias", "detach", "dropout", "feature_dropout", "native_dropout",
 }  # fmt: skip
-_RESIZED = ("upsample_", "_upsample_", "Upsample", "upsample")
+_RESIZED = ("_upsample_", "Upsample", "upsample")
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,9 +172,8 @@ class Factors:
             if user.conv.groups > 1 or user.conv.transposed:
                 return None
             return [Scaling(weight.path, along(factor, 1, weight.dim), user)]
-        padded = user.role == "pad" and (user.name != "constant_pad_nd" or user.args[2:3] in ((), (0,), (0.0,)))
-        if padded and user.name in ("ConstantPad1d", "ConstantPad2d", "ConstantPad3d"):
-            padded = getattr(user.module, "value", None) == 0
+        value = getattr(user.module, "value", 0) if user.name != "constant_pad_nd" else (*user.args[2:3], 0)[0]
+        padded = user.role == "pad" and value == 0
         multiplied = user.role == "affine" and user.name in ("mul", "multiply", "div")
         if (self._lets_through(user, factor) or padded or multiplied) and self._same_channels(op, user):
             return self._taken(user, factor)
@@ -183,19 +181,12 @@ class Factors:
 
     def _lets_through(self, op: Op, factor: Tensor) -> bool:
         """Return whether an operation on one value commutes with a factor for each of its channels."""
-        positive = bool((factor >= 0).all())
-        if op.role == "act":
-            return op.name in _HOMOGENEOUS and positive
-        if op.role == "pass":
-            return op.name in _PASSED
         if op.role == "se":
             return op.path in self.transparent
-        if op.role == "pool":
-            name = op.name.replace("_with_indices", "").rstrip("123d")
-            return name in _LINEAR or (name in _LARGEST and positive)
-        if op.role == "resize":
-            return op.name.startswith(_RESIZED)
-        return op.role == "shape" and op.name in _LAYOUT
+        name = op.name.replace("_with_indices", "").rstrip("123d")
+        if name in _HOMOGENEOUS:
+            return bool((factor >= 0).all())
+        return name in _LINEAR or name.startswith(_RESIZED)
 
     @staticmethod
     def _same_channels(before: Op, after: Op) -> bool:
