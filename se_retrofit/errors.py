@@ -80,10 +80,8 @@ def check_unwrapped(model: nn.Module) -> None:
     """Raise an error if a model is the network in one of torch's wrappers, whose keys and paths differ from its own."""
     from torch import nn
 
-    data_parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    how, own = (
-        ("DistributedDataParallel or DataParallel", "module") if data_parallel else ("torch.compile", "_orig_mod")
-    )
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    how, own = ("DistributedDataParallel or DataParallel", "module") if parallel else ("torch.compile", "_orig_mod")
     if own in model._modules:  # not hasattr: a __getattr__ may answer to every name
         raise RetrofitError(f"the model is wrapped by {how}: give what is in it, model.{own}")
 

@@ -54,9 +54,8 @@ def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Bl
     if not spatial_convs(ops) or any(map(resizes, ops)):
         return None
     convolved = [o for o in cat.data if any(p.conv is not None for p in record.select(call.region(o, outside)))]
-    bypasses = [
-        o for o in cat.data if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
-    ]
+    pooled = [o for o in cat.data if o.role == "pool" and call.holds(o) and not o.bit & outside]
+    bypasses = [o for o in cat.data if o not in convolved and o not in pooled]
     end = _fusing_end(call, cat, ops)
     filters = all(op.conv is None or op.depthwise for op in ops) and not has_nonlinearity(ops)
     if end is None and filters and not any(op.role == "norm" for op in ops):

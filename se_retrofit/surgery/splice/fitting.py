@@ -15,12 +15,11 @@ from ..record.copying import mode_of
 from ..record.graph import Record
 from ..record.runs import Runs
 from .carry import apply_edits, problems_of
-from .check import Findings, compare_records
+from .check import NOT_ONE_VALUE, Findings, compare_records
 from .source import SpliceError
 from .ways import named, ways
 
 IN_NO_CODE = "the value that SE should recalibrate appears in no code that can be changed"
-NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one expression"
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
 LOOKS_INSIDE = (
     "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
