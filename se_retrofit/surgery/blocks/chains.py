@@ -115,9 +115,8 @@ def _is_learned(op: Op) -> bool:
     """Return whether an operation is a learned layer. A 1x1 convolution from colours to colours (mean shift) is not."""
     if op.conv is not None and not op.conv.spatial and op.conv.inputs == op.conv.outputs <= 4:
         return False
-    weighs = any(source.role == "param" and _is_stored(source) for source in op.inputs) or (
-        op.module is not None and any(True for _ in op.module.parameters())
-    )
+    own = op.module is not None and next(op.module.parameters(), None) is not None
+    weighs = own or any(source.role == "param" and _is_stored(source) for source in op.inputs)
     return is_conv_or_linear(op) or (op.role == "other" and weighs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import linecache
 from collections.abc import Iterator, Mapping
@@ -47,22 +46,12 @@ def _node_name(call: Call, op: Op) -> tuple[str, str]:
         return str(placeholders[call.inputs.index(op)].name), _code_digest(call.module, call.module.graph)
     for code, lasti in call.where_of(op):
         lines = linecache.getlines(code.co_filename)
-        name = _assigned(lines, list(code.co_positions())[lasti // 2][0])
-        if name is not None and any(n.name == name for graph in graphs_of(call.module) for n in graph.nodes):
+        line = list(code.co_positions())[lasti // 2][0] or 0
+        # the generated "add : Tensor = x + y" assigns to a variable with the node's name
+        name = "".join(lines[line - 1 : line]).partition("=")[0].partition(":")[0].strip()
+        if any(n.name == name for graph in graphs_of(call.module) for n in graph.nodes):
             return name, _digest("".join(lines))
     raise SpliceError(f"the output of {op.path or op.name} is not a node of the graph of {call.path or 'the model'}")
-
-
-def _assigned(lines: list[str], line: int | None) -> str | None:
-    """Return the variable that a line of generated code assigns to."""
-    if line is None or not 0 < line <= len(lines):
-        return None
-    try:
-        statement = ast.parse(lines[line - 1].strip()).body[0]
-    except (SyntaxError, IndexError):
-        return None
-    target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-    return target.id if isinstance(target, ast.Name) else None
 
 
 def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: list[fx.Node] | None) -> None:
