@@ -164,15 +164,8 @@ def _imported_in(filename: str) -> frozenset[str]:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
         return frozenset()
-    names: set[str] = set()
-    stack: list[ast.AST] = [tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update((alias.asname or alias.name.partition(".")[0]) for alias in node.names)
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
-            stack.extend(ast.iter_child_nodes(node))
-    return frozenset(names - {"*"})
+    aliases = [a for n in own_nodes(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+    return frozenset(a.asname or a.name.partition(".")[0] for a in aliases) - {"*"}
 
 
 _FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)  # a bit each
