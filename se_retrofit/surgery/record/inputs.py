@@ -38,17 +38,13 @@ class Inputs:
         return copied(self, real)
 
     @property
-    def first(self) -> Tensor:
-        """The first tensor, on whose device the run is."""
-        return tensors_in((self.args, self.kwargs))[0]
+    def tensors(self) -> list[Tensor]:
+        """All tensors; the run is on the device of the first one."""
+        return tensors_in((self.args, self.kwargs))
 
     @property
     def is_meta(self) -> bool:
-        return all(t.device.type == "meta" for t in tensors_in((self.args, self.kwargs)))
-
-    @property
-    def shapes(self) -> str:
-        return ", ".join(str(tuple(t.shape)) for t in tensors_in((self.args, self.kwargs))) or "none"
+        return all(tensor.device.type == "meta" for tensor in self.tensors)
 
 
 def given_inputs(example_inputs: Any) -> Inputs:

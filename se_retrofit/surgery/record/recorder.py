@@ -68,7 +68,7 @@ class _Recorder(TorchDispatchMode):
         self.result = result
         self.on_meta = on_meta
         self.traced = traced
-        self.on_gpu = result.inputs.first.device.type not in ("cpu", "meta")
+        self.on_gpu = result.inputs.tensors[0].device.type not in ("cpu", "meta")
         modules = list(result.model.named_modules())
         self.modules = [m for _, m in modules]
         self.paths = {id(m): path for path, m in modules}

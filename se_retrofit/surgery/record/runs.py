@@ -107,8 +107,9 @@ class Runs:
                 "nothing to retrofit; if it convolves with a function (as an exported program does), give example_inputs"
             )
         if given is not None:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given.tensors)
             raise RetrofitError(
-                f"{name} can't be run on the given example_inputs, of shape {given.shapes}; give inputs that it takes. Its "
+                f"{name} can't be run on the given example_inputs, of shape {shapes}; give inputs that it takes. Its "
                 f"forward raised {first_error}"
             )
         raise RetrofitError(

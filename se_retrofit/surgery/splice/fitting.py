@@ -204,7 +204,7 @@ class Fitting:
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
         """Insert factors, whatever the attention will be: a product with a parameter reveals values that can't be
         scaled, and networks that inspect their parameters."""
-        like = self.runs.evaluation.inputs.first
+        like = self.runs.evaluation.inputs.tensors[0]
         modules: dict[Edit, tuple[str, Inserted]] = {}
         for site in sites:
             op, channels = site.place.op, site.place.channels
