@@ -59,21 +59,15 @@ def plan_fusion(model: nn.Module) -> Fusion:
         ('layer1.0.se_attention', 'layer1.1.se_attention')
     """
     check_module(model)
-    fused, reasons = [], {}
-    called = {}
+    called: dict[str, tuple[Any, str]] = {}
     for path, block in model.named_modules():
         if isinstance(block, RetrofittedBlock):
             for name in type(block).se_recipe.names:
                 called[f"{path}.{name}" if path else name] = (block, name)
-    for path, se in model.named_modules():
-        if is_retrofitted(se):
-            block, name = called.get(path, (None, ""))
-            reason = "SE is called by a graph or an nn.Sequential" if block is None else _why_not(block, name)
-            if reason is None:
-                fused.append(path)
-            else:
-                reasons[path] = reason
-    return Fusion(tuple(fused), tuple(Skipped(path, reason) for path, reason in reasons.items()))
+    ses = [path for path, se in model.named_modules() if is_retrofitted(se)]
+    reasons = {path: _why_not(*called.get(path, (None, ""))) for path in ses}
+    skipped = tuple(Skipped(path, reason) for path, reason in reasons.items() if reason is not None)
+    return Fusion(tuple(path for path in ses if reasons[path] is None), skipped)
 
 
 def fuse_se(model: M, *, inplace: bool = False) -> M:
@@ -155,6 +149,8 @@ def _put(model: nn.Module, cls: type, change: Callable[[str, Splice], Splice]) -
 
 def _why_not(block: Any, name: str) -> str | None:
     """Return why the SE module of this name can't be fused in a block; None if it can be, or is."""
+    if block is None:
+        return "SE is called by a graph or an nn.Sequential"
     cls, se = type(block), block._modules[name]
     if "se_recipe" not in vars(cls):
         return f"the class of its block was changed after the retrofit, to {cls.__name__}"
