@@ -34,6 +34,21 @@ def in_turn(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def abandoned(folder: Path) -> bool:
+    """Return whether nobody is in turn in a folder any more; False on a file system without locks."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path | None) -> Iterator[None]:
     """Keep other processes out of a folder, if there is one. The loading processes don't inherit the lock."""

@@ -36,6 +36,7 @@ WEIGHTS_ENDS = (".safetensors", ".bin", ".pth", ".pth.tar", ".pt")
 # network can be pickled without this package.
 BASE = "_se_base"
 IMAGES = "_se_images"
+SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")  # of images, in IMAGES
 TIMM_PREFIX = "se_retrofit_"  # of names from register_timm; timm drops everything before a slash
 
 
@@ -157,10 +158,8 @@ class Base:
         return Base.listed(f"timm/{architecture}", {**arguments, **self.kwargs})
 
     def _timm(self, pretrained: bool) -> nn.Module:
-        overlay = None
-        if ":" in self.name:
-            # without a source, timm uses the weights that it is given
-            overlay = {"source": "", "state_dict": self._weights()} if pretrained else None
+        # without a source, timm uses the weights that it is given
+        overlay = {"source": "", "state_dict": self._weights()} if pretrained and ":" in self.name else None
         model = timm.create_model(self.name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **self.kwargs)
         if overlay is not None:
             vars(model)["pretrained_cfg"].pop("state_dict", None)
@@ -205,11 +204,42 @@ class Base:
 
 
 def own_images(model: nn.Module) -> dict[str, Any]:
-    """Return how the images of a timm network are prepared, in the form that recipes have."""
-    own = timm.data.resolve_data_config({}, model=model)
-    names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    own = {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in names}
-    return {**own, "classes": None, "multi_label": False}
+    """Return how the images of a network are prepared, in the form that recipes have."""
+    return {**settings_of(model), "classes": None, "multi_label": False}
+
+
+def settings_of(model: nn.Module, image_size: int | None = None) -> dict[str, Any]:
+    """Return the size, the mean and so on of a network's images as plain data."""
+    own = {name: value for name, value in _own_settings(model).items() if name in SETTINGS}
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels, *size = own["input_size"]
+    if convolution is not None and convolution.in_channels == 1 < channels:
+        # the network was built for one channel, but its config is for three
+        own |= {name: [sum(own[name]) / len(own[name])] for name in ("mean", "std")}
+        channels = 1
+    own["input_size"] = [channels, *(size if image_size is None else (image_size, image_size))]
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
+
+
+def _own_settings(model: nn.Module) -> dict[str, Any]:
+    noted, config = vars(model).get(IMAGES), getattr(model, "pretrained_cfg", None)
+    if noted is not None:
+        return dict(noted)
+    if isinstance(config, dict) and config:
+        return dict(timm.data.resolve_data_config({}, pretrained_cfg=config))
+    default = dict(timm.data.resolve_data_config({"input_size": (3, 224, 224)}))
+    base = Base.noted(model)
+    if base is None or base.library != "torchvision":
+        return default
+    try:
+        preset = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()
+        size, mean, std = preset.crop_size[0], tuple(preset.mean), tuple(preset.std)
+        return {
+            **default, "input_size": (3, size, size), "mean": mean, "std": std,
+            "crop_pct": size / preset.resize_size[0], "interpolation": preset.interpolation.value,
+        }  # fmt: skip
+    except (AttributeError, ValueError, IndexError):  # no weights, or weights of another task
+        return default
 
 
 def _check_hub(repository: str) -> None:
@@ -259,8 +289,8 @@ def register_timm(*patterns: str) -> list[str]:
     for pattern in patterns or ("*",):
         found = fnmatch.filter(every, pattern)
         if not found:
-            close = _close_names(pattern, ("timm",))
-            raise RetrofitError(f"the pattern {pattern!r} matches no architecture of timm{close}")
+            hint = _close_names(pattern, ("timm",))
+            raise RetrofitError(f"the pattern {pattern!r} matches no architecture of timm{hint}")
         names.update(found)
     for name in sorted(names):
         if not timm.is_model(TIMM_PREFIX + name):
@@ -296,6 +326,7 @@ def _known(library: str, name: str) -> str | None:
 
 
 def _close_names(name: str, libraries: tuple[str, ...]) -> str:
+    """Return a hint for an error: the libraries' names that are close to a name; empty if none is."""
     listed = {"timm": timm.list_models, "torchvision": torchvision.models.list_models}
     names = dict.fromkeys(known for library in libraries for known in listed[library]())
     close = difflib.get_close_matches(name.lower(), names, n=3)

@@ -53,8 +53,7 @@ def parse_yaml(text: str, where: object) -> Any:
             keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if repeated := [value for at, (_, value) in enumerate(keys) if keys[at] in keys[:at]]:
                 raise ValueError(f"{brief(repeated[0])} stands in it twice")
-            made: dict[Any, Any] = super().construct_mapping(node, deep)
-            return made
+            return super().construct_mapping(node, deep)
 
     try:
         data = yaml.load(text, Loader)

@@ -165,8 +165,7 @@ class Plan:
         Raises:
             RetrofitError: If the data is not that of a plan; the message says what is wrong.
         """
-        plan: Plan = read_as(_as_now(data), cls, "plan")
-        return plan
+        return read_as(_as_now(data), cls, "plan")
 
     def to_json(self) -> str:
         """Return the plan as JSON text.

@@ -217,12 +217,18 @@ def plan_of(model: nn.Module) -> Plan:
     if not ses:
         raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se")
     plan: Plan = ses[0][1].plan
-    sites = tuple(_moved(module.site, path) for path, module in ses)
+    sites = tuple(_moved(module, path) for path, module in ses)
     return replace(plan, sites=sites, structure=structure_of(modules))
 
 
-def _moved(site: Site, path: str) -> Site:
-    """Adapt a site to a network that is now part of another. In a part of the network itself, its edits don't apply."""
+def _moved(module: Any, path: str) -> Site:
+    """Return the site of a module, adapted to a network that is now part of another. In a part of the network itself, its
+    edits don't apply. If channels have been pruned since, it has those that are left."""
+    site: Site = module.site
+    if module.channel != site.channels:
+        shape, left = list(site.shape), sum(parameter.numel() for parameter in module.parameters())
+        shape[site.channel_dim] = module.channel
+        site = replace(site, channels=module.channel, parameters=left, shape=tuple(shape))
     outer = path.removesuffix(site.path)
     edits = [replace(edit, holder=f"{outer}{edit.holder}".rstrip(".")) for edit in site.edits]
     return replace(site, path=path, edits=tuple(edits) if outer + site.path == path else ())

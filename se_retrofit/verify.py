@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Inserted
-from .surgery.record.copying import in_mode
+from .surgery.record.copying import in_mode, modes_kept
 from .surgery.record.inputs import Inputs, tensors_in
 from .surgery.record.isolation import forked_randomness
 
@@ -52,24 +52,14 @@ def se_matters(model: nn.Module, inputs: Inputs) -> Agreement:
 
 @torch.no_grad()
 def _scramble(module: Inserted, generator: torch.Generator) -> None:
-    """Give a module fixed random gates, or random parameters if it has no gate layer."""
-    if module.gate_layer:
+    """Give a module random gates, the same for every input, or random parameters if it has no gate layer."""
+    if module.gate_layer:  # whose random weights could leave the gates at 1
         gates = 2 * torch.rand(module.channel, generator=generator, device="cpu")
-        setattr(module, module.gate_layer, _FixedGates(gates))
+        layer = module.get_submodule(module.gate_layer)
+        layer.register_forward_hook(lambda layer, args, given: gates.to(given).expand_as(given))
         return
     for parameter in module.parameters():
         parameter.copy_(2 * torch.rand(parameter.shape, generator=generator, device="cpu"))
-
-
-class _FixedGates(nn.Sequential):
-    """Replaces the excitation: the same gates for every input (random weights could leave them at 1)."""
-
-    def __init__(self, gates: Tensor) -> None:
-        super().__init__()
-        self.gates = gates
-
-    def forward(self, squeezed: Tensor) -> Tensor:
-        return self.gates.to(squeezed).expand_as(squeezed)
 
 
 def redraw_vectors(model: nn.Module) -> None:
@@ -89,14 +79,9 @@ def redraw_vectors(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Inputs, training: bool) -> Any:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with modes_kept(model), forked_randomness():
         net = in_mode(copy.deepcopy(model) if training else model, training)
-        with forked_randomness():
-            return net(*inputs.args, **inputs.kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        return net(*inputs.args, **inputs.kwargs)
 
 
 def _relative_difference(wanted: Tensor, got: Tensor) -> float:

@@ -85,6 +85,7 @@ class Inserted(nn.Module):
     plan = cast(Any, None)
     gate_range = cast(Any, None)
     gate_layer = ""
+    channel = cast(Any, None)
 
     def __init__(self, channel: int, channel_dim: int = 1, inplace: bool = False) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class Inserted(nn.Module):
             raise TypeError(f"channel_dim must be an int, got {brief(channel_dim)}")
         if channel_dim == 0:
             raise RetrofitError("channel_dim=0 is the batch; give 1 for (N, C, *spatial) or -1 for (N, *spatial, C)")
-        self.channel = channel
+        vars(self)["channel"] = channel  # a property of some classes
         self.channel_dim = channel_dim
         self.inplace = inplace
         self.qconfig: Any = None  # the eager mode of torch.ao.quantization leaves it in floating point

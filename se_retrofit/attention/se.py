@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import check_choice, check_flag, check_positive
+from ..errors import RetrofitError, check_choice, check_flag, check_positive
 from .inserted import Inserted
 from .parts import TwiceSigmoid, bottleneck, hidden_width, init_bottleneck
 
 GATES = ("identity", "sigmoid")
+WIDEST = 65_536
 
 
 class SEAttention(Inserted):
@@ -70,8 +71,8 @@ class SEAttention(Inserted):
         super().__init__(channel, channel_dim, inplace)
         self.reduction = reduction
         self.gate = gate
-        self.hidden = hidden_width(channel, reduction, min_hidden)
-        layers = bottleneck(channel, self.hidden, bias, device=device, dtype=dtype)
+        hidden = hidden_width(channel, reduction, min_hidden)
+        layers = bottleneck(channel, hidden, bias, device=device, dtype=dtype)
         self.fc: nn.Module = nn.Sequential(*layers, nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid())
         self.reset_parameters()
 
@@ -86,6 +87,15 @@ class SEAttention(Inserted):
         if self.gate == "sigmoid":
             fc[0].weight.normal_(0, 0.001)
             fc[2].weight.normal_(0, 0.001)
+
+    @property
+    def channel(self) -> int:
+        """Number of channels that the weights are for, of which a library may have pruned some."""
+        return self.fc[0].in_features  # type: ignore[index]
+
+    @property
+    def hidden(self) -> int:
+        return self.fc[0].out_features  # type: ignore[index]
 
     @property
     def gate_range(self) -> tuple[float, float]:
@@ -107,5 +117,7 @@ def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> Non
     """Raise an error unless an SE module can be built with these options."""
     check_positive("reduction", reduction)
     check_positive("min_hidden", min_hidden)
+    if min_hidden > WIDEST:
+        raise RetrofitError(f"min_hidden must be at most {WIDEST}, got {min_hidden}")
     check_flag("bias", bias)
     check_choice("gate", gate, GATES)

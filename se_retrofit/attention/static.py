@@ -36,6 +36,10 @@ class StaticFactor(Inserted):
         self.factor = nn.Parameter(torch.empty(channel, device=device, dtype=dtype))
         self.reset_parameters()
 
+    @property
+    def channel(self) -> int:
+        return len(self.factor)
+
     def reset_parameters(self) -> None:
         """Set all factors to 1."""
         nn.init.ones_(self.factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -45,17 +46,23 @@ def say(console: Console, text: Any = "") -> None:
     console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def write_json(console: Console, data: Any, file: Path) -> None:
-    """Write plain data as JSON; ``-`` stands for the standard output."""
-    from ..saving.atomic import replaced_file
+def leave_to_json(context: typer.Context, file: Path | None) -> None:
+    """Print all else that a command says on the standard error if JSON goes to the standard output."""
+    if str(file) == "-":
+        context.obj = sys.stdout
+        context.with_resource(contextlib.redirect_stdout(sys.stderr))
+
+
+def write_json(context: typer.Context, data: Any, file: Path) -> None:
+    """Write plain data as JSON; ``-`` stands for the standard output, which ``leave_to_json`` has kept free."""
+    from ..saving.atomic import write_text
 
     text = json.dumps(data, indent=2) + "\n"
     if str(file) == "-":
-        sys.stdout.write(text)
+        context.obj.write(text)
         return
-    with replaced_file(file) as fresh:
-        fresh.write_text(text, encoding="utf-8")
-    say(console, f"wrote {file}")
+    write_text(file, text)
+    say(Console(), f"wrote {file}")
 
 
 def run(application: typer.Typer = app) -> None:

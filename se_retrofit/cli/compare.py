@@ -44,7 +44,6 @@ def compare_command(
 
     start = Start.of(context)
     parts, recipe = open_data(context, data, read_config(context))
-    build = start.builder()
     if output is None:
         weights = None if start.checkpoint is None else file_digest(Path(start.checkpoint))
         details = [start.model_dump(), weights, recipe.to_dict(), describe_data(parts.train), describe_data(parts.val)]
@@ -52,7 +51,7 @@ def compare_command(
     check_outside(output, data)
     with Signals() as signals:
         comparison = compare(
-            build,
+            start.build,
             parts.train,
             parts.val,
             config=recipe,

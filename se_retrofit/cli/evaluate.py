@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from ..paths import writable
+from ..paths import drawable
 from . import options
-from .app import app, say, write_json
+from .app import app, leave_to_json, say, write_json
 from .starting import run_settings, training_data_of
 
 SPLIT_HELP = "which images to measure; by default all of a folder of classes, otherwise val, or test if there is no val"
@@ -47,8 +47,9 @@ def evaluate_command(
     from ..saving import load_retrofitted
     from ..saving.recipe import network_in
 
+    leave_to_json(context, output)
     if confusion is not None:
-        writable(confusion)
+        drawable(confusion)
     saved, console = network_in(folder), Console()
     network = load_retrofitted(saved)
     config = options.recipe_of(context, run_settings(saved))
@@ -73,4 +74,4 @@ def evaluate_command(
     if confusion is not None:
         say(console, f"wrote {found.plot(confusion)}")
     if output is not None:
-        write_json(console, {**found.to_dict(), "split": part.name, "about": part.about}, output)
+        write_json(context, {**found.to_dict(), "split": part.name, "about": part.about}, output)

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..paths import writable
+from ..paths import drawable, writable
 from . import options
-from .app import app, say, write_json
+from .app import app, leave_to_json, say, write_json
 from .starting import Start, open_data, read_config
 
 
@@ -38,9 +38,10 @@ def find_lr_command(
 
     Network, SE and recipe are specified as for finetune; the network is not saved.
     """
-    for file in (plot, output):
+    leave_to_json(context, output)
+    for file, check in ((plot, drawable), (output, writable)):
         if file is not None:
-            writable(file)
+            check(file)
     start, recipe = Start.of(context), read_config(context)
     from ..finetune import find_lr
     from ..finetune.engine import processes
@@ -54,4 +55,4 @@ def find_lr_command(
     if plot is not None:
         say(Console(), f"wrote {found.plot(plot)}")
     if output is not None:
-        write_json(Console(), found.to_dict(), output)
+        write_json(context, found.to_dict(), output)

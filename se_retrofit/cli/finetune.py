@@ -17,7 +17,8 @@ from .signals import Signals
 from .starting import Start, absolute, check_outside, default_name, open_data, read_config
 
 RESUME_HELP = (
-    "resume the run in this folder, with all options of its run.yaml; a larger --epochs extends a finished run"
+    "resume the run in this folder, with all options of its run.yaml; a larger --epochs extends a finished run, and --data "
+    "says where the data is now"
 )
 BATCH_HELP = "draw the first training images and labels into this file, as the network will see them, and do not train"
 
@@ -55,6 +56,8 @@ def finetune_command(
         command, recipe = read_run(resume, options.given(context))
         if (epochs := context.params["epochs"]) is not None:  # to extend a finished run
             recipe = recipe.replace(epochs=epochs)
+        if data is not None:  # which was moved; other data is refused
+            command = command.model_copy(update={"data": absolute(data)})
     elif model is None or data is None:
         raise WrongUsage("give a MODEL and --data, or --resume FOLDER to resume a run")
     else:
@@ -89,11 +92,10 @@ def finetune_command(
 
 
 def read_run(folder: Path, given: list[str]) -> tuple[Command, FinetuneConfig]:
-    """Read the command and the recipe from ``run.yaml``."""
     file = folder / "run.yaml"
-    if repeated := sorted({*given} - {"resume", "download", "epochs"}):
+    if repeated := sorted({*given} - {"resume", "download", "epochs", "data"}):
         names = ", ".join(name.replace("_", "-") for name in repeated)
-        raise WrongUsage(f"--resume reads every option but --epochs from {file}; remove {names}")
+        raise WrongUsage(f"--resume reads every option but --epochs and --data from {file}; remove {names}")
     if not file.is_file():
         raise RetrofitError(f"{folder} holds no run to resume: there is no {file.name} in it")
     content = read_yaml(file)

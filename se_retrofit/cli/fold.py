@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..paths import writable
 from . import options
-from .app import app, say, write_json
+from .app import app, leave_to_json, say, write_json
 from .starting import beside, check_outside, open_data
 
 
@@ -26,7 +26,7 @@ def fold_command(
     tolerance: Annotated[float, typer.Option(help="largest change of the outputs, relative to their norm")] = 0.01,
     max_accuracy_loss: Annotated[float, typer.Option(help="largest drop in accuracy, from 0 to 1")] = 0.005,
     batches: Annotated[int, typer.Option(help="number of batches of 32 validation images")] = 8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the report as JSON; - prints it")] = None,
 ) -> None:
     """Fold SE modules whose gates hardly depend on the image into the weights around them, and save the result.
 
@@ -39,6 +39,7 @@ def fold_command(
     from ..saving.networks import write_network
     from ..saving.recipe import RECIPE, WEIGHTS
 
+    leave_to_json(context, json_file)
     target = output or beside(folder, "-folded")
     check_outside(target, data)
     check_replaceable(target, (WEIGHTS, RECIPE))
@@ -57,5 +58,5 @@ def fold_command(
         write_network(folded, fresh)
     say(console, report)
     if json_file is not None:
-        write_json(console, report.to_dict(), json_file)
+        write_json(context, report.to_dict(), json_file)
     say(console, f"saved to {target}")

@@ -12,7 +12,7 @@ from rich.text import Text
 from ..errors import RetrofitError
 from ..paths import writable
 from . import options
-from .app import app, say, write_json
+from .app import app, leave_to_json, say, write_json
 from .starting import run_settings
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def inspect(
     input_size: options.InputSize = None,
     num_classes: options.NumClasses = None,
 ) -> None:
+    leave_to_json(context, json_file)
     # fail before the work, not after it
     for file, endings in ((draw, (".svg",)), (html, (".html", ".htm")), (json_file, ())):
         if file is not None and str(file) != "-":
@@ -68,10 +69,9 @@ def inspect(
     inspection = inspect_se(network, None if size is None else options.example_of(size))
     if block is not None:
         inspection.block(block)  # raises for an unknown block before anything is printed or written
-    to_stdout = str(json_file) == "-"
-    console = Console(stderr=to_stdout)
+    console = Console()
     in_words = not (graph or diff or block)
-    if in_words and not to_stdout:
+    if in_words and str(json_file) != "-":
         if console.is_terminal:
             console.print(inspection)
         else:
@@ -87,7 +87,7 @@ def inspect(
     if html is not None:
         say(console, f"wrote {inspection.write_html(html)}")
     if json_file is not None:
-        write_json(console, {"network": model, **inspection.to_dict()}, json_file)
+        write_json(context, {"network": model, **inspection.to_dict()}, json_file)
 
 
 # the styles of lines about SE in a graph, and of a diff, by their first letters
@@ -126,6 +126,6 @@ def size_of_run(network: nn.Module, folder: Path) -> str | None:
     side = run_settings(network_in(folder)).get("image_size") if folder.is_dir() else None
     if side is None:
         return None
-    from ..finetune.transforms import settings_of
+    from ..models import settings_of
 
     return "x".join(map(str, settings_of(network, side)["input_size"]))

@@ -33,7 +33,7 @@ NumClasses = Annotated[int | None, typer.Option(min=1, help="number of classes, 
 InputSize = Annotated[str | None, typer.Option(help="size of one input, without the batch, such as 3x224x224")]
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
 RunFolder = Annotated[Path | None, typer.Option(help="folder for checkpoints, result and metrics")]
-Figures = Annotated[Path | None, typer.Option(help="write all figures into this file as JSON")]
+Figures = Annotated[Path | None, typer.Option(help="write all figures into this file as JSON; - prints them")]
 
 
 def option(kind: Any, default: Any, help: str, *names: str, **more: Any) -> tuple[Any, Any]:
@@ -128,16 +128,12 @@ RECIPE_OPTIONS: Options = {
 
 
 def recipe_of(context: typer.Context, fields: dict[str, Any]) -> FinetuneConfig:
-    """Build the recipe from fields and from the options, which override them."""
+    """Build the recipe from fields and from the options that are given, which override them."""
+    options = {name: context.params[name] for name in given(context) if name in RECIPE_FIELDS}
     try:
-        return FinetuneConfig(**{**fields, **recipe_fields(context)})
+        return FinetuneConfig(**{**fields, **options})
     except RetrofitError as error:
         raise WrongUsage(str(error)) from error
-
-
-def recipe_fields(context: typer.Context) -> dict[str, Any]:
-    """Return the fields of ``FinetuneConfig`` that are given on the command line."""
-    return {name: context.params[name] for name in given(context) if name in RECIPE_FIELDS}
 
 
 def takes(*groups: Options, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[..., Any]:

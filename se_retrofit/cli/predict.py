@@ -39,7 +39,7 @@ def predict_command(
     if torch.accelerator.is_available() and not cpu:
         network.to(torch.accelerator.current_accelerator())
     predictions = predict(network, images, top=top, batch_size=batch_size, bad_images=recipe.bad_images)
-    if output is None:
+    if output is None or str(output) == "-":
         errors = write_predictions(predictions, sys.stdout, top)
     else:
         with (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,22 +55,17 @@ class Start(BaseModel):
             se=se_options(context),
         )
 
-    def builder(self) -> Callable[[], nn.Module]:
-        """Return a function that builds the network without SE, or loads it if it is a folder."""
+    def build(self) -> nn.Module:
+        """Build the network without SE, or load it if it is a folder."""
         from ..models import Base, load_checkpoint
         from ..saving import load_retrofitted
 
         if Path(self.model).is_dir():
-            return lambda: load_retrofitted(self.model)
-        built = Base.of(self.model, **named_values(self.arg))
-
-        def build() -> nn.Module:
-            network = built.build(self.pretrained)
-            if self.checkpoint is not None:
-                load_checkpoint(network, Path(self.checkpoint), remap=self.remap)
-            return network
-
-        return build
+            return load_retrofitted(self.model)
+        network = Base.of(self.model, **named_values(self.arg)).build(self.pretrained)
+        if self.checkpoint is not None:
+            load_checkpoint(network, Path(self.checkpoint), remap=self.remap)
+        return network
 
     def network(self, recipe: FinetuneConfig) -> nn.Module:
         """Build the network, retrofitted unless it is plain or from a folder."""
@@ -79,10 +73,9 @@ class Start(BaseModel):
 
         from ..retrofit import add_se
 
-        build = self.builder()
         # Seeded, so that a resumed run and all processes start from the same weights
         torch.manual_seed(recipe.seed)
-        network = build()
+        network = self.build()
         if not self.plain and not Path(self.model).is_dir():
             network = add_se(network, **self.se, inplace=True)
         return network

@@ -20,7 +20,7 @@ from ..saving.atomic import replaced_file
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of, tensors_in
 from ..surgery.record.isolation import forked_randomness
-from ..surgery.record.runs import record
+from ..surgery.record.runs import misfit, record
 from .images import metadata_of
 from .source import export_source
 
@@ -126,8 +126,15 @@ def _example(model: nn.Module, example_inputs: Any) -> Inputs:
     if inputs is None or inputs.is_meta:
         found = record(model, inputs).inputs
         inputs = (found if example_inputs is not None else found.of_one()).with_values(torch.Generator().manual_seed(0))
-    on_cpu = copied(inputs, lambda t: t.detach().to("cpu"))
-    return in_dtype_of(model, on_cpu, None)
+    on_cpu = in_dtype_of(model, copied(inputs, lambda t: t.detach().to("cpu")), None)
+    if example_inputs is not None:
+        run = copied(on_cpu)  # a forward may write into its containers
+        try:
+            with torch.no_grad():
+                model(*run.args, **run.kwargs)
+        except Exception as error:  # of the network's own code
+            raise misfit(model, on_cpu, f"{type(error).__name__}: {error}") from error
+    return on_cpu
 
 
 def _write(model: nn.Module, inputs: Tensors, format: str, dynamic: str, file: Path) -> tuple[str, str]:
@@ -205,7 +212,9 @@ def _to_pt2(model: nn.Module, inputs: Tensors, dynamic: tuple[dict[int, str], ..
     shapes = tuple(dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in dynamic)
     metadata = json.dumps({**metadata_of(model), **_named(model, inputs)})
     program = torch.export.export(model, inputs, dynamic_shapes=shapes)
-    torch.export.save(program, str(file), extra_files={METADATA: metadata})
+    written = io.BytesIO()  # torch's own writer aborts on a full disk
+    torch.export.save(program, written, extra_files={METADATA: metadata})
+    file.write_bytes(written.getbuffer())
     module = torch.export.load(str(file)).module()
     return lambda given: tensors_in(module(*given))
 

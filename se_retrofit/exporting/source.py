@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import operator
 import runpy
+import sys
 import textwrap
 import types
 from pathlib import Path
@@ -166,9 +169,17 @@ def _check_importable(cls: type) -> None:
         )
 
 
+def _named(cls: type) -> str:
+    """Return an expression for a class. A function may hide the module of its name, as torchvision's googlenet does."""
+    top, _, path = f"{cls.__module__}.{cls.__qualname__}".partition(".")
+    with contextlib.suppress(AttributeError):
+        if operator.attrgetter(path)(sys.modules[top]) is cls:
+            return f"{top}.{path}"
+    return f"sys.modules[{cls.__module__!r}].{cls.__qualname__}"
+
+
 def _class_text(derived: type, recipe: Recipe, name: str) -> str:
-    base = f"{recipe.base.__module__}.{recipe.base.__qualname__}"
-    lines = ["", f"class {name}({base}):"]
+    lines = ["", f"class {name}({_named(recipe.base)}):"]
     if not recipe.splices:
         call = f"self.{recipe.returned}(super().forward(*args, **kwargs))"
         lines += ["    def forward(self, *args, **kwargs):", f"        return {call}"]
@@ -182,7 +193,7 @@ def _class_text(derived: type, recipe: Recipe, name: str) -> str:
             raise RetrofitError(f"{called} uses variables of an enclosing function, so it can't be exported")
         if any(n.startswith(f"_{owner.__name__.lstrip('_')}__") for n in function.__code__.co_names):
             raise RetrofitError(f"{called} uses private names of its class, so it can't be exported")
-        lines.append(f"    @method_of({owner.__module__}.{owner.__qualname__})")
+        lines.append(f"    @method_of({_named(owner)})")
         lines += textwrap.indent(textwrap.dedent(inspect.getsource(function)), "    ").rstrip().splitlines()
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

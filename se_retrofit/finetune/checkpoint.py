@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError, brief
 from ..plaindata import read_json, read_yaml
-from ..saving.atomic import check_replaceable, replaced_directory, replaced_file, settled
+from ..saving.atomic import check_replaceable, replaced_directory, settled, write_text
 from ..saving.networks import write_network
 from ..saving.recipe import RECIPE, WEIGHTS, read_fields, read_recipe
 from ..saving.tensors import load_strictly, read_weights, save_tensors, tie
@@ -107,19 +107,16 @@ class Folder:
         return state.progress, parts
 
     def load_best(self) -> dict[str, Tensor]:
-        """Read the weights in ``best/``."""
         return self._weights(settled(self.best))
 
     def begin(self, command: dict[str, Any] | None, *, resumed: bool) -> None:
         """Write the files that a run starts with; ``run.yaml`` is enough to repeat it."""
-        with replaced_file(self.path / "config.yaml") as fresh:
-            self.config.to_yaml(fresh)
+        write_text(self.path / "config.yaml", self.config.to_yaml())
         file, config = self.path / RUN, self.config.to_dict()
         content = {"command": command, "experiment": self.experiment, "config": config}
-        if resumed:  # keep the command that started the run, which may have been extended
+        if resumed and command is None:  # keep the one that started the run
             content = {**content, **written(file), "config": config}
-        with replaced_file(file) as fresh:
-            fresh.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        write_text(file, yaml.safe_dump(content, sort_keys=False))
 
     def _weights(self, folder: Path) -> dict[str, Tensor]:
         weights = read_weights(folder / WEIGHTS)

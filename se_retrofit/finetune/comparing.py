@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..attention import ATTENTIONS
 from ..errors import RetrofitError, check_positive
-from ..paths import save_figure
-from ..retrofit import add_se
-from ..saving.atomic import replaced_file
-from ..tables import aligned, as_html
+from ..paths import new_figure, save_figure
+from ..retrofit import add_se, has_se
+from ..saving.atomic import write_text
+from ..tables import aligned, as_html, counted
 from .config import FinetuneConfig
 from .engine import processes
 from .evaluation import evaluate
@@ -152,7 +152,7 @@ class Contrast:
             between = f", {CONFIDENCE:.0%} interval {100 * low:+.2f} to {100 * high:+.2f}"
         return (
             f"{self.name} - {self.other}: {100 * self.difference:+.2f} points{between} "
-            f"({len(self.differences)} seeds, {self.images:,} images, paired)\n{self.verdict}"
+            f"({counted(len(self.differences), 'seed')}, {self.images:,} images, paired)\n{self.verdict}"
         )
 
 
@@ -206,10 +206,8 @@ class Comparison:
         Raises:
             RetrofitError: If the file can't be written.
         """
-        from matplotlib.figure import Figure
-
         contrasts = self.contrasts
-        figure = Figure(figsize=(7, 1.2 + 0.5 * len(contrasts)), layout="constrained")
+        figure = new_figure(7, 1.2 + 0.5 * len(contrasts))
         axes = figure.subplots()
         axes.axvline(0.0, color="gray", linewidth=0.8)
         for row, contrast in enumerate(contrasts):
@@ -223,8 +221,7 @@ class Comparison:
         interval_told = f" with {CONFIDENCE:.0%} interval" if len(self.seeds) > 1 else ""
         axes.set_xlabel(f"accuracy, percentage points: mean{interval_told}, and each seed (gray)")
         axes.grid(axis="x", alpha=0.3)
-        save_figure(figure, file)
-        return Path(file)
+        return save_figure(figure, file)
 
     def _repr_html_(self) -> str:
         return as_html(self._rows(), left=1, below=map(str, self.contrasts))
@@ -286,14 +283,12 @@ def compare(
             outcomes[name].append({**vars(result), "model": None, "right": right})  # the weights take much memory
     comparison = Comparison({name: _arm(outcomes[name]) for name in arms}, numbers)
     if output is not None and main:
-        with replaced_file(output / "comparison.json") as fresh:
-            fresh.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(output / "comparison.json", json.dumps(comparison.to_dict(), indent=2) + "\n")
         comparison.plot(output / "comparison.png")
     return comparison
 
 
 def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], val_data: Any) -> None:
-    """Raise an error if the arguments don't make a comparison."""
     check_positive("seeds", seeds)
     if config.trainable not in ("all", "se+head"):
         raise RetrofitError(
@@ -311,7 +306,8 @@ def _check_arguments(config: FinetuneConfig, seeds: int, arms: Sequence[str], va
 
 
 def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Module:
-    """Return a copy of the bare network for one arm."""
+    if has_se(bare):
+        raise RetrofitError("compare adds SE itself, and the network has it already: give the one without SE")
     if name == "plain" or name in PARTS:
         return copy.deepcopy(bare)
     if name == "sigmoid":
@@ -321,7 +317,6 @@ def _network(name: str, bare: nn.Module, se_options: dict[str, Any]) -> nn.Modul
 
 
 def _recipe(name: str, config: FinetuneConfig) -> FinetuneConfig:
-    """Return the recipe of one arm."""
     if name == "plain" and config.trainable != "all":
         name = "head"
     return config.replace(trainable=PARTS.get(name, config.trainable))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
 
 from ..errors import RetrofitError, brief
 from ..plaindata import parse_yaml, read_yaml
@@ -172,7 +173,10 @@ class FinetuneConfig(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain data that YAML and JSON can hold."""
-        return self.model_dump(mode="json")
+        try:
+            return self.model_dump(mode="json")
+        except PydanticSerializationError as error:
+            raise RetrofitError(f"options in the config must be numbers, text, lists and dicts: {error}") from error
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """Return the recipe as YAML, and also write it to ``path`` if one is given."""

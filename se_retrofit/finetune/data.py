@@ -324,15 +324,8 @@ class LoaderStream:
 
     def items(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """Return the images and targets at these positions of an evaluation."""
-        found: dict[int, tuple[Any, Any]] = {}
-        first = 0
-        for batch in self.batches(0):
-            for index in indices:
-                if first <= index < first + len(batch.targets):
-                    found[index] = batch.images[index - first], batch.targets[index - first]
-            first += len(batch.targets)
-            if first > max(indices):
-                break
+        pairs = (pair for batch in self.batches(0) for pair in zip(batch.images, batch.targets, strict=True))
+        found = {at: pair for at, pair in enumerate(itertools.islice(pairs, max(indices) + 1)) if at in indices}
         return [found[index] for index in indices]
 
     def places(self, count: int) -> Tensor:

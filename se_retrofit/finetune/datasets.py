@@ -15,7 +15,7 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-from ..errors import RetrofitError
+from ..errors import RetrofitError, check_positive
 from .experiment import describe_data, plain
 from .folders import (
     Subfolder,
@@ -169,10 +169,8 @@ def load_split(
         return _split(chosen, folder, images, left_out(place), among=places)
 
 
-def limited(data: Any, limit: int | None) -> Any:
-    """Return at most ``limit`` images of each class, always the same ones; the data itself if ``limit`` is None."""
-    if limit is None:
-        return data
+def limited(data: Any, limit: int) -> Subset[Any]:
+    """Return at most ``limit`` images of each class, always the same ones."""
     targets = targets_of(data)
     if targets is None or targets.dim() != 1:
         raise RetrofitError(
@@ -218,7 +216,9 @@ def digit_images(size: int) -> tuple[Tensor, Tensor]:
 def _digits(size: int | None) -> list[TensorDataset]:
     from sklearn.model_selection import train_test_split
 
-    images, classes = digit_images(size or 32)
+    size = 32 if size is None else size
+    check_positive("image_size", size)
+    images, classes = digit_images(size)
     parts = train_test_split(range(len(images)), test_size=0.2, random_state=0, stratify=classes)
     return [TensorDataset(images[part], classes[part]) for part in parts]
 
@@ -236,7 +236,7 @@ def _of_timm(name: str, split: str, root: str | Path, download: bool) -> Any:
             name, root=str(root), split=called, is_training=split == "train", download=download, input_img_mode=""
         )
     except Exception as error:  # timm and the libraries behind it raise errors of all kinds, even AssertionErrors
-        hint = "" if download else "; download=True lets it be fetched"
+        hint = "" if download or isinstance(error, ImportError) else "; download=True lets it be fetched"
         raise RetrofitError(f"timm can't open {name!r} in {str(root)!r}: {error}{hint}") from error
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from ..errors import RetrofitError
@@ -42,7 +42,8 @@ def engine(config: FinetuneConfig, project_dir: str | None = None) -> Iterator[A
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)],
         )
     except (ValueError, ImportError) as error:
-        raise RetrofitError(f"Accelerate can't set up this run: {error}") from error
+        hint = "; trackers need output_dir=..." if config.trackers and project_dir is None else ""
+        raise RetrofitError(f"Accelerate can't set up this run: {error}{hint}") from error
     try:
         missing = set(config.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
         if missing:
@@ -117,6 +118,18 @@ def in_any(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(flags, "sum") > 0)
 
 
+def by_main_process(accelerator: Accelerator, write: Callable[[], None]) -> None:
+    """Let the main process write files while the others wait; all raise its error if it can't."""
+    error = None
+    if accelerator.is_main_process:
+        try:
+            write()
+        except RetrofitError as failure:
+            error = failure
+    if (error := broadcast_object_list([error])[0]) is not None:
+        raise error
+
+
 @torch.no_grad()
 def share(tensors: Iterable[Any]) -> None:
     """Copy the values of the main process's tensors to all others."""
@@ -161,13 +174,13 @@ def called(network: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     try:
         return logits_of(network(images))
     except (RuntimeError, ValueError) as error:
-        if type(error) not in (RuntimeError, ValueError):  # out of memory, or an error of a compiler
-            raise
+        if type(error) not in (RuntimeError, ValueError) or "gloo" in str(error):
+            raise  # out of memory, an error of a compiler, or another process that has ended
         batch = f"a batch of shape {tuple(images.shape)}, {images.dtype}"
         if "more than 1 value per channel" in str(error):
             raise RetrofitError(
-                f"a batch norm gets a single value for each channel from {batch}; use a larger batch_size, larger "
-                "images, or freeze_bn=True"
+                f"a batch norm gets a single value for each channel from {batch}; use a larger batch_size (a DataLoader "
+                "of your own needs drop_last=True), larger images, or freeze_bn=True"
             ) from error
         raise RetrofitError(
             f"the network fails on {batch}: {error}; compare the images with what the network expects (channels first, "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..batches import as_taken_by
 from ..errors import RetrofitError
-from ..paths import as_written, save_figure
+from ..paths import as_written, new_figure, save_figure
 from ..tables import aligned, counted, short
 from .config import FinetuneConfig
 from .data import Batch, Stream
@@ -26,6 +26,7 @@ from .log import Log
 from .parts import as_found, check_network, to_device
 from .randomness import kept_randomness
 from .setup import batches_of, check_config
+from .targets import check_counted_from_0
 from .transforms import check_classes, class_names, class_names_of
 
 MOST_LIKELY = 5  # classes of each image that are kept
@@ -172,7 +173,6 @@ class Evaluation:
         Raises:
             RetrofitError: If the file can't be written, or an image may have several classes.
         """
-        from matplotlib.figure import Figure
         from sklearn.metrics import ConfusionMatrixDisplay
 
         confusion, size = self.confusion, len(self.classes)
@@ -181,13 +181,12 @@ class Evaluation:
         names = [as_written(short(scores.name, LONGEST_NAME)) for scores in self.classes] if size <= 60 else None
         side = min(max(2.2, 0.38 * size), 30.0) + 0.8
         room = 0.085 * max(map(len, names or [""]))  # inches, for names beside the matrix and below it
-        figure = Figure(figsize=(side + room + 0.8, side + room), layout="constrained")
+        figure = new_figure(side + room + 0.8, side + room)
         ConfusionMatrixDisplay(shares.numpy(), display_labels=names).plot(
             include_values=size <= 20, cmap="Blues", values_format=".0%", ax=figure.subplots(),
             xticks_rotation="vertical", im_kw={"vmin": 0, "vmax": 1},
         )  # fmt: skip
-        save_figure(figure, file)
-        return Path(file)
+        return save_figure(figure, file)
 
 
 def evaluate(model: nn.Module, data: Any, *, config: FinetuneConfig | None = None) -> Evaluation:
@@ -336,19 +335,18 @@ def check_targets(batch: Batch, classes: int, multi_label: bool = False) -> None
         if tuple(targets.shape) != (len(batch.images), classes) or targets.is_complex():
             raise RetrofitError(f"targets must be vectors of {classes} labels, one for each class, got {got}")
         if not bool(((targets >= 0) & (targets <= 1)).all()):
-            raise RetrofitError("the labels of an image must be from 0 to 1")
+            raise RetrofitError(
+                f"the labels of an image must be from 0 to 1, got {targets.min():g} to {targets.max():g}; finetune is for classifiers"
+            )
         return
     if targets.dim() != 1 or targets.is_floating_point() or targets.is_complex():
         hint = "; vectors are for several labels per image (multi_label=True) or, as floats, for soft labels"
         hint = hint if targets.dim() == 2 else ""
         raise RetrofitError(f"targets must be class numbers, got {got}{hint}")
     low, high = int(targets.min()), int(targets.max())
-    if low < 0:
-        raise RetrofitError(
-            f"the data has class {low}, and classes are counted from 0; leave out images without a label, whose class is "
-            "-1 in many data sets"
-        )
+    check_counted_from_0(low)
     if high >= classes:
         raise RetrofitError(
-            f"the data has class {high}, and the network has classes 0 to {classes - 1}; num_classes=... gives it a new head"
+            f"the data has class {high}, and the network has classes 0 to {classes - 1}; a fine-tune with "
+            f"num_classes={high + 1} gives it a new head"
         )

@@ -127,7 +127,6 @@ def _short(content: bytes) -> str:
 
 
 def file_digest(file: Path) -> str:
-    """Return a hash of a file's content."""
     try:
         return _short(file.read_bytes())
     except OSError as error:

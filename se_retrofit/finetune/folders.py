@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+from torchvision.datasets.folder import is_image_file
 
 from ..errors import RetrofitError
-from ..tables import few
+from ..tables import counted, few
 from .transforms import load_image
 
 # the possible names of a split's folder; the first that exists is used
@@ -38,7 +38,7 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in folder.iterdir()
-        if entry.is_dir() and not _is_hidden(entry.name) and any(map(is_image, files_in(entry)))
+        if entry.is_dir() and not _is_hidden(entry.name) and any(map(is_image_file, files_in(entry)))
     )
 
 
@@ -47,11 +47,6 @@ def files_in(folder: Path) -> Iterator[str]:
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _is_hidden(name)]
         yield from (os.path.join(place, name) for name in names if not _is_hidden(name))
-
-
-def is_image(file: str) -> bool:
-    """Return whether a file has a suffix that torchvision reads as an image."""
-    return has_file_allowed_extension(file, IMG_EXTENSIONS)
 
 
 def _is_hidden(name: str) -> bool:
@@ -63,7 +58,7 @@ def left_out(folder: Path) -> str:
     classes = set(class_folders(folder))
     empty = sorted(e.name for e in folder.iterdir() if e.is_dir() and e.name not in classes and not _is_hidden(e.name))
     files = (file for name in (*sorted(classes), *empty) for file in files_in(folder / name))
-    endings = Counter(Path(file).suffix.lower() or "without ending" for file in files if not is_image(file))
+    endings = Counter(Path(file).suffix.lower() or "without ending" for file in files if not is_image_file(file))
     files_told = few((f"{count:,} {end}" for end, count in endings.most_common()), 5)
     parts = [f"files that are no images ({files_told})"] if endings else []
     parts += [f"folders without images ({few(empty, 5)})"] if empty else []
@@ -120,7 +115,7 @@ def held_out(images: ImageFolder, folder: Path, val_fraction: float) -> tuple[Su
         kept = max(1, round(val_fraction * len(members)))
         if kept >= len(members):
             raise RetrofitError(
-                f"{folder / name} has {len(members)} images, too few to train on some and validate on others; add more, or "
+                f"{folder / name} has {counted(len(members), 'image')}, too few to train on some and validate on others; add more, or "
                 "give a folder with train/ and val/"
             )
         order = torch.randperm(len(members), generator=generator, device="cpu").tolist()
@@ -137,7 +132,7 @@ class Subfolder(ImageFolder):
         root = str(folder)
 
         def counts(file: str) -> bool:
-            return is_image(file) and not any(map(_is_hidden, file.removeprefix(root).split(os.sep)))
+            return is_image_file(file) and not any(map(_is_hidden, file.removeprefix(root).split(os.sep)))
 
         super().__init__(root, allow_empty=True, is_valid_file=counts, loader=load_image)
         self.classes = list(class_to_idx)

@@ -42,7 +42,7 @@ def learning(model: nn.Module, config: FinetuneConfig, batches: int, classes: in
     groups = scaled_groups(
         model, config.lr, config.weight_decay, config.se_lr_scale, config.head_lr_scale, config.layer_decay
     )
-    optimizer = make_optimizer(groups, config, fused=next(model.parameters()).device.type == "cuda")
+    optimizer = make_optimizer(groups, config, fused=any(p.is_cuda for p in model.parameters()))
     mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=classes or 0)
     return Learning(
         optimizer,

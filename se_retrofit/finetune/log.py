@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from ..attention import has_gates
 from ..errors import RetrofitError
 from ..inspection.gate_plots import plot_gates
 from ..inspection.gates import GateLogger, saturation_limits
-from ..paths import save_figure
-from ..saving.atomic import replaced_file
+from ..paths import new_figure, save_figure
+from ..saving.atomic import write_text
 from ..surgery.splice.undo import is_retrofitted
 from .data import Batch
 
@@ -99,12 +99,10 @@ class Log:
             # skips a line that was being written when the run was killed
             with contextlib.suppress(KeyError, RecursionError, TypeError, ValueError):
                 kept += [line] if json.loads(line)["update"] <= updates else []
-        with replaced_file(path) as fresh:
-            fresh.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def header(self) -> None:
-        names = [COLUMNS[c][0] for c in self.columns]
-        self.console.print("  ".join(name.rjust(_width(name)) for name in names), markup=False, style="bold")
+        self.console.print(self._line(COLUMNS[column][0] for column in self.columns), markup=False, style="bold")
 
     def update(self, epoch: int, done: int, entry: dict[str, Any], accuracy: float) -> None:
         """Log the loss: in the progress bar (or a line), and in ``updates.jsonl``."""
@@ -129,18 +127,17 @@ class Log:
     def row(self, row: dict[str, Any]) -> None:
         """Print a finished epoch as a row of the table."""
         self.shown = time.monotonic()
-        cells = []
-        for column in self.columns:
-            name, form = COLUMNS[column]
-            value = row.get(column)
-            cells.append(("" if value is None else format(value, form)).rjust(_width(name)))
-        self.note("  ".join(cells))
+        values = ((row.get(column), COLUMNS[column][1]) for column in self.columns)
+        self.note(self._line("" if value is None else format(value, form) for value, form in values))
+
+    def _line(self, texts: Iterable[str]) -> str:
+        widths = (max(len(COLUMNS[column][0]), 8) for column in self.columns)
+        return "  ".join(text.rjust(width) for text, width in zip(texts, widths, strict=True))
 
     def history(self, history: list[dict[str, Any]]) -> None:
         """Rewrite all rows, so that a kill never leaves an incomplete table."""
         if self.output is not None:
-            with replaced_file(self.output / METRICS) as fresh:
-                fresh.write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+            write_text(self.output / METRICS, "".join(json.dumps(row) + "\n" for row in history))
 
     def pictures(self, history: list[dict[str, Any]], draw_hardest: Callable[[Path], None]) -> None:
         if self.output is not None:
@@ -153,10 +150,9 @@ class Log:
 
 def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     """Plot loss and accuracy over the epochs as a PNG."""
-    from matplotlib.figure import Figure  # slow to import, and needed once
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = new_figure(9, 3.5)
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for part in ("train", "val"):
             points = [(row["epoch"], row[f"{part}_{what}"]) for row in history if row.get(f"{part}_{what}") is not None]
@@ -170,18 +166,10 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _width(name: str) -> int:
-    return max(len(name), 8)
-
-
-@contextlib.contextmanager
-def listening(model: nn.Module, wanted: bool = True) -> Iterator[GateLogger | None]:
-    """Record the gates of a network while it is evaluated; None if it has no gates."""
-    if not wanted or not any(is_retrofitted(module) and has_gates(module) for module in model.modules()):
-        yield None
-        return
-    with GateLogger(model) as gates:
-        yield gates
+def listening(model: nn.Module, wanted: bool = True) -> contextlib.AbstractContextManager[GateLogger | None]:
+    """Return a context in which the gates of a network are recorded; it provides None if there are no gates."""
+    gated = any(is_retrofitted(module) and has_gates(module) for module in model.modules())
+    return GateLogger(model) if wanted and gated else contextlib.nullcontext()
 
 
 def log_gates(gates: GateLogger, trackers: Sequence[Any], step: int) -> dict[str, dict[str, Any]]:

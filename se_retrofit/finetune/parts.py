@@ -17,7 +17,7 @@ from ..attention import Inserted
 from ..errors import RetrofitError, check_module, check_unwrapped
 from ..models import Base
 from ..retrofit import warn_of_lost_sites
-from ..surgery.record.copying import check_whole
+from ..surgery.record.copying import check_whole, modes_kept
 from ..surgery.record.roles import module_role
 from .config import FinetuneConfig
 
@@ -40,7 +40,6 @@ def check_network(model: Any) -> None:
 
 
 def count(model: nn.Module, trainable: bool = False) -> int:
-    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
@@ -192,14 +191,12 @@ def set_modes(model: nn.Module, part: str, freeze_bn: bool) -> None:
 def as_found(model: nn.Module) -> Iterator[dict[str, bool]]:
     """Provide the network's ``requires_grad`` flags, and restore them and the training flags on exit."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        yield wanted
+        with modes_kept(model):
+            yield wanted
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted.get(name, True))
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextlib.contextmanager

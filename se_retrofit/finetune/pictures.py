@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from ..models import IMAGES
-from ..paths import save_figure, writable
+from ..paths import new_figure, save_figure, writable
 from ..tables import short
 from .config import FinetuneConfig
 from .data import name_of
@@ -105,20 +105,18 @@ def is_picture(image: Tensor) -> bool:
 
 def drawn(images: Sequence[Tensor], titles: Sequence[str], model: nn.Module) -> Figure:
     """Draw images in rows, with a title above each."""
-    from matplotlib.figure import Figure
-
     if not is_picture(images[0]):
         raise RetrofitError(f"inputs of shape {tuple(images[0].shape)} are not pictures with one or three channels")
     columns = min(len(images), COLUMNS)
     rows = -(-len(images) // columns)
     lines = max(title.count("\n") + 1 for title in titles)
-    figure = Figure(figsize=(1.7 * columns, (1.75 + 0.16 * lines) * rows), layout="constrained")
+    figure = new_figure(1.7 * columns, (1.75 + 0.16 * lines) * rows)
     places = figure.subplots(rows, columns, squeeze=False).flat
     for axes in places:
         axes.set(xticks=[], yticks=[], frame_on=False)  # axis("off") would leave no room for the title
     for axes, colors, title in zip(figure.axes, in_colors(images, model), titles, strict=False):
         axes.set_title("\n".join(short(line, LETTERS) for line in title.splitlines()), fontsize=7, parse_math=False)
-        axes.imshow(colors.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(colors.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
     return figure
 
 

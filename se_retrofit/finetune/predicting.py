@@ -10,15 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
 from ..batches import as_taken_by
 from ..errors import RetrofitError, check_positive
-from ..surgery.record.copying import in_mode
+from ..surgery.record.copying import in_mode, modes_kept
 from .data import UNREADABLE
 from .engine import called
-from .folders import files_in, is_image
-from .parts import as_found
+from .folders import files_in
 from .transforms import class_names, has_several_labels, load_image, transform_of
 
 
@@ -35,7 +34,7 @@ class Prediction:
 
 def predict(
     model: nn.Module,
-    images: Iterable[str | Path],
+    images: Iterable[str | Path] | str | Path,
     *,
     top: int = 1,
     batch_size: int = 64,
@@ -47,7 +46,7 @@ def predict(
 
     Args:
         model: the network; it runs on its own device in eval mode, and its training flags are restored afterwards.
-        images: image files, and folders, which stand for all images in them.
+        images: image files, and folders, which stand for all images in them; or a single one.
         top: number of classes to return for each image.
         batch_size: number of images per batch.
         bad_images: ``"skip"`` to continue after an image that can't be read; its ``Prediction`` says why in ``error``.
@@ -62,7 +61,7 @@ def predict(
     check_positive("top", top)
     check_positive("batch_size", batch_size)
     transform, names = transform_of(model), class_names(model) or []
-    files = list(_files(images))
+    files = list(_files([images] if isinstance(images, (str, Path)) else images))
     for start in range(0, len(files), batch_size):
         read = [(file, _read(file, transform)) for file in files[start : start + batch_size]]
         tensors = [image for _, image in read if isinstance(image, Tensor)]
@@ -79,7 +78,7 @@ def predict(
 
 def _answers(model: nn.Module, batch: Tensor, top: int) -> Iterator[tuple[list[float], list[int]]]:
     """Yield the probabilities and the numbers of the most likely classes of each image."""
-    with as_found(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad():
         logits, _ = called(in_mode(model, False), as_taken_by(batch, model))
         shares = logits.float().sigmoid() if has_several_labels(model) else logits.float().softmax(1)
     values, indices = shares.topk(min(top, shares.shape[1]), dim=1)
@@ -89,7 +88,7 @@ def _answers(model: nn.Module, batch: Tensor, top: int) -> Iterator[tuple[list[f
 def _files(images: Iterable[str | Path]) -> Iterator[Path]:
     for given in map(Path, images):
         if given.is_dir():
-            found = sorted(Path(file) for file in files_in(given) if is_image(file))
+            found = sorted(Path(file) for file in files_in(given) if is_image_file(file))
             if not found:
                 raise RetrofitError(f"{given} holds no images ({', '.join(IMG_EXTENSIONS)})")
             yield from found
@@ -102,10 +101,9 @@ def _files(images: Iterable[str | Path]) -> Iterator[Path]:
 def _read(file: Path, transform: Any) -> Tensor | str:
     """Return the prepared image, or the reason why it can't be read."""
     try:
-        tensor: Tensor = transform(load_image(file))
+        return transform(load_image(file))
     except UNREADABLE as error:
         return f"{file} can't be read as an image: {error}"
-    return tensor
 
 
 def write_predictions(predictions: Iterable[Prediction], file: Any, top: int = 1) -> list[str]:

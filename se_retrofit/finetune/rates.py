@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..errors import RetrofitError, brief
-from ..paths import save_figure
+from ..errors import RetrofitError, brief, check_positive
+from ..paths import new_figure, save_figure
 from .config import FinetuneConfig
 from .criteria import Criterion
 from .learning import se_pace
@@ -66,9 +66,7 @@ class LearningRates:
         Raises:
             RetrofitError: If the file can't be written.
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        figure = new_figure(6, 3.5)
         axes = figure.subplots()
         axes.plot(self.rates, self.losses, alpha=0.3, label="each step")
         axes.plot(self.rates, self.smoothed, label="smoothed")
@@ -82,8 +80,7 @@ class LearningRates:
         axes.set_ylabel("training loss")
         axes.grid(alpha=0.3)
         axes.legend()
-        save_figure(figure, file)
-        return Path(file)
+        return save_figure(figure, file)
 
     def _that_matter(self) -> tuple[float, float, int]:
         """Return the lowest and highest loss to plot, and the last step, from which on the smoothed loss is higher."""
@@ -132,6 +129,7 @@ def find_lr(
     """
     if not (0 < lowest < highest and math.isfinite(highest)):
         raise RetrofitError(f"find_lr needs 0 < lowest < highest, got lowest={brief(lowest)}, highest={brief(highest)}")
+    check_positive("steps", steps)
     if steps < FEWEST_STEPS:
         raise RetrofitError(f"find_lr needs steps={FEWEST_STEPS} at least, got {brief(steps)}")
     config = FinetuneConfig() if config is None else config

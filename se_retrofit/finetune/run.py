@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -23,7 +24,7 @@ from .checkpoint import Folder, Progress, has_checkpoint
 from .config import FinetuneConfig
 from .criteria import Losses
 from .data import Stream
-from .engine import Forward, TrainingForm
+from .engine import Forward, TrainingForm, by_main_process
 from .learning import Learning, length_of
 from .log import Log
 from .parts import choose_trainable, count, trained_in
@@ -160,21 +161,19 @@ class Run:
         """Write ``last/``, after checking that all weights are finite."""
         if self.folder is not None:
             self.check_weights()
-            if self.rank == 0:
-                parts: dict[str, Any] = {"optimizer": self.learning.optimizer.state_dict()}
-                if self.learning.ema is not None:
-                    parts["ema"] = self.learning.ema.module.state_dict()
-                if self.accelerator.scaler is not None:
-                    parts["scaler"] = self.accelerator.scaler.state_dict()
-                self.folder.save(self.model, self.progress, parts)
-            self.accelerator.wait_for_everyone()
+            parts: dict[str, Any] = {"optimizer": self.learning.optimizer.state_dict()}
+            if self.learning.ema is not None:
+                parts["ema"] = self.learning.ema.module.state_dict()
+            if self.accelerator.scaler is not None:
+                parts["scaler"] = self.accelerator.scaler.state_dict()
+            by_main_process(self.accelerator, partial(self.folder.save, self.model, self.progress, parts))
         self.saved_at = time.monotonic()
 
     def keep_best(self) -> None:
         """Write ``best/``, and keep its weights in memory."""
         self.best_weights = weights_of(self.tested)
-        if self.folder is not None and self.rank == 0:
-            self.folder.save_best(self.tested)
+        if self.folder is not None:
+            by_main_process(self.accelerator, partial(self.folder.save_best, self.tested))
 
     def result(self) -> FinetuneResult:
         """Load the best weights into the network, and return the result of the run."""

@@ -78,6 +78,8 @@ def check(job: Job) -> None:
     check_criterion(job.criterion, job.teacher, job.distillation, job.model)
     if not isinstance(job.callbacks, Callbacks):
         raise TypeError(f"callbacks must be Callbacks(after_epoch=..., ...), got {brief(job.callbacks)}")
+    if not callable(getattr(job.stop, "is_set", None)):
+        raise TypeError(f"stop must be an event, such as threading.Event(), got {brief(job.stop)}")
     try_out(job.config)
     trained_parts(job.model, job.config.trainable)
     if job.config.patience is not None and job.val_data is None:

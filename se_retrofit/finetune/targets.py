@@ -28,9 +28,8 @@ def _told(targets: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
-        raise RetrofitError(
-            f"targets must be class numbers, or vectors of one length, got {', '.join(map(brief, targets[:3]))}"
-        ) from error
+        got = ", ".join(list(dict.fromkeys(map(brief, targets)))[:3])  # those that differ
+        raise RetrofitError(f"targets must be class numbers, or vectors of one length, got {got}") from error
 
 
 def class_numbers(targets: Tensor) -> Tensor:
@@ -90,7 +89,17 @@ def class_counts(data: Any, classes: int | None, multi_label: bool, keys: Sequen
         )
     if multi_label:
         return (targets > 0.5).sum(0).float(), len(targets)
+    check_counted_from_0(int(targets.min()))
     return torch.bincount(targets.long(), minlength=classes or 0).float(), len(targets)
+
+
+def check_counted_from_0(lowest: int) -> None:
+    """Raise an error if the lowest class number is negative."""
+    if lowest < 0:
+        raise RetrofitError(
+            f"the data has class {lowest}, and classes are counted from 0; leave out images without a label, whose class "
+            "is -1 in many data sets"
+        )
 
 
 def image_weights(data: Any, keys: Sequence[str] = ()) -> Tensor:

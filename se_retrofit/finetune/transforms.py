@@ -5,25 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torchvision
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
+from torchvision.transforms import Compose
 
 from ..errors import RetrofitError
 from ..fields import BATCH_SIZE, label_column
-from ..models import IMAGES, Base
+from ..models import IMAGES, SETTINGS, settings_of
 from ..tables import few
 from .config import FinetuneConfig
 from .data import gives_images, stream
 from .randomness import kept_randomness
 
 AUGMENTATION = {"scale": (0.35, 1.0), "hflip": 0.5, "color_jitter": 0.0}  # for timm's transforms in training
-SETTINGS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def transform_of(model: nn.Module) -> Callable[[Any], Any]:
@@ -138,21 +138,10 @@ def transforms_for(model: nn.Module, config: FinetuneConfig, *, train: bool) -> 
 
 def _transform(settings: dict[str, Any], **options: Any) -> Callable[[Any], Any]:
     chosen = {name: settings[name] for name in SETTINGS}
-    chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's remarks on interpolation
         transform = create_transform(**chosen, **options)
-    return Prepared(transform, "L" if chosen["input_size"][0] == 1 else "RGB")
-
-
-class Prepared:
-    """A transform that first converts the image to the network's mode. (A nested function can't be pickled.)"""
-
-    def __init__(self, transform: Callable[[Any], Any], mode: str) -> None:
-        self.transform, self.mode = transform, mode
-
-    def __call__(self, image: Image.Image) -> Any:
-        return self.transform(_in_colors(image, self.mode))
+    return Compose([partial(_in_colors, mode="L" if chosen["input_size"][0] == 1 else "RGB"), transform])
 
 
 def load_image(file: str | Path) -> Image.Image:
@@ -172,37 +161,3 @@ def _in_colors(image: Image.Image, mode: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Pillow's remark on the transparency of palettes
         return image.convert(mode)
-
-
-def settings_of(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return size, mean and so on as plain data."""
-    own = {name: value for name, value in _own_settings(model).items() if name in SETTINGS}
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels, *size = own["input_size"]
-    if convolution is not None and convolution.in_channels == 1 < channels:
-        # the network was built for one channel, but its config is for three
-        own |= {name: [sum(own[name]) / len(own[name])] for name in ("mean", "std")}
-        channels = 1
-    own["input_size"] = [channels, *(size if image_size is None else (image_size, image_size))]
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-
-
-def _own_settings(model: nn.Module) -> dict[str, Any]:
-    noted, config = vars(model).get(IMAGES), getattr(model, "pretrained_cfg", None)
-    if noted is not None:
-        return dict(noted)
-    if isinstance(config, dict) and config:
-        return dict(resolve_data_config({}, pretrained_cfg=config))
-    default = dict(resolve_data_config({"input_size": (3, 224, 224)}))
-    base = Base.noted(model)
-    if base is None or base.library != "torchvision":
-        return default
-    try:
-        preset = torchvision.models.get_model_weights(base.name).DEFAULT.transforms()
-        size, mean, std = preset.crop_size[0], tuple(preset.mean), tuple(preset.std)
-        return {
-            **default, "input_size": (3, size, size), "mean": mean, "std": std,
-            "crop_pct": size / preset.resize_size[0], "interpolation": preset.interpolation.value,
-        }  # fmt: skip
-    except (AttributeError, ValueError, IndexError):  # no weights, or weights of another task
-        return default

@@ -15,20 +15,19 @@ from ..surgery.splice.derived import RetrofittedBlock
 from ..surgery.splice.undo import strip
 from .blocks import BlockPair, class_name
 
-Source = tuple[str, list[str], list[str]]  # its name, and its lines before and after
+Source = tuple[str, str, str]  # its name, and its text before and after
 
 
 def diff_lines(pair: BlockPair) -> list[str]:
-    """Return the diff of an inspected block."""
     lines: list[str] = []
     for name, *texts in _sources(pair):
-        before, after = ("".join(text).expandtabs().splitlines() for text in texts)
+        before, after = (text.expandtabs().splitlines() for text in texts)
         lines += difflib.unified_diff(before, after, name, f"{name} with SE", n=3, lineterm="")
     return [line.rstrip() for line in lines]
 
 
 def _sources(pair: BlockPair) -> Iterator[Source]:
-    """Yield the methods (or containers) in which the SE modules of a block are called, as lines before and after."""
+    """Yield the methods (or containers) in which the SE modules of a block are called, before and after."""
     for holder in dict.fromkeys(_holder(pair, site.path) for site in pair.sites):
         module = pair.root.get_submodule(holder)
         title = f"{holder or '(model)'}, {class_name(module)}"
@@ -37,7 +36,7 @@ def _sources(pair: BlockPair) -> Iterator[Source]:
         else:
             bare = copied(module, on_meta, independent=True)
             strip(bare)
-            yield title, _lines(_text(bare)), _lines(_text(module))
+            yield title, _text(bare), _text(module)
 
 
 def _holder(pair: BlockPair, path: str) -> str:
@@ -57,20 +56,15 @@ def _of_class(cls: Any, title: str) -> Iterator[Source]:
         functions = [f for c in cls.__mro__ if (f := unwrapped(vars(c).get(method))) and f is not before]
         after = next((f for f in functions if before is not None and f.__qualname__ == before.__qualname__), None)
         if before is not None and after is not None:
-            yield f"{title}.{method}", inspect.getsourcelines(before)[0], inspect.getsourcelines(after)[0]
+            yield f"{title}.{method}", inspect.getsource(before), inspect.getsource(after)
     if recipe.returned:
-        call, head = "super().forward(*args, **kwargs)", "def forward(self, *args, **kwargs):\n"
-        scaled = f"    return self.{recipe.returned}({call})\n"
-        yield f"{title}.forward", [head, f"    return {call}\n"], [head, scaled]
+        call, head = "super().forward(*args, **kwargs)", "def forward(self, *args, **kwargs):\n    return"
+        yield f"{title}.forward", f"{head} {call}", f"{head} self.{recipe.returned}({call})"
 
 
 def _text(module: nn.Module) -> str:
     """Return the generated code of a GraphModule, or the elements of a container."""
     if isinstance(module, fx.GraphModule):
-        return module.code
+        return module.code.strip()
     rows = [f"    ({name}): {class_name(child)}({child.extra_repr()})" for name, child in module.named_children()]
     return "\n".join([f"{class_name(module)}(", *rows, ")"])
-
-
-def _lines(text: str) -> list[str]:
-    return text.lstrip("\n").rstrip().splitlines(keepends=True)

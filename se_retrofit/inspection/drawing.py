@@ -141,9 +141,7 @@ class _Diagram:
         labels = [2 * (5 + LETTER * len(node.shape)) for node in nodes]
         boxes = [2 * RADIUS if node.role == "join" else self.width for node in nodes]
         layout = layered([max(sizes) for sizes in zip(labels, boxes, strict=True)], edges)
-        self.row, self.size = layout.row, layout.width + 2
-        self.x = [x + 1 for x in layout.x]
-        self.lanes = {edge: [x + 1 for x in lanes] for edge, lanes in layout.lanes.items()}
+        self.x, self.row, self.lanes, self.size = layout.x, layout.row, layout.lanes, layout.width
 
     def picture(self, *, without_se: bool = False) -> Picture:
         """Draw the diagram; with ``without_se``, arrows lead through gaps in place of SE."""

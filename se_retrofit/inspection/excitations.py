@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..batches import as_taken_by, batches_of, inputs_and_labels
 from ..errors import RetrofitError, check_positive
 from ..models import IMAGES
-from ..surgery.record.copying import check_values
+from ..surgery.record.copying import check_values, in_mode, modes_kept
 from ..tables import aligned
+from .gate_plots import plot_stages
 from .gates import SiteGates, gated_modules, gates_over
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ class Excitations:
         Raises:
             RetrofitError: If the folder does not exist, or matplotlib doesn't support the format or is not installed.
         """
-        from .gate_plots import plot_stages
-
         return plot_stages(self.stages, self.classes, path)
 
 
@@ -122,14 +121,8 @@ def excitations(
             inputs += len(images)
             yield as_taken_by(images, model), labels
 
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            found = gates_over(model, ses, labelled())
-    finally:
-        for module, flag in training:
-            module.training = flag
+    with modes_kept(model), torch.random.fork_rng(devices=[]):
+        found = gates_over(in_mode(model, False), ses, labelled())
     if not inputs:
         raise RetrofitError("the data yields no batch, so there are no gates to inspect")
     missed = tuple(path for path in ses if path not in found)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RetrofitError, extra
-from ..paths import as_written, save_figure
+from ..errors import RetrofitError
+from ..paths import as_written, new_figure, save_figure
 from .gates import SiteGates
 
 if TYPE_CHECKING:
@@ -20,11 +20,7 @@ _ONE: dict[str, Any] = {"color": "#94a3b8", "linewidth": 0.8, "linestyle": "--"}
 
 
 def plot_stages(stages: list[list[SiteGates]], classes: Sequence[str], path: str | Path | None) -> Figure:
-    """Draw the figure of ``Excitations.plot``."""
-    with extra("inspect"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 0.5 + 2.4 * len(stages)), layout="constrained")
+    figure = new_figure(11, 0.5 + 2.4 * len(stages))
     axes = figure.subplots(len(stages), 2, squeeze=False, width_ratios=(1, 1.5))
     for (left, right), stage in zip(axes, stages, strict=True):
         _plot_stage(left, stage)
@@ -84,9 +80,6 @@ def plot_gates(epochs: Mapping[int, Mapping[str, Any]], path: str | Path | None 
     Raises:
         RetrofitError: If no epoch has gates, matplotlib is not installed, or the figure can't be written.
     """
-    with extra("inspect"):
-        from matplotlib.figure import Figure
-
     rows = {
         epoch: {path: seen.quartiles() if isinstance(seen, SiteGates) else seen for path, seen in row.items()}
         for epoch, row in sorted(epochs.items())
@@ -96,7 +89,7 @@ def plot_gates(epochs: Mapping[int, Mapping[str, Any]], path: str | Path | None 
         raise RetrofitError("there are no gates to draw: none of the epochs has any")
     columns = min(4, len(sites))
     lines = -(-len(sites) // columns)
-    figure = Figure(figsize=(2.7 * columns + 0.6, 2.2 * lines + 0.4), layout="constrained")
+    figure = new_figure(2.7 * columns + 0.6, 2.2 * lines + 0.4)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes, site in zip(grid.flat, sites, strict=False):
         _plot_epochs(axes, site, {epoch: row[site] for epoch, row in rows.items() if site in row})

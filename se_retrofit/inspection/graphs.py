@@ -38,9 +38,15 @@ def blocks_of(model: nn.Module, plan: Plan, record: Record) -> list[BlockPair]:
     pairs = []
     for path, own in sites.items():
         around = _call_around(path, called.get(own[0].path))
-        if around is not None:
-            cls = class_name(_unit(calls[path][0]) if path in calls else modules.get(path, model))
-            pairs.append(_block(model, record, own, around, opened, cls, len(calls[around.path])))
+        if around is None:
+            continue
+        cls = class_name(_unit(calls[path][0]) if path in calls else modules.get(path, model))
+        whole = around if around.path == path else None
+        steps = steps_of(record, around, opened)
+        if whole is None:
+            steps = _part(steps, path, own)
+        graph, number = graph_of(record, steps, whole), len(calls[around.path])
+        pairs.append(BlockPair(path, own[0].kind, cls, own, model, graph, _span(steps), number))
     return pairs
 
 
@@ -54,18 +60,6 @@ def _call_around(path: str, call: Call | None) -> Call | None:
     return call
 
 
-def _block(
-    model: nn.Module, record: Record, sites: list[Site], call: Call, opened: Container[str], cls: str, calls: int
-) -> BlockPair:
-    """Return the block that contains some sites and is ``call``, or a part of it."""
-    path, kind = sites[0].block, sites[0].kind
-    steps = _steps(record, call, opened)
-    if call.path != path:
-        steps = _part(steps, path, sites)
-    graph = graph_of(record, steps, call if call.path == path else None)
-    return BlockPair(path, kind, cls, sites, model, graph, _span(steps), calls)
-
-
 def _unit(call: Call) -> nn.Module:
     """Return the module that is called. If it is a sequence that makes up the whole module around it, return that
     module, whose class is more telling: the double convolution of which it is the ``net``."""
@@ -76,18 +70,13 @@ def _unit(call: Call) -> nn.Module:
     return call.module
 
 
-def call_graph(record: Record, call: Call, opened: Container[str]) -> BlockGraph:
-    """Return the graph of a call, with the calls of opened modules expanded."""
-    return graph_of(record, _steps(record, call, opened), call)
-
-
-def _steps(record: Record, call: Call, opened: Container[str]) -> Steps:
+def steps_of(record: Record, call: Call, opened: Container[str]) -> Steps:
     """Return the steps of a call in order: its own operations and the calls of modules; opened modules are expanded."""
     steps: Steps = []
     position = call.start
     for child in call.children:
         steps += record.ops[position : child.start]
-        steps += _steps(record, child, opened) if child.path in opened else [child]
+        steps += steps_of(record, child, opened) if child.path in opened else [child]
         position = child.end
     return steps + record.ops[position : call.end]
 

@@ -17,7 +17,7 @@ from ..models import IMAGES
 from ..paths import writable
 from ..plan import Plan
 from ..retrofit import plan_of, warn_of_lost_sites
-from ..saving.atomic import replaced_file
+from ..saving.atomic import write_text
 from ..surgery.record.inputs import Inputs, described_inputs, given_inputs, in_dtype_of
 from ..surgery.record.runs import record
 from ..tables import Name, counted
@@ -71,9 +71,7 @@ class Inspection(Inspected):
         'resnet18.html'
     """
 
-    @cached_property
-    def _report(self) -> Report:
-        return report_of(self)
+    _report = cached_property(report_of)
 
     def report(self) -> Report:
         """Return what was inserted where, and what it costs: a row for each site, and totals."""
@@ -119,9 +117,7 @@ class Inspection(Inspected):
                 is written then.
         """
         path = writable(path, ".svg")
-        text = drawn(self, None if block is None else self.block(block))
-        with replaced_file(path) as fresh:
-            fresh.write_text(text, encoding="utf-8")
+        write_text(path, drawn(self, None if block is None else self.block(block)))
         return path
 
     def write_html(self, path: str | Path) -> Path:
@@ -138,15 +134,12 @@ class Inspection(Inspected):
         from .page import page
 
         path = writable(path, ".html", ".htm")
-        text = page(self, self._report)
-        with replaced_file(path) as fresh:
-            fresh.write_text(text, encoding="utf-8")
+        write_text(path, page(self, self._report))
         return path
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data that JSON can hold."""
-        data: dict[str, Any] = json.loads(json.dumps(asdict(self._report)))
-        return data
+        return json.loads(json.dumps(asdict(self._report)))
 
     def __str__(self) -> str:
         return str(self._report)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-LANE, GAP = 10, 22  # width of an edge's lane; gap between neighbours in a layer
+LANE, GAP, MARGIN = 10, 22, 1  # width of an edge's lane; gap between neighbours in a layer, and at both sides
 SWEEPS = 12
 
 Edge = tuple[int, int]
@@ -33,8 +33,8 @@ def layered(widths: Sequence[float], edges: Sequence[Edge]) -> Layout:
     chains = {edge: grid.chain(edge) for edge in edges}
     layers = grid.ordered()
     x = grid.placed(layers)
-    left = min(x[i] - width / 2 for i, width in enumerate(grid.widths))
-    right = max(x[i] + width / 2 for i, width in enumerate(grid.widths))
+    left = min(x[i] - width / 2 for i, width in enumerate(grid.widths)) - MARGIN
+    right = max(x[i] + width / 2 for i, width in enumerate(grid.widths)) + MARGIN
     x = [value - left for value in x]
     lanes = {edge: [x[lane] for lane in chain[1:-1]] for edge, chain in chains.items()}
     return Layout(x[: len(widths)], row, lanes, right - left)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from ..surgery.record.graph import Call, Op
 from ..surgery.splice.undo import is_retrofitted
-from .blocks import BlockGraph, BlockPair, Inspected, class_name, describe, join
-from .graphs import call_graph
+from .blocks import BlockGraph, BlockPair, Inspected, class_name, describe
+from .graphs import graph_of, steps_of
 
 MOST_OPERATIONS = 8  # after the last module; up to so many are shown one by one
 JOINS = {"+": "+", "+=": "+", "*": "\u00d7", "*=": "\u00d7", "-": "-", "cat": "cat", "concat": "cat"}
@@ -63,7 +62,7 @@ def network_of(found: Inspected) -> Network:
         and (_joins_stages(call) or any(map(is_retrofitted, call.module.modules())))
     }
     root = next(call for call in found.record.calls if not call.path)
-    whole = call_graph(found.record, root, opened)
+    whole = graph_of(found.record, steps_of(found.record, root, opened), root)
     by_op = {
         op: pair for pair in found.blocks if pair.is_part for op in found.record.ops[pair.span.start : pair.span.stop]
     }
@@ -87,32 +86,31 @@ class _Nodes:
     seen: dict[fx.Node, list[Node]] = field(default_factory=dict)  # the nodes that compute, or pass on, a value
 
     def made(self) -> list[Node]:
-        current: tuple[BlockPair, Node] | None = None
+        node: Node | None = None  # that of the block, a part of a graph, to which the last value belongs
         for fx_node in self.whole.graph.nodes:
             ops = fx_node.meta.get("ops", [])
             taken = list(dict.fromkeys(n for source in fx_node.all_input_nodes for n in self.seen.get(source, [])))
             pair = next((self.by_op[op] for op in ops if op in self.by_op), None)
-            if pair is not None:  # a block that is a part of a graph becomes one node
-                if current is None or current[0] is not pair:
-                    current = pair, self.add(pair.path or "(model)", pair.cls, "block", ops, taken, pair)
-                node = current[1]
-                node.taken += [n for n in taken if n is not node and n not in node.taken]
-                node.shape, node.space = _shapes(ops)
-                self.seen[fx_node] = [node]
+            if pair is None:
+                node = None
+                self.seen[fx_node] = self.other(fx_node, ops, taken)
                 continue
-            current = None
-            self.seen[fx_node] = self.other(fx_node, ops, taken)
+            if node is None or node.block is not pair:
+                node = self.add(pair.path or "(model)", pair.cls, "block", ops, taken, pair)
+            node.taken += [n for n in taken if n is not node and n not in node.taken]
+            node.shape, node.space = _shapes(ops)
+            self.seen[fx_node] = [node]
         return self.result
 
     def other(self, fx_node: fx.Node, ops: list[Op], taken: list[Node]) -> list[Node]:
         """Return the nodes for a value outside the blocks that are parts of graphs."""
         module, kind = fx_node.meta.get("module"), self.whole.kind(fx_node)
-        if fx_node.op in ("placeholder", "get_attr"):
-            if not ops or ops[0].role == "param" or fx_node.op == "get_attr":
-                return []
+        if fx_node.op == "get_attr":
+            return []
+        if fx_node.op == "placeholder":
             return [self.add("input", "", "function", ops, [])]
         if module is not None:
-            path = join(self.whole.scope, str(fx_node.target))
+            path = str(fx_node.target)
             pair = self.by_path.get(path)
             if pair is not None:
                 return [self.add(path, pair.cls, "block", ops, taken, pair)]
@@ -127,7 +125,7 @@ class _Nodes:
         if kind in JOINS and len(taken) > 1:
             return [self.add(JOINS[kind], "", "join", ops, taken)]
         if len(taken) == 1 and ops and _shapes(ops)[1] not in ((), taken[0].space):
-            return [self.add(re.sub("_", " ", kind), "", "function", ops, taken)]
+            return [self.add(kind.replace("_", " "), "", "function", ops, taken)]
         return taken
 
     def leaf(self, path: str, words: str, ops: list[Op], taken: list[Node], fx_node: fx.Node) -> Node:

@@ -25,7 +25,6 @@ _CLASSES = {"---": "head", "+++": "head", "@": "head", "+": "add", "-": "del"}
 
 
 def page(found: Inspected, report: Report) -> str:
-    """Return the page about an inspected model."""
     from .. import __version__
 
     groups = found.distinct()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -15,19 +15,7 @@ _GUTTER, _LANE = 40, 9  # between columns; between connections that pass boxes
 _HEAD = 30  # height of a column's heading
 _MANY = 3  # a node with more skip connections than this belongs to a dense block
 
-
-@dataclass(eq=False)
-class _Column:
-    nodes: list[Node]
-    space: tuple[int, ...]
-    x: float = 0
-    y: float = 0
-    lanes: int = 0
-    width: float = 0
-
-    @property
-    def height(self) -> float:
-        return len(self.nodes) * _PITCH
+_Places = Mapping[Node, tuple[int, int]]  # the column and the row of each node
 
 
 @dataclass(frozen=True)
@@ -41,15 +29,28 @@ class _Arc:
     rail: bool
 
 
+@dataclass(eq=False)
+class _Column:
+    nodes: list[Node]
+    space: tuple[int, ...]
+    arcs: Sequence[_Arc] = ()
+    x: float = 0
+    y: float = 0
+
+    @property
+    def height(self) -> float:
+        return len(self.nodes) * _PITCH
+
+
 def picture(network: Network, links: Mapping[str, str]) -> Picture:
     """Draw a network; ``links`` holds the link target of each block's box, by the path of the block."""
     columns = _columns(network.nodes)
     where = {node: (i, row) for i, column in enumerate(columns) for row, node in enumerate(column.nodes)}
-    arcs = [_arcs(i, column, network.edges, where) for i, column in enumerate(columns)]
-    width, height = _place(columns, arcs, network.edges, where)
+    for i, column in enumerate(columns):
+        column.arcs = _arcs(i, column, network.edges, where)
+    width, height = _place(columns, network.edges, where)
     parts = [_edge(edge, columns, where) for edge in network.edges]
-    for column, own in zip(columns, arcs, strict=True):
-        parts += (_arc(arc, column) for arc in own)
+    parts += (_arc(arc, column) for column in columns for arc in column.arcs)
     for column in columns:
         parts.append(text("name", column.x, column.y - 12, times(column.space) or "vector"))
         parts += (_box(node, column, row, links) for row, node in enumerate(column.nodes))
@@ -71,7 +72,7 @@ def _columns(nodes: Iterable[Node]) -> list[_Column]:
     return columns
 
 
-def _arcs(number: int, column: _Column, edges: Iterable[Edge], where: Mapping[Node, tuple[int, int]]) -> list[_Arc]:
+def _arcs(number: int, column: _Column, edges: Iterable[Edge], where: _Places) -> list[_Arc]:
     """Return the connections within a column that pass boxes, the shortest ones in the lanes next to the boxes."""
     dense = {node for node in column.nodes if sum(e.skips for e in edges if e.end is node) > _MANY}
     spans: list[tuple[int, int]] = []
@@ -93,16 +94,10 @@ def _arcs(number: int, column: _Column, edges: Iterable[Edge], where: Mapping[No
         taken = {arc.lane for arc in arcs if arc.first < last and first < arc.last}
         lane = next(n for n in range(len(taken) + 1) if n not in taken)
         arcs.append(_Arc(first, last, lane, (first, last) in rails))
-    column.lanes = max((arc.lane + 1 for arc in arcs), default=0)
     return arcs
 
 
-def _place(
-    columns: list[_Column],
-    arcs: list[list[_Arc]],
-    edges: Iterable[Edge],
-    where: Mapping[Node, tuple[int, int]],
-) -> tuple[float, float]:
+def _place(columns: list[_Column], edges: Iterable[Edge], where: _Places) -> tuple[float, float]:
     """Set the positions of the columns, and return the total size. If connections skip whole stages, as in a U-Net,
     smaller feature maps are placed lower, so that these connections pass above them."""
     across = any(where[e.end][0] - where[e.source][0] > 1 for e in edges)
@@ -115,7 +110,7 @@ def _place(
     x, y = 10.0, 0.0
     for column in columns:
         y = tops.get(column.space, y if across else 0.0)
-        column.x = x + column.lanes * _LANE + 12
+        column.x = x + max((arc.lane + 1 for arc in column.arcs), default=0) * _LANE + 12
         column.y = y + _HEAD
         x = column.x + _WIDTH + _GUTTER
     return x - _GUTTER + 10, max(c.y + c.height for c in columns) + 6
@@ -152,7 +147,7 @@ def _name(node: Node, most: int) -> str:
     return whole if len(whole) <= most else "\u2026" + whole[1 - most :]
 
 
-def _edge(edge: Edge, columns: list[_Column], where: Mapping[Node, tuple[int, int]]) -> str:
+def _edge(edge: Edge, columns: list[_Column], where: _Places) -> str:
     """Draw a connection between neighbours or between columns; those that pass neighbours are arcs."""
     (i, row), (j, end) = where[edge.source], where[edge.end]
     before, after = columns[i], columns[j]

@@ -65,7 +65,6 @@ def headline(pair: BlockPair) -> tuple[str, list[str]]:
 
 
 def block_lines(pair: BlockPair) -> list[str]:
-    """Return the graph of one block as a table."""
     title, places = headline(pair)
     lines = [f"  {title}", *(f"> {place}" for place in places)]
     if pair.calls > 1:

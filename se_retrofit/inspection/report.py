@@ -169,12 +169,10 @@ class Report:
 
 
 def percent(part: int, whole: int) -> str:
-    """Format a fraction in percent."""
     return f"{100 * part / whole:.2f}%" if whole else "0%"
 
 
 def report_of(found: Inspected) -> Report:
-    """Return the report on an inspected model."""
     model, plan, sites = found.model, found.plan, site_costs(found.record)
     modules = dict(model.named_modules())
     pairs = {site.path: pair for pair in found.blocks for site in pair.sites}

@@ -42,7 +42,6 @@ def file_of(picture: Picture, label: str) -> str:
 
 
 def text(cls: str, x: float, y: float, words: str) -> str:
-    """Draw a line of text."""
     return f'<text class="{cls}" x="{x:.1f}" y="{y:.1f}">{escape(words)}</text>'
 
 
@@ -64,7 +63,6 @@ def box(
 
 
 def badge_width(mark: str) -> int:
-    """Return the width of a mark."""
     return 9 + 7 * len(mark) if mark else 0
 
 

@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..errors import RetrofitError
-from ..locks import in_turn
+from ..locks import abandoned, in_turn
 from ..tables import few
+
+NEW = ".se-retrofit-new-"
 
 
 @contextlib.contextmanager
@@ -74,7 +76,7 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Provide a new file of the same name to write to, which replaces ``path`` on exit, as do files written beside it.
-    It is in a folder of its own, because others may be writing to ``path``, too.
+    It is in a folder of its own, because others may be writing to ``path``, too. What killed processes left is removed.
 
     Raises:
         RetrofitError: If the file can't be written. What was at ``path`` is kept.
@@ -84,13 +86,22 @@ def replaced_file(path: Path) -> Iterator[Path]:
             yield path
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+        for left in path.parent.glob(f"{NEW}*"):
+            if any(left.iterdir()) and abandoned(left):  # an empty one may be about to be locked
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=NEW, dir=path.parent) as folder, in_turn(Path(folder)):
             yield Path(folder, path.name)
             for file in sorted(Path(folder).iterdir()):
                 sync(file)
                 os.replace(file, path.with_name(file.name))
     except OSError as error:
         raise RetrofitError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole or not at all, as ``replaced_file`` does."""
+    with replaced_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 def settled(path: Path) -> Path:

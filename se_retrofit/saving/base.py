@@ -77,7 +77,10 @@ def check_base(model: nn.Module, base: Base) -> None:
     if not isinstance(base, Base):
         raise TypeError(f"base must be a name such as 'timm/resnet18', or a Base, got {brief(base)}")
     if problem := _mismatch(base, model):
-        raise RetrofitError(f"base={base!r} does not build the network that is to be saved: {problem}")
+        raise RetrofitError(
+            f"base={base!r} does not build the network that is to be saved: {problem}; give the name and the arguments "
+            "that it was built by, such as Base.of('torchvision/resnet18', num_classes=10)"
+        )
 
 
 def _mismatch(base: Base, model: nn.Module) -> str:

@@ -178,7 +178,8 @@ def _why_nothing(model: nn.Module, found: Found) -> str:
     name = type(model).__name__
     beside = [place for place in found.places if place.aside]
     nameable = list(dict.fromkeys(place.block for place in beside))
-    left = {block: why for block, why in found.skipped.items() if block not in nameable}
+    asides = {place.aside for place in beside}
+    left = {block: why for block, why in found.skipped.items() if why not in asides}
     if found.attended and len(beside) == len(found.places):
         problem = f"channel attention already, in all of its convolutional blocks ({found.attended}), so there is nothing to retrofit"
     elif left:

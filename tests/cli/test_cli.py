@@ -25,7 +25,7 @@ from se_retrofit.cli.app import run as run_application
 from se_retrofit.cli.commands import app
 from se_retrofit.cli.demo import verdict
 from se_retrofit.cli.demo_network import SmallResNet
-from se_retrofit.cli.options import recipe_fields
+from se_retrofit.cli.options import recipe_of
 from se_retrofit.finetune import FinetuneConfig
 from se_retrofit.models import Base
 
@@ -223,7 +223,8 @@ def test_options_of_the_recipe_are_its_fields(name: str) -> None:
         command = group.get_command(parent, name)  # type: ignore[attr-defined]
         words = ["resnet18", "--data", "digits", "--batch-size", "8", "--seed", "3", "--compile", "--precision", "bf16"]
         with command.make_context(name, words, parent=parent) as context:
-            assert recipe_fields(context) == {"batch_size": 8, "seed": 3, "compile": True, "precision": "bf16"}
+            recipe = recipe_of(context, {})
+            assert recipe == FinetuneConfig(batch_size=8, seed=3, compile=True, precision="bf16")
     without = {"compare": {"patience"}, "find-lr": {"epochs", "max_updates", "lr", "patience"}, "finetune": set()}[name]
     assert set(FinetuneConfig.model_fields) - {p.name for p in command.params} == without
 

@@ -66,6 +66,17 @@ class _Broken(nn.Module):
         raise KeyError("a bug of the user")
 
 
+class _Counting(BasicBlock):
+    """A unit behind a chain in the same module, which counts its parameters."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__(*widths)
+        self.stem = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.stem(x).relu() * len(list(self.parameters())))
+
+
 @pytest.mark.parametrize("call", VERBS.values(), ids=VERBS)
 @pytest.mark.parametrize(
     ("make", "error", "fact"),
@@ -85,6 +96,7 @@ class _Broken(nn.Module):
         # the source of its block is not at hand
         (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), torch.jit.script(_network())), RetrofitError, "no block"),
         (_Broken, RetrofitError, "_Broken .*KeyError: 'a bug of the user'"),
+        (lambda: nn.Sequential(_Counting(8, 8)), RetrofitError, r"; 0: with SE in it, .* its parameters.*may name 0"),
     ],
 )
 def test_models_that_cannot_be_retrofitted(
@@ -105,6 +117,7 @@ def test_models_that_cannot_be_retrofitted(
         # inputs in its place are told their name, and not printed whole
         ({"reduction": torch.rand(1, 3, 64, 64)}, TypeError, "reduction must be a positive int.*example_inputs="),
         ({"min_hidden": 0}, RetrofitError, "min_hidden .*0"),
+        ({"min_hidden": 10**9}, RetrofitError, "min_hidden must be at most 65536, got 1000000000"),
         ({"min_hidden": 2.0}, TypeError, "min_hidden .*2.0"),
         ({"placement": "behind"}, RetrofitError, "placement .*'auto', .*'behind'"),
         ({"placement": None}, TypeError, "placement .*None"),
@@ -211,6 +224,7 @@ def test_so_it_is_in_planning_and_in_the_pass(monkeypatch: pytest.MonkeyPatch, c
         SystemExit(3),
         RetrofitError("with a reason"),
         torch.OutOfMemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 256000000000 bytes."),
         UserWarning("a warning that the user has made an error"),
     ],
 )

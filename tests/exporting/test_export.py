@@ -24,6 +24,7 @@ from networks import (
     randomise_se,
     snapshot,
 )
+from sweeps import swept
 from timm.models.resnet import BasicBlock
 from torch import nn
 
@@ -47,6 +48,7 @@ def retrofitted(name: str = SMALL.name, **options: Any) -> nn.Module:
         {"attention": "static"},
         {"gate": "sigmoid", "bias": True},
         {"name": "torchvision/resnet18", "placement": "pre"},
+        {"name": "torchvision/googlenet", "include": "inception3a"},  # a function that hides its module
         pytest.param({"name": "timm/mobilenetv2_100"}, marks=pytest.mark.sweep),
     ],
 )
@@ -148,25 +150,28 @@ def of_a_local_class() -> nn.Module:
         (retrofitted, "net.tf", {}, RetrofitError, r"net.tf must end in one of .onnx, .pt2, .py"),
         (retrofitted, "net.txt", {"format": "source"}, RetrofitError, "must end in .py, got net.txt"),
         (retrofitted, "net.pt2", {"dynamic": "size"}, RetrofitError, "one of 'all', 'batch', 'none', got 'size'"),
+        (retrofitted, "net.pt2", {"example_inputs": X[:, :1]}, RetrofitError, "give inputs that it takes.*1 channels"),
+        (retrofitted, "net.py", {"example_inputs": X[:, :1]}, RetrofitError, "give inputs that it takes.*1 channels"),
         (of_a_local_class, "net.py", {}, RetrofitError, "can't be imported by another program"),
         (str, "net.onnx", {}, TypeError, r"model must be an nn\.Module, got .* of type str"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_written(
-    model: Callable[[], Any], file: str, options: dict[str, str], error: type[Exception], says: str, tmp_path: Path
+    model: Callable[[], Any], file: str, options: dict[str, Any], error: type[Exception], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=says):
-        export(model(), tmp_path / file, example_inputs=X, **options)
+        export(model(), tmp_path / file, **{"example_inputs": X, **options})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_neither_source_nor_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", swept(["net.py"], ["net.pt2", "net.onnx"]))
+def test_a_full_disk_leaves_no_file(file: str, tmp_path: Path) -> None:
     handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     model = retrofitted()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         with pytest.raises(RetrofitError, match=r"can't be written: .*File too large"):
-            export(model, tmp_path / "net.py", example_inputs=X)
+            export(model, tmp_path / file, example_inputs=X)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -161,7 +161,7 @@ def test_norms_or_the_head_alone_are_arms_and_a_plain_network_beside_frozen_ones
         ({"config": config(trainable="se")}, "trainable"),
         ({"val_data": None}, "validation"),
         *(({"arms": arms}, "arms") for arms in (("se",), ("plain",), ("plain", "bigger"), ("plain", "se", "se"))),
-        ({"model": network()}, "retrofitted already"),
+        ({"model": network()}, "give the one without SE"),
     ],
 )
 def test_mistakes_are_refused(changes: dict[str, Any], says: str) -> None:

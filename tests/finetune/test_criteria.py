@@ -182,7 +182,7 @@ def labelled(targets: Tensor) -> TensorDataset:
         ({}, labelled(torch.full((64,), 2)), "class 2, .* 0 to 1.*num_classes"),
         ({}, labelled(torch.full((64,), -1)), "class -1, .* without a label"),
         ({}, labelled(torch.full((64,), 0.5)), r"float32 of shape \(16,\)"),
-        ({}, [(POINTS[0], "cat")] * 64, "'cat', 'cat'"),
+        ({}, [(POINTS[0], "cat")] * 64, r"got 'cat'$"),
         ({}, [(POINTS[0], None)] * 64, "None"),
         ({}, [(POINTS[0], [0, 1]), (POINTS[0], [1])] * 32, "one length"),
         (

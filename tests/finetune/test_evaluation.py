@@ -94,10 +94,11 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     assert float(rows[7]["probability_1"]) + float(rows[7]["probability_2"]) == pytest.approx(1, abs=1e-5)
     assert said("predict", result, pictures / "val", "--output", tmp_path / "p.csv", "--cpu") == ""
     assert (tmp_path / "p.csv").read_text().splitlines()[0] == "file,class,probability"
+    assert said("predict", result, one, "--output", "-", "--cpu").startswith("file,class,probability")
     shutil.copytree(pictures / "val", tmp_path / "more")
     shutil.copytree(pictures / "val", tmp_path / "more" / "red" / ".ipynb_checkpoints")
     assert len(list(predict(model, [tmp_path / "more"], batch_size=3))) == 10
-    half = next(predict(model.bfloat16(), [one]))
+    half = next(predict(model.bfloat16(), one))
     assert (half.classes[0], round(half.probabilities[0], 1)) == (rows[-1]["class_1"], round(float(shares.max()), 1))
     assert evaluate(model, load_data(pictures).val, config=FinetuneConfig(cpu=True, workers=0)).images == 10
     vars(model)[IMAGES]["classes"] = ["blue"]  # fewer than the head has, as where a head of 1000 is kept
@@ -108,7 +109,7 @@ def test_predict_writes_what_the_network_computes(result: Path, pictures: Path, 
     ("command", "code"),
     [
         (("predict", "RUN", "pictures/val", "--batch-size", "2"), 1),  # which could not do all
-        (("evaluate", "RUN", "--data", "pictures", "--workers", "0"), 0),
+        (("evaluate", "RUN", "--data", "pictures", "--workers", "0", "--output", "-"), 0),
         (("fold", "RUN", "--data", "pictures", "--tolerance", "100", "--json", "fold.json"), 0),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
@@ -130,7 +131,8 @@ def test_images_that_cannot_be_read_are_named_and_skipped_where_so_asked(
         names = ["0.jpg", "1.png", "2.jpg", "3.png", "4.jpg"]
         assert [Path(row["file"]).name for row in rows] == [*names[:1], *names[2:], *names]
     elif command[0] == "evaluate":
-        assert "9 images: accuracy" in skipped.output
+        assert "9 images: accuracy" in skipped.stderr
+        assert json.loads(skipped.stdout)["images"] == 9  # and nothing else
     else:
         assert json.loads(Path("fold.json").read_text())["inputs"] == 9
 
@@ -141,6 +143,7 @@ def test_images_that_cannot_be_read_are_named_and_skipped_where_so_asked(
         (("predict", "RUN", "nowhere.jpg"), "nowhere.jpg"),
         (("predict", "RUN", "README"), "README can't be read"),
         (("predict", "RUN", "empty"), "empty holds no images"),
+        (("evaluate", "nowhere", "--data", "nothing", "--confusion", "matrix.xyz"), "matrix.xyz has no suffix"),
         (("evaluate", "empty", "--data", "digits"), "empty holds no network"),
         (("evaluate", "RUN", "--data", "others"), "classes blue, red, .* green, red"),
         (("fold", "RUN", "--data", "others"), "classes blue, red, .* green, red"),

@@ -16,7 +16,7 @@ from command_line import called
 from command_line import said as run
 from pictures import make_cifar10, make_folder
 from safetensors.torch import load_file
-from tiny import same
+from tiny import same, trained
 
 import se_retrofit.finetune
 from se_retrofit import RetrofitError, load_retrofitted, plan_of
@@ -61,7 +61,11 @@ def test_from_the_command_line_a_result_is_the_model(result: Path, tmp_path: Pat
     data, output = make_folder(tmp_path / "data", ("blue", "green", "red")), tmp_path / "run"
     said = run("finetune", result, "--data", data, "--epochs", 1, "--batch-size", 8, "--cpu", "--output", output)
     assert "the data has blue, green, red: the head is new" in said
+    moved = data.rename(tmp_path / "moved")
+    assert "no data" in str(called("finetune", "--resume", output).exception)
+    assert "resumed" in run("finetune", "--resume", output, "--data", moved)
     assert "resumed" in run("finetune", "--resume", output)
+    data = moved
     assert "15 images: accuracy" in run("evaluate", output, "--data", data, "--cpu")
     assert load_retrofitted(output / "best").fc.out_features == 3
 
@@ -223,6 +227,12 @@ def test_settings_that_contradict_each_other_are_named(fields: dict[str, Any], n
     with pytest.raises(RetrofitError) as raised:
         FinetuneConfig(**fields)
     assert all(name in str(raised.value) for name in names)
+
+
+def test_options_that_no_file_can_hold_are_refused_where_a_run_writes_files(tmp_path: Path) -> None:
+    recipe = {"transform_options": {"re_prob": torch.tensor(0.0)}}
+    with pytest.raises(RetrofitError, match=r"numbers, text, lists and dicts: .*Tensor"):
+        trained(recipe=recipe, output_dir=tmp_path)
 
 
 def test_an_unknown_field_is_refused_with_close_names() -> None:

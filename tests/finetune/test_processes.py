@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from tiny import ENVIRONMENT, Items, breaking, digits, network, progress_in, rows_in, same, torchrun, trained
 from torch import nn
 
+from se_retrofit import RetrofitError
 from se_retrofit.finetune import FinetuneResult, NamedData, Stopped
+from se_retrofit.finetune.checkpoint import Folder
 from se_retrofit.finetune.log import Log
 
 pytestmark = pytest.mark.sweep
@@ -43,6 +45,10 @@ def train(
     folder: Path, fields: dict[str, Any], model: nn.Module | None = None, data: NamedData | None = None, **options: Any
 ) -> FinetuneResult:
     return trained(model, data or digits(128), recipe=fields, output_dir=folder, **options)
+
+
+def failing(*args: Any) -> None:
+    raise RetrofitError("last can't be written: No space left on device")
 
 
 def main(root: Path) -> None:
@@ -68,6 +74,9 @@ def main(root: Path) -> None:
         model = network()
         model.unused = nn.Linear(2, 2)
         refused(name, root / name, {"batch_size": 8, **changes}, model, **few)
+    save, Folder.save = Folder.save, failing  # type: ignore[method-assign]
+    refused("full disk", root / "full disk", {"batch_size": 8}, **few)
+    Folder.save = save  # type: ignore[method-assign]
     stop, readings = threading.Event(), itertools.count()
 
     def item(index: int) -> Any:
@@ -118,6 +127,10 @@ def test_two_processes_resume_to_the_same_weights_and_not_as_another_number(root
     for folder in ("last", "best"):
         assert same(*(load_file(root / run / folder / "weights.safetensors") for run in ("whole", "broken"))), folder
     assert all("processes: 1 then, 2 now" in said for said in told(root, "other number"))
+
+
+def test_an_error_of_the_process_that_writes_is_raised_in_all(root: Path) -> None:
+    assert told(root, "full disk") == ["RetrofitError: last can't be written: No space left on device"] * 2
 
 
 def test_unused_parameters_are_trained_around_where_it_is_told_so(root: Path) -> None:

@@ -231,9 +231,10 @@ def test_there_is_no_suggestion_where_the_loss_hardly_falls() -> None:
         ({"lowest": 1.0, "highest": 0.1}, r"lowest=1\.0, highest=0\.1"),
         ({"lowest": 0.0}, r"lowest=0\.0"),
         ({"steps": 5}, "got 5"),
+        ({"steps": 20.5}, r"steps must be a positive int, got 20\.5"),
         ({"lowest": 1e20, "highest": 1e30}, r"after \d steps, at a learning rate of 1.\d+e\+2\d"),
     ],
 )
 def test_wrong_ramps_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(RetrofitError, match=message):
+    with pytest.raises((RetrofitError, TypeError), match=message):
         find_lr(nn.Linear(5, 2), points(), config=PLAIN, **options)

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 
 from se_retrofit import RetrofitError, add_se
-from se_retrofit.finetune import load_data, load_split
+from se_retrofit.finetune import datasets, load_data, load_split
 
 
 def told(folder: Path, data: Path | str, *options: str) -> list[str]:
@@ -88,7 +88,7 @@ def test_a_folder_of_classes_alone_is_split_by_class_and_alike_every_time(
     assert "6 of its 24 images" in data.note
     for file in sorted((flowers / "red").iterdir())[1:]:
         file.unlink()
-    with pytest.raises(RetrofitError, match=r"red has 1 images"):
+    with pytest.raises(RetrofitError, match=r"red has 1 image,"):
         load_data(flowers)
 
 
@@ -108,6 +108,8 @@ def test_digits_are_split_by_class_and_alike_every_time() -> None:
     assert torch.bincount(a.val.tensors[1]).min() >= 34  # each class has its share
     assert -1 <= float(a.train.tensors[0].min()) < float(a.train.tensors[0].max()) <= 1
     assert len(load_split("digits", "train", image_size=8).data) == 1437
+    with pytest.raises(RetrofitError, match="image_size must be at least 1, got 0"):
+        load_data("digits", image_size=0)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,15 @@ def test_data_that_is_not_there_is_named(
     shutil.rmtree(Path("lacking", "train", "green"))
     with pytest.raises(RetrofitError, match=says):
         load_split(name, split, root="none") if split else load_data(name, root="none")
+
+
+def test_a_library_that_is_missing_is_not_said_to_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise ModuleNotFoundError("No module named 'datasets'")
+
+    monkeypatch.setattr(datasets, "create_dataset", fail)
+    with pytest.raises(RetrofitError, match=r"No module named 'datasets'$"):
+        load_data("hfds/a/b")
 
 
 def test_a_data_set_of_torchvision_is_read_by_timms_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,9 +195,18 @@ PLAIN = made_of(torch.zeros(8, 3, 16, 16))
         ([{"photo": torch.zeros(3, 16, 16), "label": 0}] * 8, {}, r"keys photo, label.*keys="),
         ([{"image": torch.zeros(3, 16, 16), "name": "a"}] * 8, {}, r"^train_data .*keys image, name.*keys="),
         ([{"image": torch.zeros(3, 16, 16), "label": 0}] * 8, {"keys": ["image", "kind"]}, "not kind"),
+        (
+            [(torch.zeros(3, 16, 16), [1] * (1 + number // 7)) for number in range(8)],
+            {},
+            r"got \[1\], \[1, 1\]|got \[1, 1\], \[1\]",
+        ),
         (DataLoader(PLAIN, batch_size=None), {}, r"train_data .*\(3, 16, 16\) and shape \(\)"),
         (Subset(PLAIN, [0]), {}, "freeze_bn=True"),  # too small for a batch norm
-        (TensorDataset(PLAIN.tensors[0], torch.full((8,), 10)), {"mixup": 0.2}, "class 10, .* 0 to 9"),
+        (TensorDataset(PLAIN.tensors[0], torch.full((8,), -1)), {"balance": "sampling"}, "class -1, .* from 0"),
+        (PLAIN, {"trackers": ["tensorboard"]}, "trackers need output_dir"),
+        (DataLoader(Subset(PLAIN, range(3)), batch_size=2), {}, "drop_last=True"),
+        (TensorDataset(PLAIN.tensors[0], torch.full((8,), 10)), {"mixup": 0.2}, "class 10, .* 0 to 9.*num_classes=11"),
+        (TensorDataset(PLAIN.tensors[0], torch.full((8, 10), 2.5)), {}, r"2\.5 to 2\.5; .* classifiers"),
     ],
 )
 def test_data_that_make_no_batches_or_do_not_fit_are_refused_in_words(
@@ -205,6 +214,15 @@ def test_data_that_make_no_batches_or_do_not_fit_are_refused_in_words(
 ) -> None:
     with pytest.raises(RetrofitError, match=says):
         trained(data=data, recipe=fields)
+
+
+def test_the_end_of_another_process_is_not_taken_for_a_fault_of_the_network() -> None:
+    class Cut(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:545] Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match=r"^\[third_party/gloo"):
+        engine.called(Cut(), PLAIN.tensors[0])
 
 
 def test_an_error_in_a_loading_process_is_told_without_its_traceback() -> None:

@@ -15,7 +15,18 @@ from inspected import Twice, small_resnet
 from networks import assert_untouched, random_states, randomise_se, snapshot
 from torch import Tensor, nn
 
-from se_retrofit import RetrofitError, SEAttention, add_se, fuse_se, plan_of
+from se_retrofit import (
+    RetrofitError,
+    SEAttention,
+    add_se,
+    fold_se,
+    fuse_se,
+    load_retrofitted,
+    plan_of,
+    remove_se,
+    save_retrofitted,
+)
+from se_retrofit.attention import Inserted
 from se_retrofit.inspection import Excitations, GateLogger, excitations, plot_gates
 
 SIZES = (11, 1, 6)
@@ -243,3 +254,33 @@ def test_the_epochs_are_written_for_tensorboard_and_json_and_drawn_with_a_panel_
         line = next(line for line in axes.lines if line.get_label() == "median")
         assert list(line.get_xdata()) == [0, 1, 2]
         assert list(line.get_ydata()) == pytest.approx([float(e[path].mean.quantile(0.5)) for e in epochs])
+
+
+@torch.no_grad()
+def prune(layer: nn.Module, dim: int, keep: int, name: str) -> None:
+    """Keep some of a layer's outputs (dim 0) or inputs (dim 1), as libraries for structured pruning do."""
+    for key, parameter in list(layer.named_parameters()):
+        if parameter.dim() > dim:
+            setattr(layer, key, nn.Parameter(parameter.narrow(dim, 0, keep).clone()))
+    setattr(layer, name, keep)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not tell the name:UserWarning")
+@pytest.mark.parametrize("attention", ["se", "static"])
+def test_of_channels_that_are_pruned_after_the_retrofit_those_left_are_told(attention: str, tmp_path: Path) -> None:
+    bare = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    model = randomise_se(add_se(bare, 2, attention=attention)).eval()
+    prune(model[0], 0, 4, "out_channels")
+    prune(model[2], 1, 4, "in_channels")
+    se = next(module for module in model[1].modules() if isinstance(module, Inserted))
+    if attention == "se":
+        prune(se.fc[0], 1, 4, "in_features")
+        prune(se.fc[2], 0, 4, "out_features")
+    else:
+        prune(se, 0, 4, "pruned_to")
+    x = torch.randn(2, 3, 9, 9)
+    found = excitations(model, [x])
+    assert [len(site.mean) for site in found.sites] == [site.channels for site in plan_of(model).sites] == [4, 8]
+    assert fold_se(model, [x])(x).shape == model(x).shape
+    folder = save_retrofitted(model, tmp_path / "pruned")
+    assert torch.equal(load_retrofitted(folder, base=remove_se(model)).eval()(x), model(x))

@@ -40,7 +40,7 @@ from se_retrofit import (
 )
 from se_retrofit.models import Base
 from se_retrofit.saving import load_se, save_se
-from se_retrofit.saving.atomic import replaced_directory, replaced_file
+from se_retrofit.saving.atomic import NEW, replaced_directory, replaced_file
 from se_retrofit.saving.base import base_of
 
 X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -342,6 +342,17 @@ def test_two_that_write_one_file_at_once_each_write_the_whole_file(tmp_path: Pat
             fresh.with_suffix(".data").write_text(fresh.parent.name)
     assert file.read_text() == file.with_suffix(".data").read_text() == last.parent.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.data", "model.onnx"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_the_next_write_removes_what_a_killed_one_left_and_not_what_another_is_writing(tmp_path: Path) -> None:
+    (tmp_path / f"{NEW}killed").mkdir()
+    (tmp_path / f"{NEW}killed" / "model.onnx").touch()
+    with replaced_file(tmp_path / "slow") as slow:
+        slow.touch()
+        with replaced_file(tmp_path / "quick") as quick:
+            quick.touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quick", "slow"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has neither")

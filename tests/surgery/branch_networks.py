@@ -219,3 +219,77 @@ class Tree(nn.Module):
         y, pooled = self.first(self.stem(x))
         z, _ = self.second(y)
         return self.root(torch.cat([pooled, y, z], 1))
+
+
+@joined("fuse", kind="multi-branch")
+class PassedOn(Sides):
+    """Returns its input as well, which the next blocks take beside their own (SelecSLS, Mehta et al., arXiv:1907.00837)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fuse = conv(24, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fuse(torch.cat([self.f(x), self.g(x), x], 1)), x
+
+
+def halved() -> dict[str, nn.Module]:
+    return {"conv1": conv(4, 4), "conv2": conv(4, 4), "norm": nn.BatchNorm2d(4)}
+
+
+@joined(parts=halved, kind="dense", channels=4)
+def NormBeforeConcat(self, x):
+    """SE behind the norm would pass it dense gradients instead of slices, which it sums up in another order."""
+    x, y = x.chunk(2, 1)
+    return torch.cat([x, self.norm(self.conv2(self.conv1(y).relu()))], 1)
+
+
+@joined(parts=halved, channels=4)
+def AddBeforeConcat(self, x):
+    x, y = x.chunk(2, 1)
+    return torch.cat([x + self.norm(self.conv2(self.conv1(x).relu())), y], 1)
+
+
+@joined(
+    parts=lambda: {"layers": nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), conv(c, 4)) for c in (8, 12))},
+    example=IMAGE, kind="dense", after="2", channels=4, at=(".layers.0", ".layers.1"),
+)  # fmt: skip
+def GrownInLoop(self, x):
+    """A dense block whose input grows (FC-DenseNet, Jégou et al., arXiv:1611.09326); it returns as many channels as it got."""
+    for layer in self.layers:
+        x = torch.cat([x, layer(x)], 1)
+    return x[:, 8:]
+
+
+class Progressive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = unit(12, 4, 1), unit(4, 4), unit(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.second(x)
+        return torch.cat([x, y, self.third(y)], 1)
+
+
+@structure(IMAGE, sites={"1": 12, "2": 12}, kind="multi-branch", after="cat")
+def OneAfterTheOther() -> nn.Module:
+    """All branches are joined, and each starts from the one before (STDC, Fan et al., arXiv:2104.13188)."""
+    return nn.Sequential(conv(3, 12), Progressive(), Progressive())
+
+
+class Flow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse, self.fine = conv(8, 2), nn.Sequential(unit(10, 8), conv(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flow = self.coarse(x)
+        flow = flow + self.fine(torch.cat([x, flow], 1))
+        return F.grid_sample(x, flow.movedim(1, -1), align_corners=False)
+
+
+@structure(IMAGE, sites={"2": 8, "3": 8}, skipped={"1.coarse": "sampled by", "1.fine.1": "sampled by"})
+def RefinedFlow() -> nn.Module:
+    """A flow that is refined tells where features are sampled (SpyNet, Ranjan and Black, arXiv:1611.00850)."""
+    return nn.Sequential(conv(3, 8), Flow(), Unit(), Unit())

@@ -187,6 +187,48 @@ def Pix2Pix() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), SkipConnection(8, 12, SkipConnection(12, 16)), *up)
 
 
+class Level(nn.Module):
+    """One level of a U-Net around the next, which is convolved at its own size (Kerfoot et al., arXiv:1812.01087)."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.inside(x)], 1)
+
+
+def down(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 4, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def up(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(inputs, outputs, 4, 2, 1), nn.BatchNorm2d(outputs), nn.PReLU())
+
+
+@structure(
+    IMAGE,
+    sites={"0": 8, "1.inside.0": 12, "1.inside.1.inside": 16, "1.inside.2": 8},
+    kind="chain",
+    skipped={"2": "a prediction"},
+)
+def LevelsOfChains() -> nn.Module:
+    """The concat at the lowest level, whose sizes are equal, is a skip like the others, and no dense layer."""
+    middle = nn.Sequential(down(8, 12), Level(unit(12, 16)), up(28, 8))
+    return nn.Sequential(down(3, 8), Level(middle), nn.ConvTranspose2d(16, 3, 4, 2, 1))
+
+
+@module_of(lambda: {"conv": conv(2, 2)})
+def Logits(self, x: Tensor) -> Tensor:
+    return self.conv(x) + x
+
+
+@structure(IMAGE, sites={"1": 8}, skipped={"3.conv": "a prediction"})
+def ResidualLogits() -> nn.Module:
+    """The last unit adds a bare convolution to the logits: it predicts, and makes no features."""
+    return nn.Sequential(down(3, 8), Unit(), up(8, 2), Logits())
+
+
 def nested() -> dict[str, nn.Module]:
     widths = {f"{i}{j}": 8 * (j + 1) if i + j else 3 for j in range(4) for i in range(4 - j)}
     return {

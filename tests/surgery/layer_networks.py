@@ -280,6 +280,29 @@ def LightCNN() -> nn.Module:
     return nn.Sequential(MFM(3), MFM(8), conv(8, 2))
 
 
+class ActivatedConv(nn.Conv2d):
+    """A convolution that calls its norm and activation itself (Detectron2; ``ConvBnReLU2d`` of torch.ao is one, too)."""
+
+    def __init__(self, inputs: int, outputs: int, **options: Any) -> None:
+        super().__init__(inputs, outputs, 3, padding=1, **options)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(super().forward(x)))
+
+
+@structure(IMAGE, sites={"0": 8, "1": 8}, kind="chain", skipped={"2": "a prediction"})
+def ActivatedConvs() -> nn.Module:
+    return nn.Sequential(ActivatedConv(3, 8), ActivatedConv(8, 8), conv(8, 2))
+
+
+@structure(IMAGE, sites={"1.0": 8, "2.0": 8}, kind="inverted", skipped={"0": "a plain chain beside"})
+def ActivatedInverted() -> nn.Module:
+    """Inverted bottlenecks of such convolutions."""
+    cores = (nn.Sequential(ActivatedConv(8, 8, groups=8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)) for _ in range(2))
+    return nn.Sequential(ActivatedConv(3, 8), *cores, conv(8, 2))
+
+
 def pyramid() -> dict[str, nn.Module]:
     blocks = (nn.Sequential(nn.PReLU(i), conv(i, o)) for i, o in ((3, 8), (8, 12), (12, 12)))
     return {"blocks": nn.ModuleList(blocks), "head": nn.Linear(32, 3)}

@@ -21,8 +21,10 @@ from networks import (
     same_tensors,
     se_modules,
 )
+from structure import Unit
 from sweeps import swept
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -51,6 +53,15 @@ def _assert_same_with_gates(retrofitted: torch.fx.GraphModule, original: nn.Modu
     with torch.no_grad():
         torch.testing.assert_close(retrofitted(X), reference(X))
         assert not torch.equal(reference(X), original(X))
+
+
+def test_a_decomposed_program_whose_norms_return_tuples_is_retrofitted() -> None:
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), Unit())).eval()
+    program = make_fx(model)(X)
+    with_se = add_se(program, example_inputs=X)
+    assert torch.equal(with_se(X), program(X))
+    assert torch.equal(remove_se(with_se)(X), program(X))
+    assert not torch.equal(randomise_se(with_se)(X), program(X))
 
 
 def _vgg() -> nn.Module:

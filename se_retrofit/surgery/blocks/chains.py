@@ -52,9 +52,7 @@ def _units(record: Record) -> Iterator[tuple[Op, Op]]:
             if pair is not None and pair.role == "act":
                 pair = next_after(pair, ("norm", "pass", "affine"))
             if pair is not None and is_pointwise(pair) and pair.conv is not None:
-                closing = next_after(pair, ("norm", "pass", "affine", "pool"))
-                if closing is not None and closing.role == "act":
-                    following = closing
+                following = activation_after(pair) or following
         if following is None and _is_activated_later(conv):
             following = conv
         if following is not None and is_feature(following, pooled=True) and not adds_positions(conv, following):

@@ -15,6 +15,7 @@ from .questions import (
     has_nonlinearity,
     has_spatial_conv,
     joins_channels,
+    next_after,
     own_operations,
     resizes,
 )
@@ -24,8 +25,29 @@ def dense_layers(record: Record) -> Iterator[Block]:
     """A concat of a value and of the outputs of several layers, each of which takes everything before it (DenseNet,
     Huang et al., arXiv:1608.06993). If each takes only the previous output, it is one multi-branch block instead."""
     for call in reversed(record.calls):
-        for cat in reversed(own_operations(record, call)):  # the last concat of a dense block has all its layers
+        own = own_operations(record, call)
+        for cat in reversed(own):  # the last concat of a dense block has all its layers
             yield from _layers(record, call, cat)
+        grown = {cat: layer for cat in own if (layer := _appended(record, call, cat)) is not None}
+        before = {operand for cat in grown for operand in cat.data}
+        yield from (layer for cat, layer in grown.items() if cat in before or not grown.keys().isdisjoint(cat.data))
+
+
+def _appended(record: Record, call: Call, cat: Op) -> Block | None:
+    """Return the layer in ``x = cat([x, layer(x)])``. One such concat alone may be a convolution and a cheap one
+    (GhostNet); in a dense block, one follows the other."""
+    if not joins_channels(cat) or len(cat.data) != 2:
+        return None
+    for x, new in (cat.data, cat.data[::-1]):
+        region = call.region(new, x.lineage)
+        if x.bit & new.ancestors and _is_layer(list(record.select(region))):
+            return _layer(call, region, new, cat)
+    return None
+
+
+def _layer(call: Call, region: int, new: Op, cat: Op) -> Block:
+    child = call.child_with(new)  # a layer that is a module gets SE in that module
+    return Block("dense", child if child is not None and child.shows(new) else call, region, new, cat)
 
 
 def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
@@ -42,9 +64,7 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
         reads_all = any(all(i.bit & seen for i in op.data) for op in concats)
         if (blocks and not reads_all) or not _is_layer(ops):
             return []
-        child = call.child_with(operand)  # a layer that is a module gets SE in that module
-        own = child if child is not None and child.shows(operand) else call
-        blocks.append(Block("dense", own, region, operand, cat))
+        blocks.append(_layer(call, region, operand, cat))
         seen |= operand.bit
         outside |= region
     return blocks
@@ -64,6 +84,8 @@ def _units(record: Record, call: Call, cat: Op) -> list[Block]:
     returned = _is_returned(call, cat)
     if call.parent is not None and not returned:
         return []
+    if _is_upsampled(cat):
+        return []
     new = [o for o in cat.data if bypass_source(o, call, 0, projections=0) is None]
     if not returned or not new or len(new) == len(cat.data):
         return _split_inside(record, call, cat)
@@ -74,6 +96,12 @@ def _units(record: Record, call: Call, cat: Op) -> list[Block]:
         if common is not None:
             new = [common] if common.channels is not None else []
     return [block for value in new for block in _new_features(record, cat, value, call, 0)]
+
+
+def _is_upsampled(cat: Op) -> bool:
+    """Return whether a lone concat is upsampled next: the skip at the lowest level of a U-Net."""
+    following = next_after(cat, TRANSPARENT)
+    return following is not None and resizes(following) and all(o.role != "cat" for o in cat.data)
 
 
 def _is_returned(call: Call, cat: Op) -> bool:

@@ -12,7 +12,7 @@ from ...errors import RetrofitError
 from ..record.graph import Call, Op, Record
 from .block import Block, Found, Place, Target, problem_of
 from .names import conv_paths, name_of, path_of
-from .placements import PLACEMENTS
+from .placements import PLACEMENTS, apart_from_concat
 from .questions import gate_after, is_gate
 from .table import RECOGNISERS, Recogniser
 
@@ -91,7 +91,7 @@ class _Finder:
             reason = f"placement {self.placement!r} is for residual units, this block {of_kind}"
             self.found.leave(name, reason, block.region)
         else:
-            self.place(block, name, target, aside)
+            self.place(block, name, apart_from_concat(target), aside)
 
     def place(self, block: Block, name: str, target: Target, aside: str) -> None:
         op = target.op

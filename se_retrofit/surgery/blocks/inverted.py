@@ -27,7 +27,7 @@ def _core(conv: Op) -> tuple[Op, Op, Op] | None:
     of the projection, the operation that takes it, and the output of the projection."""
     if not conv.depthwise or conv.flat:
         return None
-    op, acted = conv, False
+    op, acted = conv, conv.activated
     padded: tuple[Op, Op] | None = None  # the value that is padded before the projection, and the padding
     while True:
         users = real_users(op)

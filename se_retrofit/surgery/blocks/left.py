@@ -78,9 +78,9 @@ def _why_in_no_block(conv: Op, found: Found) -> str:
         return "another value is sampled by its output: a prediction"
     if not is_feature(conv, pooled=True):
         return "no learned layer takes its output: a prediction, or not used"
+    if conv.bit & found.shortcuts:
+        return "it is on the shortcut of a unit"
     following = next_after(conv, TRANSPARENT)
     if following is not None and following.role in ("add", "mul"):
         return f"it has no non-linearity, and is a part of {'an addition' if following.role == 'add' else 'a product'}"
-    if conv.bit & found.shortcuts:
-        return "it is on the shortcut of a unit"
     return "it has no non-linearity, and is in no block"

@@ -42,10 +42,12 @@ def _block(record: Record, call: Call, cat: Op) -> Block | None:
     block = _branches_from(record, call, cat, source)
     if block is not None or source is None or call.parent is None or escapes(record, call, call.inputs, {cat}):
         return block
-    # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all
+    # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all;
+    # without such a conv, two values may be a convolution and a cheap one (GhostNet)
     block = _branches_from(record, call, cat, None)
-    fused = block is not None and block.branch is not cat and call.holds(block.branch)
-    return block if fused else None
+    if block is not None and (len(cat.data) < 3 if block.branch is cat else not call.holds(block.branch)):
+        return None
+    return block
 
 
 def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Block | None:

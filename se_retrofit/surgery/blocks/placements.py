@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import nn
+
 from ..record.facts import only_user
 from ..record.graph import Record
 from .block import Block, Target
@@ -69,6 +71,20 @@ def spatial(record: Record, block: Block) -> Target | None:
         if user is not None and (acted or is_pointwise(user)):
             return edge(op, user)
     return branch_end(record, block)
+
+
+def apart_from_concat(target: Target) -> Target:
+    """Return the place before a batch norm instead of the one between it and a concat. From a concat, a value gets its
+    gradient as a slice, from SE as a dense tensor; on CPUs, a batch norm sums the two up in another order, so that its
+    gradients would not be equal bit for bit."""
+    norm = target.op
+    user = only_user(norm)
+    while user is not None and user.role in ("add", "pass", "affine"):
+        user = only_user(user)
+    batch_norm = isinstance(norm.module, nn.modules.batchnorm._BatchNorm) or "batch_norm" in norm.name
+    if batch_norm and user is not None and user.role == "cat" and only_user(norm.data[0]) is norm:
+        return Target(target.call, norm.data[0])
+    return target
 
 
 PLACEMENTS: dict[str, Callable[[Record, Block], Target | None]] = {

@@ -50,7 +50,7 @@ def is_gate(op: Op) -> bool:
 
 def has_nonlinearity(ops: Iterable[Op]) -> bool:
     """Return whether one of the operations is a non-linearity; self-attention counts as one."""
-    return any(op.role in ("act", "other") or (op.role == "mul" and len(op.data) == 2) for op in ops)
+    return any(op.role in ("act", "other") or op.activated or (op.role == "mul" and len(op.data) == 2) for op in ops)
 
 
 def has_spatial_conv(ops: Iterable[Op]) -> bool:
@@ -73,7 +73,7 @@ def activation_after(conv: Op) -> Op | None:
     """Return the non-linearity after a convolution, its norm and a pool: that of the value, possibly permuted; of its
     halves together (a gated linear unit, a maximum); or beside pools and concats that tap the value (preactivation)."""
     op = conv
-    while True:
+    while not op.activated:
         users = real_users(op)
         acts = [u for u in users if u.role == "act"]
         if len(acts) == 1 and all(u in acts or u.role in ("pool", "cat") for u in users):
@@ -87,6 +87,7 @@ def activation_after(conv: Op) -> Op | None:
         if not moved and user.role not in ("norm", "pass", "affine", "pool"):
             return None
         op = user
+    return op
 
 
 def _join_of_halves(halves: list[Op]) -> Op | None:
@@ -124,8 +125,10 @@ def feeds_a_layer(record: Record, value: Op) -> bool:
 
 
 def escapes(record: Record, call: Call, sources: Iterable[Op], cut: set[Op]) -> bool:
-    """Return whether a path from ``sources`` to the module's output passes none of ``cut``."""
-    return not _reached(record, call, sources, cut).isdisjoint(call.outputs)
+    """Return whether a path from ``sources`` to the module's output passes none of ``cut``. A source that the module
+    returns as it is, beside what it computes (SelecSLS, Mehta et al., arXiv:1907.00837), is no such path."""
+    sources = set(sources)
+    return not (_reached(record, call, sources, cut) - sources).isdisjoint(call.outputs)
 
 
 def derives(record: Record, call: Call, value: Op, source: Op, but: Op | None = None) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations
 
-from ..record.facts import LEARNED, behind
+from ..record.facts import LEARNED, behind, is_conv_or_linear
 from ..record.graph import Call, Op, Record
 from .attended import spatial_convs
 from .block import Block
 from .bypasses import all_pass
+from .chains import tells_where
 from .inverted import inverted_target
 from .questions import (
     bypass_source,
@@ -112,7 +113,7 @@ def _unit(record: Record, call: Call, add: Op) -> Block | None:
             continue
         if not all_pass(record, call, [source] if common else call.inputs, add, region):
             continue
-        if _is_query(source, region) or _spans_network(record, add, skip, ops):
+        if _is_query(source, region) or _spans_network(record, add, skip, ops) or tells_where(add):
             continue
         shortcut = record.select(skip.lineage & ~source.lineage)
         if call.parent is None and any(map(resizes, ops)) and not any(map(resizes, shortcut)):
@@ -146,16 +147,17 @@ def _is_modulation(record: Record, call: Call, add: Op) -> bool:
 
 def _spans_network(record: Record, add: Op, skip: Op, ops: list[Op]) -> bool:
     """Return whether a skip spans the whole network, as in restoration (VDSR, Kim et al., arXiv:1511.04587; DnCNN,
-    Zhang et al., arXiv:1608.03981), so that its branch is not a unit but a network: it holds most of the convolutions,
-    or it computes an image that is added to the input image."""
-    own = [op for op in ops if op.spatial_conv]
-    layers = {op.path for op in own}
+    Zhang et al., arXiv:1608.03981), so that its branch is not a unit but a network, which holds most of the
+    convolutions; or whether its sum is the network's prediction, narrower than its first features: an image that is
+    computed from the input image, or the logits of a last unit that ends in a bare convolution."""
+    layers = {op.path for op in ops if op.spatial_conv}
     if len(layers) > 3 and 2 * len(layers) > len({op.path for op in record.ops if op.spatial_conv}):
         return True
-    if any(op.role in LEARNED for op in record.select(skip.lineage)):
+    normed = not is_conv_or_linear(behind(ops[-1], ("pass", "affine", "shape")))
+    if normed and any(op.role in LEARNED for op in record.select(skip.lineage)):
         return False
-    widens = max(op.channels or 0 for op in own) > (add.channels or 0) > 0
-    return widens and not feeds_a_layer(record, add)
+    first = next(op for op in record.ops if op.spatial_conv)
+    return (first.channels or 0) > (add.channels or 0) > 0 and not feeds_a_layer(record, add)
 
 
 def _is_query(source: Op, region: int) -> bool:

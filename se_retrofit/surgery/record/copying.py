@@ -12,7 +12,7 @@ import copyreg
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +54,17 @@ def in_mode(model: M, training: bool) -> M:
     """Set the model to train or eval mode, and return it. A user's class may have a ``train`` that returns nothing."""
     model.train(training)
     return model
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the training flag of each module on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def mode_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

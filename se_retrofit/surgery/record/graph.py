@@ -52,6 +52,7 @@ class Op:
         module, path: that module, and its path in the model; for a "param", the path of the parameter or buffer.
         where: the frames of the calling module's own methods in which it happened.
         inplace: whether it changes its first input.
+        activated: whether a module that counts as one operation ends in an activation (torch.ao's ``ConvReLU2d``).
         node: its node in the graph; None in the record of a run that is only compared with another.
 
     Determined by ``facts.read``: ``role`` (see ``roles``), ``conv``, ``ancestors`` (a bit set of indices), and
@@ -75,6 +76,7 @@ class Op:
     path: str | None = None
     where: Where = ()
     inplace: bool = False
+    activated: bool = False
     node: fx.Node | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     role: str = ""

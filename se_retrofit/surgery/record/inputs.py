@@ -46,6 +46,10 @@ class Inputs:
     def is_meta(self) -> bool:
         return all(tensor.device.type == "meta" for tensor in self.tensors)
 
+    @property
+    def shapes(self) -> str:
+        return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors) or "none"
+
 
 def given_inputs(example_inputs: Any) -> Inputs:
     """Return ``example_inputs`` as the arguments of a call.

@@ -60,6 +60,7 @@ class _Single:
     arguments: tuple[Any, Any]
     inputs: tuple[Op, ...]
     changed: dict[int, Tensor] = field(default_factory=dict)  # the tensors that it has changed, by id, kept alive
+    activated: bool = False  # whether the last layer in it was an activation
 
 
 class _Recorder(TorchDispatchMode):
@@ -145,7 +146,7 @@ class _Recorder(TorchDispatchMode):
                 whole = self.result.graph.create_node("call_module", path, args, kwargs)
                 whole.meta.update(call=call, where=where)
             op = self.new_op(name, single.inputs, tensor, self.part_of(whole, output, index), where=where)
-            op.module, op.path, op.inplace = module, path, changed
+            op.module, op.path, op.inplace, op.activated = module, path, changed, single.activated
             self.values.keep(tensor, op)
         if single.changed:
             self.values.change_aliases(tensors_in(output), single.changed.keys())
@@ -163,6 +164,9 @@ class _Recorder(TorchDispatchMode):
         if self.singles:
             if func._schema.is_mutable:
                 self.singles[-1].changed.update((id(t), t) for t in written_by(func, args, kwargs))
+            role = role_of(func._schema.name.rpartition("::")[2].rstrip("_"))
+            if role in ("conv", "norm", "act") and isinstance(output, Tensor) and output.dim() > 2:
+                self.singles[-1].activated = role == "act"  # an observer clamps scales, which have no space
         elif func is torch.ops.aten.detach.default:  # the same value; autograd does it to what it saves, too
             self.values.keep(output, self.values.op_of(args[0]))
         else:

@@ -49,6 +49,14 @@ def record(model: nn.Module, example_inputs: Any = None) -> Record:
         return read(Runs.find(model, example_inputs, clean, training=False).evaluation)
 
 
+def misfit(model: nn.Module, given: Inputs, error: str | None) -> RetrofitError:
+    """Return the error for inputs of the caller that a model does not take."""
+    return RetrofitError(
+        f"{type(model).__name__} can't be run on the given example_inputs, of shape {given.shapes}; give inputs that it "
+        f"takes. Its forward raised {error}"
+    )
+
+
 _WITH_VALUES = 2  # number of inputs that failed on meta to retry with values
 
 
@@ -107,11 +115,7 @@ class Runs:
                 "nothing to retrofit; if it convolves with a function (as an exported program does), give example_inputs"
             )
         if given is not None:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given.tensors)
-            raise RetrofitError(
-                f"{name} can't be run on the given example_inputs, of shape {shapes}; give inputs that it takes. Its "
-                f"forward raised {first_error}"
-            )
+            raise misfit(model, given, first_error)
         raise RetrofitError(
             f"{name} can't be run on any input that was tried; give add_se(..., example_inputs=...) a tensor (or a tuple of "
             f"positional inputs, or a dict of keyword inputs) of the right shape. On the first one tried its forward raised {first_error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import operator
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -49,8 +50,10 @@ def _node_name(call: Call, op: Op) -> tuple[str, str]:
         line = list(code.co_positions())[lasti // 2][0] or 0
         # the generated "add : Tensor = x + y" assigns to a variable with the node's name
         name = "".join(lines[line - 1 : line]).partition("=")[0].partition(":")[0].strip()
-        if any(n.name == name for graph in graphs_of(call.module) for n in graph.nodes):
-            return name, _digest("".join(lines))
+        for node in [n for graph in graphs_of(call.module) for n in graph.nodes if n.name == name]:
+            first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+            # a decomposed norm returns a tuple, of which the first is its value
+            return (first[0] if first and op.role == "norm" else node).name, _digest("".join(lines))
     raise SpliceError(f"the output of {op.path or op.name} is not a node of the graph of {call.path or 'the model'}")
 
 
