@@ -17,9 +17,7 @@ def inputs_and_labels(batch: Any, keys: Sequence[str] = ()) -> tuple[Tensor, Ten
     inputs, *rest = fields_of(batch, keys)
     if not isinstance(inputs, Tensor):
         kind = type(inputs).__name__
-        raise TypeError(
-            f"each batch must be a tensor, a tuple or list that begins with one, or a dict of them, got {kind}"
-        )
+        raise TypeError(f"a batch must be a tensor, a tuple or list beginning with one, or a dict of them, got {kind}")
     labels = rest[0] if rest else None
     if isinstance(labels, Tensor) and labels.shape == inputs.shape[:1] and not labels.is_floating_point():
         return inputs, labels

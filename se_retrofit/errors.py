@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -82,12 +82,18 @@ def check_unwrapped(model: nn.Module) -> None:
     """Raise an error if a model is the network in one of torch's wrappers, whose keys and paths differ from its own."""
     from torch import nn
 
-    data_parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-    how, own = (
-        ("DistributedDataParallel or DataParallel", "module") if data_parallel else ("torch.compile", "_orig_mod")
-    )
+    parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    how, own = ("DistributedDataParallel or DataParallel", "module") if parallel else ("torch.compile", "_orig_mod")
     if own in model._modules:  # not hasattr: a __getattr__ may answer to every name
         raise RetrofitError(f"the model is wrapped by {how}: give what is in it, model.{own}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise an error unless ``value`` is one of some strings."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {brief(value)}")
+    if value not in choices:
+        raise RetrofitError(f"{name} must be one of {', '.join(map(repr, choices))}, got {brief(value)}")
 
 
 def check_flag(name: str, value: object) -> None:

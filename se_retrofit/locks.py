@@ -79,13 +79,7 @@ def _locked(file: Path) -> int:
             ) from error
         except OSError:  # a file system without locks
             return handle
-        if _is_still(file, handle):
-            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(file), os.fstat(handle)):
+                return handle
         os.close(handle)  # removed by a run that ended between the two calls
-
-
-def _is_still(file: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(file), os.fstat(handle))
-    except FileNotFoundError:
-        return False

@@ -15,15 +15,16 @@ MOST = 100_000  # values in YAML, where a few lines of aliases can expand to bil
 
 
 def read_json(path: Path) -> Any:
+    if not path.exists():
+        raise RetrofitError(f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote")
+    return parse_json(_text_of(path), path)
+
+
+def _text_of(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
-    except FileNotFoundError as error:
-        raise RetrofitError(
-            f"no file {path}; the folder is not one that save_retrofitted or a fine-tune wrote"
-        ) from error
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise RetrofitError(f"{path} can't be read, it may be cut short: {error}") from error
-    return parse_json(text, path)
 
 
 def parse_json(text: str, where: object) -> Any:
@@ -40,11 +41,7 @@ def parse_json(text: str, where: object) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RetrofitError(f"{path} can't be read: {error}") from error
-    return parse_yaml(text, path)
+    return parse_yaml(_text_of(path), path)
 
 
 def parse_yaml(text: str, where: object) -> Any:

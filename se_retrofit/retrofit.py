@@ -16,7 +16,7 @@ from .attention import Attention
 from .errors import RetrofitError, check_flag, check_module, told_as_fault
 from .plan import Plan, Site
 from .surgery.arguments import Options, Patterns, check_arguments
-from .surgery.blocks import Recognise
+from .surgery.blocks.table import Recognise
 from .surgery.planning import fitted, planned
 from .surgery.record.copying import copied
 from .surgery.record.isolation import without_collections
@@ -141,10 +141,8 @@ def remove_se(model: M, *, inplace: bool = False) -> M:
         >>> list(remove_se(add_se(model)).state_dict()) == list(model.state_dict())
         True
     """
-    check_module(model)
     check_flag("inplace", inplace)
-    if not has_se(model):
-        raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to remove")
+    check_retrofitted(model, "so there is nothing to remove")
     check_removable(model, "remove_se")
     with told_as_fault():
         target = model if inplace else copied(model)
@@ -181,6 +179,12 @@ def has_se(model: nn.Module) -> bool:
     check_module(model)
     warn_of_lost_sites(model)
     return any(map(is_retrofitted, model.modules()))
+
+
+def check_retrofitted(model: nn.Module, otherwise: str) -> None:
+    """Raise an error, which ends with ``otherwise``, if ``add_se`` has not added SE to this model."""
+    if not has_se(model):
+        raise RetrofitError(f"{type(model).__name__} has no SE inserted by add_se, {otherwise}")
 
 
 def warn_of_lost_sites(model: nn.Module) -> None:
@@ -252,7 +256,5 @@ class InsertSE(PassBase):
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         if not isinstance(graph_module, torch.fx.GraphModule):
-            raise TypeError(
-                f"InsertSE takes a GraphModule, got {type(graph_module).__name__}; for other modules call add_se"
-            )
+            raise TypeError(f"InsertSE takes a GraphModule, got {type(graph_module).__name__}; for others, call add_se")
         return PassResult(add_se(graph_module, self.reduction, **self.options, inplace=True), True)

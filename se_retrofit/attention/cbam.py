@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import RetrofitError
 from .inserted import Inserted
-from .parts import TwiceSigmoid, check_kernel, hidden_width, init_bottleneck, undrawn
+from .parts import TwiceSigmoid, bottleneck, check_kernel, hidden_width, init_bottleneck, undrawn
 
 
 def over_channels(x: Tensor, channel_dim: int, dims: int) -> Tensor:
@@ -80,11 +80,7 @@ class CBAM(Inserted):
         self.hidden = hidden_width(channel, reduction, min_hidden)
         self.dims = dims
         factory = {"device": device, "dtype": dtype}
-        self.mlp = nn.Sequential(
-            undrawn(nn.Linear, channel, self.hidden, bias=bias, **factory),
-            nn.ReLU(inplace=True),
-            undrawn(nn.Linear, self.hidden, channel, bias=bias, **factory),
-        )
+        self.mlp = nn.Sequential(*bottleneck(channel, self.hidden, bias, **factory))
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
         self.conv = undrawn(conv, 2, 1, kernel_size, padding=kernel_size // 2, bias=False, **factory)
         self.gate = TwiceSigmoid()

@@ -108,9 +108,7 @@ def check_made(module: nn.Module, slot: Slot, name: str) -> None:
     if x._version != version and not isinstance(module, Inserted):
         raise RetrofitError(f"{what} changes its input in place, but its output has to be compared with that input")
     if has_values and not found.isfinite().all():
-        raise RetrofitError(
-            f"{what} returns values that are not finite for a finite input, so it can't start as an identity"
-        )
+        raise RetrofitError(f"{what} returns non-finite values for a finite input, so it can't start as an identity")
     if drawn:
         warnings.warn(
             f"attention={name} draws random numbers in train mode, so the network's own draws (its dropout, say) will "

@@ -80,6 +80,12 @@ def undrawn(layer: Any, *sizes: int, **options: Any) -> Any:
     return made
 
 
+def bottleneck(channels: int, hidden: int, bias: bool, **factory: Any) -> list[nn.Module]:
+    """Return the layers of the excitation before its gate, whose values ``init_bottleneck`` draws."""
+    first = undrawn(nn.Linear, channels, hidden, bias=bias, **factory)
+    return [first, nn.ReLU(inplace=True), undrawn(nn.Linear, hidden, channels, bias=bias, **factory)]
+
+
 @torch.no_grad()
 def init_bottleneck(first: Any, last: Any) -> None:
     """Initialise two linear layers: the first by Kaiming's method, the last with zeros, so that all gates are 1.0 while

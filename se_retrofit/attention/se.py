@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief, check_flag, check_positive
+from ..errors import RetrofitError, check_choice, check_flag, check_positive
 from .inserted import Inserted
-from .parts import TwiceSigmoid, hidden_width, init_bottleneck, undrawn
+from .parts import TwiceSigmoid, bottleneck, hidden_width, init_bottleneck
 
 GATES = ("identity", "sigmoid")
 WIDEST = 65_536
@@ -72,13 +72,8 @@ class SEAttention(Inserted):
         self.reduction = reduction
         self.gate = gate
         vars(self)["hidden"] = hidden = hidden_width(channel, reduction, min_hidden)
-        factory = {"device": device, "dtype": dtype}
-        self.fc: nn.Module = nn.Sequential(
-            undrawn(nn.Linear, channel, hidden, bias=bias, **factory),
-            nn.ReLU(inplace=True),
-            undrawn(nn.Linear, hidden, channel, bias=bias, **factory),
-            nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid(),
-        )
+        layers = bottleneck(channel, hidden, bias, device=device, dtype=dtype)
+        self.fc: nn.Module = nn.Sequential(*layers, nn.Sigmoid() if gate == "sigmoid" else TwiceSigmoid())
         self.reset_parameters()
 
     @torch.no_grad()
@@ -131,7 +126,4 @@ def check_options(reduction: int, gate: str, bias: bool, min_hidden: int) -> Non
     if min_hidden > WIDEST:
         raise RetrofitError(f"min_hidden must be at most {WIDEST}, got {min_hidden}")
     check_flag("bias", bias)
-    if not isinstance(gate, str):
-        raise TypeError(f"gate must be a string, got {brief(gate)}")
-    if gate not in GATES:
-        raise RetrofitError(f"gate must be one of {', '.join(map(repr, GATES))}, got {brief(gate)}")
+    check_choice("gate", gate, GATES)

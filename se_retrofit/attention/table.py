@@ -61,9 +61,8 @@ def name_of(attention: Attention) -> str:
 
 
 def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inserted:
-    """Build the module for a place, with values drawn from torch's global generator; without values, if possible, if
-    the slot's device is meta.
-    """
+    """Build the module for a place, as an exact identity and with the slot's dtype. Its values are drawn from torch's global
+    generator; if the slot's device is meta, it has none, if possible."""
     if isinstance(attention, str):
         return ATTENTIONS[attention](slot, options)
     try:
@@ -72,7 +71,15 @@ def built(attention: Attention, options: Mapping[str, Any], slot: Slot) -> Inser
         if slot.device.type != "meta":
             raise
         module = _made(attention, replace(slot, device=torch.device("cpu")))  # a constructor may need values
-    return _inserted(module, attention, slot)
+    if isinstance(module, Inserted) and module.site is not None:
+        raise RetrofitError(
+            f"attention={name_of(attention)} gave another site's module; it must make a new one each time"
+        )
+    check_made(module, slot, name_of(attention))
+    if not isinstance(module, Inserted):
+        alpha = next((p.device for p in module.parameters()), None)
+        module = FromIdentity(module, slot.channels, channel_dim=slot.channel_dim, device=alpha)
+    return module.to(slot.dtype)
 
 
 def _made(attention: Callable[..., nn.Module], slot: Slot) -> nn.Module:
@@ -91,16 +98,3 @@ def _made(attention: Callable[..., nn.Module], slot: Slot) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise RetrofitError(f"attention={name_of(attention)} must give an nn.Module, got {brief(module)}")
     return module
-
-
-def _inserted(module: nn.Module, attention: Attention, slot: Slot) -> Inserted:
-    """Return a module in the form that is inserted: with the slot's dtype, and as an exact identity."""
-    if isinstance(module, Inserted) and module.site is not None:
-        raise RetrofitError(
-            f"attention={name_of(attention)} gave the module of another site; it must make a new one each time"
-        )
-    check_made(module, slot, name_of(attention))
-    if not isinstance(module, Inserted):
-        alpha = next((p.device for p in module.parameters()), None)
-        module = FromIdentity(module, slot.channels, channel_dim=slot.channel_dim, device=alpha)
-    return module.to(slot.dtype)

@@ -83,27 +83,25 @@ _CLASSES: dict[type, tuple[str, str, tuple[Any, ...]]] = {
 }
 
 
-def arguments_of(path: str, module: nn.Module) -> tuple[Any, ...]:
+def arguments_of(path: str, module: Any) -> tuple[Any, ...]:
     """Return the class that represents an inserted module in the file, and the arguments of its constructor."""
     if type(module) not in _CLASSES:
-        words = getattr(module, "summary", lambda: type(module).__name__)()
         raise RetrofitError(
-            f"{path} is {words}, whose source can't be exported; that of the built-in attentions can. Save the network with "
+            f"{path} is {module.summary()}, whose source can't be exported; that of the built-in attentions can. Save the network with "
             "save_retrofitted, or export it to another format"
         )
     return Name(_CLASSES[type(module)][0]), *_sizes(module)
 
 
-def _sizes(module: nn.Module) -> tuple[Any, ...]:
-    if isinstance(module, SEAttention):
-        assert isinstance(module.fc, nn.Sequential)
+def _sizes(module: Any) -> tuple[Any, ...]:
+    cls = type(module)
+    if cls is SEAttention:
         return module.channel, module.hidden, module.gate, module.fc[0].bias is not None, module.channel_dim
-    if isinstance(module, ECA):
+    if cls is ECA:
         return module.conv.kernel_size[0], module.channel_dim
-    if isinstance(module, CBAM):
+    if cls is CBAM:
         bias = module.mlp[0].bias is not None
         return module.channel, module.hidden, bias, module.conv.kernel_size[0], module.dims, module.channel_dim
-    assert isinstance(module, StaticFactor)
     return module.channel, module.channel_dim
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RetrofitError, brief, check_module
+from ..errors import RetrofitError, check_choice, check_module
 from ..retrofit import has_se, plan_of
 from ..saving.atomic import replaced_file
 from ..surgery.record.copying import check_values, copied, in_mode
@@ -59,7 +59,7 @@ def export(
 
     Raises:
         RetrofitError: If the format can't represent this network, or the outputs differ. No file is written.
-        TypeError: If ``model`` is not an nn.Module.
+        TypeError: If ``model`` is not an nn.Module, or ``format`` or ``dynamic`` is not a string.
 
     Warns:
         UserWarning: If fewer sizes are dynamic than requested, with the reason.
@@ -77,8 +77,7 @@ def export(
     check_values(model.named_parameters())
     file = Path(file)
     format = _format_of(file, format)
-    if dynamic not in DYNAMIC:
-        raise RetrofitError(f"dynamic must be one of {', '.join(map(repr, DYNAMIC))}, got {brief(dynamic)}")
+    check_choice("dynamic", dynamic, DYNAMIC)
     with forked_randomness(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on formats
         copy = in_mode(copied(model, lambda t: t.detach().to("cpu", copy=True)), False)
@@ -105,11 +104,9 @@ def _refusal(model: nn.Module, format: str, reason: str) -> RetrofitError:
 
 
 def _format_of(file: Path, format: str | None) -> str:
-    """Return the format that was asked for, or that of the file's suffix."""
-    if format in SUFFIXES:
-        return str(format)
     if format is not None:
-        raise RetrofitError(f"format must be one of {', '.join(map(repr, SUFFIXES))}, got {brief(format)}")
+        check_choice("format", format, SUFFIXES)
+        return format
     for known, suffix in SUFFIXES.items():
         if file.suffix == suffix:
             return known

@@ -108,16 +108,13 @@ def export_source(model: nn.Module, copy: nn.Module, file: Path, inputs: Inputs)
 
 
 def source_text(model: nn.Module, base: Base | None, tied: dict[str, str]) -> str:
-    """Return the text of a network's Python file."""
     classes: dict[Recipe, str] = {}
     bodies: list[str] = []
     blocks: list[str] = []
     imports: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, fx.GraphModule) and has_se(module):
-            raise RetrofitError(
-                f"{path or 'the model'} is a GraphModule, whose code is generated and has no source to export"
-            )
+            raise RetrofitError(f"{path or 'the model'} is a GraphModule, whose code is generated: it has no source")
         if not isinstance(module, RetrofittedBlock):
             continue
         recipe: Recipe = type(module).se_recipe
@@ -187,19 +184,15 @@ def _class_text(derived: type, recipe: Recipe, name: str) -> str:
         call = f"self.{recipe.returned}(super().forward(*args, **kwargs))"
         lines += ["    def forward(self, *args, **kwargs):", f"        return {call}"]
     for method, owner in dict.fromkeys((s.method, s.owner) for s in recipe.splices):
-        function = vars(derived).get(method)
+        function, called = vars(derived).get(method), f"{owner.__qualname__}.{method}"
         if not isinstance(function, types.FunctionType) or unwrapped(function) is not function:
             raise RetrofitError(
-                f"{owner.__qualname__}.{method} is decorated or called through super(), so its source can't be exported on its own"
+                f"{called} is decorated or called through super(), so its source can't be exported on its own"
             )
         if set(function.__code__.co_freevars) - {"__class__"}:
-            raise RetrofitError(
-                f"{owner.__qualname__}.{method} uses variables of an enclosing function, so it can't be exported"
-            )
+            raise RetrofitError(f"{called} uses variables of an enclosing function, so it can't be exported")
         if any(n.startswith(f"_{owner.__name__.lstrip('_')}__") for n in function.__code__.co_names):
-            raise RetrofitError(
-                f"{owner.__qualname__}.{method} uses private names of its class, so it can't be exported"
-            )
+            raise RetrofitError(f"{called} uses private names of its class, so it can't be exported")
         lines.append(f"    @method_of({_named(owner)})")
         lines += textwrap.indent(textwrap.dedent(inspect.getsource(function)), "    ").rstrip().splitlines()
         lines.append("")

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..surgery.record.facts import real_users
 from ..surgery.record.graph import Op, Record
-from .probing import along, scales_input, scales_output
+from .probing import Scales, along, scales_input, scales_output
 
-# f(c * x) == c * f(x) for c >= 0, by the names of modules and of ATen operations
-_HOMOGENEOUS = {"ReLU", "relu", "LeakyReLU", "leaky_relu", "PReLU", "prelu", "_prelu_kernel"}
-_LARGEST = {"MaxPool", "AdaptiveMaxPool", "max_pool", "adaptive_max_pool"}
-_LINEAR = {"AvgPool", "AdaptiveAvgPool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool"}
-_LAYOUT = {
-    "permute", "transpose", "view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "Flatten", "unsqueeze",
+# f(c * x) == c * f(x), by the names of modules and of ATen operations without their numbers of dims: for c >= 0; for all c
+_HOMOGENEOUS = {
+    "ReLU", "relu", "LeakyReLU", "leaky_relu", "PReLU", "prelu", "_prelu_kernel", "MaxPool", "AdaptiveMaxPool", "max_pool",
+    "adaptive_max_pool",
 }  # fmt: skip
-_PASSED = {
-    "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "clone", "contiguous", "alias", "detach", "dropout",
-    "feature_dropout", "native_dropout",
+_LINEAR = {
+    "AvgPool", "AdaptiveAvgPool", "avg_pool", "adaptive_avg_pool", "_adaptive_avg_pool", "permute", "transpose", "view",
+    "reshape", "_unsafe_view", "_reshape_alias", "flatten", "Flatten", "unsqueeze", "Identity", "Dropout", "clone",
+    "contiguous", "alias", "detach", "dropout", "feature_dropout", "native_dropout",
 }  # fmt: skip
-_RESIZED = ("upsample_", "_upsample_", "Upsample", "upsample")
+_RESIZED = ("_upsample_", "Upsample", "upsample")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +67,8 @@ class Factors:
 
     def _for_all_calls(self, path: str, find: Callable[[Op], list[Scaling] | None]) -> list[Scaling] | None:
         ops = [op for op in self.record.ops if op.role == "se" and op.path == path]
-        found: list[Scaling] = []
-        for op in ops:
-            scalings = find(op) if op.data and op.data[0].channels is not None else None
-            if scalings is None:
-                return None
-            found += scalings
-        return self._once(found) if ops else None
+        found = self._all(map(find, ops))
+        return self._once(found) if found else None
 
     def _once(self, scalings: list[Scaling]) -> list[Scaling] | None:
         """Return each parameter once; if it is used several times, every use must need the same factor."""
@@ -132,9 +127,8 @@ class Factors:
 
     def _by_module_or_operation(self, op: Op, factor: Tensor) -> list[Scaling] | None:
         assert op.channel_dim is not None
-        if op.module is not None and op.path is not None:
-            module = self.model.get_submodule(op.path)
-            return self._named(op, module, scales_output(module, op, factor, op.channel_dim))
+        if op.module is not None:
+            return self._probed(scales_output, op, factor, op.channel_dim)
         given = op.takes[1:3]  # weight and bias of F.conv2d, F.batch_norm and so on
         if op.role == "linear" or not given or not all(self._is_parameter(p) for p in given):
             return None
@@ -170,18 +164,16 @@ class Factors:
             expected = -1 if user.conv is None else -len(user.conv.kernel) - 1
             if op.channel_dim != expected or op.channels != len(factor):
                 return None
-            if user.module is not None and user.path is not None:
-                module = self.model.get_submodule(user.path)
-                return self._named(user, module, scales_input(module, user, factor, expected))
+            if user.module is not None:
+                return self._probed(scales_input, user, factor, expected)
             weight = user.inputs[1] if len(user.inputs) > 1 else None
             if weight is None or weight.path is None or not self._is_parameter(weight) or user.conv is None:
                 return None
             if user.conv.groups > 1 or user.conv.transposed:
                 return None
             return [Scaling(weight.path, along(factor, 1, weight.dim), user)]
-        padded = user.role == "pad" and (user.name != "constant_pad_nd" or user.args[2:3] in ((), (0,), (0.0,)))
-        if padded and user.name in ("ConstantPad1d", "ConstantPad2d", "ConstantPad3d"):
-            padded = getattr(user.module, "value", None) == 0
+        value = getattr(user.module, "value", 0) if user.name != "constant_pad_nd" else (*user.args[2:3], 0)[0]
+        padded = user.role == "pad" and value == 0
         multiplied = user.role == "affine" and user.name in ("mul", "multiply", "div")
         if (self._lets_through(user, factor) or padded or multiplied) and self._same_channels(op, user):
             return self._taken(user, factor)
@@ -189,19 +181,12 @@ class Factors:
 
     def _lets_through(self, op: Op, factor: Tensor) -> bool:
         """Return whether an operation on one value commutes with a factor for each of its channels."""
-        positive = bool((factor >= 0).all())
-        if op.role == "act":
-            return op.name in _HOMOGENEOUS and positive
-        if op.role == "pass":
-            return op.name in _PASSED
         if op.role == "se":
             return op.path in self.transparent
-        if op.role == "pool":
-            name = op.name.replace("_with_indices", "").rstrip("123d")
-            return name in _LINEAR or (name in _LARGEST and positive)
-        if op.role == "resize":
-            return op.name.startswith(_RESIZED)
-        return op.role == "shape" and op.name in _LAYOUT
+        name = op.name.replace("_with_indices", "").rstrip("123d")
+        if name in _HOMOGENEOUS:
+            return bool((factor >= 0).all())
+        return name in _LINEAR or name.startswith(_RESIZED)
 
     @staticmethod
     def _same_channels(before: Op, after: Op) -> bool:
@@ -210,9 +195,9 @@ class Factors:
     def _is_parameter(self, op: Op) -> bool:
         return op.name == "param" and op.path in self.parameters.values()
 
-    def _named(self, op: Op, module: nn.Module, scales: dict[str, Tensor] | None) -> list[Scaling] | None:
+    def _probed(self, probe: Callable[..., Scales | None], op: Op, factor: Tensor, dim: int) -> list[Scaling] | None:
+        twin: Any = op.module
+        scales = probe(self.model.get_submodule(str(op.path)), op, factor, dim)
         if scales is None:
             return None
-        twin = op.module
-        assert twin is not None
         return [Scaling(self.parameters[id(twin.get_parameter(name))], f, op) for name, f in scales.items()]

@@ -9,18 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import Inserted, StaticFactor, check_gates
-from ..errors import RetrofitError, brief, check_flag, check_module, check_positive
+from ..attention import StaticFactor, check_gates
+from ..errors import RetrofitError, brief, check_flag, check_positive
 from ..fusion.attention import check_unfused
 from ..inspection.gates import SiteGates, gates_over
 from ..plan import FOLDED, Site, Skipped
 from ..precision import tf32
-from ..retrofit import check_removable, has_se, plan_of
+from ..retrofit import check_removable, check_retrofitted, plan_of
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.inputs import Inputs
 from ..surgery.record.isolation import forked_randomness, isolated
 from ..surgery.record.runs import record
-from ..surgery.splice.source import SpliceError
 from ..surgery.splice.undo import is_retrofitted, strip
 from ..tables import few
 from .factors import Factors, Scaling
@@ -98,12 +97,7 @@ def _row(site: Site, found: SiteGates, effects: dict[str, float], kept: dict[str
 
 
 def _check(model: Any, tolerance: Any, max_accuracy_loss: Any, max_batches: Any, inplace: Any) -> None:
-    check_module(model)
-    if not has_se(model):
-        raise RetrofitError(
-            f"{type(model).__name__} has no SE inserted by add_se, so there is nothing to fold (once all of it "
-            "is folded, none is left)"
-        )
+    check_retrofitted(model, "so there is nothing to fold (once all of it is folded, none is left)")
     check_removable(model, "fold_se")
     check_unfused(model, "fold_se")
     for name, value in (("tolerance", tolerance), ("max_accuracy_loss", max_accuracy_loss)):
@@ -201,24 +195,20 @@ def absorb(
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace a module."""
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module
 
 
 def put_factor(model: nn.Module, path: str, factor: Tensor) -> nn.Module:
     """Replace an SE module by a constant factor for each channel, and return the SE module."""
-    se = model.get_submodule(path)
-    assert isinstance(se, Inserted)
+    se: Any = model.get_submodule(path)
     like = next(se.parameters())
-    static = StaticFactor(
-        se.channel, channel_dim=se.channel_dim, inplace=se.inplace, device=like.device, dtype=like.dtype
-    )
+    new = StaticFactor(se.channel, channel_dim=se.channel_dim, inplace=se.inplace, device=like.device, dtype=like.dtype)
     with torch.no_grad():
-        static.factor.copy_(factor)
+        new.factor.copy_(factor)
     site = replace(se.site, attention="static", parameters=se.channel)
-    vars(static).update(site=site, plan=se.plan)
-    put(model, path, static.train(se.training))
+    vars(new).update(site=site, plan=se.plan)
+    put(model, path, new.train(se.training))
     return se
 
 
@@ -226,11 +216,8 @@ def carry_out(model: nn.Module, todo: Todo) -> None:
     """Make the changes to a retrofitted network. If a class can't be derived, nothing is changed."""
     modules = dict(model.named_modules())
     gone = [site for site in plan_of(model).sites if site.path in todo.gone]
-    try:
-        with isolated(model):
-            strip(model, [modules[path] for path in todo.gone])
-    except SpliceError as error:
-        raise RetrofitError(str(error)) from None
+    with isolated(model):
+        strip(model, [modules[path] for path in todo.gone])
     for path, factor in todo.factors.items():
         put_factor(model, path, factor)
     for scaling in todo.scalings:

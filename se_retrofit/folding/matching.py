@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import SEAttention
 from ..errors import RetrofitError
-from ..surgery.blocks import is_gate
+from ..surgery.blocks.questions import is_gate
 from ..surgery.record.graph import Op, Record
 from ..surgery.splice.undo import is_retrofitted
 
@@ -78,9 +77,7 @@ def parts_of(record: Record) -> list[Part]:
     return list(parts.values())
 
 
-def _own_gate(path: str, se: nn.Module) -> Gate:
-    assert isinstance(se, SEAttention)
-    assert isinstance(se.fc, nn.Sequential)
+def _own_gate(path: str, se: Any) -> Gate:
     biases = [f"{path}.fc.{i}.bias" if se.fc[i].bias is not None else None for i in (0, 2)]
     return Gate(path, se.channel, se.hidden, (f"{path}.fc.0.weight", f"{path}.fc.2.weight"), (biases[0], biases[1]))
 
@@ -178,8 +175,7 @@ def copy_layers(pairs: list[tuple[Part, Part]], source: nn.Module, target: nn.Mo
                     copies.append((own[to_bias], torch.zeros(()) if bias is None else bias))
                 elif bias is not None and bias.any():
                     raise RetrofitError(
-                        f"{a} has biases, but {b} has none; retrofit with bias=True, or build the native "
-                        "network with biases"
+                        f"{a} has biases, but {b} has none; retrofit with bias=True, or build the native one with biases"
                     )
     with torch.no_grad():
         for to, of in copies:

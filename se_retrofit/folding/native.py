@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import Inserted, SEAttention
+from ..attention import SEAttention
 from ..errors import RetrofitError, check_module
 from ..fusion.attention import check_unfused
 from ..precision import tf32
-from ..retrofit import has_se, plan_of
+from ..retrofit import check_retrofitted, has_se, plan_of
 from ..surgery.record.copying import check_values, copied, in_mode
 from ..surgery.record.graph import Record
 from ..surgery.record.inputs import Inputs, described_inputs, float_dtype, in_dtype_of, tensors_in
@@ -119,17 +119,12 @@ def from_native(model: M, source: nn.Module) -> M:
 
 
 def _check_retrofitted(model: nn.Module, caller: str) -> None:
-    check_module(model)
-    if not has_se(model):
-        raise RetrofitError(
-            f"{type(model).__name__} has no SE inserted by add_se; {caller} takes a retrofitted network"
-        )
+    check_retrofitted(model, f"and {caller} takes a retrofitted network")
     check_unfused(model, caller)
     check_values(model.named_parameters())
-    for path, module in model.named_modules():
-        if is_retrofitted(module) and not isinstance(module, SEAttention):
-            words = module.summary() if isinstance(module, Inserted) else type(module).__name__
-            raise RetrofitError(f"{path} is {words}, not SE, and has no native form; {caller} takes SE alone")
+    for path, se in _ses(model).items():
+        if not isinstance(se, SEAttention):
+            raise RetrofitError(f"{path} is {se.summary()}, not SE, and has no native form; {caller} takes SE alone")
 
 
 def _check_native(network: nn.Module) -> None:
@@ -139,7 +134,7 @@ def _check_native(network: nn.Module) -> None:
 
 
 def _ses(model: nn.Module) -> dict[str, Any]:
-    return {path: m for path, m in model.named_modules() if is_retrofitted(m) and isinstance(m, SEAttention)}
+    return {path: m for path, m in model.named_modules() if is_retrofitted(m)}
 
 
 def _recorded(model: nn.Module) -> Record:

@@ -72,10 +72,7 @@ def _for_input(module: nn.Module, op: Op, factor: Tensor) -> Iterator[Scales]:
 
 
 def _first_right(
-    module: nn.Module,
-    op: Op,
-    candidates: Iterator[Scales],
-    wanted: Callable[[nn.Module, Tensor], Tensor],
+    module: nn.Module, op: Op, candidates: Iterator[Scales], wanted: Callable[[nn.Module, Tensor], Tensor]
 ) -> Scales | None:
     """Return the first candidate with which a copy of the module has the wanted output for a random input."""
     if not op.data:

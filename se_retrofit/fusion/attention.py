@@ -43,6 +43,5 @@ def check_unfused(model: nn.Module, caller: str) -> None:
     """Refuse a network in which ``fuse_se`` has fused SE with norms, for a caller that needs the two apart."""
     if any(isinstance(module, FusedSEAttention) for module in model.modules()):
         raise RetrofitError(
-            f"SE is fused with the norms before it, and {caller} needs the two apart: give it "
-            "se_retrofit.fusion.unfuse_se(model)"
+            f"SE is fused with the norms before it; {caller} needs them apart: give it se_retrofit.fusion.unfuse_se(model)"
         )

@@ -13,9 +13,8 @@ from ..attention import SEAttention
 from ..errors import RetrofitError, check_flag, check_module
 from ..plan import Skipped
 from ..surgery.record.copying import copied
-from ..surgery.record.methods import unwrapped
-from ..surgery.splice.derived import Recipe, RetrofittedBlock, derived_class
-from ..surgery.splice.source import Splice, SpliceError, source_of, span_of
+from ..surgery.splice.derived import Recipe, RetrofittedBlock, derived_class, source_as_before
+from ..surgery.splice.source import Splice, span_of
 from ..surgery.splice.undo import is_retrofitted
 from .attention import FusedSEAttention
 from .norms import why_no_norm
@@ -60,21 +59,15 @@ def plan_fusion(model: nn.Module) -> Fusion:
         ('layer1.0.se_attention', 'layer1.1.se_attention')
     """
     check_module(model)
-    fused, reasons = [], {}
-    called = {}
+    called: dict[str, tuple[Any, str]] = {}
     for path, block in model.named_modules():
         if isinstance(block, RetrofittedBlock):
             for name in type(block).se_recipe.names:
                 called[f"{path}.{name}" if path else name] = (block, name)
-    for path, se in model.named_modules():
-        if is_retrofitted(se):
-            block, name = called.get(path, (None, ""))
-            reason = "SE is called by a graph or an nn.Sequential" if block is None else _why_not(block, name)
-            if reason is None:
-                fused.append(path)
-            else:
-                reasons[path] = reason
-    return Fusion(tuple(fused), tuple(Skipped(path, reason) for path, reason in reasons.items()))
+    ses = [path for path, se in model.named_modules() if is_retrofitted(se)]
+    reasons = {path: _why_not(*called.get(path, (None, ""))) for path in ses}
+    skipped = tuple(Skipped(path, reason) for path, reason in reasons.items() if reason is not None)
+    return Fusion(tuple(path for path in ses if reasons[path] is None), skipped)
 
 
 def fuse_se(model: M, *, inplace: bool = False) -> M:
@@ -147,10 +140,7 @@ def _put(model: nn.Module, cls: type, change: Callable[[str, Splice], Splice]) -
             recipe: Recipe = type(block).se_recipe
             splices = tuple(change(f"{path}.{s.child}" if path else s.child, s) for s in recipe.splices)
             names = {s.child for s, new in zip(recipe.splices, splices, strict=True) if new is not s}
-            try:
-                todo.append((block, derived_class(replace(recipe, splices=splices)), names))
-            except SpliceError as error:
-                raise RetrofitError(str(error)) from None
+            todo.append((block, derived_class(replace(recipe, splices=splices)), names))
     for block, derived, names in todo:
         object.__setattr__(block, "__class__", derived)
         for name in names:
@@ -159,6 +149,8 @@ def _put(model: nn.Module, cls: type, change: Callable[[str, Splice], Splice]) -
 
 def _why_not(block: Any, name: str) -> str | None:
     """Return why the SE module of this name can't be fused in a block; None if it can be, or is."""
+    if block is None:
+        return "SE is called by a graph or an nn.Sequential"
     cls, se = type(block), block._modules[name]
     if "se_recipe" not in vars(cls):
         return f"the class of its block was changed after the retrofit, to {cls.__name__}"
@@ -183,9 +175,7 @@ def _why_not(block: Any, name: str) -> str | None:
 
 def _norm_called(splice: Splice) -> str | None:
     """Return the child that the spliced expression calls with one positional argument; None for other expressions."""
-    function = unwrapped(vars(splice.owner)[splice.method])
-    assert function is not None
-    source = source_of(function)
+    source = source_as_before(splice)
     first, last, column, end = splice.span
     wanted = (first + source.first, last + source.first, column, end)
     for node in source.nodes:
@@ -194,7 +184,7 @@ def _norm_called(splice: Splice) -> str | None:
         callee, text = node.func, source.text(node)
         if not isinstance(callee, ast.Attribute) or not isinstance(callee.value, ast.Name):
             return None
-        if callee.value.id != function.__code__.co_varnames[0] or node.keywords or len(node.args) != 1:
+        if callee.value.id != source.self_name or node.keywords or len(node.args) != 1:
             return None
         if isinstance(node.args[0], (ast.Starred, ast.GeneratorExp)) or text[:-1].rstrip().endswith(","):
             return None
@@ -203,6 +193,4 @@ def _norm_called(splice: Splice) -> str | None:
 
 
 def _fused(splice: Splice) -> Splice:
-    function = unwrapped(vars(splice.owner)[splice.method])
-    assert function is not None
-    return replace(splice, form="norm", target=f"{function.__code__.co_varnames[0]}.{_norm_called(splice)}")
+    return replace(splice, form="norm", target=f"{source_as_before(splice).self_name}.{_norm_called(splice)}")

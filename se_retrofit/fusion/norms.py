@@ -59,16 +59,11 @@ def why_no_norm(module: Any) -> str | None:
         return f"{name} has a forward of its own"
     if type(norm).forward not in _KINDS:
         if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-            return (
-                f"{name} has statistics of each position over the channels: the mean of its output over the positions "
-                "does not follow from sums of its input"
-            )
+            return f"{name} has statistics of each position over the channels, which sums over positions don't give"
         return f"{name} is not a norm that is known to be an affine map of each channel"
     for inner in (getattr(norm, "drop", None), getattr(norm, "act", None)):
         if inner is not None and type(inner) is not nn.Identity:
-            return (
-                f"{name} ends in {type(inner).__name__}: the mean of its output does not follow from that of its input"
-            )
+            return f"{name} ends in {type(inner).__name__}: its output's mean does not follow from its input's"
     if getattr(norm, "_fast_norm", False):
         return f"{name} computes its statistics in half precision"
     if hasattr(norm, "parametrizations"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import RetrofitError
 from ..locks import abandoned, in_turn
+from ..tables import few
 
 NEW = ".se-retrofit-new-"
 
@@ -69,9 +70,7 @@ def check_replaceable(path: Path, ours: Collection[str]) -> None:
     except OSError as error:
         raise RetrofitError(f"{path} can't be read: {error.strerror or error}") from error
     if foreign:
-        raise RetrofitError(
-            f"{path} holds files of other kinds ({', '.join(foreign[:3])}), which would be lost; give a new folder"
-        )
+        raise RetrofitError(f"{path} holds other files ({few(foreign)}), which would be lost; give a new folder")
 
 
 @contextlib.contextmanager

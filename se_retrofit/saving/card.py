@@ -13,7 +13,6 @@ import timm
 from ..errors import RetrofitError
 from ..models import Base
 from ..plaindata import read_json
-from ..plan import Plan
 from ..tables import few
 from .base import named_base
 from .recipe import WEIGHTS, read_recipe
@@ -25,8 +24,7 @@ METRICS = ("accuracy", "top5", "precision", "recall", "f1", "map", "loss")  # in
 def card_text(folder: Path, repo_id: str, license: str | None = None) -> str:
     """Return the model card of the network in a folder in the hub's format: Markdown with YAML front matter."""
     recipe, measured = read_recipe(folder), _measured(folder)
-    plan = None if recipe["plan"] is None else Plan.from_dict({**recipe["plan"], "options": recipe["add_se"]})
-    base, images = named_base(recipe, folder), recipe["images"]
+    plan, base, images = recipe["plan"], named_base(recipe, folder), recipe["images"]
     data = huggingface_hub.ModelCardData(
         library_name="se_retrofit",
         tags=[*(() if plan is None else ("squeeze-and-excitation", "channel-attention")), "pytorch"],
@@ -101,7 +99,6 @@ def _about(
 
 
 def _scores(measured: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the rows with the scores from the validation of its run."""
     of = f" on {measured['images']:,} validation images" if "images" in measured else " in validation"
     for name in METRICS:
         if name in measured:

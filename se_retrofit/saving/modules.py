@@ -15,7 +15,7 @@ from ..checkpoints import check_keys
 from ..errors import RetrofitError, check_module, check_unwrapped
 from ..plaindata import parse_json
 from ..plan import Plan
-from ..retrofit import has_se, plan_of
+from ..retrofit import check_retrofitted, plan_of
 from .atomic import replaced_file
 from .recipe import FORMAT, belongs_to, carried_out, read_fields, read_plan
 from .tensors import read_weights, tensors_of, tie, untied, write_tensors
@@ -54,8 +54,7 @@ def save_se(model: nn.Module, file: str | Path) -> Path:
     """
     check_module(model)
     check_unwrapped(model)
-    if not has_se(model):
-        raise RetrofitError(f"this {type(model).__name__} has no SE modules to save; retrofit it first: add_se(model)")
+    check_retrofitted(model, "so there is nothing to save; retrofit it first: model = add_se(model)")
     plan = plan_of(model)
     state = {k: v for k, v in tensors_of(model).items() if belongs_to(k, plan.sites)}
     stored, tied = untied(state)

@@ -13,11 +13,11 @@ from ..attention import Attention
 from ..errors import RetrofitError, brief, check_module, check_unwrapped
 from ..models import IMAGES, Base, own_images
 from ..plan import noted_options
-from ..retrofit import has_se, plan_of
+from ..retrofit import check_retrofitted, has_se, plan_of
 from ..surgery.record.copying import copied, in_mode
 from .atomic import replaced_directory, settled
 from .base import base_of, check_base, named_base
-from .recipe import FORMAT, RECIPE, WEIGHTS, carried_out, network_in, read_plan, read_recipe, version_of
+from .recipe import FORMAT, RECIPE, WEIGHTS, carried_out, network_in, read_recipe, version_of
 from .tensors import load_strictly, read_weights, tensors_of, tie, untied, write_tensors
 
 
@@ -53,11 +53,7 @@ def save_retrofitted(model: nn.Module, directory: str | Path, *, base: Base | st
     """
     check_module(model)
     check_unwrapped(model)
-    if not has_se(model):
-        raise RetrofitError(
-            f"this {type(model).__name__} has no SE modules, so there is no retrofit to save; "
-            "add_se returns the retrofitted network: model = add_se(model)"
-        )
+    check_retrofitted(model, "so there is nothing to save; add_se returns the retrofitted one: model = add_se(model)")
     with replaced_directory(Path(directory), (WEIGHTS, RECIPE)) as fresh:
         note = write_network(model, fresh, base=Base.of(base) if isinstance(base, str) else base)
     if note:
@@ -109,8 +105,7 @@ def load_retrofitted(
     tie(state, recipe["tied"], folder / RECIPE)
     model = _bare(recipe, Base.of(base) if isinstance(base, str) else base, folder)
     if recipe["plan"] is not None:
-        plan = read_plan(recipe["plan"], recipe["add_se"], folder / RECIPE)
-        model = carried_out(model, plan, folder, example_inputs, attention, inplace=True)
+        model = carried_out(model, recipe["plan"], folder, example_inputs, attention, inplace=True)
     load_strictly(model, state, str(folder / WEIGHTS))
     if recipe["images"] is not None:
         vars(model)[IMAGES] = recipe["images"]
@@ -139,19 +134,12 @@ def write_network(model: nn.Module, folder: Path, *, base: Base | None = None) -
         "images": images,
         "versions": {name: version_of(name) for name in ("se-retrofit", "torch", "torchvision", "timm")},
     }
-    try:
-        text = json.dumps(recipe, indent=2)
-    except TypeError as error:
-        raise RetrofitError(
-            f"the recipe can't be written as JSON: {error}; the arguments of base and add_se must be plain data"
-        ) from error
     write_tensors(stored, folder / WEIGHTS, {"format": "pt"})
-    (folder / RECIPE).write_text(text + "\n", encoding="utf-8")
+    (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     return without_name(note) if base is None else ""
 
 
 def without_name(note: str) -> str:
-    """Return the remark about a network that can't be built by name."""
     return f"{note}; to load it, give the bare network: load_retrofitted(folder, base=network)"
 
 

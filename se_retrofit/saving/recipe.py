@@ -76,17 +76,16 @@ def network_in(folder: Path) -> Path:
 
 
 def read_recipe(folder: Path) -> dict[str, Any]:
-    """Read the recipe of a folder, and check it field by field."""
+    """Read the recipe of a folder, and check it field by field; its plan is returned as a ``Plan``."""
     file = folder / RECIPE
     recipe = read_json(file)
     checked: Recipe = read_fields(recipe, Recipe, f"{file}: recipe")
     if (checked.plan is None) != (checked.add_se is None):
         raise RetrofitError(f"{file}: add_se and plan must both be given or both be null")
-    if checked.plan is not None:
-        read_plan(checked.plan, checked.add_se, file)
     if checked.images is not None:
         _check_images(checked.images, f"{file}: images")
-    return dict(recipe)
+    plan = None if checked.plan is None else read_plan(checked.plan, checked.add_se, file)
+    return {**recipe, "plan": plan}
 
 
 def read_plan(data: dict[str, Any], options: dict[str, Any] | None, where: object) -> Plan:

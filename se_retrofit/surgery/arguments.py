@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..attention import check_attention, check_options, name_of
-from ..errors import RetrofitError, brief, check_flag, check_module, check_unwrapped
+from ..errors import RetrofitError, brief, check_choice, check_flag, check_module, check_unwrapped
 from ..plan import Plan
-from .blocks import PLACEMENTS
+from .blocks.placements import PLACEMENTS
 from .record.inputs import given_inputs
 from .splice.undo import is_retrofitted
 
@@ -89,26 +89,16 @@ class Options:
         if self.auto is False and not at:
             raise RetrofitError("auto=False leaves nothing to retrofit unless at names modules")
         if at and not self.auto and self.placement != "auto":
-            raise RetrofitError(
-                f"placement={brief(self.placement)} is for the blocks found; with at, give auto=True as well"
-            )
+            raise RetrofitError(f"placement={brief(self.placement)} is for blocks found; with at, give auto=True, too")
         if not isinstance(self.recognisers, (list, tuple)) or not all(map(callable, self.recognisers)):
             raise TypeError(f"recognisers must be a list of functions, got {brief(self.recognisers)}")
         if self.attention != "se" and self.gate == "sigmoid":
-            raise RetrofitError(
-                'gate="sigmoid" is SE\'s alone (attention="se"); the other attentions start as an identity'
-            )
+            raise RetrofitError('gate="sigmoid" is SE\'s alone (attention="se"); others start as an identity')
         check_options(self.reduction, self.gate, self.bias, self.min_hidden)
-        if not isinstance(self.placement, str):
-            raise TypeError(f"placement must be a string, got {brief(self.placement)}")
-        if self.placement not in PLACEMENTS:
-            raise RetrofitError(
-                f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {brief(self.placement)}"
-            )
+        check_choice("placement", self.placement, PLACEMENTS)
 
 
 def check_arguments(model: Any, options: Options, example_inputs: Any, plan: Any = None, inplace: Any = False) -> None:
-    """Check the types and ranges of the arguments of ``add_se``."""
     if plan is not None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must be what plan_se returns, got {type(plan).__name__}")

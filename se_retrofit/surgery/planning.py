@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..attention import Attention, Slot, built, name_of
 from ..errors import RetrofitError, brief
-from ..plan import Plan, Site, Skipped
+from ..plan import Plan, Site
 from .arguments import Options, patterns_of
-from .blocks import RECOGNISERS, Block, Found, Place, Recogniser, find_places, left_out, places_at
+from .blocks.block import Block, Found, Place
+from .blocks.find import find_places, places_at
+from .blocks.left import left_out
+from .blocks.table import RECOGNISERS, Recogniser
 from .record.facts import read
 from .record.graph import Record
 from .record.inputs import describe, described_inputs
@@ -29,7 +32,6 @@ from .splice.fitting import Fitting, SurgerySite
 
 
 def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
-    """Return the plan of a retrofit."""
     METHODS.clear()
     with isolated(model) as clean, _disable_current_modes(), without_collections():
         runs = Runs.find(model, example_inputs, clean)
@@ -42,8 +44,7 @@ def planned(model: nn.Module, options: Options, example_inputs: Any) -> Plan:
     if not sites:
         raise RetrofitError(_why_nothing(model, found))
     placed = [place for site in sites for place in site.places]
-    left = left_out(runs.evaluation, trained, found, placed, everything=bool(options.auto or not options.at))
-    skipped = tuple(Skipped(*block) for block in left)
+    skipped = left_out(runs.evaluation, trained, found, placed, everything=bool(options.auto or not options.at))
     described, structure = describe(runs.inputs, model), structure_of(dict(model.named_modules()))
     return Plan(tuple(_sites(model, sites, options)), skipped, options.noted(), described, structure)
 
@@ -80,7 +81,6 @@ def fitted(model: nn.Module, plan: Plan, options: Options, example_inputs: Any) 
 
 
 def _found_again(wanted: Site, again: Plan, model: str) -> Site:
-    """Return the site of a new plan that is the same as one of an earlier plan."""
     value = (wanted.after, wanted.channels, wanted.channel_dim)
     alike = [site for site in again.sites if (site.after, site.channels, site.channel_dim) == value]
     found = next((site for site in alike if site.path == wanted.path), None)
@@ -106,8 +106,7 @@ def _with_attention(plan: Plan, given: Attention) -> Plan:
     saved = noted.get("callable")
     if isinstance(given, str):
         raise RetrofitError(
-            f"the plan was made with a class or factory for the attention, {saved}, which is not saved; give it again: "
-            "attention=..."
+            f"the plan was made with a class or factory, {saved}, which is not saved; give it again: attention=..."
         )
     sites = tuple(replace(s, attention=name_of(given)) if s.attention == saved else s for s in plan.sites)
     return replace(plan, sites=sites, options={**plan.options, "attention": given})
@@ -119,11 +118,10 @@ def _with_attention(plan: Plan, given: Attention) -> Plan:
 def _found(record: Record, options: Options) -> Found:
     """Find the places of blocks, those that ``at`` names, or both."""
     patterns = patterns_of("at", options.at)
-    named = places_at(record, patterns) if patterns else Found()
-    if patterns and not options.auto:
-        return named
-    table = [*(Recogniser(partial(_asked, find)) for find in options.recognisers), *RECOGNISERS]
-    found = find_places(record, options.placement, table)
+    named, found = places_at(record, patterns) if patterns else Found(), Found()
+    if options.auto or not patterns:
+        table = [*(Recogniser(partial(_asked, find)) for find in options.recognisers), *RECOGNISERS]
+        found = find_places(record, options.placement, table)
     taken = {place.op for place in named.places}
     places = [*named.places, *(place for place in found.places if place.op not in taken)]
     found.places = sorted(places, key=lambda place: place.op.index)
@@ -171,9 +169,8 @@ def _chosen(found: Found, options: Options) -> list[Place]:
         raise RetrofitError("include and exclude together leave no block to retrofit")
     kept = {place.block for place in chosen}
     for place, reason in reasons.items():  # a chain in a block that keeps its SE is named after its layers
-        found.leave(
-            min(place.layers, default=place.block) if place.block in kept else place.block, reason, place.region
-        )
+        name = min(place.layers, default=place.block) if place.block in kept else place.block
+        found.leave(name, reason, place.region)
     return chosen
 
 

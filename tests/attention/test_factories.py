@@ -105,10 +105,10 @@ SAME = nn.Conv2d(8, 8, 1)
         (lambda slot: SAME, "one module to several sites"),
         (grow, r"grow, in block first, .*\(2, 8, 7, 6\).* \(2, 16, 7, 6\)"),
         (overwrite, "overwrite, in block first, .*in place"),
-        (infinite, "infinite, in block first, .*not finite"),
+        (infinite, "infinite, in block first, .*non-finite"),
         (lambda slot: nn.Conv2d(3, 8, 1), "can't be run on a value of shape"),
         (lambda slot: slot.nothing, "8 channels, in block first: AttributeError"),
-        (shared(), "module of another site"),
+        (shared(), "another site.s module"),
     ],
 )
 @pytest.mark.parametrize("inplace", [False, True])

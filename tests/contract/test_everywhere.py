@@ -221,7 +221,10 @@ def test_all_sites_gone_is_told_too_and_not_saved(tmp_path: Path) -> None:
     model = replaced(8)
     with pytest.warns(UserWarning, match="8 SE modules"):
         assert not has_se(model)
-    with pytest.warns(UserWarning, match="8 SE modules"), pytest.raises(RetrofitError, match="no SE modules"):
+    with (
+        pytest.warns(UserWarning, match="8 SE modules"),
+        pytest.raises(RetrofitError, match="no SE inserted by add_se"),
+    ):
         save_retrofitted(model, tmp_path / "saved")
 
 

@@ -255,7 +255,7 @@ def test_only_in_place_is_the_model_touched_and_never_the_random_states(model: n
         ({"data": []}, RetrofitError, "yields no batch"),
         ({"data": [torch.empty(0, 3, 32, 32)]}, RetrofitError, "yields no batch"),
         ({"data": torch.zeros(1, 3, 32, 32)}, TypeError, "data must be a Dataset"),
-        ({"data": [{"image": 1}]}, TypeError, "each batch must be a tensor"),
+        ({"data": [{"image": 1}]}, TypeError, "a batch must be a tensor"),
         ({"data": [torch.full((1, 3, 32, 32), float("nan"))]}, RetrofitError, "not finite"),
         ({"data": [torch.zeros(1, 4, 32, 32)]}, RuntimeError, "channels"),
         ({"tolerance": -1}, RetrofitError, "tolerance must be at least 0"),

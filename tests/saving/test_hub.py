@@ -154,7 +154,7 @@ def test_a_dry_run_shows_the_card_without_a_network(run: Path, monkeypatch: pyte
     [
         (lambda: from_pretrained("me/none"), RetrofitError, "me/none is neither a folder nor .*downloaded: no me/none"),
         (lambda: model_card("none", "a/b/c"), RetrofitError, "a/b/c can't be uploaded"),
-        (lambda: push_to_hub(nn.Conv2d(3, 3, 3), "me/net"), RetrofitError, "no SE modules"),
+        (lambda: push_to_hub(nn.Conv2d(3, 3, 3), "me/net"), RetrofitError, "no SE inserted by add_se"),
         (lambda: push_to_hub("none", "me/net"), RetrofitError, "no folder"),
         (lambda: push_to_hub(3, "me/net"), TypeError, "nn.Module or a folder, got 3 of type int"),  # type: ignore[arg-type]
     ],

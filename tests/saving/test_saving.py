@@ -285,13 +285,13 @@ def quantised() -> nn.Module:
 
 
 REFUSED: list[tuple[Callable[[Path], object], str]] = [
-    (lambda d: save_retrofitted(small(), d / "a"), r"no SE modules.*model = add_se\(model\)"),
+    (lambda d: save_retrofitted(small(), d / "a"), r"no SE inserted by add_se.*model = add_se\(model\)"),
     (lambda d: save_retrofitted(add_se(small().to("meta")), d / "a"), "on the meta device and has no values"),
     (lambda d: save_retrofitted(nn.DataParallel(add_se(small())), d / "a"), r"give what is in it, model\.module"),
     (lambda d: save_se(torch.compile(add_se(small())), d / "a.safetensors"), r"what is in it, model\._orig_mod"),  # type: ignore[arg-type]
     (lambda d: save_retrofitted(quantised(), d / "a"), r"fc\.weight is a TwoTensor .*quantise what is loaded"),
     (lambda d: save_retrofitted(add_se(small()), d / "a", base="resnet18"), "does not build the network that is to be"),
-    (lambda d: save_retrofitted(add_se(small()), d), "holds files of other kinds"),
+    (lambda d: save_retrofitted(add_se(small()), d), "holds other files"),
     (lambda d: save_retrofitted(add_se(small()), d / "thesis.tex"), "is a file"),
     (lambda d: load_retrofitted(d / "nowhere"), "no folder .*nowhere"),
     (lambda d: load_retrofitted(d / "empty"), "holds no network"),
@@ -301,7 +301,7 @@ REFUSED: list[tuple[Callable[[Path], object], str]] = [
         "is on the meta device; build it on",
     ),
     (lambda d: load_retrofitted(FOLDERS / "inputs", base=Pairs(), example_inputs=X), "on the given example_inputs"),
-    (lambda d: save_se(small(), d / "se.safetensors"), "no SE modules to save"),
+    (lambda d: save_se(small(), d / "se.safetensors"), "no SE inserted by add_se, so there is nothing to save"),
     (lambda d: load_se(tiny(), d / "se.safetensors"), r"no place for its site layer1\.0"),
     (lambda d: load_se(add_se(small()), d / "se.safetensors"), "retrofitted already"),
     (lambda d: load_se(small(), d / "saved" / "weights.safetensors"), "holds no SE modules by save_se"),

@@ -20,12 +20,10 @@ def spatial_convs(ops: list[Op]) -> list[Op]:
     convs = [op for op in ops if op.spatial_conv]
     if not convs:
         return []
-    end = ops[-1]
-    products = [op for op in ops if _is_attention(op)]
-    if products:
+    if any(op.role in ("linear", "other") and len(op.data) > 1 for op in ops):
         return [c for c in convs if not _is_position(c) and _makes_values(c, set(ops))]
     layers = [op for op in ops if op.conv is not None or op.role == "linear"]
-    beside_tokens = end.dim == 3 and end.channel_dim == -1
+    beside_tokens = ops[-1].dim == 3 and ops[-1].channel_dim == -1
     return [] if beside_tokens and len(layers) == 1 else convs
 
 
@@ -40,10 +38,6 @@ def adds_positions(conv: Op, act: Op) -> bool:
     while source.role in ("pass", "shape") and len(source.data) == 1 and source not in join.data:
         (source,) = source.data
     return source in join.data
-
-
-def _is_attention(op: Op) -> bool:
-    return op.role in ("linear", "other") and len(op.data) > 1
 
 
 def _is_position(conv: Op) -> bool:

@@ -10,10 +10,10 @@ from ..record.graph import Call, Op
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A value that SE could recalibrate: that of ``op``, as it appears in the code of the module that ``call`` called (None:
-    of no module), for ``users`` (None: for all users)."""
+    """A value that SE could recalibrate: that of ``op``, as it appears in the code of the module that ``call`` called, for
+    ``users`` (None: for all users)."""
 
-    call: Call | None
+    call: Call
     op: Op
     users: frozenset[Op] | None = None
 

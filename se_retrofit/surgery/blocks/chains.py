@@ -16,7 +16,7 @@ def plain_chains(record: Record) -> Iterator[Block]:
     arXiv:1409.1556; with SE: Hu et al., section 6.2; a depthwise-separable pair, as in MobileNet, is one unit); or
     after a convolution that is pooled or joined before it is activated (DISK, Tyszkiewicz et al., arXiv:2006.13566)."""
     for conv, act in _units(record):
-        yield from _chain(record, conv, act)
+        yield _chain(conv, act)
 
 
 def lone_convolutions(record: Record) -> Iterator[Block]:
@@ -33,14 +33,12 @@ def lone_convolutions(record: Record) -> Iterator[Block]:
         while user is not None and user.role == "norm":
             end, user = user, only_user(user)
         if is_feature(end):
-            yield from _chain(record, conv, end)
+            yield _chain(conv, end)
 
 
-def _chain(record: Record, conv: Op, end: Op) -> Iterator[Block]:
-    call = innermost(record, [conv, end])
-    if call is not None:
-        region = end.lineage & ~conv.ancestors
-        yield Block("chain", call, region, end, end, target=Target(call, end))
+def _chain(conv: Op, end: Op) -> Block:
+    call = innermost(conv, end)
+    return Block("chain", call, end.lineage & ~conv.ancestors, end, end, target=Target(call, end))
 
 
 def _units(record: Record) -> Iterator[tuple[Op, Op]]:
@@ -115,9 +113,8 @@ def _is_learned(op: Op) -> bool:
     """Return whether an operation is a learned layer. A 1x1 convolution from colours to colours (mean shift) is not."""
     if op.conv is not None and not op.conv.spatial and op.conv.inputs == op.conv.outputs <= 4:
         return False
-    weighs = any(source.role == "param" and _is_stored(source) for source in op.inputs) or (
-        op.module is not None and any(True for _ in op.module.parameters())
-    )
+    own = op.module is not None and next(op.module.parameters(), None) is not None
+    weighs = own or any(source.role == "param" and _is_stored(source) for source in op.inputs)
     return is_conv_or_linear(op) or (op.role == "other" and weighs)
 
 
@@ -131,8 +128,5 @@ def covers_its_input(conv: Op) -> bool:
     before = conv.data[0].shape
     assert conv.conv is not None
     dims = len(conv.conv.kernel)
-    return (
-        not conv.conv.transposed
-        and all(s == 1 for s in conv.shape[-dims:])
-        and tuple(before[-dims:]) == conv.conv.kernel
-    )
+    one = all(size == 1 for size in conv.shape[-dims:])
+    return one and not conv.conv.transposed and tuple(before[-dims:]) == conv.conv.kernel

@@ -60,9 +60,8 @@ def _layers(record: Record, call: Call, cat: Op) -> list[Block]:
     for operand in new:
         region = call.region(operand, outside)
         ops = list(record.select(region))
-        reads_all = any(
-            op.role == "cat" and all(i.bit & seen for i in op.data) and len(op.data) == len(blocks) + 1 for op in ops
-        )
+        concats = [op for op in ops if op.role == "cat" and len(op.data) == len(blocks) + 1]
+        reads_all = any(all(i.bit & seen for i in op.data) for op in concats)
         if (blocks and not reads_all) or not _is_layer(ops):
             return []
         blocks.append(_layer(call, region, operand, cat))
@@ -144,30 +143,25 @@ def dual_paths(record: Record) -> Iterator[Block]:
     """Several joins of pieces of one new value with what bypassed the block, which together are its whole output; they may
     be concatenated in the end (DPN, Chen et al., arXiv:1707.01629)."""
     for call in reversed(record.calls):
-        joins = [op for op in own_operations(record, call) if op.role == "add" or joins_channels(op)]
-        block = _dual_path(record, call, joins) if len(joins) > 1 else None
-        if block is not None:
-            yield block
+        yield from _dual_path(record, call)
 
 
-def _dual_path(record: Record, call: Call, joins: list[Op]) -> Block | None:
+def _dual_path(record: Record, call: Call) -> Iterator[Block]:
     cut: set[Op] = set()
     new: list[Op] = []
-    for join in joins:
+    for join in own_operations(record, call):
+        if join.role != "add" and not joins_channels(join):
+            continue
         bypasses = [o for o in join.data if bypass_source(o, call, 0, projections=1) is not None]
         rest = [o for o in join.data if o not in bypasses and o not in cut]
         if bypasses and len(rest) == 1:
             cut.add(join)
             new += rest
     if {join.role for join in cut} != {"add", "cat"} or escapes(record, call, call.inputs, cut):
-        return None
+        return
     if any(join.ancestors & other.bit and other not in join.data for join in cut for other in cut):
-        return None  # one after the other: a block in which something else is joined, too
+        return  # one after the other: a block in which something else is joined, too
     branch = common_source(record, call, new)
-    if branch is None or branch.channels is None:
-        return None
-    region = call.region(branch)
-    if not has_spatial_conv(record.select(region)):
-        return None
-    target = Target(call, branch)
-    return Block("dense", call, region, branch, max(cut, key=lambda op: op.index), target=target)
+    if branch is not None and branch.channels is not None and has_spatial_conv(record.select(call.region(branch))):
+        last = max(cut, key=lambda op: op.index)
+        yield Block("dense", call, call.region(branch), branch, last, target=Target(call, branch))

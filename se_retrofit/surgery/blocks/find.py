@@ -63,7 +63,6 @@ class _Finder:
         for name, (reason, region) in self.unplaced.items():
             if not region & self.covered:
                 self.found.leave(name, reason, region)
-        self.found.places.sort(key=lambda place: place.op.index)
         return self.found
 
     def add_all(self, blocks: Iterable[Block], nests: bool, aside: str = "") -> None:
@@ -96,7 +95,7 @@ class _Finder:
 
     def place(self, block: Block, name: str, target: Target, aside: str) -> None:
         op = target.op
-        call = None if target.call is None else _where_shown(target.call, op)
+        call = _where_shown(target.call, op)
         problem = NOT_SHOWN if call is None else problem_of(op)
         if call is None or problem is not None:
             self.unplaced[name] = (str(problem), block.region)
@@ -151,9 +150,7 @@ def places_at(record: Record, patterns: Sequence[str]) -> Found:
             what = f"the pattern {pattern!r} matches none of the {len(modules)} modules"
             for path, reason in list(reasons.items())[:1]:
                 what = f"the pattern {pattern!r} matches {path!r}, but {reason}"
-            raise RetrofitError(
-                f"{what}; called are {', '.join(list(called)[1:5])}, ...: see record(model).graph for all of them"
-            )
+            raise RetrofitError(f"{what}; called are {', '.join(list(called)[1:5])}, ...: see record(model).graph")
         found.skipped.update(reasons)
         wanted |= matched & called.keys()
     taken: set[Op] = set()
@@ -166,7 +163,6 @@ def places_at(record: Record, patterns: Sequence[str]) -> Found:
                 taken.add(op)
                 layers, region = frozenset([path]), op.bit if op.path == path else call.mask
                 found.places.append(Place(path, "named", call, op, layers=layers, region=region, named=True))
-    found.places.sort(key=lambda place: place.op.index)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..record.facts import innermost, only_user, real_users
+from ..record.facts import innermost, is_conv_or_linear, only_user, real_users
 from ..record.graph import Op, Record
 from .block import Block, Target
 from .questions import edge, feeds_a_layer, is_gate, is_pointwise, next_after
@@ -18,10 +18,8 @@ def inverted_bottlenecks(record: Record) -> Iterator[Block]:
         if core is None or not _projects(core[-1]) or not feeds_a_layer(record, core[-1]):
             continue
         value, taker, end = core
-        call = innermost(record, [conv, end])
-        if call is not None:
-            region = end.lineage & ~conv.ancestors
-            yield Block("inverted", call, region, end, end, target=edge(record, value, taker))
+        region = end.lineage & ~conv.ancestors
+        yield Block("inverted", innermost(conv, end), region, end, end, target=edge(value, taker))
 
 
 def _core(conv: Op) -> tuple[Op, Op, Op] | None:
@@ -91,7 +89,5 @@ def inverted_target(record: Record, block: Block) -> Target | None:
     ((value, taker, projection),) = cores.values()
     if not projection.bit & block.region or not _projects(projection):
         return None
-    later = [
-        op for op in ops if op.index > projection.index and (op.conv is not None or op.role == "linear") and not op.flat
-    ]
-    return None if later else edge(record, value, taker)
+    later = [op for op in ops if op.index > projection.index and not op.flat]
+    return None if any(map(is_conv_or_linear, later)) else edge(value, taker)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ...plan import Skipped
 from ..record.graph import Op, Record
 from .block import Found, Place
 from .chains import covers_its_input, is_feature, tells_where
@@ -15,9 +16,8 @@ from .questions import TRANSPARENT, next_after
 
 def left_out(
     record: Record, training: Record | None, found: Found, placed: Sequence[Place], everything: bool
-) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return what gets no SE: the names of blocks, or of convolutions outside all blocks, each with the reason and the
-    paths of its spatial convolutions; in order of execution.
+) -> tuple[Skipped, ...]:
+    """Return the blocks, and the convolutions outside all blocks, that get no SE, in order of execution.
 
     Args:
         record, training: the records of the network in eval mode, and in train mode if there is one.
@@ -31,8 +31,8 @@ def left_out(
     left = {}
     for block, reason in found.skipped.items():
         own = dict.fromkeys(path for path in _convolutions(record, found.regions.get(block, 0)) if path not in served)
-        left[block] = (reason, tuple(own))
-    listed = served.union(*(own for _, own in left.values()))
+        left[block] = Skipped(block, reason, tuple(own))
+    listed = served.union(*(skip.convolutions for skip in left.values()))
     inside = 0
     for region in (*(place.region for place in placed), *found.regions.values()):
         inside |= region
@@ -40,12 +40,12 @@ def left_out(
         beside = op.conv is not None and op.conv.spatial and (op.spatial_conv or not op.bit & inside)
         if beside and (path := _path_of(op)) not in listed:
             listed.add(path)
-            left.setdefault(path, (_why_in_no_block(op, found), (path,)))
+            left.setdefault(path, Skipped(path, _why_in_no_block(op, found), (path,)))
             found.regions.setdefault(path, op.bit)
     order = {block: found.regions.get(block, 0) & -found.regions.get(block, 0) for block in left}
     ordered = sorted(left, key=lambda block: order[block] or 1 << len(record.ops))
     more = _not_evaluated(record, training) if everything else {}
-    return [*((block, *left[block]) for block in ordered), *((path, reason, (path,)) for path, reason in more.items())]
+    return (*(left[block] for block in ordered), *(Skipped(path, reason, (path,)) for path, reason in more.items()))
 
 
 def _not_evaluated(record: Record, training: Record | None) -> dict[str, str]:

@@ -40,17 +40,13 @@ def _block(record: Record, call: Call, cat: Op) -> Block | None:
     if escapes(record, call, [source] if source is not None else call.inputs, {cat}):
         return None
     block = _branches_from(record, call, cat, source)
-    if (
-        block is None
-        and source is not None
-        and call.parent is not None
-        and not escapes(record, call, call.inputs, {cat})
-    ):
-        # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all;
-        # without such a conv, two values may be a convolution and a cheap one (GhostNet)
-        block = _branches_from(record, call, cat, None)
-        if block is not None and (len(cat.data) < 3 if block.branch is cat else not call.holds(block.branch)):
-            return None
+    if block is not None or source is None or call.parent is None or escapes(record, call, call.inputs, {cat}):
+        return block
+    # what the branches share belongs to the block itself, with what is computed from it and the conv that fuses all;
+    # without such a conv, two values may be a convolution and a cheap one (GhostNet)
+    block = _branches_from(record, call, cat, None)
+    if block is not None and (len(cat.data) < 3 if block.branch is cat else not call.holds(block.branch)):
+        return None
     return block
 
 
@@ -60,9 +56,8 @@ def _branches_from(record: Record, call: Call, cat: Op, source: Op | None) -> Bl
     if not spatial_convs(ops) or any(map(resizes, ops)):
         return None
     convolved = [o for o in cat.data if any(p.conv is not None for p in record.select(call.region(o, outside)))]
-    bypasses = [
-        o for o in cat.data if o not in convolved and not (o.role == "pool" and call.holds(o) and not o.bit & outside)
-    ]
+    pooled = [o for o in cat.data if o.role == "pool" and call.holds(o) and not o.bit & outside]
+    bypasses = [o for o in cat.data if o not in convolved and o not in pooled]
     end = _fusing_end(call, cat, ops)
     filters = all(op.conv is None or op.depthwise for op in ops) and not has_nonlinearity(ops)
     if end is None and filters and not any(op.role == "norm" for op in ops):

@@ -46,9 +46,8 @@ def _in_list(record: Record, paths: list[str], beside: list[Op]) -> str | None:
     prefix = prefix_of(paths)
     modules = dict(record.model.named_modules())
     for name, around in ((paths[0] if paths else "", prefix), (prefix, prefix.rpartition(".")[0])):
-        if isinstance(modules.get(around), nn.ModuleList) and any(
-            (path_of(op) or "").startswith(f"{around}.") for op in beside
-        ):
+        others = any((path_of(op) or "").startswith(f"{around}.") for op in beside)
+        if others and isinstance(modules.get(around), nn.ModuleList):
             return name
     return None
 

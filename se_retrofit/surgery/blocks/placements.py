@@ -55,6 +55,9 @@ def identity(record: Record, block: Block) -> Target | None:
     return None if block.skip is None else Target(block.call, block.skip, frozenset([block.join]))
 
 
+_INSIDE = ("norm", "act", "pass", "affine", "cat", "shape")
+
+
 def spatial(record: Record, block: Block) -> Target | None:
     """Inside the branch: after its spatial conv's norm and activation."""
     if block.skip is None:
@@ -62,15 +65,11 @@ def spatial(record: Record, block: Block) -> Target | None:
     for conv in reversed([op for op in record.select(block.region) if op.spatial_conv]):
         op, acted = conv, False
         user = only_user(op)
-        while (
-            user is not None
-            and user.bit & block.region
-            and user.role in ("norm", "act", "pass", "affine", "cat", "shape")
-        ):
+        while user is not None and user.bit & block.region and user.role in _INSIDE:
             op, acted = user, acted or user.role == "act"
             user = only_user(op)
         if user is not None and (acted or is_pointwise(user)):
-            return edge(record, op, user)
+            return edge(op, user)
     return branch_end(record, block)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from itertools import takewhile
 
 from ..record.facts import LEARNED, innermost, only_user, real_users
 from ..record.graph import Call, Op, Record
@@ -79,14 +80,13 @@ def activation_after(conv: Op) -> Op | None:
             return acts[0]
         if len(users) > 1 and all(u.role == "part" for u in users):
             return _join_of_halves(users)
-        moved = len(users) == 1 and users[0].role == "shape" and users[0].channels == op.channels
-        if (
-            len(users) != 1
-            or not (moved or users[0].role in ("norm", "pass", "affine", "pool"))
-            or len(users[0].data) != 1
-        ):
+        if len(users) != 1 or len(users[0].data) != 1:
             return None
-        (op,) = users
+        (user,) = users
+        moved = user.role == "shape" and user.channels == op.channels
+        if not moved and user.role not in ("norm", "pass", "affine", "pool"):
+            return None
+        op = user
     return op
 
 
@@ -112,11 +112,10 @@ def gate_after(op: Op) -> Op | None:
 
 def joins_channels(op: Op) -> bool:
     """Return whether a concat is along the channels."""
-    if op.role != "cat" or op.channels is None or len(op.data) < 2:
-        return False
     dim = op.channel_dim
+    if op.role != "cat" or dim is None or op.channels is None or len(op.data) < 2:
+        return False
     shapes = [i.shape for i in op.data]
-    assert dim is not None
     return all(len(s) == op.dim for s in shapes) and any(s[dim] != op.shape[dim] for s in shapes)
 
 
@@ -202,24 +201,17 @@ def common_source(record: Record, call: Call, ops: Iterable[Op]) -> Op | None:
 
 def prefix_of(paths: list[str]) -> str:
     """Return the common prefix of paths, without the last part of any of them."""
-    parts = [p.split(".") for p in paths]
-    prefix = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        prefix.append(level[0])
-    if prefix and any(len(p) == len(prefix) for p in parts):
-        prefix.pop()
-    return ".".join(prefix)
+    levels = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 # Where values appear -------------------------------------------------------------------------
 
 
-def before(op: Op, call: Call | None, roles: tuple[str, ...]) -> Op:
+def before(op: Op, call: Call, roles: tuple[str, ...]) -> Op:
     """Follow a value back through these roles to the module's own code, but not through a norm (FrozenBatchNorm2d)."""
     shown, hidden = op, []
-    while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op and call is not None:
+    while op.role in roles and len(op.data) == 1 and only_user(op.data[0]) is op:
         hidden.append(op)
         op = op.data[0]
         if call.shows(op):
@@ -233,7 +225,7 @@ def _shifts(op: Op) -> bool:
     return op.role == "affine" and op.name not in ("mul", "multiply", "div")
 
 
-def edge(record: Record, value: Op, taker: Op) -> Target:
+def edge(value: Op, taker: Op) -> Target:
     """Return a value as it appears in the module in whose own graph it passes from one operation to another."""
-    call = innermost(record, [value, taker])
+    call = innermost(value, taker)
     return Target(call, before(value, call, ("pass",)))

@@ -43,14 +43,11 @@ def summed_branches(record: Record, call: Call, add: Op) -> int | None:
     ops = list(record.select(region))
     if not has_spatial_conv(ops) or has_nonlinearity(ops) or any(op.role in ("resize", "cat") for op in ops):
         return None
-    if sum(_is_weighted(record, leaf, region) for leaf in leaves) < 2 or (source is None and len(call.inputs) != 1):
-        return None  # a lone conv beside its input is not a sum of branches, nor are values of two origins
+    branches = [record.select(leaf.lineage & region) for leaf in leaves]
+    weighted = [any(op.role in (*LEARNED, "affine") for op in branch) for branch in branches]
+    if sum(weighted) < 2 or (source is None and len(call.inputs) != 1):
+        return None  # a lone conv beside its input (or that, unshuffled) is not a sum of branches; nor are values of two origins
     return region
-
-
-def _is_weighted(record: Record, leaf: Op, region: int) -> bool:
-    """Return whether a branch has weights; without weights it is a shortcut, such as a pixel-unshuffle of the input."""
-    return any(op.role in (*LEARNED, "affine") for op in record.select(leaf.lineage & region))
 
 
 def _outside(call: Call, add: Op) -> Target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 from ..record.facts import LEARNED, behind, is_conv_or_linear
 from ..record.graph import Call, Op, Record
@@ -71,10 +72,8 @@ def reversible_units(record: Record) -> Iterator[Block]:
     bypasses the first unit is not the input of its branch."""
     for call in reversed(record.calls):
         adds = [op for op in own_operations(record, call) if op.role == "add" and len(op.data) == len(op.takes) == 2]
-        for first in adds:
-            for second in adds:
-                if first.index < second.index:
-                    yield from _coupled(record, call, first, second)
+        for first, second in combinations(adds, 2):
+            yield from _coupled(record, call, first, second)
 
 
 def _coupled(record: Record, call: Call, first: Op, second: Op) -> Iterator[Block]:
@@ -139,9 +138,8 @@ def _is_modulation(record: Record, call: Call, add: Op) -> bool:
             continue
         for scaled, factor in (product.data, product.data[::-1]):
             origin = common_source(record, call, [factor, shift])
-            origins = (
-                [origin] if origin is not None else [i for i in call.inputs if i.bit & factor.lineage & shift.lineage]
-            )
+            given = [i for i in call.inputs if i.bit & factor.lineage & shift.lineage]
+            origins = given if origin is None else [origin]
             if shift not in origins and origins and not any(derives(record, call, scaled, o) for o in origins):
                 return True
     return False

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ...errors import RetrofitError
 from .isolation import forked_randomness
+from .methods import remade
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
@@ -46,7 +47,6 @@ def on_cpu(tensor: Tensor) -> Tensor:
 
 
 def on_its_device(tensor: Tensor) -> Tensor:
-    """Return the same values on the same device."""
     return tensor.detach().clone()
 
 
@@ -104,9 +104,7 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
     """
     modules = list(value.modules()) if isinstance(value, nn.Module) else []
     if any(is_lazy(tensor) for module in modules for tensor in module.parameters(recurse=False)):
-        raise RetrofitError(
-            "the model has lazy parameters, whose shapes are not known yet: call the model once, then retrofit it"
-        )
+        raise RetrofitError("the model has lazy parameters, without shapes yet: call the model once, then retrofit it")
     if isinstance(value, nn.Module):
         check_whole((*value.named_parameters(), *value.named_buffers()))
     with contextlib.ExitStack() as stack:
@@ -119,9 +117,8 @@ def copied(value: T, convert: Convert | None = None, *, independent: bool = Fals
             stack.enter_context(_Converted(convert))
         try:
             result = _Copy(modules, convert, independent).of(value)
-            if isinstance(result, nn.Module) and not set(modules).isdisjoint(
-                result.modules()
-            ):  # some returned themselves
+            # some returned themselves
+            if isinstance(result, nn.Module) and not set(modules).isdisjoint(result.modules()):
                 result = _Copy(modules, convert, independent, ask=False).of(value)
         except Exception as error:
             raise RetrofitError(
@@ -219,11 +216,7 @@ class _Copy:
         cells = tuple(map(self.cell, function.__closure__ or ()))
         if all(new is old for new, old in zip(cells, function.__closure__ or (), strict=True)):
             return function
-        new = types.FunctionType(function.__code__, function.__globals__, closure=cells)
-        for name in ("__name__", "__qualname__", "__doc__", "__defaults__", "__kwdefaults__"):
-            setattr(new, name, getattr(function, name))
-        vars(new).update(vars(function))
-        return new
+        return remade(function, function.__code__, cells)
 
     def cell(self, cell: types.CellType) -> types.CellType:
         if id(cell) not in self.memo:

@@ -3,12 +3,13 @@ output holds the channels, and whether the output is a pooled value."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from .graph import Conv, Op, Record
+from .graph import Call, Conv, Op, Record
 from .roles import module_role, role_of
 
 LEARNED = ("conv", "linear", "norm")
@@ -54,8 +55,6 @@ def _read(op: Op, takers: Takers, learned: int) -> None:
     if path:
         op.takes[1].users[-1] = path[0]  # the code names the branch only in the difference
     op.channel_dim = _channel_dim(op)
-    if op.role == "pool" and op.module is None and op.data:
-        op.channel_dim = op.channel_dim or _channel_dim_of_several(op.data[0], op)
     if op.conv is not None and op.data:
         _tell_channels(op.data[0], op)
     elif op.role == "add" and op.channel_dim is not None:
@@ -102,13 +101,12 @@ def is_conv_or_linear(op: Op) -> bool:
     return op.conv is not None or op.role == "linear"
 
 
-def innermost(record: Record, ops: list[Op]) -> Any:
-    """Return the innermost module in whose call all of these operations happen."""
-    found = None
-    for call in record.calls:
-        if all(map(call.holds, ops)) and (found is None or call.start >= found.start):
-            found = call
-    return found
+def innermost(first: Op, second: Op) -> Call:
+    """Return the innermost call of a module in which both operations happen."""
+    call = first.call
+    while call.parent is not None and not call.holds(second):
+        call = call.parent
+    return call
 
 
 def _conv_of(op: Op) -> Conv | None:
@@ -176,7 +174,8 @@ def meaning(op: Op, role: str, learned: int) -> Meaning:
         return "affine", op.inputs[:1]
     if role == "mul" and len(data) == 2:
         for x, mask in (data, data[::-1]):
-            given = _is_given(mask, learned) or _is_binary(mask)
+            # no gradient passes a comparison, whatever is compared
+            given = _is_given(mask, learned) or behind(mask, ("pass", "shape")).dtype == torch.bool
             if given and not _is_given(x, learned) and _spans_channels(mask, x):
                 return "affine", (x,)
     return role, op.takes
@@ -198,11 +197,6 @@ def interpolated(op: Op) -> tuple[Op, ...]:
 def _is_given(op: Op, learned: int) -> bool:
     """Return whether a value does not depend on a learned layer: lengths, padding, dropped frames."""
     return not op.lineage & learned
-
-
-def _is_binary(op: Op) -> bool:
-    """Return whether a value is the result of a comparison: no gradient passes that, whatever is compared."""
-    return behind(op, ("pass", "shape")).dtype == torch.bool
 
 
 def _spans_channels(mask: Op, x: Op) -> bool:
@@ -277,10 +271,7 @@ def _loses_a_dim(before: Op, after: Op) -> bool:
 
 
 def _extent(op: Op) -> int:
-    size = 1
-    for s in _spatial(op):
-        size *= int(s)
-    return size
+    return math.prod(map(int, _spatial(op)))
 
 
 def _is_global(op: Op) -> bool:
@@ -315,7 +306,6 @@ def _folds_batch(conv: Op) -> bool:
 
 
 def _channel_dim(op: Op) -> int | None:
-    """Return the channel dim of an operation's output."""
     if op.conv is not None:
         return None if _folds_batch(op) else -len(op.conv.kernel) - 1
     data = op.data
@@ -334,7 +324,7 @@ def _channel_dim(op: Op) -> int | None:
         return _channel_dim_after(op, source, position)
     if before == after and (op.role != "other" or op.shape[position] == source.shape[position]):
         return source.channel_dim
-    return None
+    return _channel_dim_of_several(source, op) if op.role == "pool" and op.module is None else None
 
 
 def _channel_dim_after(op: Op, source: Op, position: int) -> int | None:

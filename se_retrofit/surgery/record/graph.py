@@ -109,7 +109,6 @@ class Op:
 
     @property
     def depthwise(self) -> bool:
-        """Whether it is a depthwise convolution over space."""
         return self.conv is not None and self.conv.depthwise
 
     @property
@@ -217,7 +216,6 @@ class Record:
 
 
 def tensor_of(value: Any, index: int) -> torch.Tensor:
-    """Return one of the tensors that an operation returned."""
     return tensors_in(value)[index]
 
 

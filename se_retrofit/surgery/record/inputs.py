@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import brief
-from .copying import copied, on_cpu, on_meta
+from .copying import copied, on_cpu
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,6 @@ class Inputs:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def on_meta(self) -> Inputs:
-        return copied(self, on_meta)
 
     def of_one(self) -> Inputs:
         """Return a batch of one, if the tensors are batches."""
@@ -41,17 +38,17 @@ class Inputs:
         return copied(self, real)
 
     @property
-    def first(self) -> Tensor:
-        """The first tensor, on whose device the run is."""
-        return tensors_in((self.args, self.kwargs))[0]
+    def tensors(self) -> list[Tensor]:
+        """All tensors; the run is on the device of the first one."""
+        return tensors_in((self.args, self.kwargs))
 
     @property
     def is_meta(self) -> bool:
-        return all(t.device.type == "meta" for t in tensors_in((self.args, self.kwargs)))
+        return all(tensor.device.type == "meta" for tensor in self.tensors)
 
     @property
     def shapes(self) -> str:
-        return ", ".join(str(tuple(t.shape)) for t in tensors_in((self.args, self.kwargs))) or "none"
+        return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors) or "none"
 
 
 def given_inputs(example_inputs: Any) -> Inputs:
@@ -161,15 +158,12 @@ def _kept_shapes(model: nn.Module, conv: Any) -> Iterator[tuple[int, ...]]:
             for name in _SIZE_NAMES:
                 size = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
                 size = (size,) * dims if type(size) is int else size
-                if (
-                    isinstance(size, (tuple, list))
-                    and len(size) >= dims
-                    and all(type(n) is int and 0 < n < 1e5 for n in size)
-                ):
-                    if len(size) > dims:
-                        yield tuple(size)
-                    if conv is not None:
-                        yield (conv.in_channels, *size[-dims:])
+                if not isinstance(size, (tuple, list)) or not all(type(n) is int and 0 < n < 1e5 for n in size):
+                    continue
+                if len(size) > dims:
+                    yield tuple(size)
+                if len(size) >= dims and conv is not None:
+                    yield (conv.in_channels, *size[-dims:])
 
 
 def _required_inputs(model: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,9 @@ def methods_of(cls: type) -> dict[types.CodeType, Method]:
         for name, member in vars(owner).items():
             function = unwrapped(member)
             if function is not None:
-                _add_code(found, function.__code__, Method(owner, name, function))
+                method = Method(owner, name, function)
+                for code in (function.__code__, *nested(function.__code__)):
+                    found.setdefault(code, method)
     return found
 
 
@@ -58,8 +61,18 @@ def unwrapped(member: Any) -> types.FunctionType | None:
     return member if isinstance(member, types.FunctionType) else None
 
 
-def _add_code(found: dict[types.CodeType, Method], code: types.CodeType, method: Method) -> None:
-    found.setdefault(code, method)
+def nested(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            _add_code(found, constant, method)
+            yield constant
+            yield from nested(constant)
+
+
+def remade(function: types.FunctionType, code: types.CodeType, cells: Iterable[types.CellType]) -> types.FunctionType:
+    """Return the same function with other code, or another closure."""
+    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
+    new.__kwdefaults__ = function.__kwdefaults__
+    new.__annotations__ = dict(function.__annotations__)
+    new.__qualname__, new.__module__, new.__doc__ = function.__qualname__, function.__module__, function.__doc__
+    vars(new).update(vars(function))
+    return new

@@ -69,7 +69,7 @@ class _Recorder(TorchDispatchMode):
         self.result = result
         self.on_meta = on_meta
         self.traced = traced
-        self.on_gpu = result.inputs.first.device.type not in ("cpu", "meta")
+        self.on_gpu = result.inputs.tensors[0].device.type not in ("cpu", "meta")
         modules = list(result.model.named_modules())
         self.modules = [m for _, m in modules]
         self.paths = {id(m): path for path, m in modules}
@@ -278,7 +278,6 @@ class _Recorder(TorchDispatchMode):
         return self.result.graph.call_function(operator.getitem if flat else tensor_of, (whole, index))
 
     def nodes_in(self, value: Any) -> Any:
-        """Return arguments with nodes in place of tensors."""
         return fx.node.map_aggregate(value, self.node_of)
 
     def node_of(self, value: Any) -> Any:

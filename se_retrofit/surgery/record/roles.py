@@ -77,7 +77,6 @@ _OPERATION_ROLES: dict[str, str] = {
 
 
 def role_of(operation: str) -> str:
-    """Return the role of an ATen operation."""
     return _OPERATION_ROLES.get(operation, "other")
 
 

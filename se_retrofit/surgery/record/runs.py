@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Runs:
 
         for inputs in candidate_inputs(model) if given is None else [given]:
             try:
-                runs = cls._on(model, inputs.on_meta(), inputs, on_meta, clean, training)
+                runs = cls._on(model, copied(inputs, on_meta), inputs, on_meta, clean, training)
             except NeedsValues:
                 runs = with_values(inputs)
             else:
@@ -138,9 +139,8 @@ class Runs:
         copy = copied(self.model, self.convert, independent=True)
         prepare(copy)
         self.clean()
-        modes = [False, True] if training and self.training is not None else [False]
-        records = [_recorded(copy, self.evaluation.inputs, self.on_meta, mode, traced=False) for mode in modes]
-        return records[0], records[1] if len(records) > 1 else None
+        repeat = partial(_recorded, copy, self.evaluation.inputs, self.on_meta, traced=False)
+        return repeat(training=False), repeat(training=True) if training and self.training is not None else None
 
 
 def _recorded(copy: nn.Module, inputs: Inputs, on_meta: MetaOperations, training: bool, traced: bool = True) -> Record:

@@ -22,10 +22,7 @@ class Values:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        given: Callable[[Tensor, str | None], Op],
-        changed: Callable[[Tensor, Op, Op], Op],
+        self, model: nn.Module, given: Callable[[Tensor, str | None], Op], changed: Callable[[Tensor, Op, Op], Op]
     ) -> None:
         self._given = given
         self._changed = changed
@@ -47,7 +44,6 @@ class Values:
         return self._known.get(id(tensor))
 
     def keep(self, tensor: Tensor, op: Op) -> None:
-        """Note which operation computed a tensor."""
         if id(tensor) not in self._known:
             self._kept.append(tensor)
             key = _storage(tensor)
@@ -105,7 +101,6 @@ def _storage(tensor: Tensor) -> int:
 
 
 def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operation writes to."""
     values = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(func)]
     return [t for t in tensors_in(values) if not isinstance(t, nn.Parameter)]
 

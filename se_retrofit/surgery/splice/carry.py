@@ -18,7 +18,6 @@ from ...errors import RetrofitError
 from ...plan import Edit, Plan, Site, noted_options
 from ..arguments import Options
 from ..record.copying import mode_of
-from ..record.isolation import without_collections
 from ..record.methods import unwrapped
 from ..record.roles import is_sequential
 from .derived import Recipe, class_before, derived_class, source_as_before
@@ -31,12 +30,7 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
     """Retrofit a model in place by a plan that fits it. If the plan contradicts itself, the model is unchanged."""
     options, modules = Options.of(plan), {}
     kept = replace(plan, options=noted_options(plan.options))  # plain data, which can be pickled
-    with (
-        _disable_current_modes(),
-        torch.inference_mode(False),
-        torch.random.fork_rng(devices=[]),
-        without_collections(),
-    ):
+    with _disable_current_modes(), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for site in plan.sites:
             modules[site.path] = _built(model, site, options)
             vars(modules[site.path]).update(site=site, plan=kept)
@@ -50,10 +44,8 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
         raise RetrofitError("the plan is broken: it has two sites at one place")
     try:
         apply_edits(model, edits)
-    except BaseException as error:
+    except BaseException:
         strip(model)
-        if isinstance(error, SpliceError):
-            raise RetrofitError(str(error)) from None
         raise
     vars(model)[PLAN] = kept
 
@@ -135,9 +127,7 @@ def _built(model: nn.Module, site: Site, options: Options) -> Inserted:
     module = built(attention, vars(options), slot)
     count = sum(parameter.numel() for parameter in module.parameters())
     if count != site.parameters:
-        raise RetrofitError(
-            f"the plan is broken: {site.path} has {site.parameters} parameters, by its options it has {count}"
-        )
+        raise RetrofitError(f"the plan is broken: {site.path} has {site.parameters} parameters, by its options {count}")
     with mode_of(like) as fake:
         if fake is not None:
             module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=like.device))
@@ -157,7 +147,7 @@ class _Holder:
     splices: list[Splice] = field(default_factory=list)
     returned: str = ""
     nodes: dict[Edit, str] = field(default_factory=dict)  # edits, with the path of SE in the GraphModule
-    insertions: list[list[Insertion]] = field(default_factory=list)  # for each of them
+    insertions: list[Insertion] = field(default_factory=list)
 
     def derived(self) -> type:
         """Return the module's class with SE; its own class if none of its methods calls SE."""
@@ -176,10 +166,9 @@ def apply_edits(model: nn.Module, edits: Mapping[Edit, tuple[str, Inserted]]) ->
         parent, _, child = path.rpartition(".")
         modules[parent]._modules[child] = se
     for holder in holders:
-        for path, insertions in zip(holder.nodes.values(), holder.insertions, strict=True):
-            for graph, node, users in insertions:
-                insert_node(graph, node, path, users)
-        if holder.nodes:
+        for insertion in holder.insertions:
+            insert_node(*insertion)
+        if holder.insertions:
             holder.module.recompile()  # type: ignore[operator]
     for module, cls in classes:
         object.__setattr__(module, "__class__", cls)
@@ -220,12 +209,10 @@ def _prepared(modules: Mapping[str, nn.Module], edits: Mapping[Edit, str]) -> li
         elif edit.form == "return" and edit.digest == forward_digest(type(module)):
             holder.returned = child
         elif edit.form != "append" or not is_sequential(module):
-            raise SpliceError(
-                f"the source of {type(module).__module__}.{type(module).__qualname__}.forward has changed"
-            )
+            raise SpliceError(f"the source of {class_name(type(module))}.forward has changed")
     for holder in holders.values():
         if holder.nodes:
-            holder.insertions = insertions_of(holder.module, list(holder.nodes))
+            holder.insertions = list(insertions_of(holder.module, holder.nodes))
     return list(holders.values())
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...attention import Inserted
-from ..blocks import Place
+from ..blocks.block import Place
 from ..record.graph import Call, Op, Record
 
 
@@ -58,11 +58,7 @@ def compare_records(before: Record, after: Record, expected: Mapping[str, list[P
         early = _taken_early(op, original, same)
         if early is not None:
             return Findings(wrong={early: OVERWRITTEN}, called={early})
-        if (
-            _signature(op) != _signature(original)
-            or tuple(same[i] for i in op.inputs) != original.inputs
-            or _plain((op.args, op.kwargs)) != _plain((original.args, original.kwargs))
-        ):
+        if _signature(op) != _signature(original) or tuple(same[i] for i in op.inputs) != original.inputs:
             return different
         same[op] = original
         index += 1
@@ -76,6 +72,8 @@ def compare_records(before: Record, after: Record, expected: Mapping[str, list[P
     return Findings({path: problem for path, problem in problems.items() if problem}, set(scaled))
 
 
+NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one expression"
+SEVERAL_TIMES = "the code that makes the value runs several times, and not each time as a block of this kind"
 OVERWRITTEN = "the value that SE should recalibrate is overwritten in place, and the code names it before that"
 
 
@@ -100,7 +98,6 @@ class _Takers:
         self._returned = {output for call in record.calls for output in call.outputs}
 
     def of(self, value: Op, but: Op | None = None) -> list[Op]:
-        """Return the operations that use a value, except through ``but``."""
         found = []
         for user in self._users.get(value, []):
             if user is not but:
@@ -112,7 +109,7 @@ class _Takers:
 
 
 def _signature(op: Op) -> tuple[object, ...]:
-    return op.name, op.shape, op.dtype, op.path, op.call.path, op.inplace
+    return op.name, op.shape, op.dtype, op.path, op.call.path, op.inplace, _plain((op.args, op.kwargs))
 
 
 def _plain(value: object) -> object:
@@ -150,11 +147,7 @@ def _problem(places: list[Place], scaled: list[tuple[Op, Op]], same: dict[Op, Op
             place = places[0]
         if place is None:
             several = same[given] in {p.op for p in places} or len(scaled) > len(places)
-            return (
-                "the code that makes the value runs several times, and not each time as a block of this kind"
-                if several
-                else "the value that SE should recalibrate is not the result of one expression"
-            )
+            return SEVERAL_TIMES if several else NOT_ONE_VALUE
         if place.users is not None:
             if {same[u] for u in takers.of(se)} != set(place.users):
                 return "the operand that SE should recalibrate can't be told apart from the others"

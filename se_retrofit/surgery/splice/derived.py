@@ -81,7 +81,6 @@ class RetrofittedBlock(_Quiet):
 
 
 def class_before(module: nn.Module) -> type:
-    """Return the class that a module had before the retrofit."""
     return type(module).se_recipe.base if isinstance(module, RetrofittedBlock) else type(module)
 
 
@@ -179,9 +178,7 @@ def _derive(recipe: Recipe) -> type:
         metaclass: Any = type(base)
         derived: type = metaclass(f"SE{base.__name__}", (RetrofittedBlock, base, *between), namespace)
     except Exception as error:
-        raise SpliceError(
-            f"a class can't be derived from {base.__qualname__}: {type(error).__name__}: {error}"
-        ) from None
+        raise SpliceError(f"can't derive a class from {base.__qualname__}: {type(error).__name__}: {error}") from None
     for member in members.values():
         _keep_overloads(member, base, derived)
     return derived

@@ -10,17 +10,16 @@ from torch import nn
 
 from ...attention import Inserted, StaticFactor
 from ...plan import Edit
-from ..blocks import Place
+from ..blocks.block import Place
 from ..record.copying import mode_of
 from ..record.graph import Record
 from ..record.runs import Runs
 from .carry import apply_edits, problems_of
-from .check import Findings, compare_records
+from .check import NOT_ONE_VALUE, Findings, compare_records
 from .source import SpliceError
 from .ways import named, ways
 
 IN_NO_CODE = "the value that SE should recalibrate appears in no code that can be changed"
-NOT_ONE_VALUE = "the value that SE should recalibrate is not the result of one expression"
 ONE_FOR_SEVERAL = "one expression of a loop computes it and other blocks, so it can't get SE of its own"
 LOOKS_INSIDE = (
     "with SE in it, the network does something else than before: it looks at the class of the block, its children or its "
@@ -47,11 +46,11 @@ class SurgerySite:
 
 @dataclass(eq=False)
 class _Options:
-    """The edits for one place that have not been found wrong, and the first problem."""
+    """The edits for one place that have not been found wrong, and why there are no others."""
 
     edits: list[Edit]
-    problem: str
-    failed: bool = False
+    impossible: str
+    failure: str = ""  # of the first that was found wrong
 
     @classmethod
     def of(cls, place: Place) -> _Options:
@@ -60,9 +59,7 @@ class _Options:
         return cls(list(dict.fromkeys(way for way in found if isinstance(way, Edit))), problems[0])
 
     def fail(self, edit: Edit, problem: str) -> None:
-        """Drop an edit that turned out to be wrong; the reason given in the end is that of the first one."""
-        if not self.failed:
-            self.problem, self.failed = problem, True
+        self.failure = self.failure or problem
         self.edits.remove(edit)
 
 
@@ -82,7 +79,7 @@ class Fitting:
     training: list[Place]
     skipped: dict[str, str]
     options: dict[Place, _Options] = field(default_factory=dict)
-    extra: dict[Edit, Edit] = field(default_factory=dict)  # an additional edit of a site, for training
+    extra: dict[Edit, list[Edit]] = field(default_factory=dict)  # additional edits of a site, for training
     deferred: set[Edit] = field(default_factory=set)  # edits to try last, without their holders
 
     def sites(self) -> list[SurgerySite]:
@@ -112,10 +109,11 @@ class Fitting:
             by_edit: dict[Edit, list[Place]] = {}
             waiting = list(self.places)
             for place in waiting:
-                if not self.options[place].edits:
-                    waiting += self.drop(place, self.options[place].problem)
-                    continue
-                by_edit.setdefault(self.options[place].edits[0], []).append(place)
+                options = self.options[place]
+                if options.edits:
+                    by_edit.setdefault(options.edits[0], []).append(place)
+                else:
+                    waiting += self.drop(place, options.failure or options.impossible)
             sites = self.named(by_edit)
             wrong = {site.path: ONE_FOR_SEVERAL for site in sites if not _one_block(site.places)}
             if not wrong:
@@ -124,10 +122,7 @@ class Fitting:
 
     def named(self, by_edit: Mapping[Edit, list[Place]]) -> list[SurgerySite]:
         paths = named({edit: places[0].block for edit, places in by_edit.items()}, self.runs.evaluation.model)
-        return [
-            SurgerySite(paths[edit], places, [edit, *([self.extra[edit]] if edit in self.extra else [])])
-            for edit, places in by_edit.items()
-        ]
+        return [SurgerySite(paths[edit], places, [edit, *self.extra.get(edit, ())]) for edit, places in by_edit.items()]
 
     def fail(self, sites: Iterable[SurgerySite], wrong: Mapping[str, str]) -> None:
         for site in sites:
@@ -209,7 +204,7 @@ class Fitting:
     def edit(self, copy: nn.Module, sites: list[SurgerySite]) -> None:
         """Insert factors, whatever the attention will be: a product with a parameter reveals values that can't be
         scaled, and networks that inspect their parameters."""
-        like = self.runs.evaluation.inputs.first
+        like = self.runs.evaluation.inputs.tensors[0]
         modules: dict[Edit, tuple[str, Inserted]] = {}
         for site in sites:
             op, channels = site.place.op, site.place.channels
@@ -231,11 +226,12 @@ class Fitting:
 
     def extend(self, site: SurgerySite, places: Sequence[Place]) -> bool:
         """Give a site an additional edit if the forward has other code in training."""
-        further = [e for p in places for e in _Options.of(p).edits if e.holder == site.edits[0].holder]
-        further = [e for e in further if e.form == "splice" and e not in site.edits]
+        holder = site.edits[0].holder
+        own = (e for p in places for e in _Options.of(p).edits if e.form == "splice" and e.holder == holder)
+        further = [e for e in own if e not in site.edits]
         if not further or site.edits[0] in self.extra:
             return False
-        self.extra[site.edits[0]] = further[0]
+        self.extra[site.edits[0]] = further[:1]
         return True
 
     # Blame

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import linecache
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from torch import fx, nn
@@ -23,7 +22,6 @@ def graphs_of(module: nn.Module) -> list[fx.Graph]:
 
 
 def _code_digest(module: fx.GraphModule, graph: fx.Graph) -> str:
-    """Return a digest of the code of one of a GraphModule's graphs."""
     return _digest(module.code if graph is module.graph else graph.python_code("self").src)
 
 
@@ -49,7 +47,9 @@ def _node_name(call: Call, op: Op) -> tuple[str, str]:
         return str(placeholders[call.inputs.index(op)].name), _code_digest(call.module, call.module.graph)
     for code, lasti in call.where_of(op):
         lines = linecache.getlines(code.co_filename)
-        name = _assigned(lines, list(code.co_positions())[lasti // 2][0])
+        line = list(code.co_positions())[lasti // 2][0] or 0
+        # the generated "add : Tensor = x + y" assigns to a variable with the node's name
+        name = "".join(lines[line - 1 : line]).partition("=")[0].partition(":")[0].strip()
         for node in [n for graph in graphs_of(call.module) for n in graph.nodes if n.name == name]:
             first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
             # a decomposed norm returns a tuple, of which the first is its value
@@ -57,52 +57,31 @@ def _node_name(call: Call, op: Op) -> tuple[str, str]:
     raise SpliceError(f"the output of {op.path or op.name} is not a node of the graph of {call.path or 'the model'}")
 
 
-def _assigned(lines: list[str], line: int | None) -> str | None:
-    """Return the variable that a line of generated code assigns to."""
-    if line is None or not 0 < line <= len(lines):
-        return None
-    try:
-        statement = ast.parse(lines[line - 1].strip()).body[0]
-    except (SyntaxError, IndexError):
-        return None
-    if isinstance(statement, ast.Return):
-        return None
-    target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-    return target.id if isinstance(target, ast.Name) else None
-
-
-def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: Iterable[fx.Node] | None = None) -> fx.Node:
-    """Insert ``target(node)`` after ``node``, and replace ``node`` by it in ``users`` (default: in all users)."""
+def insert_node(graph: fx.Graph, node: fx.Node, target: str, users: list[fx.Node] | None) -> None:
+    """Insert ``target(node)`` after ``node``, and replace ``node`` by it in ``users`` (None: in all users)."""
     after = node
     if node.op == "placeholder":  # placeholders must come first
         after = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    before = list(node.users) if users is None else [u for u in node.users if u in set(users)]
+    before = [user for user in node.users if users is None or user in users]
     with graph.inserting_after(after):
         se = graph.call_module(target, (node,))
     for user in before:
         user.replace_input_with(node, se)
-    return se
 
 
-Insertion = tuple[fx.Graph, fx.Node, list[fx.Node] | None]
+Insertion = tuple[fx.Graph, fx.Node, str, list[fx.Node] | None]
 
 
-def insertions_of(module: nn.Module, edits: list[Edit]) -> list[list[Insertion]]:
-    """Return for each edit the node that it names and the users of SE's output (None: all), in each of the graphs."""
+def insertions_of(module: nn.Module, edits: Mapping[Edit, str]) -> Iterator[Insertion]:
+    """Yield the node after which SE goes, SE's path, and the users of its output (None: all), in each of the graphs."""
     graphs = graphs_of(module) if isinstance(module, fx.GraphModule) else []
     read = {_code_digest(module, graph): graph for graph in graphs}  # type: ignore[arg-type]
-    found = []
-    for edit in edits:
+    for edit, path in edits.items():
         if edit.digest not in read:
             raise SpliceError(f"the graph of {edit.holder or 'the model'} has changed")
-        twins = [partial(_counterpart, graph=read[edit.digest], other=graph) for graph in graphs]
-        found.append(
-            [
-                (graph, twin(edit.node), None if edit.users is None else [twin(user) for user in edit.users])
-                for graph, twin in zip(graphs, twins, strict=True)
-            ]
-        )
-    return found
+        for graph in graphs:
+            twin = partial(_counterpart, graph=read[edit.digest], other=graph)
+            yield graph, twin(edit.node), path, None if edit.users is None else list(map(twin, edit.users))
 
 
 def _counterpart(name: str, graph: fx.Graph, other: fx.Graph) -> fx.Node:

@@ -12,19 +12,19 @@ import functools
 import hashlib
 import inspect
 import linecache
-import operator
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..record.methods import unwrapped
+from ...errors import RetrofitError
+from ..record.methods import nested, remade, unwrapped
 
 Span = tuple[int, ...]  # first line, last line (counted from the method's first), first column, end column
 
 
-class SpliceError(Exception):
-    """Raised if a method's source can't be changed; the message says why, and only leaves the surgery as a reason."""
+class SpliceError(RetrofitError):
+    """Raised if a method's source can't be changed; the message says why, and mostly becomes the reason of a block."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class Source:
     first: int
     tree: ast.FunctionDef | ast.AsyncFunctionDef
 
+    @property
+    def self_name(self) -> str:
+        return self.function.__code__.co_varnames[0]
+
     @functools.cached_property
     def nodes(self) -> tuple[ast.AST, ...]:
         """All nodes of the tree, outer ones first."""
@@ -79,7 +83,6 @@ class Source:
 
     @functools.cached_property
     def structure(self) -> str:
-        """The syntax tree as text, without positions."""
         return ast.dump(self.tree)
 
     @functools.cached_property
@@ -114,8 +117,7 @@ def source_of(function: types.FunctionType) -> Source:
         raise SpliceError(f"the source of {name} can't be compiled on its own") from None
     if not _same_code(code, function.__code__):
         raise SpliceError(
-            f"the source of {name} differs from the code that runs: its file was edited since it was imported, or an import hook "
-            "rewrote it"
+            f"the source of {name} differs from the code that runs: its file was edited since its import, or an import hook rewrote it"
         )
     return Source(function, tuple(lines), first, tree)
 
@@ -151,7 +153,7 @@ def _compiled(
     holder.body = [tree]
     flags = code.co_flags & _FUTURE
     compiled = compile(module, filename or code.co_filename, "exec", flags=flags, dont_inherit=True)
-    at_its_line = (c for c in _nested(compiled) if c.co_name == tree.name and c.co_firstlineno == code.co_firstlineno)
+    at_its_line = (c for c in nested(compiled) if c.co_name == tree.name and c.co_firstlineno == code.co_firstlineno)
     return next(at_its_line, compiled)  # if the file was edited, another function may be there
 
 
@@ -162,33 +164,17 @@ def _imported_in(filename: str) -> frozenset[str]:
         tree = ast.parse("".join(linecache.getlines(filename)))
     except SyntaxError:
         return frozenset()
-    names: set[str] = set()
-    stack: list[ast.AST] = [tree]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update((alias.asname or alias.name.partition(".")[0]) for alias in node.names)
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
-            stack.extend(ast.iter_child_nodes(node))
-    return frozenset(names - {"*"})
+    aliases = [a for n in own_nodes(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names]
+    return frozenset(a.asname or a.name.partition(".")[0] for a in aliases) - {"*"}
 
 
-_FUTURE = functools.reduce(
-    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-)
-
-
-def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield constant
-            yield from _nested(constant)
+_FUTURE = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)  # a bit each
 
 
 def _same_code(a: types.CodeType, b: types.CodeType) -> bool:
     if a.replace(co_flags=b.co_flags) != b:  # one may be nested in a function, the other not
         return False
-    return all(x.co_linetable == y.co_linetable for x, y in zip((a, *_nested(a)), (b, *_nested(b)), strict=True))
+    return all(x.co_linetable == y.co_linetable for x, y in zip((a, *nested(a)), (b, *nested(b)), strict=True))
 
 
 def span_of(node: Any) -> Span:
@@ -228,9 +214,7 @@ def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, 
         by_method.setdefault((splice.owner, splice.method), []).append(splice)
     for (owner, name), group in by_method.items():
         member = vars(owner).get(name)
-        function = unwrapped(member)
-        if function is None:
-            raise SpliceError(f"{owner.__qualname__} has no method {name}")
+        function: Any = unwrapped(member)
         new = _rewrapped(member, function, _respliced(function, group))
         first = next(c for c in base.__mro__ if name in vars(c))
         (own if first is owner else further.setdefault(owner, {}))[name] = new
@@ -238,11 +222,9 @@ def spliced_members(base: type, splices: tuple[Splice, ...]) -> tuple[dict[str, 
 
 
 def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.FunctionType:
-    """Return the same function with calls of SE in it."""
     source = source_of(function)
     lines = [line.encode() for line in source.lines]
-    self_name = function.__code__.co_varnames[0]
-    for row, column, text in sorted(_insertions(splices, self_name), key=lambda item: item[:2], reverse=True):
+    for row, column, text in sorted(_insertions(splices, source.self_name), key=lambda item: item[:2], reverse=True):
         lines[row] = lines[row][:column] + text.encode() + lines[row][column:]
     new_lines = b"".join(lines).decode().splitlines(keepends=True)
     digest = hashlib.sha256("".join(new_lines).encode()).hexdigest()[:12]
@@ -251,30 +233,18 @@ def _respliced(function: types.FunctionType, splices: list[Splice]) -> types.Fun
     try:
         tree = _parsed(new_lines, source.first)
         code = _compiled(tree, function, filename)
-    except (SyntaxError, ValueError, StopIteration) as error:
+    except (SyntaxError, ValueError) as error:
         raise SpliceError(f"the changed source of {function.__qualname__} does not compile: {error}") from None
-    without = _WithoutCalls(self_name, {splice.child for splice in splices}).visit(tree)
+    without = _WithoutCalls(source.self_name, {splice.child for splice in splices}).visit(tree)
     # fails for an expression in an f-string, say, whose exact position Python does not have
     if ast.dump(without) != source.structure:
         raise SpliceError(f"a call of SE can't be put at the expression in {function.__qualname__}")
     linecache.cache[filename] = (sum(map(len, whole)), None, whole, filename)
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    return _remade(function, code, [cells[name] for name in code.co_freevars])
-
-
-def _remade(function: types.FunctionType, code: types.CodeType, cells: list[types.CellType]) -> types.FunctionType:
-    """Return the same function with other code, or another closure."""
-    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, tuple(cells))
-    new.__kwdefaults__ = function.__kwdefaults__
-    new.__annotations__ = dict(function.__annotations__)
-    new.__qualname__, new.__module__, new.__doc__ = function.__qualname__, function.__module__, function.__doc__
-    vars(new).update(vars(function))
-    return new
+    return remade(function, code, [cells[name] for name in code.co_freevars])
 
 
 class _WithoutCalls(ast.NodeTransformer):
-    """Removes the calls of SE from a syntax tree."""
-
     def __init__(self, self_name: str, children: set[str]) -> None:
         self.self_name, self.children = self_name, children
 
@@ -341,7 +311,7 @@ def _rewrapped(
                 replaced.append((cell, content))
             cells.append(cell)
         if any(content is not member for _, content in replaced):
-            wrapper = made[id(member)] = _remade(member, member.__code__, cells)
+            wrapper = made[id(member)] = remade(member, member.__code__, cells)
             for cell, content in replaced:
                 cell.cell_contents = _rewrapped(content, old, new, made)
             wrapper.__wrapped__ = _rewrapped(member.__wrapped__, old, new, made)  # type: ignore[attr-defined]

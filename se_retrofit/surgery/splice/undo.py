@@ -25,12 +25,9 @@ def lost_sites(model: nn.Module) -> list[str]:
     lost = []
     for path, module in model.named_modules():
         plan = vars(module).get(PLAN)
+        modules = {} if plan is None else dict(module.named_modules(remove_duplicate=False))
         for site in plan.sites if plan is not None else ():
-            try:
-                found = is_retrofitted(module.get_submodule(site.path))
-            except AttributeError:
-                found = False
-            if not found:
+            if not is_retrofitted(modules.get(site.path)):
                 lost.append(f"{path}.{site.path}" if path else site.path)
     return lost
 
@@ -38,17 +35,15 @@ def lost_sites(model: nn.Module) -> list[str]:
 def strip(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
     """Remove SE inserted by a retrofit, in place: all of it, or ``only`` these modules."""
     chosen = {id(m) for m in (model.modules() if only is None else only) if is_retrofitted(m)}
-    modules = list(model.modules())
+    modules, gone = list(model.modules()), None if only is None else chosen
     # before anything is changed, because deriving a class can fail
-    classes = {
-        id(m): _class_without(m, None if only is None else chosen) for m in modules if isinstance(m, RetrofittedBlock)
-    }
+    classes = {id(m): _class_without(m, gone) for m in modules if isinstance(m, RetrofittedBlock)}
     for module in modules:
         if isinstance(module, fx.GraphModule):
             _strip_graphs(module, chosen)
         if id(module) in classes:
             object.__setattr__(module, "__class__", classes[id(module)])
-    _forget_sites(modules, None if only is None else chosen)
+    _forget_sites(modules, gone)
     for module in modules:
         for name, child in list(module._modules.items()):
             if child is not None and id(child) in chosen:

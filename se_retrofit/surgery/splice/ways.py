@@ -15,7 +15,7 @@ from functools import partial
 from torch import fx, nn
 
 from ...plan import Edit
-from ..blocks import Place
+from ..blocks.block import Place
 from ..record.facts import only_user
 from ..record.graph import Call, Op, Where
 from ..record.methods import Method, methods_of
