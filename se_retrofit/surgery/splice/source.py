@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import linecache
 import types
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -92,10 +93,12 @@ class Source:
 
 def own_nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """Yield all nodes of a tree, except those of nested functions and classes."""
-    for node in ast.iter_child_nodes(tree):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
-            yield node
-            yield from own_nodes(node)
+    waiting = deque([tree])  # a long sum is deeper than Python's recursion goes
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.popleft()):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+                yield node
+                waiting.append(node)
 
 
 @functools.lru_cache(maxsize=512)
