@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import linecache
+import tokenize
 import types
 from collections import deque
 from collections.abc import Iterator
@@ -111,7 +112,7 @@ def source_of(function: types.FunctionType) -> Source:
         )
     try:
         lines, first = inspect.getsourcelines(function)
-    except (OSError, TypeError, SyntaxError, IndentationError):
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
         raise SpliceError(f"the source of {name} is not at hand") from None
     try:
         tree = _parsed(lines, first)

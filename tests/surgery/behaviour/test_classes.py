@@ -97,6 +97,7 @@ class Edited(Block):
         ("return x + out", "return x + out * 100"),
         ("(Block):\n", "(Block):\n\n\n"),
         ("(Block):\n", "(Block):\n    def other(self):\n        return 1\n\n"),  # stands where forward stood
+        ("return x + out", "return 'x + out"),  # no Python
     ],
 )
 def test_a_file_that_was_edited_after_its_import_does_not_change_the_model(old: str, new: str, tmp_path: Path) -> None:
