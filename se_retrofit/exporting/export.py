@@ -214,7 +214,7 @@ def _to_pt2(model: nn.Module, inputs: Tensors, dynamic: tuple[dict[int, str], ..
     program = torch.export.export(model, inputs, dynamic_shapes=shapes)
     written = io.BytesIO()  # torch's own writer aborts on a full disk
     torch.export.save(program, written, extra_files={METADATA: metadata})
-    file.write_bytes(written.getbuffer())
+    file.write_bytes(written.getvalue())
     module = torch.export.load(str(file)).module()
     return lambda given: tensors_in(module(*given))
 
