@@ -12,7 +12,7 @@ from .inserted import Inserted
 from .parts import TwiceSigmoid, bottleneck, hidden_width, init_bottleneck
 
 GATES = ("identity", "sigmoid")
-WIDEST = 65_536
+WIDEST = 65_536  # a larger min_hidden is a slip, which would take gigabytes for each block
 
 
 class SEAttention(Inserted):
@@ -94,14 +94,14 @@ class SEAttention(Inserted):
     @property
     def channel(self) -> int:
         """Number of channels."""
-        first: Any = self.fc[0]  # type: ignore[index]
-        return getattr(first, "in_features", vars(self)["channel"])
+        fc: Any = self.fc
+        return getattr(fc[0], "in_features", vars(self)["channel"])
 
     @property
     def hidden(self) -> int:
         """Width of the bottleneck."""
-        first: Any = self.fc[0]  # type: ignore[index]
-        return getattr(first, "out_features", vars(self)["hidden"])
+        fc: Any = self.fc
+        return getattr(fc[0], "out_features", vars(self)["hidden"])
 
     @property
     def gate_range(self) -> tuple[float, float]:

@@ -87,8 +87,9 @@ def replaced_file(path: Path) -> Iterator[Path]:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f"{NEW}*"):
-            if any(left.iterdir()) and abandoned(left):  # an empty one may be about to be locked
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # that of a write which has just ended
+                if any(left.iterdir()) and abandoned(left):  # an empty one may be about to be locked
+                    shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=NEW, dir=path.parent) as folder, in_turn(Path(folder)):
             yield Path(folder, path.name)
             for file in sorted(Path(folder).iterdir()):

@@ -355,6 +355,13 @@ def test_the_next_write_removes_what_a_killed_one_left_and_not_what_another_is_w
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quick", "slow"]
 
 
+def test_a_write_that_ends_meanwhile_is_no_error_of_another(tmp_path: Path) -> None:
+    (tmp_path / f"{NEW}ended").symlink_to(tmp_path / "removed")  # listed, but no longer there
+    with replaced_file(tmp_path / "file") as fresh:
+        fresh.touch()
+    assert (tmp_path / "file").is_file()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has neither")
 def test_links_to_folders_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
